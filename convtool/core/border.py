@@ -1,0 +1,327 @@
+"""Where one layer in place of several is exact, and where not.
+
+Padding on any layer but the first hides what the layers before it would compute outside of their border, and their
+biases there; the fused layer has no way to hide them. So the chain's tap tables, composed by indexing, are compared
+with the fused layer's own, an axis at a time:
+
+    exact  <=>  both tables agree at every entry, and no composed entry was lost to the padding of a layer that comes
+                after a bias
+
+for generic weights: a chain whose weights happen to be zero can be exact where this says it isn't, never the reverse.
+
+For every input size at once: once an axis is so long that no output reads both of its ends, what happens at its start
+is the same for all sizes, and what happens at its end depends only on the size modulo the product of the strides
+(s1*...*sn outputs of the layers stand at the same places relative to the end). So all shorter sizes and one full
+period of longer ones are a proof for all; they are a few dozen table comparisons.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from convtool.core.conv import Conv
+from convtool.core.geometry import Axis, Geometry, format_sizes
+from convtool.core.taps import PADDED, Table, compose_tables, tap_table
+from convtool.errors import RefusedError, UsageError
+
+Mask = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AxisBorder:
+    """One axis at one input size, output row by output row (each mask has one entry per output position).
+
+    Attributes:
+        reads, fused_reads: some tap of the chain, or of the fused layer, reads the input.
+        misread: a tap of the chain reads where the fused layer's reads something else or nothing.
+        fused_misread: the same seen from the fused layer.
+        bias_lost: padding hides a bias that the fused layer can't hide.
+    """
+
+    reads: Mask
+    fused_reads: Mask
+    misread: Mask
+    fused_misread: Mask
+    bias_lost: Mask
+
+    @property
+    def differs(self) -> Mask:
+        """Rows in which the chain and the fused layer differ, given that the other axes read anything at all."""
+        return self.misread | self.fused_misread | self.bias_lost
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Border:
+    """The comparison at one input size."""
+
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
+    axes: tuple[AxisBorder, ...]
+
+    def differs(self) -> Mask:
+        """Mask of shape `output_size`: the output positions where chain and fused layer differ."""
+        taps_differ = _outer_all([axis.reads for axis in self.axes]) & _outer_any([axis.misread for axis in self.axes])
+        fused_differ = _outer_all([axis.fused_reads for axis in self.axes]) & _outer_any(
+            [axis.fused_misread for axis in self.axes]
+        )
+        return taps_differ | fused_differ | _outer_any([axis.bias_lost for axis in self.axes])
+
+    @property
+    def exact(self) -> bool:
+        return not self.differs().any()
+
+    @property
+    def rims(self) -> tuple[tuple[int, int], ...]:
+        """Per axis, how many rows at the start and how many at the end differ."""
+        return tuple(_rim(axis.differs) for axis in self.axes)
+
+
+@dataclass(frozen=True, slots=True)
+class AxisVerdict:
+    """One axis over all input sizes.
+
+    Attributes:
+        exact: whether chain and fused layer agree at every size at which both run.
+        smallest: the smallest size from which on both run.
+        rim: rows at the start and at the end that differ, at most, on a long axis.
+        period, residues: where not exact: it is, on long axes, for the sizes that leave one of `residues` when
+            divided by `period`; empty where there are none.
+    """
+
+    exact: bool
+    smallest: int
+    rim: tuple[int, int]
+    period: int = 1
+    residues: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Where a fusion is exact: over all input sizes, or at the one asked about.
+
+    Attributes:
+        exact: the decision.
+        input_size: the one size it was made for, or None for all.
+        rim: per axis, rows at the start and at the end that differ; zeros where exact.
+        smallest: per axis, the smallest size that both sides run on (all sizes only).
+        only_bias: the taps agree everywhere; only a bias is lost at the border.
+        multiples: per axis, (period, residues) of the sizes at which it would be exact, where there are any.
+    """
+
+    exact: bool
+    input_size: tuple[int, ...] | None
+    rim: tuple[tuple[int, int], ...]
+    smallest: tuple[int, ...] = ()
+    only_bias: bool = False
+    multiples: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    def describe_rim(self) -> str:
+        """'the first row and the last 2 rows along axis 0': what differs, in words."""
+        names = _axis_names(len(self.rim))
+        parts = []
+        for (start, end), name in zip(self.rim, names, strict=True):
+            if start:
+                parts.append(f"the first {_rows(start, name)}")
+            if end:
+                parts.append(f"the last {_rows(end, name)}")
+        return " and ".join([", ".join(parts[:-1]), parts[-1]] if len(parts) > 1 else parts)
+
+
+def decide(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int] | None = None) -> Verdict:
+    """Whether a layer of geometry `fused` can stand for the chain exactly.
+
+    Args:
+        chain: the layers, first to last; of their numbers only whether a bias is zero is looked at.
+        fused: geometry of their composition.
+        input_size: spatial sizes to decide for; every size where None.
+
+    Raises:
+        UsageError: the chain cannot run on `input_size`.
+        RefusedError: the fused layer cannot, though the chain can.
+    """
+    biased = tuple(conv.has_bias for conv in chain)
+    if input_size is not None:
+        at = border_at(chain, fused, input_size)
+        bias_only = not at.exact and not any((axis.misread | axis.fused_misread).any() for axis in at.axes)
+        rims = tuple((0, 0) for _ in at.axes) if at.exact else at.rims
+        return Verdict(at.exact, at.input_size, rims, only_bias=bias_only)
+    axes = list(zip(zip(*(conv.geometry.axes for conv in chain), strict=True), fused.axes, strict=True))
+    verdicts = [_decide_axis(layers, biased, one) for layers, one in axes]
+    exact = all(verdict.exact for verdict in verdicts)
+    unbiased = (False,) * len(chain)
+    return Verdict(
+        exact=exact,
+        input_size=None,
+        rim=tuple(verdict.rim for verdict in verdicts),
+        smallest=tuple(verdict.smallest for verdict in verdicts),
+        only_bias=not exact and all(_decide_axis(layers, unbiased, one).exact for layers, one in axes),
+        multiples=tuple((verdict.period, verdict.residues) for verdict in verdicts if not verdict.exact)
+        if all(verdict.exact or verdict.residues for verdict in verdicts)
+        else (),
+    )
+
+
+def border_at(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int]) -> Border:
+    """The comparison at one input size, position by position; see `decide`."""
+    biased = tuple(conv.has_bias for conv in chain)
+    size = tuple(input_size)
+    for conv in chain:
+        size = conv.output_size(size)
+    try:
+        fused.output_size(input_size)
+    except UsageError as error:
+        raise RefusedError(f"the layers run on this size, but the fused layer would not: {error}") from None
+    axes = tuple(
+        _compare_axis(tuple(layers), biased, one, at)
+        for layers, one, at in zip(
+            zip(*(conv.geometry.axes for conv in chain), strict=True), fused.axes, input_size, strict=True
+        )
+    )
+    return Border(tuple(input_size), size, axes)
+
+
+def _compare_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axis, size: int) -> AxisBorder:
+    composed, offsets, bias_lost = _compose_axis_tables(layers, biased, size)
+    own = tap_table(fused, size)[:, offsets // fused.dilation]  # (O, columns), matched tap by tap
+    misses = composed != own
+    live, own_live = composed != PADDED, own != PADDED
+    return AxisBorder(
+        reads=live.any(1),
+        fused_reads=own_live.any(1),
+        misread=(misses & live).any(1),
+        fused_misread=(misses & own_live).any(1),
+        bias_lost=bias_lost,
+    )
+
+
+def _compose_axis_tables(
+    layers: tuple[Axis, ...], biased: tuple[bool, ...], size: int
+) -> tuple[Table, npt.NDArray[np.int64], Mask]:
+    """What the chain's taps read: table (O, columns), each column's offset within the fused kernel, lost biases (O,).
+
+    Columns that agree in offset and in every entry are merged, so that the table stays about as wide as the fused
+    kernel however long the chain.
+    """
+    table = tap_table(layers[0], size)
+    offsets = np.arange(layers[0].kernel, dtype=np.int64) * layers[0].dilation
+    lost = np.zeros(len(table), dtype=bool)
+    stride, width, any_bias = layers[0].stride, layers[0].output_size(size), biased[0]
+    for axis, has_bias in zip(layers[1:], biased[1:], strict=True):
+        second = tap_table(axis, width)  # (O2, k2)
+        padded = second == PADDED
+        lost = np.where(padded, any_bias, lost[second]).any(1)
+        table = compose_tables(table, second).reshape(len(second), -1)
+        taps = np.arange(axis.kernel, dtype=np.int64) * (axis.dilation * stride)
+        offsets = np.add.outer(taps, offsets).reshape(-1)
+        kept = np.unique(np.vstack([offsets[None], table]), axis=1)
+        offsets, table = kept[0], kept[1:]
+        stride, width, any_bias = stride * axis.stride, axis.output_size(width), any_bias or has_bias
+    return table, offsets, lost
+
+
+@lru_cache(maxsize=4096)
+def _decide_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axis) -> AxisVerdict:
+    period = math.prod(axis.stride for axis in layers)
+    if not any(axis.before or axis.after for axis in layers[1:]):
+        return AxisVerdict(True, _smallest(layers, fused, 1), (0, 0))
+    # Both ends are out of each other's sight once the axis is longer than twice what one output can see, plus what
+    # padding (mirrored or wrapped) can bring in, plus a stride for the rounding.
+    long = 2 * (fused.reach + fused.before + fused.after + period + 1)
+    steady = {size: _compare_axis(layers, biased, fused, size).differs for size in range(long, long + period)}
+    rims = [_rim(mask) for mask in steady.values()]
+    rim = (max(start for start, _ in rims), max(end for _, end in rims))
+    smallest = _smallest(layers, fused, 1)
+    bad = [size for size, mask in steady.items() if mask.any()]
+    if not bad:
+        short_bad = any(
+            _compare_axis(layers, biased, fused, size).differs.any()
+            for size in range(1, long)
+            if _runs(layers, size) and fused.runs_on(size)
+        )
+        return AxisVerdict(not short_bad, smallest, rim)
+    good = [size for size in steady if size not in bad]
+    for divisor in (q for q in range(1, period + 1) if period % q == 0):
+        residues = {size % divisor for size in good}
+        if len(good) * divisor == len(residues) * period:
+            return AxisVerdict(False, smallest, rim, divisor, tuple(sorted(residues)))
+    raise AssertionError("unreachable: the period itself always fits")
+
+
+def _smallest(layers: tuple[Axis, ...], fused: Axis, start: int) -> int:
+    """The smallest size from `start` on that both the chain and the fused layer run on."""
+    high = start
+    while not (_runs(layers, high) and fused.runs_on(high)):
+        high *= 2
+    low = max(start, high // 2)
+    while low < high:  # running is monotone in the size
+        middle = (low + high) // 2
+        if _runs(layers, middle) and fused.runs_on(middle):
+            high = middle
+        else:
+            low = middle + 1
+    return high
+
+
+def _runs(layers: tuple[Axis, ...], size: int) -> bool:
+    try:
+        for axis in layers:
+            size = axis.output_size(size)
+    except UsageError:
+        return False
+    return True
+
+
+def _rim(mask: Mask) -> tuple[int, int]:
+    """Length of the mask's leading part and of its trailing part that hold all its True entries."""
+    where = np.flatnonzero(mask)
+    if not len(where):
+        return 0, 0
+    gaps = np.diff(np.concatenate([[-1], where, [len(mask)]]))  # the widest run of False between them is the interior
+    widest = int(gaps.argmax())
+    start = int(where[widest - 1]) + 1 if widest else 0
+    end = len(mask) - int(where[widest]) if widest < len(where) else 0
+    return start, end
+
+
+def _outer_all(masks: Sequence[Mask]) -> Mask:
+    out = np.ones((), dtype=bool)
+    for mask in masks:
+        out = np.logical_and.outer(out, mask)
+    return out
+
+
+def _outer_any(masks: Sequence[Mask]) -> Mask:
+    out = np.zeros((), dtype=bool)
+    for mask in masks:
+        out = np.logical_or.outer(out, mask)
+    return out
+
+
+def _axis_names(axes: int) -> tuple[str, ...]:
+    if axes == 2:
+        return ("row", "column")
+    return tuple(f"position along axis {axis}" if axes > 1 else "position" for axis in range(axes))
+
+
+def _rows(count: int, name: str) -> str:
+    if count == 1:
+        return name
+    first, _, rest = name.partition(" ")
+    return f"{count} {first}s{' ' + rest if rest else ''}"
+
+
+def describe_sizes(verdict: Verdict) -> str:
+    """'sizes divisible by 4': the input sizes at which a fusion would be exact, or '' where there are none."""
+    parts = []
+    for period, residues in verdict.multiples:
+        if residues == (0,):
+            parts.append(f"sizes divisible by {period}")
+        else:
+            parts.append(f"sizes that leave {format_sizes(residues)} when divided by {period}")
+    return " and ".join(dict.fromkeys(parts))

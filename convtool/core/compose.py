@@ -1,0 +1,252 @@
+"""Two linear layers as one: `compose` for one after the other, `add` for side by side.
+
+For second after first, per axis:
+
+    stride   s1*s2              dilation d = gcd(d1 if k1 > 1 else 0, s1*d2 if k2 > 1 else 0), or 1
+    padding  p1 + s1*p2         kernel   k = (d1*(k1-1) + s1*d2*(k2-1)) / d + 1
+    W[o, i, (t1*d1 + t2*d2*s1)/d] += sum over m of W2[o, m, t2] * W1[m, i, t1]
+    bias     b2 + (sum over taps of W2) @ b1
+    groups   gcd(g1, g2)
+
+The result equals the two layers everywhere but near the border, where it may not: `convtool.core.border` decides.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from convtool.core.conv import Conv
+from convtool.core.geometry import LARGEST, Axis, Geometry, PaddingMode, format_sizes
+from convtool.errors import RefusedError, UsageError
+
+
+def compose_geometry(first: Geometry, second: Geometry) -> Geometry:
+    """The geometry of the one layer that does `second` after `first`.
+
+    Raises:
+        RefusedError: no single layer has that form.
+        UsageError: different numbers of spatial axes.
+    """
+    if len(first.kernel_size) != len(second.kernel_size):
+        raise UsageError(
+            f"cannot chain a layer of {len(first.kernel_size)} spatial axes and one of {len(second.kernel_size)}"
+        )
+    if first.transposed or second.transposed:
+        raise RefusedError("fusing a transposed convolution is not supported yet")
+    mode = _padding_mode(first, second)
+    axes = [_compose_axis(a, b, mode) for a, b in zip(first.axes, second.axes, strict=True)]
+    return Geometry(
+        kernel_size=tuple(axis.kernel for axis in axes),
+        stride=tuple(axis.stride for axis in axes),
+        padding=tuple((axis.before, axis.after) for axis in axes),
+        dilation=tuple(axis.dilation for axis in axes),
+        groups=math.gcd(first.groups, second.groups),
+        padding_mode=mode,
+        output_padding=(0,) * len(axes),
+    )
+
+
+def compose(first: Conv, second: Conv) -> Conv:
+    """The one layer that does `second` after `first`, in float64, right everywhere but perhaps near the border.
+
+    Raises:
+        UsageError: the second's input channels aren't the first's output channels.
+        RefusedError: no single layer has that form.
+
+    Source: the composition of two polynomials in the shift operator; strides and dilations as in DESIGN's section on
+    composing, derived by substituting i = o1*s1 - p1 + t1*d1 into o1 = o2*s2 - p2 + t2*d2.
+    """
+    if second.in_channels != first.out_channels:
+        raise UsageError(
+            f"channels don't fit: the first layer has {first.out_channels} output channels,"
+            f" the second takes {second.in_channels}"
+        )
+    geometry = compose_geometry(first.geometry, second.geometry)
+    first, second = _alike(first, second)
+    weight = _compose_weights(first, second, geometry)
+    return Conv(weight, _compose_biases(first, second), geometry)
+
+
+def compose_chain(chain: Sequence[Conv]) -> Conv:
+    """The layers, first to last, as one; see `compose`."""
+    if not chain:
+        raise UsageError("expected at least one layer to fuse")
+    return reduce(compose, chain[1:], chain[0].exact())
+
+
+def _alike(a: Conv, b: Conv) -> tuple[Conv, Conv]:
+    """Both in float64, or both in complex128 where one is complex."""
+    dtype = torch.promote_types(a.exact().weight.dtype, b.exact().weight.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
+def _compose_axis(first: Axis, second: Axis, mode: PaddingMode) -> Axis:
+    spread1 = first.dilation if first.kernel > 1 else 0
+    spread2 = first.stride * second.dilation if second.kernel > 1 else 0
+    dilation = math.gcd(spread1, spread2) or 1
+    reach = first.reach + first.stride * second.reach
+    axis = Axis(
+        kernel=reach // dilation + 1,
+        stride=first.stride * second.stride,
+        before=first.before + first.stride * second.before,
+        after=first.after + first.stride * second.after,
+        dilation=dilation,
+        padding_mode=mode,
+    )
+    if max(axis.kernel, axis.stride, axis.before, axis.after, axis.dilation) > LARGEST:
+        raise RefusedError("the fused layer's kernel, stride or padding would exceed 2**31 - 1")
+    return axis
+
+
+def _padding_mode(first: Geometry, second: Geometry) -> PaddingMode:
+    """A layer has one padding mode for all axes; a layer that doesn't pad goes with any."""
+    if not second.padded:
+        return first.padding_mode if first.padded else "zeros"
+    if first.padded and first.padding_mode != second.padding_mode:
+        raise RefusedError(
+            f"no single layer pads with {first.padding_mode} and then with {second.padding_mode}"
+        )
+    return second.padding_mode
+
+
+def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
+    """The kernels convolved with each other, (C_out, C_in/groups, *kernel).
+
+    The channels in between are cut where either layer's groups cut them, into lcm(g1, g2) pieces: piece by piece the
+    layers are dense, and the products fill exactly the blocks of the fused weight that aren't structurally zero.
+    """
+    g1, g2, g = first.geometry.groups, second.geometry.groups, geometry.groups
+    pieces = math.lcm(g1, g2)
+    middle = first.out_channels // pieces
+    rows, columns = second.out_channels // g2, first.in_channels // g1
+    k1 = first.geometry.kernel_size
+    piece = torch.arange(pieces)
+    left = second.weight.reshape(g2, rows, pieces // g2, middle, -1)  # (g2, rows, pieces/g2, middle, taps2)
+    left = left.permute(4, 0, 2, 1, 3).reshape(-1, pieces, rows, middle)  # (taps2, pieces, rows, middle)
+    right = first.weight.reshape(pieces, middle, columns, -1)
+    right = right.transpose(2, 3).reshape(pieces, middle, -1)  # (pieces, middle, taps1 * columns)
+    total = right.new_zeros(pieces, rows, *geometry.kernel_size, columns)
+    for tap, place in enumerate(itertools.product(*(range(k) for k in second.geometry.kernel_size))):
+        product = torch.bmm(left[tap], right).reshape(pieces, rows, *k1, columns)
+        total[(slice(None), slice(None), *_landing(first.geometry, second.geometry, geometry, place))] += product
+    # Group h2 of the second and h1 of the first meet in the rows of h2 and the columns of h1.
+    h1, h2 = piece * g1 // pieces, piece * g2 // pieces
+    blocks = total.new_zeros(g2 * (g1 // g), rows, *geometry.kernel_size, columns)
+    blocks.index_add_(0, h2 * (g1 // g) + h1 % (g1 // g), total)
+    weight = blocks.unflatten(0, (g2, g1 // g)).movedim(1, -2)  # (g2, rows, *kernel, g1/g, columns)
+    return weight.flatten(-2).flatten(0, 1).movedim(-1, 1).contiguous()  # (C_out, C_in/groups, *kernel)
+
+
+def _landing(first: Geometry, second: Geometry, fused: Geometry, place: tuple[int, ...]) -> tuple[slice, ...]:
+    """Where in the fused kernel the taps of the first land for one tap of the second."""
+    slices = []
+    for a, b, c, tap in zip(first.axes, second.axes, fused.axes, place, strict=True):
+        start = tap * b.dilation * a.stride // c.dilation
+        step = max(1, a.dilation // c.dilation)
+        slices.append(slice(start, start + (a.kernel - 1) * step + 1, step))
+    return tuple(slices)
+
+
+def _compose_biases(first: Conv, second: Conv) -> Tensor | None:
+    if first.bias is None:
+        return second.bias
+    groups = second.geometry.groups
+    gain = second.weight.flatten(2).sum(2).unflatten(0, (groups, -1))  # (g2, C_out/g2, C_mid/g2)
+    carried = (gain @ first.bias.reshape(groups, -1, 1)).flatten()  # (C_out,)
+    return carried if second.bias is None else carried + second.bias
+
+
+def add(a: Conv, b: Conv) -> Conv:
+    """Two layers side by side, their outputs added, as one layer, in float64; exact at every input size.
+
+    The taps are aligned by where they read; both kernels are embedded in the smallest one that holds them, and layers
+    with different groups are expanded no further than to the gcd of the groups.
+
+    Raises:
+        UsageError: different channels or spatial axes.
+        RefusedError: the outputs don't have the same size for every input, or the layers pad differently.
+    """
+    if (a.in_channels, a.out_channels) != (b.in_channels, b.out_channels):
+        raise UsageError(
+            f"channels don't fit: cannot add a layer of {a.in_channels} -> {a.out_channels} channels"
+            f" and one of {b.in_channels} -> {b.out_channels}"
+        )
+    geometry = add_geometry(a.geometry, b.geometry)
+    a, b = _alike(a, b)
+    weight = a.weight.new_zeros(a.out_channels, a.in_channels // geometry.groups, *geometry.kernel_size)
+    for conv in (a, b):
+        weight[(slice(None), slice(None), *_embedding(conv.geometry, geometry))] += _regroup(conv, geometry.groups)
+    biases = [conv.bias for conv in (a, b) if conv.bias is not None]
+    return Conv(weight, sum(biases[1:], biases[0]) if biases else None, geometry)
+
+
+def add_geometry(a: Geometry, b: Geometry) -> Geometry:
+    """The geometry of the sum of two layers; see `add`."""
+    if len(a.kernel_size) != len(b.kernel_size):
+        raise UsageError(f"cannot add layers of {len(a.kernel_size)} and {len(b.kernel_size)} spatial axes")
+    if a.transposed or b.transposed:
+        raise RefusedError("adding transposed convolutions is not supported yet")
+    if a.stride != b.stride:
+        raise RefusedError(f"cannot add layers of stride {format_sizes(a.stride)} and {format_sizes(b.stride)}")
+    if a.padded and b.padded and a.padding_mode != b.padding_mode:
+        raise RefusedError(f"no single layer pads with both {a.padding_mode} and {b.padding_mode}")
+    mode = a.padding_mode if a.padded else b.padding_mode
+    axes = [_add_axis(x, y) for x, y in zip(a.axes, b.axes, strict=True)]
+    if mode != "zeros" and any(
+        (axis.before, axis.after) not in ((x.before, x.after), (y.before, y.after))
+        for axis, x, y in zip(axes, a.axes, b.axes, strict=True)
+    ):
+        raise RefusedError(f"no single layer of {mode} padding holds both kernels")
+    return Geometry(
+        kernel_size=tuple(axis.kernel for axis in axes),
+        stride=a.stride,
+        padding=tuple((axis.before, axis.after) for axis in axes),
+        dilation=tuple(axis.dilation for axis in axes),
+        groups=math.gcd(a.groups, b.groups),
+        padding_mode=mode,
+        output_padding=(0,) * len(axes),
+    )
+
+
+def _add_axis(a: Axis, b: Axis) -> Axis:
+    slack_a, slack_b = a.before + a.after - a.reach, b.before + b.after - b.reach
+    if slack_a != slack_b:
+        raise RefusedError(
+            f"cannot add layers whose outputs differ in size by {abs(slack_a - slack_b)} before striding:"
+            f" kernel {a.kernel} with padding {a.before}:{a.after} and kernel {b.kernel} with padding"
+            f" {b.before}:{b.after}"
+        )
+    before, after = max(a.before, b.before), max(a.after, b.after)
+    # Taps stand at -before + t*dilation; the common grid has the gcd of both dilations and of the offset between them.
+    spread = math.gcd(a.dilation if a.kernel > 1 else 0, b.dilation if b.kernel > 1 else 0, a.before - b.before)
+    dilation = spread or 1
+    reach = max(before - axis.before + axis.reach for axis in (a, b))
+    return Axis(reach // dilation + 1, a.stride, before, after, dilation, a.padding_mode)
+
+
+def _embedding(part: Geometry, whole: Geometry) -> tuple[slice, ...]:
+    slices = []
+    for a, c in zip(part.axes, whole.axes, strict=True):
+        start = (c.before - a.before) // c.dilation
+        step = max(1, a.dilation // c.dilation)
+        slices.append(slice(start, start + (a.kernel - 1) * step + 1, step))
+    return tuple(slices)
+
+
+def _regroup(conv: Conv, groups: int) -> Tensor:
+    """The weight as that of a layer with fewer groups, (C_out, C_in/groups, *kernel), zeros between the old groups."""
+    old = conv.geometry.groups
+    if old == groups:
+        return conv.weight
+    inner = old // groups
+    weight = conv.weight.reshape(groups, inner, conv.out_channels // old, conv.in_channels // old, -1)
+    out = weight.new_zeros(groups, inner, conv.out_channels // old, inner, conv.in_channels // old, weight.shape[-1])
+    diagonal = torch.arange(inner)
+    out[:, diagonal, :, diagonal] = weight.transpose(0, 1)  # the two index lists move to the front together
+    return out.reshape(conv.out_channels, conv.in_channels // groups, *conv.geometry.kernel_size)

@@ -1,0 +1,90 @@
+"""Running a `Conv` through torch's own convolutions.
+
+This is what matrices, fusions and bounds are checked against, so it uses the tap tables only where torch has nothing:
+for more than three spatial axes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from convtool.core.conv import Conv
+from convtool.core.unfold import gather_taps
+from convtool.errors import UsageError
+
+
+def forward(conv: Conv, x: Tensor) -> Tensor:
+    """The layer's output for x, computed in x's dtype.
+
+    Args:
+        x: (N, C_in, *input_size)
+
+    Returns:
+        (N, C_out, *output_size)
+
+    Raises:
+        UsageError: the input doesn't fit the layer.
+    """
+    if x.dim() != conv.spatial_axes + 2 or x.shape[1] != conv.in_channels:
+        raise UsageError(
+            f"expected an input of shape (N, {conv.in_channels}, {conv.spatial_axes} spatial sizes),"
+            f" got {tuple(x.shape)}"
+        )
+    conv.output_size(x.shape[2:])
+    conv = conv.to(x.dtype)
+    if conv.spatial_axes not in (1, 2, 3):
+        return _by_taps(conv, x)
+    return _transposed(conv, x) if conv.geometry.transposed else _direct(conv, x)
+
+
+def run_chain(chain: Sequence[Conv], x: Tensor) -> Tensor:
+    """The layers one after the other."""
+    for conv in chain:
+        x = forward(conv, x)
+    return x
+
+
+def _direct(conv: Conv, x: Tensor) -> Tensor:
+    geometry = conv.geometry
+    if geometry.padded:
+        mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
+        x = F.pad(x, _pad_list(geometry.padding), mode=mode)
+    function = (F.conv1d, F.conv2d, F.conv3d)[conv.spatial_axes - 1]
+    out: Tensor = function(
+        x, conv.weight, conv.bias, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups
+    )
+    return out
+
+
+def _transposed(conv: Conv, x: Tensor) -> Tensor:
+    geometry = conv.geometry
+    function = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[conv.spatial_axes - 1]
+    # torch pads both sides alike, so all of the output is made, lengthened by the output padding, and then cut.
+    out: Tensor = function(
+        x, conv.torch_weight(), stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups
+    )
+    out = F.pad(out, _pad_list([(0, extra) for extra in geometry.output_padding]))
+    for number, ((before, _), size) in enumerate(zip(geometry.padding, conv.output_size(x.shape[2:]), strict=True)):
+        out = out.narrow(number + 2, before, size)
+    return out if conv.bias is None else out + conv.bias.reshape(-1, *(1,) * conv.spatial_axes)
+
+
+def _by_taps(conv: Conv, x: Tensor) -> Tensor:
+    groups, batch = conv.geometry.groups, x.shape[0]
+    output_size = conv.output_size(x.shape[2:])
+    taps = gather_taps(x, conv.geometry)  # (N, C_in, *output, *kernel)
+    columns = taps.reshape(batch, groups, conv.in_channels // groups, math.prod(output_size), -1)
+    columns = columns.movedim(2, -2).flatten(-2)  # (N, groups, prod(output), C_in/groups * taps)
+    weight = conv.weight.flatten(1).unflatten(0, (groups, -1))  # (groups, C_out/groups, C_in/groups * taps)
+    out = weight @ columns.transpose(-1, -2)  # (N, groups, C_out/groups, prod(output))
+    out = out.reshape(batch, conv.out_channels, *output_size)
+    return out if conv.bias is None else out + conv.bias.reshape(-1, *(1,) * conv.spatial_axes)
+
+
+def _pad_list(pairs: Sequence[tuple[int, int]]) -> list[int]:
+    """F.pad wants the last axis first."""
+    return [side for pair in reversed(pairs) for side in pair]

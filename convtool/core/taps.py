@@ -1,0 +1,58 @@
+"""The tap table: which input position each tap of each output position reads, one spatial axis at a time.
+
+    i = o*s - p + t*d          zeros:     i if 0 <= i < I else -1
+                               circular:  i mod I
+                               replicate: clip(i, 0, I-1)
+                               reflect:   mirrored once at 0 and at I-1
+    transposed:  the i for which o = i*s - p + t*d, where it is an integer in range, else -1
+
+with I the input size and k, s, p, d kernel, stride, padding before, dilation. The Toeplitz matrix, unfolding,
+composition and the question where a fusion is exact are all read off this table.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from convtool.core.geometry import Axis
+
+Table: TypeAlias = npt.NDArray[np.int64]
+
+PADDED = -1  # a tap that reads a padded zero, or that a transposed convolution doesn't have at this position
+
+
+def tap_table(axis: Axis, size: int, start: int = 0, stop: int | None = None) -> Table:
+    """Rows start:stop (all by default) of the axis's tap table for `size` input positions, shape (rows, kernel)."""
+    stop = axis.output_size(size) if stop is None else stop
+    output = np.arange(start, stop, dtype=np.int64)[:, None]  # (rows, 1)
+    offset = np.arange(axis.kernel, dtype=np.int64) * axis.dilation - axis.before  # (kernel,)
+    if axis.transposed:
+        index, rest = np.divmod(output - offset, axis.stride)  # (rows, kernel)
+        return np.where((rest == 0) & (index >= 0) & (index < size), index, PADDED)
+    index = output * axis.stride + offset  # (rows, kernel)
+    if axis.padding_mode == "circular":
+        return index % size
+    if axis.padding_mode == "replicate":
+        return index.clip(0, size - 1)
+    if axis.padding_mode == "reflect":
+        index = np.abs(index)
+        return np.where(index < size, index, 2 * (size - 1) - index)
+    return np.where((index >= 0) & (index < size), index, PADDED)
+
+
+def compose_tables(first: Table, second: Table) -> Table:
+    """What `second` reads through `first`: entry [o, t2, t1] = first[second[o, t2], t1]; a padded tap stays padded.
+
+    Args:
+        first: (O1, columns) table of the first layer, or of several composed.
+        second: (O2, k2) table of the second, with entries below O1.
+
+    Returns:
+        (O2, k2, columns)
+    """
+    through = first[second]  # (O2, k2, columns); -1 picks the last row, which the next line overwrites
+    through[second == PADDED] = PADDED
+    return through

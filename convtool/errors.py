@@ -1,0 +1,25 @@
+"""The errors that convtool raises on purpose; everything else that escapes is a bug.
+
+Each message says what is wrong, where, what was expected, what was found, and what to do about it. The command
+line maps each class to one exit code (`convtool.cli.exit_codes`); the classes themselves know nothing of that.
+"""
+
+
+class ConvtoolError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class UsageError(ConvtoolError):
+    """The request itself is wrong: an unknown layer, a size that doesn't fit, options that contradict each other."""
+
+
+class InputError(ConvtoolError):
+    """An input file is missing, damaged, of an unsupported kind, or holds values that are not finite."""
+
+
+class RefusedError(ConvtoolError):
+    """The request is understood, and carrying it out would not be exact or not be safe."""
+
+
+class OutputError(ConvtoolError):
+    """The output exists already, or could not be written."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from pathlib import Path
 
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from convtool.checkpoint import open_checkpoint
 from convtool.core.conv import Conv, lower_conv
 from convtool.core.geometry import Geometry, Padding, PerAxis
+from convtool.errors import InputError, RefusedError, UsageError
 
 
 def conv(
@@ -43,3 +48,97 @@ def conv(
         output_padding=output_padding,
     )
     return lower_conv(weight, bias, geometry)
+
+
+def apply(model: nn.Module, path: str | Path) -> nn.Module:
+    """Put a checkpoint's recorded fusions into a live model and load its tensors strictly.
+
+    Each fused layer takes its place; nn.Identity stands where the other layers of its chain were. The model is changed
+    in place and returned.
+
+    Args:
+        model: as before the fusions; layers are found by name.
+        path: a checkpoint that `convtool fuse` wrote.
+
+    Raises:
+        InputError: the checkpoint has no record, or its tensors don't load into the changed model.
+        UsageError: the model has no layer of a recorded name.
+    """
+    checkpoint = open_checkpoint(path)
+    if checkpoint.record is None:
+        raise InputError(f"{path}: holds no convtool record; there is nothing to apply")
+    for fusion in checkpoint.record.fusions:
+        _check_modules(model, [source.name for source in fusion.sources], fusion.name)
+        for source in fusion.sources:
+            model.set_submodule(source.name, nn.Identity())
+        if f"{fusion.name}.weight" in checkpoint.infos:  # else it was fused further, and a later record has it
+            conv = checkpoint.conv(fusion.name)
+            model.set_submodule(fusion.name, live_module(conv))
+    try:
+        model.load_state_dict({name: checkpoint.tensor(name) for name in checkpoint.infos}, strict=True)
+    except RuntimeError as error:
+        raise InputError(f"{path}: does not load into the model: {' '.join(str(error).split())}") from None
+    return model
+
+
+def live_module(conv: Conv) -> nn.Module:
+    """An nn.Conv, nn.ConvTranspose or nn.Linear of the layer's shape and geometry, its numbers not yet loaded.
+
+    Raises:
+        RefusedError: torch has no module of that form.
+    """
+    geometry, bias, dtype = conv.geometry, conv.bias is not None, conv.weight.dtype
+    if conv.spatial_axes == 0:
+        return nn.Linear(conv.in_channels, conv.out_channels, bias, dtype=dtype)
+    if conv.spatial_axes > 3 or geometry.transposed:
+        raise RefusedError(f"cannot make a live module of a layer with {geometry.describe()}")
+    plain = all(before == after for before, after in geometry.padding)
+    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d) if plain else (_Conv1d, _Conv2d, _Conv3d)
+    module = kinds[conv.spatial_axes - 1](
+        conv.in_channels,
+        conv.out_channels,
+        geometry.kernel_size,
+        stride=geometry.stride,
+        padding=tuple(before for before, _ in geometry.padding),
+        dilation=geometry.dilation,
+        groups=geometry.groups,
+        bias=bias,
+        padding_mode=geometry.padding_mode,
+        dtype=dtype,
+    )
+    if isinstance(module, _AsymmetricPadding):
+        module.sides = geometry.padding
+    return module
+
+
+class _AsymmetricPadding:
+    """Pads each side by its own amount before convolving, which nn.Conv cannot."""
+
+    sides: tuple[tuple[int, int], ...]
+    padding_mode: str
+
+    def pad(self, x: Tensor) -> Tensor:
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        return F.pad(x, [side for pair in reversed(self.sides) for side in pair], mode=mode)
+
+
+class _Conv1d(_AsymmetricPadding, nn.Conv1d):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
+        return F.conv1d(self.pad(input), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class _Conv2d(_AsymmetricPadding, nn.Conv2d):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return F.conv2d(self.pad(input), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+class _Conv3d(_AsymmetricPadding, nn.Conv3d):
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        return F.conv3d(self.pad(input), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def _check_modules(model: nn.Module, sources: list[str], fused: str) -> None:
+    known = dict(model.named_modules())
+    for name in (*sources, fused):
+        if name not in known:
+            raise UsageError(f"the model has no layer {name!r}, which the checkpoint's record names")

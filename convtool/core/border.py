@@ -210,12 +210,12 @@ def _compose_axis_tables(
     """
     table = tap_table(layers[0], size)
     offsets = np.arange(layers[0].kernel, dtype=np.int64) * layers[0].dilation
-    lost = np.zeros(len(table), dtype=bool)
+    lost: Mask = np.zeros(len(table), dtype=bool)
     stride, width, any_bias = layers[0].stride, layers[0].output_size(size), biased[0]
     for axis, has_bias in zip(layers[1:], biased[1:], strict=True):
         second = tap_table(axis, width)  # (O2, k2)
         padded = second == PADDED
-        lost = np.where(padded, any_bias, lost[second]).any(1)
+        lost = np.any(np.where(padded, any_bias, lost[second]), axis=1)
         table = compose_tables(table, second).reshape(len(second), -1)
         taps = np.arange(axis.kernel, dtype=np.int64) * (axis.dilation * stride)
         offsets = np.add.outer(taps, offsets).reshape(-1)

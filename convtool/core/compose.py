@@ -109,9 +109,7 @@ def _padding_mode(first: Geometry, second: Geometry) -> PaddingMode:
     if not second.padded:
         return first.padding_mode if first.padded else "zeros"
     if first.padded and first.padding_mode != second.padding_mode:
-        raise RefusedError(
-            f"no single layer pads with {first.padding_mode} and then with {second.padding_mode}"
-        )
+        raise RefusedError(f"no single layer pads with {first.padding_mode} and then with {second.padding_mode}")
     return second.padding_mode
 
 
@@ -139,7 +137,7 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
     h1, h2 = piece * g1 // pieces, piece * g2 // pieces
     blocks = total.new_zeros(g2 * (g1 // g), rows, *geometry.kernel_size, columns)
     blocks.index_add_(0, h2 * (g1 // g) + h1 % (g1 // g), total)
-    weight = blocks.unflatten(0, (g2, g1 // g)).movedim(1, -2)  # (g2, rows, *kernel, g1/g, columns)
+    weight = blocks.reshape(g2, g1 // g, *blocks.shape[1:]).movedim(1, -2)  # (g2, rows, *kernel, g1/g, columns)
     return weight.flatten(-2).flatten(0, 1).movedim(-1, 1).contiguous()  # (C_out, C_in/groups, *kernel)
 
 
@@ -157,7 +155,7 @@ def _compose_biases(first: Conv, second: Conv) -> Tensor | None:
     if first.bias is None:
         return second.bias
     groups = second.geometry.groups
-    gain = second.weight.flatten(2).sum(2).unflatten(0, (groups, -1))  # (g2, C_out/g2, C_mid/g2)
+    gain = second.weight.flatten(2).sum(2).reshape(groups, -1, second.weight.shape[1])  # (g2, C_out/g2, C_mid/g2)
     carried = (gain @ first.bias.reshape(groups, -1, 1)).flatten()  # (C_out,)
     return carried if second.bias is None else carried + second.bias
 

@@ -134,7 +134,8 @@ def lower_batch_norm(
     """
     exact = [None if t is None else t.to(torch.float64) for t in (mean, variance, weight, bias)]
     shift, spread, gain, offset = exact
-    assert shift is not None and spread is not None
+    assert shift is not None
+    assert spread is not None
     lowest = float((spread + eps).min()) if spread.numel() else 1.0
     if not lowest > 0:
         raise InputError(
@@ -153,5 +154,5 @@ def pointwise(axes: int, groups: int = 1) -> Geometry:
 
 def _swap_channels(weight: Tensor, groups: int) -> Tensor:
     """(groups*A, B, *kernel) <-> (groups*B, A, *kernel), group by group; its own inverse."""
-    grouped = weight.unflatten(0, (groups, weight.shape[0] // groups))  # (groups, A, B, *kernel)
+    grouped = weight.reshape(groups, -1, *weight.shape[1:])  # (groups, A, B, *kernel)
     return grouped.transpose(1, 2).flatten(0, 1)

@@ -79,7 +79,7 @@ def _by_taps(conv: Conv, x: Tensor) -> Tensor:
     taps = gather_taps(x, conv.geometry)  # (N, C_in, *output, *kernel)
     columns = taps.reshape(batch, groups, conv.in_channels // groups, math.prod(output_size), -1)
     columns = columns.movedim(2, -2).flatten(-2)  # (N, groups, prod(output), C_in/groups * taps)
-    weight = conv.weight.flatten(1).unflatten(0, (groups, -1))  # (groups, C_out/groups, C_in/groups * taps)
+    weight = conv.weight.reshape(groups, conv.out_channels // groups, -1)  # (groups, C_out/groups, C_in/groups * taps)
     out = weight @ columns.transpose(-1, -2)  # (N, groups, C_out/groups, prod(output))
     out = out.reshape(batch, conv.out_channels, *output_size)
     return out if conv.bias is None else out + conv.bias.reshape(-1, *(1,) * conv.spatial_axes)

@@ -30,9 +30,9 @@ def tap_table(axis: Axis, size: int, start: int = 0, stop: int | None = None) ->
     output = np.arange(start, stop, dtype=np.int64)[:, None]  # (rows, 1)
     offset = np.arange(axis.kernel, dtype=np.int64) * axis.dilation - axis.before  # (kernel,)
     if axis.transposed:
-        index, rest = np.divmod(output - offset, axis.stride)  # (rows, kernel)
-        return np.where((rest == 0) & (index >= 0) & (index < size), index, PADDED)
-    index = output * axis.stride + offset  # (rows, kernel)
+        source, rest = np.divmod(output - offset, axis.stride)  # both (rows, kernel)
+        return np.where((rest == 0) & (source >= 0) & (source < size), source, PADDED)
+    index: Table = output * axis.stride + offset  # (rows, kernel)
     if axis.padding_mode == "circular":
         return index % size
     if axis.padding_mode == "replicate":

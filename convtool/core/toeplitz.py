@@ -60,7 +60,8 @@ class AxisSlots:
     @property
     def merges(self) -> bool:
         """Whether some column gets several taps: reflect, replicate, or circular over a kernel as wide as the input."""
-        return len(self.members) > self.members.shape[1]
+        subsets, kernel = self.members.shape
+        return bool(subsets > kernel)
 
     def adjoint(self, rows: int) -> AxisSlots:
         """The same axis read the other way: for each of `rows` input positions the output positions that use it."""
@@ -79,7 +80,7 @@ class AxisSlots:
 
 def axis_slots(table: Table) -> AxisSlots:
     """The slots of one axis from its tap table, taps that share a column merged."""
-    rows, kernel = table.shape
+    kernel = table.shape[1]
     last = np.iinfo(np.int64).max
     keyed = np.where(table == PADDED, last, table)  # padded taps sort to the end
     taps = np.argsort(keyed, axis=1, kind="stable")  # (rows, kernel)
@@ -191,7 +192,7 @@ class ToeplitzMatrix:
 
     def indptr(self) -> Tensor:
         """(rows + 1,) the start of each row among all entries."""
-        counts = torch.cat([block for block in self._row_counts()])
+        counts = torch.cat(list(self._row_counts()))
         pointer = torch.zeros(self.shape[0] + 1, dtype=torch.int64)
         torch.cumsum(counts, 0, out=pointer[1:])
         return pointer.to(self.index_dtype)

@@ -29,7 +29,8 @@ def gather_taps(x: Tensor, geometry: Geometry) -> Tensor:
     for number, axis in enumerate(geometry.axes):
         dim = 2 + 2 * number  # the axes before this one are (output, kernel) pairs by now
         table = torch.from_numpy(tap_table(axis, x.shape[dim]))  # (output, kernel)
-        x = x.index_select(dim, table.clamp(min=0).flatten()).unflatten(dim, tuple(table.shape))
+        shape = (*x.shape[:dim], *table.shape, *x.shape[dim + 1 :])
+        x = x.index_select(dim, table.clamp(min=0).flatten()).reshape(shape)
         if bool((table == PADDED).any()):
             mask = (table != PADDED).reshape(*table.shape, *(1,) * (x.dim() - dim - 2))
             x = torch.where(mask, x, torch.zeros((), dtype=x.dtype))

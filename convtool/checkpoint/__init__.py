@@ -1,0 +1,82 @@
+"""The only place that opens checkpoints: one module per format, one way to write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.info import Layer, TensorInfo
+from convtool.checkpoint.safetensors_file import SafetensorsCheckpoint, looks_like_safetensors
+from convtool.errors import InputError
+
+__all__ = ["Checkpoint", "Layer", "TensorInfo", "open_checkpoint"]
+
+
+def _open_torch(path: Path, root: str | None) -> Checkpoint:
+    from convtool.checkpoint.torch_file import TorchCheckpoint  # imports torch, which a .safetensors file doesn't need
+
+    return TorchCheckpoint(path, root)
+
+
+def _open_safetensors(path: Path, root: str | None) -> Checkpoint:
+    if root is not None:
+        raise InputError(f"{path}: --root is for nested torch files; a safetensors file is flat")
+    return SafetensorsCheckpoint(path)
+
+
+# How a file begins tells its format; its name is only asked where that doesn't.
+_MAGIC: tuple[tuple[Callable[[bytes], bool], Callable[[Path, str | None], Checkpoint]], ...] = (
+    (lambda start: start.startswith(b"PK\x03\x04"), _open_torch),
+    (looks_like_safetensors, _open_safetensors),
+    (lambda start: start.startswith(b"\x80"), _open_torch),
+)
+_SUFFIXES: dict[str, Callable[[Path, str | None], Checkpoint]] = {
+    ".safetensors": _open_safetensors,
+    ".pt": _open_torch,
+    ".pth": _open_torch,
+    ".bin": _open_torch,
+    ".ckpt": _open_torch,
+}
+_NOT_A_CHECKPOINT = (
+    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
+    (b"<!DOCTYPE", "a web page, not a checkpoint; the download went wrong"),
+    (b"<html", "a web page, not a checkpoint; the download went wrong"),
+)
+
+
+def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
+    """Open a .safetensors or torch file; no tensor is read yet, and no code in it ever runs.
+
+    Args:
+        path: the file.
+        root: in a nested torch file with several state dicts, the dotted keys of the one meant.
+
+    Raises:
+        InputError: the file is missing, damaged, or of no supported format.
+        RefusedError: it is a pickle that holds code.
+        UsageError: several state dicts and no `root`.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder; give a .safetensors or .pt file")
+        with path.open("rb") as file:
+            start = file.read(64)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for beginning, what in _NOT_A_CHECKPOINT:
+        if start[: len(beginning)].lower() == beginning.lower():
+            raise InputError(f"{path}: is {what}")
+    if not start:
+        raise InputError(f"{path}: is empty")
+    if not start.strip(b"\0"):
+        raise InputError(f"{path}: begins with zeros only; it was never written completely")
+    for matches, opener in _MAGIC:
+        if matches(start):
+            return opener(path, root)
+    if path.suffix in _SUFFIXES:
+        return _SUFFIXES[path.suffix](path, root)
+    raise InputError(f"{path}: is neither a safetensors nor a torch file")

@@ -1,0 +1,90 @@
+"""A named layer of a checkpoint as a `Conv`: one function per kind, in one table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.info import Layer
+from convtool.core.conv import Conv, lower_batch_norm, lower_conv, lower_linear
+from convtool.core.fields import DEFAULT_EPS, Fields
+from convtool.core.geometry import Geometry
+from convtool.errors import ConvtoolError, InputError, UsageError
+
+
+def lower_layer(checkpoint: Checkpoint, layer: Layer, fields: Fields, spatial_axes: int) -> Conv:
+    """The layer with the given fields as a `Conv`, torch's defaults for the rest.
+
+    Args:
+        fields: stride, padding, ... of a convolution; eps of a batch norm.
+        spatial_axes: of the layer's input, for the kinds whose tensors don't tell.
+
+    Raises:
+        InputError: the kind isn't a linear map that convtool knows, or a tensor holds inf or NaN.
+        UsageError: the fields don't fit the tensors.
+    """
+    where = f"{checkpoint.path}: {layer.name or 'the bare module'}"
+    if layer.kind not in _LOWERINGS:
+        raise InputError(f"{where}: {_why_not(layer)}")
+    unknown = fields.keys() - _FIELDS[layer.kind]
+    if unknown:
+        raise UsageError(f"{where}: a {layer.kind.replace('_', ' ')} has no {', '.join(sorted(unknown))}")
+    tensors = {name: checkpoint.tensor(info.name) for name, info in layer.tensors.items()}
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if name in tensors:
+            _check_numbers(tensors[name], f"{where}.{name}")
+    try:
+        return _LOWERINGS[layer.kind](tensors, fields, spatial_axes)
+    except ConvtoolError as error:
+        raise type(error)(f"{where}: {error}") from None
+
+
+def _conv(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv:
+    weight = tensors["weight"]
+    return lower_conv(weight, tensors.get("bias"), Geometry.of(tuple(weight.shape[2:]), **fields))
+
+
+def _linear(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv:
+    return lower_linear(tensors["weight"], tensors.get("bias"), spatial_axes)
+
+
+def _batch_norm(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv:
+    return lower_batch_norm(
+        tensors["running_mean"],
+        tensors["running_var"],
+        tensors.get("weight"),
+        tensors.get("bias"),
+        fields.get("eps", DEFAULT_EPS),
+        spatial_axes,
+    )
+
+
+_LOWERINGS: dict[str, Callable[[dict[str, Tensor], Fields, int], Conv]] = {
+    "conv": _conv,
+    "linear": _linear,
+    "batch_norm": _batch_norm,
+}
+_GEOMETRY = {"stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"}
+_FIELDS = {"conv": _GEOMETRY, "linear": set[str](), "batch_norm": {"eps"}}
+
+
+def _check_numbers(tensor: Tensor, where: str) -> None:
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise InputError(f"{where}: expected floating-point numbers, got {str(tensor.dtype).removeprefix('torch.')}")
+    numbers = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # float8 knows no isfinite
+    if not bool(numbers.isfinite().all()):
+        raise InputError(f"{where}: holds inf or NaN; nothing exact can be said of it")
+
+
+def _why_not(layer: Layer) -> str:
+    names = set(layer.tensors)
+    if {"weight_g", "weight_v"} <= names or any("parametrizations" in name for name in layer.name.split(".")):
+        return "is reparametrised (weight_norm or another); remove it with torch.nn.utils before saving"
+    if {"weight_orig", "weight_mask"} <= names:
+        return "is pruned; make it permanent with torch.nn.utils.prune.remove before saving"
+    if "weight_orig" in names:
+        return "has a spectral norm; make it permanent with torch.nn.utils.remove_spectral_norm before saving"
+    return f"is not a convolution, linear layer or batch norm (it holds {', '.join(sorted(names))})"

@@ -1,0 +1,208 @@
+"""Geometry as people write it: 'stride=2', 'padding=0:1,2:2', tables of fields, and where each field came from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+from convtool.core.geometry import PADDING_MODES, Geometry
+from convtool.errors import UsageError
+
+Fields: TypeAlias = dict[str, Any]
+
+DEFAULT_EPS = 1e-5  # nn.BatchNorm's
+
+
+def parse_sizes(text: str, what: str = "input size") -> tuple[int, ...]:
+    """'3,32,32' as (3, 32, 32); UsageError where it isn't a list of positive integers."""
+    try:
+        sizes = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or any(size < 1 for size in sizes):
+        raise UsageError(f"{what}: expected positive integers such as 32,32, got {text!r}")
+    return sizes
+
+
+def parse_field(name: str, value: object) -> object:
+    """One field, from the text of an option or the value of a TOML or JSON file, as `Geometry.of` takes it.
+
+    Raises:
+        UsageError: an unknown field, or a value of the wrong form. Ranges are checked by `Geometry.of`.
+    """
+    if name not in _PARSERS:
+        raise UsageError(f"unknown field {name!r}; expected one of {', '.join(_PARSERS)}")
+    try:
+        return _PARSERS[name](value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{name}: expected {_EXPECTED[name]}, got {value!r}") from None
+
+
+def parse_setting(text: str) -> tuple[str, str, object]:
+    """'layer1.conv.stride=2' as ('layer1.conv', 'stride', 2)."""
+    target, equals, value = text.partition("=")
+    layer, _, name = target.rpartition(".")
+    if not equals or not name:
+        raise UsageError(f"--set: expected LAYER.FIELD=VALUE such as conv1.stride=2, got {text!r}")
+    return layer, name, parse_field(name, value)
+
+
+def geometry_fields(geometry: Geometry) -> Fields:
+    """A geometry as plain lists and numbers, for JSON: all that `Geometry.of` takes besides the kernel size."""
+    return {
+        "stride": list(geometry.stride),
+        "padding": [list(pair) for pair in geometry.padding],
+        "dilation": list(geometry.dilation),
+        "groups": geometry.groups,
+        "padding_mode": geometry.padding_mode,
+        "transposed": geometry.transposed,
+        "output_padding": list(geometry.output_padding),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class FieldSource:
+    """Fields from one place, by layer name or pattern (fnmatch: * stands for anything, dots included)."""
+
+    origin: str
+    tables: Mapping[str, Fields]
+    exact_names: bool = False
+
+    def matches(self, pattern: str, layer: str) -> bool:
+        return pattern == layer or (not self.exact_names and fnmatchcase(layer, pattern))
+
+    def fields(self, layer: str) -> Fields:
+        """What this place says of a layer; a later table that matches wins."""
+        merged: Fields = {}
+        for pattern, fields in self.tables.items():
+            if self.matches(pattern, layer):
+                merged.update(fields)
+        return merged
+
+
+@dataclass(frozen=True, slots=True)
+class FieldSources:
+    """Every place that geometry may come from, later ones winning."""
+
+    sources: tuple[FieldSource, ...] = field(default=())
+
+    def fields(self, layer: str) -> Fields:
+        """What is known of a layer's fields; what isn't here is nobody's word but torch's default."""
+        merged: Fields = {}
+        for source in self.sources:
+            merged.update(source.fields(layer))
+        return merged
+
+    def with_first(self, source: FieldSource) -> FieldSources:
+        """The same with one more place that all the others overrule."""
+        return FieldSources((source, *self.sources))
+
+
+def parse_tables(tables: Mapping[str, object], origin: str) -> FieldSource:
+    """A TOML document of tables, one per layer or pattern, as a source of fields."""
+    parsed: dict[str, Fields] = {}
+    for pattern, table in tables.items():
+        if not isinstance(table, dict):
+            raise UsageError(
+                f'{origin}: expected a table of fields for each layer, such as "conv1" = {{ stride = 2 }},'
+                f" got {pattern} = {table!r}"
+            )
+        try:
+            parsed[pattern] = {name: parse_field(name, value) for name, value in table.items()}
+        except UsageError as error:
+            raise UsageError(f"{origin}: {pattern}: {error}") from None
+    return FieldSource(origin, parsed)
+
+
+def _integer(value: object) -> int:
+    if isinstance(value, str):
+        return int(value)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError
+    return value
+
+
+def _integers(value: object) -> int | list[int]:
+    if isinstance(value, str):
+        value = value.split(",")
+        return _integer(value[0]) if len(value) == 1 else [_integer(part) for part in value]
+    return [_integer(part) for part in value] if isinstance(value, list | tuple) else _integer(value)
+
+
+def _padding(value: object) -> object:
+    if value in ("same", "half"):
+        return value
+    if isinstance(value, str):
+        parts = [_side(part) for part in value.split(",")]
+        return parts[0] if len(parts) == 1 and isinstance(parts[0], int) else parts
+    if isinstance(value, list | tuple):
+        return [_side(part) for part in value]
+    return _integer(value)
+
+
+def _side(value: object) -> int | tuple[int, int]:
+    if isinstance(value, str) and ":" in value:
+        value = value.split(":")
+    if isinstance(value, list | tuple):
+        before, after = value
+        return _integer(before), _integer(after)
+    return _integer(value)
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    return {"true": True, "1": True, "false": False, "0": False}[_text(value).lower()]
+
+
+def _mode(value: object) -> str:
+    mode = _text(value)
+    if mode not in PADDING_MODES:
+        raise ValueError
+    return mode
+
+
+def _eps(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError
+    eps = float(value)
+    if not 0 <= eps < float("inf"):
+        raise ValueError
+    return eps
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError
+    return value
+
+
+def _flag_or_error(value: object) -> bool:
+    try:
+        return _flag(value)
+    except KeyError:
+        raise ValueError from None
+
+
+_PARSERS: dict[str, Callable[[object], object]] = {
+    "stride": _integers,
+    "padding": _padding,
+    "dilation": _integers,
+    "groups": _integer,
+    "padding_mode": _mode,
+    "transposed": _flag_or_error,
+    "output_padding": _integers,
+    "eps": _eps,
+}
+_EXPECTED = {
+    "stride": "an integer or one per axis, such as 2 or 2,1",
+    "padding": "1, one per axis (1,2), before:after (0:1,2:2), 'same' or 'half'",
+    "dilation": "an integer or one per axis, such as 2 or 2,1",
+    "groups": "an integer",
+    "padding_mode": "one of " + ", ".join(PADDING_MODES),
+    "transposed": "true or false",
+    "output_padding": "an integer or one per axis, such as 1 or 1,0",
+    "eps": "a number of at least 0, such as 1e-3",
+}

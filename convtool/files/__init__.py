@@ -1,0 +1,1 @@
+"""What the file adapters share: the one way a file comes into being."""

@@ -1,0 +1,97 @@
+"""Writing a file so that its name holds either what was there before or the whole, checked new one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from convtool.errors import OutputError
+
+
+def check_target(path: Path, *, force: bool) -> Path:
+    """Where a write to `path` will go, symlinks followed; called early, so that nothing is computed in vain.
+
+    Raises:
+        OutputError: it exists (without `force`), isn't a regular file, or its folder isn't there.
+    """
+    try:
+        target = path.resolve() if path.is_symlink() else path
+        if not target.parent.is_dir():
+            raise OutputError(f"{path}: the folder {target.parent} doesn't exist; create it first")
+        if target.is_dir():
+            raise OutputError(f"{path}: is a folder; name a file in it")
+        if target.exists() and not stat.S_ISREG(target.stat().st_mode):
+            raise OutputError(f"{path}: is not a regular file, and only a regular file can be replaced as a whole")
+        if target.exists() and not force:
+            raise OutputError(f"{path}: exists already; use --force to overwrite it")
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OutputError(f"{path}: cannot be written: {_reason(error)}") from None
+    return target
+
+
+@contextlib.contextmanager
+def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
+    """A binary file, open for writing and reading, that becomes `path` when the block ends well, and vanishes if not.
+
+    It is written beside the target, synced, handed to `check` (which re-reads it and raises where it is not what it
+    should be), and renamed; then the folder is synced. An existing target's mode is kept. Without `force` a target
+    that appeared meanwhile is left alone.
+
+    Raises:
+        OutputError: `check_target`'s reasons, or the write failed (full disk, no permission, ...).
+    """
+    target = check_target(path, force=force)
+    temporary = target.with_name(f".convtool-{secrets.token_hex(8)}.tmp")
+    try:
+        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
+        descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {_reason(error)}") from None
+    try:
+        with os.fdopen(descriptor, "w+b") as file:
+            yield file
+            file.flush()
+            os.fchmod(file.fileno(), mode)
+            os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
+        _publish(temporary, target, force=force)
+    except OSError as error:
+        raise OutputError(f"{path}: could not be written: {_reason(error)}; nothing was changed") from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def _publish(temporary: Path, target: Path, *, force: bool) -> None:
+    if force:
+        temporary.replace(target)
+    else:
+        try:
+            os.link(temporary, target)  # unlike a rename, this never replaces a file
+        except FileExistsError:
+            raise OutputError(f"{target}: was created by another program meanwhile; it was left alone") from None
+        except OSError:  # a file system without hard links
+            if target.exists():
+                raise OutputError(f"{target}: was created by another program meanwhile; it was left alone") from None
+            temporary.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -93,48 +95,34 @@ def live_module(conv: Conv) -> nn.Module:
     if conv.spatial_axes > 3 or geometry.transposed:
         raise RefusedError(f"cannot make a live module of a layer with {geometry.describe()}")
     plain = all(before == after for before, after in geometry.padding)
-    kinds = (nn.Conv1d, nn.Conv2d, nn.Conv3d) if plain else (_Conv1d, _Conv2d, _Conv3d)
-    module = kinds[conv.spatial_axes - 1](
+    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[conv.spatial_axes - 1]
+    module: nn.Module = kind(
         conv.in_channels,
         conv.out_channels,
         geometry.kernel_size,
         stride=geometry.stride,
-        padding=tuple(before for before, _ in geometry.padding),
+        padding=tuple(before if plain else 0 for before, _ in geometry.padding),
         dilation=geometry.dilation,
         groups=geometry.groups,
         bias=bias,
-        padding_mode=geometry.padding_mode,
+        padding_mode=geometry.padding_mode if plain else "zeros",
         dtype=dtype,
     )
-    if isinstance(module, _AsymmetricPadding):
-        module.sides = geometry.padding
+    if not plain:
+        module.register_forward_pre_hook(_PadInput(geometry.padding, geometry.padding_mode))
     return module
 
 
-class _AsymmetricPadding:
-    """Pads each side by its own amount before convolving, which nn.Conv cannot."""
+@dataclass(frozen=True)
+class _PadInput:
+    """Pads each side by its own amount before a layer runs, which nn.Conv cannot do by itself."""
 
     sides: tuple[tuple[int, int], ...]
     padding_mode: str
 
-    def pad(self, x: Tensor) -> Tensor:
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(x, [side for pair in reversed(self.sides) for side in pair], mode=mode)
-
-
-class _Conv1d(_AsymmetricPadding, nn.Conv1d):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - torch's name
-        return F.conv1d(self.pad(input), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-class _Conv2d(_AsymmetricPadding, nn.Conv2d):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return F.conv2d(self.pad(input), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-class _Conv3d(_AsymmetricPadding, nn.Conv3d):
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
-        return F.conv3d(self.pad(input), self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+        return F.pad(inputs[0], [side for pair in reversed(self.sides) for side in pair], mode=mode)
 
 
 def _check_modules(model: nn.Module, sources: list[str], fused: str) -> None:

@@ -37,6 +37,10 @@ class Checkpoint(abc.ABC):
     def tensor(self, name: str) -> Tensor:
         """The tensor of that full name, mapped from the file where the format allows; not to be written to."""
 
+    @abc.abstractmethod
+    def bits(self, name: str) -> Tensor:
+        """The tensor's bytes, row-major, as a flat uint8 tensor; also of dtypes that torch doesn't have."""
+
     @property
     @abc.abstractmethod
     def record(self) -> Record | None:

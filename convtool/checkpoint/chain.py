@@ -1,9 +1,11 @@
-"""A chain of named layers, lowered: fields gathered from every source, what nobody says settled or assumed, and said."""
+"""A chain of named layers, lowered: fields gathered from every source, the rest settled, or assumed and said so."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import torch
 
 from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.info import Layer
@@ -41,12 +43,17 @@ def recorded(checkpoint: Checkpoint) -> FieldSource:
 
 
 def lower_chain(
-    checkpoint: Checkpoint, names: Sequence[str], sources: FieldSources, input_channels: int | None = None
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    sources: FieldSources,
+    input_channels: int | None = None,
+    spatial_axes: int | None = None,
 ) -> list[LoweredLayer]:
     """The named layers, first to last, with their fields from `sources` (the checkpoint's record comes before them).
 
     Args:
         input_channels: of the chain's input, where the user gave them; settles groups that nobody stated.
+        spatial_axes: of the chain's input, for a chain without a convolution; 0 where None.
 
     Raises:
         UsageError: an unknown layer, one named twice, fields or channels that don't fit.
@@ -58,7 +65,7 @@ def lower_chain(
         if any(layer.name == other.name for other in layers[:number]):
             raise UsageError(f"{layer.name} is named twice; a chain runs through each layer once")
     sources = sources.with_first(recorded(checkpoint))
-    axes = _spatial_axes(layers)
+    axes = _spatial_axes(layers, spatial_axes or 0)
     lowered: list[LoweredLayer] = []
     channels, known_from = input_channels, "--input-size"
     for layer in layers:
@@ -81,13 +88,22 @@ def lower_chain(
     return lowered
 
 
-def _spatial_axes(layers: Sequence[Layer]) -> int:
-    """The number of spatial axes of a chain, as its convolutions tell; 0 where there is none."""
+def stored_dtype(chain: Sequence[LoweredLayer]) -> torch.dtype:
+    """The dtype that the chain is stored in: its first convolution's or linear layer's, else its first layer's."""
+    layers = [lowered.layer for lowered in chain]
+    layer = next((layer for layer in layers if layer.kind in ("conv", "linear")), layers[0])
+    info = layer.tensors.get("weight") or layer.tensors["running_mean"]
+    dtype: torch.dtype = getattr(torch, info.dtype)
+    return dtype
+
+
+def _spatial_axes(layers: Sequence[Layer], default: int) -> int:
+    """The number of spatial axes of a chain, as its convolutions tell; `default` where there is none."""
     counts = {layer.name: layer.spatial_axes for layer in layers if layer.spatial_axes is not None}
     if len(set(counts.values())) > 1:
         each = ", ".join(f"{name} has {axes}" for name, axes in counts.items())
         raise UsageError(f"layers of different numbers of spatial axes cannot be chained: {each}")
-    axes = next(iter(counts.values()), 0)
+    axes = next(iter(counts.values()), default)
     linear = [layer.name for layer in layers if layer.kind == "linear"]
     if axes and linear:
         raise RefusedError(

@@ -38,7 +38,7 @@ class Layer:
         """Number of spatial axes, where the weight tells."""
         return len(self.tensors["weight"].shape) - 2 if self.kind == "conv" else None
 
-    def keys(self) -> Iterator[str]:
+    def tensor_names(self) -> Iterator[str]:
         """Full names of the layer's tensors."""
         return (info.name for info in self.tensors.values())
 

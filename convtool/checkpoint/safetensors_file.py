@@ -92,6 +92,14 @@ class SafetensorsCheckpoint(Checkpoint):
         count = (span.stop - span.start) // dtype.itemsize
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=span.start).reshape(info.shape)
 
+    def bits(self, name: str) -> Tensor:
+        import torch
+
+        span = self.spans[name]
+        if span.start == span.stop:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._map, dtype=torch.uint8, count=span.stop - span.start, offset=span.start)
+
     def raw(self, name: str) -> memoryview:
         """The tensor's bytes as they stand in the file."""
         span = self.spans[name]

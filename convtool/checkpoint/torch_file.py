@@ -51,6 +51,10 @@ class TorchCheckpoint(Checkpoint):
         tensor: Tensor = self.state[name]
         return tensor.detach()
 
+    def bits(self, name: str) -> Tensor:
+        flat = self.tensor(name).contiguous().reshape(-1)
+        return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
+
     @cached_property
     def record(self) -> Record | None:
         path = record_path(self.path)

@@ -6,7 +6,7 @@ values of all weights and biases. Then, elementwise,
 
     |B(x) - A(x)|  <=  ((1+u)^m - 1) |A|(|x|)  +  gamma_n(v) |B|(|x|)  +  gamma_n(w) (|B|(|x|) + |A|(|x|))  +  eta
 
-    u      unit roundoff of the dtype that A is stored in; each of its m layers was rounded once: |fl(a) - a| <= u|fl(a)|
+    u      unit roundoff of the dtype that A is stored in; each of its m layers is rounded once: |fl(a) - a| <= u|fl(a)|
     gamma  n*w / (1 - n*w), n the longest accumulation through a chain; w = 2^-53 for the float64 of this comparison
     v      unit roundoff of the precision that A was computed in before it was stored; float64 for convtool's own
     eta    what underflow adds: half the smallest subnormal of A's dtype for every stored number
@@ -421,3 +421,22 @@ def _impulse_places(channels: int, size: tuple[int, ...], most: int) -> set[int]
     # Too many for all pairs: walk through channels and points side by side, so that each comes up as early as it can.
     steps = ((i % channels, flat[(i + i // math.lcm(channels, len(flat))) % len(flat)]) for i in range(most))
     return {channel * spatial + place for channel, place in steps}
+
+
+def default_sizes(chain: Sequence[Conv]) -> list[tuple[int, ...]]:
+    """Input sizes at which a chain shows its border on every side and an interior, one per remainder of its stride.
+
+    The first is the smallest comfortable one; the axes differ, so that height and width cannot be mixed up; at most
+    four sizes.
+    """
+    axes = chain[0].spatial_axes
+    if axes == 0:
+        return [()]
+    reach, stride = [1] * axes, [1] * axes
+    for conv in chain:
+        for number, axis in enumerate(conv.geometry.axes):
+            inner = axis.reach if not axis.transposed else math.ceil(axis.reach / axis.stride)
+            reach[number] += stride[number] * (inner + axis.before + axis.after)
+            stride[number] *= 1 if axis.transposed else axis.stride
+    smallest = [r + 2 * s + number for number, (r, s) in enumerate(zip(reach, stride, strict=True))]
+    return [tuple(n + step for n in smallest) for step in range(min(4, max(stride)))]

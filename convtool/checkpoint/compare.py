@@ -1,0 +1,85 @@
+"""Two checkpoints held against each other: which fusions part them, and whether all the rest is the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.chain import LoweredLayer, lower_chain
+from convtool.checkpoint.record import FusionRecord, chains_of
+from convtool.core.fields import FieldSource, FieldSources
+from convtool.errors import InputError
+
+CHUNK = 1 << 24  # bytes compared at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pairing:
+    """A chain of BEFORE and the chain of AFTER that stands for it.
+
+    Attributes:
+        name: of the fused layer.
+        before, after: the lowered layers.
+        fusion: the last recorded fusion of that name, or None where the user named the layers.
+    """
+
+    name: str
+    before: list[LoweredLayer]
+    after: list[LoweredLayer]
+    fusion: FusionRecord | None
+
+
+def recorded_pairings(before: Checkpoint, after: Checkpoint, sources: FieldSources) -> list[Pairing]:
+    """A pairing for each fusion that AFTER records and BEFORE doesn't; geometry as recorded, `sources` overruling it.
+
+    Raises:
+        InputError: AFTER has no record of a fusion that BEFORE lacks, or the record doesn't fit the tensors.
+    """
+    if after.record is None:
+        raise InputError(f"{after.path}: holds no record of what was fused; name the layers: --before a,b --after c")
+    fusions = after.record.since(before.record)
+    last = {fusion.name: fusion for fusion in fusions}
+    pairings = []
+    for name, chain in chains_of(fusions).items():
+        missing = [source.name for source in chain if source.name not in before.layers]
+        if missing or name not in after.layers:
+            where, which = (before.path, missing[0]) if missing else (after.path, name)
+            raise InputError(f"{where}: has no layer {which!r}, which the record of {after.path} names")
+        known = FieldSource("record", {source.name: source.fields for source in chain}, exact_names=True)
+        pairings.append(
+            Pairing(
+                name,
+                lower_chain(before, [source.name for source in chain], sources.with_first(known)),
+                lower_chain(after, [name], FieldSources()),
+                last[name],
+            )
+        )
+    return pairings
+
+
+def differing_tensors(before: Checkpoint, after: Checkpoint, pairings: Sequence[Pairing]) -> dict[str, str]:
+    """Tensors that no pairing accounts for and that aren't the same: name -> 'changed', 'missing' or 'new'."""
+    used = {key for pairing in pairings for lowered in pairing.before for key in lowered.layer.tensor_names()}
+    made = {key for pairing in pairings for lowered in pairing.after for key in lowered.layer.tensor_names()}
+    differing = {}
+    for name in before.infos.keys() - used:
+        if name not in after.infos:
+            differing[name] = "missing"
+        elif not same_bits(before, after, name):
+            differing[name] = "changed"
+    for name in after.infos.keys() - made - (before.infos.keys() - used):
+        differing[name] = "new"
+    return dict(sorted(differing.items()))
+
+
+def same_bits(before: Checkpoint, after: Checkpoint, name: str) -> bool:
+    """Whether the tensor is the same in both: dtype, shape, and every bit (so that NaN equals the same NaN)."""
+    one, other = before.infos[name], after.infos[name]
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    a, b = before.bits(name), after.bits(name)
+    pieces = range(0, max(len(a), len(b)), CHUNK)
+    return len(a) == len(b) and all(torch.equal(a[i : i + CHUNK], b[i : i + CHUNK]) for i in pieces)

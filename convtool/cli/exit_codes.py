@@ -1,0 +1,37 @@
+"""The one table from what happened to the process's exit code."""
+
+from __future__ import annotations
+
+from convtool.errors import ConvtoolError, InputError, OutputError, RefusedError, UsageError
+
+OK = 0
+NOT_EQUIVALENT = 1  # of `verify`, and of nothing else
+USAGE = 2
+INTERNAL = 70
+INTERRUPTED = 130  # 128 + SIGINT
+BROKEN_PIPE = 141  # 128 + SIGPIPE: whoever read our output went away
+TERMINATED = 143  # 128 + SIGTERM
+
+BY_ERROR: dict[type[ConvtoolError], tuple[int, str]] = {
+    UsageError: (USAGE, "usage"),
+    InputError: (3, "input"),
+    RefusedError: (4, "refused"),
+    OutputError: (5, "output"),
+}
+
+MEANINGS = {
+    OK: "done; verify: equivalent",
+    NOT_EQUIVALENT: "verify: not equivalent, and nothing else ever exits 1",
+    USAGE: "usage: unknown option, layer or value",
+    3: "input missing, corrupt, unsupported, or not finite",
+    4: "refused: it would not be exact, or the pickle holds code",
+    5: "output exists without --force, or could not be written",
+    INTERNAL: "a bug in convtool",
+    INTERRUPTED: "interrupted; nothing half-written left behind",
+    TERMINATED: "terminated; nothing half-written left behind",
+}
+
+
+def of_error(error: ConvtoolError) -> tuple[int, str]:
+    """(exit code, the kind's name in JSON) of an error."""
+    return next(value for kind, value in BY_ERROR.items() if isinstance(error, kind))

@@ -1,0 +1,157 @@
+"""The options that several commands share, each stated once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from convtool.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from convtool.core.fields import FieldSources
+
+CheckpointPath = Annotated[
+    Path, typer.Argument(metavar="CKPT", help="A .safetensors or torch (.pt, .pth, .bin) file.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, also on failure.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No remarks on stderr.")]
+Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite OUT if it exists.")]
+Root = Annotated[
+    str | None,
+    typer.Option(
+        "--root", metavar="KEYS", help="In a nested torch file, the dotted keys of the state dict.", show_default=False
+    ),
+]
+GeometryFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--geometry",
+        metavar="FILE",
+        help="TOML with a table of fields per layer or pattern.",
+        show_default=False,
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="LAYER.FIELD=VALUE",
+        help="A field that the checkpoint doesn't hold, as torch calls it: stride, padding, dilation, groups,"
+        " padding_mode, transposed, output_padding, eps. Repeatable.",
+        show_default=False,
+    ),
+]
+InputSize = Annotated[
+    str | None,
+    typer.Option(
+        "--input-size",
+        metavar="[C,]H,W",
+        help="Spatial sizes of the first layer's input, with or without the channels in front.",
+        show_default=False,
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option("--dtype", help="float64, float32, float16 or bfloat16.", show_default=False),
+]
+Stride = Annotated[str | None, typer.Option(metavar="N[,N]", help="Stride of LAYER.", show_default=False)]
+Padding = Annotated[
+    str | None,
+    typer.Option(metavar="P", help="1, or 1,2, or before:after (0:1,2:2), or same, or half.", show_default=False),
+]
+Dilation = Annotated[str | None, typer.Option(metavar="N[,N]", help="Dilation of LAYER.", show_default=False)]
+Groups = Annotated[str | None, typer.Option(metavar="N", help="Groups of LAYER.", show_default=False)]
+PaddingModeOption = Annotated[
+    str | None,
+    typer.Option("--padding-mode", help="zeros, circular, replicate or reflect.", show_default=False),
+]
+Transposed = Annotated[bool, typer.Option("--transposed", help="LAYER is a ConvTranspose.")]
+OutputPadding = Annotated[
+    str | None,
+    typer.Option("--output-padding", metavar="N[,N]", help="Of a transposed LAYER.", show_default=False),
+]
+
+DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
+
+
+def parse_dtype(name: str | None) -> torch.dtype | None:
+    """--dtype as torch's; UsageError for an unknown one."""
+    if name is None:
+        return None
+    if name not in DTYPES:
+        raise UsageError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def parse_input_size(text: str | None) -> tuple[int, ...] | None:
+    """--input-size as numbers; UsageError where they aren't positive integers."""
+    from convtool.core.fields import parse_sizes
+
+    return None if text is None else parse_sizes(text, "--input-size")
+
+
+def field_sources(geometry: Path | None, settings: list[str] | None, layer_fields: dict[str, Any]) -> FieldSources:
+    """The places where fields may come from, later ones winning: the file, --set, options for the one layer.
+
+    Args:
+        layer_fields: by layer name, what options such as --stride say.
+    """
+    from convtool.core.fields import FieldSource, FieldSources, parse_setting
+
+    sources = []
+    if geometry is not None:
+        sources.append(_geometry_file(geometry))
+    set_tables: dict[str, Any] = {}
+    for text in settings or ():
+        layer, field, value = parse_setting(text)
+        set_tables.setdefault(layer, {})[field] = value
+    sources.append(FieldSource("--set", set_tables))
+    sources.append(FieldSource("options", layer_fields, exact_names=True))
+    return FieldSources(tuple(sources))
+
+
+def check_used(sources: FieldSources, layers: list[str]) -> None:
+    """Every table and setting names a layer that is there: a misspelt one would be silently without effect.
+
+    Raises:
+        UsageError: one doesn't.
+    """
+    for source in sources.sources:
+        for pattern in source.tables:
+            if not any(source.matches(pattern, layer) for layer in layers):
+                import difflib
+
+                near = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.5)
+                hint = f"; did you mean {' or '.join(near)}?" if near else "; `convtool inspect` lists the layers"
+                raise UsageError(f"{source.origin}: {pattern!r} fits no layer of the checkpoint{hint}")
+
+
+def single_layer_fields(**given: object) -> dict[str, Any]:
+    """Fields from --stride, --padding, ...: those that were given, parsed."""
+    from convtool.core.fields import parse_field
+
+    return {name: parse_field(name, value) for name, value in given.items() if value not in (None, False)}
+
+
+def _geometry_file(path: Path) -> Any:
+    import tomllib
+
+    from convtool.core.fields import parse_tables
+
+    try:
+        with path.open("rb") as file:
+            tables = tomllib.load(file)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{path}: is not TOML: {error}") from None
+    return parse_tables(tables, str(path))

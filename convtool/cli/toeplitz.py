@@ -1,0 +1,202 @@
+"""`convtool toeplitz`: a layer's matrix as a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from convtool.cli.options import (
+    CheckpointPath,
+    Dilation,
+    Dtype,
+    Force,
+    GeometryFile,
+    Groups,
+    InputSize,
+    Json,
+    OutputPadding,
+    Padding,
+    PaddingModeOption,
+    Quiet,
+    Root,
+    Settings,
+    Stride,
+    Transposed,
+    parse_dtype,
+    parse_input_size,
+    single_layer_fields,
+)
+from convtool.cli.output import Reporter, human_bytes
+from convtool.cli.run import run
+
+NAME = "toeplitz"
+EXAMPLES = """[bold]Examples[/bold]
+
+convtool toeplitz resnet.safetensors conv1 --input-size 32,32 --stride 2 --padding 3 -o conv1.npz
+
+convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.npy   (x @ B, bias in the last row)
+
+python -c 'import scipy.sparse; print(scipy.sparse.load_npz("conv1.npz").shape)'
+"""
+
+
+def command(
+    checkpoint: CheckpointPath,
+    layer: Annotated[str, typer.Argument(metavar="LAYER", help="Module path of the layer.", show_default=False)],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "--out",
+            "-o",
+            metavar="OUT",
+            help="The matrix file: .npz (scipy), .npy (dense), .safetensors or .pt.",
+            show_default=False,
+        ),
+    ],
+    input_size: InputSize = None,
+    stride: Stride = None,
+    padding: Padding = None,
+    dilation: Dilation = None,
+    groups: Groups = None,
+    padding_mode: PaddingModeOption = None,
+    transposed: Transposed = False,
+    output_padding: OutputPadding = None,
+    layout: Annotated[
+        str | None,
+        typer.Option("--layout", help="csr, coo or dense; by default csr, and dense for .npy.", show_default=False),
+    ] = None,
+    dtype: Dtype = None,
+    transpose: Annotated[
+        bool, typer.Option("--transpose", help="Write B for row vectors, y = x @ B, instead of T for y = T @ x.")
+    ] = False,
+    affine: Annotated[
+        bool, typer.Option("--affine", help="Append the bias as the last column, for inputs extended by a 1.")
+    ] = False,
+    rows: Annotated[
+        str | None, typer.Option("--rows", metavar="A:B", help="Only rows A to B-1.", show_default=False)
+    ] = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="PNG", help="Draw the matrix as well (needs matplotlib).", show_default=False),
+    ] = None,
+    geometry: GeometryFile = None,
+    settings: Settings = None,
+    root: Root = None,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """Write the matrix T of a layer, so that T @ x.reshape(-1) is the layer's output, less the bias.
+
+    Rows are (output channel, output position), columns (input channel, input position), row-major: the layout of
+    nn.Linear.weight. The bias is stored beside it as its own vector, except in .npy, which has no room for one.
+    """
+    reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
+
+    def body() -> None:
+        from convtool.checkpoint import open_checkpoint
+        from convtool.checkpoint.chain import lower_chain
+        from convtool.cli.options import check_used, field_sources
+        from convtool.core.fields import geometry_fields
+        from convtool.core.toeplitz import ToeplitzMatrix
+        from convtool.core.verify import split_input_size
+        from convtool.errors import UsageError
+        from convtool.files.atomic import check_target
+        from convtool.matrix import plan_matrix, write_matrix
+
+        size, value_dtype = parse_input_size(input_size), parse_dtype(dtype)
+        opened = open_checkpoint(checkpoint, root)
+        found = opened.layer(layer)
+        given = single_layer_fields(
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            padding_mode=padding_mode,
+            transposed=transposed,
+            output_padding=output_padding,
+        )
+        check_target(out, force=force)
+        if plot is not None:
+            check_target(plot, force=force)
+        sources = field_sources(geometry, settings, {found.name: given} if given else {})
+        check_used(sources, list(opened.layers))
+        axes = found.spatial_axes
+        if axes is None and found.kind == "batch_norm":
+            axes = len(size) - 1 if size is not None else None
+        if size is None and axes != 0 and found.kind != "linear":
+            raise UsageError(f"toeplitz needs --input-size, the spatial sizes of {layer}'s input, such as 32,32")
+        channels = size[0] if size is not None and axes is not None and len(size) == axes + 1 else None
+        lowered = lower_chain(opened, [layer], sources, channels, spatial_axes=axes)[0]
+        if lowered.assumed:
+            reporter.remark(f"assumed: {lowered.assumed}")
+        conv = lowered.conv
+        spatial = split_input_size(size or (), conv.in_channels, conv.spatial_axes)
+        matrix = ToeplitzMatrix(conv, spatial, dtype=value_dtype, transpose=transpose, affine=affine)
+        plan = plan_matrix(matrix, out, layout=_layout(layout), rows=_rows(rows))
+        record: dict[str, Any] = {
+            "layer": found.name,
+            "kind": found.kind,
+            "fields": geometry_fields(conv.geometry) | lowered.fields,
+            "input_size": [conv.in_channels, *spatial],
+            "output_size": [conv.out_channels, *matrix.output_size],
+            "transpose": transpose,
+            "affine": affine,
+            "rows": None if plan.rows is None else list(plan.rows),
+        }
+        write_matrix(matrix, plan, out, force=force, record=record)
+        if plot is not None:
+            from convtool.matrix.plot import write_plot
+
+            write_plot(matrix, plot, force=force, title=f"{found.name}, {conv.geometry.describe()}")
+        missing_bias = conv.bias is not None and not affine and not plan.stores_bias
+        document = record | {
+            "source": str(checkpoint),
+            "out": str(out),
+            "layout": plan.layout,
+            "shape": list(plan.shape),
+            "nnz": plan.nnz,
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "bytes": out.stat().st_size,
+            "bias": "column" if affine else "missing" if missing_bias else "vector" if conv.bias is not None else None,
+            "assumed": [lowered.assumed] if lowered.assumed else [],
+        }
+        if missing_bias:
+            reporter.remark(f"{out} has no room for the bias of {found.name}; --affine makes it part of the matrix")
+        reporter.result(document, lambda: _print(reporter, document))
+
+    return run(reporter, body)
+
+
+def _layout(text: str | None) -> Any:
+    from convtool.errors import UsageError
+
+    if text not in (None, "csr", "coo", "dense"):
+        raise UsageError(f"--layout: expected csr, coo or dense, got {text!r}")
+    return text
+
+
+def _rows(text: str | None) -> tuple[int, int] | None:
+    from convtool.errors import UsageError
+
+    if text is None:
+        return None
+    start, colon, stop = text.partition(":")
+    if not colon or not start.isdecimal() or not stop.isdecimal() or int(start) >= int(stop):
+        raise UsageError(f"--rows: expected A:B with A below B, such as 0:100, got {text!r}")
+    return int(start), int(stop)
+
+
+def _print(reporter: Reporter, document: dict[str, Any]) -> None:
+    rows, columns = document["shape"]
+    reporter.line(
+        f"{document['layer']}: {'x'.join(map(str, document['input_size']))} ->"
+        f" {'x'.join(map(str, document['output_size']))}"
+    )
+    density = document["nnz"] / max(1, rows * columns)
+    reporter.line(
+        f"  {rows} x {columns}, {document['nnz']} entries ({density:.3%}), {document['dtype']}, {document['layout']}"
+    )
+    reporter.line(f"wrote {document['out']}, {human_bytes(document['bytes'])}")

@@ -25,6 +25,7 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from convtool.core.compose import compose_axis
 from convtool.core.conv import Conv
 from convtool.core.geometry import Axis, Geometry, format_sizes
 from convtool.core.taps import PADDED, Table, compose_tables, tap_table
@@ -211,28 +212,33 @@ def _compose_axis_tables(
     table = tap_table(layers[0], size)
     offsets = np.arange(layers[0].kernel, dtype=np.int64) * layers[0].dilation
     lost: Mask = np.zeros(len(table), dtype=bool)
-    stride, width, any_bias = layers[0].stride, layers[0].output_size(size), biased[0]
+    prefix, width, any_bias = layers[0], layers[0].output_size(size), biased[0]
     for axis, has_bias in zip(layers[1:], biased[1:], strict=True):
         second = tap_table(axis, width)  # (O2, k2)
         padded = second == PADDED
         lost = np.any(np.where(padded, any_bias, lost[second]), axis=1)
         table = compose_tables(table, second).reshape(len(second), -1)
-        taps = np.arange(axis.kernel, dtype=np.int64) * (axis.dilation * stride)
-        offsets = np.add.outer(taps, offsets).reshape(-1)
+        plan = compose_axis(prefix, axis, "zeros")
+        taps = np.arange(axis.kernel, dtype=np.int64) * plan.step2
+        offsets = plan.base + np.add.outer(taps, offsets * (plan.step1 // prefix.dilation)).reshape(-1)
         kept = np.unique(np.vstack([offsets[None], table]), axis=1)
         offsets, table = kept[0], kept[1:]
-        stride, width, any_bias = stride * axis.stride, axis.output_size(width), any_bias or has_bias
+        prefix, width, any_bias = plan.axis, axis.output_size(width), any_bias or has_bias
     return table, offsets, lost
 
 
 @lru_cache(maxsize=4096)
 def _decide_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axis) -> AxisVerdict:
-    period = math.prod(axis.stride for axis in layers)
-    if not any(axis.before or axis.after for axis in layers[1:]):
+    # A transposed layer's output size is linear in its input's, without rounding, so it adds no period.
+    period = math.prod(axis.stride for axis in layers if not axis.transposed)
+    if not any(axis.before or axis.after or axis.transposed for axis in layers[1:]):
         return AxisVerdict(True, _smallest(layers, fused, 1), (0, 0))
     # Both ends are out of each other's sight once the axis is longer than twice what one output can see, plus what
     # padding (mirrored or wrapped) can bring in, plus a stride for the rounding.
-    long = 2 * (fused.reach + fused.before + fused.after + period + 1)
+    sight = fused.reach + fused.before + fused.after + period + 1
+    if fused.transposed:  # paddings of plain and transposed layers cancel in the fused one, and count by themselves
+        sight += sum(axis.reach + axis.before + axis.after for axis in layers)
+    long = 2 * sight
     steady = {size: _compare_axis(layers, biased, fused, size).differs for size in range(long, long + period)}
     rims = [_rim(mask) for mask in steady.values()]
     rim = (max(start for start, _ in rims), max(end for _, end in rims))

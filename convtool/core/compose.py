@@ -1,12 +1,20 @@
 """Two linear layers as one: `compose` for one after the other, `add` for side by side.
 
-For second after first, per axis:
+For second after first, per axis, not transposed:
 
     stride   s1*s2              dilation d = gcd(d1 if k1 > 1 else 0, s1*d2 if k2 > 1 else 0), or 1
     padding  p1 + s1*p2         kernel   k = (d1*(k1-1) + s1*d2*(k2-1)) / d + 1
     W[o, i, (t1*d1 + t2*d2*s1)/d] += sum over m of W2[o, m, t2] * W1[m, i, t1]
     bias     b2 + (sum over taps of W2) @ b1
     groups   gcd(g1, g2)
+
+With transposed layers, o = i*s - p + t*d, the same substitution gives one transposed layer in three cases:
+
+    both transposed              stride s1*s2, padding p2 + p1*s2, taps at t1*d1*s2 + t2*d2
+    plain (s1 = 1), transposed   stride s2, padding p2 - p1*s2 + d1*(k1-1)*s2, taps at (k1-1-t1)*d1*s2 + t2*d2
+    transposed, plain (s2 = 1)   stride s1, padding p1 - p2 + d2*(k2-1), taps at t1*d1 + (k2-1-t2)*d2
+
+where a padding that comes out negative is made up for by zero taps on that side.
 
 The result equals the two layers everywhere but near the border, where it may not: `convtool.core.border` decides.
 """
@@ -16,6 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import reduce
 
 import torch
@@ -37,19 +46,69 @@ def compose_geometry(first: Geometry, second: Geometry) -> Geometry:
         raise UsageError(
             f"cannot chain a layer of {len(first.kernel_size)} spatial axes and one of {len(second.kernel_size)}"
         )
-    if first.transposed or second.transposed:
-        raise RefusedError("fusing a transposed convolution is not supported yet")
     mode = _padding_mode(first, second)
-    axes = [_compose_axis(a, b, mode) for a, b in zip(first.axes, second.axes, strict=True)]
-    return Geometry(
-        kernel_size=tuple(axis.kernel for axis in axes),
-        stride=tuple(axis.stride for axis in axes),
-        padding=tuple((axis.before, axis.after) for axis in axes),
-        dilation=tuple(axis.dilation for axis in axes),
-        groups=math.gcd(first.groups, second.groups),
+    for a, b in zip(first.axes, second.axes, strict=True):
+        if b.transposed and not a.transposed and a.stride != 1:
+            raise RefusedError(
+                f"no single layer is a convolution of stride {a.stride} and then a transposed convolution"
+            )
+        if a.transposed and not b.transposed and b.stride != 1:
+            raise RefusedError(
+                f"no single layer is a transposed convolution and then a convolution of stride {b.stride}"
+            )
+    axes = [compose_axis(a, b, mode).axis for a, b in zip(first.axes, second.axes, strict=True)]
+    return _from_axes(axes, math.gcd(first.groups, second.groups))
+
+
+@dataclass(frozen=True, slots=True)
+class AxisComposition:
+    """One axis of a composition: tap t1 of the first and t2 of the second become one tap of the fused layer, which is
+
+    (base + t1*step1 + t2*step2) / axis.dilation
+    """
+
+    axis: Axis
+    base: int
+    step1: int
+    step2: int
+
+
+def compose_axis(first: Axis, second: Axis, mode: PaddingMode) -> AxisComposition:
+    """One axis of `compose_geometry`, with the place of each pair of taps."""
+    if not first.transposed and not second.transposed:
+        scale1, step1, step2 = first.stride, first.dilation, first.stride * second.dilation
+        before, after = first.before + scale1 * second.before, first.after + scale1 * second.after
+        base, output_padding = 0, 0
+    elif first.transposed and second.transposed:
+        step1, step2 = first.dilation * second.stride, second.dilation
+        before = second.before + first.before * second.stride
+        after = second.after + first.after * second.stride
+        base, output_padding = 0, first.output_padding * second.stride + second.output_padding
+    elif second.transposed:
+        step1, step2 = -first.dilation * second.stride, second.dilation
+        base, output_padding = first.reach * second.stride, second.output_padding
+        before = second.before - first.before * second.stride + base
+        after = second.after - first.after * second.stride + base
+    else:
+        step1, step2 = first.dilation, -second.dilation
+        base, output_padding = second.reach, first.output_padding
+        before, after = first.before - second.before + base, first.after - second.after + base
+    dilation = math.gcd(step1 if first.kernel > 1 else 0, step2 if second.kernel > 1 else 0) or 1
+    reach = abs(step1) * (first.kernel - 1) + abs(step2) * (second.kernel - 1)
+    front, back = (-(min(0, side) // dilation) * dilation for side in (before, after))  # zero taps, rounded up
+    axis = Axis(
+        kernel=(front + reach + back) // dilation + 1,
+        stride=first.stride * second.stride,
+        before=before + front,
+        after=after + back,
+        dilation=dilation,
         padding_mode=mode,
-        output_padding=(0,) * len(axes),
+        transposed=first.transposed or second.transposed,
+        output_padding=output_padding,
     )
+    if max(axis.kernel, axis.stride, axis.before, axis.after, axis.dilation) > LARGEST:
+        raise RefusedError("the fused layer's kernel, stride or padding would exceed 2**31 - 1")
+    return AxisComposition(axis, base + front, step1, step2)
 
 
 def compose(first: Conv, second: Conv) -> Conv:
@@ -86,31 +145,31 @@ def _alike(a: Conv, b: Conv) -> tuple[Conv, Conv]:
     return a.to(dtype), b.to(dtype)
 
 
-def _compose_axis(first: Axis, second: Axis, mode: PaddingMode) -> Axis:
-    spread1 = first.dilation if first.kernel > 1 else 0
-    spread2 = first.stride * second.dilation if second.kernel > 1 else 0
-    dilation = math.gcd(spread1, spread2) or 1
-    reach = first.reach + first.stride * second.reach
-    axis = Axis(
-        kernel=reach // dilation + 1,
-        stride=first.stride * second.stride,
-        before=first.before + first.stride * second.before,
-        after=first.after + first.stride * second.after,
-        dilation=dilation,
-        padding_mode=mode,
+def _from_axes(axes: Sequence[Axis], groups: int) -> Geometry:
+    return Geometry(
+        kernel_size=tuple(axis.kernel for axis in axes),
+        stride=tuple(axis.stride for axis in axes),
+        padding=tuple((axis.before, axis.after) for axis in axes),
+        dilation=tuple(axis.dilation for axis in axes),
+        groups=groups,
+        padding_mode=axes[0].padding_mode if axes else "zeros",
+        transposed=any(axis.transposed for axis in axes),
+        output_padding=tuple(axis.output_padding for axis in axes),
     )
-    if max(axis.kernel, axis.stride, axis.before, axis.after, axis.dilation) > LARGEST:
-        raise RefusedError("the fused layer's kernel, stride or padding would exceed 2**31 - 1")
-    return axis
 
 
 def _padding_mode(first: Geometry, second: Geometry) -> PaddingMode:
-    """A layer has one padding mode for all axes; a layer that doesn't pad goes with any."""
-    if not second.padded:
-        return first.padding_mode if first.padded else "zeros"
-    if first.padded and first.padding_mode != second.padding_mode:
+    """A layer has one padding mode for all axes; a layer that doesn't pad goes with any.
+
+    A transposed layer's padding crops its output, and has no mode; a transposed result knows zeros only.
+    """
+    modes = {layer.padding_mode for layer in (first, second) if layer.padded and not layer.transposed}
+    if len(modes) > 1:
         raise RefusedError(f"no single layer pads with {first.padding_mode} and then with {second.padding_mode}")
-    return second.padding_mode
+    mode: PaddingMode = modes.pop() if modes else "zeros"
+    if mode != "zeros" and (first.transposed or second.transposed):
+        raise RefusedError(f"no single layer is transposed and pads with {mode}")
+    return mode
 
 
 def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
@@ -130,9 +189,17 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
     right = first.weight.reshape(pieces, middle, columns, -1)
     right = right.transpose(2, 3).reshape(pieces, middle, -1)  # (pieces, middle, taps1 * columns)
     total = right.new_zeros(pieces, rows, *geometry.kernel_size, columns)
+    plan = [
+        compose_axis(a, b, geometry.padding_mode)
+        for a, b in zip(first.geometry.axes, second.geometry.axes, strict=True)
+    ]
+    backwards = [number + 2 for number, axis in enumerate(plan) if axis.step1 < 0]
+    if backwards:
+        right = right.reshape(pieces, middle, *k1, columns).flip(backwards).reshape(right.shape)
     for tap, place in enumerate(itertools.product(*(range(k) for k in second.geometry.kernel_size))):
         product = torch.bmm(left[tap], right).reshape(pieces, rows, *k1, columns)
-        total[(slice(None), slice(None), *_landing(first.geometry, second.geometry, geometry, place))] += product
+        landing = tuple(_landing(axis, k, t) for axis, k, t in zip(plan, k1, place, strict=True))
+        total[(slice(None), slice(None), *landing)] += product
     # Group h2 of the second and h1 of the first meet in the rows of h2 and the columns of h1.
     h1, h2 = piece * g1 // pieces, piece * g2 // pieces
     blocks = total.new_zeros(g2 * (g1 // g), rows, *geometry.kernel_size, columns)
@@ -141,14 +208,11 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
     return weight.flatten(-2).flatten(0, 1).movedim(-1, 1).contiguous()  # (C_out, C_in/groups, *kernel)
 
 
-def _landing(first: Geometry, second: Geometry, fused: Geometry, place: tuple[int, ...]) -> tuple[slice, ...]:
-    """Where in the fused kernel the taps of the first land for one tap of the second."""
-    slices = []
-    for a, b, c, tap in zip(first.axes, second.axes, fused.axes, place, strict=True):
-        start = tap * b.dilation * a.stride // c.dilation
-        step = max(1, a.dilation // c.dilation)
-        slices.append(slice(start, start + (a.kernel - 1) * step + 1, step))
-    return tuple(slices)
+def _landing(plan: AxisComposition, taps: int, tap: int) -> slice:
+    """Where the first layer's taps land, in ascending order, for one tap of the second."""
+    start = (plan.base + tap * plan.step2 + min(0, plan.step1) * (taps - 1)) // plan.axis.dilation
+    step = max(1, abs(plan.step1) // plan.axis.dilation)
+    return slice(start, start + (taps - 1) * step + 1, step)
 
 
 def _compose_biases(first: Conv, second: Conv) -> Tensor | None:
@@ -188,44 +252,37 @@ def add_geometry(a: Geometry, b: Geometry) -> Geometry:
     """The geometry of the sum of two layers; see `add`."""
     if len(a.kernel_size) != len(b.kernel_size):
         raise UsageError(f"cannot add layers of {len(a.kernel_size)} and {len(b.kernel_size)} spatial axes")
-    if a.transposed or b.transposed:
-        raise RefusedError("adding transposed convolutions is not supported yet")
+    if a.transposed != b.transposed:
+        raise RefusedError("cannot add a convolution and a transposed one")
     if a.stride != b.stride:
         raise RefusedError(f"cannot add layers of stride {format_sizes(a.stride)} and {format_sizes(b.stride)}")
-    if a.padded and b.padded and a.padding_mode != b.padding_mode:
+    if not a.transposed and a.padded and b.padded and a.padding_mode != b.padding_mode:
         raise RefusedError(f"no single layer pads with both {a.padding_mode} and {b.padding_mode}")
     mode = a.padding_mode if a.padded else b.padding_mode
-    axes = [_add_axis(x, y) for x, y in zip(a.axes, b.axes, strict=True)]
-    if mode != "zeros" and any(
-        (axis.before, axis.after) not in ((x.before, x.after), (y.before, y.after))
-        for axis, x, y in zip(axes, a.axes, b.axes, strict=True)
-    ):
-        raise RefusedError(f"no single layer of {mode} padding holds both kernels")
-    return Geometry(
-        kernel_size=tuple(axis.kernel for axis in axes),
-        stride=a.stride,
-        padding=tuple((axis.before, axis.after) for axis in axes),
-        dilation=tuple(axis.dilation for axis in axes),
-        groups=math.gcd(a.groups, b.groups),
-        padding_mode=mode,
-        output_padding=(0,) * len(axes),
-    )
+    axes = [_add_axis(x, y, mode) for x, y in zip(a.axes, b.axes, strict=True)]
+    return _from_axes(axes, math.gcd(a.groups, b.groups))
 
 
-def _add_axis(a: Axis, b: Axis) -> Axis:
-    slack_a, slack_b = a.before + a.after - a.reach, b.before + b.after - b.reach
-    if slack_a != slack_b:
+def _add_axis(a: Axis, b: Axis, mode: PaddingMode) -> Axis:
+    # Of a transposed layer, padding takes from the output; of a plain one it adds: both as (reach - padding).
+    slack = {axis.reach - axis.before - axis.after + axis.output_padding for axis in (a, b)}
+    if len(slack) > 1:
         raise RefusedError(
-            f"cannot add layers whose outputs differ in size by {abs(slack_a - slack_b)} before striding:"
-            f" kernel {a.kernel} with padding {a.before}:{a.after} and kernel {b.kernel} with padding"
-            f" {b.before}:{b.after}"
+            f"cannot add layers whose outputs differ in size: kernel {a.kernel} with padding {a.before}:{a.after}"
+            f" and kernel {b.kernel} with padding {b.before}:{b.after}"
         )
     before, after = max(a.before, b.before), max(a.after, b.after)
     # Taps stand at -before + t*dilation; the common grid has the gcd of both dilations and of the offset between them.
     spread = math.gcd(a.dilation if a.kernel > 1 else 0, b.dilation if b.kernel > 1 else 0, a.before - b.before)
     dilation = spread or 1
     reach = max(before - axis.before + axis.reach for axis in (a, b))
-    return Axis(reach // dilation + 1, a.stride, before, after, dilation, a.padding_mode)
+    if not a.transposed:
+        if mode != "zeros" and (before, after) not in ((a.before, a.after), (b.before, b.after)):
+            raise RefusedError(f"no single layer of {mode} padding holds both kernels")
+        return Axis(reach // dilation + 1, a.stride, before, after, dilation, mode)
+    after = reach - before - slack.pop()  # what leaves the output's size as it is
+    kernel, output_padding = reach // dilation + 1, max(0, -after)
+    return Axis(kernel, a.stride, before, max(0, after), dilation, mode, True, output_padding)
 
 
 def _embedding(part: Geometry, whole: Geometry) -> tuple[slice, ...]:

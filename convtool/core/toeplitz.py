@@ -2,14 +2,15 @@
 
 Rows are (output channel, output position), columns (input channel, input position), both row-major, which is
 nn.Linear.weight's layout. Nothing about a matrix depends on the numbers but its values: which columns a row has is
-read off the tap tables, an axis at a time, and is the same for every output channel of a group. So one template per
-range of positions serves them all, and any range of rows can be made by itself.
+read off the tap tables, an axis at a time, and is the same for every output channel of a group. And away from the
+borders it is the same at every position, up to a shift. So a channel's positions are cut into tiles, a few templates
+serve all tiles of all channels, and any range of rows can be made by itself.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,9 +29,21 @@ if TYPE_CHECKING:
 
 INT32_MAX = 2**31 - 1
 
-# Entries made at a time when a matrix is streamed: 8 MiB of values at most, which keeps a block in cache while
-# staying long enough that the per-block overhead doesn't show.
+_NUMPY_INDEX: dict[torch.dtype, npt.DTypeLike] = {torch.int32: np.int32, torch.int64: np.int64}
+
+# Entries in a block of rows: 8 MiB of values at most, long enough that the per-block overhead doesn't show.
 BLOCK_ENTRIES = 1 << 20
+
+# Entries in a tile: its template (12 bytes an entry) and what is made from it stay in a core's own cache.
+TILE_ENTRIES = 1 << 17
+
+# Templates kept, 18 MiB at most. A tile is at the start of an axis, inside or at its end: nine kinds for two axes.
+TEMPLATES = 12
+
+
+def index_dtype(largest: int) -> torch.dtype:
+    """int32 wherever `largest` (of the number of entries, rows and columns) fits, int64 only where it doesn't."""
+    return torch.int32 if largest <= INT32_MAX else torch.int64
 
 
 class CsrBlock(NamedTuple):
@@ -113,12 +126,48 @@ def axis_slots(table: Table) -> AxisSlots:
     return AxisSlots(columns, taps, counts, np.vstack([members, *extra]))
 
 
-class _Template(NamedTuple):
-    """What a range of positions looks like in every output channel of the first group."""
+class Stretch(NamedTuple):
+    """Consecutive rows that are best made in one go, and what else they are equal to.
 
-    counts: Tensor  # (positions,) entries of each row
-    columns: Tensor  # (entries,)
+    Stretches of one matrix with equal `same_indices` have equal columns, entry by entry; with equal `same_values`,
+    equal values. Whoever writes a matrix can so reuse what it made.
+    """
+
+    start: int
+    stop: int
+    same_indices: Hashable
+    same_values: Hashable
+
+
+class _Tile(NamedTuple):
+    """A range of positions of a channel, and the template that it shares with all tiles that look like it."""
+
+    start: int
+    stop: int
+    pattern: tuple[int, ...]
+    shift: int  # of its columns against the template's
+
+
+class _Template(NamedTuple):
+    """What a tile looks like in every output channel of the first group."""
+
+    starts: npt.NDArray[np.int64]  # (positions + 1,) where each position's entries begin
+    columns: npt.NDArray[Any]  # (entries,) of the matrix's index dtype, less the tile's shift
     sources: Tensor  # (entries,) where in the channel's row of `ToeplitzMatrix._values` each value stands
+
+    def part(self, start: int, stop: int) -> slice:
+        """The entries of its positions start:stop."""
+        return slice(int(self.starts[start]), int(self.starts[stop]))
+
+
+class _Piece(NamedTuple):
+    """Row channels first:last at the same positions, which are all of one tile."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+    tile: _Tile
 
 
 class ToeplitzMatrix:
@@ -170,7 +219,10 @@ class ToeplitzMatrix:
         self._positions = math.prod(row_size)
         self._weight = weight
         self._column_step = weight.shape[1] * math.prod(column_size)  # columns of one group
-        self._cached: tuple[tuple[int, int], _Template] | None = None
+        self._templates: dict[tuple[object, ...], _Template] = {}
+        self._tiles: dict[int, _Tile] = {}
+        self._patterns: dict[object, int] = {}
+        self._channel_values: tuple[tuple[int, int], Tensor] | None = None
         rows = weight.shape[0] * self._positions
         columns = self._column_step * conv.geometry.groups
         live = weight.shape[0] * weight.shape[1] * math.prod(int(axis.counts.sum()) for axis in slots)
@@ -181,7 +233,7 @@ class ToeplitzMatrix:
     @property
     def index_dtype(self) -> torch.dtype:
         """int32 wherever it reaches, int64 only where it doesn't."""
-        return torch.int32 if max(self.nnz, *self.shape) <= INT32_MAX else torch.int64
+        return index_dtype(max(self.nnz, *self.shape))
 
     @property
     def bias(self) -> Tensor | None:
@@ -192,10 +244,14 @@ class ToeplitzMatrix:
 
     def indptr(self) -> Tensor:
         """(rows + 1,) the start of each row among all entries."""
-        counts = torch.cat(list(self._row_counts()))
         pointer = torch.zeros(self.shape[0] + 1, dtype=torch.int64)
-        torch.cumsum(counts, 0, out=pointer[1:])
+        torch.cumsum(self.row_counts(0, self.shape[0]), 0, out=pointer[1:])
         return pointer.to(self.index_dtype)
+
+    def entries(self, start: int, stop: int) -> int:
+        """The number of entries in rows start:stop, without making them."""
+        self._check_rows(start, stop)
+        return self._entries_before(stop) - self._entries_before(start)
 
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
         """Ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
@@ -204,7 +260,6 @@ class ToeplitzMatrix:
         if per_channel <= entries:
             step = self._positions * max(1, entries // per_channel)
         else:
-            # Ranges that divide a channel evenly come back for the next channel, and find their template cached.
             step = math.ceil(self._positions / math.ceil(self._positions / max(1, entries // longest)))
         for start in range(0, self._plain_rows, self._positions if step < self._positions else step):
             if step < self._positions:
@@ -215,33 +270,77 @@ class ToeplitzMatrix:
         if self.shape[0] > self._plain_rows:
             yield self._plain_rows, self.shape[0]
 
+    def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
+        """Rows start:stop cut into stretches of about `TILE_ENTRIES` entries (one row at least)."""
+        self._check_rows(start, stop)
+        per_channel = max(1, self.nnz // max(1, self._weight.shape[0]))
+        for first, last, begin, end, tile in self._pieces(start, stop, max(1, TILE_ENTRIES // per_channel)):
+            groups = first // self._per_group, (last - 1) // self._per_group
+            part = (*tile.pattern, begin - tile.start, end - tile.start)
+            place = (*groups, last - first, first if groups[0] < groups[1] else None)
+            rows = first * self._positions + begin, (last - 1) * self._positions + end
+            yield Stretch(*rows, (tile.shift, *place, *part), (first, last, *part))
+        if start < stop and stop > self._plain_rows:
+            yield Stretch(self._plain_rows, stop, None, None)
+
     def rows(self, start: int, stop: int) -> CsrBlock:
         """Rows start:stop in CSR form, the columns of each row ascending and unique."""
-        if not 0 <= start <= stop <= self.shape[0]:
-            raise UsageError(f"rows: expected 0 <= A <= B <= {self.shape[0]}, got {start}:{stop}")
-        parts: list[CsrBlock] = []
-        end = min(stop, self._plain_rows)
-        row = start
-        while row < end:
-            channel, position = divmod(row, self._positions)
-            if position == 0 and end - row >= self._positions:  # whole channels at once
-                channels = (end - row) // self._positions
-                parts.append(self._channels(channel, channel + channels, 0, self._positions))
-                row += channels * self._positions
+        return CsrBlock(self.row_counts(start, stop), self.indices(start, stop), self.values(start, stop))
+
+    def row_counts(self, start: int, stop: int) -> Tensor:
+        """(stop - start,) int64 number of entries in each of rows start:stop."""
+        self._check_rows(start, stop)
+        position = np.arange(start, min(stop, self._plain_rows), dtype=np.int64) % self._positions
+        counts = np.full(len(position), self._weight.shape[1], dtype=np.int64)
+        for axis, where in zip(self._slots, self._unravel(position), strict=True):
+            counts *= axis.counts[where]
+        if self.affine and not self.transpose:
+            counts += 1
+        if start < stop and stop > self._plain_rows:
+            counts = np.append(counts, self._plain_columns)
+        return torch.from_numpy(counts)
+
+    def indices(self, start: int, stop: int) -> Tensor:
+        """(entries,) the columns of rows start:stop, those of each row ascending and unique."""
+        out = np.empty(self.entries(start, stop), dtype=_NUMPY_INDEX[self.index_dtype])
+        done = 0
+        for first, last, begin, end, tile in self._pieces(start, stop):
+            template = self._template(tile)
+            part = template.part(begin - tile.start, end - tile.start)
+            columns = template.columns[part]
+            channels = last - first
+            target = out[done : done + channels * len(columns)].reshape(channels, len(columns))
+            group = np.arange(first, last)[:, None] // self._per_group  # (channels, 1)
+            np.add(columns, (tile.shift + group * self._column_step).astype(out.dtype), out=target)
+            if self.affine and not self.transpose:
+                ends = template.starts[begin - tile.start + 1 : end - tile.start + 1] - 1 - part.start
+                target[:, ends] = self._plain_columns
+            done += target.size
+        if start < stop and stop > self._plain_rows:
+            out[done:] = np.arange(self._plain_columns, dtype=out.dtype)  # the bias under a transposed matrix, in full
+        return torch.from_numpy(out)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """(entries,) the values of rows start:stop, in the order of `indices`."""
+        out = torch.empty(self.entries(start, stop), dtype=self.dtype)
+        made: dict[tuple[int, ...], Tensor] = {}  # the current channel's, by what they look like
+        done, channel = 0, -1
+        for first, last, begin, end, tile in self._pieces(start, stop):
+            if first != channel:
+                made, channel = {}, first
+            template = self._template(tile)
+            part = template.part(begin - tile.start, end - tile.start)
+            sources = template.sources[part]
+            target = out[done : done + (last - first) * len(sources)].view(last - first, len(sources))
+            key = (*tile.pattern, part.start, part.stop)
+            if key in made:
+                target.copy_(made[key])
             else:
-                upto = min(end - channel * self._positions, self._positions)
-                parts.append(self._channels(channel, channel + 1, position, upto))
-                row = channel * self._positions + upto
-        if stop > self._plain_rows and start < stop:
-            parts.append(self._affine_row())
-        if len(parts) == 1:
-            return parts[0]
-        empty = torch.zeros(0, dtype=self.index_dtype)
-        return CsrBlock(
-            torch.cat([empty.long(), *(part.counts for part in parts)]),
-            torch.cat([empty, *(part.indices for part in parts)]),
-            torch.cat([empty.to(self.dtype), *(part.values for part in parts)]),
-        )
+                made[key] = torch.index_select(self._values(first, last), 1, sources, out=target)
+            done += target.numel()
+        if start < stop and stop > self._plain_rows:
+            out[done:].view(self.conv.out_channels, -1).copy_(self._bias_column())
+        return out
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Rows start:stop as a dense (stop - start, columns) tensor."""
@@ -273,10 +372,22 @@ class ToeplitzMatrix:
         matrix.has_canonical_format = True  # sorted and unique by construction: spares scipy the check
         return matrix
 
-    @cached_property
-    def _values(self) -> Tensor:
-        """(row channels, column channels * subsets [+ 1]) every value that can stand in a channel's rows."""
-        weight = self._weight
+    def _check_rows(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise UsageError(f"rows: expected 0 <= A <= B <= {self.shape[0]}, got {start}:{stop}")
+
+    @property
+    def _per_group(self) -> int:
+        return max(1, self._weight.shape[0] // self.conv.geometry.groups)
+
+    def _values(self, first: int, last: int) -> Tensor:
+        """(channels, column channels * subsets [+ 1]) every value that can stand in rows of channels first:last."""
+        if self._channel_values is None or self._channel_values[0] != (first, last):
+            self._channel_values = ((first, last), self._make_values(first, last))
+        return self._channel_values[1]
+
+    def _make_values(self, first: int, last: int) -> Tensor:
+        weight = self._weight[first:last]
         for number, axis in enumerate(self._slots):
             if axis.merges:
                 exact = weight.to(torch.promote_types(weight.dtype, torch.float64))
@@ -284,7 +395,7 @@ class ToeplitzMatrix:
                 weight = torch.tensordot(exact, members, dims=([number + 2], [1])).movedim(-1, number + 2)
         values = weight.flatten(1).to(self.dtype)
         if self.affine and not self.transpose:
-            values = torch.cat([values, self._bias_column()], 1)
+            values = torch.cat([values, self._bias_column()[first:last]], 1)
         return values.contiguous()
 
     def _bias_column(self) -> Tensor:
@@ -297,49 +408,95 @@ class ToeplitzMatrix:
     def _longest_row(self) -> int:
         return self._weight.shape[1] * math.prod(int(axis.counts.max(initial=0)) for axis in self._slots) + self.affine
 
-    def _row_counts(self) -> Iterator[Tensor]:
-        counts = np.full((1,), self._weight.shape[1], dtype=np.int64)
-        for axis in self._slots:
-            counts = np.multiply.outer(counts, axis.counts).reshape(-1)
-        plain = torch.from_numpy(counts) + int(self.affine and not self.transpose)
-        for _ in range(self._weight.shape[0]):
-            yield plain
-        if self.shape[0] > self._plain_rows:
-            yield torch.tensor([self._plain_columns])
+    def _unravel(self, position: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+        """Positions of a channel as one index per axis."""
+        return np.unravel_index(position, self._row_size) if self._row_size else ()
 
-    def _channels(self, first: int, last: int, start: int, stop: int) -> CsrBlock:
-        """Row channels first:last, positions start:stop of each."""
-        template = self._template(start, stop)
-        entries, channels = len(template.columns), last - first
-        indices = torch.empty(channels, entries, dtype=self.index_dtype)
-        per_group = self._weight.shape[0] // self.conv.geometry.groups
-        for group in range(first // per_group, (last - 1) // per_group + 1):
-            shared = slice(max(0, group * per_group - first), (group + 1) * per_group - first)
-            torch.add(template.columns, group * self._column_step, out=indices[shared.start])
-            if self.affine and not self.transpose:
-                indices[shared.start, template.counts.cumsum(0) - 1] = self._plain_columns
-            indices[shared] = indices[shared.start].clone()
-        values = torch.empty(channels, entries, dtype=self.dtype)
-        for channel in range(channels):
-            torch.index_select(self._values[first + channel], 0, template.sources, out=values[channel])
-        return CsrBlock(template.counts.repeat(channels), indices.view(-1), values.view(-1))
+    def _entries_before(self, row: int) -> int:
+        """The number of entries in all rows before this one."""
+        channel, position = divmod(min(row, self._plain_rows), self._positions)
+        totals = [int(axis.counts.sum()) for axis in self._slots]
+        # Positions before this one agree with it on some leading axes, are smaller on the next, and any on the rest.
+        before, agree = 0, 1
+        where = np.unravel_index(position, self._row_size) if self._row_size else ()
+        for number, (axis, index) in enumerate(zip(self._slots, where, strict=True)):
+            before += agree * int(axis.counts[:index].sum()) * math.prod(totals[number + 1 :])
+            agree *= int(axis.counts[index])
+        live = self._weight.shape[1] * (channel * math.prod(totals) + before)
+        if self.affine and self.transpose:
+            return live + (self._plain_columns if row > self._plain_rows else 0)
+        return live + (row if self.affine else 0)
 
-    def _affine_row(self) -> CsrBlock:
-        """The bias under a transposed matrix: one more row, full."""
-        values = self._bias_column().expand(-1, math.prod(self.output_size)).reshape(-1)
-        return CsrBlock(
-            torch.tensor([self._plain_columns]), torch.arange(self._plain_columns, dtype=self.index_dtype), values
-        )
+    @cached_property
+    def _tiling(self) -> tuple[int, int, int]:
+        """(axis, step, inner): a tile is `step` positions of that axis, all `inner` ones of the axes after it.
 
-    def _template(self, start: int, stop: int) -> _Template:
-        if self._cached is None or self._cached[0] != (start, stop):
-            self._cached = ((start, stop), self._make_template(start, stop))
-        return self._cached[1]
+        Axes before it have one position in a tile.
+        """
+        limit, inner = max(1, TILE_ENTRIES // max(1, self._longest_row)), 1
+        for number, size in reversed(list(enumerate(self._row_size))):
+            if inner * size > limit or number == 0:
+                tiles = math.ceil(size / max(1, limit // inner))
+                return number, math.ceil(size / tiles), inner
+            inner *= size
+        return 0, 1, 1
 
-    def _make_template(self, start: int, stop: int) -> _Template:
+    def _tile(self, position: int) -> _Tile:
+        """The tile that a position is in."""
+        if not self._row_size:
+            return _Tile(0, 1, (), 0)
+        number, step, inner = self._tiling
+        line, rest = divmod(position, self._row_size[number] * inner)
+        place = rest // (step * inner)
+        key = line * self._row_size[number] + place
+        if key not in self._tiles:
+            self._tiles[key] = self._make_tile(line, place * step)
+        return self._tiles[key]
+
+    def _make_tile(self, line: int, begin: int) -> _Tile:
+        number, step, inner = self._tiling
+        end = min(begin + step, self._row_size[number])
+        leading = np.unravel_index(line, self._row_size[:number]) if number else ()
+        ranges = [(int(index), int(index) + 1) for index in leading]
+        ranges += [(begin, end), *((0, size) for size in self._row_size[number + 1 :])]
+        pattern, shift, column_step = [], 0, math.prod(self._column_size)
+        for axis, size, (start, stop) in zip(self._slots, self._column_size, ranges, strict=True):
+            column_step //= size
+            columns, subsets = axis.columns[start:stop], axis.subsets[start:stop]
+            live = columns != PADDED
+            lowest = int(columns[live].min(initial=size - 1))
+            shape = np.where(live, columns - lowest, PADDED).tobytes(), np.where(live, subsets, 0).tobytes()
+            pattern.append(self._patterns.setdefault((column_step, shape), len(self._patterns)))
+            shift += lowest * column_step
+        offset = line * self._row_size[number]
+        return _Tile((offset + begin) * inner, (offset + end) * inner, tuple(pattern), shift)
+
+    def _pieces(self, start: int, stop: int, channels: int | None = None) -> Iterator[_Piece]:
+        """Rows start:stop, as far as they are channels', cut at tiles; whole channels together where a tile is one."""
+        row, end = start, min(stop, self._plain_rows)
+        while row < end:
+            channel, position = divmod(row, self._positions)
+            tile = self._tile(position)
+            upto = min(tile.stop, end - channel * self._positions)
+            last = channel + 1
+            if position == 0 and upto == self._positions:
+                whole = (end - row) // self._positions
+                last = channel + (whole if channels is None else min(whole, channels))
+            yield _Piece(channel, last, position, upto, tile)
+            row = (last - 1) * self._positions + upto
+
+    def _template(self, tile: _Tile) -> _Template:
+        key = (self.index_dtype, *tile.pattern)
+        if key not in self._templates:
+            if len(self._templates) >= TEMPLATES:
+                self._templates.pop(next(iter(self._templates)))
+            self._templates[key] = self._make_template(tile.start, tile.stop, tile.shift)
+        return self._templates[key]
+
+    def _make_template(self, start: int, stop: int, shift: int) -> _Template:
         """Columns and value sources of positions start:stop, in order, for the first channel of the first group."""
         positions = stop - start
-        where = np.unravel_index(np.arange(start, stop), self._row_size) if self._row_size else ()
+        where = self._unravel(np.arange(start, stop))
         axes = len(self._slots)
         channels = self._weight.shape[1]
         subsets = math.prod(len(axis.members) for axis in self._slots)
@@ -361,17 +518,17 @@ class ToeplitzMatrix:
             counts *= axis.counts[row]
         full = np.broadcast_shapes(columns.shape, live.shape, (positions, channels, *(1,) * axes))
         chosen = np.broadcast_to(live, full)
-        flat_columns = np.broadcast_to(columns, full)[chosen]
+        flat_columns = np.broadcast_to(columns, full)[chosen] - shift
         flat_sources = np.broadcast_to(sources, full)[chosen]
         if self.affine and not self.transpose:
             ends = np.cumsum(counts)  # the bias goes behind the last entry of each row
-            flat_columns = np.insert(flat_columns, ends, self._plain_columns)
+            flat_columns = np.insert(flat_columns, ends, 0)  # its column is filled in where it is known
             flat_sources = np.insert(flat_sources, ends, channels * subsets)
             counts = counts + 1
-        index_type = np.int32 if self.index_dtype == torch.int32 else np.int64
+        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
         return _Template(
-            torch.from_numpy(counts),
-            torch.from_numpy(flat_columns.astype(index_type)),
+            starts,
+            flat_columns.astype(_NUMPY_INDEX[self.index_dtype]),
             torch.from_numpy(flat_sources),
         )
 

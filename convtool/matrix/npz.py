@@ -1,0 +1,83 @@
+"""The .npz format: a zip of .npy arrays, for `scipy.sparse.load_npz`, or `numpy.load` where dense.
+
+Besides what scipy reads there are a member `bias`, where there is one to store, and `convtool`, the record as JSON;
+scipy passes over both. Nothing is deflated: weights hardly shrink, and it would take 25 times as long.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from convtool.errors import OutputError
+from convtool.matrix import npy
+from convtool.matrix.contents import Contents, Layout, Output
+from convtool.matrix.stored_zip import Member, archive_size, write_archive
+
+LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
+STORES_BIAS = True
+
+
+def refusal(dtype: torch.dtype, layout: Layout) -> str | None:
+    """Why the format can't hold values of that dtype, and the way out; None where it can."""
+    if dtype == torch.float16 and layout != "dense":
+        return (
+            "scipy has no sparse matrices of float16; use --dtype float32, which holds every float16 exactly,"
+            " --layout dense, or write a .safetensors file"
+        )
+    return npy.refusal(dtype, layout)
+
+
+def index_dtype(layout: Layout, narrowest: torch.dtype) -> torch.dtype:
+    """The dtype of indices, given the narrowest that holds them."""
+    return narrowest
+
+
+def file_size(contents: Contents) -> int:
+    """The exact size of the file in bytes."""
+    return archive_size(_members(contents))
+
+
+def write(file: Output, contents: Contents) -> None:
+    """Write the file."""
+    write_archive(file, _members(contents))
+
+
+def check(path: Path, contents: Contents) -> None:
+    """Open what was written with zipfile and numpy; OutputError where it is not what was to be written."""
+    expected = {member.name: member for member in _members(contents)}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+            if sizes != {name: member.size for name, member in expected.items()}:
+                raise OutputError("the file read back holds other arrays than were written; nothing was changed")
+            for name, member in expected.items():
+                with archive.open(name) as back:
+                    if back.read(len(member.head)) != member.head:
+                        raise OutputError(f"{name} read back differs from what was written; nothing was changed")
+    except zipfile.BadZipFile as error:
+        raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
+
+
+def _members(contents: Contents) -> list[Member]:
+    small: dict[str, Any] = {}
+    if contents.layout != "dense":
+        small = {"format": contents.layout.encode(), "shape": np.array(contents.shape, dtype="<i8"), "_is_array": True}
+    if contents.record is not None:
+        small["convtool"] = contents.record.encode("ascii")
+    members = [_small_member(name, value) for name, value in small.items()]
+    for array in contents.arrays:
+        head = npy.header(array)
+        members.append(Member(f"{array.name}.npy", len(head) + array.nbytes, head, array.chunks))
+    return members
+
+
+def _small_member(name: str, value: Any) -> Member:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.asanyarray(value), allow_pickle=False)
+    return Member(f"{name}.npy", len(file.getvalue()), file.getvalue(), lambda: iter(()))

@@ -1,0 +1,68 @@
+"""A picture of a matrix: where its entries stand, and their sign and size."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.errors import UsageError
+from convtool.files.atomic import replacing
+
+PIXELS = 1024  # per side; a larger matrix is binned, each pixel showing the entry of largest magnitude in its bin
+
+
+def write_plot(matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str) -> None:
+    """Draw the matrix as a PNG.
+
+    Raises:
+        UsageError: matplotlib isn't installed, or the name doesn't end in .png.
+        OutputError: the file exists or could not be written.
+    """
+    if path.suffix != ".png":
+        raise UsageError(f"{path}: a picture is a .png")
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'convtool[plot]'") from None
+
+    picture = _binned(matrix)
+    largest = float(picture.abs().max()) or 1.0
+    height = max(3.0, min(12.0, 8.0 * matrix.shape[0] / matrix.shape[1]))
+    figure = Figure(figsize=(8.0, height + 1.2), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    shown = axes.imshow(
+        torch.where(picture == 0, torch.nan, picture).numpy(),
+        cmap="coolwarm",
+        vmin=-largest,
+        vmax=largest,
+        interpolation="nearest",
+        extent=(0, matrix.shape[1], matrix.shape[0], 0),
+        aspect="auto",
+    )
+    axes.set_title(title)
+    axes.set_xlabel("output" if matrix.transpose else "input: channel, position")
+    axes.set_ylabel("input" if matrix.transpose else "output: channel, position")
+    figure.colorbar(shown, ax=axes, shrink=0.8)
+    with replacing(path, force=force) as file:
+        canvas.print_png(file)
+
+
+def _binned(matrix: ToeplitzMatrix) -> Tensor:
+    """(at most PIXELS, at most PIXELS) float64, the entry of largest magnitude in each bin; 0 where there is none."""
+    rows, columns = matrix.shape
+    height, width = min(rows, PIXELS), min(columns, PIXELS)
+    high = torch.zeros(height * width, dtype=torch.float64)
+    low = torch.zeros_like(high)
+    for start, stop in matrix.blocks():
+        block = matrix.rows(start, stop)
+        row = torch.repeat_interleave(torch.arange(start, stop), block.counts)
+        place = row * height // rows * width + block.indices.long() * width // columns
+        values = block.values.real if block.values.is_complex() else block.values
+        high.scatter_reduce_(0, place, values.double(), "amax")
+        low.scatter_reduce_(0, place, values.double(), "amin")
+    return torch.where(high >= -low, high, low).reshape(height, width)

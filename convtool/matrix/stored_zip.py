@@ -1,0 +1,165 @@
+"""A zip archive of stored, aligned members of known sizes, written from front to back.
+
+The stdlib's zipfile can't align members and checksums every byte anew; here a matrix's repeated chunks are
+checksummed once (`combine_crc`), and a member's data can be mapped into memory as it stands. What is written is read
+back with zipfile.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+from convtool.matrix.contents import Chunk, Output
+
+ALIGNMENT = 64  # of each member's data: what torch and numpy map
+
+LIMIT = 0xFFFFFFFF  # sizes and offsets from here on take the zip64 fields
+LIMIT_COUNT = 0xFFFF
+
+_DATE = (1 << 5) | 1  # 1 January 1980, the format's first day, so that equal contents give equal files
+_PADDING_ID = 0x4246  # "FB": torch's own, for the same purpose
+_ZIP64_ID = 1
+_LOCAL, _CENTRAL, _END = 0x04034B50, 0x02014B50, 0x06054B50
+_END64, _LOCATOR64 = 0x06064B50, 0x07064B50
+_CRC_POLYNOMIAL = 0xEDB88320
+
+
+class Member(NamedTuple):
+    """A file in the archive: a few bytes of head, then chunks, `size` bytes together."""
+
+    name: str
+    size: int
+    head: bytes
+    chunks: Callable[[], Iterator[Chunk]]
+
+
+class _Placed(NamedTuple):
+    name: bytes
+    size: int
+    offset: int  # of the local header
+
+    @property
+    def big(self) -> bool:
+        return self.size >= LIMIT
+
+    @property
+    def extra(self) -> bytes:
+        """The local header's extra field less its padding."""
+        return struct.pack("<HHQQ", _ZIP64_ID, 16, self.size, self.size) if self.big else b""
+
+    @property
+    def padding(self) -> bytes:
+        unpadded = self.offset + 30 + len(self.name) + len(self.extra) + 4
+        return struct.pack("<HH", _PADDING_ID, -unpadded % ALIGNMENT) + b"\0" * (-unpadded % ALIGNMENT)
+
+    @property
+    def data_offset(self) -> int:
+        return self.offset + 30 + len(self.name) + len(self.extra) + len(self.padding)
+
+    def local(self, crc: int) -> bytes:
+        size = LIMIT if self.big else self.size
+        extra = self.extra + self.padding
+        fixed = (_LOCAL, self.version, 0, 0, 0, _DATE, crc, size, size, len(self.name), len(extra))
+        return struct.pack("<L5H3L2H", *fixed) + self.name + extra
+
+    def central(self, crc: int) -> bytes:
+        wide = [self.size, self.size] if self.big else []
+        wide += [self.offset] if self.offset >= LIMIT else []
+        extra = struct.pack(f"<HH{len(wide)}Q", _ZIP64_ID, 8 * len(wide), *wide) if wide else b""
+        size, offset = min(self.size, LIMIT), min(self.offset, LIMIT)
+        version = 45 if wide else 20
+        fixed = (_CENTRAL, version, version, 0, 0, 0, _DATE, crc, size, size, len(self.name), len(extra), 0, 0, 0, 0)
+        return struct.pack("<L6H3L5H2L", *fixed, offset) + self.name + extra
+
+    @property
+    def version(self) -> int:
+        return 45 if self.big else 20
+
+
+def archive_size(members: Sequence[Member]) -> int:
+    """The size in bytes of the archive of these members; none of their chunks is made."""
+    placed = _place(members)
+    end = placed[-1].data_offset + placed[-1].size if placed else 0
+    central = b"".join(one.central(0) for one in placed)
+    return end + len(central) + len(_end(len(placed), end, len(central)))
+
+
+def write_archive(file: Output, members: Sequence[Member]) -> None:
+    """Write an archive from the start of a file.
+
+    Raises:
+        RuntimeError: a member's chunks don't add up to its size.
+    """
+    central = b""
+    end = 0
+    for member, place in zip(members, _place(members), strict=True):
+        file.write(place.local(0))
+        file.write(member.head)
+        crc, size = zlib.crc32(member.head), len(member.head)
+        for chunk in member.chunks():
+            file.write(chunk.data)
+            crc = combine_crc(crc, chunk.crc, chunk.data.nbytes)
+            size += chunk.data.nbytes
+        if size != member.size:
+            raise RuntimeError(f"{member.name}: {size} bytes came, {member.size} were announced")
+        end = place.data_offset + size
+        file.seek(place.offset)
+        file.write(place.local(crc))
+        file.seek(end)
+        central += place.central(crc)
+    file.write(central)
+    file.write(_end(len(members), end, len(central)))
+
+
+def combine_crc(first: int, second: int, length: int) -> int:
+    """The CRC-32 of two byte strings joined, from that of each and the length in bytes of the second.
+
+    A CRC is the remainder of a polynomial over GF(2); appending `length` bytes multiplies it by x**(8*length).
+    """
+    return _multiply(_power(length), first) ^ second
+
+
+def _multiply(a: int, b: int) -> int:
+    """The product of two polynomials modulo CRC-32's, coefficients from the highest bit down."""
+    product = 0
+    while a:
+        if a & 1 << 31:
+            product ^= b
+        a = (a << 1) & 0xFFFFFFFF
+        b = (b >> 1) ^ (_CRC_POLYNOMIAL if b & 1 else 0)
+    return product
+
+
+@lru_cache(maxsize=1024)
+def _power(length: int) -> int:
+    """x**(8*length) modulo CRC-32's polynomial."""
+    result, square = 1 << 31, 1 << 23  # 1 and x**8
+    while length:
+        if length & 1:
+            result = _multiply(square, result)
+        square = _multiply(square, square)
+        length >>= 1
+    return result
+
+
+def _place(members: Sequence[Member]) -> list[_Placed]:
+    placed: list[_Placed] = []
+    offset = 0
+    for member in members:
+        placed.append(_Placed(member.name.encode("ascii"), member.size, offset))
+        offset = placed[-1].data_offset + member.size
+    return placed
+
+
+def _end(count: int, offset: int, size: int) -> bytes:
+    """The end of the archive, after a central directory of this size at this offset."""
+    wide = b""
+    if offset >= LIMIT or size >= LIMIT or count >= LIMIT_COUNT:
+        wide = struct.pack("<LQ2H2L4Q", _END64, 44, 45, 45, 0, 0, count, count, size, offset)
+        wide += struct.pack("<LLQL", _LOCATOR64, 0, offset + size, 1)
+    short = min(count, LIMIT_COUNT)
+    return wide + struct.pack("<L4H2LH", _END, 0, 0, short, short, min(size, LIMIT), min(offset, LIMIT), 0)

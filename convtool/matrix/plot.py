@@ -33,7 +33,7 @@ def write_plot(matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str) -
     largest = float(picture.abs().max()) or 1.0
     height = max(3.0, min(12.0, 8.0 * matrix.shape[0] / matrix.shape[1]))
     figure = Figure(figsize=(8.0, height + 1.2), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     shown = axes.imshow(
         torch.where(picture == 0, torch.nan, picture).numpy(),
@@ -49,7 +49,7 @@ def write_plot(matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str) -
     axes.set_ylabel("input" if matrix.transpose else "output: channel, position")
     figure.colorbar(shown, ax=axes, shrink=0.8)
     with replacing(path, force=force) as file:
-        canvas.print_png(file)
+        figure.savefig(file, format="png", metadata={"Software": None})  # no version: equal inputs, equal files
 
 
 def _binned(matrix: ToeplitzMatrix) -> Tensor:

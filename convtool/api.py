@@ -10,8 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convtool.checkpoint import open_checkpoint
+from convtool.checkpoint.info import FUNCTION
 from convtool.core.conv import Conv, lower_conv
 from convtool.core.geometry import Geometry, Padding, PerAxis
+from convtool.core.tree import BASE, has_sum
 from convtool.errors import InputError, RefusedError, UsageError
 
 
@@ -55,8 +57,9 @@ def conv(
 def apply(model: nn.Module, path: str | Path) -> nn.Module:
     """Put a checkpoint's recorded fusions into a live model and load its tensors strictly.
 
-    Each fused layer takes its place; nn.Identity stands where the other layers of its chain were. The model is changed
-    in place and returned.
+    Each fused layer takes its place; nn.Identity stands where the other layers of its chain were, and branches of a sum
+    are deleted, with the modules that held only them (the model's forward has to know the fused layer by its name). The
+    model is changed in place and returned.
 
     Args:
         model: as before the fusions; layers are found by name.
@@ -70,12 +73,17 @@ def apply(model: nn.Module, path: str | Path) -> nn.Module:
     if checkpoint.record is None:
         raise InputError(f"{path}: holds no convtool record; there is nothing to apply")
     for fusion in checkpoint.record.fusions:
-        _check_modules(model, [source.name for source in fusion.sources], fusion.name)
-        for source in fusion.sources:
-            model.set_submodule(source.name, nn.Identity())
+        branches = has_sum(fusion.tree)
+        names = [source.name for source in fusion.sources if source.origin == BASE and source.kind != FUNCTION]
+        _check_modules(model, names if branches else [*names, fusion.name])
+        # The fused layer first: it keeps the module that it stands in from being deleted as empty.
         if f"{fusion.name}.weight" in checkpoint.infos:  # else it was fused further, and a later record has it
-            conv = checkpoint.conv(fusion.name)
-            model.set_submodule(fusion.name, live_module(conv))
+            _put_submodule(model, fusion.name, live_module(checkpoint.conv(fusion.name)))
+        for name in names:
+            if name != fusion.name and branches:  # an identity in place of a branch would add its input to the sum
+                _delete_submodule(model, name)
+            elif name != fusion.name:
+                model.set_submodule(name, nn.Identity())
     try:
         model.load_state_dict({name: checkpoint.tensor(name) for name in checkpoint.infos}, strict=True)
     except RuntimeError as error:
@@ -125,8 +133,22 @@ class _PadInput:
         return F.pad(inputs[0], [side for pair in reversed(self.sides) for side in pair], mode=mode)
 
 
-def _check_modules(model: nn.Module, sources: list[str], fused: str) -> None:
+def _delete_submodule(model: nn.Module, name: str) -> None:
+    """Delete a module, and then the modules around it that are left without anything."""
+    path, _, last = name.rpartition(".")
+    parent = model.get_submodule(path)
+    delattr(parent, last)
+    if path and not list(parent.children()) and not any(True for _ in parent.parameters()):
+        _delete_submodule(model, path)
+
+
+def _put_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
+    path, _, last = name.rpartition(".")
+    model.get_submodule(path).add_module(last, module)
+
+
+def _check_modules(model: nn.Module, names: list[str]) -> None:
     known = dict(model.named_modules())
-    for name in (*sources, fused):
+    for name in names:
         if name not in known:
             raise UsageError(f"the model has no layer {name!r}, which the checkpoint's record names")

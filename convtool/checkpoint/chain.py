@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.info import Layer
+from convtool.checkpoint.info import FUNCTION, Layer
 from convtool.checkpoint.lower import lower_layer
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.fields import DEFAULT_EPS, Fields, FieldSource, FieldSources, geometry_fields
+from convtool.core.functions import flatten_size, is_function, make_function
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import RefusedError, UsageError
 
 
@@ -25,15 +27,17 @@ class LoweredLayer:
         conv: what it was lowered to.
         fields: all of its fields, the assumed ones too.
         assumed: what nobody stated, in words; '' where everything was stated.
+        origin: the checkpoint that it is from, BASE for the one that is changed.
     """
 
     layer: Layer
     conv: Conv
     fields: Fields
     assumed: str
+    origin: str = BASE
 
     def source(self) -> SourceLayer:
-        return SourceLayer(self.layer.name, self.layer.kind, self.fields)
+        return SourceLayer(self.layer.name, self.layer.kind, self.fields, self.origin)
 
 
 def recorded(checkpoint: Checkpoint) -> FieldSource:
@@ -49,33 +53,123 @@ def lower_chain(
     input_channels: int | None = None,
     spatial_axes: int | None = None,
 ) -> list[LoweredLayer]:
-    """The named layers, first to last, with their fields from `sources` (the checkpoint's record comes before them).
+    """The named layers of one checkpoint, first to last; see `lower_tree`."""
+    tree = Chain(tuple(LayerRef(name) for name in names))
+    return list(leaves(lower_tree({BASE: checkpoint}, tree, sources, input_channels, spatial_axes)))
+
+
+def lower_tree(
+    checkpoints: Mapping[str, Checkpoint],
+    tree: Tree[LayerRef],
+    sources: FieldSources,
+    input_channels: int | None = None,
+    spatial_axes: int | None = None,
+) -> Tree[LoweredLayer]:
+    """A tree of names, lowered, with the fields from `sources` (the checkpoint's record comes before them).
 
     Args:
-        input_channels: of the chain's input, where the user gave them; settles groups that nobody stated.
-        spatial_axes: of the chain's input, for a chain without a convolution; 0 where None.
+        checkpoints: by the source that the names give; BASE is the one that is changed.
+        input_channels: of the tree's input, where the user gave them; settles groups that nobody stated.
+        spatial_axes: of the tree's input, for one without a convolution; 0 where None.
 
     Raises:
         UsageError: an unknown layer, one named twice, fields or channels that don't fit.
         InputError: a layer that isn't linear, or holds inf or NaN.
         RefusedError: layers that cannot be chained here.
     """
-    layers = [checkpoint.layer(name) for name in names]
-    for number, layer in enumerate(layers):
-        if any(layer.name == other.name for other in layers[:number]):
-            raise UsageError(f"{layer.name} is named twice; a chain runs through each layer once")
-    sources = sources.with_first(recorded(checkpoint))
-    axes = _spatial_axes(layers, spatial_axes or 0)
-    lowered: list[LoweredLayer] = []
-    channels, known_from = input_channels, "--input-size"
-    for layer in layers:
-        fields = sources.fields(layer.name)
+    return _TreeLowering(checkpoints, tree, sources, spatial_axes).lower(input_channels)
+
+
+class _TreeLowering:
+    """The layers of one tree, found and lowered; channels are passed along from layer to layer."""
+
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        tree: Tree[LayerRef],
+        sources: FieldSources,
+        spatial_axes: int | None,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.tree = tree
+        self.sources = sources.with_first(recorded(checkpoints[BASE]))
+        self.layers: dict[LayerRef, Layer] = {}
+        for ref in leaves(tree):
+            layer = self._find(ref)
+            if layer.kind != FUNCTION and any(
+                ref.source == other.source and layer.name == found.name for other, found in self.layers.items()
+            ):
+                raise UsageError(f"{layer.name} is named twice; a fusion runs through each layer once")
+            self.layers[ref] = layer
+        self.axes = _spatial_axes(list(self.layers.values()), spatial_axes or 0, self._has_flatten())
+
+    def lower(self, channels: int | None) -> Tree[LoweredLayer]:
+        return self._lower(self.tree, channels, "--input-size")[0]
+
+    def _find(self, ref: LayerRef) -> Layer:
+        if is_function(ref.name):
+            return Layer(ref.name, FUNCTION, {})
+        if ref.source not in self.checkpoints:
+            raise UsageError(f"{ref}: no checkpoint is called {ref.source!r}; give it with --with {ref.source}=FILE")
+        return self.checkpoints[ref.source].layer(ref.name)
+
+    def _has_flatten(self) -> bool:
+        return any(flatten_size(ref.name) is not None for ref in self.layers)
+
+    def _lower(
+        self, tree: Tree[LayerRef], channels: int | None, known_from: str
+    ) -> tuple[Tree[LoweredLayer], int | None, str]:
+        """The lowered tree, the channels of its output, and whose word these are."""
+        if isinstance(tree, Chain):
+            return self._lower_chain(tree, channels, known_from)
+        if isinstance(tree, Sum):
+            if channels is None:
+                channels, known_from = self._settled(tree)
+            lowered = [self._lower(part, channels, known_from) for part in tree.parts]
+            return Sum(tuple(part for part, _, _ in lowered)), lowered[0][1], lowered[0][2]
+        lowered_leaf = self._lower_leaf(tree, channels, known_from, None)
+        return lowered_leaf, lowered_leaf.conv.out_channels, lowered_leaf.layer.name
+
+    def _lower_chain(
+        self, chain: Chain[LayerRef], channels: int | None, known_from: str
+    ) -> tuple[Tree[LoweredLayer], int | None, str]:
+        parts: list[Tree[LoweredLayer]] = []
+        flattened: tuple[int, ...] | None = None
+        for part in chain.parts:
+            if isinstance(part, LayerRef) and flatten_size(part.name) is not None:
+                flattened = flatten_size(part.name)
+            elif isinstance(part, LayerRef) and flattened is not None:
+                lowered = self._lower_leaf(part, channels, known_from, flattened)
+                parts.append(lowered)
+                channels, known_from, flattened = lowered.conv.out_channels, lowered.layer.name, None
+            else:
+                tree, channels, known_from = self._lower(part, channels, known_from)
+                parts.append(tree)
+        if flattened is not None:
+            raise UsageError("flatten(...) stands before the linear layer that reads what it flattens")
+        return Chain(tuple(parts)), channels, known_from
+
+    def _lower_leaf(
+        self, ref: LayerRef, channels: int | None, known_from: str, flattened: tuple[int, ...] | None
+    ) -> LoweredLayer:
+        layer = self.layers[ref]
+        if layer.kind == FUNCTION:
+            if channels is None:
+                raise UsageError(
+                    f"{ref}: the number of channels isn't known here; give --input-size with the channels in front"
+                )
+            return LoweredLayer(layer, make_function(ref.name, channels, self.axes), {}, "")
+        if flattened is not None and layer.kind != "linear":
+            raise UsageError(f"{layer.name} is a {layer.kind}, not the linear layer that flatten(...) stands before")
+        fields = self.sources.fields(layer.name)
         assumed: list[str] = []
         if layer.kind == "conv":
             fields, assumed = _settle_conv(layer, fields, channels, known_from)
         elif layer.kind == "batch_norm" and "eps" not in fields:
             assumed = [f"eps {DEFAULT_EPS:g}"]
-        conv = lower_layer(checkpoint, layer, fields, axes)
+        if flattened is not None:
+            fields = fields | {"flatten": flattened}
+        conv = lower_layer(self.checkpoints[ref.source], layer, fields, self.axes)
         if channels is not None and conv.in_channels != channels:
             raise UsageError(
                 f"channels don't fit: {layer.name} takes {conv.in_channels} channels, and {known_from} gives {channels}"
@@ -83,9 +177,22 @@ def lower_chain(
         full = geometry_fields(conv.geometry) if layer.kind == "conv" else dict(fields)
         if layer.kind == "batch_norm":
             full.setdefault("eps", DEFAULT_EPS)
-        lowered.append(LoweredLayer(layer, conv, full, f"{layer.name}: {', '.join(assumed)}" if assumed else ""))
-        channels, known_from = conv.out_channels, layer.name
-    return lowered
+        said = f"{layer.name}: {', '.join(assumed)}" if assumed else ""
+        return LoweredLayer(layer, conv, full, said, ref.source)
+
+    def _settled(self, tree: Tree[LayerRef]) -> tuple[int | None, str]:
+        """Channels of a tree's input where one of its first layers settles them, and that layer's name."""
+        if isinstance(tree, Chain):
+            return self._settled(tree.parts[0])
+        if isinstance(tree, Sum):
+            return next((found for part in tree.parts if (found := self._settled(part))[0] is not None), (None, ""))
+        layer = self.layers[tree]
+        if layer.kind == "batch_norm":
+            return layer.tensors["running_mean"].shape[0], layer.name
+        groups = self.sources.fields(layer.name).get("groups")
+        if layer.kind == "conv" and groups is not None:
+            return layer.tensors["weight"].shape[1] * groups, layer.name
+        return None, ""
 
 
 def stored_dtype(chain: Sequence[LoweredLayer]) -> torch.dtype:
@@ -97,18 +204,18 @@ def stored_dtype(chain: Sequence[LoweredLayer]) -> torch.dtype:
     return dtype
 
 
-def _spatial_axes(layers: Sequence[Layer], default: int) -> int:
-    """The number of spatial axes of a chain, as its convolutions tell; `default` where there is none."""
+def _spatial_axes(layers: Sequence[Layer], default: int, flattens: bool) -> int:
+    """The number of spatial axes of a tree, as its convolutions tell; `default` where there is none."""
     counts = {layer.name: layer.spatial_axes for layer in layers if layer.spatial_axes is not None}
     if len(set(counts.values())) > 1:
         each = ", ".join(f"{name} has {axes}" for name, axes in counts.items())
         raise UsageError(f"layers of different numbers of spatial axes cannot be chained: {each}")
     axes = next(iter(counts.values()), default)
     linear = [layer.name for layer in layers if layer.kind == "linear"]
-    if axes and linear:
+    if axes and linear and not flattens:
         raise RefusedError(
             f"{linear[0]} is a linear layer: between it and a convolution there is a flatten or a pooling that the"
-            " checkpoint doesn't show, and fusing across one is not supported"
+            f" checkpoint doesn't show; name it in the chain, such as flatten(7,7) before {linear[0]}"
         )
     return axes
 

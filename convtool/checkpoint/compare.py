@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.chain import LoweredLayer, lower_chain
-from convtool.checkpoint.record import FusionRecord, chains_of
+from convtool.checkpoint.chain import LoweredLayer, lower_tree
+from convtool.checkpoint.info import FUNCTION
+from convtool.checkpoint.record import FusionRecord, SourceLayer, trees_of
 from convtool.core.fields import FieldSource, FieldSources
+from convtool.core.geometry import format_sizes
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import InputError
 
 CHUNK = 1 << 24  # bytes compared at a time
@@ -22,18 +25,23 @@ class Pairing:
 
     Attributes:
         name: of the fused layer.
-        before, after: the lowered layers.
+        before, after: the lowered layers, in chains and sums.
         fusion: the last recorded fusion of that name, or None where the user named the layers.
     """
 
     name: str
-    before: list[LoweredLayer]
-    after: list[LoweredLayer]
+    before: Tree[LoweredLayer]
+    after: Tree[LoweredLayer]
     fusion: FusionRecord | None
 
 
-def recorded_pairings(before: Checkpoint, after: Checkpoint, sources: FieldSources) -> list[Pairing]:
+def recorded_pairings(
+    before: Checkpoint, after: Checkpoint, sources: FieldSources, others: Mapping[str, Checkpoint] | None = None
+) -> list[Pairing]:
     """A pairing for each fusion that AFTER records and BEFORE doesn't; geometry as recorded, `sources` overruling it.
+
+    Args:
+        others: the other checkpoints that layers came from, by the names they were given.
 
     Raises:
         InputError: AFTER has no record of a fusion that BEFORE lacks, or the record doesn't fit the tensors.
@@ -43,27 +51,49 @@ def recorded_pairings(before: Checkpoint, after: Checkpoint, sources: FieldSourc
     fusions = after.record.since(before.record)
     last = {fusion.name: fusion for fusion in fusions}
     pairings = []
-    for name, chain in chains_of(fusions).items():
+    for name, tree in trees_of(fusions).items():
+        chain = [source for source in leaves(tree) if source.kind != FUNCTION and source.origin == BASE]
         missing = [source.name for source in chain if source.name not in before.layers]
         if missing or name not in after.layers:
             where, which = (before.path, missing[0]) if missing else (after.path, name)
             raise InputError(f"{where}: has no layer {which!r}, which the record of {after.path} names")
-        known = FieldSource("record", {source.name: source.fields for source in chain}, exact_names=True)
+        known = FieldSource("record", {source.name: source.fields for source in leaves(tree)}, exact_names=True)
         pairings.append(
             Pairing(
                 name,
-                lower_chain(before, [source.name for source in chain], sources.with_first(known)),
-                lower_chain(after, [name], FieldSources()),
+                lower_tree({BASE: before, **(others or {})}, _names(tree), sources.with_first(known)),
+                lower_tree({BASE: after}, LayerRef(name), FieldSources()),
                 last[name],
             )
         )
     return pairings
 
 
+def _names(tree: Tree[SourceLayer]) -> Tree[LayerRef]:
+    """The names of recorded layers, a flatten put back before the linear layer that it was recorded with."""
+    if isinstance(tree, Chain):
+        return Chain(tuple(part for item in tree.parts for part in _names_in_chain(item)))
+    if isinstance(tree, Sum):
+        return Sum(tuple(_names(part) for part in tree.parts))
+    return LayerRef(tree.name, tree.origin)
+
+
+def _names_in_chain(item: Tree[SourceLayer]) -> Iterator[Tree[LayerRef]]:
+    if isinstance(item, SourceLayer) and "flatten" in item.fields:
+        yield LayerRef(f"flatten({format_sizes(item.fields['flatten'])})")
+    yield _names(item)
+
+
 def differing_tensors(before: Checkpoint, after: Checkpoint, pairings: Sequence[Pairing]) -> dict[str, str]:
     """Tensors that no pairing accounts for and that aren't the same: name -> 'changed', 'missing' or 'new'."""
-    used = {key for pairing in pairings for lowered in pairing.before for key in lowered.layer.tensor_names()}
-    made = {key for pairing in pairings for lowered in pairing.after for key in lowered.layer.tensor_names()}
+    used = {
+        key
+        for pairing in pairings
+        for lowered in leaves(pairing.before)
+        if lowered.origin == BASE
+        for key in lowered.layer.tensor_names()
+    }
+    made = {key for pairing in pairings for lowered in leaves(pairing.after) for key in lowered.layer.tensor_names()}
     differing = {}
     for name in before.infos.keys() - used:
         if name not in after.infos:

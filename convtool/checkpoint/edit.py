@@ -18,13 +18,40 @@ class Edit:
 
     Attributes:
         remove: full names of the tensors that go.
-        insert: new tensors by full name; they stand where `anchor` stood.
-        anchor: the first of `remove`, whose place the new ones take.
+        places: new tensors by full name, under the name of the removed tensor whose place they take.
     """
 
     remove: frozenset[str]
-    insert: Mapping[str, Tensor]
-    anchor: str
+    places: Mapping[str, Mapping[str, Tensor]]
+
+    @classmethod
+    def of(cls, remove: Iterable[str], insert: Mapping[str, Tensor], anchor: str) -> Edit:
+        """All of `insert` in the place of one removed tensor, `anchor`."""
+        return cls(frozenset(remove), {anchor: insert})
+
+    @classmethod
+    def together(cls, edits: Iterable[Edit]) -> Edit:
+        """Several edits at once.
+
+        Raises:
+            UsageError: two of them take out or put in a tensor of the same name.
+        """
+        remove: set[str] = set()
+        places: dict[str, Mapping[str, Tensor]] = {}
+        inserted: set[str] = set()
+        for edit in edits:
+            twice = (remove & edit.remove) | (inserted & edit.insert.keys())
+            if twice:
+                raise UsageError(f"two fusions claim {sorted(twice)[0]!r}")
+            remove |= edit.remove
+            inserted |= edit.insert.keys()
+            places.update(edit.places)
+        return cls(frozenset(remove), places)
+
+    @property
+    def insert(self) -> dict[str, Tensor]:
+        """All new tensors by full name."""
+        return {name: tensor for tensors in self.places.values() for name, tensor in tensors.items()}
 
     def order(self, names: Iterable[str]) -> list[tuple[str, Tensor | None]]:
         """The edited checkpoint's tensors in order: (name, None) as it was, (name, tensor) new.
@@ -33,12 +60,12 @@ class Edit:
             UsageError: a new name is taken by a tensor that stays.
         """
         result: list[tuple[str, Tensor | None]] = []
+        insert = self.insert
         for name in names:
-            if name == self.anchor:
-                result += self.insert.items()
+            result += self.places.get(name, {}).items()
             if name in self.remove:
                 continue
-            if name in self.insert:
+            if name in insert:
                 raise UsageError(f"the name {name!r} is taken by a tensor that stays; choose another with --name")
             result.append((name, None))
         return result

@@ -25,7 +25,7 @@ class Layer:
 
     Attributes:
         name: module path; '' for a state dict of one bare module.
-        kind: 'conv', 'linear', 'batch_norm' or 'other', as far as names and shapes tell.
+        kind: 'conv', 'linear', 'batch_norm', 'scale' or 'other', as far as names and shapes tell.
         tensors: by parameter name ('weight', 'running_mean', ...).
     """
 
@@ -42,6 +42,9 @@ class Layer:
         """Full names of the layer's tensors."""
         return (info.name for info in self.tensors.values())
 
+
+FUNCTION = "function"  # the kind of a layer without tensors, which stands in no checkpoint
+SCALES = ("gamma", "layer_scale_parameter", "lambda1")  # what per-channel scales are called in timm and transformers
 
 # Containers that training wrappers leave in the names; they say nothing about the layer.
 WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -60,6 +63,8 @@ def kind_of(tensors: Mapping[str, TensorInfo]) -> str:
     """What a module must be, as far as its tensors' names and shapes tell."""
     if "running_mean" in tensors and "running_var" in tensors:
         return "batch_norm"
+    if len(tensors) == 1 and (scale := next((tensors[name] for name in SCALES if name in tensors), None)):
+        return "scale" if len(scale.shape) == 1 else "other"
     if "weight" not in tensors:
         return "other"
     axes = len(tensors["weight"].shape)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.info import Layer
+from convtool.checkpoint.info import SCALES, Layer
 from convtool.core.conv import Conv, lower_batch_norm, lower_conv, lower_linear
 from convtool.core.fields import DEFAULT_EPS, Fields
 from convtool.core.geometry import Geometry
+from convtool.core.layers import linear_after_flatten, scale
 from convtool.errors import ConvtoolError, InputError, UsageError
 
 
@@ -33,7 +34,7 @@ def lower_layer(checkpoint: Checkpoint, layer: Layer, fields: Fields, spatial_ax
     if unknown:
         raise UsageError(f"{where}: a {layer.kind.replace('_', ' ')} has no {', '.join(sorted(unknown))}")
     tensors = {name: checkpoint.tensor(info.name) for name, info in layer.tensors.items()}
-    for name in ("weight", "bias", "running_mean", "running_var"):
+    for name in ("weight", "bias", "running_mean", "running_var", *SCALES):
         if name in tensors:
             _check_numbers(tensors[name], f"{where}.{name}")
     try:
@@ -48,7 +49,14 @@ def _conv(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv
 
 
 def _linear(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv:
+    if "flatten" in fields:
+        return linear_after_flatten(tensors["weight"], tensors.get("bias"), fields["flatten"])
     return lower_linear(tensors["weight"], tensors.get("bias"), spatial_axes)
+
+
+def _scale(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv:
+    (factors,) = tensors.values()
+    return scale(factors, spatial_axes)
 
 
 def _batch_norm(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv:
@@ -66,9 +74,10 @@ _LOWERINGS: dict[str, Callable[[dict[str, Tensor], Fields, int], Conv]] = {
     "conv": _conv,
     "linear": _linear,
     "batch_norm": _batch_norm,
+    "scale": _scale,
 }
 _GEOMETRY = {"stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"}
-_FIELDS = {"conv": _GEOMETRY, "linear": set[str](), "batch_norm": {"eps"}}
+_FIELDS = {"conv": _GEOMETRY, "linear": {"flatten"}, "batch_norm": {"eps"}, "scale": set[str]()}
 
 
 def _check_numbers(tensor: Tensor, where: str) -> None:

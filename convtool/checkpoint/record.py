@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convtool.core.fields import Fields, parse_field
+from convtool.core.tree import BASE, Chain, Sum, Tree, leaves
 from convtool.errors import InputError
 
 SCHEMA = 1
@@ -19,14 +20,23 @@ SCHEMA = 1
 
 @dataclass(frozen=True, slots=True)
 class SourceLayer:
-    """A layer that went into a fusion: its name, kind, and every field that its checkpoint doesn't hold."""
+    """A layer that went into a fusion.
+
+    Attributes:
+        name: its module path; of a layer without tensors, what was written in its place ('avg_pool(2)').
+        kind: as in `convtool.checkpoint.info`.
+        fields: every field that its checkpoint doesn't hold.
+        origin: the other checkpoint that it came from, by the name it was given; BASE for the one that was changed.
+    """
 
     name: str
     kind: str
     fields: Fields
+    origin: str = BASE
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "kind": self.kind, "fields": self.fields}
+        document: dict[str, Any] = {"name": self.name, "kind": self.kind, "fields": self.fields}
+        return document | ({"origin": self.origin} if self.origin else {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +45,7 @@ class FusionRecord:
 
     Attributes:
         name: the layer that stands for the others.
-        sources: those, first to last.
+        tree: those, in chains and sums.
         fields: the fused layer's geometry.
         dtype: of its tensors.
         exact: whether it equals the sources (at `input_size`, or at every size where that is None).
@@ -43,17 +53,22 @@ class FusionRecord:
     """
 
     name: str
-    sources: tuple[SourceLayer, ...]
+    tree: Tree[SourceLayer]
     fields: Fields
     dtype: str
     exact: bool
     input_size: tuple[int, ...] | None
     rim: tuple[tuple[int, int], ...]
 
+    @property
+    def sources(self) -> tuple[SourceLayer, ...]:
+        """Every layer of the tree, in order."""
+        return tuple(leaves(self.tree))
+
     def to_json(self) -> dict[str, Any]:
         return {
             "name": self.name,
-            "sources": [source.to_json() for source in self.sources],
+            "sources": _tree_to_json(self.tree),
             "fields": self.fields,
             "dtype": self.dtype,
             "exact": self.exact,
@@ -97,15 +112,36 @@ class Record:
         return json.dumps(document, separators=(",", ":"))
 
 
-def chains_of(fusions: Sequence[FusionRecord]) -> dict[str, tuple[SourceLayer, ...]]:
+def trees_of(fusions: Sequence[FusionRecord]) -> dict[str, Tree[SourceLayer]]:
     """For each layer that the fusions left behind, the layers it stands for, fusions of fused layers spelled out."""
-    made: dict[str, tuple[SourceLayer, ...]] = {}
+    made: dict[str, Tree[SourceLayer]] = {}
     for fusion in fusions:
-        chain: list[SourceLayer] = []
-        for source in fusion.sources:
-            chain += made.pop(source.name, (source,))
-        made[fusion.name] = tuple(chain)
+        made[fusion.name] = _spell_out(fusion.tree, made)
     return made
+
+
+def _spell_out(tree: Tree[SourceLayer], made: dict[str, Tree[SourceLayer]]) -> Tree[SourceLayer]:
+    if isinstance(tree, Chain):
+        return Chain(tuple(_spell_out(part, made) for part in tree.parts))
+    if isinstance(tree, Sum):
+        return Sum(tuple(_spell_out(part, made) for part in tree.parts))
+    return made.pop(tree.name, tree) if tree.origin == BASE else tree
+
+
+def _tree_to_json(tree: Tree[SourceLayer]) -> dict[str, Any]:
+    if isinstance(tree, Chain):
+        return {"chain": [_tree_to_json(part) for part in tree.parts]}
+    if isinstance(tree, Sum):
+        return {"sum": [_tree_to_json(part) for part in tree.parts]}
+    return tree.to_json()
+
+
+def _tree_from_json(item: dict[str, Any]) -> Tree[SourceLayer]:
+    if "chain" in item:
+        return Chain(tuple(_tree_from_json(part) for part in item["chain"]))
+    if "sum" in item:
+        return Sum(tuple(_tree_from_json(part) for part in item["sum"]))
+    return SourceLayer(str(item["name"]), str(item["kind"]), _fields(item["fields"]), str(item.get("origin", BASE)))
 
 
 def loads(text: str, where: str) -> Record:
@@ -125,15 +161,10 @@ def loads(text: str, where: str) -> Record:
 
 
 def _fusion(item: dict[str, Any]) -> FusionRecord:
-    sources = tuple(
-        SourceLayer(str(source["name"]), str(source["kind"]), _fields(source["fields"])) for source in item["sources"]
-    )
-    if not sources:
-        raise ValueError("a fusion without sources")
     size = item["input_size"]
     return FusionRecord(
         name=str(item["name"]),
-        sources=sources,
+        tree=_tree_from_json(item["sources"]),
         fields=_fields(item["fields"]),
         dtype=str(item["dtype"]),
         exact=bool(item["exact"]),

@@ -12,6 +12,7 @@ from convtool.errors import InputError, UsageError
 if TYPE_CHECKING:
     import torch
 
+    from convtool.checkpoint import Checkpoint
     from convtool.core.fields import FieldSources
 
 CheckpointPath = Annotated[
@@ -42,6 +43,15 @@ Settings = Annotated[
         metavar="LAYER.FIELD=VALUE",
         help="A field that the checkpoint doesn't hold, as torch calls it: stride, padding, dilation, groups,"
         " padding_mode, transposed, output_padding, eps. Repeatable.",
+        show_default=False,
+    ),
+]
+With = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--with",
+        metavar="NAME=FILE",
+        help="Another checkpoint, whose layers are then called NAME:LAYER. Repeatable.",
         show_default=False,
     ),
 ]
@@ -117,6 +127,19 @@ def field_sources(geometry: Path | None, settings: list[str] | None, layer_field
     return FieldSources(tuple(sources))
 
 
+def open_others(given: list[str] | None) -> dict[str, Checkpoint]:
+    """The checkpoints of --with by name; UsageError where one is malformed or given twice."""
+    from convtool.checkpoint import open_checkpoint
+
+    opened: dict[str, Checkpoint] = {}
+    for text in given or ():
+        name, equals, path = text.partition("=")
+        if not (name and equals and path) or ":" in name or name in opened:
+            raise UsageError(f"--with: expected NAME=FILE, each name once, got {text!r}")
+        opened[name] = open_checkpoint(path)
+    return opened
+
+
 def check_used(sources: FieldSources, layers: list[str]) -> None:
     """Every table and setting names a layer that is there: a misspelt one would be silently without effect.
 
@@ -141,17 +164,21 @@ def single_layer_fields(**given: object) -> dict[str, Any]:
 
 
 def _geometry_file(path: Path) -> Any:
-    import tomllib
-
     from convtool.core.fields import parse_tables
+
+    return parse_tables(read_toml(path), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file; InputError where it is missing or isn't one."""
+    import tomllib
 
     try:
         with path.open("rb") as file:
-            tables = tomllib.load(file)
+            return tomllib.load(file)
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: is not TOML: {error}") from None
-    return parse_tables(tables, str(path))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convtool.cli import exit_codes
-from convtool.cli.options import GeometryFile, Json, Quiet, Root, parse_dtype
+from convtool.cli.options import GeometryFile, Json, Quiet, Root, With, parse_dtype
 from convtool.cli.output import Reporter, table
 from convtool.cli.run import run
 
@@ -81,6 +81,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    sources_given: With = None,
     root: Root = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -100,7 +101,9 @@ def command(
 
         from convtool.checkpoint import open_checkpoint
         from convtool.checkpoint.compare import differing_tensors, recorded_pairings
-        from convtool.cli.options import check_used, parse_input_size
+        from convtool.cli.options import check_used, open_others, parse_input_size
+        from convtool.core.expression import in_channels
+        from convtool.core.tree import leaves, map_leaves
         from convtool.core.verify import default_sizes, split_input_size, verify
         from convtool.errors import UsageError
 
@@ -109,14 +112,16 @@ def command(
         if (before_layers is None) != (after_layers is None):
             raise UsageError("--before and --after go together: the chain in BEFORE and the one that stands for it")
         one, other = open_checkpoint(before, root), open_checkpoint(after, root)
+        others = open_others(sources_given)
         before_sources, after_sources = _sources(geometry, settings)
-        check_used(before_sources, [*one.layers, *other.layers])
-        check_used(after_sources, [*one.layers, *other.layers])
+        known = [name for opened in (one, other, *others.values()) for name in opened.layers]
+        check_used(before_sources, known)
+        check_used(after_sources, known)
         changed: dict[str, str] = {}
         if before_layers is not None and after_layers is not None:
             pairings = [_named(one, other, before_layers, after_layers, before_sources, after_sources)]
         else:
-            pairings = recorded_pairings(one, other, before_sources)
+            pairings = recorded_pairings(one, other, before_sources, others)
             changed = differing_tensors(one, other, pairings)
             if not pairings:
                 reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
@@ -124,9 +129,10 @@ def command(
             reporter.remark(f"assumed: {assumed}")
         results = []
         for pairing in pairings:
-            chain, fused = [x.conv for x in pairing.before], [x.conv for x in pairing.after]
+            chain, fused = (map_leaves(lambda x: x.conv, tree) for tree in (pairing.before, pairing.after))
+            first = next(leaves(chain))
             fixed = pairing.fusion.input_size if pairing.fusion else None
-            chosen = [split_input_size(size, chain[0].in_channels, chain[0].spatial_axes) for size in sizes] or (
+            chosen = [split_input_size(size, in_channels(chain), first.spatial_axes) for size in sizes] or (
                 [fixed] if fixed else default_sizes(chain)
             )
             results += [
@@ -162,7 +168,8 @@ def command(
             "other_tensors": None
             if before_layers is not None
             else {
-                "compared": len(one.infos) - sum(len(x.layer.tensors) for p in pairings for x in p.before),
+                "compared": len(one.infos)
+                - sum(len(x.layer.tensors) for p in pairings for x in leaves(p.before) if not x.origin),
                 "differing": changed,
             },
         }
@@ -185,24 +192,29 @@ def _sources(geometry: Path | None, settings: list[str] | None) -> tuple[Any, An
 def _named(one: Any, other: Any, before: str, after: str, before_sources: Any, after_sources: Any) -> Pairing:
     from convtool.checkpoint.chain import lower_chain
     from convtool.checkpoint.compare import Pairing
+    from convtool.core.tree import Chain
 
     first = lower_chain(one, before.split(","), before_sources)
     second = lower_chain(other, after.split(","), after_sources, first[0].conv.in_channels, first[0].conv.spatial_axes)
-    return Pairing(after, first, second, None)
+    return Pairing(after, Chain(tuple(first)), Chain(tuple(second)), None)
 
 
 def _assumed(pairings: list[Pairing]) -> list[str]:
-    found = [x.assumed for pairing in pairings for x in (*pairing.before, *pairing.after) if x.assumed]
+    from convtool.core.tree import leaves
+
+    found = [x.assumed for pairing in pairings for x in (*leaves(pairing.before), *leaves(pairing.after)) if x.assumed]
     return list(dict.fromkeys(found))
 
 
 def _report(pairing: Pairing, report: EquivalenceReport) -> dict[str, Any]:
     from dataclasses import asdict
 
+    from convtool.core.tree import leaves
+
     return {
         "name": pairing.name,
-        "before": [x.layer.name for x in pairing.before],
-        "after": [x.layer.name for x in pairing.after],
+        "before": [x.layer.name for x in leaves(pairing.before)],
+        "after": [x.layer.name for x in leaves(pairing.after)],
         "equivalent": report.equivalent,
         "ratio": report.ratio,
         "input_size": list(report.input_size),

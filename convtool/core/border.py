@@ -168,6 +168,19 @@ def decide(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int] | N
     )
 
 
+def all_of(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict on a sum, from those on its branches: exact where all are."""
+    axes = range(len(verdicts[0].rim))
+    inexact = [verdict for verdict in verdicts if not verdict.exact]
+    return Verdict(
+        exact=not inexact,
+        input_size=verdicts[0].input_size,
+        rim=tuple((max(v.rim[a][0] for v in verdicts), max(v.rim[a][1] for v in verdicts)) for a in axes),
+        smallest=tuple(max(v.smallest[a] for v in verdicts) for a in axes) if verdicts[0].smallest else (),
+        only_bias=bool(inexact) and all(verdict.only_bias for verdict in inexact),
+    )
+
+
 def border_at(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int]) -> Border:
     """The comparison at one input size, position by position; see `decide`."""
     biased = tuple(conv.has_bias for conv in chain)

@@ -173,6 +173,11 @@ def _eps(value: object) -> float:
     return eps
 
 
+def _sizes(value: object) -> list[int]:
+    sizes = _integers(value)
+    return [sizes] if isinstance(sizes, int) else sizes
+
+
 def _text(value: object) -> str:
     if not isinstance(value, str):
         raise TypeError
@@ -195,6 +200,7 @@ _PARSERS: dict[str, Callable[[object], object]] = {
     "transposed": _flag_or_error,
     "output_padding": _integers,
     "eps": _eps,
+    "flatten": _sizes,
 }
 _EXPECTED = {
     "stride": "an integer or one per axis, such as 2 or 2,1",
@@ -205,4 +211,5 @@ _EXPECTED = {
     "transposed": "true or false",
     "output_padding": "an integer or one per axis, such as 1 or 1,0",
     "eps": "a number of at least 0, such as 1e-3",
+    "flatten": "the spatial sizes of what is flattened, such as 7,7",
 }

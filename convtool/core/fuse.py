@@ -1,16 +1,17 @@
-"""A chain of layers as one layer, together with the decision whether that is exact."""
+"""Chains and sums of layers as one layer, together with the decision whether that is exact."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from convtool.core.border import Verdict, decide, describe_sizes
-from convtool.core.compose import compose
+from convtool.core.border import Verdict, all_of, decide, describe_sizes
+from convtool.core.compose import add, compose
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry, format_sizes
+from convtool.core.tree import Chain, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, InputError, RefusedError
 
 
@@ -35,24 +36,117 @@ def fuse_chain(
     dtype: torch.dtype | None = None,
     names: Sequence[str] | None = None,
 ) -> Fusion:
-    """Fuse layers, first to last, into one; see `fuse` for the arguments, errors and the source.
+    """Fuse layers, first to last, into one; see `fuse_tree`.
 
     Args:
         names: what the layers are called in messages; 'layer 1', 'layer 2', ... by default.
     """
     names = [f"layer {number}" for number in range(1, len(chain) + 1)] if names is None else names
-    fused = chain[0].exact()
-    for number, (conv, name) in enumerate(zip(chain[1:], names[1:], strict=True), 1):
-        try:
-            fused = compose(fused, conv)
-        except ConvtoolError as error:
-            raise type(error)(f"cannot fuse {_list(names[: number + 1])}: {name}: {error}") from None
-    verdict = decide(chain, fused.geometry, input_size)
-    if not (verdict.exact or allow_border):
-        raise RefusedError(explain(chain, fused.geometry, verdict, names))
-    rounded = fused.to(chain[0].weight.dtype if dtype is None else dtype)
-    _check_finite(fused, rounded, names)
+    tree: Tree[NamedConv] = Chain(tuple(map(NamedConv, names, chain)))
+    return fuse_tree(
+        tree,
+        input_size=input_size,
+        allow_border=allow_border,
+        dtype=chain[0].weight.dtype if dtype is None else dtype,
+    )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NamedConv:
+    """A layer and what messages call it."""
+
+    name: str
+    conv: Conv
+
+
+def fuse_tree(
+    tree: Tree[NamedConv], *, input_size: Sequence[int] | None, allow_border: bool, dtype: torch.dtype
+) -> Fusion:
+    """Fuse layers in chains and sums into one; computed in float64 and rounded to `dtype` once.
+
+    A sum is exact where its branches are; a chain where the tables say so, of its parts fused.
+
+    Args:
+        input_size: spatial sizes for which it has to be exact; every size where None.
+        allow_border: give the fused layer also where outputs near the border would differ.
+
+    Raises:
+        RefusedError: it would not be exact, or no single layer has that form.
+        UsageError: the channels don't fit, or the tree cannot run on `input_size`.
+        InputError: the result is not finite in `dtype`.
+    """
+    size = None if input_size is None else tuple(input_size)
+    fused, verdict = _fuse(tree, size, allow_border)
+    rounded = fused.to(dtype)
+    _check_finite(fused, rounded, [leaf.name for leaf in leaves(tree)])
     return Fusion(rounded, verdict)
+
+
+def _fuse(tree: Tree[NamedConv], size: tuple[int, ...] | None, allow_border: bool) -> tuple[Conv, Verdict]:
+    if isinstance(tree, Sum):
+        return _fuse_sum(tree, size, allow_border)
+    if isinstance(tree, Chain):
+        return _fuse_chain(tree, size, allow_border)
+    conv = tree.conv.exact()
+    return conv, decide([conv], conv.geometry, size)
+
+
+def _fuse_sum(tree: Sum[NamedConv], size: tuple[int, ...] | None, allow_border: bool) -> tuple[Conv, Verdict]:
+    fused = [_fuse(part, size, allow_border) for part in tree.parts]
+    total = fused[0][0]
+    for part, (conv, _) in zip(tree.parts[1:], fused[1:], strict=True):
+        total = _named(tree.parts, part, add, total, conv)
+    return total, all_of([verdict for _, verdict in fused])
+
+
+def _fuse_chain(tree: Chain[NamedConv], size: tuple[int, ...] | None, allow_border: bool) -> tuple[Conv, Verdict]:
+    parts = list(_flat(tree))
+    convs: list[Conv] = []
+    at = size
+    for part in parts:
+        # Inside of a chain only the chain's own border can be allowed: what a branch got wrong would spread.
+        conv = _fuse(part, at, allow_border=False)[0]
+        convs.append(conv if isinstance(part, Sum) else part.conv)
+        at = None if at is None else conv.output_size(at)
+    fused = convs[0].exact()
+    for number, (part, conv) in enumerate(zip(parts[1:], convs[1:], strict=True), 1):
+        fused = _named(parts[: number + 1], part, compose, fused, conv)
+    verdict = decide(convs, fused.geometry, size)
+    if not (verdict.exact or allow_border):
+        raise RefusedError(explain(convs, fused.geometry, verdict, [_label(part) for part in parts]))
+    return fused, verdict
+
+
+def _flat(tree: Chain[NamedConv]) -> Iterator[NamedConv | Sum[NamedConv]]:
+    """The chain's parts, chains directly inside of it spelled out."""
+    for part in tree.parts:
+        if isinstance(part, Chain):
+            yield from _flat(part)
+        else:
+            yield part
+
+
+def _named(
+    parts: Sequence[Tree[NamedConv]],
+    last: Tree[NamedConv],
+    join: Callable[[Conv, Conv], Conv],
+    a: Conv,
+    b: Conv,
+) -> Conv:
+    """join(a, b), an error of it saying which layers it is about."""
+    try:
+        return join(a, b)
+    except ConvtoolError as error:
+        everything = _list([_label(part) for part in parts])
+        raise type(error)(f"cannot fuse {everything}: {_label(last)}: {error}") from None
+
+
+def _label(tree: Tree[NamedConv]) -> str:
+    if isinstance(tree, Sum):
+        return f"({' | '.join(_label(part) for part in tree.parts)})"
+    if isinstance(tree, Chain):
+        return " ".join(_label(part) for part in tree.parts)
+    return tree.name
 
 
 def fuse(

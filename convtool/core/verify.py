@@ -29,10 +29,12 @@ import torch
 from torch import Tensor
 
 from convtool.core.border import Mask, border_at
-from convtool.core.compose import compose_geometry
+from convtool.core.compose import add, compose_chain, compose_geometry
 from convtool.core.conv import Conv
-from convtool.core.forward import forward, run_chain
+from convtool.core.expression import Expression, depth, in_channels, out_channels, output_size, run
+from convtool.core.forward import forward
 from convtool.core.geometry import format_sizes
+from convtool.core.tree import Chain, Sum, fold, leaves, map_leaves
 from convtool.errors import ConvtoolError, UsageError
 
 U64 = 2.0**-53
@@ -106,8 +108,8 @@ class EquivalenceReport:
 
 
 def verify(
-    before: Sequence[Conv],
-    after: Sequence[Conv],
+    before: Sequence[Conv] | Expression,
+    after: Sequence[Conv] | Expression,
     input_size: Sequence[int],
     *,
     trials: int = 8,
@@ -121,8 +123,8 @@ def verify(
     """Run both chains on the same inputs and hold every output element against the bound of this module's docstring.
 
     Args:
-        before: layers, first to last, whose numbers are taken as exact.
-        after: layers whose numbers were rounded to `dtype` once.
+        before: layers, first to last, or a tree of chains and sums; their numbers are taken as exact.
+        after: the same, with numbers that were rounded to `dtype` once.
         input_size: spatial sizes of the input, with or without the channels in front.
         trials: random inputs: signed normals, each scaled by another power of two.
         seed: of the random inputs.
@@ -136,35 +138,28 @@ def verify(
     """
     if trials < 1 and not exhaustive:
         raise UsageError(f"trials: expected at least 1, got {trials}; no comparison is no proof")
-    if not before or not after:
-        raise UsageError("expected at least one layer on each side")
+    before, after = _as_expression(before), _as_expression(after)
     channels, size = _input_size(before, after, input_size)
-    before_size, after_size = _output_size(before, size), _output_size(after, size)
-    if (before[-1].out_channels, *before_size) != (after[-1].out_channels, *after_size):
-        raise UsageError(
-            f"the outputs differ in shape: {format_sizes((before[-1].out_channels, *before_size))} before,"
-            f" {format_sizes((after[-1].out_channels, *after_size))} after"
-        )
-    stored = after[0].weight.dtype if dtype is None else dtype
+    shape = (out_channels(before), *output_size(before, size))
+    if (found := (out_channels(after), *output_size(after, size))) != shape:
+        raise UsageError(f"the outputs differ in shape: {format_sizes(shape)} before, {format_sizes(found)} after")
+    stored = next(leaves(after)).weight.dtype if dtype is None else dtype
     tolerance = None if rtol is None and atol is None else _Tolerance(rtol or 0.0, atol or 0.0)
     affine = _Pair(before, after, stored, computed_in, tolerance)
     # Impulses meet the layers without their biases, so that each kernel entry is held against its own rounding and not
     # against that of a large bias; the biases by themselves are what the zero input shows.
-    linear = _Pair(
-        [_linear(conv) for conv in before], [_linear(conv) for conv in after], stored, computed_in, tolerance
-    )
-    tallies = _Tallies(_rim_mask(before, size, before_size))
-    work = max(1, sum(_work(chain, size) for chain in (before, after)))
+    linear = _Pair(map_leaves(_linear, before), map_leaves(_linear, after), stored, computed_in, tolerance)
+    tallies = _Tallies(_rim_mask(before, size))
+    work = max(1, _work(before, size)[0] + _work(after, size)[0])
     most = max(LEAST_IMPULSES, min(MOST_IMPULSES, WORK // work))
-    outputs = before[-1].out_channels * math.prod(before_size)
     counts: dict[str, int] = {}
-    for kind, batch in _inputs(channels, size, trials, seed, exhaustive, outputs, most):
+    for kind, batch in _inputs(channels, size, trials, seed, exhaustive, math.prod(shape), most):
         counts[kind] = counts.get(kind, 0) + len(batch)
         pair = linear if kind in ("impulse", "basis") else affine
         tallies.add(*pair.run(batch))
     return EquivalenceReport(
         input_size=(channels, *size),
-        output_size=(before[-1].out_channels, *before_size),
+        output_size=shape,
         inputs=counts,
         seed=seed,
         exhaustive=exhaustive,
@@ -175,59 +170,62 @@ def verify(
 
 
 class _Pair:
-    """Both chains in float64, with the bound on their difference."""
+    """Both sides in float64, with the bound on their difference."""
 
     def __init__(
         self,
-        before: Sequence[Conv],
-        after: Sequence[Conv],
+        before: Expression,
+        after: Expression,
         stored: torch.dtype,
         computed_in: torch.dtype,
         tolerance: _Tolerance | None,
     ) -> None:
-        self.before = [conv.exact() for conv in before]
-        self.after = [conv.exact() for conv in after]
+        self.before = map_leaves(Conv.exact, before)
+        self.after = map_leaves(Conv.exact, after)
         self.bound = tolerance or _Bound(self.before, self.after, stored, computed_in)
 
     def run(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Outputs before, outputs after, and the bound, each (N, C_out, *output_size)."""
-        expected, found = run_chain(self.before, x), run_chain(self.after, x)
+        expected, found = run(self.before, x), run(self.after, x)
         return expected, found, self.bound.of(x, expected)
 
 
 class _Bound:
     """The derived bound, elementwise; see the module's docstring."""
 
-    def __init__(
-        self, before: Sequence[Conv], after: Sequence[Conv], stored: torch.dtype, computed_in: torch.dtype
-    ) -> None:
-        self.before = [_absolute(conv) for conv in before]
-        self.after = [_absolute(conv) for conv in after]
-        depth = max(_depth(before), _depth(after))
+    def __init__(self, before: Expression, after: Expression, stored: torch.dtype, computed_in: torch.dtype) -> None:
+        self.before = map_leaves(_absolute, before)
+        self.after = map_leaves(_absolute, after)
+        terms = max(depth(before, _terms), depth(after, _terms))
         info = torch.finfo(stored)
-        self.gamma = _gamma(depth, U64)
+        self.gamma = _gamma(terms, U64)
         # Half an ulp; storing in float64 what was computed in float64 rounds no more than the computation did.
-        self.rounding = math.expm1(len(after) * math.log1p(info.eps / 2))
-        self.computing = _gamma(depth, torch.finfo(computed_in).eps / 2)
+        self.rounding = math.expm1(depth(after, lambda conv: 1) * math.log1p(info.eps / 2))
+        self.computing = _gamma(terms, torch.finfo(computed_in).eps / 2)
         self.underflow = info.smallest_normal * info.eps / 2
-        self.ones = [Conv(torch.ones_like(conv.weight), _ones(conv), conv.geometry) for conv in after]
 
     def of(self, x: Tensor, expected: Tensor) -> Tensor:
         """(N, C_out, *output_size) the most that rounding can do to each output."""
         size = x.abs()
-        before, after = run_chain(self.before, size), run_chain(self.after, size)
-        return self.rounding * after + self.computing * before + self.gamma * (before + after) + self._underflow(size)
+        before, (after, lost) = run(self.before, size), self._underflow(self.after, size, torch.zeros_like(size))
+        return self.rounding * after + self.computing * before + self.gamma * (before + after) + lost
 
-    def _underflow(self, x: Tensor) -> Tensor:
-        """eta: each layer's stored numbers off by half a subnormal, carried through the layers after it."""
-        total: Tensor | None = None
-        for ones, absolute in zip(self.ones, self.after, strict=True):
-            carried = None if total is None else forward(Conv(absolute.weight, None, absolute.geometry), total)
-            fresh = forward(ones, x) * self.underflow
-            total = fresh if carried is None else carried + fresh
-            x = forward(absolute, x)
-        assert total is not None
-        return total
+    def _underflow(self, tree: Expression, x: Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
+        """The absolute output, and eta: stored numbers off by half a subnormal each, carried through later layers.
+
+        Args:
+            x: the absolute input.
+            lost: the eta that the input brings along.
+        """
+        if isinstance(tree, Chain):
+            for part in tree.parts:
+                x, lost = self._underflow(part, x, lost)
+            return x, lost
+        if isinstance(tree, Sum):
+            parts = [self._underflow(part, x, lost) for part in tree.parts]
+            return _total([one for one, _ in parts]), _total([eta for _, eta in parts])
+        ones = Conv(torch.ones_like(tree.weight), _ones(tree), tree.geometry)
+        return forward(tree, x), forward(_linear(tree), lost) + forward(ones, x) * self.underflow
 
 
 class _Tolerance:
@@ -302,14 +300,16 @@ class _Tally:
         )
 
 
-def _input_size(
-    before: Sequence[Conv], after: Sequence[Conv], input_size: Sequence[int]
-) -> tuple[int, tuple[int, ...]]:
-    channels, axes = before[0].in_channels, before[0].spatial_axes
-    if after[0].in_channels != channels:
-        raise UsageError(f"the inputs differ: {channels} channels before, {after[0].in_channels} after")
-    if after[0].spatial_axes != axes:
-        raise UsageError(f"the inputs differ: {axes} spatial axes before, {after[0].spatial_axes} after")
+def _as_expression(layers: Sequence[Conv] | Expression) -> Expression:
+    return Chain(tuple(layers)) if isinstance(layers, Sequence) else layers
+
+
+def _input_size(before: Expression, after: Expression, input_size: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+    channels, axes = in_channels(before), next(leaves(before)).spatial_axes
+    if in_channels(after) != channels:
+        raise UsageError(f"the inputs differ: {channels} channels before, {in_channels(after)} after")
+    if (other := next(leaves(after)).spatial_axes) != axes:
+        raise UsageError(f"the inputs differ: {axes} spatial axes before, {other} after")
     return channels, split_input_size(input_size, channels, axes)
 
 
@@ -333,32 +333,46 @@ def split_input_size(input_size: Sequence[int], channels: int, axes: int) -> tup
     )
 
 
-def _output_size(chain: Sequence[Conv], size: tuple[int, ...]) -> tuple[int, ...]:
-    for conv in chain:
-        size = conv.output_size(size)
-    return size
-
-
-def _rim_mask(before: Sequence[Conv], size: tuple[int, ...], output_size: tuple[int, ...]) -> Mask:
-    """Where one layer for the whole chain would differ; nothing where there is no such layer or no difference."""
+def _rim_mask(before: Expression, size: tuple[int, ...]) -> Mask:
+    """Where one layer for the whole tree would differ; nothing where there is no such layer or no difference."""
+    nothing = np.zeros(output_size(before, size), dtype=bool)
+    if isinstance(before, Conv):
+        return nothing
+    if isinstance(before, Sum):
+        return reduce(np.logical_or, (_rim_mask(part, size) for part in before.parts))
     try:
-        fused = reduce(compose_geometry, (conv.geometry for conv in before))
-        return border_at(before, fused, size).differs()
+        # Sums inside of a chain count as the layers that they are; each has been fused exactly where there is a fusion.
+        parts = [fold(part, Conv.exact, compose_chain, _add_all) for part in before.parts]
+        return border_at(parts, reduce(compose_geometry, (conv.geometry for conv in parts)), size).differs()
     except ConvtoolError:
-        return np.zeros(output_size, dtype=bool)
+        return nothing
+
+
+def _add_all(convs: list[Conv]) -> Conv:
+    return reduce(add, convs)
+
+
+def _total(tensors: list[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)
 
 
 def _linear(conv: Conv) -> Conv:
     return Conv(conv.weight, None, conv.geometry)
 
 
-def _work(chain: Sequence[Conv], size: tuple[int, ...]) -> int:
-    """Multiply-adds of one input."""
-    total = 0
-    for conv in chain:
-        size = conv.output_size(size)
-        total += conv.weight.numel() * math.prod(size)
-    return total
+def _work(tree: Expression, size: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
+    """Multiply-adds of one input, and the output size."""
+    if isinstance(tree, Chain):
+        total = 0
+        for part in tree.parts:
+            work, size = _work(part, size)
+            total += work
+        return total, size
+    if isinstance(tree, Sum):
+        parts = [_work(part, size) for part in tree.parts]
+        return sum(work for work, _ in parts), parts[0][1]
+    size = tree.output_size(size)
+    return tree.weight.numel() * math.prod(size), size
 
 
 def _absolute(conv: Conv) -> Conv:
@@ -369,9 +383,9 @@ def _ones(conv: Conv) -> Tensor | None:
     return None if conv.bias is None else torch.ones_like(conv.bias)
 
 
-def _depth(chain: Sequence[Conv]) -> int:
-    """Longest accumulation through the chain: per layer, products and the bias, and what lowering it took."""
-    return sum(conv.weight[0].numel() + 1 + BATCH_NORM_STEPS for conv in chain)
+def _terms(conv: Conv) -> int:
+    """Longest accumulation in a layer: products and the bias, and what lowering it took."""
+    return conv.weight[0].numel() + 1 + BATCH_NORM_STEPS
 
 
 def _gamma(n: int, u: float) -> float:
@@ -423,20 +437,37 @@ def _impulse_places(channels: int, size: tuple[int, ...], most: int) -> set[int]
     return {channel * spatial + place for channel, place in steps}
 
 
-def default_sizes(chain: Sequence[Conv]) -> list[tuple[int, ...]]:
-    """Input sizes at which a chain shows its border on every side and an interior, one per remainder of its stride.
+def default_sizes(tree: Sequence[Conv] | Expression) -> list[tuple[int, ...]]:
+    """Input sizes at which a tree shows its border on every side and an interior, one per remainder of its stride.
 
     The first is the smallest comfortable one; the axes differ, so that height and width cannot be mixed up; at most
     four sizes.
     """
-    axes = chain[0].spatial_axes
+    tree = _as_expression(tree)
+    axes = next(leaves(tree)).spatial_axes
     if axes == 0:
         return [()]
-    reach, stride = [1] * axes, [1] * axes
-    for conv in chain:
-        for number, axis in enumerate(conv.geometry.axes):
-            inner = axis.reach if not axis.transposed else math.ceil(axis.reach / axis.stride)
-            reach[number] += stride[number] * (inner + axis.before + axis.after)
-            stride[number] *= 1 if axis.transposed else axis.stride
-    smallest = [r + 2 * s + number for number, (r, s) in enumerate(zip(reach, stride, strict=True))]
+    reach, stride = _reach(tree, axes)
+    smallest = [1 + r + 2 * s + number for number, (r, s) in enumerate(zip(reach, stride, strict=True))]
     return [tuple(n + step for n in smallest) for step in range(min(4, max(stride)))]
+
+
+def _reach(tree: Expression, axes: int) -> tuple[list[int], list[int]]:
+    """Per axis, how far one output sees including padding, in input positions at most, and the stride."""
+    if isinstance(tree, Sum):
+        parts = [_reach(part, axes) for part in tree.parts]
+        return [max(reach[a] for reach, _ in parts) for a in range(axes)], parts[0][1]
+    if isinstance(tree, Chain):
+        reach, stride = [0] * axes, [1] * axes
+        for part in tree.parts:
+            inner, step = _reach(part, axes)
+            reach = [r + s * i for r, s, i in zip(reach, stride, inner, strict=True)]
+            stride = [s * t for s, t in zip(stride, step, strict=True)]
+        return reach, stride
+    return (
+        [
+            (math.ceil(axis.reach / axis.stride) if axis.transposed else axis.reach) + axis.before + axis.after
+            for axis in tree.geometry.axes
+        ],
+        [1 if axis.transposed else axis.stride for axis in tree.geometry.axes],
+    )

@@ -1,0 +1,191 @@
+"""A fusion of named layers as a value: everything that will be written, before anything is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.chain import LoweredLayer, lower_tree, stored_dtype
+from convtool.checkpoint.edit import Edit
+from convtool.checkpoint.record import FusionRecord
+from convtool.core.conv import Conv
+from convtool.core.fields import FieldSources, geometry_fields
+from convtool.core.fuse import Fusion, NamedConv, fuse_tree
+from convtool.core.tree import BASE, LayerRef, Tree, has_sum, leaves, map_leaves
+from convtool.core.verify import split_input_size
+from convtool.errors import UsageError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedLayer:
+    """A fused layer of a new checkpoint.
+
+    Attributes:
+        name: of the fused layer.
+        tree: the layers that it stands for.
+        fusion: the layer itself, and where it is exact.
+        edit: what changes in the checkpoint.
+    """
+
+    name: str
+    tree: Tree[LoweredLayer]
+    fusion: Fusion
+    edit: Edit
+
+    @property
+    def layers(self) -> list[LoweredLayer]:
+        """Every layer of the tree, in order."""
+        return list(leaves(self.tree))
+
+    @property
+    def assumed(self) -> list[str]:
+        """What nobody stated of the layers, in words."""
+        return assumptions(self.tree)
+
+    @property
+    def record(self) -> FusionRecord:
+        """What the new checkpoint says of it."""
+        conv, verdict = self.fusion.conv, self.fusion.verdict
+        return FusionRecord(
+            name=self.name,
+            tree=map_leaves(LoweredLayer.source, self.tree),
+            fields=geometry_fields(conv.geometry) if conv.spatial_axes else {},
+            dtype=str(conv.weight.dtype).removeprefix("torch."),
+            exact=verdict.exact,
+            input_size=verdict.input_size,
+            rim=verdict.rim,
+        )
+
+    @property
+    def parameters(self) -> tuple[int, int]:
+        """Stored numbers before and after; of a batch norm, what it computes with."""
+        return sum(_parameters(layer.conv) for layer in self.layers), _parameters(self.fusion.conv)
+
+    @property
+    def module_edits(self) -> list[str]:
+        """The lines that make a model's code fit the new checkpoint."""
+        lines = [f"{self.name} = {module_text(self.fusion.conv)}"]
+        gone = [layer.layer.name for layer in self.layers if layer.layer.tensors and layer.origin == BASE]
+        if has_sum(self.tree):  # an identity in place of a branch would add its input to the sum
+            return lines + [f"del {name}" for name in gone if name != self.name]
+        return lines + [f"{name} = nn.Identity()" for name in gone if name != self.name]
+
+
+def lower_for(
+    checkpoints: Mapping[str, Checkpoint],
+    tree: Tree[LayerRef],
+    sources: FieldSources,
+    input_size: Sequence[int] | None,
+) -> Tree[LoweredLayer]:
+    """The layers of a tree, lowered; the channels in front of `input_size`, where it has them, settle groups.
+
+    Raises:
+        UsageError: names, fields or channels that don't fit.
+        InputError: a layer that isn't linear, or numbers that aren't finite.
+    """
+    axes = next((a for ref in leaves(tree) if (a := _axes(checkpoints, ref)) is not None), 0)
+    channels = input_size[0] if input_size is not None and len(input_size) == axes + 1 else None
+    return lower_tree(checkpoints, tree, sources, channels)
+
+
+def plan_layer(
+    base: Checkpoint,
+    name: str,
+    tree: Tree[LoweredLayer],
+    *,
+    input_size: Sequence[int] | None = None,
+    allow_border: bool = False,
+    dtype: torch.dtype | None = None,
+) -> PlannedLayer:
+    """Fuse the layers of a tree.
+
+    Args:
+        base: the checkpoint that is to be changed.
+        name: what the fused layer is to be called; the first layer's name where ''.
+        input_size: of the tree's input, with or without the channels; decides for that size alone where given.
+        allow_border: fuse even where outputs near the border would differ.
+        dtype: of the fused layer; that of the layers by default.
+
+    Raises:
+        RefusedError: it wouldn't be exact, or no single layer has that form.
+        UsageError: channels that don't fit, or an input size on which a layer cannot run.
+        InputError: the result is not finite in that dtype.
+    """
+    layers = list(leaves(tree))
+    first = layers[0].conv
+    size = None if input_size is None else split_input_size(input_size, first.in_channels, first.spatial_axes)
+    named = map_leaves(lambda layer: NamedConv(layer.layer.name, layer.conv), tree)
+    fusion = fuse_tree(named, input_size=size, allow_border=allow_border, dtype=dtype or stored_dtype(layers))
+    own = [layer.layer for layer in layers if layer.origin == BASE and layer.layer.tensors]
+    if not own:
+        raise UsageError("expected at least one layer of the checkpoint in the fusion")
+    fused_name = name or own[0].name
+    prefix = f"{fused_name}." if fused_name else ""
+    insert = {f"{prefix}weight": fusion.conv.torch_weight().contiguous()}
+    if fusion.conv.bias is not None:
+        insert[f"{prefix}bias"] = fusion.conv.bias
+    remove = [key for layer in own for key in layer.tensor_names()]
+    return PlannedLayer(fused_name, tree, fusion, Edit.of(remove, insert, remove[0]))
+
+
+def assumptions(tree: Tree[LoweredLayer]) -> list[str]:
+    """What nobody stated of the layers, in words."""
+    return [layer.assumed for layer in leaves(tree) if layer.assumed]
+
+
+def module_text(conv: Conv) -> str:
+    """The layer as a line of torch code: 'nn.Conv2d(3, 16, (5, 7), stride=2)'."""
+    geometry = conv.geometry
+    arguments = [str(conv.in_channels), str(conv.out_channels)]
+    before = after = ""
+    if conv.spatial_axes:
+        arguments.append(_tuple(geometry.kernel_size))
+        if set(geometry.stride) != {1}:
+            arguments.append(f"stride={_tuple(geometry.stride)}")
+        if geometry.padded:
+            sides = [side for pair in reversed(geometry.padding) for side in pair]
+            if all(start == end for start, end in geometry.padding):
+                arguments.append(f"padding={_tuple(tuple(start for start, _ in geometry.padding))}")
+            elif geometry.transposed:
+                after = f"  # then F.pad(y, {[-side for side in sides]})"
+            else:
+                mode = "" if geometry.padding_mode == "zeros" else f", mode={geometry.padding_mode!r}"
+                before = f"  # after F.pad(x, {sides}{mode})"
+        if any(geometry.output_padding):
+            arguments.append(f"output_padding={_tuple(geometry.output_padding)}")
+        if set(geometry.dilation) != {1}:
+            arguments.append(f"dilation={_tuple(geometry.dilation)}")
+        if geometry.groups != 1:
+            arguments.append(f"groups={geometry.groups}")
+    if conv.bias is None:
+        arguments.append("bias=False")
+    if geometry.padded and geometry.padding_mode != "zeros" and not before:
+        arguments.append(f"padding_mode={geometry.padding_mode!r}")
+    kind = "ConvTranspose" if geometry.transposed else "Conv"
+    module = f"{kind}{conv.spatial_axes}d" if conv.spatial_axes else "Linear"
+    return f"nn.{module}({', '.join(arguments)}){before}{after}"
+
+
+def multiply_adds(conv: Conv, input_size: Sequence[int]) -> int:
+    """Multiply-adds of a layer for one input; a transposed layer's taps are counted where they read."""
+    over = input_size if conv.geometry.transposed else conv.output_size(input_size)
+    return conv.weight.numel() * math.prod(over)
+
+
+def _axes(checkpoints: Mapping[str, Checkpoint], ref: LayerRef) -> int | None:
+    checkpoint = checkpoints.get(ref.source)
+    if checkpoint is None or "(" in ref.name:
+        return None
+    return checkpoint.layer(ref.name).spatial_axes
+
+
+def _parameters(conv: Conv) -> int:
+    return conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel())
+
+
+def _tuple(values: tuple[int, ...]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else str(values)

@@ -1,0 +1,92 @@
+"""Layers one after the other and side by side, nested as one likes: the shape that fusions, recipes and records share.
+
+What stands at the leaves differs: patterns in a recipe, names in a plan, named layers with their geometry in a record,
+`Conv`s where the mathematics is done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeAlias, TypeVar
+
+from convtool.errors import UsageError
+
+BASE = ""  # the checkpoint itself, among several that layers come from
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRef:
+    """A layer by name: of the checkpoint, of another one (`source`), or one without tensors ('avg_pool(2)')."""
+
+    name: str
+    source: str = BASE
+
+    def __str__(self) -> str:
+        return f"{self.source}:{self.name}" if self.source else self.name
+
+
+Leaf = TypeVar("Leaf")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True, slots=True)
+class Chain(Generic[Leaf]):
+    """Parts applied one after the other, first to last."""
+
+    parts: tuple[Tree[Leaf], ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise UsageError("expected at least one layer in a chain")
+
+
+@dataclass(frozen=True, slots=True)
+class Sum(Generic[Leaf]):
+    """Parts applied to the same input, their outputs added."""
+
+    parts: tuple[Tree[Leaf], ...]
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise UsageError("expected at least one branch in a sum")
+
+
+Tree: TypeAlias = Leaf | Chain[Leaf] | Sum[Leaf]
+
+
+def leaves(tree: Tree[Leaf]) -> Iterator[Leaf]:
+    """Every leaf, in order."""
+    if isinstance(tree, Chain | Sum):
+        for part in tree.parts:
+            yield from leaves(part)
+    else:
+        yield tree
+
+
+def has_sum(tree: Tree[Leaf]) -> bool:
+    """Whether there are branches anywhere in it."""
+    return isinstance(tree, Sum) or (isinstance(tree, Chain) and any(has_sum(part) for part in tree.parts))
+
+
+def map_leaves(change: Callable[[Leaf], Made], tree: Tree[Leaf]) -> Tree[Made]:
+    """The same tree with every leaf changed."""
+    if isinstance(tree, Chain):
+        return Chain(tuple(map_leaves(change, part) for part in tree.parts))
+    if isinstance(tree, Sum):
+        return Sum(tuple(map_leaves(change, part) for part in tree.parts))
+    return change(tree)
+
+
+def fold(
+    tree: Tree[Leaf],
+    leaf: Callable[[Leaf], Made],
+    chain: Callable[[list[Made]], Made],
+    total: Callable[[list[Made]], Made],
+) -> Made:
+    """The tree's value from the bottom up."""
+    if isinstance(tree, Chain):
+        return chain([fold(part, leaf, chain, total) for part in tree.parts])
+    if isinstance(tree, Sum):
+        return total([fold(part, leaf, chain, total) for part in tree.parts])
+    return leaf(tree)

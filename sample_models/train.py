@@ -47,7 +47,7 @@ def train(network: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> No
             chosen = order[start : start + BATCH]
             loss = F.cross_entropy(network(images[chosen]), labels[chosen], label_smoothing=0.05)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             schedule.step()
     network.eval()

@@ -121,6 +121,8 @@ def compose(first: Conv, second: Conv) -> Conv:
     Source: the composition of two polynomials in the shift operator; strides and dilations as in DESIGN's section on
     composing, derived by substituting i = o1*s1 - p1 + t1*d1 into o1 = o2*s2 - p2 + t2*d2.
     """
+    if first.has_bias_map or second.has_bias_map:
+        raise RefusedError("a layer with a bias map cannot be fused further; start from the original layers")
     if second.in_channels != first.out_channels:
         raise UsageError(
             f"channels don't fit: the first layer has {first.out_channels} output channels,"
@@ -133,10 +135,51 @@ def compose(first: Conv, second: Conv) -> Conv:
 
 
 def compose_chain(chain: Sequence[Conv]) -> Conv:
-    """The layers, first to last, as one; see `compose`."""
+    """The layers, first to last, as one; see `compose`. Composed in the order that takes the fewest multiply-adds."""
     if not chain:
         raise UsageError("expected at least one layer to fuse")
-    return reduce(compose, chain[1:], chain[0].exact())
+    if len(chain) < 3 or any(conv.geometry.transposed for conv in chain):
+        # Which pairs of plain and transposed layers have a form depends on the order; first to last is the one checked.
+        return reduce(compose, chain[1:], chain[0].exact())
+    splits = _cheapest_splits(chain)
+
+    def compose_range(first: int, last: int) -> Conv:
+        if first == last:
+            return chain[first].exact()
+        middle = splits[first, last]
+        return compose(compose_range(first, middle), compose_range(middle + 1, last))
+
+    return compose_range(0, len(chain) - 1)
+
+
+def _cheapest_splits(chain: Sequence[Conv]) -> dict[tuple[int, int], int]:
+    """Where to split each range of layers for the fewest multiply-adds: the matrix chain's dynamic programming."""
+    count = len(chain)
+    shape: dict[tuple[int, int], Geometry] = {}
+    for first in range(count):
+        shape[first, first] = chain[first].geometry
+        for last in range(first + 1, count):
+            shape[first, last] = compose_geometry(shape[first, last - 1], chain[last].geometry)
+    cost = {(one, one): 0 for one in range(count)}
+    splits: dict[tuple[int, int], int] = {}
+    for length in range(1, count):
+        for first in range(count - length):
+            last = first + length
+            options = []
+            for middle in range(first, last):
+                pair = shape[first, middle], shape[middle + 1, last]
+                channels = chain[first].in_channels, chain[middle].out_channels, chain[last].out_channels
+                here = compose_work(*pair, channels)
+                options.append((cost[first, middle] + cost[middle + 1, last] + here, middle))
+            cost[first, last], splits[first, last] = min(options)
+    return splits
+
+
+def compose_work(first: Geometry, second: Geometry, channels: tuple[int, int, int]) -> int:
+    """Multiply-adds of `compose` for layers of these geometries, from channels[0] over channels[1] to channels[2]."""
+    pieces = math.lcm(first.groups, second.groups)
+    inner, middle, outer = channels[0] // first.groups, channels[1] // pieces, channels[2] // second.groups
+    return pieces * outer * middle * inner * math.prod(first.kernel_size) * math.prod(second.kernel_size)
 
 
 def _alike(a: Conv, b: Conv) -> tuple[Conv, Conv]:
@@ -234,6 +277,8 @@ def add(a: Conv, b: Conv) -> Conv:
         UsageError: different channels or spatial axes.
         RefusedError: the outputs don't have the same size for every input, or the layers pad differently.
     """
+    if a.has_bias_map or b.has_bias_map:
+        raise RefusedError("a layer with a bias map cannot be fused further; start from the original layers")
     if (a.in_channels, a.out_channels) != (b.in_channels, b.out_channels):
         raise UsageError(
             f"channels don't fit: cannot add a layer of {a.in_channels} -> {a.out_channels} channels"

@@ -19,7 +19,8 @@ class Conv:
     Attributes:
         weight: (C_out, C_in/groups, *kernel), also where transposed: torch's other layout for transposed layers
             exists only where tensors enter and leave, in `lower_conv` and `torch_weight`.
-        bias: (C_out,) or None.
+        bias: (C_out,) or None; or a bias map (C_out, *output_size), one number for each output, which ties the layer to
+            inputs that give outputs of that size.
         geometry: stride, padding, dilation, groups, padding mode, transposed, output padding.
     """
 
@@ -37,8 +38,11 @@ class Conv:
             raise UsageError(
                 f"groups: expected a divisor of the {self.out_channels} output channels, got {self.geometry.groups}"
             )
-        if self.bias is not None and tuple(self.bias.shape) != (self.out_channels,):
-            raise UsageError(f"expected a bias of shape ({self.out_channels},), got {tuple(self.bias.shape)}")
+        if self.bias is None:
+            return
+        shape = tuple(self.bias.shape)
+        if shape[:1] != (self.out_channels,) or len(shape) not in (1, 1 + self.spatial_axes):
+            raise UsageError(f"expected a bias of shape ({self.out_channels},), got {shape}")
 
     @property
     def out_channels(self) -> int:
@@ -57,9 +61,27 @@ class Conv:
         """Whether there is a bias that isn't zero throughout."""
         return self.bias is not None and bool(self.bias.count_nonzero())
 
+    @property
+    def has_bias_map(self) -> bool:
+        """Whether the bias differs from output position to output position."""
+        return self.bias is not None and self.bias.dim() > 1
+
     def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
         """Spatial output size; UsageError where the layer cannot run on that input."""
-        return self.geometry.output_size(input_size)
+        size = self.geometry.output_size(input_size)
+        if self.bias is not None and self.has_bias_map and tuple(self.bias.shape[1:]) != size:
+            made_for = format_sizes(self.bias.shape[1:])
+            raise UsageError(
+                f"input size {format_sizes(input_size)} gives outputs of {format_sizes(size)},"
+                f" and the layer's bias map was made for {made_for}"
+            )
+        return size
+
+    def bias_over(self, output_size: Sequence[int]) -> Tensor | None:
+        """The bias for every output, (C_out, *output_size), or None."""
+        if self.bias is None or self.has_bias_map:
+            return self.bias
+        return self.bias.reshape(-1, *(1,) * self.spatial_axes).expand(-1, *output_size)
 
     def to(self, dtype: torch.dtype) -> Conv:
         """The same layer with its numbers rounded to `dtype`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import reduce
 from typing import TypeAlias
@@ -50,3 +51,39 @@ def out_channels(expression: Expression) -> int:
 def depth(expression: Expression, of: Callable[[Conv], int]) -> int:
     """`of` added up along the path where that comes to most; each addition of branches counts 1 besides."""
     return fold(expression, of, lambda parts: sum(parts), lambda parts: max(parts) + len(parts) - 1)
+
+
+def multiply_adds(expression: Expression, input_size: tuple[int, ...]) -> int:
+    """Multiply-adds for one input; a transposed layer's taps are counted where they read."""
+    if isinstance(expression, Chain):
+        total, size = 0, input_size
+        for part in expression.parts:
+            total += multiply_adds(part, size)
+            size = output_size(part, size)
+        return total
+    if isinstance(expression, Sum):
+        return sum(multiply_adds(part, input_size) for part in expression.parts)
+    size = input_size if expression.geometry.transposed else expression.output_size(input_size)
+    return expression.weight.numel() * math.prod(size)
+
+
+def work_per_position(expression: Expression) -> float:
+    """Multiply-adds per input position for inputs so large that borders don't count."""
+    return _work(expression)[0]
+
+
+def _work(expression: Expression) -> tuple[float, float]:
+    """(multiply-adds, output positions) per input position."""
+    if isinstance(expression, Chain):
+        total, positions = 0.0, 1.0
+        for part in expression.parts:
+            work, ratio = _work(part)
+            total, positions = total + positions * work, positions * ratio
+        return total, positions
+    if isinstance(expression, Sum):
+        parts = [_work(part) for part in expression.parts]
+        return sum(work for work, _ in parts), parts[0][1]
+    stride = math.prod(expression.geometry.stride)
+    if expression.geometry.transposed:
+        return float(expression.weight.numel()), float(stride)
+    return expression.weight.numel() / stride, 1 / stride

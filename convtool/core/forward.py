@@ -34,11 +34,14 @@ def forward(conv: Conv, x: Tensor) -> Tensor:
             f"expected an input of shape (N, {conv.in_channels}, {conv.spatial_axes} spatial sizes),"
             f" got {tuple(x.shape)}"
         )
-    conv.output_size(x.shape[2:])
+    output_size = conv.output_size(x.shape[2:])
     conv = conv.to(x.dtype)
     if conv.spatial_axes not in (1, 2, 3):
-        return _by_taps(conv, x)
-    return _transposed(conv, x) if conv.geometry.transposed else _direct(conv, x)
+        out = _by_taps(conv, x)
+    else:
+        out = _transposed(conv, x) if conv.geometry.transposed else _direct(conv, x)
+    bias = conv.bias_over(output_size)
+    return out if bias is None else out + bias
 
 
 def run_chain(chain: Sequence[Conv], x: Tensor) -> Tensor:
@@ -54,9 +57,7 @@ def _direct(conv: Conv, x: Tensor) -> Tensor:
         mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
         x = F.pad(x, _pad_list(geometry.padding), mode=mode)
     function = (F.conv1d, F.conv2d, F.conv3d)[conv.spatial_axes - 1]
-    out: Tensor = function(
-        x, conv.weight, conv.bias, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups
-    )
+    out: Tensor = function(x, conv.weight, stride=geometry.stride, dilation=geometry.dilation, groups=geometry.groups)
     return out
 
 
@@ -70,7 +71,7 @@ def _transposed(conv: Conv, x: Tensor) -> Tensor:
     out = F.pad(out, _pad_list([(0, extra) for extra in geometry.output_padding]))
     for number, ((before, _), size) in enumerate(zip(geometry.padding, conv.output_size(x.shape[2:]), strict=True)):
         out = out.narrow(number + 2, before, size)
-    return out if conv.bias is None else out + conv.bias.reshape(-1, *(1,) * conv.spatial_axes)
+    return out
 
 
 def _by_taps(conv: Conv, x: Tensor) -> Tensor:
@@ -81,8 +82,7 @@ def _by_taps(conv: Conv, x: Tensor) -> Tensor:
     columns = columns.movedim(2, -2).flatten(-2)  # (N, groups, prod(output), C_in/groups * taps)
     weight = conv.weight.reshape(groups, conv.out_channels // groups, -1)  # (groups, C_out/groups, C_in/groups * taps)
     out = weight @ columns.transpose(-1, -2)  # (N, groups, C_out/groups, prod(output))
-    out = out.reshape(batch, conv.out_channels, *output_size)
-    return out if conv.bias is None else out + conv.bias.reshape(-1, *(1,) * conv.spatial_axes)
+    return out.reshape(batch, conv.out_channels, *output_size)
 
 
 def _pad_list(pairs: Sequence[tuple[int, int]]) -> list[int]:

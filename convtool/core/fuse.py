@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from convtool.core.border import Verdict, all_of, decide, describe_sizes
-from convtool.core.compose import add, compose
+from convtool.core.compose import add, compose_chain, compose_geometry
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.tree import Chain, Sum, Tree, leaves
-from convtool.errors import ConvtoolError, InputError, RefusedError
+from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
+
+First = TypeVar("First")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -108,13 +111,24 @@ def _fuse_chain(tree: Chain[NamedConv], size: tuple[int, ...] | None, allow_bord
         conv = _fuse(part, at, allow_border=False)[0]
         convs.append(conv if isinstance(part, Sum) else part.conv)
         at = None if at is None else conv.output_size(at)
-    fused = convs[0].exact()
+    geometry, channels = convs[0].geometry, convs[0].out_channels
     for number, (part, conv) in enumerate(zip(parts[1:], convs[1:], strict=True), 1):
-        fused = _named(parts[: number + 1], part, compose, fused, conv)
+        geometry, channels = _named(parts[: number + 1], part, _check_pair, (geometry, channels), conv)
+    fused = compose_chain(convs)
     verdict = decide(convs, fused.geometry, size)
     if not (verdict.exact or allow_border):
         raise RefusedError(explain(convs, fused.geometry, verdict, [_label(part) for part in parts]))
     return fused, verdict
+
+
+def _check_pair(first: tuple[Geometry, int], second: Conv) -> tuple[Geometry, int]:
+    """Geometry and output channels of a composition, its errors raised before anything is computed."""
+    geometry, channels = first
+    if second.in_channels != channels:
+        raise UsageError(
+            f"channels don't fit: it takes {second.in_channels} channels, and the layer before gives {channels}"
+        )
+    return compose_geometry(geometry, second.geometry), second.out_channels
 
 
 def _flat(tree: Chain[NamedConv]) -> Iterator[NamedConv | Sum[NamedConv]]:
@@ -129,10 +143,10 @@ def _flat(tree: Chain[NamedConv]) -> Iterator[NamedConv | Sum[NamedConv]]:
 def _named(
     parts: Sequence[Tree[NamedConv]],
     last: Tree[NamedConv],
-    join: Callable[[Conv, Conv], Conv],
-    a: Conv,
+    join: Callable[[First, Conv], First],
+    a: First,
     b: Conv,
-) -> Conv:
+) -> First:
     """join(a, b), an error of it saying which layers it is about."""
     try:
         return join(a, b)

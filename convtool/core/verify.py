@@ -31,7 +31,15 @@ from torch import Tensor
 from convtool.core.border import Mask, border_at
 from convtool.core.compose import add, compose_chain, compose_geometry
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, depth, in_channels, out_channels, output_size, run
+from convtool.core.expression import (
+    Expression,
+    depth,
+    in_channels,
+    multiply_adds,
+    out_channels,
+    output_size,
+    run,
+)
 from convtool.core.forward import forward
 from convtool.core.geometry import format_sizes
 from convtool.core.tree import Chain, Sum, fold, leaves, map_leaves
@@ -150,7 +158,7 @@ def verify(
     # against that of a large bias; the biases by themselves are what the zero input shows.
     linear = _Pair(map_leaves(_linear, before), map_leaves(_linear, after), stored, computed_in, tolerance)
     tallies = _Tallies(_rim_mask(before, size))
-    work = max(1, _work(before, size)[0] + _work(after, size)[0])
+    work = max(1, multiply_adds(before, size) + multiply_adds(after, size))
     most = max(LEAST_IMPULSES, min(MOST_IMPULSES, WORK // work))
     counts: dict[str, int] = {}
     for kind, batch in _inputs(channels, size, trials, seed, exhaustive, math.prod(shape), most):
@@ -358,21 +366,6 @@ def _total(tensors: list[Tensor]) -> Tensor:
 
 def _linear(conv: Conv) -> Conv:
     return Conv(conv.weight, None, conv.geometry)
-
-
-def _work(tree: Expression, size: tuple[int, ...]) -> tuple[int, tuple[int, ...]]:
-    """Multiply-adds of one input, and the output size."""
-    if isinstance(tree, Chain):
-        total = 0
-        for part in tree.parts:
-            work, size = _work(part, size)
-            total += work
-        return total, size
-    if isinstance(tree, Sum):
-        parts = [_work(part, size) for part in tree.parts]
-        return sum(work for work, _ in parts), parts[0][1]
-    size = tree.output_size(size)
-    return tree.weight.numel() * math.prod(size), size
 
 
 def _absolute(conv: Conv) -> Conv:

@@ -25,6 +25,9 @@ Layout: TypeAlias = Literal["csr", "coo", "dense"]
 
 _IndexChunks: TypeAlias = Callable[[ToeplitzMatrix, int, int, torch.dtype], Iterator["Chunk"]]
 
+# The name of a file's record. A checkpoint's is `convtool`, and a dense file is a checkpoint too, of one linear layer.
+RECORD_NAME = "convtool_matrix"
+
 CHUNK_BYTES = 1 << 20  # of a chunk that isn't a stretch of the matrix's own
 KEPT_BYTES = 16 << 20  # of chunks kept in case they come again
 

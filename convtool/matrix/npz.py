@@ -1,7 +1,7 @@
 """The .npz format: a zip of .npy arrays, for `scipy.sparse.load_npz`, or `numpy.load` where dense.
 
-Besides what scipy reads there are a member `bias`, where there is one to store, and `convtool`, the record as JSON;
-scipy passes over both. Nothing is deflated: weights hardly shrink, and it would take 25 times as long.
+Besides what scipy reads there are a member `bias`, where there is one to store, and `convtool_matrix`, the record as
+JSON; scipy passes over both. Nothing is deflated: weights hardly shrink, and it would take 25 times as long.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from convtool.errors import OutputError
 from convtool.matrix import npy
-from convtool.matrix.contents import Contents, Layout, Output
+from convtool.matrix.contents import RECORD_NAME, Contents, Layout, Output
 from convtool.matrix.stored_zip import Member, archive_size, write_archive
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
@@ -69,7 +69,7 @@ def _members(contents: Contents) -> list[Member]:
     if contents.layout != "dense":
         small = {"format": contents.layout.encode(), "shape": np.array(contents.shape, dtype="<i8"), "_is_array": True}
     if contents.record is not None:
-        small["convtool"] = contents.record.encode("ascii")
+        small[RECORD_NAME] = contents.record.encode("ascii")
     members = [_small_member(name, value) for name, value in small.items()]
     for array in contents.arrays:
         head = npy.header(array)

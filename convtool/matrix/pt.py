@@ -3,7 +3,7 @@
 weight is a torch sparse CSR, sparse COO (coalesced) or dense tensor; dense, the file is an nn.Linear's state dict.
 torch.save wants the whole matrix in memory, so its archive is written here: a pickle in which each storage is a name,
 and a zip member of raw bytes per name, aligned for `torch.load(mmap=True)`. The record is the member
-`extra/convtool.json`, which torch.load passes over.
+`extra/convtool_matrix.json`, which torch.load passes over.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch._utils  # what a saved tensor names as its maker; the format offers
 from torch import Tensor
 
 from convtool.errors import OutputError
-from convtool.matrix.contents import Array, Chunk, Contents, Layout, Output
+from convtool.matrix.contents import RECORD_NAME, Array, Chunk, Contents, Layout, Output
 from convtool.matrix.stored_zip import Member, archive_size, write_archive
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
@@ -145,7 +145,7 @@ def _members(contents: Contents) -> list[Member]:
     members.append(_member("version", 2, b"3\n"))
     if contents.record is not None:
         text = contents.record.encode("ascii")
-        members.append(_member("extra/convtool.json", len(text), text))
+        members.append(_member(f"extra/{RECORD_NAME}.json", len(text), text))
     return members
 
 

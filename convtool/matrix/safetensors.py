@@ -1,9 +1,10 @@
 """The .safetensors format: a JSON header and the tensors' bytes.
 
 csr: `indptr`, `indices`, `data`; coo: `row`, `col`, `data`; both with `shape`, two int64. dense: `weight`, which with
-`bias` is an nn.Linear's state dict. The tensors stand in order of falling element size, without gaps, from a multiple
-of 64 on, so that each is aligned to its elements when the file is mapped. The safetensors package, which wants all
-tensors in memory to write them, reads back what was written.
+`bias` is an nn.Linear's state dict. `__metadata__` has the `layout`, and the record as `convtool_matrix`. The tensors
+stand in order of falling element size, without gaps, from a multiple of 64 on, so that each is aligned to its elements
+when the file is mapped. The safetensors package, which wants all tensors in memory to write them, reads back what was
+written.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from convtool.errors import OutputError
-from convtool.matrix.contents import Array, Chunk, Contents, Layout, Output
+from convtool.matrix.contents import RECORD_NAME, Array, Chunk, Contents, Layout, Output
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
@@ -92,7 +93,7 @@ def _shape(contents: Contents) -> Iterator[Chunk]:
 
 def _metadata(contents: Contents) -> dict[str, str]:
     metadata = {"format": "pt", "layout": contents.layout}
-    return metadata if contents.record is None else metadata | {"convtool": contents.record}
+    return metadata if contents.record is None else metadata | {RECORD_NAME: contents.record}
 
 
 def _header(contents: Contents) -> bytes:

@@ -18,8 +18,9 @@ from convtool.matrix.contents import Chunk, Output
 ALIGNMENT = 64  # of each member's data: what torch and numpy map
 
 LIMIT = 0xFFFFFFFF  # sizes and offsets from here on take the zip64 fields
-LIMIT_COUNT = 0xFFFF
 
+_FULL = 0xFFFFFFFF  # in a short field: look in the zip64 one
+_FULL_COUNT = 0xFFFF
 _DATE = (1 << 5) | 1  # 1 January 1980, the format's first day, so that equal contents give equal files
 _PADDING_ID = 0x4246  # "FB": torch's own, for the same purpose
 _ZIP64_ID = 1
@@ -61,7 +62,7 @@ class _Placed(NamedTuple):
         return self.offset + 30 + len(self.name) + len(self.extra) + len(self.padding)
 
     def local(self, crc: int) -> bytes:
-        size = LIMIT if self.big else self.size
+        size = _FULL if self.big else self.size
         extra = self.extra + self.padding
         fixed = (_LOCAL, self.version, 0, 0, 0, _DATE, crc, size, size, len(self.name), len(extra))
         return struct.pack("<L5H3L2H", *fixed) + self.name + extra
@@ -70,7 +71,7 @@ class _Placed(NamedTuple):
         wide = [self.size, self.size] if self.big else []
         wide += [self.offset] if self.offset >= LIMIT else []
         extra = struct.pack(f"<HH{len(wide)}Q", _ZIP64_ID, 8 * len(wide), *wide) if wide else b""
-        size, offset = min(self.size, LIMIT), min(self.offset, LIMIT)
+        size, offset = (_FULL if number >= LIMIT else number for number in (self.size, self.offset))
         version = 45 if wide else 20
         fixed = (_CENTRAL, version, version, 0, 0, 0, _DATE, crc, size, size, len(self.name), len(extra), 0, 0, 0, 0)
         return struct.pack("<L6H3L5H2L", *fixed, offset) + self.name + extra
@@ -157,9 +158,8 @@ def _place(members: Sequence[Member]) -> list[_Placed]:
 
 def _end(count: int, offset: int, size: int) -> bytes:
     """The end of the archive, after a central directory of this size at this offset."""
-    wide = b""
-    if offset >= LIMIT or size >= LIMIT or count >= LIMIT_COUNT:
-        wide = struct.pack("<LQ2H2L4Q", _END64, 44, 45, 45, 0, 0, count, count, size, offset)
-        wide += struct.pack("<LLQL", _LOCATOR64, 0, offset + size, 1)
-    short = min(count, LIMIT_COUNT)
-    return wide + struct.pack("<L4H2LH", _END, 0, 0, short, short, min(size, LIMIT), min(offset, LIMIT), 0)
+    if offset < LIMIT and size < LIMIT:
+        return struct.pack("<L4H2LH", _END, 0, 0, count, count, size, offset, 0)
+    wide = struct.pack("<LQ2H2L4Q", _END64, 44, 45, 45, 0, 0, count, count, size, offset)
+    wide += struct.pack("<LLQL", _LOCATOR64, 0, offset + size, 1)
+    return wide + struct.pack("<L4H2LH", _END, 0, 0, _FULL_COUNT, _FULL_COUNT, _FULL, _FULL, 0)

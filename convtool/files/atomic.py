@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
@@ -12,6 +13,8 @@ from typing import BinaryIO
 
 from convtool.errors import OutputError
 
+TEMPORARY = ".convtool-{}.tmp"  # what an unfinished file is called; one left over (by SIGKILL) can be deleted
+
 
 def check_target(path: Path, *, force: bool) -> Path:
     """Where a write to `path` will go, symlinks followed; called early, so that nothing is computed in vain.
@@ -20,6 +23,8 @@ def check_target(path: Path, *, force: bool) -> Path:
         OutputError: it exists (without `force`), isn't a regular file, or its folder isn't there.
     """
     try:
+        if "\0" in str(path):
+            raise OutputError(f"{path}: cannot be written: no file name holds a null character")
         target = path.resolve() if path.is_symlink() else path
         if not target.parent.is_dir():
             raise OutputError(f"{path}: the folder {target.parent} doesn't exist; create it first")
@@ -46,7 +51,7 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
         OutputError: `check_target`'s reasons, or the write failed (full disk, no permission, ...).
     """
     target = check_target(path, force=force)
-    temporary = target.with_name(f".convtool-{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(TEMPORARY.format(secrets.token_hex(8)))
     try:
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
@@ -66,25 +71,42 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
     finally:
         with contextlib.suppress(FileNotFoundError):
             temporary.unlink()
+    sync_folder(target.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk.
+
+    Raises:
+        OutputError: the disk refused.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in (errno.EINVAL, errno.ENOTSUP):  # a file system that syncs its folders by itself
+            return
+        raise OutputError(
+            f"{folder}: the file is written and has its name, but the folder could not be synced ({_reason(error)});"
+            " a power failure now might undo it"
+        ) from None
 
 
 def _publish(temporary: Path, target: Path, *, force: bool) -> None:
     if force:
         temporary.replace(target)
-    else:
-        try:
-            os.link(temporary, target)  # unlike a rename, this never replaces a file
-        except FileExistsError:
-            raise OutputError(f"{target}: was created by another program meanwhile; it was left alone") from None
-        except OSError:  # a file system without hard links
-            if target.exists():
-                raise OutputError(f"{target}: was created by another program meanwhile; it was left alone") from None
-            temporary.replace(target)
-    folder = os.open(target.parent, os.O_RDONLY)
+        return
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        os.link(temporary, target)  # unlike a rename, this never replaces a file
+    except FileExistsError:
+        raise OutputError(f"{target}: was created by another program meanwhile; it was left alone") from None
+    except OSError:  # a file system without hard links
+        if target.exists():
+            raise OutputError(f"{target}: was created by another program meanwhile; it was left alone") from None
+        temporary.replace(target)
 
 
 def _umask() -> int:

@@ -4,6 +4,10 @@ Each message says what is wrong, where, what was expected, what was found, and w
 line maps each class to one exit code (`convtool.cli.exit_codes`); the classes themselves know nothing of that.
 """
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class ConvtoolError(Exception):
     """Base of every error raised on purpose."""
@@ -23,3 +27,11 @@ class RefusedError(ConvtoolError):
 
 class OutputError(ConvtoolError):
     """The output exists already, or could not be written."""
+
+
+def did_you_mean(given: str, known: Iterable[str], otherwise: str = "") -> str:
+    """What to append to a message about an unknown name: the nearest known ones, or `otherwise` where none is near."""
+    import difflib
+
+    near = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(near)}?" if near else otherwise

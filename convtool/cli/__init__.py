@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Sequence
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run convtool and exit with its code; never returns."""
-    from convtool.cli.app import run_app
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a layer's name in a terminal that lacks its letters
+    try:
+        from convtool.cli.app import run_app
 
-    sys.exit(run_app(list(sys.argv[1:] if arguments is None else arguments)))
+        code = run_app(list(sys.argv[1:] if arguments is None else arguments))
+    except KeyboardInterrupt:  # while it was still starting
+        code = 130
+    sys.exit(code)

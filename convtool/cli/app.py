@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated, Any
 
@@ -9,27 +10,34 @@ import typer
 
 from convtool import __version__
 from convtool.cli import exit_codes, fuse, inspect, toeplitz, verify
+from convtool.cli.help import HelpfulCommand, HelpfulGroup
 from convtool.cli.output import print_error
+from convtool.cli.run import flushed
+from convtool.errors import did_you_mean
+
+PROGRAM = "convtool"
+COMPLETE = "_CONVTOOL_COMPLETE"  # set by the shell when it asks for completions
 
 # A command's exit code is its return value; errors have been dealt with by then (convtool.cli.run).
 app = typer.Typer(
-    name="convtool",
-    no_args_is_help=True,
+    name=PROGRAM,
+    cls=HelpfulGroup,
+    options_metavar="COMMAND ...",
     context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # importing rich would take longer than all the rest of --help
     pretty_exceptions_enable=False,
-    epilog="[dim]Exit codes: "
-    + "; ".join(f"{code} {meaning}" for code, meaning in exit_codes.MEANINGS.items())
-    + ".[/dim]",
+    epilog="convtool COMMAND --help\nconvtool inspect model.safetensors",
 )
 
 for module in (inspect, toeplitz, fuse, verify):
-    app.command(module.NAME, epilog=module.EXAMPLES)(module.command)
+    app.command(module.NAME, cls=HelpfulCommand, options_metavar=f"{module.USAGE} [OPTIONS]", epilog=module.EXAMPLES)(
+        module.command
+    )
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"convtool {__version__}")
+        print(f"{PROGRAM} {__version__}")
         raise typer.Exit
 
 
@@ -48,9 +56,23 @@ def convtool(
 
 def run_app(arguments: list[str]) -> int:
     """Run the command line and give its exit code."""
+    return flushed(lambda: _run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    command: Any = typer.main.get_command(app)
+    if COMPLETE in os.environ:
+        return _complete(command)
+    if not arguments:
+        print(command.get_help(command.context_class(command, info_name=PROGRAM)), file=sys.stderr)
+        return exit_codes.USAGE
     try:
-        result: Any = app(args=arguments, prog_name="convtool", standalone_mode=False)
-    except typer.Abort:
+        # What `command.main` does, less its own ways with errors, which exit with 1 on a broken pipe.
+        with command.make_context(PROGRAM, list(arguments)) as context:
+            result: Any = command.invoke(context)
+    except typer.Exit as stop:
+        return exit_codes.USAGE if stop.exit_code else exit_codes.OK
+    except (typer.Abort, KeyboardInterrupt):
         return exit_codes.INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):
@@ -59,15 +81,33 @@ def run_app(arguments: list[str]) -> int:
     return result if isinstance(result, int) else exit_codes.OK
 
 
+def _complete(command: Any) -> int:
+    try:
+        command.main(args=[], prog_name=PROGRAM, complete_var=COMPLETE)
+    except SystemExit as stop:
+        return exit_codes.USAGE if stop.code else exit_codes.OK
+    return exit_codes.OK
+
+
 def _usage(error: Any, arguments: list[str]) -> int:
     """What typer found wrong with the command line; it says so in a message of its own, which loses --json."""
     context = getattr(error, "ctx", None)
-    if type(error).__name__ == "NoArgsIsHelpError":
-        print(error.format_message(), file=sys.stderr)
-        return exit_codes.USAGE
-    message = str(error.format_message())
-    path = context.command_path if context else "convtool"
+    message = _message(error)
+    path = context.command_path if context else PROGRAM
     text = f"{message[:1].lower()}{message[1:].rstrip('.')} (see `{path} --help`)"
     command = next((word for word in arguments if not word.startswith("-")), None)
     print_error(command, "usage", exit_codes.USAGE, text, as_json="--json" in arguments)
     return exit_codes.USAGE
+
+
+def _message(error: Any) -> str:
+    param = getattr(error, "param", None)
+    wanted = _EXPECTED.get(param.type_descriptor.annotation) if param is not None else None
+    if param is not None and wanted and param.opts:
+        return f"{param.opts[-1]}: expected {wanted}"
+    if getattr(error, "possibilities", None):  # of an unknown option
+        return str(error.message) + did_you_mean(error.option_name, error.possibilities)
+    return str(error.format_message())
+
+
+_EXPECTED = {int: "an integer", float: "a number"}

@@ -28,16 +28,14 @@ if TYPE_CHECKING:
     from convtool.recipe import PlannedFusion, Recipe
 
 NAME = "fuse"
-EXAMPLES = """[bold]Examples[/bold]
-
+USAGE = "CKPT LAYER LAYER... -o OUT"
+EXAMPLES = """
 convtool fuse resnet.safetensors layer1.0.conv1 layer1.0.bn1 -o fused.safetensors --set layer1.0.conv1.padding=1
-
 convtool fuse net.pt reduce spread gather -o fused.pt --set gather.stride=2 --dry-run
-
-convtool fuse net.pt a b -o out.pt --input-size 32,32   (exact for that size is enough)
-
-convtool fuse net.pt stem 'avg_pool(2)' mix -o out.pt   (layers without tensors by what they do)
-
+# exact for inputs of that size is enough
+convtool fuse net.pt a b -o out.pt --input-size 32,32
+# layers without tensors are given by what they do
+convtool fuse net.pt stem 'avg_pool(2)' mix -o out.pt
 convtool fuse repvgg.pt --recipe repvgg -o deploy.pt
 """
 

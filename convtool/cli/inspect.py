@@ -14,12 +14,10 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint, Layer
 
 NAME = "inspect"
-EXAMPLES = """[bold]Examples[/bold]
-
+USAGE = "CKPT [PATTERN]"
+EXAMPLES = """
 convtool inspect model.safetensors
-
 convtool inspect model.safetensors 'layer1.*' --tensors
-
 convtool inspect model.pt --json | jq -r '.layers[].name'
 """
 

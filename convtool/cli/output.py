@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,16 @@ def _console() -> Console:
     from rich.console import Console
 
     return Console(highlight=False)
+
+
+def stdout_styled() -> bool:
+    """Whether stdout takes bold type: a terminal that isn't dumb, and nobody asked for none (no-color.org)."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+
+
+def bold(text: str, styled: bool) -> str:
+    """The text in bold type where `styled`."""
+    return f"\x1b[1m{text}\x1b[0m" if styled else text
 
 
 def human_bytes(count: int) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from convtool.cli import exit_codes
@@ -25,18 +26,14 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
         print_error(reporter.command, kind, code, message, as_json=reporter.as_json)
         return code
 
-    previous = signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = body() or exit_codes.OK
-        sys.stdout.flush()
-        return code
+        with _termination_raises():
+            return body() or exit_codes.OK
     except ConvtoolError as error:
         code, kind = exit_codes.of_error(error)
         return fail(kind, code, str(error))
     except BrokenPipeError:
-        # Python flushes stdout once more at exit, and would complain there.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return exit_codes.BROKEN_PIPE
+        raise  # whoever read the output went away: `flushed` deals with that
     except KeyboardInterrupt:
         return fail("interrupted", exit_codes.INTERRUPTED, "interrupted; nothing half-written was left behind")
     except _Terminated:
@@ -51,6 +48,31 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
             f"a bug in convtool ({type(error).__name__}: {error}); please report it with the trace above, the"
             " command line and the output of `convtool inspect` for the checkpoint",
         )
+
+
+def flushed(action: Callable[[], int]) -> int:
+    """Run an action that prints, and see its output off; the exit code is that of a broken pipe where nobody reads."""
+    try:
+        code = action()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python flushes once more at exit, and would complain there.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return exit_codes.BROKEN_PIPE
+
+
+@contextlib.contextmanager
+def _termination_raises() -> Iterator[None]:
+    """SIGTERM raises, and so unwinds what is half-done; not so where a parent has it ignored (as `nohup` does)."""
+    previous = signal.getsignal(signal.SIGTERM)
+    if previous is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, previous)
 

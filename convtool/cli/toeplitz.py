@@ -32,13 +32,12 @@ from convtool.cli.output import Reporter, human_bytes
 from convtool.cli.run import run
 
 NAME = "toeplitz"
-EXAMPLES = """[bold]Examples[/bold]
-
+USAGE = "CKPT LAYER -o OUT"
+EXAMPLES = """
 convtool toeplitz resnet.safetensors conv1 --input-size 32,32 --stride 2 --padding 3 -o conv1.npz
-
-convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.npy   (x @ B, bias in the last row)
-
 python -c 'import scipy.sparse; print(scipy.sparse.load_npz("conv1.npz").shape)'
+# for row vectors, x @ B, with the bias as the last row
+convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.npy
 """
 
 

@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     from convtool.core.verify import EquivalenceReport
 
 NAME = "verify"
-EXAMPLES = """[bold]Examples[/bold]
-
+USAGE = "BEFORE AFTER"
+EXAMPLES = """
 convtool verify resnet.safetensors fused.safetensors --input-size 64,56,56
-
-convtool verify net.pt other.pt --before conv1,bn1 --after conv1 --input-size 32,32 --set conv1.padding=1
-
 convtool verify net.safetensors fused.safetensors --exhaustive --json
+# fused by another program, which left no record
+convtool verify net.pt other.pt --before conv1,bn1 --after conv1 --input-size 32,32 --set conv1.padding=1
 """
 
 

@@ -1,0 +1,216 @@
+"""The house as DESIGN's section 4 and the README draw it: who may import whom, who may print, what costs start-up."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "convtool"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# errors <- core <- files <- {checkpoint, matrix, recipe} <- {api, cli}: a module imports only what stands lower, and
+# its own part. What stands on one step knows nothing of its neighbours.
+STEPS = {
+    "errors": 0,
+    "core": 1,
+    "files": 2,
+    "checkpoint": 3,
+    "matrix": 3,
+    "recipe": 3,
+    "recipes": 3,
+    "api": 4,
+    "cli": 4,
+    "__main__": 5,
+    "__init__": 5,  # the names of the public API, which it imports on first use
+}
+OWN = {"recipes": {"recipe"}}  # the shipped recipes are of the same part as what reads them
+
+CORE_IMPORTS = {
+    *("__future__", "collections", "contextlib", "dataclasses", "enum", "fnmatch", "fractions", "functools"),
+    *("difflib", "itertools", "math", "operator", "re", "types", "typing", "warnings"),
+    *("convtool", "numpy", "scipy", "torch"),
+}
+# Names that, called or looked up, would print, open a file, or run a program.
+EFFECTS = {
+    *("print", "input", "open", "exec", "eval", "__import__", "breakpoint"),
+    *("write_text", "write_bytes", "read_text", "read_bytes", "tofile", "fromfile", "memmap", "from_file"),
+    *("stdout", "stderr", "save", "savez", "load", "import_module"),
+}
+
+TOP_LEVEL = {
+    *("pyproject.toml", "README.md", "convtool", "tests", "sample_models", "Makefile"),
+    *(".ci", ".gitignore", ".gitattributes"),
+}
+
+
+def part_of(path: Path) -> str:
+    """'core' for convtool/core/taps.py, 'errors' for convtool/errors.py."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every module that is imported anywhere in a file, also inside functions, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, node.lineno
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
+            assert node.module is not None
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+
+
+def parsed(path: Path) -> ast.AST:
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def wrong_imports(part: str, tree: ast.AST) -> list[str]:
+    """Imports that a module of that part must not have, as 'line 7: convtool.cli.run'."""
+    found = []
+    for name, line in imports(tree):
+        package, _, rest = name.partition(".")
+        target = rest.partition(".")[0]
+        if package != "convtool" or target == "__version__":
+            continue
+        if target not in STEPS:  # `import convtool`, `from convtool import fuse`: the whole of it
+            target = "__init__"
+        if target != part and target not in OWN.get(part, ()) and STEPS[target] >= STEPS[part]:
+            found.append(f"line {line}: {name}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    assert part_of(path) in STEPS, "a new part of the package: give it a step"
+    assert wrong_imports(part_of(path), parsed(path)) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "line"),
+    [
+        ("errors", "from convtool.core.conv import Conv"),
+        ("core", "def f():\n    from convtool.files.atomic import replacing"),
+        ("core", "if TYPE_CHECKING:\n    import convtool.checkpoint"),
+        ("core", "import convtool"),
+        ("files", "from convtool import checkpoint"),
+        ("checkpoint", "from convtool.matrix import plan_matrix"),
+        ("matrix", "from convtool.checkpoint import open_checkpoint"),
+        ("recipe", "from convtool.recipes import shipped"),
+        ("api", "from convtool.cli.run import run"),
+        ("cli", "from convtool.api import apply"),
+        ("cli", "from convtool import fuse"),
+    ],
+)
+def test_an_import_the_other_way_would_be_seen(part: str, line: str) -> None:
+    assert wrong_imports(part, ast.parse(line))
+
+
+def effects(tree: ast.AST) -> list[str]:
+    """Names in a file that print, open files or run programs."""
+    names = [(node.id, node.lineno) for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    names += [(node.attr, node.lineno) for node in ast.walk(tree) if isinstance(node, ast.Attribute)]
+    return [f"line {line}: {name}" for name, line in names if name in EFFECTS]
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "core").rglob("*.py")), ids=lambda path: path.name)
+def test_the_core_neither_prints_nor_opens_files(path: Path) -> None:
+    tree = parsed(path)
+    assert {name.partition(".")[0] for name, _ in imports(tree)} <= CORE_IMPORTS
+    assert effects(tree) == []
+
+
+def test_only_the_command_line_prints() -> None:
+    for path in SOURCES:
+        if part_of(path) != "cli":
+            found = [name for name in effects(parsed(path)) if name.split()[-1] in ("print", "stdout", "stderr")]
+            assert found == [], path
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    for path in SOURCES:
+        tree = parsed(path)
+        assert isinstance(tree, ast.Module)
+        assert ast.get_docstring(tree), path
+
+
+# Runs command lines in one process, each with what it must not have imported by its end; prints what was found.
+STARTUP = """
+import contextlib, io, os, sys
+
+def loaded(*names):
+    return [name for name in names if name in sys.modules]
+
+found = []
+
+def run(arguments, forbidden, **environment):
+    os.environ.update(environment)
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        try:
+            code = run_app(arguments)
+        except SystemExit as stop:
+            code = stop.code
+    for name in environment:
+        del os.environ[name]
+    if loaded(*forbidden):
+        found.append((arguments, loaded(*forbidden)))
+    return code, out.getvalue(), err.getvalue()
+
+from convtool.cli.app import app, run_app
+
+TORCH = ("torch", "numpy", "scipy", "safetensors")
+names = [command.name for command in app.registered_commands]
+assert run(["--help"], TORCH)[0] == 0
+assert run(["-h"], TORCH)[0] == 0
+assert run(["--version"], TORCH)[0] == 0
+for name in names:
+    code, out, err = run([name, "--help"], TORCH)
+    assert code == 0 and name in out and not err, (code, out, err)
+for line in ("", "fuze", "--wrong", "inspect", "inspect x --wrong", "verify x y --trials z", "inspect x y z"):
+    wrong = line.split()
+    code, out, err = run(wrong, TORCH)
+    assert code == 2 and not out and err, (wrong, code, out, err)
+for words in ("convtool ", "convtool fuse --", "convtool inspect sample_models/chains.safetensors "):
+    run([], TORCH, _CONVTOOL_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split())))
+for arguments in (["--tensors"], ["--json"], ["wid*"], ["--set", "widen.padding=1,2"]):
+    code, out, err = run(["inspect", "sample_models/chains.safetensors", *arguments], ("torch", "numpy"))
+    assert code == 0 and "widen" in out, (code, out, err)
+assert run(["inspect", "sample_models/chains.safetensors", "wide"], ("torch", "numpy"))[0] == 2
+assert run(["inspect", "sample_models/missing.safetensors"], ("torch", "numpy"))[0] == 3
+assert run(["inspect", "sample_models/chains.pt"], ())[0] == 0 and loaded("torch")  # or none of this shows anything
+print(found)
+"""
+
+
+def test_help_usage_errors_completion_and_inspect_import_neither_torch_nor_numpy() -> None:
+    done = subprocess.run([sys.executable, "-c", STARTUP], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "[]\n", "")
+
+
+def files_of_the_repository() -> list[Path]:
+    """What git has, or would have; all files but leftovers where there is no git."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    try:
+        listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    except (OSError, subprocess.CalledProcessError):
+        hidden = re.compile(r"(^|/)(\.(git|venv|\w+_cache|hypothesis)|__pycache__|build|dist|\w+_output|.*\.egg-info)/")
+        listed = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+        listed = [name for name in listed if not hidden.search(name)]
+    return [ROOT / name for name in listed if name and (ROOT / name).is_file()]
+
+
+def test_the_top_level_holds_nothing_without_need() -> None:
+    assert {path.relative_to(ROOT).parts[0] for path in files_of_the_repository()} <= TOP_LEVEL
+
+
+def test_nothing_in_the_repository_knows_where_it_was_made() -> None:
+    absolute = re.compile(rb"(?<![\w.~$}])/(?:home|work|root|tmp|Users|mnt|opt|srv)/[\w.]")
+    for path in files_of_the_repository():
+        found = absolute.search(path.read_bytes())
+        assert not found, f"{path.relative_to(ROOT)}: {found[0]!r}"

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from convtool.errors import OutputError
+from convtool.files.stored_zip import Member, archive_size, write_archive
 from convtool.matrix import npy
 from convtool.matrix.contents import RECORD_NAME, Contents, Layout, Output
-from convtool.matrix.stored_zip import Member, archive_size, write_archive
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True

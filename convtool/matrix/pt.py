@@ -23,8 +23,8 @@ import torch._utils  # what a saved tensor names as its maker; the format offers
 from torch import Tensor
 
 from convtool.errors import OutputError
+from convtool.files.stored_zip import Member, archive_size, write_archive
 from convtool.matrix.contents import RECORD_NAME, Array, Chunk, Contents, Layout, Output
-from convtool.matrix.stored_zip import Member, archive_size, write_archive
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True

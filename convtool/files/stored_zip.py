@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
-
-from convtool.matrix.contents import Chunk, Output
+from typing import NamedTuple, Protocol
 
 ALIGNMENT = 64  # of each member's data: what torch and numpy map
 
@@ -29,13 +27,31 @@ _END64, _LOCATOR64 = 0x06064B50, 0x07064B50
 _CRC_POLYNOMIAL = 0xEDB88320
 
 
+class Output(Protocol):
+    """What an archive needs of the file that it is written to."""
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+    def seek(self, offset: int, /) -> int: ...
+
+
+class Chunk(Protocol):
+    """Bytes of a member, and their CRC-32."""
+
+    @property
+    def data(self) -> memoryview: ...
+
+    @property
+    def crc(self) -> int: ...
+
+
 class Member(NamedTuple):
     """A file in the archive: a few bytes of head, then chunks, `size` bytes together."""
 
     name: str
     size: int
     head: bytes
-    chunks: Callable[[], Iterator[Chunk]]
+    chunks: Callable[[], Iterable[Chunk]]
 
 
 class _Placed(NamedTuple):

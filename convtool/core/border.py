@@ -67,11 +67,15 @@ class Border:
 
     def differs(self) -> Mask:
         """Mask of shape `output_size`: the output positions where chain and fused layer differ."""
+        return self.taps_differ() | _outer_any([axis.bias_lost for axis in self.axes])
+
+    def taps_differ(self) -> Mask:
+        """The same, had no layer a bias."""
         taps_differ = _outer_all([axis.reads for axis in self.axes]) & _outer_any([axis.misread for axis in self.axes])
         fused_differ = _outer_all([axis.fused_reads for axis in self.axes]) & _outer_any(
             [axis.fused_misread for axis in self.axes]
         )
-        return taps_differ | fused_differ | _outer_any([axis.bias_lost for axis in self.axes])
+        return taps_differ | fused_differ
 
     @property
     def exact(self) -> bool:
@@ -93,6 +97,7 @@ class AxisVerdict:
         rim: rows at the start and at the end that differ, at most, on a long axis.
         period, residues: where not exact: it is, on long axes, for the sizes that leave one of `residues` when
             divided by `period`; empty where there are none.
+        inside: outputs far from the border differ as well.
     """
 
     exact: bool
@@ -100,6 +105,7 @@ class AxisVerdict:
     rim: tuple[int, int]
     period: int = 1
     residues: tuple[int, ...] = ()
+    inside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +119,7 @@ class Verdict:
         smallest: per axis, the smallest size that both sides run on (all sizes only).
         only_bias: the taps agree everywhere; only a bias is lost at the border.
         multiples: per axis, (period, residues) of the sizes at which it would be exact, where there are any.
+        inside: not only the border differs: at no size, or at `input_size`, is there anything that doesn't.
     """
 
     exact: bool
@@ -121,6 +128,7 @@ class Verdict:
     smallest: tuple[int, ...] = ()
     only_bias: bool = False
     multiples: tuple[tuple[int, tuple[int, ...]], ...] = ()
+    inside: bool = False
 
     def describe_rim(self) -> str:
         """'the first row and the last 2 rows along axis 0': what differs, in words."""
@@ -149,9 +157,9 @@ def decide(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int] | N
     biased = tuple(conv.has_bias for conv in chain)
     if input_size is not None:
         at = border_at(chain, fused, input_size)
-        bias_only = not at.exact and not any((axis.misread | axis.fused_misread).any() for axis in at.axes)
+        bias_only = not (at.exact or at.taps_differ().any())
         rims = tuple((0, 0) for _ in at.axes) if at.exact else at.rims
-        return Verdict(at.exact, at.input_size, rims, only_bias=bias_only)
+        return Verdict(at.exact, at.input_size, rims, only_bias=bias_only, inside=bool(at.differs().all()))
     axes = list(zip(zip(*(conv.geometry.axes for conv in chain), strict=True), fused.axes, strict=True))
     verdicts = [_decide_axis(layers, biased, one) for layers, one in axes]
     exact = all(verdict.exact for verdict in verdicts)
@@ -165,6 +173,7 @@ def decide(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int] | N
         multiples=tuple((verdict.period, verdict.residues) for verdict in verdicts if not verdict.exact)
         if all(verdict.exact or verdict.residues for verdict in verdicts)
         else (),
+        inside=any(verdict.inside for verdict in verdicts),
     )
 
 
@@ -178,6 +187,7 @@ def all_of(verdicts: Sequence[Verdict]) -> Verdict:
         rim=tuple((max(v.rim[a][0] for v in verdicts), max(v.rim[a][1] for v in verdicts)) for a in axes),
         smallest=tuple(max(v.smallest[a] for v in verdicts) for a in axes) if verdicts[0].smallest else (),
         only_bias=bool(inexact) and all(verdict.only_bias for verdict in inexact),
+        inside=any(verdict.inside for verdict in inexact),
     )
 
 
@@ -264,11 +274,14 @@ def _decide_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axis
             if _runs(layers, size) and fused.runs_on(size)
         )
         return AxisVerdict(not short_bad, smallest, rim)
+    # Nothing at an end reaches the middle quarter of an axis of twice that length.
+    longest = _compare_axis(layers, biased, fused, 2 * long).differs
+    inside = bool(longest[len(longest) * 3 // 8 : len(longest) * 5 // 8].any())
     good = [size for size in steady if size not in bad]
     for divisor in (q for q in range(1, period + 1) if period % q == 0):
         residues = {size % divisor for size in good}
         if len(good) * divisor == len(residues) * period:
-            return AxisVerdict(False, smallest, rim, divisor, tuple(sorted(residues)))
+            return AxisVerdict(False, smallest, rim, divisor, tuple(sorted(residues)), inside)
     raise AssertionError("unreachable: the period itself always fits")
 
 

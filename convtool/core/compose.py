@@ -262,8 +262,10 @@ def _compose_biases(first: Conv, second: Conv) -> Tensor | None:
     if first.bias is None:
         return second.bias
     groups = second.geometry.groups
-    gain = second.weight.flatten(2).sum(2).reshape(groups, -1, second.weight.shape[1])  # (g2, C_out/g2, C_mid/g2)
-    carried = (gain @ first.bias.reshape(groups, -1, 1)).flatten()  # (C_out,)
+    per_group = second.weight.shape[1]
+    gain = second.weight.reshape(groups, -1, per_group, math.prod(second.geometry.kernel_size)).sum(3)
+    # gain: (g2, C_out/g2, C_mid/g2)
+    carried = (gain @ first.bias.reshape(groups, per_group, 1)).flatten()  # (C_out,)
     return carried if second.bias is None else carried + second.bias
 
 

@@ -78,7 +78,8 @@ def _by_taps(conv: Conv, x: Tensor) -> Tensor:
     groups, batch = conv.geometry.groups, x.shape[0]
     output_size = conv.output_size(x.shape[2:])
     taps = gather_taps(x, conv.geometry)  # (N, C_in, *output, *kernel)
-    columns = taps.reshape(batch, groups, conv.in_channels // groups, math.prod(output_size), -1)
+    per_group, positions = conv.in_channels // groups, math.prod(output_size)
+    columns = taps.reshape(batch, groups, per_group, positions, math.prod(conv.geometry.kernel_size))
     columns = columns.movedim(2, -2).flatten(-2)  # (N, groups, prod(output), C_in/groups * taps)
     weight = conv.weight.reshape(groups, conv.out_channels // groups, -1)  # (groups, C_out/groups, C_in/groups * taps)
     out = weight @ columns.transpose(-1, -2)  # (N, groups, C_out/groups, prod(output))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TypeVar
 
 import torch
@@ -71,7 +72,7 @@ def fuse_tree(
 
     Args:
         input_size: spatial sizes for which it has to be exact; every size where None.
-        allow_border: give the fused layer also where outputs near the border would differ.
+        allow_border: give the fused layer also where outputs near the border would differ; not where all would.
 
     Raises:
         RefusedError: it would not be exact, or no single layer has that form.
@@ -116,7 +117,7 @@ def _fuse_chain(tree: Chain[NamedConv], size: tuple[int, ...] | None, allow_bord
         geometry, channels = _named(parts[: number + 1], part, _check_pair, (geometry, channels), conv)
     fused = compose_chain(convs)
     verdict = decide(convs, fused.geometry, size)
-    if not (verdict.exact or allow_border):
+    if not verdict.exact and (verdict.inside or not allow_border):
         raise RefusedError(explain(convs, fused.geometry, verdict, [_label(part) for part in parts]))
     return fused, verdict
 
@@ -195,20 +196,40 @@ def fuse(
 def explain(chain: Sequence[Conv], fused: Geometry, verdict: Verdict, names: Sequence[str]) -> str:
     """Why a fusion isn't exact, what would differ, and each way out, as one line."""
     late = [name for conv, name in zip(chain[1:], names[1:], strict=True) if conv.geometry.padded]
+    biased = [name for conv, name in zip(chain, names, strict=True) if conv.has_bias]
+    at = "" if verdict.input_size is None else f" for input size {format_sizes(verdict.input_size)}"
+    what = f"cannot fuse {_list(names)} exactly{at}"
+    if verdict.inside:
+        spread = [name for conv, name in zip(chain[1:], names[1:], strict=True) if conv.geometry.transposed]
+        if verdict.only_bias and spread:
+            cause = f"{_list(spread)} spreads the bias of {_list(biased[:1])} unevenly over its outputs"
+        else:
+            cause = "what padding hides of the layers before reaches every output"
+        return f"{what}: {cause}, so no output would be right; leave these layers apart"
     if verdict.only_bias:
-        biased = [name for conv, name in zip(chain, names, strict=True) if conv.has_bias]
         cause = f"the padding of {_list(late)} hides the bias of {_list(biased[:1])}"
     else:
         cause = f"{_list(late)} pad{'s' if len(late) == 1 else ''} what the layers before compute"
-    at = "" if verdict.input_size is None else f" for input size {format_sizes(verdict.input_size)}"
     ways = ["--allow-border accepts that"]
     if sizes := describe_sizes(verdict):
         ways.append(f"--input-size decides for one size (it is exact for {sizes})")
-    ways.append(f"or give {names[0]} padding {_padding(fused)} and {_list(late)} none, and train on with that")
-    return (
-        f"cannot fuse {_list(names)} exactly{at}: {cause}, so {verdict.describe_rim()} of the output would differ;"
-        f" {'; '.join(ways)}"
-    )
+    if _is_exact_with_early_padding(chain, fused):
+        ways.append(f"or give {names[0]} padding {_padding(fused)} and {_list(late)} none, and train on with that")
+    return f"{what}: {cause}, so {verdict.describe_rim()} of the output would differ; {'; '.join(ways)}"
+
+
+def _is_exact_with_early_padding(chain: Sequence[Conv], fused: Geometry) -> bool:
+    """Whether the chain becomes the fused layer, exactly, once its first layer does all of the padding.
+
+    Always so for plain layers; a transposed layer's padding crops, and may have no counterpart.
+    """
+    early = [replace(chain[0].geometry, padding=fused.padding, padding_mode=fused.padding_mode)]
+    early += [replace(conv.geometry, padding=((0, 0),) * conv.spatial_axes) for conv in chain[1:]]
+    moved = [Conv(conv.weight, conv.bias, geometry) for conv, geometry in zip(chain, early, strict=True)]
+    try:
+        return reduce(compose_geometry, early) == fused and decide(moved, fused).exact
+    except ConvtoolError:
+        return False
 
 
 def _padding(geometry: Geometry) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 from convtool.errors import UsageError
 
@@ -203,7 +203,7 @@ class Geometry:
 
 def per_axis(field: str, value: PerAxis, axes: int, *, least: int) -> tuple[int, ...]:
     """`value` as one int for each of `axes` axes; UsageError where it isn't that or is below `least`."""
-    values = (value,) * axes if isinstance(value, int) else tuple(value)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * axes  # what is no integer is found below
     if len(values) != axes:
         raise UsageError(f"{field}: expected one value or {_count(axes)}, got {format_sizes(values)}")
     _check(field, values, least=least)
@@ -235,13 +235,13 @@ def _padding(
         return tuple((half, half) for half in halves)
     if isinstance(padding, str):
         raise UsageError(f"padding: expected numbers, 'same' or 'half', got {padding!r}")
-    if isinstance(padding, int):
+    if not isinstance(padding, Sequence):
         padding = (padding,) * axes
     if len(padding) != axes:
         raise UsageError(f"padding: expected one value or {_count(axes)}, got {format_sizes(padding)}")
     pairs: list[tuple[int, int]] = []
     for entry in padding:
-        sides = (entry, entry) if isinstance(entry, int) else tuple(entry)
+        sides: tuple[Any, ...] = tuple(entry) if isinstance(entry, Sequence) else (entry, entry)
         if len(sides) != 2:
             raise UsageError(f"padding: expected an int or a pair (before, after) per axis, got {entry!r}")
         _check("padding", sides, least=0)

@@ -88,14 +88,14 @@ more_positions = st.tuples(*(st.integers(0, 6),) * 3)
 
 
 @pytest.mark.parametrize("mode", PADDING_MODES)
-@settings(max_examples=600)
+@settings(max_examples=400)
 @given(data=st.data(), more=more_positions)
 def test_along_one_axis(mode: PaddingMode, data: st.DataObject, more: tuple[int, ...]) -> None:
     chain = data.draw(chains(number=1, mode=mode, largest_number=LARGE))
     check_border(chain, sizes_that_run(chain, more[:1]))
 
 
-@settings(max_examples=800)
+@settings(max_examples=500)
 @given(chain=mixed_chains(number=1, largest_number=LARGE), more=more_positions)
 def test_along_one_axis_with_transposed_layers(chain: list[Conv], more: tuple[int, ...]) -> None:
     check_border(chain, sizes_that_run(chain, more[:1]))
@@ -271,7 +271,7 @@ def test_every_size_for_random_triples(mode: PaddingMode, seed: int) -> None:
         check_all_sizes(layers, [rng.random() < 0.3 for _ in layers])
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_size_for_nearly_exact_layers(seed: int) -> None:
     # Layers padded in full, or strided by their kernel, where exactness hangs on a single position.
     rng = random.Random(200 + seed)
@@ -301,7 +301,7 @@ def test_every_size_for_nearly_exact_layers(seed: int) -> None:
     assert partly > 5
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_every_size_for_transposed_layers(seed: int) -> None:
     rng = random.Random(300 + seed)
     for _ in range(100):
@@ -367,7 +367,7 @@ def harmless_sides(first: Axis, second: Axis, bias: bool) -> tuple[bool, bool]:
     return before, after
 
 
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize("part", range(2))
 def test_the_closed_rule(part: int) -> None:
     exact = inexact = 0
     for number, (k1, s1, d1, p1, q1, k2, s2, d2, p2, q2) in enumerate(
@@ -384,7 +384,7 @@ def test_the_closed_rule(part: int) -> None:
             (0,),
         )
     ):
-        if number % 4 != part:
+        if number % 5 != part:  # coprime to every count, so that each value of each parameter is met
             continue
         bias = number % 13 == 0
         before, after = p2
@@ -426,7 +426,7 @@ def test_the_rule_holds_side_by_side() -> None:
 def test_only_the_first_padded_is_always_exact() -> None:
     rng = random.Random(8)
     for mode in PADDING_MODES:
-        for _ in range(100):
+        for _ in range(50):
             first = random_axis(rng, mode, 4)
             others = [replace(random_axis(rng, mode, 3), before=0, after=0) for _ in range(2)]
             verdict = check_all_sizes((first, *others), (True, True, True), upto=25)

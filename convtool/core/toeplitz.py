@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from convtool.core.conv import Conv, _swap_channels
@@ -159,6 +160,11 @@ class _Template(NamedTuple):
         """The entries of its positions start:stop."""
         return slice(int(self.starts[start]), int(self.starts[stop]))
 
+    def ends(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Where in that part the last entry of each position stands."""
+        ends: npt.NDArray[np.int64] = self.starts[start + 1 : stop + 1] - 1 - self.starts[start]
+        return ends
+
 
 class _Piece(NamedTuple):
     """Row channels first:last at the same positions, which are all of one tile."""
@@ -225,7 +231,7 @@ class ToeplitzMatrix:
         self._channel_values: tuple[tuple[int, int], Tensor] | None = None
         rows = weight.shape[0] * self._positions
         columns = self._column_step * conv.geometry.groups
-        live = weight.shape[0] * weight.shape[1] * math.prod(int(axis.counts.sum()) for axis in slots)
+        live = weight.shape[0] * weight.shape[1] * self._live_positions
         self._plain_rows, self._plain_columns = rows, columns
         self.nnz = live + (conv.out_channels * math.prod(self.output_size) if affine else 0)
         self.shape = (rows + (affine and transpose), columns + (affine and not transpose))
@@ -238,9 +244,7 @@ class ToeplitzMatrix:
     @property
     def bias(self) -> Tensor | None:
         """The bias as a vector over all outputs, (C_out * prod(output_size),), or None where the layer has none."""
-        if self.conv.bias is None:
-            return None
-        return self.conv.bias.to(self.dtype).repeat_interleave(math.prod(self.output_size))
+        return None if self.conv.bias is None else self._bias_rows.to(self.dtype).flatten()
 
     def indptr(self) -> Tensor:
         """(rows + 1,) the start of each row among all entries."""
@@ -279,7 +283,8 @@ class ToeplitzMatrix:
             part = (*tile.pattern, begin - tile.start, end - tile.start)
             place = (*groups, last - first, first if groups[0] < groups[1] else None)
             rows = first * self._positions + begin, (last - 1) * self._positions + end
-            yield Stretch(*rows, (tile.shift, *place, *part), (first, last, *part))
+            bias = begin if self._has_bias_column and self.conv.has_bias_map else None
+            yield Stretch(*rows, (tile.shift, *place, *part), (first, last, bias, *part))
         if start < stop and stop > self._plain_rows:
             yield Stretch(self._plain_rows, stop, None, None)
 
@@ -294,7 +299,7 @@ class ToeplitzMatrix:
         counts = np.full(len(position), self._weight.shape[1], dtype=np.int64)
         for axis, where in zip(self._slots, self._unravel(position), strict=True):
             counts *= axis.counts[where]
-        if self.affine and not self.transpose:
+        if self._has_bias_column:
             counts += 1
         if start < stop and stop > self._plain_rows:
             counts = np.append(counts, self._plain_columns)
@@ -312,9 +317,8 @@ class ToeplitzMatrix:
             target = out[done : done + channels * len(columns)].reshape(channels, len(columns))
             group = np.arange(first, last)[:, None] // self._per_group  # (channels, 1)
             np.add(columns, (tile.shift + group * self._column_step).astype(out.dtype), out=target)
-            if self.affine and not self.transpose:
-                ends = template.starts[begin - tile.start + 1 : end - tile.start + 1] - 1 - part.start
-                target[:, ends] = self._plain_columns
+            if self._has_bias_column:
+                target[:, template.ends(begin - tile.start, end - tile.start)] = self._plain_columns
             done += target.size
         if start < stop and stop > self._plain_rows:
             out[done:] = np.arange(self._plain_columns, dtype=out.dtype)  # the bias under a transposed matrix, in full
@@ -337,9 +341,12 @@ class ToeplitzMatrix:
                 target.copy_(made[key])
             else:
                 made[key] = torch.index_select(self._values(first, last), 1, sources, out=target)
+            if self._has_bias_column:
+                ends = torch.from_numpy(template.ends(begin - tile.start, end - tile.start))
+                target[:, ends] = self._bias_rows[first:last, begin:end].to(self.dtype)
             done += target.numel()
         if start < stop and stop > self._plain_rows:
-            out[done:].view(self.conv.out_channels, -1).copy_(self._bias_column())
+            out[done:].view(self._bias_rows.shape).copy_(self._bias_rows)
         return out
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
@@ -381,7 +388,10 @@ class ToeplitzMatrix:
         return max(1, self._weight.shape[0] // self.conv.geometry.groups)
 
     def _values(self, first: int, last: int) -> Tensor:
-        """(channels, column channels * subsets [+ 1]) every value that can stand in rows of channels first:last."""
+        """(channels, column channels * subsets [+ 1]) every value that can stand in rows of channels first:last.
+
+        The one more is the place of the bias, whose value depends on the position.
+        """
         if self._channel_values is None or self._channel_values[0] != (first, last):
             self._channel_values = ((first, last), self._make_values(first, last))
         return self._channel_values[1]
@@ -394,15 +404,20 @@ class ToeplitzMatrix:
                 members = torch.from_numpy(axis.members).to(exact.dtype)  # (subsets, kernel)
                 weight = torch.tensordot(exact, members, dims=([number + 2], [1])).movedim(-1, number + 2)
         values = weight.flatten(1).to(self.dtype)
-        if self.affine and not self.transpose:
-            values = torch.cat([values, self._bias_column()[first:last]], 1)
-        return values.contiguous()
+        return F.pad(values, (0, 1)) if self._has_bias_column else values.contiguous()
 
-    def _bias_column(self) -> Tensor:
-        bias = self.conv.bias
+    @property
+    def _has_bias_column(self) -> bool:
+        """Whether each row ends in its bias."""
+        return self.affine and not self.transpose
+
+    @cached_property
+    def _bias_rows(self) -> Tensor:
+        """(C_out, prod(output_size)) the bias of every output, zero where there is none; a view."""
+        bias = self.conv.bias_over(self.output_size)
         if bias is None:
-            return torch.zeros(self.conv.out_channels, 1, dtype=self.dtype)
-        return bias.to(self.dtype)[:, None]
+            bias = torch.zeros((), dtype=self.dtype).expand(self.conv.out_channels, *self.output_size)
+        return bias.reshape(self.conv.out_channels, math.prod(self.output_size))
 
     @cached_property
     def _longest_row(self) -> int:
@@ -415,17 +430,33 @@ class ToeplitzMatrix:
     def _entries_before(self, row: int) -> int:
         """The number of entries in all rows before this one."""
         channel, position = divmod(min(row, self._plain_rows), self._positions)
-        totals = [int(axis.counts.sum()) for axis in self._slots]
         # Positions before this one agree with it on some leading axes, are smaller on the next, and any on the rest.
-        before, agree = 0, 1
-        where = np.unravel_index(position, self._row_size) if self._row_size else ()
-        for number, (axis, index) in enumerate(zip(self._slots, where, strict=True)):
-            before += agree * int(axis.counts[:index].sum()) * math.prod(totals[number + 1 :])
-            agree *= int(axis.counts[index])
-        live = self._weight.shape[1] * (channel * math.prod(totals) + before)
+        before, agree, inner, rest = 0, 1, self._positions, position
+        for size, starts, below in zip(self._row_size, self._counts_before, self._totals_below, strict=True):
+            inner //= size
+            index, rest = divmod(rest, inner)
+            before += agree * int(starts[index]) * below
+            agree *= int(starts[index + 1] - starts[index])
+        live = self._weight.shape[1] * (channel * self._live_positions + before)
         if self.affine and self.transpose:
             return live + (self._plain_columns if row > self._plain_rows else 0)
         return live + (row if self.affine else 0)
+
+    @cached_property
+    def _counts_before(self) -> list[npt.NDArray[np.int64]]:
+        """For each axis the slots in use before each of its positions, and behind the last."""
+        return [np.concatenate([[0], np.cumsum(axis.counts)]) for axis in self._slots]
+
+    @cached_property
+    def _totals_below(self) -> list[int]:
+        """For each axis the slots in use of all axes after it, multiplied."""
+        totals = [int(starts[-1]) for starts in self._counts_before]
+        return [math.prod(totals[number + 1 :]) for number in range(len(totals))]
+
+    @cached_property
+    def _live_positions(self) -> int:
+        """Slots in use of all axes, multiplied: a channel's entries for each of its input channels."""
+        return math.prod(int(starts[-1]) for starts in self._counts_before)
 
     @cached_property
     def _tiling(self) -> tuple[int, int, int]:
@@ -520,10 +551,10 @@ class ToeplitzMatrix:
         chosen = np.broadcast_to(live, full)
         flat_columns = np.broadcast_to(columns, full)[chosen] - shift
         flat_sources = np.broadcast_to(sources, full)[chosen]
-        if self.affine and not self.transpose:
+        if self._has_bias_column:
             ends = np.cumsum(counts)  # the bias goes behind the last entry of each row
             flat_columns = np.insert(flat_columns, ends, 0)  # its column is filled in where it is known
-            flat_sources = np.insert(flat_sources, ends, channels * subsets)
+            flat_sources = np.insert(flat_sources, ends, channels * subsets)  # as is its value
             counts = counts + 1
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
         return _Template(

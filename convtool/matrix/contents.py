@@ -115,11 +115,12 @@ def bias_array(matrix: ToeplitzMatrix, rows: tuple[int, int]) -> Array | None:
         return None
     positions = math.prod(matrix.output_size)
     start, stop = (0, matrix.conv.out_channels * positions) if matrix.transpose else rows
-    channels = matrix.conv.bias.to(matrix.dtype)
+    bias = matrix.conv.bias
 
     def chunks() -> Iterator[Chunk]:
         for first, last in _spans(start, stop, CHUNK_BYTES // 8):
-            yield Chunk(channels[torch.arange(first, last) // positions])
+            part = bias.flatten()[first:last] if bias.dim() > 1 else bias[torch.arange(first, last) // positions]
+            yield Chunk(part.to(matrix.dtype))
 
     return Array("bias", matrix.dtype, (stop - start,), chunks)
 

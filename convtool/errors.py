@@ -29,9 +29,9 @@ class OutputError(ConvtoolError):
     """The output exists already, or could not be written."""
 
 
-def did_you_mean(given: str, known: Iterable[str], otherwise: str = "") -> str:
+def did_you_mean(given: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.5) -> str:
     """What to append to a message about an unknown name: the nearest known ones, or `otherwise` where none is near."""
     import difflib
 
-    near = difflib.get_close_matches(given, list(known), n=3, cutoff=0.5)
+    near = difflib.get_close_matches(given, list(known), n=3, cutoff=cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else otherwise

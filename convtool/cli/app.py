@@ -105,8 +105,9 @@ def _message(error: Any) -> str:
     wanted = _EXPECTED.get(param.type_descriptor.annotation) if param is not None else None
     if param is not None and wanted and param.opts:
         return f"{param.opts[-1]}: expected {wanted}"
-    if getattr(error, "possibilities", None):  # of an unknown option
-        return str(error.message) + did_you_mean(error.option_name, error.possibilities)
+    if type(error).__name__ == "NoSuchOption":
+        options = [name for param in error.ctx.command.params for name in param.opts if name.startswith("--")]
+        return f"no such option: {error.option_name}" + did_you_mean(error.option_name, options, cutoff=0.75)
     return str(error.format_message())
 
 

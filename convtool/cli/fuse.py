@@ -20,7 +20,7 @@ from convtool.cli.options import (
     parse_dtype,
     parse_input_size,
 )
-from convtool.cli.output import Reporter
+from convtool.cli.output import Reporter, tree_text
 from convtool.cli.run import run
 
 if TYPE_CHECKING:
@@ -207,7 +207,7 @@ def _describe(layer: PlannedLayer) -> dict[str, Any]:
 
 def _print(reporter: Reporter, document: dict[str, Any]) -> None:
     for fusion in document["fusions"]:
-        reporter.line(f"{_tree_text(fusion['sources'])} -> {fusion['name']}")
+        reporter.line(f"{tree_text(fusion['sources'])} -> {fusion['name']}")
         for line in fusion["edits"]:
             reporter.line(f"  {line}")
         reporter.line(f"  {_exactness(fusion)}")
@@ -215,14 +215,6 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
         reporter.line(f"  {before} -> {after} parameters, {fusion['dtype']}")
     verb = "wrote" if document["written"] else "would write"
     reporter.line(f"{verb} {document['out']}")
-
-
-def _tree_text(tree: dict[str, Any]) -> str:
-    if "chain" in tree:
-        return " + ".join(_tree_text(part) for part in tree["chain"])
-    if "sum" in tree:
-        return "(" + " | ".join(_tree_text(part) for part in tree["sum"]) + ")"
-    return f"{tree['origin']}:{tree['name']}" if "origin" in tree else str(tree["name"])
 
 
 def _exactness(fusion: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convtool.cli.options import CheckpointPath, GeometryFile, Json, Quiet, Root, Settings
-from convtool.cli.output import Reporter, human_bytes, table
+from convtool.cli.output import Reporter, human_bytes, table, tree_text
 from convtool.cli.run import run
 
 if TYPE_CHECKING:
@@ -129,8 +129,7 @@ def _print(reporter: Reporter, document: dict[str, Any], tensors: bool) -> None:
     ]
     table(("layer", "kind", "weight", "dtype", "size", "geometry"), rows, right=("size",))
     for fusion in (document["record"] or {"fusions": []})["fusions"]:
-        names = ", ".join(source["name"] for source in fusion["sources"])
-        reporter.remark(f"{fusion['name']} was fused by convtool from {names}")
+        reporter.remark(f"{fusion['name']} was fused by convtool from {tree_text(fusion['sources'])}")
 
 
 def _shape(shape: list[int]) -> str:

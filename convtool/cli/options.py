@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convtool.errors import InputError, UsageError
+from convtool.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -149,10 +149,7 @@ def check_used(sources: FieldSources, layers: list[str]) -> None:
     for source in sources.sources:
         for pattern in source.tables:
             if not any(source.matches(pattern, layer) for layer in layers):
-                import difflib
-
-                near = difflib.get_close_matches(pattern, layers, n=3, cutoff=0.5)
-                hint = f"; did you mean {' or '.join(near)}?" if near else "; `convtool inspect` lists the layers"
+                hint = did_you_mean(pattern, layers, "; `convtool inspect` lists the layers")
                 raise UsageError(f"{source.origin}: {pattern!r} fits no layer of the checkpoint{hint}")
 
 

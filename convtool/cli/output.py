@@ -93,6 +93,15 @@ def _console() -> Console:
     return Console(highlight=False)
 
 
+def tree_text(tree: dict[str, Any]) -> str:
+    """The layers of a fusion, as its record has them, in words: 'a + (b + c | d)'."""
+    if "chain" in tree:
+        return " + ".join(tree_text(part) for part in tree["chain"])
+    if "sum" in tree:
+        return "(" + " | ".join(tree_text(part) for part in tree["sum"]) + ")"
+    return f"{tree['origin']}:{tree['name']}" if "origin" in tree else str(tree["name"])
+
+
 def stdout_styled() -> bool:
     """Whether stdout takes bold type: a terminal that isn't dumb, and nobody asked for none (no-color.org)."""
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")

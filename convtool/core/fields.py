@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from convtool.core.geometry import PADDING_MODES, Geometry
-from convtool.errors import UsageError
+from convtool.errors import UsageError, did_you_mean
 
 Fields: TypeAlias = dict[str, Any]
 
@@ -33,7 +33,9 @@ def parse_field(name: str, value: object) -> object:
         UsageError: an unknown field, or a value of the wrong form. Ranges are checked by `Geometry.of`.
     """
     if name not in _PARSERS:
-        raise UsageError(f"unknown field {name!r}; expected one of {', '.join(_PARSERS)}")
+        raise UsageError(
+            f"unknown field {name!r}{did_you_mean(name, _PARSERS, '; expected one of ' + ', '.join(_PARSERS))}"
+        )
     try:
         return _PARSERS[name](value)
     except (TypeError, ValueError):
@@ -44,7 +46,7 @@ def parse_setting(text: str) -> tuple[str, str, object]:
     """'layer1.conv.stride=2' as ('layer1.conv', 'stride', 2)."""
     target, equals, value = text.partition("=")
     layer, _, name = target.rpartition(".")
-    if not equals or not name:
+    if not equals or not name or (not layer and name not in _PARSERS):
         raise UsageError(f"--set: expected LAYER.FIELD=VALUE such as conv1.stride=2, got {text!r}")
     return layer, name, parse_field(name, value)
 

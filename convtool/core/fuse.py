@@ -243,10 +243,16 @@ def _check_finite(exact: Conv, rounded: Conv, names: Sequence[str]) -> None:
             continue
         if not bool(before.isfinite().all()):
             raise InputError(f"cannot fuse {_list(names)}: the fused {what} is not finite; a layer holds inf or NaN")
+        largest = float(before.abs().max())
+        wider = [dtype for dtype in (torch.float32, torch.float64) if largest <= torch.finfo(dtype).max]
         raise InputError(
-            f"cannot fuse {_list(names)}: the fused {what} reaches {float(before.abs().max()):.3g}, beyond what"
-            f" {str(after.dtype).removeprefix('torch.')} can hold; use --dtype float32 or float64"
+            f"cannot fuse {_list(names)}: the fused {what} reaches {largest:.3g}, beyond what"
+            f" {_name(after.dtype)} can hold; use --dtype {' or '.join(map(_name, wider))}"
         )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _list(names: Sequence[str]) -> str:

@@ -77,7 +77,8 @@ def check(path: Path, contents: Contents) -> None:
             warnings.simplefilter("ignore")  # that sparse CSR tensors are young is no news of this file
             back = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
+        name = type(error).__name__  # torch's messages are pages of advice
+        raise OutputError(f"the file read back is damaged (torch raised {name}); nothing was changed") from None
     weight: Tensor = back["weight"]
     layout = SPARSE.get(contents.layout, torch.strided)
     values = contents.arrays[0 if contents.layout == "dense" else 2]

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from convtool.errors import OutputError
-from convtool.files import atomic
 from convtool.files.atomic import check_target, replacing
 
 NOBODY = 65534
@@ -173,9 +172,9 @@ def test_a_system_call_that_fails_leaves_the_old_state(
 
     if step == "replace":
         monkeypatch.setattr(Path, "replace", fail)
-        monkeypatch.setattr(atomic.os, "link", fail)
+        monkeypatch.setattr(os, "link", fail)
     else:
-        monkeypatch.setattr(atomic.os, step, fail)
+        monkeypatch.setattr(os, step, fail)
     with pytest.raises(OutputError, match=os.strerror(reason)):
         write(tmp_path / "out", force=force)
     monkeypatch.undo()
@@ -200,7 +199,7 @@ def test_a_file_system_without_hard_links_does_as_well(
     def no_links(*arguments: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(atomic.os, "link", no_links)
+    monkeypatch.setattr(os, "link", no_links)
     if appeared:
         with pytest.raises(OutputError, match="another program"), replacing(tmp_path / "out", force=False):
             (tmp_path / "out").write_bytes(b"theirs")
@@ -221,7 +220,7 @@ def test_a_folder_that_cannot_be_synced_is_said_and_the_file_is_there(
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         real(descriptor)
 
-    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(OutputError, match="is written and has its name"):
         write(tmp_path / "out")
     assert (tmp_path / "out").read_bytes() == b"new"
@@ -241,7 +240,7 @@ def test_data_is_synced_before_the_rename_and_the_folder_after_it(
         steps.append("rename")
         return real_replace(self, target)
 
-    monkeypatch.setattr(atomic.os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(Path, "replace", replace)
     with replacing(tmp_path / "out", force=True, check=lambda path: steps.append("check")) as file:
         file.write(b"new")

@@ -4,34 +4,37 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeAlias
 
 from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.info import Layer, TensorInfo
 from convtool.checkpoint.safetensors_file import SafetensorsCheckpoint, looks_like_safetensors
-from convtool.errors import InputError
+from convtool.checkpoint.torch_file import TorchCheckpoint
+from convtool.errors import InputError, UsageError
 
 __all__ = ["Checkpoint", "Layer", "TensorInfo", "open_checkpoint"]
 
 
-def _open_torch(path: Path, root: str | None) -> Checkpoint:
-    from convtool.checkpoint.torch_file import TorchCheckpoint  # imports torch, which a .safetensors file doesn't need
-
-    return TorchCheckpoint(path, root)
+_Opener: TypeAlias = Callable[[Path, str | None, bool], Checkpoint]
 
 
-def _open_safetensors(path: Path, root: str | None) -> Checkpoint:
+def _open_torch(path: Path, root: str | None, mapped: bool) -> Checkpoint:
+    return TorchCheckpoint(path, root, mapped=mapped)
+
+
+def _open_safetensors(path: Path, root: str | None, mapped: bool) -> Checkpoint:
     if root is not None:
-        raise InputError(f"{path}: --root is for nested torch files; a safetensors file is flat")
-    return SafetensorsCheckpoint(path)
+        raise UsageError(f"{path}: --root is for nested torch files; a safetensors file is flat")
+    return SafetensorsCheckpoint(path, mapped=mapped)
 
 
 # How a file begins tells its format; its name is only asked where that doesn't.
-_MAGIC: tuple[tuple[Callable[[bytes], bool], Callable[[Path, str | None], Checkpoint]], ...] = (
+_MAGIC: tuple[tuple[Callable[[bytes], bool], _Opener], ...] = (
     (lambda start: start.startswith(b"PK\x03\x04"), _open_torch),
     (looks_like_safetensors, _open_safetensors),
     (lambda start: start.startswith(b"\x80"), _open_torch),
 )
-_SUFFIXES: dict[str, Callable[[Path, str | None], Checkpoint]] = {
+_SUFFIXES: dict[str, _Opener] = {
     ".safetensors": _open_safetensors,
     ".pt": _open_torch,
     ".pth": _open_torch,
@@ -45,12 +48,13 @@ _NOT_A_CHECKPOINT = (
 )
 
 
-def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
+def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool = True) -> Checkpoint:
     """Open a .safetensors or torch file; no tensor is read yet, and no code in it ever runs.
 
     Args:
         path: the file.
         root: in a nested torch file with several state dicts, the dotted keys of the one meant.
+        mapped: map files into memory; where False, what is asked for is read (for file systems that can't map).
 
     Raises:
         InputError: the file is missing, damaged, or of no supported format.
@@ -76,7 +80,7 @@ def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
         raise InputError(f"{path}: begins with zeros only; it was never written completely")
     for matches, opener in _MAGIC:
         if matches(start):
-            return opener(path, root)
+            return opener(path, root, mapped)
     if path.suffix in _SUFFIXES:
-        return _SUFFIXES[path.suffix](path, root)
+        return _SUFFIXES[path.suffix](path, root, mapped)
     raise InputError(f"{path}: is neither a safetensors nor a torch file")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from convtool.checkpoint.info import Layer, TensorInfo, find_layer, group_layers
+from convtool.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,17 +26,39 @@ class Checkpoint(abc.ABC):
         path: of the file.
         format: its name, as `inspect` shows it.
         infos: every tensor's description by full name, in the file's order.
+        unusable: entries that are tensors and can't be computed with: what they are, and what to do.
     """
 
     format: str
     infos: Mapping[str, TensorInfo]
+    unusable: Mapping[str, str] = {}
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    @abc.abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """The tensor of that full name, mapped from the file where the format allows; not to be written to."""
+        """The tensor of that full name, mapped from the file where the format allows; not to be written to.
+
+        A weight that a weight norm makes of two others is computed in float64 and rounded once.
+
+        Raises:
+            InputError: its bytes are damaged, or of a dtype that torch doesn't have.
+        """
+        if name in self.infos:
+            return self.stored_tensor(name)
+        return weight_of_norm(*map(self.stored_tensor, self._derived[name].derived_from))
+
+    @abc.abstractmethod
+    def stored_tensor(self, name: str) -> Tensor:
+        """A tensor that stands in the file."""
+
+    @abc.abstractmethod
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """The tensor's bytes, row-major, in pieces that are each valid until the next is asked for."""
+
+    @abc.abstractmethod
+    def memory(self, name: str) -> Hashable:
+        """What tensors have in common that are the same elements of the same memory (tied ones)."""
 
     @abc.abstractmethod
     def bits(self, name: str) -> Tensor:
@@ -51,12 +74,25 @@ class Checkpoint(abc.ABC):
         """
 
     @cached_property
+    def _derived(self) -> dict[str, TensorInfo]:
+        infos = (info for layer in self.layers.values() for info in layer.tensors.values())
+        return {info.name: info for info in infos if info.derived_from}
+
+    @cached_property
     def layers(self) -> dict[str, Layer]:
         """The layers by module path, in the file's order."""
         return group_layers(self.infos.values())
 
     def layer(self, name: str) -> Layer:
-        """The layer of that name; UsageError with the nearest names where there is none."""
+        """The layer of that name.
+
+        Raises:
+            UsageError: there is none; the nearest names are suggested.
+            InputError: it has a tensor that can't be computed with.
+        """
+        for key, reason in self.unusable.items():
+            if name in (key, key.rpartition(".")[0]):
+                raise InputError(f"{self.path}: {key} {reason}")
         return find_layer(self.layers, name, str(self.path))
 
     def conv(
@@ -104,3 +140,21 @@ class Checkpoint(abc.ABC):
         if spatial_axes is None:
             spatial_axes = {"batch_norm": 2}.get(layer.kind, 0)
         return lower_layer(self, layer, fields, spatial_axes)
+
+
+def weight_of_norm(magnitude: Tensor, direction: Tensor) -> Tensor:
+    """The weight that a weight norm makes, g * v / |v|, computed in float64 and rounded to its dtype once.
+
+    Args:
+        magnitude: g, of the direction's shape with 1 on every axis that the norm runs over; or one number for all.
+        direction: v.
+    """
+    import torch
+
+    from convtool.core.rounding import rounded
+
+    exact = torch.complex128 if direction.is_complex() else torch.float64
+    g, v = magnitude.to(exact), direction.to(exact)
+    over = [axis for axis in range(v.dim()) if g.dim() == 0 or g.shape[axis] == 1]
+    norm = torch.linalg.vector_norm(v, dim=over or None, keepdim=True) if over else v.abs()
+    return rounded(v * (g / norm), direction.dtype)

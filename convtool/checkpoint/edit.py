@@ -48,6 +48,11 @@ class Edit:
             places.update(edit.places)
         return cls(frozenset(remove), places)
 
+    @classmethod
+    def nothing(cls) -> Edit:
+        """Everything as it is."""
+        return cls(frozenset(), {})
+
     @property
     def insert(self) -> dict[str, Tensor]:
         """All new tensors by full name."""

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.dtypes import ITEMSIZE, SAFETENSORS, SAFETENSORS_CODES
 from convtool.checkpoint.info import TensorInfo
 from convtool.checkpoint.record import Record, loads
-from convtool.errors import InputError, OutputError
+from convtool.errors import InputError, OutputError, RefusedError
+from convtool.files.source import Source
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,29 +28,7 @@ if TYPE_CHECKING:
 # The safetensors package's own limit; a longer header is damage or an attack.
 MAX_HEADER = 100_000_000
 RECORD_KEY = "convtool"
-CHUNK = 1 << 24  # bytes copied at a time
-
-# Format's name of a dtype: (torch's name, bytes per element).
-DTYPES = {
-    "F64": ("float64", 8),
-    "F32": ("float32", 4),
-    "F16": ("float16", 2),
-    "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8),
-    "I32": ("int32", 4),
-    "I16": ("int16", 2),
-    "I8": ("int8", 1),
-    "U64": ("uint64", 8),
-    "U32": ("uint32", 4),
-    "U16": ("uint16", 2),
-    "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
-    "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1),
-    "F8_E8M0": ("float8_e8m0fnu", 1),
-    "C64": ("complex64", 8),
-}
-CODES = {name: code for code, (name, _) in DTYPES.items()}
+LARGEST = 2**63 - 1  # what torch counts with
 
 
 class Span(NamedTuple):
@@ -60,37 +40,45 @@ class Span(NamedTuple):
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """A .safetensors file, mapped into memory."""
+    """A .safetensors file.
+
+    Attributes:
+        metadata: the header's `__metadata__`.
+        spans: each tensor's place, in the header's order.
+        aliases: names that the metadata give for tensors that are stored under another (the way in which the
+            safetensors package's `save_model` keeps tied tensors), with that other name.
+    """
 
     format = "safetensors"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, mapped: bool = True) -> None:
         super().__init__(path)
-        try:
-            with path.open("rb") as file:
-                self._size = file.seek(0, 2)
-                file.seek(0)
-                header, data_start = _read_header(file, self._size, path)
-                # A private mapping: torch asks for writable memory, and nothing written could reach the file.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        self.source = Source(path, mapped=mapped)
+        header, data_start = _read_header(self.source)
         self.metadata = _metadata(header, path)
-        self.spans, self.infos = _table(header, data_start, self._size, path)
+        self.spans, self.infos = _table(header, data_start, self.source.size, path)
+        self.aliases = {
+            name: kept for name, kept in self.metadata.items() if kept in self.spans and name not in self.spans
+        }
+        for name, kept in self.aliases.items():
+            info = self.infos[kept]
+            self.spans[name] = self.spans[kept]
+            self.infos[name] = TensorInfo(name, info.dtype, info.shape, info.nbytes)
 
-    def tensor(self, name: str) -> Tensor:
+    def stored_tensor(self, name: str) -> Tensor:
         import torch
 
         info, span = self.infos[name], self.spans[name]
-        if span.code not in DTYPES:
+        dtype = getattr(torch, info.dtype, None)
+        if info.dtype not in ITEMSIZE or dtype is None:
             raise InputError(f"{self.path}: {name}: dtype {span.code} is not supported")
-        dtype = getattr(torch, info.dtype)
         if span.start == span.stop:
             return torch.empty(info.shape, dtype=dtype)
+        view = self.source.view(span.start, span.stop)
         if span.start % dtype.itemsize:  # torch wants aligned memory, the format doesn't promise it
-            return torch.frombuffer(bytearray(self.raw(name)), dtype=dtype).reshape(info.shape)
-        count = (span.stop - span.start) // dtype.itemsize
-        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=span.start).reshape(info.shape)
+            view = memoryview(bytearray(view))
+        tensor: Tensor = torch.frombuffer(view, dtype=dtype).reshape(info.shape)
+        return tensor
 
     def bits(self, name: str) -> Tensor:
         import torch
@@ -98,12 +86,19 @@ class SafetensorsCheckpoint(Checkpoint):
         span = self.spans[name]
         if span.start == span.stop:
             return torch.empty(0, dtype=torch.uint8)
-        return torch.frombuffer(self._map, dtype=torch.uint8, count=span.stop - span.start, offset=span.start)
+        return torch.frombuffer(self.source.view(span.start, span.stop), dtype=torch.uint8)
 
-    def raw(self, name: str) -> memoryview:
-        """The tensor's bytes as they stand in the file."""
+    def chunks(self, name: str) -> Iterator[memoryview]:
         span = self.spans[name]
-        return memoryview(self._map)[span.start : span.stop]
+        return self.source.chunks(span.start, span.stop)
+
+    def memory(self, name: str) -> Hashable:
+        span = self.spans[name]
+        return (span.start, span.stop) if span.start != span.stop else name
+
+    def overlapping(self) -> tuple[str, str] | None:
+        """Two tensors that share bytes without being the same; the format has none."""
+        return None
 
     @cached_property
     def record(self) -> Record | None:
@@ -117,43 +112,95 @@ def looks_like_safetensors(start: bytes) -> bool:
 
 
 class Entry(NamedTuple):
-    """A tensor to write; its bytes are asked for when their turn comes, in chunks."""
+    """A tensor to write; its bytes are asked for when their turn comes, in chunks.
+
+    Attributes:
+        dtype: torch's name, or a code of the format's own that torch has no dtype for.
+        memory: the same for tensors that share their memory.
+        place: where its bytes come among the others'.
+    """
 
     name: str
-    code: str
+    dtype: str
     shape: tuple[int, ...]
     nbytes: int
     chunks: Callable[[], Iterator[memoryview]]
+    memory: Hashable
+    place: tuple[int, int]
 
 
-def write_safetensors(file: BinaryIO, entries: Sequence[Entry], metadata: Mapping[str, str]) -> None:
-    """Write a file of these tensors, in their order."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    offset = 0
+def plan_safetensors(entries: Sequence[Entry], metadata: Mapping[str, str]) -> tuple[bytes, list[Entry]]:
+    """The header of a file of these tensors, in their order, and the entries whose bytes follow it, in theirs.
+
+    Of tensors that share their memory the first is stored, and the metadata name the others' as the safetensors
+    package does: `{name: stored name}`.
+
+    Raises:
+        RefusedError: a dtype that the format doesn't have, or a name that stands for something else in it.
+    """
+    kept: dict[Hashable, Entry] = {}
+    aliases: dict[str, str] = {}
     for entry in entries:
-        end = offset + entry.nbytes
-        header[entry.name] = {"dtype": entry.code, "shape": list(entry.shape), "data_offsets": [offset, end]}
-        offset = end
+        code = SAFETENSORS_CODES.get(entry.dtype, entry.dtype)
+        if code in ITEMSIZE:
+            raise RefusedError(f"{entry.name}: safetensors has no {entry.dtype}; write a .pt file instead")
+        if entry.name == "__metadata__" or not _is_unicode(entry.name):
+            raise RefusedError(f"safetensors has no room for a tensor named {entry.name!r}; write a .pt file instead")
+        first = kept.setdefault(entry.memory, entry)
+        if first is not entry:
+            if entry.name in metadata and metadata[entry.name] != first.name:
+                raise RefusedError(
+                    f"{entry.name} shares the memory of {first.name}, and the metadata have another use of its name"
+                )
+            aliases[entry.name] = first.name
+    stored = sorted(kept.values(), key=lambda entry: entry.place)
+    offsets = _offsets(stored)
+    if any(offsets[entry.name][0] % ITEMSIZE.get(entry.dtype, 1) for entry in stored):
+        # Readers map tensors where they stand, so that larger numbers come first where they would stand crooked.
+        stored = sorted(stored, key=lambda entry: (-ITEMSIZE.get(entry.dtype, 1), entry.place))
+        offsets = _offsets(stored)
+    texts = {name: text for name, text in metadata.items() if not (text in offsets and name in aliases)} | aliases
+    header: dict[str, Any] = {"__metadata__": texts} if texts else {}
+    for entry in entries:
+        if entry.name not in aliases:
+            code = SAFETENSORS_CODES.get(entry.dtype, entry.dtype)
+            header[entry.name] = {
+                "dtype": code,
+                "shape": list(entry.shape),
+                "data_offsets": list(offsets[entry.name]),
+            }
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # the data starts on a multiple of 8, as the format recommends
-    file.write(len(text).to_bytes(8, "little"))
-    file.write(text)
-    for entry in entries:
+    return len(text).to_bytes(8, "little") + text, stored
+
+
+def _offsets(stored: Sequence[Entry]) -> dict[str, tuple[int, int]]:
+    offsets: dict[str, tuple[int, int]] = {}
+    end = 0
+    for entry in stored:
+        offsets[entry.name] = (end, end + entry.nbytes)
+        end += entry.nbytes
+    return offsets
+
+
+def _is_unicode(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def write_safetensors(file: BinaryIO, head: bytes, stored: Sequence[Entry]) -> None:
+    """Write a file as `plan_safetensors` planned it."""
+    file.write(head)
+    for entry in stored:
+        written = 0
         for chunk in entry.chunks():
             file.write(chunk)
-
-
-def chunks_of(view: memoryview) -> Iterator[memoryview]:
-    """The bytes in pieces, so that a writer's progress can be seen and interrupted."""
-    return (view[start : start + CHUNK] for start in range(0, len(view), CHUNK))
-
-
-def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
-    """A tensor's bytes, row-major."""
-    import torch
-
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return chunks_of(flat.view(torch.uint8).numpy().data) if flat.numel() else iter(())
+            written += chunk.nbytes
+        if written != entry.nbytes:
+            raise RuntimeError(f"{entry.name}: {written} bytes came, {entry.nbytes} were announced")
 
 
 def check_written(path: Path, expected: Mapping[str, tuple[int, ...]], new: Mapping[str, Tensor]) -> None:
@@ -184,19 +231,22 @@ def _bits(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any], int]:
+def _read_header(source: Source) -> tuple[dict[str, Any], int]:
+    path, size = source.path, source.size
     if size < 8:
         raise InputError(f"{path}: is truncated: {size} bytes, too short for a safetensors file")
-    length = int.from_bytes(file.read(8), "little")
+    length = int.from_bytes(source.view(0, 8), "little")
     if length > MAX_HEADER:
         raise InputError(f"{path}: declares a header of {length} bytes, more than the format's {MAX_HEADER}")
     if length > size - 8:
         raise InputError(
             f"{path}: is truncated: expected a header of {length} bytes, but only {size - 8} bytes follow its length"
         )
-    text = file.read(length)
+    text = bytes(source.view(8, 8 + length))
+    if not text.startswith(b"{"):
+        raise InputError(f"{path}: is damaged: its header is not a JSON object")
     try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise InputError(f"{path}: is damaged: its header is not UTF-8") from None
     except _DuplicateKeyError as error:
@@ -208,50 +258,73 @@ def _read_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Any],
     return header, 8 + length
 
 
+def _no_constant(text: str) -> None:
+    raise ValueError(text)  # NaN and Infinity, which JSON doesn't have and Python reads
+
+
 class _DuplicateKeyError(Exception):
     pass
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise _DuplicateKeyError(key)
-        found[key] = value
-    return found
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Entry:
+    """A JSON object: a tensor's entry in its small form, anything else as a dict."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        raise _DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return _entry(found) or found
 
 
 def _metadata(header: dict[str, Any], path: Path) -> dict[str, str]:
     metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+    if type(metadata) is not dict or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{path}: is damaged: its __metadata__ is not a table of strings")
     return metadata
+
+
+class _Entry(NamedTuple):
+    """A tensor's entry in the header, as small as it gets: a hostile header has a million."""
+
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+def _entry(pairs: dict[str, Any]) -> _Entry | None:
+    """The tensor's entry that a JSON object is; None where it isn't one."""
+    try:
+        code, shape, (start, stop) = pairs["dtype"], pairs["shape"], pairs["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        return None
+    if not (isinstance(code, str) and isinstance(shape, list)):
+        return None
+    if any(type(n) is not int or not 0 <= n <= LARGEST for n in (*shape, start, stop)):
+        return None
+    return _Entry(sys.intern(code), tuple(shape), start, stop)
 
 
 def _table(
     header: dict[str, Any], data_start: int, size: int, path: Path
 ) -> tuple[dict[str, Span], dict[str, TensorInfo]]:
-    """Spans and descriptions, in order of position; every inconsistency named."""
+    """Spans and descriptions, in the header's order; every inconsistency named."""
     spans: dict[str, Span] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    infos: dict[str, TensorInfo] = {}
     for name, entry in header.items():
-        try:
-            code, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            numbers = (*shape, start, stop)
-            if not isinstance(code, str) or any(type(n) is not int or n < 0 for n in numbers):
-                raise ValueError
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"{path}: is damaged: the header's entry for {name!r} is malformed") from None
-        if start > stop or (code in DTYPES and stop - start != math.prod(shape) * DTYPES[code][1]):
+        if not isinstance(entry, _Entry) or not _is_unicode(name):
+            raise InputError(f"{path}: is damaged: the header's entry for {name!r} is malformed")
+        code, shape, start, stop = entry
+        dtype = SAFETENSORS.get(code, code)
+        nbytes = math.prod(shape) * ITEMSIZE.get(dtype, 0)
+        if start > stop or (dtype in ITEMSIZE and stop - start != nbytes) or math.prod(filter(None, shape)) > LARGEST:
             raise InputError(
                 f"{path}: is damaged: {name!r} of dtype {code} and shape {list(shape)} is declared to take"
                 f" {stop - start} bytes"
             )
         spans[name] = Span(code, data_start + start, data_start + stop)
-        shapes[name] = shape
-    spans = dict(sorted(spans.items(), key=lambda item: item[1][1:]))
+        infos[name] = TensorInfo(name, dtype, shape, stop - start)
     end = data_start
-    for name, span in spans.items():
+    for name, span in sorted(spans.items(), key=lambda item: item[1][1:]):
         if span.start != end:
             what = "overlaps the tensor before it" if span.start < end else "leaves a hole before it"
             raise InputError(f"{path}: is damaged: {name!r} {what}")
@@ -260,8 +333,4 @@ def _table(
         raise InputError(f"{path}: is truncated: its header describes {end} bytes, the file has {size}")
     if end < size:
         raise InputError(f"{path}: is damaged: {size - end} bytes follow the last tensor")
-    infos = {
-        name: TensorInfo(name, DTYPES.get(span.code, (span.code, 0))[0], shapes[name], span.stop - span.start)
-        for name, span in spans.items()
-    }
     return spans, infos

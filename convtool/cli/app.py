@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from convtool import __version__
-from convtool.cli import exit_codes, fuse, inspect, toeplitz, verify
-from convtool.cli.help import HelpfulCommand, HelpfulGroup
+from convtool.cli import convert, exit_codes, fuse, inspect, toeplitz, verify
+from convtool.cli.command import Command, Group
 from convtool.cli.output import print_error
 from convtool.cli.run import flushed
 from convtool.errors import did_you_mean
@@ -21,7 +21,7 @@ COMPLETE = "_CONVTOOL_COMPLETE"  # set by the shell when it asks for completions
 # A command's exit code is its return value; errors have been dealt with by then (convtool.cli.run).
 app = typer.Typer(
     name=PROGRAM,
-    cls=HelpfulGroup,
+    cls=Group,
     options_metavar="COMMAND ...",
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None,  # importing rich would take longer than all the rest of --help
@@ -29,8 +29,8 @@ app = typer.Typer(
     epilog="convtool COMMAND --help\nconvtool inspect model.safetensors",
 )
 
-for module in (inspect, toeplitz, fuse, verify):
-    app.command(module.NAME, cls=HelpfulCommand, options_metavar=f"{module.USAGE} [OPTIONS]", epilog=module.EXAMPLES)(
+for module in (inspect, toeplitz, fuse, verify, convert):
+    app.command(module.NAME, cls=Command, options_metavar=f"{module.USAGE} [OPTIONS]", epilog=module.EXAMPLES)(
         module.command
     )
 
@@ -101,14 +101,7 @@ def _usage(error: Any, arguments: list[str]) -> int:
 
 
 def _message(error: Any) -> str:
-    param = getattr(error, "param", None)
-    wanted = _EXPECTED.get(param.type_descriptor.annotation) if param is not None else None
-    if param is not None and wanted and param.opts:
-        return f"{param.opts[-1]}: expected {wanted}"
     if type(error).__name__ == "NoSuchOption":
         options = [name for param in error.ctx.command.params for name in param.opts if name.startswith("--")]
         return f"no such option: {error.option_name}" + did_you_mean(error.option_name, options, cutoff=0.75)
     return str(error.format_message())
-
-
-_EXPECTED = {int: "an integer", float: "a number"}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from convtool.core.geometry import Geometry, format_sizes
+from convtool.core.rounding import rounded
 from convtool.errors import InputError, UsageError
 
 
@@ -85,8 +86,8 @@ class Conv:
 
     def to(self, dtype: torch.dtype) -> Conv:
         """The same layer with its numbers rounded to `dtype`."""
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return Conv(self.weight.to(dtype), bias, self.geometry)
+        bias = None if self.bias is None else rounded(self.bias, dtype)
+        return Conv(rounded(self.weight, dtype), bias, self.geometry)
 
     def exact(self) -> Conv:
         """The same layer in float64 (complex128), in which all arithmetic is done."""

@@ -1,0 +1,198 @@
+"""The values that `pickled` reads, as a pickle again, of the protocol that torch writes and reads."""
+
+from __future__ import annotations
+
+import io
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from convtool.checkpoint.dtypes import STORAGE_CLASSES
+from convtool.checkpoint.pickled import Call, Global, OrderedItems, StorageRef, TensorRef
+from convtool.errors import InputError
+
+_ORDERED = Global("collections", "OrderedDict")
+_ENCODE = Global("_codecs", "encode")
+
+
+def dumps(value: Any, storage: Callable[[StorageRef], StorageRef], tensor: Callable[[Any], Any]) -> bytes:
+    """The pickle of a value.
+
+    Args:
+        storage: under what key, and as what, a storage is to be written; asked in the order of the pickle.
+        tensor: what stands for a value that isn't one of `pickled`'s, such as a new tensor.
+
+    Raises:
+        InputError: values nested deeper than Python can follow.
+    """
+    writer = _Writer(storage, tensor)
+    try:
+        writer.save(value)
+    except RecursionError:
+        raise InputError("the saved object is nested too deeply to be written again") from None
+    return b"\x80\x02" + writer.out.getvalue() + b"."
+
+
+class _Writer:
+    def __init__(self, storage: Callable[[StorageRef], StorageRef], tensor: Callable[[Any], Any]) -> None:
+        self.out = io.BytesIO()
+        self.storage = storage
+        self.tensor = tensor
+        self.memo: dict[Any, int] = {}
+        self.kept: list[Any] = []  # what is known by its address has to stay alive
+
+    def save(self, value: Any) -> None:
+        key = value if isinstance(value, str | Global) else id(value)
+        if key in self.memo:
+            self.memo_operation(b"h", b"j", self.memo[key])
+            return
+        save = _SAVERS.get(type(value))
+        if save is not None:
+            save(self, value)
+        else:
+            self.save(self.tensor(value))
+
+    def remember(self, value: Any) -> None:
+        index = len(self.memo)
+        self.memo[value if isinstance(value, str | Global) else id(value)] = index
+        self.kept.append(value)
+        self.memo_operation(b"q", b"r", index)
+
+    def memo_operation(self, short: bytes, long: bytes, index: int) -> None:
+        self.out.write(short + bytes([index]) if index < 256 else long + struct.pack("<I", index))
+
+    def integer(self, value: int) -> None:
+        if 0 <= value < 1 << 8:
+            self.out.write(b"K" + bytes([value]))
+        elif 0 <= value < 1 << 16:
+            self.out.write(b"M" + struct.pack("<H", value))
+        elif -(1 << 31) <= value < 1 << 31:
+            self.out.write(b"J" + struct.pack("<i", value))
+        else:
+            data = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+            self.out.write(b"\x8a" + bytes([len(data)]) if len(data) < 256 else b"\x8b" + struct.pack("<i", len(data)))
+            self.out.write(data)
+
+    def text(self, value: str) -> None:
+        data = value.encode("utf-8", "surrogatepass")
+        self.out.write(b"X" + struct.pack("<I", len(data)) + data)
+        self.remember(value)
+
+    def found(self, value: Global) -> None:
+        self.out.write(f"c{value.module}\n{value.name}\n".encode())
+        self.remember(value)
+
+    def tuple_of(self, value: tuple[Any, ...]) -> None:
+        if not value:
+            self.out.write(b")")
+            return
+        if len(value) > 3:
+            self.out.write(b"(")
+        for item in value:
+            self.save(item)
+        self.out.write({1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(value), b"t"))
+        self.remember(value)
+
+    def list_of(self, value: list[Any]) -> None:
+        self.out.write(b"]")
+        self.remember(value)
+        if value:
+            self.out.write(b"(")
+            for item in value:
+                self.save(item)
+            self.out.write(b"e")
+
+    def items(self, value: dict[Any, Any]) -> None:
+        if value:
+            self.out.write(b"(")
+            for key, item in value.items():
+                self.save(key)
+                self.save(item)
+            self.out.write(b"u")
+
+    def dict_of(self, value: dict[Any, Any]) -> None:
+        self.out.write(b"}")
+        self.remember(value)
+        self.items(value)
+
+    def ordered(self, value: OrderedItems) -> None:
+        self.found_or_known(_ORDERED)
+        self.out.write(b")R")
+        self.remember(value)
+        self.items(value)
+        self.attributes(value.state)
+
+    def call(self, value: Call) -> None:
+        self.found_or_known(value.function)
+        self.save(value.arguments)
+        self.out.write(b"\x81" if value.new else b"R")
+        self.remember(value)
+        self.items(value.items)
+        self.attributes(value.state)
+
+    def made(self, value: Any, function: Global, *arguments: Any) -> None:
+        """Something that a call makes, known afterwards as `value`."""
+        self.found_or_known(function)
+        self.save(arguments)
+        self.out.write(b"R")
+        self.remember(value)
+
+    def found_or_known(self, value: Global) -> None:
+        self.save(value)
+
+    def attributes(self, state: Any) -> None:
+        if state is not None:
+            self.save(state)
+            self.out.write(b"b")
+
+    def storage_of(self, value: StorageRef) -> None:
+        written = self.storage(value)
+        cls = (
+            Global("torch", STORAGE_CLASSES[written.dtype])
+            if written.typed
+            else Global("torch.storage", "UntypedStorage")
+        )
+        self.save(("storage", cls, written.key, written.location, written.count))
+        self.out.write(b"Q")
+
+    def tensor_of(self, value: TensorRef) -> None:
+        hooks = OrderedItems() if value.hooks is None else value.hooks
+        numbers = (value.offset, value.shape, value.stride, value.requires_grad, hooks)
+        extra = () if value.metadata is None else (value.metadata,)
+        if value.storage.typed:
+            self.made(value, Global("torch._utils", "_rebuild_tensor_v2"), value.storage, *numbers, *extra)
+        else:
+            dtype = Global("torch", value.dtype)
+            self.made(value, Global("torch._utils", "_rebuild_tensor_v3"), value.storage, *numbers, dtype, *extra)
+
+
+def _write(make: Callable[[Any], bytes]) -> Callable[[_Writer, Any], None]:
+    def save(writer: _Writer, value: Any) -> None:
+        writer.out.write(make(value))
+
+    return save
+
+
+def _binary(writer: _Writer, value: bytes) -> None:
+    writer.made(value, _ENCODE, value.decode("latin-1"), "latin1")
+
+
+_SAVERS: dict[type, Callable[[_Writer, Any], None]] = {
+    type(None): _write(lambda _: b"N"),
+    bool: _write(lambda value: b"\x88" if value else b"\x89"),
+    int: _Writer.integer,
+    float: _write(lambda value: b"G" + struct.pack(">d", value)),
+    str: _Writer.text,
+    bytes: _binary,
+    bytearray: lambda writer, value: writer.made(value, Global("builtins", "bytearray"), bytes(value)),
+    tuple: _Writer.tuple_of,
+    list: _Writer.list_of,
+    dict: _Writer.dict_of,
+    set: lambda writer, value: writer.made(value, Global("builtins", "set"), list(value)),
+    frozenset: lambda writer, value: writer.made(value, Global("builtins", "frozenset"), list(value)),
+    OrderedItems: _Writer.ordered,
+    Global: _Writer.found,
+    Call: _Writer.call,
+    StorageRef: _Writer.storage_of,
+    TensorRef: _Writer.tensor_of,
+}

@@ -1,0 +1,75 @@
+"""The bytes of a file that is read: mapped into memory, or read piece by piece where the file system can't map."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from convtool.errors import InputError
+
+CHUNK = 1 << 22  # bytes that stand in memory at a time while a file is copied
+
+
+class Source:
+    """A file's bytes by position.
+
+    Attributes:
+        path: of the file.
+        size: in bytes, as it was when the file was opened.
+
+    Args:
+        mapped: map the file into memory; where False, or where the file system can't, what is asked for is read.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+
+    def __init__(self, path: Path, *, mapped: bool = True) -> None:
+        self.path = path
+        try:
+            self._file: BinaryIO = path.open("rb", buffering=0)
+            self.size = self._file.seek(0, os.SEEK_END)
+        except OSError as error:
+            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        self._map = self._mapped() if mapped and self.size else None
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """Bytes start to stop, writable memory though nothing written to it reaches the file."""
+        if self._map is not None:
+            return memoryview(self._map)[start:stop]
+        data = bytearray(stop - start)
+        self._read_into(memoryview(data), start)
+        return memoryview(data)
+
+    def chunks(self, start: int, stop: int) -> Iterator[memoryview]:
+        """Bytes start to stop in pieces, each valid until the next is asked for.
+
+        They are read rather than mapped, so that a file that another program cuts short meanwhile is an error here
+        and not the end of the process.
+        """
+        buffer = memoryview(bytearray(min(CHUNK, stop - start)))
+        for position in range(start, stop, CHUNK):
+            piece = buffer[: min(CHUNK, stop - position)]
+            self._read_into(piece, position)
+            yield piece
+
+    def _mapped(self) -> mmap.mmap | None:
+        try:
+            # A private mapping: torch asks for writable memory, and nothing written could reach the file.
+            return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError):
+            return None
+
+    def _read_into(self, buffer: memoryview, start: int) -> None:
+        done = 0
+        while done < len(buffer):
+            try:
+                count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
+            except OSError as error:
+                raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+            if not count:
+                raise InputError(f"{self.path}: became shorter while it was read")
+            done += count

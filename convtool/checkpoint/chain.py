@@ -13,9 +13,11 @@ from convtool.checkpoint.lower import lower_layer
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.fields import DEFAULT_EPS, Fields, FieldSource, FieldSources, geometry_fields
-from convtool.core.functions import flatten_size, is_function, make_function
+from convtool.core.functions import flatten_size, function_channels, is_function, make_function
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import RefusedError, UsageError
+
+SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a layer takes from the one that it is like
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,14 +38,50 @@ class LoweredLayer:
     assumed: str
     origin: str = BASE
 
+    @property
+    def full_name(self) -> str:
+        """The name, with the checkpoint in front where it isn't the one that is changed."""
+        return full_name(self.layer.name, self.origin)
+
     def source(self) -> SourceLayer:
         return SourceLayer(self.layer.name, self.layer.kind, self.fields, self.origin)
 
 
-def recorded(checkpoint: Checkpoint) -> FieldSource:
-    """What convtool wrote down about the layers that it made itself."""
+def full_name(name: str, origin: str) -> str:
+    """A layer's name as fields and messages call it: that of another checkpoint with NAME: in front."""
+    return str(LayerRef(name, origin))
+
+
+def find_named(checkpoint: Checkpoint, name: str) -> Layer:
+    """The layer of that name; of a tensor's full name, where it can be a scale per channel, that scale alone.
+
+    Raises:
+        UsageError: there is none.
+        RefusedError: it may be a norm that only looks like a scale.
+    """
+    layer = checkpoint.layer(name)
+    parameter = name.rpartition(".")[2]
+    if parameter in layer.tensors and name != layer.name and parameter not in _OWN_NAMES:
+        info = layer.tensors[parameter]
+        if info.shape and all(size == 1 for size in info.shape[1:]):
+            return Layer(name, "scale", {parameter: info})
+    elif layer.kind == "scale" and "norm" in layer.name.rpartition(".")[2].lower():
+        tensor = next(layer.tensor_names())
+        raise RefusedError(
+            f"{layer.name} holds nothing but {tensor}, as an RMS norm does, which isn't linear; if it is a plain scale,"
+            f" name the tensor: {tensor}"
+        )
+    return layer
+
+
+_OWN_NAMES = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked", "bias_map"})
+
+
+def recorded(checkpoint: Checkpoint, origin: str = BASE) -> FieldSource:
+    """What convtool wrote down about the layers of a checkpoint that it made itself."""
     record = checkpoint.record
-    return FieldSource("record", record.fields() if record else {}, exact_names=True)
+    tables = {full_name(name, origin): fields for name, fields in record.fields().items()} if record else {}
+    return FieldSource("record", tables, exact_names=True)
 
 
 def lower_chain(
@@ -92,15 +130,17 @@ class _TreeLowering:
     ) -> None:
         self.checkpoints = checkpoints
         self.tree = tree
-        self.sources = sources.with_first(recorded(checkpoints[BASE]))
+        self.sources = sources
         self.layers: dict[LayerRef, Layer] = {}
+        used: set[str] = set()
         for ref in leaves(tree):
-            layer = self._find(ref)
-            if layer.kind != FUNCTION and any(
-                ref.source == other.source and layer.name == found.name for other, found in self.layers.items()
-            ):
+            layer = self.layers[ref] = self._find(ref)
+            if layer.kind == FUNCTION:
+                continue
+            twice = used.intersection(full_name(name, ref.source) for name in layer.tensor_names())
+            if twice:
                 raise UsageError(f"{layer.name} is named twice; a fusion runs through each layer once")
-            self.layers[ref] = layer
+            used.update(full_name(name, ref.source) for name in layer.tensor_names())
         self.axes = _spatial_axes(list(self.layers.values()), spatial_axes or 0, self._has_flatten())
 
     def lower(self, channels: int | None) -> Tree[LoweredLayer]:
@@ -111,7 +151,16 @@ class _TreeLowering:
             return Layer(ref.name, FUNCTION, {})
         if ref.source not in self.checkpoints:
             raise UsageError(f"{ref}: no checkpoint is called {ref.source!r}; give it with --with {ref.source}=FILE")
-        return self.checkpoints[ref.source].layer(ref.name)
+        return find_named(self.checkpoints[ref.source], ref.name)
+
+    def _fields(self, ref: LayerRef) -> Fields:
+        """What is stated of a layer, by itself or by the one that it is like."""
+        sources = self.sources.with_first(recorded(self.checkpoints[ref.source], ref.source))
+        own = sources.fields(full_name(self.layers[ref].name, ref.source))
+        if not ref.like:
+            return own
+        like = self.sources.with_first(recorded(self.checkpoints[BASE])).fields(ref.like)
+        return {field: like[field] for field in SHARED_FIELDS if field in like} | own
 
     def _has_flatten(self) -> bool:
         return any(flatten_size(ref.name) is not None for ref in self.layers)
@@ -135,9 +184,13 @@ class _TreeLowering:
     ) -> tuple[Tree[LoweredLayer], int | None, str]:
         parts: list[Tree[LoweredLayer]] = []
         flattened: tuple[int, ...] | None = None
-        for part in chain.parts:
+        for number, part in enumerate(chain.parts):
             if isinstance(part, LayerRef) and flatten_size(part.name) is not None:
                 flattened = flatten_size(part.name)
+            elif isinstance(part, LayerRef) and channels is None and self.layers[part].kind == FUNCTION:
+                parts.append(self._lower_leaf(part, self._channels_into(chain.parts[number:]), known_from, None))
+                channels = function_channels(part.name)
+                known_from = part.name
             elif isinstance(part, LayerRef) and flattened is not None:
                 lowered = self._lower_leaf(part, channels, known_from, flattened)
                 parts.append(lowered)
@@ -161,7 +214,7 @@ class _TreeLowering:
             return LoweredLayer(layer, make_function(ref.name, channels, self.axes), {}, "")
         if flattened is not None and layer.kind != "linear":
             raise UsageError(f"{layer.name} is a {layer.kind}, not the linear layer that flatten(...) stands before")
-        fields = self.sources.fields(layer.name)
+        fields = self._fields(ref)
         assumed: list[str] = []
         if layer.kind == "conv":
             fields, assumed = _settle_conv(layer, fields, channels, known_from)
@@ -177,30 +230,60 @@ class _TreeLowering:
         full = geometry_fields(conv.geometry) if layer.kind == "conv" else dict(fields)
         if layer.kind == "batch_norm":
             full.setdefault("eps", DEFAULT_EPS)
-        said = f"{layer.name}: {', '.join(assumed)}" if assumed else ""
+        said = f"{full_name(layer.name, ref.source)}: {', '.join(assumed)}" if assumed else ""
         return LoweredLayer(layer, conv, full, said, ref.source)
 
     def _settled(self, tree: Tree[LayerRef]) -> tuple[int | None, str]:
         """Channels of a tree's input where one of its first layers settles them, and that layer's name."""
         if isinstance(tree, Chain):
-            return self._settled(tree.parts[0])
+            for part in tree.parts:
+                found = self._settled(part)
+                if found[0] is not None or not (isinstance(part, LayerRef) and self.layers[part].kind == FUNCTION):
+                    return found  # layers without tensors give as many channels as they take
+                if flatten_size(part.name) is not None:
+                    break
+            return None, ""
         if isinstance(tree, Sum):
             return next((found for part in tree.parts if (found := self._settled(part))[0] is not None), (None, ""))
         layer = self.layers[tree]
+        if layer.kind == FUNCTION:
+            return function_channels(tree.name), tree.name
         if layer.kind == "batch_norm":
             return layer.tensors["running_mean"].shape[0], layer.name
-        groups = self.sources.fields(layer.name).get("groups")
+        if layer.kind == "scale":
+            return next(iter(layer.tensors.values())).shape[0], layer.name
+        if layer.kind == "linear":
+            return layer.tensors["weight"].shape[1], layer.name
+        fields = self._fields(tree)
+        groups = fields.get("groups")
+        if layer.kind == "conv" and fields.get("transposed"):
+            return layer.tensors["weight"].shape[0], layer.name
         if layer.kind == "conv" and groups is not None:
             return layer.tensors["weight"].shape[1] * groups, layer.name
         return None, ""
 
+    def _channels_into(self, parts: Sequence[Tree[LayerRef]]) -> int | None:
+        """Channels of a chain's input, for a layer without tensors at its beginning.
+
+        Where nothing settles them, those that the next convolution takes with the one group it will be assumed to have.
+        """
+        channels = self._settled(Chain(tuple(parts)))[0]
+        if channels is not None:
+            return channels
+        convs = (self.layers[ref] for part in parts for ref in leaves(part) if self.layers[ref].kind == "conv")
+        following = next(convs, None)
+        return None if following is None else following.tensors["weight"].shape[1]
+
 
 def stored_dtype(chain: Sequence[LoweredLayer]) -> torch.dtype:
-    """The dtype that the chain is stored in: its first convolution's or linear layer's, else its first layer's."""
-    layers = [lowered.layer for lowered in chain]
+    """The dtype that the layers are stored in: that of the checkpoint's first convolution or linear layer, if any."""
+    layers = [lowered.layer for lowered in chain if lowered.layer.tensors and lowered.origin == BASE]
+    layers = layers or [lowered.layer for lowered in chain if lowered.layer.tensors]
+    if not layers:
+        raise UsageError("expected at least one layer with tensors")
     layer = next((layer for layer in layers if layer.kind in ("conv", "linear")), layers[0])
-    info = layer.tensors.get("weight") or layer.tensors["running_mean"]
-    dtype: torch.dtype = getattr(torch, info.dtype)
+    numbers = [layer.tensors[name] for name in ("weight", "running_mean") if name in layer.tensors]
+    dtype: torch.dtype = getattr(torch, (numbers or list(layer.tensors.values()))[0].dtype)
     return dtype
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 
 from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.chain import LoweredLayer, lower_tree
+from convtool.checkpoint.chain import LoweredLayer, find_named, full_name, lower_tree
 from convtool.checkpoint.info import FUNCTION
 from convtool.checkpoint.record import FusionRecord, SourceLayer, trees_of
 from convtool.core.fields import FieldSource, FieldSources
 from convtool.core.geometry import format_sizes
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
-from convtool.errors import InputError
+from convtool.errors import InputError, UsageError
 
 CHUNK = 1 << 24  # bytes compared at a time
 
@@ -53,11 +53,12 @@ def recorded_pairings(
     pairings = []
     for name, tree in trees_of(fusions).items():
         chain = [source for source in leaves(tree) if source.kind != FUNCTION and source.origin == BASE]
-        missing = [source.name for source in chain if source.name not in before.layers]
+        missing = [source.name for source in chain if not _has_layer(before, source.name)]
         if missing or name not in after.layers:
             where, which = (before.path, missing[0]) if missing else (after.path, name)
             raise InputError(f"{where}: has no layer {which!r}, which the record of {after.path} names")
-        known = FieldSource("record", {source.name: source.fields for source in leaves(tree)}, exact_names=True)
+        fields = {full_name(source.name, source.origin): source.fields for source in leaves(tree)}
+        known = FieldSource("record", fields, exact_names=True)
         pairings.append(
             Pairing(
                 name,
@@ -67,6 +68,14 @@ def recorded_pairings(
             )
         )
     return pairings
+
+
+def _has_layer(checkpoint: Checkpoint, name: str) -> bool:
+    """Whether there is a layer of exactly that name, or a tensor of it that went into a fusion as a scale."""
+    try:
+        return find_named(checkpoint, name).name == name
+    except UsageError:
+        return False
 
 
 def _names(tree: Tree[SourceLayer]) -> Tree[LayerRef]:

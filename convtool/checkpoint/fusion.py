@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,11 +12,12 @@ from convtool.checkpoint.chain import LoweredLayer, lower_tree, stored_dtype
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import FusionRecord
 from convtool.core.conv import Conv
+from convtool.core.expression import multiply_adds, work_per_position
 from convtool.core.fields import FieldSources, geometry_fields
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.tree import BASE, LayerRef, Tree, has_sum, leaves, map_leaves
 from convtool.core.verify import split_input_size
-from convtool.errors import UsageError
+from convtool.errors import RefusedError, UsageError
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,17 +62,38 @@ class PlannedLayer:
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """Stored numbers before and after; of a batch norm, what it computes with."""
-        return sum(_parameters(layer.conv) for layer in self.layers), _parameters(self.fusion.conv)
+        """Numbers before and after that are stored; of a batch norm, those that it computes with."""
+        stored = (layer.conv for layer in self.layers if layer.layer.tensors)
+        return sum(map(_parameters, stored)), _parameters(self.fusion.conv)
+
+    def multiply_adds(self, input_size: Sequence[int] | None) -> tuple[float, float]:
+        """Before and after: for one input of that size, or where None for each position of a large input."""
+        tree: Tree[Conv] = map_leaves(lambda layer: layer.conv, self.tree)
+        conv = self.fusion.conv
+        if input_size is None:
+            return work_per_position(tree), work_per_position(conv)
+        size = split_input_size(input_size, self.layers[0].conv.in_channels, conv.spatial_axes)
+        return multiply_adds(tree, size), multiply_adds(conv, size)
 
     @property
     def module_edits(self) -> list[str]:
         """The lines that make a model's code fit the new checkpoint."""
         lines = [f"{self.name} = {module_text(self.fusion.conv)}"]
-        gone = [layer.layer.name for layer in self.layers if layer.layer.tensors and layer.origin == BASE]
-        if has_sum(self.tree):  # an identity in place of a branch would add its input to the sum
-            return lines + [f"del {name}" for name in gone if name != self.name]
-        return lines + [f"{name} = nn.Identity()" for name in gone if name != self.name]
+        if self.fusion.conv.has_bias_map:
+            lines.append(f"y = {self.name}(x) + bias_map  # that of the checkpoint, in place of {self.name}(x)")
+        lines += [
+            f"give {self.name} its input as it was before {layer.layer.name}"
+            for layer in self.layers
+            if layer.layer.name.startswith("normalize(")
+        ]
+        gone = [layer.layer for layer in self.layers if layer.layer.tensors and layer.origin == BASE]
+        for layer in gone:
+            if layer.kind == "scale":
+                lines += [f"{name} = None" for name in layer.tensor_names()]
+            elif layer.name != self.name:
+                # an identity in place of a branch would add its input to the sum
+                lines.append(f"del {layer.name}" if has_sum(self.tree) else f"{layer.name} = nn.Identity()")
+        return lines
 
 
 def lower_for(
@@ -99,6 +120,7 @@ def plan_layer(
     *,
     input_size: Sequence[int] | None = None,
     allow_border: bool = False,
+    bias_map: bool = False,
     dtype: torch.dtype | None = None,
 ) -> PlannedLayer:
     """Fuse the layers of a tree.
@@ -108,6 +130,7 @@ def plan_layer(
         name: what the fused layer is to be called; the first layer's name where ''.
         input_size: of the tree's input, with or without the channels; decides for that size alone where given.
         allow_border: fuse even where outputs near the border would differ.
+        bias_map: where only a bias is lost at the border, store one for each output of `input_size`.
         dtype: of the fused layer; that of the layers by default.
 
     Raises:
@@ -118,16 +141,22 @@ def plan_layer(
     layers = list(leaves(tree))
     first = layers[0].conv
     size = None if input_size is None else split_input_size(input_size, first.in_channels, first.spatial_axes)
-    named = map_leaves(lambda layer: NamedConv(layer.layer.name, layer.conv), tree)
-    fusion = fuse_tree(named, input_size=size, allow_border=allow_border, dtype=dtype or stored_dtype(layers))
     own = [layer.layer for layer in layers if layer.origin == BASE and layer.layer.tensors]
     if not own:
         raise UsageError("expected at least one layer of the checkpoint in the fusion")
-    fused_name = name or own[0].name
+    named = map_leaves(lambda layer: NamedConv(layer.full_name, layer.conv), tree)
+    fusion = fuse_tree(
+        named,
+        input_size=size,
+        allow_border=allow_border,
+        bias_map=bias_map,
+        dtype=dtype or stored_dtype(layers),
+    )
+    fused_name = name or next((layer.name for layer in own if layer.kind != "scale"), own[0].name)
     prefix = f"{fused_name}." if fused_name else ""
     insert = {f"{prefix}weight": fusion.conv.torch_weight().contiguous()}
     if fusion.conv.bias is not None:
-        insert[f"{prefix}bias"] = fusion.conv.bias
+        insert[f"{prefix}{'bias_map' if fusion.conv.has_bias_map else 'bias'}"] = fusion.conv.bias
     remove = [key for layer in own for key in layer.tensor_names()]
     return PlannedLayer(fused_name, tree, fusion, Edit.of(remove, insert, remove[0]))
 
@@ -161,7 +190,7 @@ def module_text(conv: Conv) -> str:
             arguments.append(f"dilation={_tuple(geometry.dilation)}")
         if geometry.groups != 1:
             arguments.append(f"groups={geometry.groups}")
-    if conv.bias is None:
+    if conv.bias is None or conv.has_bias_map:
         arguments.append("bias=False")
     if geometry.padded and geometry.padding_mode != "zeros" and not before:
         arguments.append(f"padding_mode={geometry.padding_mode!r}")
@@ -170,10 +199,38 @@ def module_text(conv: Conv) -> str:
     return f"nn.{module}({', '.join(arguments)}){before}{after}"
 
 
-def multiply_adds(conv: Conv, input_size: Sequence[int]) -> int:
-    """Multiply-adds of a layer for one input; a transposed layer's taps are counted where they read."""
-    over = input_size if conv.geometry.transposed else conv.output_size(input_size)
-    return conv.weight.numel() * math.prod(over)
+def check_ties(base: Checkpoint, edits: Sequence[Edit]) -> None:
+    """Refuse to take out a tensor that is one with another, unless that goes into the same fusion.
+
+    Raises:
+        RefusedError: names the two.
+    """
+    owners = {name: number for number, edit in enumerate(edits) for name in edit.remove}
+    for one, other in _tied(base):
+        if owners.get(one) != owners.get(other):
+            taken, tied = (one, other) if one in owners else (other, one)
+            raise RefusedError(
+                f"{taken} is one tensor with {tied} (tied weights), and the fusion would change it in one place only;"
+                " leave the layer out, or untie the two before saving, with tensor.clone()"
+            )
+
+
+def _tied(base: Checkpoint) -> Iterator[tuple[str, str]]:
+    """Pairs of tensors that overlap in memory."""
+    if base.format != "torch":  # other formats cannot express it
+        return
+    spans = []
+    for name in base.infos:
+        tensor = base.tensor(name)
+        if tensor.numel():
+            reach = sum((int(n) - 1) * int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+            spans.append((tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size(), name))
+    spans.sort()
+    for number, (_, end, name) in enumerate(spans):
+        for start, _, other in spans[number + 1 :]:
+            if start >= end:
+                break
+            yield name, other
 
 
 def _axes(checkpoints: Mapping[str, Checkpoint], ref: LayerRef) -> int | None:

@@ -92,7 +92,8 @@ class Record:
         known: dict[str, Fields] = {}
         for fusion in self.fusions:
             for source in fusion.sources:
-                known.pop(source.name, None)
+                if source.origin == BASE:
+                    known.pop(source.name, None)
             known[fusion.name] = fusion.fields
         return known
 

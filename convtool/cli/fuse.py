@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,10 +25,15 @@ from convtool.cli.output import Reporter, tree_text
 from convtool.cli.run import run
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from convtool.checkpoint import Checkpoint
     from convtool.checkpoint.fusion import PlannedLayer
-    from convtool.recipe import PlannedFusion, Recipe
+    from convtool.core.tree import LayerRef, Tree
+    from convtool.recipe import Known, PlannedFusion, Recipe
 
 NAME = "fuse"
+MOST_LINES = 3  # layers named one by one before the rest is only counted
 USAGE = "CKPT LAYER LAYER... -o OUT"
 EXAMPLES = """
 convtool fuse resnet.safetensors layer1.0.conv1 layer1.0.bn1 -o fused.safetensors --set layer1.0.conv1.padding=1
@@ -37,6 +43,10 @@ convtool fuse net.pt a b -o out.pt --input-size 32,32
 # layers without tensors are given by what they do
 convtool fuse net.pt stem 'avg_pool(2)' mix -o out.pt
 convtool fuse repvgg.pt --recipe repvgg -o deploy.pt
+
+convtool fuse unet.safetensors --recipe lora-kohya --with lora=style.safetensors -o styled.safetensors
+
+convtool fuse net.pt conv1 --normalize mean=.49,.46,.41 std=.23,.22,.23 --input-scale 1/255 -o raw.pt
 """
 
 
@@ -50,7 +60,7 @@ def command(
         typer.Argument(
             metavar="LAYER LAYER...",
             help="The chain, first to last; also identity(), scale(X), pad(P), avg_pool(K; stride=S; padding=P),"
-            " upsample(N), and flatten(H,W) before a linear layer.",
+            " upsample(N), and flatten(H,W) before a linear layer; a scale per channel by its tensor's full name.",
             show_default=False,
         ),
     ] = None,
@@ -65,10 +75,38 @@ def command(
         str | None,
         typer.Option("--recipe", metavar="NAME|FILE", help="Fuse by a recipe instead of LAYERs.", show_default=False),
     ] = None,
+    normalize: Annotated[
+        tuple[str, str] | None,
+        typer.Option(
+            "--normalize",
+            metavar="mean=M,M,M std=S,S,S",
+            help="Fold (x - mean) / std of the input into the first layer.",
+            show_default=False,
+        ),
+    ] = None,
+    input_scale: Annotated[
+        str | None,
+        typer.Option(
+            "--input-scale",
+            metavar="X",
+            help="Fold x * X, such as 1/255, into the first layer; before --normalize.",
+            show_default=False,
+        ),
+    ] = None,
     list_recipes: Annotated[bool, typer.Option("--list-recipes", help="List the recipes that ship with it.")] = False,
     input_size: InputSize = None,
     allow_border: Annotated[
         bool, typer.Option("--allow-border", help="Fuse even where outputs near the border would differ.")
+    ] = False,
+    bias_map: Annotated[
+        bool,
+        typer.Option(
+            "--bias-map",
+            help="Where padding hides a bias, store one for each output (NAME.bias_map): exact at --input-size.",
+        ),
+    ] = False,
+    only_if_cheaper: Annotated[
+        bool, typer.Option("--only-if-cheaper", help="Leave alone what would take more multiply-adds fused.")
     ] = False,
     dtype: Dtype = None,
     geometry: GeometryFile = None,
@@ -90,42 +128,59 @@ def command(
 
     def body() -> None:
         from convtool.checkpoint import open_checkpoint
+        from convtool.checkpoint.chain import full_name
         from convtool.checkpoint.edit import Edit
-        from convtool.checkpoint.fusion import assumptions, lower_for, plan_layer
+        from convtool.checkpoint.fusion import check_ties, lower_for, plan_layer
         from convtool.checkpoint.write import check_output, write_edited
         from convtool.cli.options import check_used, field_sources, open_others
         from convtool.core.tree import BASE
         from convtool.errors import UsageError
 
         rounded, size = parse_dtype(dtype), parse_input_size(input_size)
+        before = _input_layers(normalize, input_scale)
         if checkpoint is None:
             raise UsageError("expected CKPT, the checkpoint to fuse layers of")
         if out is None:
             raise UsageError("expected -o OUT, the new checkpoint")
         found = None if recipe is None else _find_recipe(recipe)
-        if found is None and len(layers or ()) < 2:
+        chain = [*before, *(layers or ())]
+        if found is None and (len(chain) < 2 or not layers):
             raise UsageError("expected two layers or more, first to last, or a --recipe")
-        if found is not None and (layers or name):
-            raise UsageError("--recipe names the layers; LAYERs and --name don't go with it")
+        if found is not None and (chain or name):
+            raise UsageError("--recipe names the layers; LAYERs, --name and --normalize don't go with it")
+        if bias_map and (allow_border or size is None):
+            raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
         opened = open_checkpoint(checkpoint, root)
         checkpoints = {BASE: opened, **open_others(sources_given)}
         check_output(out, force=force or dry_run)
         sources = field_sources(geometry, settings, {})
-        check_used(sources, [layer for one in checkpoints.values() for layer in one.layers])
+        check_used(sources, [full_name(layer, one) for one, other in checkpoints.items() for layer in other.layers])
         if found is not None:
             sources = sources.with_first(found.geometry)
-        fusions = [
-            (fusion.name, lower_for(checkpoints, fusion.tree, sources, size))
-            for fusion in _fusions(found, layers or [], name or "", checkpoints)
-        ]
+        named = _fusions(found, chain, name or "", checkpoints, sources.fields)
+        if size is not None and len(named) > 1:
+            raise UsageError(
+                f"--input-size: is the size of one input, and the recipe makes {len(named)} fusions; leave it out"
+            )
+        fusions = [(one.name, lower_for(checkpoints, one.tree, sources, size)) for one in named]
         # Before anything is refused: what was assumed may be why.
-        for assumed in dict.fromkeys(text for _, tree in fusions for text in assumptions(tree)):
-            reporter.remark(f"assumed: {assumed}")
+        for text in _assumed(tree for _, tree in fusions):
+            reporter.remark(f"assumed: {text}")
+        alone = _left_alone(checkpoints, [one.tree for one in named]) if found is not None else []
+        for text in alone:
+            reporter.remark(f"left alone: {text}")
         planned = [
-            plan_layer(opened, fused, tree, input_size=size, allow_border=allow_border, dtype=rounded)
+            plan_layer(
+                opened, fused, tree, input_size=size, allow_border=allow_border, bias_map=bias_map, dtype=rounded
+            )
             for fused, tree in fusions
         ]
-        edit = Edit.together(layer.edit for layer in planned)
+        planned, dearer = _by_cost(planned, size, only_if_cheaper)
+        for text in dearer:
+            reporter.remark(text)
+        edits = [layer.edit for layer in planned]
+        check_ties(opened, edits)
+        edit = Edit.together(edits)
         edit.order(opened.infos)  # finds a name that is taken before anything is written
         if not dry_run:
             from convtool import __version__
@@ -138,11 +193,27 @@ def command(
             "source": str(opened.path),
             "out": str(out),
             "written": not dry_run,
-            "fusions": [_describe(layer) for layer in planned],
+            "fusions": [_describe(layer, size) for layer in planned],
+            "left_alone": alone + (dearer if only_if_cheaper else []),
         }
         reporter.result(document, lambda: _print(reporter, document))
 
     return run(reporter, (lambda: _list_recipes(reporter)) if list_recipes else body)
+
+
+def _input_layers(normalize: tuple[str, str] | None, input_scale: str | None) -> list[str]:
+    """--normalize and --input-scale as the layer that they are, in front of the chain."""
+    from convtool.errors import UsageError
+
+    arguments: list[str] = []
+    for text in normalize or ():
+        key, equals, value = text.partition("=")
+        if key not in ("mean", "std") or not equals or any(one.startswith(f"{key}=") for one in arguments):
+            raise UsageError(f"--normalize: expected mean=M,M,M std=S,S,S, got {' '.join(normalize or ())!r}")
+        arguments.append(f"{key}={value}")
+    if input_scale is not None:
+        arguments.append(f"scale={input_scale}")
+    return [f"normalize({'; '.join(arguments)})"] if arguments else []
 
 
 def _find_recipe(text: str) -> Recipe:
@@ -160,19 +231,102 @@ def _find_recipe(text: str) -> Recipe:
     return parse_recipe(read_toml(Path(text)), text)
 
 
-def _fusions(found: Recipe | None, layers: list[str], name: str, checkpoints: dict[str, Any]) -> list[PlannedFusion]:
+def _fusions(
+    found: Recipe | None, layers: list[str], name: str, checkpoints: Mapping[str, Checkpoint], fields: Any
+) -> list[PlannedFusion]:
     from convtool.core.tree import Chain, LayerRef
     from convtool.recipe import PlannedFusion, resolve
 
     if found is None:
         return [PlannedFusion(name, Chain(tuple(_layer_ref(layer, checkpoints, LayerRef) for layer in layers)))]
-    kinds = {
-        source: {layer.name: layer.kind for layer in opened.layers.values()} for source, opened in checkpoints.items()
-    }
-    return resolve(found, kinds)
+    return resolve(found, _known(checkpoints, fields))
 
 
-def _layer_ref(text: str, checkpoints: dict[str, Any], make: Any) -> Any:
+def _known(checkpoints: Mapping[str, Checkpoint], fields: Any) -> Known:
+    """What recipes are resolved against."""
+    from convtool.recipe import Known, LayerFacts
+
+    def number(source: str, name: str) -> float | None:
+        info = checkpoints[source].infos.get(name) if source in checkpoints else None
+        return None if info is None or prod(info.shape) != 1 else float(checkpoints[source].tensor(name))
+
+    return Known(
+        {
+            source: {
+                layer.name: LayerFacts(layer.kind, layer.tensors["weight"].shape if "weight" in layer.tensors else ())
+                for layer in opened.layers.values()
+            }
+            for source, opened in checkpoints.items()
+        },
+        number,
+        fields,
+    )
+
+
+def _assumed(trees: Iterable[Any]) -> list[str]:
+    """What nobody stated, in words; said once where it is the same of many layers."""
+    from convtool.checkpoint.fusion import assumptions
+
+    layers: dict[str, list[str]] = {}
+    for text in dict.fromkeys(text for tree in trees for text in assumptions(tree)):
+        layer, _, what = text.rpartition(": ")
+        layers.setdefault(what, []).append(layer)
+    return [line for what, names in layers.items() for line in _one_or_many(names, what)]
+
+
+def _one_or_many(names: list[str], what: str) -> list[str]:
+    if len(names) <= MOST_LINES:
+        return [f"{name}: {what}" for name in names]
+    return [f"{', '.join(names[:MOST_LINES])} and {len(names) - MOST_LINES} more: {what}"]
+
+
+def _left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]]) -> list[str]:
+    """What a recipe might have been expected to take and didn't: batch norms, and layers of the other checkpoints."""
+    from convtool.checkpoint.chain import full_name
+    from convtool.core.tree import BASE, leaves
+
+    used = {(ref.source, ref.name) for tree in trees for ref in leaves(tree)}
+    lines = []
+    for source, opened in checkpoints.items():
+        names = [
+            full_name(layer.name, source)
+            for layer in opened.layers.values()
+            if (layer.kind == "batch_norm" if source == BASE else layer.kind != "other")
+            and (source, layer.name) not in used
+        ]
+        kind = "batch norm" if source == BASE else f"layer of {source}"
+        if names:
+            more = f" and {len(names) - MOST_LINES} more" if len(names) > MOST_LINES else ""
+            plural = kind.replace("layer", "layers") if source else f"{kind}s"
+            lines.append(f"{len(names)} {kind if len(names) == 1 else plural}: {', '.join(names[:MOST_LINES])}{more}")
+    return lines
+
+
+def _by_cost(
+    planned: list[PlannedLayer], size: tuple[int, ...] | None, only_if_cheaper: bool
+) -> tuple[list[PlannedLayer], list[str]]:
+    """The fusions to carry out, and a line for each that takes more multiply-adds than its layers apart."""
+    from convtool.errors import RefusedError
+
+    kept, lines = [], []
+    for layer in planned:
+        before, after = layer.multiply_adds(size)
+        if after <= before:
+            kept.append(layer)
+            continue
+        what = f"{tree_text(layer.record.to_json()['sources'])}: fused it takes {_times(after, before)}"
+        lines.append(f"left alone: {what}" if only_if_cheaper else f"slower: {what}")
+        kept += [] if only_if_cheaper else [layer]
+    if not kept:
+        raise RefusedError(f"nothing is cheaper fused: {lines[0].partition(': ')[2]}")
+    return kept, lines
+
+
+def _times(after: float, before: float) -> str:
+    return f"{after / before:.3g} times the multiply-adds" if before else "multiply-adds, and apart none"
+
+
+def _layer_ref(text: str, checkpoints: Mapping[str, Checkpoint], make: Any) -> Any:
     source, colon, layer = text.partition(":")
     return make(layer, source) if colon and source in checkpoints and "(" not in source else make(text)
 
@@ -186,9 +340,10 @@ def _list_recipes(reporter: Reporter) -> None:
     reporter.result(document, lambda: table(("recipe", "fuses"), [(name, r.about) for name, r in found.items()]))
 
 
-def _describe(layer: PlannedLayer) -> dict[str, Any]:
+def _describe(layer: PlannedLayer, size: tuple[int, ...] | None) -> dict[str, Any]:
     verdict = layer.fusion.verdict
     before, after = layer.parameters
+    work_before, work_after = layer.multiply_adds(size)
     return {
         **layer.record.to_json(),
         "layers": [one.layer.name for one in layer.layers],
@@ -197,7 +352,13 @@ def _describe(layer: PlannedLayer) -> dict[str, Any]:
         "differs": None if verdict.exact else verdict.describe_rim(),
         "assumed": layer.assumed,
         "edits": layer.module_edits,
+        "bias_map": layer.fusion.conv.has_bias_map,
         "parameters": {"before": before, "after": after},
+        "multiply_adds": {
+            "before": work_before,
+            "after": work_after,
+            "per": "input position" if size is None else "input",
+        },
         "tensors": {
             "removed": sorted(layer.edit.remove - layer.edit.insert.keys()),
             "written": {key: list(tensor.shape) for key, tensor in layer.edit.insert.items()},
@@ -211,8 +372,15 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
         for line in fusion["edits"]:
             reporter.line(f"  {line}")
         reporter.line(f"  {_exactness(fusion)}")
-        before, after = fusion["parameters"]["before"], fusion["parameters"]["after"]
-        reporter.line(f"  {before} -> {after} parameters, {fusion['dtype']}")
+        numbers, work = fusion["parameters"], fusion["multiply_adds"]
+        per = " per input position" if work["per"] == "input position" else ""
+        reporter.line(
+            f"  {numbers['before']} -> {numbers['after']} parameters,"
+            f" {_count(work['before'])} -> {_count(work['after'])} multiply-adds{per}, {fusion['dtype']}"
+        )
+    if len(document["fusions"]) > 1:
+        totals = [sum(fusion["parameters"][key] for fusion in document["fusions"]) for key in ("before", "after")]
+        reporter.line(f"{len(document['fusions'])} fusions, {totals[0]} -> {totals[1]} parameters")
     verb = "wrote" if document["written"] else "would write"
     reporter.line(f"{verb} {document['out']}")
 
@@ -226,6 +394,11 @@ def _exactness(fusion: dict[str, Any]) -> str:
     if fusion["fields"].get("padding_mode", "zeros") != "zeros" and smallest:
         return f"exact at every input size from {_sizes(smallest)} up"
     return "exact at every input size"
+
+
+def _count(number: float) -> str:
+    """Whole numbers as they are, others to two places."""
+    return str(int(number)) if number == int(number) else f"{number:.2f}"
 
 
 def _sizes(values: list[int]) -> str:

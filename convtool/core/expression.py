@@ -64,7 +64,7 @@ def multiply_adds(expression: Expression, input_size: tuple[int, ...]) -> int:
     if isinstance(expression, Sum):
         return sum(multiply_adds(part, input_size) for part in expression.parts)
     size = input_size if expression.geometry.transposed else expression.output_size(input_size)
-    return expression.weight.numel() * math.prod(size)
+    return _products(expression) * math.prod(size)
 
 
 def work_per_position(expression: Expression) -> float:
@@ -85,5 +85,14 @@ def _work(expression: Expression) -> tuple[float, float]:
         return sum(work for work, _ in parts), parts[0][1]
     stride = math.prod(expression.geometry.stride)
     if expression.geometry.transposed:
-        return float(expression.weight.numel()), float(stride)
-    return expression.weight.numel() / stride, 1 / stride
+        return float(_products(expression)), float(stride)
+    return _products(expression) / stride, 1 / stride
+
+
+def _products(conv: Conv) -> int:
+    """Multiply-adds per position; none of a layer that only copies, as padding, an identity and an upsampling do."""
+    geometry, weight = conv.geometry, conv.weight
+    apart = geometry.transposed and geometry.kernel_size == geometry.stride  # each output reads one input
+    if (weight[0].numel() == 1 or apart) and geometry.groups == len(weight) and conv.bias is None:
+        return 0 if bool((weight == 1).all()) else weight.numel()
+    return weight.numel()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from convtool.core.conv import Conv
 from convtool.core.fields import parse_field
-from convtool.core.layers import average_pool, identity, nearest_upsample, scale, zero_pad
+from convtool.core.layers import average_pool, identity, nearest_upsample, zero_pad
+from convtool.core.layers import scale as per_channel
 from convtool.errors import RefusedError, UsageError
 
 _CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)
@@ -28,11 +30,13 @@ def make_function(text: str, channels: int, axes: int) -> Conv:
         RefusedError: the layer isn't linear.
         UsageError: an unknown layer, or arguments that it doesn't have.
     """
-    name, arguments = _parse(text)
+    call = _CALL.fullmatch(text)
+    name = call[1] if call else text
     if name in NOT_LINEAR:
         raise RefusedError(f"{text}: {name} is not linear; nothing can be fused across it")
     if name not in FUNCTIONS:
         raise UsageError(f"{text}: unknown layer {name!r}; expected one of {', '.join((*FUNCTIONS, 'flatten'))}")
+    arguments = _parse(text)[1]
     fields, build = FUNCTIONS[name]
     unknown = arguments.keys() - fields
     if unknown:
@@ -41,6 +45,16 @@ def make_function(text: str, channels: int, axes: int) -> Conv:
         return build(channels, axes, **arguments)
     except TypeError:
         raise UsageError(f"{text}: {name} takes {', '.join(fields)}") from None
+
+
+def function_channels(text: str) -> int | None:
+    """The number of channels that the layer's arguments tell, or None."""
+    call = _CALL.fullmatch(text)
+    if call is None or call[1] != "normalize":
+        return None
+    arguments = _parse(text)[1]
+    counts = {len(arguments[key]) for key in ("mean", "std") if key in arguments} - {1}
+    return counts.pop() if len(counts) == 1 else None
 
 
 def flatten_size(text: str) -> tuple[int, ...] | None:
@@ -67,7 +81,7 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
     for number, part in enumerate(part.strip() for part in inside.split(";") if part.strip()):
         key, equals, value = (word.strip() for word in part.partition("="))
         if not equals:
-            key, value = (FUNCTIONS.get(name, ((),))[0] or ("",))[0], part
+            key, value = next(iter(FUNCTIONS[name][0]), ""), part
             if number:
                 raise UsageError(f"{text}: expected name=value after the first argument, got {part!r}")
         arguments[key] = _value(key, value, text)
@@ -81,14 +95,38 @@ def _value(key: str, value: str, text: str) -> Any:
         return parse_field("stride", value)
     if key == "count_include_pad":
         return parse_field("transposed", value)
+    if key in ("mean", "std"):
+        return [_number(part.strip(), key, text) for part in value.split(",")]
+    return _number(value, key, text)
+
+
+def _number(value: str, key: str, text: str) -> float:
+    """A number, perhaps as a fraction: '0.5', '1/255'."""
     try:
-        return float(value)
-    except ValueError:
-        raise UsageError(f"{text}: {key or 'argument'}: expected a number, got {value!r}") from None
+        over, slash, under = value.partition("/")
+        number = float(over) / float(under) if slash else float(over)
+        if math.isfinite(number):
+            return number
+    except (ValueError, ZeroDivisionError):
+        pass
+    raise UsageError(f"{text}: {key or 'argument'}: expected a finite number, got {value!r}")
 
 
 def _scale(channels: int, axes: int, factor: float) -> Conv:
-    return scale(torch.full((channels,), factor, dtype=torch.float64), axes)
+    return per_channel(torch.full((channels,), factor, dtype=torch.float64), axes)
+
+
+def _normalize(
+    channels: int, axes: int, mean: Sequence[float] = (0.0,), std: Sequence[float] = (1.0,), scale: float = 1.0
+) -> Conv:
+    """(x * scale - mean) / std, channel by channel: what is done to images before a network sees them."""
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) not in (1, channels):
+            raise UsageError(f"normalize: {name}: expected 1 or {channels} numbers, one per channel, got {len(values)}")
+    if not all(values > 0 for values in std):
+        raise UsageError(f"normalize: std: expected numbers above 0, got {', '.join(map(str, std))}")
+    shift, spread = (torch.tensor(values, dtype=torch.float64).expand(channels) for values in (mean, std))
+    return per_channel(scale / spread, axes, -shift / spread)
 
 
 FUNCTIONS: dict[str, tuple[tuple[str, ...], Callable[..., Conv]]] = {
@@ -97,8 +135,9 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], Callable[..., Conv]]] = {
     "avg_pool": (("kernel_size", "stride", "padding", "count_include_pad"), average_pool),
     "upsample": (("factor",), nearest_upsample),
     "pad": (("padding",), zero_pad),
+    "normalize": (("mean", "std", "scale"), _normalize),
 }
 NOT_LINEAR = frozenset(
-    {"relu", "relu6", "gelu", "silu", "swish", "sigmoid", "tanh", "hardswish", "softmax", "max_pool", "layer_norm"}
-    | {"group_norm", "instance_norm", "dropout"}
+    {"relu", "relu6", "leaky_relu", "prelu", "elu", "gelu", "silu", "swish", "mish", "sigmoid", "tanh", "softmax"}
+    | {"hardswish", "hardsigmoid", "max_pool", "layer_norm", "group_norm", "instance_norm", "rms_norm", "dropout"}
 )

@@ -12,8 +12,9 @@ import torch
 from convtool.core.border import Verdict, all_of, decide, describe_sizes
 from convtool.core.compose import add, compose_chain, compose_geometry
 from convtool.core.conv import Conv
+from convtool.core.expression import in_channels, run
 from convtool.core.geometry import Geometry, format_sizes
-from convtool.core.tree import Chain, Sum, Tree, leaves
+from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
 
 First = TypeVar("First")
@@ -39,6 +40,7 @@ def fuse_chain(
     allow_border: bool = False,
     dtype: torch.dtype | None = None,
     names: Sequence[str] | None = None,
+    bias_map: bool = False,
 ) -> Fusion:
     """Fuse layers, first to last, into one; see `fuse_tree`.
 
@@ -52,6 +54,7 @@ def fuse_chain(
         input_size=input_size,
         allow_border=allow_border,
         dtype=chain[0].weight.dtype if dtype is None else dtype,
+        bias_map=bias_map,
     )
 
 
@@ -64,7 +67,12 @@ class NamedConv:
 
 
 def fuse_tree(
-    tree: Tree[NamedConv], *, input_size: Sequence[int] | None, allow_border: bool, dtype: torch.dtype
+    tree: Tree[NamedConv],
+    *,
+    input_size: Sequence[int] | None,
+    allow_border: bool,
+    dtype: torch.dtype,
+    bias_map: bool = False,
 ) -> Fusion:
     """Fuse layers in chains and sums into one; computed in float64 and rounded to `dtype` once.
 
@@ -73,6 +81,7 @@ def fuse_tree(
     Args:
         input_size: spatial sizes for which it has to be exact; every size where None.
         allow_border: give the fused layer also where outputs near the border would differ; not where all would.
+        bias_map: where only a bias is lost at the border, give the fused layer a bias for each output of `input_size`.
 
     Raises:
         RefusedError: it would not be exact, or no single layer has that form.
@@ -80,10 +89,31 @@ def fuse_tree(
         InputError: the result is not finite in `dtype`.
     """
     size = None if input_size is None else tuple(input_size)
-    fused, verdict = _fuse(tree, size, allow_border)
+    if bias_map and size is None:
+        raise UsageError("a bias map is made for one input size; give --input-size")
+    fused, verdict = _fuse_with_map(tree, size) if bias_map and size is not None else _fuse(tree, size, allow_border)
     rounded = fused.to(dtype)
     _check_finite(fused, rounded, [leaf.name for leaf in leaves(tree)])
     return Fusion(rounded, verdict)
+
+
+def _fuse_with_map(tree: Tree[NamedConv], size: tuple[int, ...]) -> tuple[Conv, Verdict]:
+    """The tree as one layer at one size; with a bias map where a plain bias would not do.
+
+    An affine map is its linear part and what it makes of zero: the biases are left out of the one, and the other is
+    computed layer by layer, its borders included.
+    """
+    try:
+        return _fuse(tree, size, allow_border=False)
+    except RefusedError:
+        fused, verdict = _fuse(map_leaves(_without_bias, tree), size, allow_border=False)
+    exact = map_leaves(lambda leaf: leaf.conv.exact(), tree)
+    zero = torch.zeros(1, in_channels(exact), *size, dtype=fused.weight.dtype)
+    return Conv(fused.weight, run(exact, zero)[0], fused.geometry), verdict
+
+
+def _without_bias(leaf: NamedConv) -> NamedConv:
+    return NamedConv(leaf.name, Conv(leaf.conv.weight, None, leaf.conv.geometry))
 
 
 def _fuse(tree: Tree[NamedConv], size: tuple[int, ...] | None, allow_border: bool) -> tuple[Conv, Verdict]:
@@ -170,6 +200,7 @@ def fuse(
     input_size: Sequence[int] | None = None,
     allow_border: bool = False,
     dtype: torch.dtype | None = None,
+    bias_map: bool = False,
 ) -> Conv:
     """One layer that computes the same as the chain; computed in float64 and rounded once.
 
@@ -178,6 +209,7 @@ def fuse(
         input_size: spatial sizes for which it has to be exact; every size where None.
         allow_border: give the fused layer also where outputs near the border would differ.
         dtype: of the result; the first layer's by default.
+        bias_map: where only a bias is lost at the border, give the result a bias for each output of `input_size`.
 
     Raises:
         RefusedError: it would not be exact, or no single layer has that form.
@@ -190,7 +222,7 @@ def fuse(
     >>> convtool.fuse([smooth, scale]).weight.flatten()
     tensor([0.5000, 0.5000, 0.5000])
     """
-    return fuse_chain(chain, input_size=input_size, allow_border=allow_border, dtype=dtype).conv
+    return fuse_chain(chain, input_size=input_size, allow_border=allow_border, dtype=dtype, bias_map=bias_map).conv
 
 
 def explain(chain: Sequence[Conv], fused: Geometry, verdict: Verdict, names: Sequence[str]) -> str:
@@ -211,6 +243,8 @@ def explain(chain: Sequence[Conv], fused: Geometry, verdict: Verdict, names: Seq
     else:
         cause = f"{_list(late)} pad{'s' if len(late) == 1 else ''} what the layers before compute"
     ways = ["--allow-border accepts that"]
+    if verdict.only_bias:
+        ways.append("--bias-map with --input-size makes it exact at one size")
     if sizes := describe_sizes(verdict):
         ways.append(f"--input-size decides for one size (it is exact for {sizes})")
     if _is_exact_with_early_padding(chain, fused):

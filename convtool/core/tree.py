@@ -17,10 +17,17 @@ BASE = ""  # the checkpoint itself, among several that layers come from
 
 @dataclass(frozen=True, slots=True)
 class LayerRef:
-    """A layer by name: of the checkpoint, of another one (`source`), or one without tensors ('avg_pool(2)')."""
+    """A layer by name.
+
+    Attributes:
+        name: of a layer of the checkpoint, or one without tensors ('avg_pool(2)').
+        source: the other checkpoint that it is from.
+        like: the layer whose stride, padding, dilation and padding mode it has, as far as none are stated of it.
+    """
 
     name: str
     source: str = BASE
+    like: str = ""
 
     def __str__(self) -> str:
         return f"{self.source}:{self.name}" if self.source else self.name

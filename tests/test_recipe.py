@@ -1,0 +1,428 @@
+"""Recipes: every clause of the language, resolved against layers that exist only by name, kind and shape."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+
+import pytest
+
+from convtool.core.tree import Chain, LayerRef, Sum, Tree
+from convtool.errors import UsageError
+from convtool.recipe import Known, LayerFacts, parse_recipe, resolve
+from convtool.recipes import shipped
+
+CONV = LayerFacts("conv", (8, 4, 3, 5))
+POINT = LayerFacts("conv", (8, 4, 1, 1))
+NORM = LayerFacts("batch_norm")
+LINEAR = LayerFacts("linear", (6, 10))
+SCALE = LayerFacts("scale")
+
+
+def known(
+    base: Mapping[str, LayerFacts],
+    numbers: Mapping[str, float] | None = None,
+    fields: Mapping[str, dict[str, object]] | None = None,
+    **others: Mapping[str, LayerFacts],
+) -> Known:
+    """Layers of the checkpoint and of others, tensors of one number ('lora:x.alpha'), and stated fields."""
+    return Known(
+        {"": base, **others},
+        lambda source, name: (numbers or {}).get(f"{source}:{name}" if source else name),
+        lambda name: dict((fields or {}).get(name, {})),
+    )
+
+
+def shown(tree: Tree[LayerRef]) -> str:
+    """A resolved tree as 'a + b' for a chain and '(a | b)' for a sum."""
+    if isinstance(tree, Chain):
+        return " + ".join(shown(part) for part in tree.parts)
+    if isinstance(tree, Sum):
+        return f"({' | '.join(shown(part) for part in tree.parts)})"
+    return f"{tree}~{tree.like}" if tree.like else str(tree)
+
+
+def fusions(text: str, layers: Known) -> dict[str, str]:
+    """What a recipe in TOML makes of the layers, by name."""
+    return {one.name: shown(one.tree) for one in resolve(parse_recipe(tomllib.loads(text), "r.toml"), layers)}
+
+
+def refused(text: str, layers: Known | None = None) -> str:
+    """The message of the error that a recipe, or what it makes of the layers, gives."""
+    with pytest.raises(UsageError) as caught:
+        fusions(text, layers or known({}))
+    message = str(caught.value)
+    assert message.startswith("r.toml: ")
+    assert "\n" not in message
+    return message.removeprefix("r.toml: ")
+
+
+# --- variables
+
+
+PAIR = 'fuse = [{ name = "{block}.conv", chain = ["{block}.conv", "{block}.bn"] }]'
+
+
+def test_a_variable_stands_for_whole_components_and_gives_one_fusion_for_each_value() -> None:
+    layers = {"stem.conv": CONV, "stem.bn": NORM, "stages.0.1.conv": CONV, "stages.0.1.bn": NORM, "head": LINEAR}
+    assert fusions(PAIR, known(layers)) == {
+        "stem.conv": "stem.conv + stem.bn",
+        "stages.0.1.conv": "stages.0.1.conv + stages.0.1.bn",
+    }
+
+
+def test_a_variable_between_dots_is_not_empty_and_one_before_text_may_be() -> None:
+    layers = known({"conv1": CONV, "bn1": NORM, "layer1.0.conv1": CONV, "layer1.0.bn1": NORM})
+    assert "fits no layer" in refused(PAIR, known({"conv": CONV, "bn": NORM}))
+    text = 'fuse = [{ name = "{path}conv1", chain = ["{path}conv1", "{path}bn1"] }]'
+    assert fusions(text, layers) == {"conv1": "conv1 + bn1", "layer1.0.conv1": "layer1.0.conv1 + layer1.0.bn1"}
+
+
+def test_a_variable_before_text_takes_whole_components_only() -> None:
+    text = 'fuse = [{ name = "{path}conv1", chain = ["{path}conv1", "{path}bn1"] }]'
+    assert "fits no layer" in refused(text, known({"myconv1": CONV, "mybn1": NORM}))
+
+
+def test_a_variable_behind_text_stands_for_the_rest_of_the_component() -> None:
+    text = 'fuse = [{ name = "{path}conv{i}", chain = ["{path}conv{i}", "{path}bn{i}"] }]'
+    layers = {"conv": CONV, "bn": NORM, "a.conv2": CONV, "a.bn2": NORM, "a.conv_x": CONV, "a.bn_x": NORM}
+    assert fusions(text, known(layers)) == {
+        "conv": "conv + bn",
+        "a.conv2": "a.conv2 + a.bn2",
+        "a.conv_x": "a.conv_x + a.bn_x",
+    }
+    assert "fits no layer" in refused(text, known({"a.convs.1": CONV, "a.bns.1": NORM}))
+
+
+def test_several_variables() -> None:
+    text = 'fuse = [{ name = "{a}.x.{b}.c", chain = ["{a}.x.{b}.c", "{b}.y.{a}.n"] }]'
+    layers = known({"p.x.q.c": CONV, "q.y.p.n": NORM})
+    assert fusions(text, layers) == {"p.x.q.c": "p.x.q.c + q.y.p.n"}
+
+
+def test_the_next_number() -> None:
+    text = 'fuse = [{ name = "{p}{i}", chain = ["{p}{i}@conv", "{p}{i+1}@batch_norm"] }]'
+    layers = {"0": CONV, "1": NORM, "f.9": CONV, "f.10": NORM, "f.12.0": CONV, "f.12.1": NORM}
+    assert fusions(text, known(layers)) == {
+        "0": "0 + 1",
+        "f.9": "f.9 + f.10",
+        "f.12.0": "f.12.0 + f.12.1",
+    }
+
+
+def test_a_number_before_the_first_is_none() -> None:
+    text = 'fuse = [{ name = "{p}{i}", chain = ["{p}{i}@conv", "{p}{i+1}!@batch_norm"] }]'
+    assert "fits no layer" in refused(text, known({"f.0": NORM, "f.1": CONV}))
+
+
+def test_names_in_the_form_with_underscores() -> None:
+    text = 'fuse = [{ name = "{layer}", sum = ["{layer}", "lora:l_{layer|underscored}.d!"] }]'
+    layers = known({"down.0.conv_in": CONV, "down.0.other": CONV}, lora={"l_down_0_conv_in.d": CONV})
+    assert fusions(text, layers) == {"down.0.conv_in": "(down.0.conv_in | lora:l_down_0_conv_in.d)"}
+
+
+def test_a_name_with_underscores_must_mean_one_layer() -> None:
+    text = 'fuse = [{ name = "{layer}", sum = ["{layer}", "lora:l_{layer|underscored}.d!"] }]'
+    lora = {"l_a_b.d": CONV}
+    assert "'a_b' could be a.b or a_b" in refused(text, known({"a.b": CONV, "a_b": CONV}, lora=lora))
+    assert "no layer is called 'a_b', with _ for dots" in refused(text, known({"a.c": CONV}, lora=lora))
+
+
+# --- *, ?, ! and @
+
+
+BRANCHES = """
+[[fuse]]
+name = "{block}.out"
+sum = [
+  ["{block}.many.*.conv", "{block}.many.*.bn"],
+  ["{block}.one.conv?", "{block}.one.bn?"],
+  ["{block}.same?"],
+]
+"""
+
+
+def test_a_star_gives_one_branch_for_each_component_in_the_order_of_numbers() -> None:
+    names = [f"b.many.{number}.{part}" for number in (10, 9, 0) for part in ("conv", "bn")]
+    layers = {name: CONV if name.endswith("conv") else NORM for name in names} | {"b.same": NORM}
+    branches = [f"b.many.{number}.conv + b.many.{number}.bn" for number in (0, 9, 10)]
+    assert fusions(BRANCHES, known(layers)) == {"b.out": f"({' | '.join([*branches, 'b.same'])})"}
+
+
+def test_optional_branches_are_there_where_a_block_has_them() -> None:
+    def block(name: str, *more: str) -> dict[str, LayerFacts]:
+        own = [f"{name}.many.0.conv", f"{name}.many.0.bn", *more]
+        return {layer: NORM if layer.endswith(("bn", "same")) else CONV for layer in own}
+
+    layers = block("a") | block("b", "b.one.conv", "b.one.bn") | block("c", "c.same")
+    assert fusions(BRANCHES, known(layers)) == {
+        "a.out": "(a.many.0.conv + a.many.0.bn)",
+        "b.out": "(b.many.0.conv + b.many.0.bn | b.one.conv + b.one.bn)",
+        "c.out": "(c.many.0.conv + c.many.0.bn | c.same)",
+    }
+
+
+def test_a_branch_that_is_only_partly_there_is_an_error() -> None:
+    layers = {"b.many.0.conv": CONV, "b.many.0.bn": NORM}
+    text = BRANCHES.replace("one.bn?", "one.bn")
+    message = refused(text, known({**layers, "b.one.conv": CONV}))
+    assert message == "[{block}.one.conv?, {block}.one.bn] (block = 'b') is only partly there: {block}.one.bn is not"
+    message = refused(BRANCHES, known({**layers, "b.many.1.conv": CONV}))
+    assert message.endswith("(block = 'b', * = '1') is only partly there: {block}.many.*.bn is not")
+
+
+def test_a_branch_without_layers_that_is_not_optional_is_an_error() -> None:
+    assert "[{block}.many.*.conv, {block}.many.*.bn] (block = 'b') fits no layer" in refused(
+        BRANCHES, known({"b.same": NORM})
+    )
+
+
+def test_an_optional_layer_inside_of_a_chain_is_left_out_alone() -> None:
+    text = 'fuse = [{ name = "{b}.a", chain = ["{b}.a", "{b}.mid?", "{b}.z"] }]'
+    layers = {"p.a": CONV, "p.z": CONV, "q.a": CONV, "q.mid": CONV, "q.z": CONV}
+    assert fusions(text, known(layers)) == {"p.a": "p.a + p.z", "q.a": "q.a + q.mid + q.z"}
+
+
+def test_a_star_in_a_chain_has_room_for_one_only() -> None:
+    text = 'fuse = [{ name = "{b}.out", chain = ["{b}.x.*", "{b}.z"] }]'
+    assert fusions(text, known({"p.x.5": CONV, "p.z": NORM})) == {"p.out": "p.x.5 + p.z"}
+    message = refused(text, known({"p.x.5": CONV, "p.x.6": CONV, "p.z": NORM}))
+    assert "[{b}.x.*, {b}.z]: * fits several layers, which only a sum has room for" in message
+
+
+def test_a_star_is_one_component() -> None:
+    text = 'fuse = [{ name = "out", sum = ["x.*.c"] }]'
+    assert fusions(text, known({"x.1.c": CONV, "x.1.2.c": CONV, "x.c": CONV})) == {"out": "(x.1.c)"}
+
+
+def test_kinds_tell_layers_of_one_name_pattern_apart() -> None:
+    text = 'fuse = [{ name = "{p}.out", chain = ["{p}.0@conv", "{p}.1@batch_norm"] }]'
+    layers = {"a.0": CONV, "a.1": NORM, "b.0": LINEAR, "b.1": LINEAR, "c.0": SCALE}
+    assert fusions(text, known(layers)) == {"a.out": "a.0 + a.1"}
+    assert "(p = 'a') is only partly there: {p}.1@batch_norm is not" in refused(
+        text, known({"a.0": CONV, "a.1": LINEAR})
+    )
+
+
+def test_an_anchor_says_what_is_asked_for() -> None:
+    marked = PAIR.replace("{block}.bn", "{block}.bn!")
+    layers = {"a.conv": CONV, "a.bn": NORM, "b.conv": CONV}
+    assert fusions(marked, known(layers)) == {"a.conv": "a.conv + a.bn"}
+    assert "only partly there" in refused(PAIR, known(layers))
+    assert "(block = 'c') is only partly there: {block}.conv is not" in refused(marked, known({"c.bn": NORM}))
+
+
+def test_conditions_on_the_values_of_variables() -> None:
+    text = PAIR.replace("chain", 'where = ["{block}.yes"], unless = ["{block}.*.no@conv"], chain')
+    layers = {f"{name}.{part}": CONV if part == "conv" else NORM for name in "abcd" for part in ("conv", "bn")}
+    more = {"a.yes": NORM, "b.yes": NORM, "b.x.no": CONV, "c.x.no": CONV, "d.yes": CONV, "d.x.no": NORM}
+    assert set(fusions(text, known(layers | more))) == {"a.conv", "d.conv"}
+
+
+# --- nesting, scale, alpha, like, and what layers without tensors ask
+
+
+def test_sums_inside_of_chains_inside_of_sums() -> None:
+    text = """
+    [[fuse]]
+    name = "{b}.out"
+    sum = [
+      ["{b}.first", { sum = ["{b}.left", ["{b}.right", "{b}.more"], "identity()"] }, "{b}.last"],
+      { chain = ["{b}.scaled"], scale = 0.5 },
+      { sum = ["{b}.u", "{b}.v"], scale = -2 },
+      "{b}.bare",
+    ]
+    """
+    layers = {f"x.{name}": CONV for name in ("first", "left", "right", "more", "last", "scaled", "u", "v", "bare")}
+    assert fusions(text, known(layers)) == {
+        "x.out": "(x.first + (x.left | x.right + x.more | identity()) + x.last"
+        " | x.scaled + scale(0.5) | (x.u | x.v) + scale(-2.0) | x.bare)"
+    }
+
+
+def test_a_scaled_branch_of_optional_layers_goes_with_them() -> None:
+    text = """
+    [[fuse]]
+    name = "{b}.out"
+    sum = ["{b}.a", { chain = ["{b}.c?"], scale = 0.5 }, [{ chain = ["{b}.d?"], scale = 3 }, "{b}.e?"]]
+    """
+    assert fusions(text, known({"x.a": CONV})) == {"x.out": "(x.a)"}
+    assert fusions(text, known({"x.a": CONV, "x.e": CONV})) == {"x.out": "(x.a | x.e)"}
+
+
+def test_a_whole_rule_may_be_scaled() -> None:
+    text = 'fuse = [{ name = "out", sum = ["a", "b"], scale = 0.25 }]'
+    assert fusions(text, known({"a": CONV, "b": CONV})) == {"out": "(a | b) + scale(0.25)"}
+
+
+ALPHA = """
+[[fuse]]
+name = "{l}"
+sum = ["{l}", { chain = ["lora:{l}.down!", "lora:{l}.up"], alpha = "lora:{l}.alpha" }]
+"""
+
+
+def test_alpha_over_rank() -> None:
+    lora = {"a.down": LayerFacts("conv", (4, 8, 3, 3)), "a.up": LayerFacts("conv", (8, 4, 1, 1))}
+    layers = known({"a": CONV, "b": CONV}, {"lora:a.alpha": 2.0}, lora=lora)
+    assert fusions(ALPHA, layers) == {"a": "(a | lora:a.down + lora:a.up + scale(0.5))"}
+
+
+def test_an_alpha_that_is_missing_is_an_error_or_a_factor_of_one() -> None:
+    lora = {"a.down": LayerFacts("linear", (4, 8)), "a.up": LayerFacts("linear", (8, 4))}
+    assert "alpha: there is no tensor lora:a.alpha of one number" in refused(ALPHA, known({"a": LINEAR}, lora=lora))
+    text = ALPHA.replace('alpha"', 'alpha?"')
+    for numbers in ({}, {"lora:a.alpha": 0.0}):
+        assert fusions(text, known({"a": LINEAR}, numbers, lora=lora)) == {"a": "(a | lora:a.down + lora:a.up)"}
+
+
+def test_a_layer_like_another_one() -> None:
+    text = 'fuse = [{ name = "{b}.o", sum = ["{b}.k", { layer = "{b}.p?", like = "{b}.k" }] }]'
+    assert fusions(text, known({"x.k": CONV, "x.p": POINT, "y.k": CONV})) == {
+        "x.o": "(x.k | x.p~x.k)",
+        "y.o": "(y.k)",
+    }
+    message = refused(text.replace('"{b}.k" }', '"{b}.z" }'), known({"x.k": CONV, "x.p": POINT}))
+    assert "like = '{b}.z' (b = 'x') fits 0 layers, expected one" in message
+
+
+def test_layers_without_tensors_ask_for_kernels_and_strides() -> None:
+    text = """
+    [[fuse]]
+    name = "{b}.o"
+    chain = ["pad(half({b}.c))", "avg_pool(kernel({b}.c); stride=stride({b}.c))", "{b}.c", "{b}.n"]
+    """
+    layers = {"x.c": CONV, "x.n": NORM}
+    assert fusions(text, known(layers)) == {"x.o": "pad(1,2) + avg_pool(3,5; stride=1) + x.c + x.n"}
+    strided = fusions(text, known(layers, fields={"x.c": {"stride": [2, 3]}}))
+    assert strided == {"x.o": "pad(1,2) + avg_pool(3,5; stride=2,3) + x.c + x.n"}
+    assert "there is no convolution x.z" in refused(text.replace("half({b}.c)", "half({b}.z)"), known(layers))
+
+
+# --- whole recipes
+
+
+def test_fusions_stand_in_the_order_of_the_checkpoint() -> None:
+    text = """
+    fuse = [
+      { name = "late", chain = ["z", "y"] },
+      { name = "early", sum = ["lora:a", "b"] },
+    ]
+    """
+    layers = known({"b": CONV, "y": CONV, "z": CONV}, lora={"a": CONV})
+    assert list(fusions(text, layers)) == ["early", "late"]
+
+
+def test_a_recipe_that_fits_nothing_is_an_error() -> None:
+    layers = known({"q.conv": CONV, "head": LINEAR})
+    assert refused('fuse = [{ name = "x", chain = ["a", "b"] }]', layers) == "[a, b] fits no layer"
+    optional = 'fuse = [{ name = "x", chain = ["a", "b"], optional = true }]'
+    assert refused(optional, layers) == "nothing in it fits any layer"
+
+
+def test_an_optional_rule_may_fit_nothing_beside_one_that_does() -> None:
+    text = """
+    fuse = [
+      { name = "x", chain = ["a", "b"], optional = true },
+      { name = "y", chain = ["c", "d"] },
+    ]
+    """
+    assert fusions(text, known({"c": CONV, "d": NORM})) == {"y": "c + d"}
+
+
+def test_two_fusions_cannot_claim_one_layer() -> None:
+    text = """
+    fuse = [
+      { name = "x", chain = ["a", "b"] },
+      { name = "y", chain = ["b", "c"] },
+    ]
+    """
+    message = refused(text, known({"a": CONV, "b": CONV, "c": CONV}))
+    assert message == "b is claimed by x and y; a layer can go into one fusion only once"
+    twice = refused('fuse = [{ name = "x", chain = ["a", "a"] }]', known({"a": CONV}))
+    assert twice == "a is claimed by x, twice; a layer can go into one fusion only once"
+
+
+def test_a_layer_of_another_checkpoint_is_not_that_of_the_same_name_here() -> None:
+    text = 'fuse = [{ name = "a", sum = ["a", "lora:a"] }]'
+    assert fusions(text, known({"a": CONV}, lora={"a": CONV})) == {"a": "(a | lora:a)"}
+
+
+def test_two_fusions_cannot_have_one_name() -> None:
+    text = 'fuse = [{ name = "x", chain = ["{p}.a", "{p}.b"] }]'
+    layers = known({"p.a": CONV, "p.b": NORM, "q.a": CONV, "q.b": NORM})
+    assert refused(text, layers) == "two fusions would both be called x"
+
+
+def test_a_checkpoint_that_was_not_given() -> None:
+    text = 'fuse = [{ name = "a", sum = ["a", "lora:a"] }]'
+    assert "lora:a: no checkpoint of that name; give one with --with lora=FILE" in refused(text, known({"a": CONV}))
+
+
+def test_geometry_goes_by_pattern() -> None:
+    recipe = parse_recipe(tomllib.loads(PAIR + '\n[geometry]\n"*.conv" = { padding = "half", stride = 2 }'), "r.toml")
+    assert recipe.geometry.fields("x.y.conv") == {"padding": "half", "stride": 2}
+    assert recipe.geometry.fields("x.y.bn") == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "expected at least one [[fuse]] table"),
+        ("fuse = []", "expected at least one [[fuse]] table"),
+        ("fuse = 3", "expected at least one [[fuse]] table"),
+        ("fuse = [3]", "[[fuse]] 1: expected a table"),
+        ("extra = 1", "unknown key 'extra'; expected [[fuse]] tables and [geometry]"),
+        ('geometry = 1\nfuse = [{ name = "x", chain = ["a"] }]', "geometry: expected a table"),
+        ('fuse = [{ name = "x", chain = ["a"] }]\n[geometry]\na = { strid = 2 }', "a: unknown field 'strid'"),
+        ('fuse = [{ name = "x", chian = ["a"] }]', "[[fuse]] 1: unknown key 'chian'; expected name, chain or sum"),
+        ('fuse = [{ chain = ["a"] }]', "[[fuse]] 1: expected name = the fused layer's name"),
+        ('fuse = [{ name = 4, chain = ["a"] }]', "[[fuse]] 1: expected name = the fused layer's name"),
+        ('fuse = [{ name = "x" }]', "[[fuse]] 1: expected a table with chain or sum"),
+        ('fuse = [{ name = "x", chain = ["a"], sum = ["b"] }]', "[[fuse]] 1: expected a table with chain or sum"),
+        ('fuse = [{ name = "x", chain = "a" }]', "chain: expected a list of layers or branches"),
+        ('fuse = [{ name = "x", sum = [] }]', "sum: expected a list of layers or branches"),
+        ('fuse = [{ name = "x", sum = [[]] }]', "expected at least one layer in each chain"),
+        ('fuse = [{ name = "x", sum = [3] }]', "expected a layer, a list or a table, got 3"),
+        ('fuse = [{ name = "x", sum = [{ scale = 2 }] }]', "expected a table with chain or sum, and perhaps scale"),
+        ('fuse = [{ name = "x", sum = [{ chain = ["a"], weight = 2 }] }]', "expected a table with chain or sum"),
+        ('fuse = [{ name = "x", sum = [{ chain = ["a"], scale = "2" }] }]', "scale: expected a number, got '2'"),
+        ('fuse = [{ name = "x", sum = [{ chain = ["a"], scale = true }] }]', "scale: expected a number, got True"),
+        ('fuse = [{ name = "x", sum = [{ chain = ["a"], alpha = 2 }] }]', "alpha: expected the name of a tensor"),
+        ('fuse = [{ name = "x", chain = ["a"], optional = 1 }]', "optional: expected true or false"),
+        ('fuse = [{ name = "x", chain = ["a"], where = "a" }]', "where: expected a list of patterns"),
+        ('fuse = [{ name = "x", chain = [{ layer = "a", liek = "b" }] }]', "expected { layer = PATTERN, like"),
+        ('fuse = [{ name = "x", chain = [""] }]', "an empty name"),
+        ('fuse = [{ name = "x", chain = ["lora:"] }]', "expected the name of a layer, got 'lora:'"),
+        ('fuse = [{ name = "x", chain = ["a@pool"] }]', "a@pool: expected a kind of conv, linear, batch_norm, scale"),
+        ('fuse = [{ name = "x", chain = ["a?!"] }]', "a?!: expected one ? or ! at most"),
+        ('fuse = [{ name = "x", chain = ["{a.b"] }]', "{a.b: expected variables as {block}"),
+        ('fuse = [{ name = "x", chain = ["{a-1}.b"] }]', "{a-1}.b: expected variables as {block}"),
+        ('fuse = [{ name = "{y}", chain = ["{x}.b"] }]', "'{y}': {y} is bound by none of the rule's layers"),
+        ('fuse = [{ name = "x", chain = ["{a}.b", "{c}.d"] }]', "expected a layer that holds all of a, c"),
+        ('fuse = [{ name = "x", chain = ["{a}.{c}", "{c}.d!"] }]', "expected a layer that holds all of a, c"),
+        ('fuse = [{ name = "x", chain = ["{a}.b"], unless = ["{z}.b"] }]', "{z} is bound by none of the rule's layers"),
+        ('fuse = [{ name = "x", chain = ["identity()"] }]', "expected the name of a layer"),
+    ],
+)  # fmt: skip
+def test_a_malformed_recipe_says_where_and_what_was_expected(text: str, message: str) -> None:
+    assert message in refused(text)
+
+
+def test_a_layer_shared_by_the_branches_of_a_star_is_claimed_twice() -> None:
+    text = 'fuse = [{ name = "{b}.o", sum = ["{b}.d!", ["{b}.x.*.c", "{b}.y"]] }]'
+    layers = {"p.d": CONV, "p.x.1.c": CONV, "p.x.2.c": CONV, "p.y": NORM}
+    assert fusions(text.replace(', "{b}.y"', ""), known(layers)) == {"p.o": "(p.d | p.x.1.c | p.x.2.c)"}
+    assert "p.y is claimed by p.o, twice" in refused(text, known(layers))
+
+
+def test_a_pattern_that_fits_several_layers_is_an_error() -> None:
+    text = 'fuse = [{ name = "{b}.o", chain = ["{b}.d!", { layer = "{b}.e", like = "{b}.x.*" }] }]'
+    layers = {"p.d": CONV, "p.e": CONV, "p.x.1": CONV, "p.x.2": CONV}
+    assert "like = '{b}.x.*' (b = 'p') fits 2 layers, expected one" in refused(text, known(layers))
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_every_shipped_recipe_says_what_it_is_for(name: str) -> None:
+    assert len(shipped()[name].about) > 20
+    assert shipped()[name].rules

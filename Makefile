@@ -1,5 +1,6 @@
 # make demo   the main job on a sample model, from nothing but Python
 # make test   every check: ruff, mypy, all tests
+# make bench  the benchmarks, as ratios to what people use instead (BENCH="--short csr" for small sizes and one row)
 # make help   the list
 
 PYTHON ?= python3
@@ -7,12 +8,13 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: help demo test models clean
+.PHONY: help demo test bench models clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo     set up $(VENV) and run inspect, toeplitz, fuse and verify on a trained sample model"
 	@echo "make test     set up $(VENV) and run every check: ruff, mypy, all tests"
+	@echo "make bench    set up $(VENV) and measure convtool beside what people use instead (minutes; BENCH=--short: less)"
 	@echo "make models   train the sample models again (a minute)"
 	@echo "make clean    remove $(VENV), caches and outputs"
 
@@ -40,9 +42,12 @@ test: $(VENV)/installed-for-tests
 	@echo "pytest: all tests"
 	@$(BIN)/python -m pytest --numprocesses 2
 
+bench: $(VENV)/installed-for-tests
+	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
+
 models: $(VENV)/installed
 	@$(PIP) --editable '.[train]'
 	@$(BIN)/python sample_models/train.py
 
 clean:
-	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build demo_output *.egg-info
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build demo_output bench_output *.egg-info

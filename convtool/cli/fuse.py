@@ -14,6 +14,8 @@ from convtool.cli.options import (
     GeometryFile,
     InputSize,
     Json,
+    Model,
+    ModelArgs,
     Quiet,
     Root,
     Settings,
@@ -110,6 +112,8 @@ def command(
     ] = False,
     dtype: Dtype = None,
     geometry: GeometryFile = None,
+    model: Model = None,
+    model_args: ModelArgs = None,
     settings: Settings = None,
     sources_given: With = None,
     root: Root = None,
@@ -132,6 +136,7 @@ def command(
         from convtool.checkpoint.edit import Edit
         from convtool.checkpoint.fusion import check_ties, lower_for, plan_layer
         from convtool.checkpoint.write import check_output, write_edited
+        from convtool.cli.model import model_fields
         from convtool.cli.options import check_used, field_sources, open_others
         from convtool.core.tree import BASE
         from convtool.errors import UsageError
@@ -153,7 +158,7 @@ def command(
         opened = open_checkpoint(checkpoint, root)
         checkpoints = {BASE: opened, **open_others(sources_given)}
         check_output(out, force=force or dry_run)
-        sources = field_sources(geometry, settings, {})
+        sources = field_sources(geometry, settings, {}, model_fields(model, model_args, opened, reporter))
         check_used(sources, [full_name(layer, one) for one, other in checkpoints.items() for layer in other.layers])
         if found is not None:
             sources = sources.with_first(found.geometry)

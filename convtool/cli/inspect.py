@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convtool.cli.options import CheckpointPath, GeometryFile, Json, Quiet, Root, Settings
+from convtool.cli.options import CheckpointPath, GeometryFile, Json, Model, ModelArgs, Quiet, Root, Settings
 from convtool.cli.output import Reporter, human_bytes, table, tree_text
 from convtool.cli.run import run
 
@@ -30,6 +30,8 @@ def command(
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     geometry: GeometryFile = None,
+    model: Model = None,
+    model_args: ModelArgs = None,
     settings: Settings = None,
     root: Root = None,
     as_json: Json = False,
@@ -42,13 +44,14 @@ def command(
         from fnmatch import fnmatchcase
 
         from convtool.checkpoint import open_checkpoint
+        from convtool.cli.model import model_fields
         from convtool.cli.options import check_used, field_sources
         from convtool.core.fields import FieldSource
         from convtool.errors import UsageError
 
         opened = open_checkpoint(checkpoint, root)
         record = opened.record
-        sources = field_sources(geometry, settings, {})
+        sources = field_sources(geometry, settings, {}, model_fields(model, model_args, opened, reporter))
         check_used(sources, list(opened.layers))
         sources = sources.with_first(FieldSource("record", record.fields() if record else {}, exact_names=True))
         layers = [

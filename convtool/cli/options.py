@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from convtool.checkpoint import Checkpoint
-    from convtool.core.fields import FieldSources
+    from convtool.core.fields import FieldSource, FieldSources
 
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A .safetensors or torch (.pt, .pth, .bin) file.", show_default=False)
@@ -35,6 +35,20 @@ GeometryFile = Annotated[
         help="TOML with a table of fields per layer or pattern.",
         show_default=False,
     ),
+]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="CODE",
+        help="The model's code, to read geometry off: pkg.mod:callable, file.py:callable, or a Hugging Face folder."
+        " This runs that code, your own, and nothing else in convtool does.",
+        show_default=False,
+    ),
+]
+ModelArgs = Annotated[
+    str | None,
+    typer.Option("--model-args", metavar="JSON", help="Arguments of the callable, as JSON.", show_default=False),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -107,15 +121,21 @@ def parse_input_size(text: str | None) -> tuple[int, ...] | None:
     return None if text is None else parse_sizes(text, "--input-size")
 
 
-def field_sources(geometry: Path | None, settings: list[str] | None, layer_fields: dict[str, Any]) -> FieldSources:
-    """The places where fields may come from, later ones winning: the file, --set, options for the one layer.
+def field_sources(
+    geometry: Path | None,
+    settings: list[str] | None,
+    layer_fields: dict[str, Any],
+    model: FieldSource | None = None,
+) -> FieldSources:
+    """The places where fields may come from, later ones winning: the model, the file, --set, options for the one layer.
 
     Args:
         layer_fields: by layer name, what options such as --stride say.
+        model: what --model says (convtool.cli.model).
     """
     from convtool.core.fields import FieldSource, FieldSources, parse_setting
 
-    sources = []
+    sources = [] if model is None else [model]
     if geometry is not None:
         sources.append(_geometry_file(geometry))
     set_tables: dict[str, Any] = {}

@@ -16,6 +16,8 @@ from convtool.cli.options import (
     Groups,
     InputSize,
     Json,
+    Model,
+    ModelArgs,
     OutputPadding,
     Padding,
     PaddingModeOption,
@@ -81,6 +83,8 @@ def command(
         typer.Option("--plot", metavar="PNG", help="Draw the matrix as well (needs matplotlib).", show_default=False),
     ] = None,
     geometry: GeometryFile = None,
+    model: Model = None,
+    model_args: ModelArgs = None,
     settings: Settings = None,
     root: Root = None,
     force: Force = False,
@@ -97,6 +101,7 @@ def command(
     def body() -> None:
         from convtool.checkpoint import open_checkpoint
         from convtool.checkpoint.chain import lower_chain
+        from convtool.cli.model import model_fields
         from convtool.cli.options import check_used, field_sources
         from convtool.core.fields import geometry_fields
         from convtool.core.toeplitz import ToeplitzMatrix
@@ -120,7 +125,12 @@ def command(
         check_target(out, force=force)
         if plot is not None:
             check_target(plot, force=force)
-        sources = field_sources(geometry, settings, {found.name: given} if given else {})
+        sources = field_sources(
+            geometry,
+            settings,
+            {found.name: given} if given else {},
+            model_fields(model, model_args, opened, reporter),
+        )
         check_used(sources, list(opened.layers))
         axes = found.spatial_axes
         if axes is None and found.kind == "batch_norm":

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convtool.cli import exit_codes
-from convtool.cli.options import GeometryFile, Json, Quiet, Root, With, parse_dtype
+from convtool.cli.options import GeometryFile, Json, Model, ModelArgs, Quiet, Root, With, parse_dtype
 from convtool.cli.output import Reporter, table
 from convtool.cli.run import run
 
 if TYPE_CHECKING:
     from convtool.checkpoint.compare import Pairing
+    from convtool.core.fields import FieldSource
     from convtool.core.verify import EquivalenceReport
 
 NAME = "verify"
@@ -71,6 +72,8 @@ def command(
         ),
     ] = None,
     geometry: GeometryFile = None,
+    model: Model = None,
+    model_args: ModelArgs = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -100,6 +103,7 @@ def command(
 
         from convtool.checkpoint import open_checkpoint
         from convtool.checkpoint.compare import differing_tensors, recorded_pairings
+        from convtool.cli.model import model_fields
         from convtool.cli.options import check_used, open_others, parse_input_size
         from convtool.core.expression import in_channels
         from convtool.core.tree import leaves, map_leaves
@@ -112,7 +116,8 @@ def command(
             raise UsageError("--before and --after go together: the chain in BEFORE and the one that stands for it")
         one, other = open_checkpoint(before, root), open_checkpoint(after, root)
         others = open_others(sources_given)
-        before_sources, after_sources = _sources(geometry, settings)
+        from_model = model_fields(model, model_args, one, reporter)
+        before_sources, after_sources = _sources(geometry, settings, from_model)
         known = [name for opened in (one, other, *others.values()) for name in opened.layers]
         check_used(before_sources, known)
         check_used(after_sources, known)
@@ -178,14 +183,14 @@ def command(
     return run(reporter, body)
 
 
-def _sources(geometry: Path | None, settings: list[str] | None) -> tuple[Any, Any]:
+def _sources(geometry: Path | None, settings: list[str] | None, model: FieldSource | None) -> tuple[Any, Any]:
     """Fields for BEFORE and for AFTER; a --set with before: or after: in front goes to one of them only."""
     from convtool.cli.options import field_sources
 
     both = settings or []
     first = [text.removeprefix("before:") for text in both if not text.startswith("after:")]
     second = [text.removeprefix("after:") for text in both if not text.startswith("before:")]
-    return field_sources(geometry, first, {}), field_sources(geometry, second, {})
+    return field_sources(geometry, first, {}, model), field_sources(geometry, second, {})
 
 
 def _named(one: Any, other: Any, before: str, after: str, before_sources: Any, after_sources: Any) -> Pairing:

@@ -1,0 +1,125 @@
+"""A model held against a checkpoint: which of its layers are which of the file's, and where the two disagree."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import nn
+
+from convtool.checkpoint import Checkpoint, Layer, TensorInfo
+from convtool.checkpoint.info import group_layers, unwrap
+from convtool.core.fields import FieldSource
+from convtool.model.layers import module_layers
+
+MOST_NAMES = 6  # named one by one before the rest is only counted
+_COUNTS = "num_batches_tracked"  # of a batch norm: never computed with
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """What a model says of a checkpoint's layers.
+
+    Attributes:
+        geometry: the fields of every layer that both have and agree on, by the checkpoint's names.
+        names: the checkpoint's name of each layer of the model that both have.
+        differences: names and shapes that disagree, and layers whose code tells nothing, a line each.
+    """
+
+    geometry: FieldSource
+    names: Mapping[str, str]
+    differences: tuple[str, ...]
+
+
+def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> Agreement:
+    """Hold a model's layers against a checkpoint's, by name and shape.
+
+    Wrappers' prefixes ('module.') don't count, and neither does one prefix that all names of one side have and the
+    other's lack. Layers that convtool fused have the geometry that its record says, not the model's.
+    """
+    ours = group_layers(_infos(model))
+    theirs = checkpoint.layers
+    names = _names(ours, theirs)
+    record = checkpoint.record
+    fused = set(record.fields()) if record else set()
+    gone = {source.name for fusion in (record.fusions if record else ()) for source in fusion.sources} | fused
+    shapes = {name: line for name, other in names.items() if (line := _shapes(ours[name], theirs[other]))}
+    layers = module_layers(model)
+    tables = {
+        names[name]: layer.fields
+        for name, layer in layers.items()
+        if name in names and layer.fields and not layer.foreign and names[name] not in fused and name not in shapes
+    }
+    found = set(names.values())
+    differences = [
+        *_listed("only in the checkpoint", (name for name in theirs if name not in found | gone)),
+        *_listed("only in the model", (name for name in ours if name not in names and name not in gone)),
+        *(line for name, line in shapes.items() if names[name] not in fused),
+        *(
+            f"{name}: its stride, padding and eps are unknown; it is {layer.foreign}"
+            for name, layer in layers.items()
+            if layer.foreign and layer.kind in ("conv", "batch_norm")
+        ),
+    ]
+    return Agreement(FieldSource(origin, tables, exact_names=True), names, tuple(differences))
+
+
+def _infos(model: nn.Module) -> Iterator[TensorInfo]:
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        yield TensorInfo(name, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
+
+
+def _names(ours: Mapping[str, Layer], theirs: Mapping[str, Layer]) -> dict[str, str]:
+    """The checkpoint's name of each layer of the model, where there is exactly one."""
+    plain: dict[str, list[str]] = {}
+    for name in theirs:
+        plain.setdefault(unwrap(name), []).append(name)
+    mine = {name: unwrap(name) for name in ours}
+    ahead, stripped = _prefix(set(mine.values()), set(plain))
+    names = {}
+    for name, bare in mine.items():
+        same = plain.get(ahead + bare.removeprefix(stripped) if bare.startswith(stripped) else bare, [])
+        if name in theirs:
+            names[name] = name
+        elif len(same) == 1:
+            names[name] = same[0]
+    return names
+
+
+def _prefix(ours: set[str], theirs: set[str]) -> tuple[str, str]:
+    """(what the checkpoint has in front of every name of the model, what the model has in front of the file's)."""
+    if not ours or not theirs or ours & theirs:
+        return "", ""
+    for shorter, longer, swapped in ((ours, theirs, False), (theirs, ours, True)):
+        name = max(shorter, key=lambda text: (len(text), text))
+        for other in sorted(longer):
+            prefix = other.removesuffix(name)
+            if other.endswith(f".{name}") and all(prefix + one in longer for one in shorter):
+                return ("", prefix) if swapped else (prefix, "")
+    return "", ""
+
+
+def _shapes(ours: Layer, theirs: Layer) -> str:
+    """Where tensors of a layer differ in shape, or only one side has them; '' where they agree."""
+    mine, other = ({key: info.shape for key, info in layer.tensors.items()} for layer in (ours, theirs))
+    for key in ("weight", *mine):  # the weight says most
+        if key in mine and key in other and mine[key] != other[key]:
+            return f"{theirs.name}.{key}: {_sized(other[key])} in the checkpoint, {_sized(mine[key])} in the model"
+    if "weight" in mine and "weight" in other:  # of which one side may hold the parts
+        mine, other = ({key: x for key, x in side.items() if key in ("weight", "bias")} for side in (mine, other))
+    for key in (mine.keys() ^ other.keys()) - {_COUNTS}:
+        return f"{theirs.name}.{key}: only in the {'model' if key in mine else 'checkpoint'}"
+    return ""
+
+
+def _sized(shape: Iterable[int]) -> str:
+    return "x".join(map(str, shape)) or "a scalar"
+
+
+def _listed(what: str, names: Iterable[str]) -> list[str]:
+    found = [name or "(bare module)" for name in names]
+    if not found:
+        return []
+    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
+    return [f"{what}: {', '.join(found[:MOST_NAMES])}{more}"]

@@ -91,11 +91,11 @@ def _complete(command: Any) -> int:
 
 def _usage(error: Any, arguments: list[str]) -> int:
     """What typer found wrong with the command line; it says so in a message of its own, which loses --json."""
-    context = getattr(error, "ctx", None)
     message = _message(error)
-    path = context.command_path if context else PROGRAM
-    text = f"{message[:1].lower()}{message[1:].rstrip('.')} (see `{path} --help`)"
     command = next((word for word in arguments if not word.startswith("-")), None)
+    known = [one.name for one in app.registered_commands]
+    path = f"{PROGRAM} {command}" if command in known else PROGRAM
+    text = f"{message[:1].lower()}{message[1:].rstrip('.')} (see `{path} --help`)"
     print_error(command, "usage", exit_codes.USAGE, text, as_json="--json" in arguments)
     return exit_codes.USAGE
 

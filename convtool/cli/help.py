@@ -9,12 +9,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import typer
-from typer.core import TyperCommand, TyperGroup
-
-from convtool.cli import exit_codes
 from convtool.cli.output import bold, stdout_styled
-from convtool.errors import did_you_mean
 
 WIDEST = 100  # longer lines are hard to read
 TERM_COLUMN = 28  # where explanations begin
@@ -27,46 +22,20 @@ _UNIT = re.compile(rf"-{_WORD} (?!-){_WORD}|{_WORD}")
 Rows = Sequence[tuple[str, str]]
 
 
-class HelpfulCommand(TyperCommand):
-    """A subcommand with this module's help."""
-
-    def get_help(self, ctx: typer.Context) -> str:  # type: ignore[override]
-        sections = [("Arguments", _arguments(self.params)), ("Options", _options(self.get_params(ctx)))]
-        return _page(f"{ctx.command_path} {self.options_metavar}", self.help or "", sections, self.epilog or "")
+def summary(text: str | None) -> str:
+    """The first paragraph of a command's help: its line in lists."""
+    return " ".join(inspect.cleandoc(text or "").split("\n\n")[0].split())
 
 
-class HelpfulGroup(TyperGroup):
-    """The program itself with this module's help, and the nearest command for one that doesn't exist."""
+def page(usage: str, text: str, sections: Iterable[tuple[str, Rows]], examples: str) -> str:
+    """A page of help for the window.
 
-    def get_help(self, ctx: typer.Context) -> str:  # type: ignore[override]
-        commands = [(name, summary(command)) for name, command in self.commands.items()]
-        codes = [(str(code), meaning) for code, meaning in exit_codes.MEANINGS.items()]
-        sections = [("Commands", commands), ("Options", _options(self.get_params(ctx))), ("Exit codes", codes)]
-        return _page(f"{ctx.command_path} {self.options_metavar}", self.help or "", sections, self.epilog or "")
-
-    def resolve_command(self, ctx: typer.Context, args: list[str]) -> Any:  # type: ignore[override]
-        name = args[0]
-        if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
-            ctx.fail(f"no command {name!r}{did_you_mean(name, self.commands)}")
-        return super().resolve_command(ctx, args)
-
-
-def summary(command: Any) -> str:
-    """The first sentence or paragraph of a command's help: its one line in lists."""
-    return " ".join(inspect.cleandoc(command.help or "").split("\n\n")[0].split())
-
-
-def option_rows(command: Any) -> Rows:
-    """The options of a command as ('-o, --out OUT', what it does), for help and reference."""
-    return _options([param for param in command.params if param.name != "help"])
-
-
-def argument_rows(command: Any) -> Rows:
-    """The arguments of a command as ('CKPT', what it is)."""
-    return _arguments(command.params)
-
-
-def _page(usage: str, text: str, sections: Iterable[tuple[str, Rows]], examples: str) -> str:
+    Args:
+        usage: the command line in general.
+        text: the command's docstring.
+        sections: titles with their terms and explanations; empty ones are left out.
+        examples: lines of shell, and comments.
+    """
     width = min(shutil.get_terminal_size().columns, WIDEST) - 1
     styled = stdout_styled()
     blocks = [bold("Usage:", styled) + _folded(usage, width, " " * 7, " " * 9)[6:]]
@@ -115,7 +84,8 @@ def _folded(line: str, width: int, first: str, then: str, end: str = "") -> str:
     return f"{end}\n".join(lines)
 
 
-def _arguments(params: Iterable[Any]) -> Rows:
+def argument_rows(params: Iterable[Any]) -> Rows:
+    """The arguments among a command's parameters as ('CKPT', what it is)."""
     return [
         (param.metavar or param.name.upper(), param.help or "")
         for param in params
@@ -123,7 +93,8 @@ def _arguments(params: Iterable[Any]) -> Rows:
     ]
 
 
-def _options(params: Iterable[Any]) -> Rows:
+def option_rows(params: Iterable[Any]) -> Rows:
+    """The options among a command's parameters as ('-o, --out OUT', what it does)."""
     return [
         (_option_term(param), _option_text(param))
         for param in params

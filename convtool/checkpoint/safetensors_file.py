@@ -58,7 +58,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.metadata = _metadata(header, path)
         self.spans, self.infos = _table(header, data_start, self.source.size, path)
         self.aliases = {
-            name: kept for name, kept in self.metadata.items() if kept in self.spans and name not in self.spans
+            name: kept for name, kept in sorted(self.metadata.items()) if kept in self.spans and name not in self.spans
         }
         for name, kept in self.aliases.items():
             info = self.infos[kept]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 
 from convtool.errors import InputError
 
 CHUNK = 1 << 22  # bytes that stand in memory at a time while a file is copied
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # <asm-generic/mman.h>; the mmap module lacks it until 3.13
 
 
 class Source:
@@ -30,8 +32,9 @@ class Source:
     def __init__(self, path: Path, *, mapped: bool = True) -> None:
         self.path = path
         try:
-            self._file: BinaryIO = path.open("rb", buffering=0)
-            self.size = self._file.seek(0, os.SEEK_END)
+            self._file = os.open(path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._file)
+            self.size = os.fstat(self._file).st_size
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
         self._map = self._mapped() if mapped and self.size else None
@@ -58,8 +61,10 @@ class Source:
 
     def _mapped(self) -> mmap.mmap | None:
         try:
-            # A private mapping: torch asks for writable memory, and nothing written could reach the file.
-            return mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY)
+            # A private mapping: torch asks for writable memory, and nothing written could reach the file. None of it
+            # will be written to, so that no memory need be set aside for that (a file may be larger than all there is).
+            flags = mmap.MAP_PRIVATE | MAP_NORESERVE
+            return mmap.mmap(self._file, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError):
             return None
 
@@ -67,7 +72,7 @@ class Source:
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._file.fileno(), [buffer[done:]], start + done)
+                count = os.preadv(self._file, [buffer[done:]], start + done)
             except OSError as error:
                 raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
             if not count:

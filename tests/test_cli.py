@@ -240,6 +240,7 @@ MISTAKES = [
     ("fuse net.pt first second -o there.safetensors", 5, "there.safetensors: exists already; use --force"),
     ("toeplitz net.pt first --input-size 5,7 -o there.npz", 5, "there.npz: exists already; use --force"),
     ("toeplitz net.pt first --input-size 5,7 -o t.npz --plot there.npz", 5, "there.npz: exists already; use --force"),
+    ("toeplitz net.pt first --input-size 5,7 -o t.npz --plot t.jpg", 2, "t.jpg: expected a name that ends in .png"),
     ("fuse net.pt first second -o no/f.pt", 5, "no/f.pt: the folder no doesn't exist"),
     ("toeplitz net.pt first --input-size 5,7 -o no/t.npz", 5, "no/t.npz: the folder no doesn't exist"),
     ("fuse net.pt first second -o folder", 2, "folder: expected a name that ends in .safetensors"),
@@ -441,6 +442,15 @@ def test_toeplitz_says_where_the_bias_went(cli: Cli) -> None:
     assert bias("first -o t.npy --affine") == "column"
     assert bias("blur -o t.npy") is None
     assert "t.npy has no room for the bias of first" in cli("toeplitz net.pt first --input-size 5,7 -o t.npy -f").err
+
+
+def test_a_picture_without_matplotlib_is_refused_before_the_matrix_is_written(
+    cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    refused = cli("toeplitz net.pt first --input-size 5,7 -o t.npz --plot t.png")
+    assert (refused.code, refused.message) == (2, "--plot needs matplotlib: pip install 'convtool[plot]'")
+    assert not (here / "t.npz").exists()
 
 
 # --- fuse and verify

@@ -124,6 +124,9 @@ def command(
         )
         check_target(out, force=force)
         if plot is not None:
+            from convtool.matrix.plot import check_plot
+
+            check_plot(plot)
             check_target(plot, force=force)
         sources = field_sources(
             geometry,

@@ -14,6 +14,20 @@ from convtool.files.atomic import replacing
 PIXELS = 1024  # per side; a larger matrix is binned, each pixel showing the entry of largest magnitude in its bin
 
 
+def check_plot(path: Path) -> None:
+    """Whether a picture can be drawn to `path`, before anything is written.
+
+    Raises:
+        UsageError: matplotlib isn't installed, or the name doesn't end in .png.
+    """
+    if path.suffix != ".png":
+        raise UsageError(f"{path}: expected a name that ends in .png")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        raise UsageError("--plot needs matplotlib: pip install 'convtool[plot]'") from None
+
+
 def write_plot(matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str) -> None:
     """Draw the matrix as a PNG.
 
@@ -21,13 +35,9 @@ def write_plot(matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str) -
         UsageError: matplotlib isn't installed, or the name doesn't end in .png.
         OutputError: the file exists or could not be written.
     """
-    if path.suffix != ".png":
-        raise UsageError(f"{path}: a picture is a .png")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("--plot needs matplotlib: pip install 'convtool[plot]'") from None
+    check_plot(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
     picture = _binned(matrix)
     largest = float(picture.abs().max()) or 1.0

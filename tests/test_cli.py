@@ -104,6 +104,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "hello.txt").write_text("hello\n")
     (folder / "there.safetensors").write_text("somebody's work")
     (folder / "there.npz").write_text("somebody's work")
+    (folder / "there.png").write_text("somebody's work")
     (folder / "odd.toml").write_text("first = [")
     (folder / "unknown.toml").write_text('"frist" = { stride = 2 }')
     (folder / "field.toml").write_text("first = { strides = 2 }")
@@ -239,7 +240,7 @@ MISTAKES = [
     # --- outputs
     ("fuse net.pt first second -o there.safetensors", 5, "there.safetensors: exists already; use --force"),
     ("toeplitz net.pt first --input-size 5,7 -o there.npz", 5, "there.npz: exists already; use --force"),
-    ("toeplitz net.pt first --input-size 5,7 -o t.npz --plot there.npz", 5, "there.npz: exists already; use --force"),
+    ("toeplitz net.pt first --input-size 5,7 -o t.npz --plot there.png", 5, "there.png: exists already; use --force"),
     ("toeplitz net.pt first --input-size 5,7 -o t.npz --plot t.jpg", 2, "t.jpg: expected a name that ends in .png"),
     ("fuse net.pt first second -o no/f.pt", 5, "no/f.pt: the folder no doesn't exist"),
     ("toeplitz net.pt first --input-size 5,7 -o no/t.npz", 5, "no/t.npz: the folder no doesn't exist"),

@@ -7,7 +7,6 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from convtool.checkpoint.dtypes import STORAGE_CLASSES
 from convtool.checkpoint.pickled import Call, Global, OrderedItems, StorageRef, TensorRef
 from convtool.errors import InputError
 
@@ -147,11 +146,7 @@ class _Writer:
 
     def storage_of(self, value: StorageRef) -> None:
         written = self.storage(value)
-        cls = (
-            Global("torch", STORAGE_CLASSES[written.dtype])
-            if written.typed
-            else Global("torch.storage", "UntypedStorage")
-        )
+        cls = Global("torch", written.cls) if written.cls else Global("torch.storage", "UntypedStorage")
         self.save(("storage", cls, written.key, written.location, written.count))
         self.out.write(b"Q")
 

@@ -17,6 +17,8 @@ from typing import Any, BinaryIO
 from convtool.checkpoint.dtypes import ITEMSIZE, STORAGES
 from convtool.errors import ConvtoolError, InputError, RefusedError
 
+QUANTIZED = {"QInt8Storage": "int8", "QUInt8Storage": "uint8", "QInt32Storage": "int32"}  # classes, by what they hold
+
 LARGEST = 2**63 - 1  # what torch counts with
 
 
@@ -69,7 +71,7 @@ class StorageRef:
     Attributes:
         key: by which the file knows its bytes.
         dtype: torch's name, or 'uint8' of a storage without one.
-        typed: whether the storage's class has the dtype.
+        cls: the name of torch's class for it where that has the dtype; '' of an untyped one.
         location: the device that it was saved from.
         count: number of elements of all the storage.
         start: the first element of it that is meant, of a view in the older format.
@@ -77,10 +79,14 @@ class StorageRef:
 
     key: str
     dtype: str
-    typed: bool
+    cls: str
     location: str
     count: int
     start: int = 0
+
+    @property
+    def typed(self) -> bool:
+        return bool(self.cls)
 
     @property
     def nbytes(self) -> int:
@@ -170,7 +176,7 @@ _PLAIN = {
     *(Global("torch", f"per_{what}_symmetric") for what in ("tensor", "channel")),
     Global("torch", "per_channel_affine_float_qparams"),
     *(Global(module, name) for module in ("torch", "torch.cuda") for name in STORAGES),
-    *(Global("torch", f"Q{name}Storage") for name in ("Int8", "UInt8", "Int32")),
+    *(Global("torch", name) for name in QUANTIZED),
 }
 _ALLOWED = {(known.module, known.name): known for known in _PLAIN}
 _ORDERED = Global("collections", "OrderedDict")
@@ -213,11 +219,11 @@ def storage_ref(pid: Any) -> StorageRef:
     if not isinstance(location, str) or not _is_size(count):
         raise PickleError(f"its pickle describes the storage {key!r} wrongly")
     if cls.name in STORAGES:
-        ref = StorageRef(key, STORAGES[cls.name], True, location, count)
+        ref = StorageRef(key, STORAGES[cls.name], cls.name, location, count)
     elif cls.name == "UntypedStorage":
-        ref = StorageRef(key, "uint8", False, location, count)
-    elif cls.name.startswith("Q"):
-        ref = StorageRef(key, "int32" if "32" in cls.name else "uint8", True, location, count)
+        ref = StorageRef(key, "uint8", "", location, count)
+    elif cls.name in QUANTIZED:
+        ref = StorageRef(key, QUANTIZED[cls.name], cls.name, location, count)
     else:
         raise PickleError(f"its pickle refers to a storage of class {cls}")
     if view and view[0] is not None:

@@ -66,10 +66,6 @@ def read_contents(source: Source) -> Contents:
 def _read_zip(source: Source) -> Contents:
     members, directory = _members(source)
     roots = [name.removesuffix("data.pkl") for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
-    if any(name.rpartition("/")[2] == "constants.pkl" for name in members):
-        raise InputError(
-            f"{source.path}: is TorchScript; save its weights: torch.save(torch.jit.load(PATH).state_dict(), NEW)"
-        )
     if len(roots) != 1:
         what = "no data.pkl" if not roots else "several data.pkl"
         raise InputError(f"{source.path}: is a zip archive that torch.save didn't write: it has {what}")
@@ -116,6 +112,10 @@ def _members(source: Source) -> tuple[dict[str, Placed], bytes]:
         raise InputError(
             f"{where}: is truncated or damaged: it begins like a zip archive, and has no readable directory at its end"
         ) from None
+    if any(info.filename.rpartition("/")[2] == "constants.pkl" for info in listed):
+        raise InputError(
+            f"{where}: is TorchScript; save its weights: torch.save(torch.jit.load(PATH).state_dict(), NEW)"
+        )
     directory = bytes(source.view(start, source.size))
     end = directory.rfind(b"PK\x05\x06")
     if end < 0 or len(directory) != end + 22 + len(comment):

@@ -346,9 +346,9 @@ class _Writer:
         self, dtype: str, count: int, chunks: Callable[[], Iterator[memoryview]], location: str = "cpu"
     ) -> StorageRef:
         """A storage of its own."""
-        typed = dtype in STORAGE_CLASSES
-        size = count if typed else count * ITEMSIZE[dtype]
-        ref = StorageRef(str(len(self.storages)), dtype if typed else "uint8", typed, location, size)
+        cls = STORAGE_CLASSES.get(dtype, "")
+        size = count if cls else count * ITEMSIZE[dtype]
+        ref = StorageRef(str(len(self.storages)), dtype if cls else "uint8", cls, location, size)
         self.storages.append((ref, chunks))
         return ref
 

@@ -15,6 +15,7 @@ from strategies import MODES, geometry_of, runs, smallest_size
 
 from convtool.core.compose import add, add_geometry
 from convtool.core.conv import Conv
+from convtool.core.fields import geometry_fields
 from convtool.core.forward import forward
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
 from convtool.core.layers import average_pool, identity
@@ -25,6 +26,7 @@ from convtool.errors import RefusedError, UsageError
 def check(a: Conv, b: Conv, size: tuple[int, ...]) -> Conv:
     """add(a, b) gives the sum of the outputs of a and b; returned for more."""
     total = add(a, b)
+    assert Geometry.of(total.geometry.kernel_size, **geometry_fields(total.geometry)) == total.geometry
     x = make_inputs(a, size, batch=1)
     assert torch.equal(forward(total, x), forward(a, x) + forward(b, x))
     return total

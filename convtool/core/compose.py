@@ -24,7 +24,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 
 import torch
@@ -96,19 +96,31 @@ def compose_axis(first: Axis, second: Axis, mode: PaddingMode) -> AxisCompositio
     dilation = math.gcd(step1 if first.kernel > 1 else 0, step2 if second.kernel > 1 else 0) or 1
     reach = abs(step1) * (first.kernel - 1) + abs(step2) * (second.kernel - 1)
     front, back = (-(min(0, side) // dilation) * dilation for side in (before, after))  # zero taps, rounded up
-    axis = Axis(
-        kernel=(front + reach + back) // dilation + 1,
-        stride=first.stride * second.stride,
-        before=before + front,
-        after=after + back,
-        dilation=dilation,
-        padding_mode=mode,
-        transposed=first.transposed or second.transposed,
-        output_padding=output_padding,
+    axis = _with_small_output_padding(
+        Axis(
+            kernel=(front + reach + back) // dilation + 1,
+            stride=first.stride * second.stride,
+            before=before + front,
+            after=after + back,
+            dilation=dilation,
+            padding_mode=mode,
+            transposed=first.transposed or second.transposed,
+            output_padding=output_padding,
+        )
     )
     if max(axis.kernel, axis.stride, axis.before, axis.after, axis.dilation) > LARGEST:
         raise RefusedError("the fused layer's kernel, stride or padding would exceed 2**31 - 1")
     return AxisComposition(axis, base + front, step1, step2)
+
+
+def _with_small_output_padding(axis: Axis) -> Axis:
+    """The same layer with output padding below stride or dilation, as torch wants it: zero taps at the end do the rest.
+
+    Both make the output longer, a tap by the dilation.
+    """
+    excess = axis.output_padding - max(axis.stride, axis.dilation) + 1
+    taps = max(0, -(-excess // axis.dilation))
+    return replace(axis, kernel=axis.kernel + taps, output_padding=axis.output_padding - taps * axis.dilation)
 
 
 def compose(first: Conv, second: Conv) -> Conv:
@@ -329,7 +341,9 @@ def _add_axis(a: Axis, b: Axis, mode: PaddingMode) -> Axis:
         return Axis(reach // dilation + 1, a.stride, before, after, dilation, mode)
     after = reach - before - slack.pop()  # what leaves the output's size as it is
     kernel, output_padding = reach // dilation + 1, max(0, -after)
-    return Axis(kernel, a.stride, before, max(0, after), dilation, mode, True, output_padding)
+    return _with_small_output_padding(
+        Axis(kernel, a.stride, before, max(0, after), dilation, mode, True, output_padding)
+    )
 
 
 def _embedding(part: Geometry, whole: Geometry) -> tuple[slice, ...]:

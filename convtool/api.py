@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
-from convtool.checkpoint import open_checkpoint
-from convtool.checkpoint.info import FUNCTION
+from convtool.checkpoint import Checkpoint, open_checkpoint
+from convtool.checkpoint.info import FUNCTION, SCALES, unwrap
+from convtool.checkpoint.record import FusionRecord, SourceLayer
 from convtool.core.conv import Conv, lower_conv
-from convtool.core.geometry import Geometry, Padding, PerAxis
+from convtool.core.fields import DEFAULT_EPS
+from convtool.core.geometry import Geometry, Padding, PerAxis, format_sizes
 from convtool.core.tree import BASE, has_sum
 from convtool.errors import InputError, RefusedError, UsageError
 
@@ -54,70 +59,264 @@ def conv(
     return lower_conv(weight, bias, geometry)
 
 
-def apply(model: nn.Module, path: str | Path) -> nn.Module:
+def apply(model: nn.Module, path: str | Path, *, check: bool = True) -> nn.Module:
     """Put a checkpoint's recorded fusions into a live model and load its tensors strictly.
 
-    Each fused layer takes its place; nn.Identity stands where the other layers of its chain were, and branches of a sum
-    are deleted, with the modules that held only them (the model's forward has to know the fused layer by its name). The
-    model is changed in place and returned.
+    Each fused layer takes its place; nn.Identity stands where the other layers of its chain were, a scale that a block
+    holds itself becomes None, and branches of a sum are deleted, with the modules that held only them (the model's
+    forward has to know the fused layer by its name). The model is changed in place and returned; where anything fails
+    it is left as it was.
 
     Args:
-        model: as before the fusions; layers are found by name.
+        model: as before the fusions; layers are found by name, wrappers such as DistributedDataParallel seen through.
         path: a checkpoint that `convtool fuse` wrote.
+        check: hold each layer that goes against what the record says of it: its kind, stride, padding, eps and so on,
+            and that its forward is torch's own. With False, whatever has the name is replaced.
 
     Raises:
         InputError: the checkpoint has no record, or its tensors don't load into the changed model.
         UsageError: the model has no layer of a recorded name.
+        RefusedError: a layer of the model isn't what was fused, is used under two names, or torch has no module of
+            the fused layer's form.
     """
     checkpoint = open_checkpoint(path)
     if checkpoint.record is None:
         raise InputError(f"{path}: holds no convtool record; there is nothing to apply")
-    for fusion in checkpoint.record.fusions:
-        branches = has_sum(fusion.tree)
-        names = [source.name for source in fusion.sources if source.origin == BASE and source.kind != FUNCTION]
-        _check_modules(model, names if branches else [*names, fusion.name])
-        # The fused layer first: it keeps the module that it stands in from being deleted as empty.
-        if f"{fusion.name}.weight" in checkpoint.infos:  # else it was fused further, and a later record has it
-            _put_submodule(model, fusion.name, live_module(checkpoint.conv(fusion.name)))
-        for name in names:
-            if name != fusion.name and branches:  # an identity in place of a branch would add its input to the sum
-                _delete_submodule(model, name)
-            elif name != fusion.name:
-                model.set_submodule(name, nn.Identity())
+    applying = _Applying(model, checkpoint, check)
     try:
-        model.load_state_dict({name: checkpoint.tensor(name) for name in checkpoint.infos}, strict=True)
-    except RuntimeError as error:
-        raise InputError(f"{path}: does not load into the model: {' '.join(str(error).split())}") from None
+        for fusion in checkpoint.record.fusions:
+            applying.put(fusion)
+        applying.load()
+    except BaseException:
+        applying.undo()
+        raise
     return model
+
+
+class _Applying:
+    """A live model while fusions are put into it."""
+
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, check: bool) -> None:
+        self.model, self.checkpoint, self.check = model, checkpoint, check
+        self.made: set[str] = set()
+        self.touched: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
+
+    def put(self, fusion: FusionRecord) -> None:
+        """Replace the layers of one fusion."""
+        sources = [source for source in fusion.sources if source.origin == BASE and source.kind != FUNCTION]
+        for source in sources:
+            self._check(source)
+        places = self._names()
+        # What the fused layer stands for may be the container of its sources: those went with it.
+        branches = has_sum(fusion.tree)
+        if f"{fusion.name}.weight" in self.checkpoint.infos:  # else it was fused further, and a later record has it
+            module = live_module(self.checkpoint.conv(fusion.name)).to(self._device(sources[0]))
+            self._set(self._place(fusion.name, places), module.train(self.model.training))
+            self.made.add(fusion.name)
+        for source in sources:
+            if source.name == fusion.name or source.name.startswith(f"{fusion.name}."):
+                continue
+            if source.kind == "scale":
+                self._drop_scale(source)
+            elif branches:  # an identity in place of a branch would add its input to the sum
+                self._delete(places[unwrap(source.name)])
+            else:
+                self._set(places[unwrap(source.name)], nn.Identity())
+
+    def load(self) -> None:
+        """Load every tensor of the checkpoint; InputError, before any is, where they don't fit."""
+        places = self._names()
+        state = {self._tensor_place(name, places): self.checkpoint.tensor(name) for name in self.checkpoint.infos}
+        own = self.model.state_dict()
+        missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+        unexpected = [name for name in state if name not in own]
+        for what, names in (("the checkpoint lacks", missing), ("the model has no", unexpected)):
+            if names:
+                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+                raise InputError(
+                    f"{self.checkpoint.path}: does not load into the model: {what} {', '.join(names[:3])}{more}"
+                )
+        for name, tensor in state.items():
+            if isinstance(own[name], Tensor) and own[name].shape != tensor.shape:
+                raise InputError(
+                    f"{self.checkpoint.path}: does not load into the model: {name} is of shape"
+                    f" {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+                )
+        self.model.load_state_dict(state, strict=True)
+
+    def undo(self) -> None:
+        """Put back every module that was replaced."""
+        for module, modules, parameters in self.touched.values():
+            module._modules.clear()
+            module._modules.update(modules)
+            module._parameters.clear()
+            module._parameters.update(parameters)
+
+    def _names(self) -> dict[str, str]:
+        """The model's own names of its modules by the names without wrappers."""
+        return {unwrap(name): name for name, _ in self.model.named_modules(remove_duplicate=False)}
+
+    def _place(self, name: str, places: dict[str, str]) -> str:
+        """Where a module of that name stands, or is to stand."""
+        bare = unwrap(name)
+        if bare in places:
+            return places[bare]
+        parent, _, last = bare.rpartition(".")
+        if parent not in places:
+            raise UsageError(f"the model has no module {parent!r}, in which {name!r} is to stand")
+        return f"{places[parent]}.{last}" if places[parent] else last
+
+    def _tensor_place(self, name: str, places: dict[str, str]) -> str:
+        path, _, parameter = name.rpartition(".")
+        place = places.get(unwrap(path), path)
+        return f"{place}.{parameter}" if place else parameter
+
+    def _module(self, name: str) -> nn.Module:
+        places = self._names()
+        if unwrap(name) not in places:
+            raise UsageError(f"the model has no layer {name!r}, which the checkpoint's record names")
+        return self.model.get_submodule(places[unwrap(name)])
+
+    def _check(self, source: SourceLayer) -> None:
+        """Whether a source is in the model, under one name, and is what the record says."""
+        if source.name in self.made:
+            return
+        name = source.name
+        module = self._module(name.rpartition(".")[0] if self._is_tensor(source) else name)
+        shared = [other for other, one in self.model.named_modules(remove_duplicate=False) if one is module]
+        if len(shared) > 1:
+            raise RefusedError(
+                f"{' and '.join(shared)} are one module of the model; replacing it in one place would leave the other"
+            )
+        reason = difference(module, source) if self.check else ""
+        if reason:
+            raise RefusedError(
+                f"{name}: {reason}; the fused layer would compute something else than the model did. State it with"
+                " --set when fusing, or pass check=False to replace the layer all the same"
+            )
+
+    def _is_tensor(self, source: SourceLayer) -> bool:
+        """Whether a scale is named by its tensor and not by its module."""
+        return source.kind == "scale" and unwrap(source.name) not in self._names()
+
+    def _drop_scale(self, source: SourceLayer) -> None:
+        if self._is_tensor(source):
+            path, _, parameter = source.name.rpartition(".")
+        else:
+            path = source.name
+            parameter = next(name for name in SCALES if name in self._module(path)._parameters)
+        module = self._module(path)
+        if any(True for _ in module.children()) or len(module._parameters) > 1:
+            self._touch(module)
+            setattr(module, parameter, None)
+        else:
+            self._set(self._names()[unwrap(path)], nn.Identity())
+
+    def _device(self, source: SourceLayer) -> torch.device:
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        near = self._module(source.name.rpartition(".")[0] if self._is_tensor(source) else source.name)
+        first = next(itertools.chain(near.parameters(), near.buffers(), tensors), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def _touch(self, module: nn.Module) -> None:
+        self.touched.setdefault(id(module), (module, dict(module._modules), dict(module._parameters)))
+
+    def _set(self, name: str, module: nn.Module) -> None:
+        path, _, last = name.rpartition(".")
+        parent = self.model.get_submodule(path)
+        self._touch(parent)
+        if last in parent._modules:
+            parent._modules[last] = module  # keeps its place among the children
+        else:
+            parent.add_module(last, module)
+
+    def _delete(self, name: str) -> None:
+        """Delete a module, and then the modules around it that are left without anything."""
+        path, _, last = name.rpartition(".")
+        parent = self.model.get_submodule(path)
+        self._touch(parent)
+        del parent._modules[last]
+        if path and not parent._modules and not any(True for _ in parent.parameters()):
+            self._delete(path)
+
+
+def difference(module: nn.Module, source: SourceLayer) -> str:
+    """In what a module isn't the layer that was fused, in words; '' where it is."""
+    if source.kind == "scale":
+        return ""
+    expected = {"conv": _CONVS, "linear": (nn.Linear,), "batch_norm": _NORMS}.get(source.kind, ())
+    kind = next((one for one in expected if isinstance(module, one)), None)
+    what = f"the model has a {type(module).__name__} there"
+    if kind is None:
+        return f"{what}, and a {source.kind.replace('_', ' ')} was fused"
+    if any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in _OWN_METHODS):
+        return f"{what}, whose forward isn't that of nn.{kind.__name__}"
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(not isinstance(hook, _PadInput | _CropOutput | _AddBiasMap | WeightNorm) for hook in hooks):
+        return f"{what} with forward hooks, which would be lost"
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        eps = source.fields.get("eps", DEFAULT_EPS)
+        return "" if module.eps == eps else f"eps {eps:g} was fused, and the model has {module.eps:g}"
+    if isinstance(module, nn.modules.conv._ConvNd):
+        own = module_geometry(module)
+        fused = Geometry.of(own.kernel_size, **source.fields)
+        return "" if own == fused else f"a layer of {fused.describe()} was fused, and the model's has {own.describe()}"
+    return ""
+
+
+def module_geometry(module: nn.modules.conv._ConvNd) -> Geometry:
+    """The geometry of an nn.Conv or nn.ConvTranspose."""
+    padding: Padding = 0 if module.padding == "valid" else module.padding
+    return Geometry.of(
+        module.kernel_size,
+        stride=module.stride,
+        padding=padding,
+        dilation=module.dilation,
+        groups=module.groups,
+        padding_mode=module.padding_mode,
+        transposed=module.transposed,
+        output_padding=module.output_padding,
+    )
 
 
 def live_module(conv: Conv) -> nn.Module:
     """An nn.Conv, nn.ConvTranspose or nn.Linear of the layer's shape and geometry, its numbers not yet loaded.
 
+    Padding that torch's module cannot say by itself is done by a hook, and so is a bias map, which is a parameter.
+
     Raises:
         RefusedError: torch has no module of that form.
     """
-    geometry, bias, dtype = conv.geometry, conv.bias is not None, conv.weight.dtype
-    if conv.spatial_axes == 0:
-        return nn.Linear(conv.in_channels, conv.out_channels, bias, dtype=dtype)
-    if conv.spatial_axes > 3 or geometry.transposed:
-        raise RefusedError(f"cannot make a live module of a layer with {geometry.describe()}")
-    plain = all(before == after for before, after in geometry.padding)
-    kind: Any = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[conv.spatial_axes - 1]
-    module: nn.Module = kind(
-        conv.in_channels,
-        conv.out_channels,
-        geometry.kernel_size,
-        stride=geometry.stride,
-        padding=tuple(before if plain else 0 for before, _ in geometry.padding),
-        dilation=geometry.dilation,
-        groups=geometry.groups,
-        bias=bias,
-        padding_mode=geometry.padding_mode if plain else "zeros",
-        dtype=dtype,
-    )
-    if not plain:
+    geometry, axes = conv.geometry, conv.spatial_axes
+    plain_bias = conv.bias is not None and not conv.has_bias_map
+    if axes == 0 and geometry.groups == 1:
+        return nn.Linear(conv.in_channels, conv.out_channels, plain_bias, dtype=conv.weight.dtype)
+    if not 1 <= axes <= 3:
+        raise RefusedError(f"cannot make a live module of a layer of {axes} spatial axes with {geometry.describe()}")
+    if any(p >= max(s, d) for p, s, d in zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True)):
+        raise RefusedError(f"torch's transposed convolutions don't know an output padding of {geometry.output_padding}")
+    even = all(before == after for before, after in geometry.padding)
+    fields: dict[str, Any] = {
+        "stride": geometry.stride,
+        "padding": tuple(before if even else 0 for before, _ in geometry.padding),
+        "dilation": geometry.dilation,
+        "groups": geometry.groups,
+        "bias": plain_bias,
+        "dtype": conv.weight.dtype,
+    }
+    if geometry.transposed:
+        fields["output_padding"] = geometry.output_padding
+    elif even:
+        fields["padding_mode"] = geometry.padding_mode
+    kind: Any = _CONVS[axes - 1 + (3 if geometry.transposed else 0)]
+    module: nn.Module = kind(conv.in_channels, conv.out_channels, geometry.kernel_size, **fields)
+    if not even and geometry.transposed:
+        module.register_forward_hook(_CropOutput(geometry.padding))
+    elif not even:
         module.register_forward_pre_hook(_PadInput(geometry.padding, geometry.padding_mode))
+    if conv.bias is not None and conv.has_bias_map:
+        module.register_parameter("bias_map", nn.Parameter(torch.empty_like(conv.bias)))
+        module.register_forward_hook(_AddBiasMap())
     return module
 
 
@@ -133,22 +332,31 @@ class _PadInput:
         return F.pad(inputs[0], [side for pair in reversed(self.sides) for side in pair], mode=mode)
 
 
-def _delete_submodule(model: nn.Module, name: str) -> None:
-    """Delete a module, and then the modules around it that are left without anything."""
-    path, _, last = name.rpartition(".")
-    parent = model.get_submodule(path)
-    delattr(parent, last)
-    if path and not list(parent.children()) and not any(True for _ in parent.parameters()):
-        _delete_submodule(model, path)
+@dataclass(frozen=True)
+class _CropOutput:
+    """Cuts each side by its own amount after a transposed layer ran, whose padding that is."""
+
+    sides: tuple[tuple[int, int], ...]
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        return F.pad(output, [-side for pair in reversed(self.sides) for side in pair])
 
 
-def _put_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
-    path, _, last = name.rpartition(".")
-    model.get_submodule(path).add_module(last, module)
+@dataclass(frozen=True)
+class _AddBiasMap:
+    """Adds a bias of its own to each output."""
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        bias_map = module.bias_map
+        assert isinstance(bias_map, Tensor)
+        if output.shape[1:] != bias_map.shape:
+            raise UsageError(
+                f"the output is of size {format_sizes(output.shape[2:])}, and the layer's bias map was made for"
+                f" {format_sizes(bias_map.shape[1:])}"
+            )
+        return output + bias_map
 
 
-def _check_modules(model: nn.Module, names: list[str]) -> None:
-    known = dict(model.named_modules())
-    for name in names:
-        if name not in known:
-            raise UsageError(f"the model has no layer {name!r}, which the checkpoint's record names")
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_OWN_METHODS = ("forward", "_conv_forward")

@@ -174,7 +174,11 @@ class _TreeLowering:
         if isinstance(tree, Sum):
             if channels is None:
                 channels, known_from = self._settled(tree)
-            lowered = [self._lower(part, channels, known_from) for part in tree.parts]
+            # For layers without tensors beside ones that don't settle it either; those go on to assume one group.
+            guess = self._channels_into(tree.parts) if channels is None else channels
+            lowered = [
+                self._lower(part, guess if self._is_function(part) else channels, known_from) for part in tree.parts
+            ]
             return Sum(tuple(part for part, _, _ in lowered)), lowered[0][1], lowered[0][2]
         lowered_leaf = self._lower_leaf(tree, channels, known_from, None)
         return lowered_leaf, lowered_leaf.conv.out_channels, lowered_leaf.layer.name
@@ -187,7 +191,7 @@ class _TreeLowering:
         for number, part in enumerate(chain.parts):
             if isinstance(part, LayerRef) and flatten_size(part.name) is not None:
                 flattened = flatten_size(part.name)
-            elif isinstance(part, LayerRef) and channels is None and self.layers[part].kind == FUNCTION:
+            elif isinstance(part, LayerRef) and channels is None and self._is_function(part):
                 parts.append(self._lower_leaf(part, self._channels_into(chain.parts[number:]), known_from, None))
                 channels = function_channels(part.name)
                 known_from = part.name
@@ -238,9 +242,9 @@ class _TreeLowering:
         if isinstance(tree, Chain):
             for part in tree.parts:
                 found = self._settled(part)
-                if found[0] is not None or not (isinstance(part, LayerRef) and self.layers[part].kind == FUNCTION):
+                if found[0] is not None or not self._is_function(part):
                     return found  # layers without tensors give as many channels as they take
-                if flatten_size(part.name) is not None:
+                if flatten_size(str(part)) is not None:
                     break
             return None, ""
         if isinstance(tree, Sum):
@@ -262,8 +266,11 @@ class _TreeLowering:
             return layer.tensors["weight"].shape[1] * groups, layer.name
         return None, ""
 
+    def _is_function(self, tree: Tree[LayerRef]) -> bool:
+        return isinstance(tree, LayerRef) and self.layers[tree].kind == FUNCTION
+
     def _channels_into(self, parts: Sequence[Tree[LayerRef]]) -> int | None:
-        """Channels of a chain's input, for a layer without tensors at its beginning.
+        """Channels of the input of a chain's rest or of a sum's branches, for a layer without tensors in front.
 
         Where nothing settles them, those that the next convolution takes with the one group it will be assumed to have.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,7 +11,8 @@ from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.chain import LoweredLayer, lower_tree, stored_dtype
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import FusionRecord
-from convtool.core.conv import Conv
+from convtool.core.compose import compose
+from convtool.core.conv import Conv, pointwise
 from convtool.core.expression import multiply_adds, work_per_position
 from convtool.core.fields import FieldSources, geometry_fields
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
@@ -29,12 +30,14 @@ class PlannedLayer:
         tree: the layers that it stands for.
         fusion: the layer itself, and where it is exact.
         edit: what changes in the checkpoint.
+        blocks: those of its layers that hold other layers of the checkpoint.
     """
 
     name: str
     tree: Tree[LoweredLayer]
     fusion: Fusion
     edit: Edit
+    blocks: frozenset[str] = frozenset()
 
     @property
     def layers(self) -> list[LoweredLayer]:
@@ -88,7 +91,7 @@ class PlannedLayer:
         ]
         gone = [layer.layer for layer in self.layers if layer.layer.tensors and layer.origin == BASE]
         for layer in gone:
-            if layer.kind == "scale":
+            if layer.kind == "scale" and (layer.name in self.blocks or layer.name in layer.tensor_names()):
                 lines += [f"{name} = None" for name in layer.tensor_names()]
             elif layer.name != self.name:
                 # an identity in place of a branch would add its input to the sum
@@ -152,13 +155,22 @@ def plan_layer(
         bias_map=bias_map,
         dtype=dtype or stored_dtype(layers),
     )
+    if not fusion.conv.spatial_axes and fusion.conv.geometry.groups > 1:
+        fusion = replace(fusion, conv=_without_groups(fusion.conv))
     fused_name = name or next((layer.name for layer in own if layer.kind != "scale"), own[0].name)
     prefix = f"{fused_name}." if fused_name else ""
     insert = {f"{prefix}weight": fusion.conv.torch_weight().contiguous()}
     if fusion.conv.bias is not None:
         insert[f"{prefix}{'bias_map' if fusion.conv.has_bias_map else 'bias'}"] = fusion.conv.bias
     remove = [key for layer in own for key in layer.tensor_names()]
-    return PlannedLayer(fused_name, tree, fusion, Edit.of(remove, insert, remove[0]))
+    blocks = (layer.name for layer in own if any(other.startswith(f"{layer.name}.") for other in base.layers))
+    return PlannedLayer(fused_name, tree, fusion, Edit.of(remove, insert, remove[0]), frozenset(blocks))
+
+
+def _without_groups(conv: Conv) -> Conv:
+    """The layer with one group, which is all that nn.Linear knows; its numbers are the same."""
+    everything = Conv(torch.eye(conv.in_channels).reshape(conv.in_channels, -1), None, pointwise(0))
+    return compose(everything, conv).to(conv.weight.dtype)
 
 
 def assumptions(tree: Tree[LoweredLayer]) -> list[str]:

@@ -1,0 +1,541 @@
+"""Families of networks that train with more layers than they run with: their train form and their deploy form, written
+in plain torch under the names that their authors' checkpoints have. A recipe has to turn the one's checkpoint into one
+that the other loads strictly, and both have to give the same.
+
+All statistics, scales and biases are random, eps isn't the default, kernels are odd and even, inputs non-square.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from live import CLOSE, assert_same_outputs, done, error, filled, inputs, load, relative_difference, run, save, settings
+from torch import Tensor, nn
+
+EPS = 3e-3
+
+
+def norm(channels: int) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=EPS)
+
+
+def converted(
+    train: nn.Module,
+    deploy: nn.Module,
+    recipe: str | Path,
+    folder: Path,
+    fields: dict[str, dict[str, object]] | None = None,
+    *more: object,
+) -> dict[str, Any]:
+    """Fuse the train form by a recipe and load the result into the deploy form; the document that fuse printed."""
+    before, after = save(filled(train), folder / "train.safetensors"), folder / "deploy.safetensors"
+    stated = settings({"*": {}, **(fields or {})}, folder / "geometry.toml")
+    document = done("fuse", before, "--recipe", recipe, "-o", after, *stated, *more)
+    assert all(fusion["exact"] for fusion in document["fusions"])
+    deploy.double().load_state_dict(load(after), strict=True)
+    assert run("verify", before, after, *(more if "--with" in more else ()))[0] == 0
+    return document
+
+
+# --- RepVGG
+
+
+class RepVGG(nn.Module):
+    """A block under the names of its authors or of timm."""
+
+    def __init__(
+        self, names: tuple[str, str, str, str], inner: int, outer: int, stride: int, groups: int, deploy: bool
+    ) -> None:
+        super().__init__()
+        self.names, self.deploy = names, deploy
+        dense, point, identity, fused = names
+        if deploy:
+            self.add_module(fused, nn.Conv2d(inner, outer, 3, stride, 1, groups=groups))
+            return
+        for name, kernel in ((dense, 3), (point, 1)):
+            conv = nn.Conv2d(inner, outer, kernel, stride, kernel // 2, groups=groups, bias=False)
+            self.add_module(name, nn.Sequential(OrderedDict(conv=conv, bn=norm(outer))))
+        if inner == outer and stride == 1:
+            self.add_module(identity, norm(outer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = sum(branch(x) for branch in self.children())
+        return F.relu(y)
+
+
+REPVGG = {
+    "repvgg": ("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam"),
+    "repvgg-timm": ("conv_kxk", "conv_1x1", "identity", "reparam_conv"),
+}
+
+
+@pytest.mark.parametrize("recipe", REPVGG)
+def test_repvgg(recipe: str, tmp_path: Path) -> None:
+    def network(deploy: bool) -> nn.Module:
+        blocks = [(3, 8, 2, 1), (8, 8, 1, 1), (8, 8, 1, 2), (8, 12, 2, 4)]
+        return nn.Sequential(
+            OrderedDict((f"stage{n}", RepVGG(REPVGG[recipe], *block, deploy)) for n, block in enumerate(blocks))
+        )
+
+    dense = REPVGG[recipe][0]
+    fields: dict[str, dict[str, object]] = {
+        "*.bn": {"eps": EPS},
+        "stage[12].*identity": {"eps": EPS},
+        f"stage[03].{dense}.conv": {"stride": 2},  # the other branch has it too, without being told
+        f"stage3.{dense}.conv": {"stride": 2, "groups": 4},
+    }
+    train, deploy = network(deploy=False), network(deploy=True)
+    document = converted(train, deploy, recipe, tmp_path, fields)
+    assert [fusion["fields"]["stride"][0] for fusion in document["fusions"]] == [2, 1, 1, 2]
+    assert [fusion["fields"]["groups"] for fusion in document["fusions"]] == [1, 1, 2, 4]
+    assert_same_outputs(train, deploy, [(2, 3, 17, 20), (1, 3, 18, 15)])
+
+
+def test_repvgg_with_a_branch_that_lost_its_batch_norm(tmp_path: Path) -> None:
+    train = filled(RepVGG(REPVGG["repvgg"], 4, 6, 1, 1, deploy=False))
+    state = {f"block.{name}": tensor for name, tensor in train.state_dict().items() if "1x1.bn" not in name}
+    torch.save(state, tmp_path / "train.pt")
+    code, message = error("fuse", tmp_path / "train.pt", "--recipe", "repvgg", "-o", tmp_path / "out.pt")
+    assert code == 2
+    assert message.endswith("(block = 'block') is only partly there: {block}.rbr_1x1.bn is not")
+    assert not (tmp_path / "out.pt").exists()
+
+
+# --- MobileOne
+
+
+class MobileOne(nn.Module):
+    """A block with several convolutions side by side, under the names of its authors or of timm."""
+
+    def __init__(
+        self,
+        names: tuple[str, str, str, str],
+        channels: tuple[int, int],
+        kernel: int,
+        stride: int,
+        groups: int,
+        branches: int,
+        deploy: bool,
+    ) -> None:
+        super().__init__()
+        inner, outer = channels
+        many, scale, skip, fused = names
+        self.act: nn.Module = nn.ReLU()
+        if deploy:
+            self.add_module(fused, nn.Conv2d(inner, outer, kernel, stride, kernel // 2, groups=groups))
+            return
+
+        def conv_bn(kernel: int) -> nn.Module:
+            conv = nn.Conv2d(inner, outer, kernel, stride, kernel // 2, groups=groups, bias=False)
+            return nn.Sequential(OrderedDict(conv=conv, bn=norm(outer)))
+
+        self.add_module(many, nn.ModuleList(conv_bn(kernel) for _ in range(branches)))
+        if kernel > 1:
+            self.add_module(scale, conv_bn(1))
+        if inner == outer and stride == 1:
+            self.add_module(skip, norm(inner))
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [branch for branch in self.children() if branch is not self.act]
+        flat = [one for branch in branches for one in (branch if isinstance(branch, nn.ModuleList) else [branch])]
+        y: Tensor = self.act(sum(one(x) for one in flat))
+        return y
+
+
+MOBILEONE = {
+    "mobileone": ("rbr_conv", "rbr_scale", "rbr_skip", "reparam_conv"),
+    "mobileone-timm": ("conv_kxk", "conv_scale", "identity", "reparam_conv"),
+}
+
+
+@pytest.mark.parametrize("recipe", MOBILEONE)
+def test_mobileone(recipe: str, tmp_path: Path) -> None:
+    def network(deploy: bool) -> nn.Module:
+        blocks: list[tuple[tuple[int, int], int, int, int, int]] = [
+            ((3, 8), 3, 2, 1, 1),
+            ((8, 8), 3, 1, 8, 11),  # depthwise; more branches than one digit counts
+            ((8, 8), 1, 1, 1, 2),  # pointwise: nothing to scale
+            ((8, 8), 5, 2, 8, 3),  # depthwise and strided: no skip
+            ((8, 6), 1, 1, 2, 1),
+        ]
+        return nn.Sequential(*(MobileOne(MOBILEONE[recipe], *block, deploy) for block in blocks))
+
+    many, _, skip, _ = MOBILEONE[recipe]
+    fields: dict[str, dict[str, object]] = {
+        "*.bn": {"eps": EPS},
+        f"*.{skip}": {"eps": EPS},
+        f"0.{many}.0.conv": {"stride": 2},
+        f"3.{many}.0.conv": {"stride": 2},
+        f"3.{many}.*.conv": {"groups": 8},
+        f"4.{many}.*.conv": {"groups": 2},
+    }
+    train, deploy = network(deploy=False), network(deploy=True)
+    document = converted(train, deploy, recipe, tmp_path, fields)
+    assert [len(fusion["layers"]) for fusion in document["fusions"]] == [4, 25, 5, 8, 2]
+    assert_same_outputs(train, deploy, [(2, 3, 13, 16), (1, 3, 12, 19)])
+
+
+# --- ACNet
+
+
+class ACBlock(nn.Module):
+    """A square, a vertical and a horizontal convolution."""
+
+    def __init__(
+        self, inner: int, outer: int, kernel: int, stride: int, groups: int, affine: bool, deploy: bool
+    ) -> None:
+        super().__init__()
+        half = kernel // 2
+        if deploy:
+            self.fused_conv = nn.Conv2d(inner, outer, kernel, stride, half, groups=groups)
+            return
+        shapes = {"square": (kernel, kernel), "ver": (kernel, 1), "hor": (1, kernel)}
+        for name, (height, width) in shapes.items():
+            padding = (half if height > 1 else 0, half if width > 1 else 0)
+            conv = nn.Conv2d(inner, outer, (height, width), stride, padding, groups=groups, bias=False)
+            self.add_module(f"{name}_conv", conv)
+            self.add_module(f"{name}_bn", nn.BatchNorm2d(outer, eps=EPS, affine=affine))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "fused_conv"):
+            fused: Tensor = self.fused_conv(x)
+            return fused
+        y: Tensor = sum(
+            self.get_submodule(f"{name}_bn")(self.get_submodule(f"{name}_conv")(x)) for name in ("square", "ver", "hor")
+        )
+        return y
+
+
+def test_acnet(tmp_path: Path) -> None:
+    def network(deploy: bool) -> nn.Module:
+        return nn.Sequential(
+            ACBlock(3, 6, 3, 1, 1, True, deploy),
+            nn.ReLU(),
+            ACBlock(6, 8, 5, 2, 2, False, deploy),  # batch norms without weight and bias
+        )
+
+    fields: dict[str, dict[str, object]] = {
+        "*_bn": {"eps": EPS},
+        "2.square_conv": {"stride": 2},
+        "2.*_conv": {"groups": 2},
+    }
+    train, deploy = network(deploy=False), network(deploy=True)
+    converted(train, deploy, "acnet", tmp_path, fields)
+    assert_same_outputs(train, deploy, [(2, 3, 9, 12), (1, 3, 10, 7)])
+
+
+# --- Diverse Branch Block
+
+
+class PaddedNorm(nn.Module):
+    """A batch norm that pads with what it makes of zero."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.bn = norm(channels)
+        self.padding = padding
+
+    def forward(self, x: Tensor) -> Tensor:
+        nothing = self.bn(torch.zeros_like(x[:1, :, :1, :1]))
+        y: Tensor = nothing + F.pad(self.bn(x) - nothing, [self.padding] * 4)
+        return y
+
+
+class PlusIdentity(nn.Conv2d):
+    """A 1x1 convolution whose weight is stored less the identity."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = super().forward(x)
+        return y + x
+
+
+class DiverseBranchBlock(nn.Module):
+    def __init__(self, inner: int, outer: int, kernel: int, stride: int, groups: int, deploy: bool) -> None:
+        super().__init__()
+        padding = kernel // 2
+        if deploy:
+            self.dbb_reparam = nn.Conv2d(inner, outer, kernel, stride, padding, groups=groups)
+            return
+
+        def conv(inner: int, outer: int, kernel: int, stride: int = 1, padding: int = 0) -> nn.Conv2d:
+            return nn.Conv2d(inner, outer, kernel, stride, padding, groups=groups, bias=False)
+
+        origin = OrderedDict(conv=conv(inner, outer, kernel, stride, padding), bn=norm(outer))
+        self.dbb_origin = nn.Sequential(origin)
+        self.dbb_avg = nn.Sequential()
+        self.dbb_1x1_kxk = nn.Sequential()
+        if groups < outer:
+            self.dbb_1x1 = nn.Sequential(OrderedDict(conv=conv(inner, outer, 1, stride), bn=norm(outer)))
+            self.dbb_avg.add_module("conv", conv(inner, outer, 1))
+            self.dbb_avg.add_module("bn", PaddedNorm(outer, padding))
+            self.dbb_avg.add_module("avg", nn.AvgPool2d(kernel, stride))
+            internal = inner
+            self.dbb_1x1_kxk.add_module("idconv1", PlusIdentity(inner, inner, 1, groups=groups, bias=False))
+        else:
+            self.dbb_avg.add_module("avg", nn.AvgPool2d(kernel, stride, padding))
+            internal = 2 * inner
+            self.dbb_1x1_kxk.add_module("conv1", conv(inner, internal, 1))
+        self.dbb_avg.add_module("avgbn", norm(outer))
+        self.dbb_1x1_kxk.add_module("bn1", PaddedNorm(internal, padding))
+        self.dbb_1x1_kxk.add_module("conv2", conv(internal, outer, kernel, stride))
+        self.dbb_1x1_kxk.add_module("bn2", norm(outer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = sum(branch(x) for branch in self.children())
+        return F.relu(y)
+
+
+def test_diverse_branch_blocks(tmp_path: Path) -> None:
+    def network(deploy: bool) -> nn.Module:
+        blocks = [(4, 6, 3, 1, 1), (6, 6, 5, 2, 2), (6, 6, 3, 2, 6), (6, 6, 3, 1, 6)]
+        return nn.Sequential(*(DiverseBranchBlock(*block, deploy=deploy) for block in blocks))
+
+    fields: dict[str, dict[str, object]] = {
+        **{pattern: {"eps": EPS} for pattern in ("*.bn", "*.bn2", "*.avgbn")},
+        "[12].dbb_origin.conv": {"stride": 2},
+        "1.dbb_origin.conv": {"groups": 2, "stride": 2},
+    }
+    train, deploy = network(deploy=False), network(deploy=True)
+    document = converted(train, deploy, "dbb", tmp_path, fields)
+    assert [fusion["fields"]["groups"] for fusion in document["fusions"]] == [1, 2, 6, 6]
+    assert_same_outputs(train, deploy, [(2, 4, 13, 16), (1, 4, 12, 11)])
+
+
+# --- ExpandNets
+
+
+class Expanded(nn.Module):
+    def __init__(self, deploy: bool) -> None:
+        super().__init__()
+        if deploy:
+            self.conv1: nn.Module = nn.Conv2d(3, 5, (3, 4), (2, 1))
+            self.conv2: nn.Module = nn.Conv2d(5, 4, 7)
+            self.fc1: nn.Module = nn.Linear(4, 3)
+        else:
+            self.conv1 = nn.Sequential(nn.Conv2d(3, 6, 1), nn.Conv2d(6, 8, (3, 4), (2, 1)), nn.Conv2d(8, 5, 1))
+            self.conv2 = nn.Sequential(nn.Conv2d(5, 9, 3), nn.Conv2d(9, 9, 3), nn.Conv2d(9, 4, 3))
+            self.fc1 = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 7), nn.Linear(7, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc1(F.relu(self.conv2(F.relu(self.conv1(x)))).mean((2, 3)))
+        return y
+
+
+def test_expandnet(tmp_path: Path) -> None:
+    train, deploy = Expanded(deploy=False), Expanded(deploy=True)
+    document = converted(train, deploy, "expandnet", tmp_path, {"conv1.1": {"stride": [2, 1]}})
+    assert [fusion["name"] for fusion in document["fusions"]] == ["conv1", "conv2", "fc1"]
+    assert_same_outputs(train, deploy, [(2, 3, 19, 14), (1, 3, 20, 11)])
+
+
+# --- layers that are added to a checkpoint: LoRA
+
+
+class Base(nn.Module):
+    """Convolutions and linear layers under names with dots and underscores, as U-Nets have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = [nn.Conv2d(4, 6, (3, 2), 2, (1, 0)), nn.Conv2d(6, 6, 1), nn.Linear(6, 5)]
+        self.down_blocks = nn.ModuleList(
+            nn.ModuleDict({"resnets": nn.ModuleList([nn.ModuleDict({"conv_in": one})])}) for one in blocks
+        )
+        self.out = nn.Linear(5, 3)
+
+    def layers(self) -> dict[str, nn.Module]:
+        names = [f"down_blocks.{number}.resnets.0.conv_in" for number in range(len(self.down_blocks))]
+        return {name: self.get_submodule(name) for name in names}
+
+    def forward(self, x: Tensor, extra: dict[str, Any] | None = None) -> Tensor:
+        for name, layer in self.layers().items():
+            if isinstance(layer, nn.Linear):
+                x = x.mean((2, 3))
+            y = layer(x)
+            x = F.relu(y if extra is None or name not in extra else y + extra[name](x))
+        scores: Tensor = self.out(x)
+        return scores
+
+
+RANK = 2
+
+
+def adapters(middle: bool) -> dict[str, nn.Sequential]:
+    """What is added to each of the first layers: down to RANK channels, perhaps a kernel between, and up again."""
+    kernel: dict[str, Any] = {"kernel_size": (3, 2), "stride": 2, "padding": (1, 0), "bias": False}
+    down = (
+        [nn.Conv2d(4, RANK, 1, bias=False), nn.Conv2d(RANK, RANK, **kernel)]
+        if middle
+        else [nn.Conv2d(4, RANK, **kernel)]
+    )
+    return {
+        "down_blocks.0.resnets.0.conv_in": nn.Sequential(*down, nn.Conv2d(RANK, 6, 1, bias=False)).double(),
+        "down_blocks.2.resnets.0.conv_in": nn.Sequential(
+            nn.Linear(6, RANK, bias=False), nn.Linear(RANK, 5, bias=False)
+        ).double(),
+    }
+
+
+@pytest.mark.parametrize("alpha", [None, 1.0])
+@pytest.mark.parametrize(
+    ("recipe", "prefix", "base", "middle"),
+    [
+        ("lora-kohya", "lora_unet_", "", False),
+        ("lora-kohya", "lora_unet_", "", True),
+        ("lora-kohya-te", "lora_te_", "", False),
+        ("lora-kohya-ldm", "lora_unet_", "model.diffusion_model.", False),
+    ],
+)
+def test_lora(recipe: str, prefix: str, base: str, middle: bool, alpha: float | None, tmp_path: Path) -> None:
+    model, added = filled(Base()), adapters(middle)
+    state = {f"{base}{name}": tensor for name, tensor in model.state_dict().items()}
+    torch.save(state, tmp_path / "base.pt")
+    lora: dict[str, Tensor] = {}
+    for name, layers in added.items():
+        path = prefix + name.replace(".", "_")
+        parts = ("lora_down", "lora_mid", "lora_up") if len(layers) == 3 else ("lora_down", "lora_up")
+        for part, weight in zip(parts, layers.parameters(), strict=True):
+            lora[f"{path}.{part}.weight"] = weight.detach()
+        if alpha is not None:
+            lora[f"{path}.alpha"] = torch.tensor(alpha)
+    lora["lora_other_x.lora_down.weight"] = torch.zeros(1, 1)
+    torch.save(lora, tmp_path / "lora.pt")
+    fields = settings(
+        {f"{base}down_blocks.0.resnets.0.conv_in": {"stride": 2, "padding": [1, 0]}}, tmp_path / "geometry.toml"
+    )
+    source = ["--with", f"lora={tmp_path / 'lora.pt'}"]
+    document = done(
+        "fuse", tmp_path / "base.pt", "--recipe", recipe, *source, *fields, "-o", tmp_path / "merged.safetensors"
+    )
+    assert [fusion["name"].removeprefix(base) for fusion in document["fusions"]] == list(added)
+    assert document["left_alone"] == ["1 layer of lora: lora:lora_other_x.lora_down"]
+    merged = Base().double()
+    merged.load_state_dict(
+        {name.removeprefix(base): tensor for name, tensor in load(tmp_path / "merged.safetensors").items()}
+    )
+    x = inputs(2, 4, 7, 10)
+    scale = 1.0 if alpha is None else alpha / RANK
+    with torch.no_grad():
+        expected = model(x, {name: lambda y, layers=layers: scale * layers(y) for name, layers in added.items()})
+        assert relative_difference(expected, merged(x)) < CLOSE
+    assert run("verify", tmp_path / "base.pt", tmp_path / "merged.safetensors", *source)[0] == 0
+
+
+def test_a_lora_for_a_layer_that_is_not_there(tmp_path: Path) -> None:
+    torch.save(Base().state_dict(), tmp_path / "base.pt")
+    up, down = torch.ones(5, 2), torch.ones(2, 6)
+    weights = {"lora_unet_up_blocks_0.lora_down.weight": down, "lora_unet_up_blocks_0.lora_up.weight": up}
+    torch.save(weights, tmp_path / "lora.pt")
+    words = ["fuse", tmp_path / "base.pt", "--recipe", "lora-kohya", "-o", tmp_path / "out.pt"]
+    code, message = error(*words, "--with", f"lora={tmp_path / 'lora.pt'}")
+    assert (code, message) == (
+        2,
+        "lora-kohya.toml: lora:lora_unet_up_blocks_0.lora_down: no layer is called 'up_blocks_0', with _ for dots",
+    )
+    code, message = error(*words)
+    assert code == 2
+    assert "give one with --with lora=FILE" in message
+
+
+# --- families without a shipped recipe: written by a user
+
+
+class Collapsible(nn.Module):
+    """SESR's block: expand, project, and the input itself."""
+
+    def __init__(self, deploy: bool) -> None:
+        super().__init__()
+        if deploy:
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        else:
+            self.conv_expand = nn.Conv2d(4, 16, 3, padding=1, bias=False)
+            self.conv_squeeze = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "conv"):
+            y: Tensor = self.conv(x)
+            return y
+        z: Tensor = self.conv_squeeze(self.conv_expand(x))
+        return z + x
+
+
+def test_a_residual_around_a_chain(tmp_path: Path) -> None:
+    recipe = tmp_path / "sesr.toml"
+    recipe.write_text("""
+        [[fuse]]
+        name = "{block}.conv"
+        sum = [["{block}.conv_expand", "{block}.conv_squeeze"], "identity()"]
+        [geometry]
+        "*.conv_expand" = { padding = "half", groups = 1 }
+    """)
+    train = nn.Sequential(Collapsible(False), nn.PReLU(4), Collapsible(False))
+    deploy = nn.Sequential(Collapsible(True), nn.PReLU(4), Collapsible(True))
+    converted(train, deploy, recipe, tmp_path)
+    assert_same_outputs(train, deploy, [(2, 4, 5, 8)])
+
+
+class Mixer(nn.Module):
+    """FastViT's token mixer: x + scale * (branches(x) - norm(x)), the scale of shape (C, 1, 1)."""
+
+    def __init__(self, deploy: bool) -> None:
+        super().__init__()
+        if deploy:
+            self.reparam_conv = nn.Conv2d(6, 6, 3, padding=1, groups=6)
+            return
+        self.mixer = MobileOne(MOBILEONE["mobileone-timm"], (6, 6), 3, 1, 6, 1, deploy=False)
+        self.mixer.act = nn.Identity()
+        self.norm = nn.Module()
+        self.norm.identity = norm(6)
+        self.layer_scale = nn.Module()
+        self.layer_scale.gamma = nn.Parameter(torch.empty(6, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "reparam_conv"):
+            y: Tensor = self.reparam_conv(x)
+            return y
+        gamma, identity = self.layer_scale.gamma, self.norm.identity
+        assert isinstance(gamma, Tensor)
+        assert isinstance(identity, nn.BatchNorm2d)
+        z: Tensor = x + gamma * (self.mixer(x) - identity(x))
+        return z
+
+
+def test_a_difference_of_branches_and_a_scale_per_channel(tmp_path: Path) -> None:
+    recipe = tmp_path / "fastvit.toml"
+    recipe.write_text("""
+        [[fuse]]
+        name = "{m}.reparam_conv"
+        sum = [
+          "identity()",
+          [
+            { sum = [
+              ["{m}.mixer.conv_kxk.*.conv", "{m}.mixer.conv_kxk.*.bn"],
+              ["{m}.mixer.conv_scale.conv", "{m}.mixer.conv_scale.bn"],
+              "{m}.mixer.identity",
+              { chain = ["{m}.norm.identity"], scale = -1 },
+            ] },
+            "{m}.layer_scale@scale",
+          ],
+        ]
+        [geometry]
+        "*.conv_kxk.*.conv" = { padding = "half" }
+        "*.conv_scale.conv" = { padding = 0 }
+    """)
+    train, deploy = nn.Sequential(Mixer(False)), nn.Sequential(Mixer(True))
+    names = ("*.bn", "*.identity")
+    converted(train, deploy, recipe, tmp_path, {name: {"eps": EPS} for name in names})
+    assert_same_outputs(train, deploy, [(2, 6, 5, 8)])
+
+
+# --- what the recipes leave alone they say
+
+
+def test_batch_norms_that_no_convolution_comes_before_are_left_alone_and_said(tmp_path: Path) -> None:
+    model = nn.Sequential(OrderedDict(conv1=nn.Conv2d(2, 3, 3), bn1=norm(3), act=nn.ReLU(), bn2=norm(3)))
+    path = save(filled(model), tmp_path / "net.safetensors")
+    document = done("fuse", path, "--recipe", "conv-bn-torchvision", "-o", tmp_path / "out.safetensors")
+    assert document["left_alone"] == ["1 batch norm: bn2"]

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from convtool.errors import OutputError as OutputError
     from convtool.errors import RefusedError as RefusedError
     from convtool.errors import UsageError as UsageError
+    from convtool.matrix.read import load_matrix as load_matrix
+    from convtool.matrix.read import open_matrix as open_matrix
 
 _HOME = {
     "apply": "convtool.api",
@@ -52,6 +54,8 @@ _HOME = {
     "OutputError": "convtool.errors",
     "RefusedError": "convtool.errors",
     "UsageError": "convtool.errors",
+    "load_matrix": "convtool.matrix.read",
+    "open_matrix": "convtool.matrix.read",
 }
 
 __all__ = ["__version__", *sorted(_HOME)]

@@ -1,0 +1,456 @@
+"""Reading matrix files: mapped where the format allows, so that a matrix larger than memory can be gone through.
+
+`open_matrix` reads what the formats of this package write, and what scipy, numpy and torch write in the same formats.
+What was read from a file is checked when it is handed out: an index that is out of range would make the libraries that
+it is handed to read memory that isn't theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import warnings
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convtool.core.toeplitz import BLOCK_ENTRIES, CsrBlock
+from convtool.errors import InputError, RefusedError, UsageError
+from convtool.matrix.contents import RECORD_NAME, Layout
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+Kind: TypeAlias = Literal["torch", "scipy"]
+
+_SEARCHED = 1 << 20  # row numbers of a coo file looked at together
+
+ARRAYS: dict[Layout, tuple[str, ...]] = {
+    "csr": ("indptr", "indices", "data"),
+    "coo": ("row", "col", "data"),
+    "dense": ("weight",),
+}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MatrixFile:
+    """A matrix in a file, read as far as it is asked for.
+
+    Attributes:
+        path: the file.
+        layout: csr, coo or dense.
+        shape: (rows, columns).
+        arrays: the file's arrays by their names in `ARRAYS`, mapped into memory where the format allows. Not checked:
+            `rows` and what is built on it hand out what is.
+        bias: (outputs,) the vector stored beside the matrix, or None.
+        record: what convtool noted when it wrote the file, or None.
+    """
+
+    path: Path
+    layout: Layout
+    shape: tuple[int, int]
+    arrays: Mapping[str, Tensor]
+    bias: Tensor | None
+    record: dict[str, Any] | None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.arrays[ARRAYS[self.layout][-1]].dtype
+
+    @property
+    def nnz(self) -> int:
+        """Stored entries; all of them where dense."""
+        return self.arrays[ARRAYS[self.layout][-1]].numel()
+
+    def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
+        """Ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
+        rows, columns = self.shape
+        if self.layout == "csr":
+            # As many rows as hold that many entries on average, fewer where they turn out to hold more.
+            step = max(1, entries * rows // max(1, self.nnz))
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                yield from _split(self._starts(start, stop), start, entries)
+            return
+        width = columns if self.layout == "dense" else max(1, self.nnz // max(1, rows))
+        step = max(1, entries // max(1, width))
+        yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
+
+    def rows(self, start: int, stop: int) -> CsrBlock:
+        """Rows start:stop in CSR form, checked. Columns stand as in the file: sorted and unique where it is convtool's.
+
+        Raises:
+            UsageError: rows that the matrix doesn't have.
+            InputError: the file is damaged.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise UsageError(f"rows: expected 0 <= A <= B <= {self.shape[0]}, got {start}:{stop}")
+        if self.layout == "dense":
+            return self._dense_rows(start, stop)
+        if self.layout == "coo":
+            counts, part = self._coo_rows(start, stop)
+            columns = self.arrays["col"][part]
+        else:
+            starts = self._starts(start, stop)
+            counts, part = starts[1:] - starts[:-1], slice(int(starts[0]), int(starts[-1]))
+            columns = self.arrays["indices"][part]
+        if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < self.shape[1]:
+            raise self._damaged(f"rows {start}:{stop} name columns that the matrix doesn't have")
+        return CsrBlock(counts, columns, self.arrays["data"][part])
+
+    def dense_rows(self, start: int, stop: int) -> Tensor:
+        """Rows start:stop as a dense (stop - start, columns) tensor; entries at the same place are summed."""
+        if self.layout == "dense":
+            block = self.arrays["weight"][start:stop]
+            return block.clone()
+        counts, columns, values = self.rows(start, stop)
+        out = torch.zeros(stop - start, self.shape[1], dtype=self.dtype)
+        row = torch.repeat_interleave(torch.arange(stop - start), counts)
+        out.index_put_((row, columns.long()), values, accumulate=True)
+        return out
+
+    def product(self, x: Tensor, *, absolute: bool = False) -> Tensor:
+        """The matrix times x, (columns, n), in x's dtype and block by block.
+
+        Args:
+            absolute: of the magnitudes of the values instead, for bounds on rounding errors.
+
+        Returns:
+            (rows, n)
+        """
+        if x.dim() != 2 or x.shape[0] != self.shape[1]:
+            raise UsageError(f"expected x of shape ({self.shape[1]}, n), got {tuple(x.shape)}")
+        out = torch.empty(self.shape[0], x.shape[1], dtype=x.dtype)
+        for start, stop in self.blocks():
+            if self.layout == "dense":
+                block = self.arrays["weight"][start:stop].to(x.dtype)
+                out[start:stop] = (block.abs() if absolute else block) @ x
+                continue
+            counts, columns, values = self.rows(start, stop)
+            starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
+            torch.cumsum(counts, 0, out=starts[1:])
+            values = values.to(x.dtype)
+            out[start:stop] = _csr_times(starts, columns, values.abs() if absolute else values, x)
+        return out
+
+    def to_torch(self) -> Tensor:
+        """The matrix as torch has it: sparse CSR, sparse COO or dense, as in the file, over its mapped arrays.
+
+        Raises:
+            InputError: the file is damaged.
+        """
+        if self.layout == "dense":
+            return self.arrays["weight"]
+        self._check()
+        if self.layout == "coo":
+            indices = torch.stack([self.arrays["row"].long(), self.arrays["col"].long()])
+            return torch.sparse_coo_tensor(indices, self.arrays["data"], self.shape, check_invariants=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+            return torch.sparse_csr_tensor(
+                self.arrays["indptr"], self.arrays["indices"], self.arrays["data"], self.shape, check_invariants=False
+            )
+
+    def to_scipy(self) -> scipy.sparse.csr_array[Any] | scipy.sparse.coo_array[Any]:
+        """The matrix as a scipy csr_array or coo_array over its mapped arrays; a dense one becomes a csr_array.
+
+        Raises:
+            UsageError: scipy isn't installed.
+            RefusedError: a dtype that scipy doesn't have.
+            InputError: the file is damaged.
+        """
+        try:
+            import scipy.sparse
+        except ImportError:
+            raise UsageError("a scipy matrix needs scipy: pip install 'convtool[scipy]'") from None
+        if self.dtype.is_floating_point and self.dtype.itemsize < 4:
+            name = str(self.dtype).removeprefix("torch.")
+            raise RefusedError(f"{self.path}: scipy has no sparse matrices of {name}; load it as torch's")
+        if self.layout == "dense":
+            return scipy.sparse.csr_array(self.arrays["weight"].numpy())
+        self._check()
+        arrays = [self.arrays[name].numpy() for name in ARRAYS[self.layout]]
+        if self.layout == "coo":
+            return scipy.sparse.coo_array((arrays[2], (arrays[0], arrays[1])), shape=self.shape)
+        return scipy.sparse.csr_array((arrays[2], arrays[1], arrays[0]), shape=self.shape)
+
+    def _check(self) -> None:
+        for start, stop in self.blocks():
+            self.rows(start, stop)
+
+    def _starts(self, start: int, stop: int) -> Tensor:
+        """(stop - start + 1,) int64: where the rows begin, and where the last one ends."""
+        starts = self.arrays["indptr"][start : stop + 1].long()
+        ends = (start == 0 and int(starts[0]) != 0) or (stop == self.shape[0] and int(starts[-1]) != self.nnz)
+        if ends or int(starts[0]) < 0 or int(starts[-1]) > self.nnz or bool((starts[1:] < starts[:-1]).any()):
+            raise self._damaged(f"the starts of rows {start}:{stop} don't ascend from 0 to the number of entries")
+        return starts
+
+    def _coo_rows(self, start: int, stop: int) -> tuple[Tensor, slice]:
+        """The entries in each of the rows, and where they stand."""
+        row = self.arrays["row"]
+        bounds = torch.tensor([start, stop], dtype=row.dtype)
+        first, last = torch.searchsorted(row, bounds).tolist()
+        part = row[first:last].long() - start
+        if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < stop - start:
+            raise self._damaged("the entries don't stand in the order of their rows")
+        return torch.bincount(part, minlength=stop - start), slice(first, last)
+
+    def _dense_rows(self, start: int, stop: int) -> CsrBlock:
+        block = self.arrays["weight"][start:stop]
+        row, column = block.nonzero(as_tuple=True)
+        return CsrBlock(torch.bincount(row, minlength=stop - start), column, block[row, column])
+
+    def _damaged(self, how: str) -> InputError:
+        return InputError(f"{self.path}: the matrix is damaged: {how}")
+
+
+def open_matrix(path: str | Path) -> MatrixFile:
+    """Open a matrix file: .npz, .npy, .mtx, .safetensors or .pt.
+
+    .safetensors, .npy, .pt and what isn't deflated in .npz is mapped into memory; .mtx is read whole, with scipy.
+    The checksums of .npz and .pt are checked, which reads the file once.
+
+    Raises:
+        InputError: the file is missing, damaged, or holds no matrix.
+        UsageError: a suffix of none of these, or .mtx without scipy.
+    """
+    path = Path(path)
+    if path.suffix not in _READERS:
+        raise UsageError(f"{path}: expected a matrix file, a name that ends in {', '.join(_READERS)}")
+    try:
+        if not path.is_file():
+            raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+        return _checked(path, *_READERS[path.suffix](path))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def load_matrix(path: str | Path, kind: Kind = "torch") -> Any:
+    """The matrix in a file, as torch or scipy has it; see `open_matrix` for its bias, its record, and parts of it.
+
+    Args:
+        path: a .npz, .npy, .mtx, .safetensors or .pt file.
+        kind: "torch" for a sparse CSR, sparse COO or dense tensor, as the file has it; "scipy" for a csr_array or
+            coo_array. Both stand on the mapped file where the format allows (.safetensors always).
+
+    Raises:
+        InputError: the file is missing, damaged, or holds no matrix.
+        UsageError: another kind of file, or scipy is needed and not installed.
+        RefusedError: scipy doesn't have that dtype.
+    """
+    if kind not in ("torch", "scipy"):
+        raise UsageError(f"kind: expected 'torch' or 'scipy', got {kind!r}")
+    opened = open_matrix(path)
+    return opened.to_scipy() if kind == "scipy" else opened.to_torch()
+
+
+# --- formats: each gives the arrays by name (and "shape", "bias"), and the record's text
+
+_Raw: TypeAlias = tuple[dict[str, Tensor], str | None]
+
+
+def _checked(path: Path, arrays: dict[str, Tensor], record: str | None) -> MatrixFile:
+    """What a reader found as a matrix, as far as that can be said without going through it."""
+    layout = next((layout for layout, names in ARRAYS.items() if set(names) <= set(arrays)), None)
+    if layout is None:
+        wanted = "; or ".join(f"{', '.join(names)} ({layout})" for layout, names in ARRAYS.items())
+        found = ", ".join(sorted(arrays)) or "none"
+        raise InputError(f"{path}: holds no matrix: expected arrays {wanted}; got {found}")
+    parts = {name: arrays[name] for name in ARRAYS[layout]}
+    values = parts[ARRAYS[layout][-1]]
+    if layout == "dense":
+        if values.dim() != 2:
+            raise InputError(f"{path}: holds no matrix: expected an array of 2 axes, got shape {tuple(values.shape)}")
+        shape = (values.shape[0], values.shape[1])
+    else:
+        shape = _shape(path, arrays.get("shape"))
+        lengths = [len(part) if part.dim() == 1 else -1 for part in parts.values()]
+        wanted_lengths = [shape[0] + 1 if layout == "csr" else len(values), len(values), len(values)]
+        if values.dim() != 1 or lengths != wanted_lengths:
+            raise InputError(
+                f"{path}: the matrix is damaged: {', '.join(parts)} of lengths {lengths} don't make"
+                f" a {layout} matrix of shape {shape}"
+            )
+        for name in ARRAYS[layout][:2]:
+            if parts[name].dtype not in (torch.int32, torch.int64):
+                raise InputError(f"{path}: {name}: expected int32 or int64, got {parts[name].dtype}")
+    if layout == "coo":
+        parts = _in_order(parts)
+        row = parts["row"]
+        if len(row) and not 0 <= int(row[0]) <= int(row[-1]) < shape[0]:
+            raise InputError(f"{path}: the matrix is damaged: entries name rows that it doesn't have")
+    try:
+        noted = None if record is None else json.loads(record)
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: the record of what was done is not JSON") from None
+    return MatrixFile(path, layout, shape, parts, arrays.get("bias"), noted if isinstance(noted, dict) else None)
+
+
+def _shape(path: Path, stored: Tensor | None) -> tuple[int, int]:
+    if stored is None or stored.shape != (2,) or int(stored.min()) < 0:
+        raise InputError(f"{path}: holds no sparse matrix: expected a shape of 2 numbers")
+    return int(stored[0]), int(stored[1])
+
+
+def _in_order(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A coo matrix's arrays in the order of its rows, as convtool writes them; others are brought into it."""
+    row = parts["row"]
+    steps = range(0, len(row), _SEARCHED)
+    if all(bool((row[at : at + _SEARCHED + 1].diff() >= 0).all()) for at in steps):
+        return parts
+    order = torch.argsort(row, stable=True)
+    return {name: part[order] for name, part in parts.items()}
+
+
+def _read_safetensors(path: Path) -> _Raw:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata.get(RECORD_NAME)  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file, or damaged: {error}") from None
+
+
+def _read_npy(path: Path) -> _Raw:
+    try:
+        return {"weight": _tensor(path, np.load(path, mmap_mode="c", allow_pickle=False))}, None
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not an .npy file, or damaged: {error}") from None
+
+
+def _read_npz(path: Path) -> _Raw:
+    arrays: dict[str, Tensor] = {}
+    texts: dict[str, str] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_sums(path, archive)
+            for info in archive.infolist():
+                name, array = info.filename.removesuffix(".npy"), _npz_array(path, archive, info)
+                if array.dtype.kind in "SU":
+                    item = array.item() if array.size == 1 else b""
+                    texts[name] = item.decode("ascii", "replace") if isinstance(item, bytes) else item
+                else:
+                    arrays[name] = _tensor(path, array)
+    except (zipfile.BadZipFile, ValueError, EOFError, zlib.error, NotImplementedError) as error:
+        raise InputError(f"{path}: not an .npz file, or damaged: {error}") from None
+    form = texts.get("format")
+    if form not in (None, *ARRAYS):
+        raise InputError(f"{path}: holds a matrix in scipy's {form} format; save it with `.tocsr()` first")
+    return arrays, texts.get(RECORD_NAME)
+
+
+def _npz_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
+    """A member's array; mapped where it is stored as it is."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(member)
+        header = member.tell()
+    if not dtype.hasobject and header + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise ValueError(f"{info.filename} doesn't hold the {math.prod(shape)} elements that it announces")
+    if info.compress_type != zipfile.ZIP_STORED or not shape or dtype.hasobject:
+        with archive.open(info) as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+    with path.open("rb") as file:
+        file.seek(info.header_offset + 26)
+        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+    offset = info.header_offset + 30 + name + extra + header
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    order: Literal["F", "C"] = "F" if fortran else "C"
+    return np.memmap(path, dtype, mode="c", offset=offset, shape=shape, order=order)
+
+
+def _read_pt(path: Path) -> _Raw:
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: not a .pt file of torch's zip format, or damaged")
+    record = None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            _check_sums(path, archive)
+            for name in archive.namelist():
+                if name.endswith(f"/extra/{RECORD_NAME}.json"):
+                    record = archive.read(name).decode("utf-8", "replace")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that sparse CSR tensors are young is no news of this file
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        name = type(error).__name__  # torch's messages are pages of advice
+        raise InputError(f"{path}: damaged, or more than tensors is in it (torch raised {name})") from None
+    state = {"weight": loaded} if isinstance(loaded, Tensor) else loaded
+    weight = state.get("weight") if isinstance(state, dict) else None
+    if not isinstance(weight, Tensor):
+        raise InputError(f"{path}: holds no matrix: expected a tensor, or a dict with a tensor `weight`")
+    bias = state.get("bias")
+    arrays = _torch_arrays(path, weight)
+    return (arrays if bias is None else {**arrays, "bias": bias}), record
+
+
+def _torch_arrays(path: Path, weight: Tensor) -> dict[str, Tensor]:
+    shape = torch.tensor(weight.shape)
+    if weight.layout == torch.sparse_csr:
+        return {
+            "indptr": weight.crow_indices(),
+            "indices": weight.col_indices(),
+            "data": weight.values(),
+            "shape": shape,
+        }
+    if weight.layout == torch.sparse_coo:
+        row, column = weight._indices()
+        return {"row": row, "col": column, "data": weight._values(), "shape": shape}
+    if weight.layout == torch.strided:
+        return {"weight": weight}
+    raise InputError(f"{path}: holds a {weight.layout} tensor; expected a sparse CSR, sparse COO or dense one")
+
+
+def _check_sums(path: Path, archive: zipfile.ZipFile) -> None:
+    damaged = archive.testzip()
+    if damaged is not None:
+        raise InputError(f"{path}: the checksum of {damaged} doesn't fit what it holds; the file is damaged")
+
+
+def _tensor(path: Path, array: np.ndarray[Any, Any]) -> Tensor:
+    if array.dtype.kind not in "biufc":
+        raise InputError(f"{path}: expected numbers, got an array of {array.dtype}")
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    return torch.from_numpy(array)
+
+
+_READERS = {
+    ".npz": _read_npz,
+    ".npy": _read_npy,
+    ".safetensors": _read_safetensors,
+    ".pt": _read_pt,
+}
+
+
+def _split(starts: Tensor, first: int, entries: int) -> Iterator[tuple[int, int]]:
+    """Rows first:first + len(starts) - 1 cut so that none but a single row has more than `entries` entries."""
+    begin, rows = 0, len(starts) - 1
+    while begin < rows:
+        end = int(torch.searchsorted(starts, int(starts[begin]) + entries, right=True)) - 1
+        end = min(max(end, begin + 1), rows)
+        yield first + begin, first + end
+        begin = end
+
+
+def _csr_times(starts: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        block = torch.sparse_csr_tensor(
+            starts, columns.long(), values, (len(starts) - 1, x.shape[0]), check_invariants=False
+        )
+        return block @ x

@@ -238,6 +238,7 @@ def test_a_layer_is_not_fused_with_itself(tmp_path: Path, monkeypatch: pytest.Mo
     conv = real_numbers(1, 3, 3, 3, 2)
     torch.save({"a.weight": conv, "b.weight": conv, "c.weight": real_numbers(2, 3, 3, 2, 1)}, "net.pt")
     assert run("fuse net.pt a a -o out.pt") == 2
+    assert run("fuse net.pt a c -o out.pt") == 4  # a is b's tensor as well: changing one changes the other's meaning
     assert not Path("out.pt").exists()
 
 

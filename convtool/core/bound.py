@@ -1,0 +1,260 @@
+"""How far apart rounding alone can bring two sides that are equal, element by element.
+
+B (before) is a chain or sum of layers whose numbers are taken as exact. A (after) is what was made of it: in exact
+arithmetic its numbers would give B's map; they were computed with some rounding, and each was rounded once more to the
+dtype that it is stored in. Both sides are then run in float64. With |B|(|x|) for the same layers with the absolute
+values of all weights and biases, elementwise,
+
+    |B(x) - A(x)|  <=  S(|x|)  +  gamma(K, v) |B|(|x|)  +  gamma(N, w) (|B|(|x|) + |A|(|x|))  +  eta
+
+S, storing. What was rounded to the stored number a lies within half a unit in the last place of a, or within half of
+the smallest subnormal where that is more (Muller et al., Handbook of Floating-Point Arithmetic, 2nd ed., section 2.6;
+Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., section 2.1). So each has a known h(a), and with
+m_i = |A|(|x|) up to layer i,
+
+    S_0 = 0,   S_{i+1} = |a_i| S_i + h(a_i) (m_i + S_i) + h(bias_i)        (branches of a sum: added up)
+
+is the most that these do together: the chain with |a_i| + h(a_i), less the one with |a_i|. It covers underflow (fp16,
+bf16), where no relative bound holds; for one layer it is at most u |A|(|x|), u the unit roundoff, and down to half of
+it. Casts of torch from float64 to 16 bits pass through float32 and round twice (convtool's own don't): h has float32's
+half unit on top, 2^-13 of itself or less.
+
+gamma(K, v), computing. gamma(n, u) = n u / (1 - n u) bounds the relative error of n roundings in a row (Higham, lemma
+3.1), and a sum of n products errs by at most gamma(n, u) times the sum of their absolute values, in whatever order it
+is formed (section 3.1). K is the most roundings on the way to a number of A: for each joint of a chain the entries in
+a row of what stands right of it (the longest there can be, as layers may be joined in any order), one for each branch
+that is added, and `LAYER_STEPS` for each layer, which is what lowering a batch norm takes. Gammas of what is done one
+after the other add up (lemma 3.3). v is the unit roundoff that A was computed with: float64's for convtool's own.
+
+gamma(N, w), running both here, w = 2^-53. N counts the terms of all inner products along the longest path through B
+and through A, with biases and additions of branches, and as many as K for what B's own lowering took. Complex products
+err by at most sqrt(2) gamma(2) (Higham, lemma 3.5): three more roundings for each layer. The bound is computed with
+roundings of its own, and is made larger by as much.
+
+eta, underflow in float64: half of 2^-1074 for each product, carried through the layers that follow.
+
+There is no tolerance to choose: a ratio of error to bound of at most 1 is what rounding can do, and more is a
+difference. An impulse meets one kernel entry at a time, and then the bound is h of that entry and little else: an entry
+one unit in the last place off is found, whatever the size of its neighbours.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import reduce
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from convtool.core.compose import add_geometry, compose_geometry
+from convtool.core.conv import Conv
+from convtool.core.expression import Expression, depth, in_channels
+from convtool.core.geometry import Geometry
+from convtool.core.inputs import Input, apply, respond
+from convtool.core.tree import Chain, Sum, Tree, fold, map_leaves
+from convtool.errors import ConvtoolError, UsageError
+
+U64 = 2.0**-53  # unit roundoff of float64
+TINY64 = 2.0**-1074  # its smallest subnormal
+LAYER_STEPS = 6  # roundings of a batch norm: subtract the mean, add eps, square root, divide, multiply; and keeping it
+COMPLEX_STEPS = 3  # what the product of two complex numbers has more
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stored:
+    """A layer whose numbers were rounded when they were stored.
+
+    Attributes:
+        conv: with the numbers as they are stored.
+        weight_error: as the weight; the most that storing moved each entry.
+        bias_error: the same of the bias; None where there is none.
+    """
+
+    conv: Conv
+    weight_error: Tensor
+    bias_error: Tensor | None
+
+
+def stored(conv: Conv, dtype: torch.dtype | None = None) -> Stored:
+    """The layer with each number taken as rounded once to `dtype`; to its own where None."""
+    bias = conv.bias
+    return Stored(
+        conv,
+        half_ulp(conv.weight, dtype or conv.weight.dtype),
+        None if bias is None else half_ulp(bias, dtype or bias.dtype),
+    )
+
+
+def half_ulp(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """The most by which what was rounded to each of these numbers of `dtype` can differ from it, in float64.
+
+    Of complex numbers, the modulus of what both parts can differ by.
+    """
+    if numbers.is_complex():
+        parts = torch.view_as_real(numbers.to(torch.complex128))
+        real = dtype.to_real() if dtype.is_complex else dtype
+        return torch.hypot(*half_ulp(parts, real).unbind(-1))
+    info = torch.finfo(dtype)
+    size = numbers.to(torch.float64).abs()
+    exponent = torch.frexp(size).exponent - 1  # size = [1, 2) * 2**exponent
+    half = torch.ldexp(torch.full_like(size, info.eps / 2), exponent)
+    smallest = info.smallest_normal * info.eps / 2
+    half = torch.where(size == 0, smallest, half).clamp(min=smallest)
+    return half + size * 2.0**-24 if info.bits < 32 else half
+
+
+class BoundOf(Protocol):
+    """What a comparison holds errors against."""
+
+    def of(self, x: Input, expected: Tensor) -> Tensor:
+        """The most that each output may be off, of the shape of `expected`, (N, C_out, *output_size)."""
+
+
+class Bound:
+    """The bound of this module's docstring.
+
+    Args:
+        before: layers with exact numbers, in float64 or complex128.
+        after: layers with numbers that were rounded when they were stored.
+        computed_in: the precision that the numbers of `after` were computed in before that.
+
+    Raises:
+        UsageError: sums so long, in a precision so low, that nothing can be said.
+    """
+
+    def __init__(self, before: Expression, after: Tree[Stored], computed_in: torch.dtype) -> None:
+        self.before = map_leaves(_absolute, before)
+        self.after = map_leaves(_absolute_stored, after)
+        kept = map_leaves(lambda leaf: leaf.conv, after)
+        fusing, running = fusing_terms(before), depth(before, _terms) + depth(kept, _terms)
+        self.computing = gamma(fusing, torch.finfo(computed_in).eps / 2)
+        self.running = gamma(running + fusing, U64)
+        self.underflow = _underflow(before) + _underflow(kept)
+
+    def of(self, x: Input, expected: Tensor) -> Tensor:
+        """The most that rounding can do to each output, (N, C_out, *output_size)."""
+        size = x.abs()
+        before, (after, lost) = apply(self.before, size), _storing(self.after, size, None)
+        bound = lost + self.computing * before + self.running * (before + after) + self.underflow
+        return bound * (1 + self.running)
+
+
+class Tolerance:
+    """The bound of those who insist on choosing one: atol + rtol * |expected|, as numpy's allclose."""
+
+    def __init__(self, rtol: float, atol: float) -> None:
+        for name, value in (("rtol", rtol), ("atol", atol)):
+            if not 0 <= value < math.inf:
+                raise UsageError(f"--{name}: expected a finite number of at least 0, got {value:g}")
+        self.rtol, self.atol = rtol, atol
+
+    def of(self, x: Input, expected: Tensor) -> Tensor:
+        return self.atol + self.rtol * expected.abs()
+
+
+def gamma(n: int, u: float) -> float:
+    """The relative error of n roundings in a row, n u / (1 - n u); UsageError where that bounds nothing."""
+    if n * u >= 1:
+        raise UsageError(
+            f"sums of {n} terms in a precision of {u:.1g} have no error bound; say with --computed-in what they were"
+            " accumulated in (of 16-bit matrix products usually float32)"
+        )
+    return n * u / (1 - n * u)
+
+
+def fusing_terms(tree: Expression) -> int:
+    """The most roundings on the way to a number of the one layer that stands for the tree, whatever the order."""
+    if isinstance(tree, Sum):
+        return max(map(fusing_terms, tree.parts)) + len(tree.parts) - 1
+    if isinstance(tree, Chain):
+        return sum(map(fusing_terms, tree.parts)) + _joints(tree)
+    return LAYER_STEPS + (COMPLEX_STEPS if tree.weight.is_complex() else 0)
+
+
+def _joints(chain: Chain[Conv]) -> int:
+    """For each joint of a chain, the entries in a row of the longest composed layer that may stand right of it."""
+    try:
+        shapes = [fused_geometry(part) for part in chain.parts]
+        total = 0
+        for number in range(1, len(shapes)):
+            geometry, longest = shapes[number], 0
+            for following in (None, *shapes[number + 1 :]):
+                geometry = geometry if following is None else compose_geometry(geometry, following)
+                row = in_channels(chain.parts[number]) // geometry.groups * math.prod(geometry.kernel_size)
+                longest = max(longest, row)
+            total += longest + 1  # and the bias
+        return total
+    except ConvtoolError:  # no single layer has that form, so nothing was composed; what running it takes is as much
+        return depth(chain, _terms)
+
+
+def fused_geometry(tree: Expression) -> Geometry:
+    """The geometry of the one layer that stands for the tree; RefusedError where there is none."""
+    return fold(tree, lambda conv: conv.geometry, _compose_geometries, _add_geometries)
+
+
+def _compose_geometries(parts: list[Geometry]) -> Geometry:
+    return reduce(compose_geometry, parts)
+
+
+def _add_geometries(parts: list[Geometry]) -> Geometry:
+    return reduce(add_geometry, parts)
+
+
+def _terms(conv: Conv) -> int:
+    """The longest accumulation in a layer: products and the bias."""
+    return conv.weight[0].numel() + 1 + (COMPLEX_STEPS if conv.weight.is_complex() else 0)
+
+
+def _underflow(tree: Expression) -> float:
+    """eta: what float64 products that underflow can add up to."""
+
+    def through(part: Expression, lost: float) -> float:
+        if isinstance(part, Chain):
+            return reduce(lambda value, one: through(one, value), part.parts, lost)
+        if isinstance(part, Sum):
+            return sum(through(one, lost) for one in part.parts)
+        gain = float(part.weight.abs().flatten(1).sum(1).max()) if part.weight.numel() else 0.0
+        return lost * gain + _terms(part) * TINY64
+
+    return through(tree, 0.0)
+
+
+def _absolute(conv: Conv) -> Conv:
+    return Conv(conv.weight.abs(), None if conv.bias is None else conv.bias.abs(), conv.geometry)
+
+
+def _absolute_stored(leaf: Stored) -> Stored:
+    # What underflowed on the way to a number before it was stored, however long the sum.
+    more = leaf.conv.weight[0].numel() * TINY64 if leaf.conv.weight.numel() else 0.0
+    bias_error = None if leaf.bias_error is None else leaf.bias_error + more
+    return Stored(_absolute(leaf.conv), leaf.weight_error + more, bias_error)
+
+
+def _storing(tree: Tree[Stored], x: Input, lost: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(m, S) behind the tree: the absolute output, and what storing the numbers can have moved it by.
+
+    Args:
+        x: the absolute input.
+        lost: the S that it brings along; None for none.
+    """
+    if isinstance(tree, Chain):
+        first, *others = tree.parts
+        size, lost = _storing(first, x, lost)
+        for part in others:
+            size, lost = _storing(part, size, lost)
+        return size, lost
+    if isinstance(tree, Sum):
+        parts = [_storing(part, x, lost) for part in tree.parts]
+        return _total([size for size, _ in parts]), _total([moved for _, moved in parts])
+    conv = tree.conv
+    error = Conv(tree.weight_error, tree.bias_error, conv.geometry)
+    if lost is None or not isinstance(x, Tensor):
+        return respond(conv, x), respond(error, x)
+    return respond(conv, x), respond(Conv(conv.weight, None, conv.geometry), lost) + respond(error, x + lost)
+
+
+def _total(tensors: list[Tensor]) -> Tensor:
+    return reduce(torch.add, tensors)

@@ -27,6 +27,10 @@ class Command(TyperCommand):
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
         given, rest, _ = self.make_parser(ctx).parse_args(args=list(args))
+        arguments = [param.name for param in self.params if param.param_type_name == "argument"]
+        if ctx.resilient_parsing and not given.keys() & set(arguments):
+            # The option that is being typed lacks its value, which ends the parser before it gets to the arguments.
+            given |= dict(zip(arguments, rest, strict=False))
         wanted = get_type_hints(inspect.unwrap(self.callback)) if self.callback else {}
         for param in sorted(self.get_params(ctx), key=lambda param: not param.is_eager):
             value, source = param.consume_value(ctx, given)

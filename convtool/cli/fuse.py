@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convtool.cli import complete
 from convtool.cli.options import (
     Dtype,
     Force,
@@ -64,6 +65,7 @@ def command(
             help="The chain, first to last; also identity(), scale(X), pad(P), avg_pool(K; stride=S; padding=P),"
             " upsample(N), and flatten(H,W) before a linear layer; a scale per channel by its tensor's full name.",
             show_default=False,
+            autocompletion=complete.layers,
         ),
     ] = None,
     out: Annotated[
@@ -75,7 +77,13 @@ def command(
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option("--recipe", metavar="NAME|FILE", help="Fuse by a recipe instead of LAYERs.", show_default=False),
+        typer.Option(
+            "--recipe",
+            metavar="NAME|FILE",
+            help="Fuse by a recipe instead of LAYERs.",
+            show_default=False,
+            autocompletion=complete.recipes,
+        ),
     ] = None,
     normalize: Annotated[
         tuple[str, str] | None,

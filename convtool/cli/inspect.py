@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convtool.cli import complete
 from convtool.cli.options import CheckpointPath, GeometryFile, Json, Model, ModelArgs, Quiet, Root, Settings
 from convtool.cli.output import Reporter, human_bytes, table, tree_text
 from convtool.cli.run import run
@@ -26,7 +27,11 @@ def command(
     checkpoint: CheckpointPath,
     pattern: Annotated[
         str | None,
-        typer.Argument(metavar="[PATTERN]", help="Only layers whose name matches, such as 'layer1.*'."),
+        typer.Argument(
+            metavar="PATTERN",
+            help="Only layers whose name matches, such as 'layer1.*'.",
+            autocompletion=complete.layers,
+        ),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
     geometry: GeometryFile = None,

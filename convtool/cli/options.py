@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from convtool.cli import complete
 from convtool.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
 
     from convtool.checkpoint import Checkpoint
     from convtool.core.fields import FieldSource, FieldSources
+
+DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
 
 CheckpointPath = Annotated[
     Path, typer.Argument(metavar="CKPT", help="A .safetensors or torch (.pt, .pth, .bin) file.", show_default=False)
@@ -58,6 +61,7 @@ Settings = Annotated[
         help="A field that the checkpoint doesn't hold, as torch calls it: stride, padding, dilation, groups,"
         " padding_mode, transposed, output_padding, eps. Repeatable.",
         show_default=False,
+        autocompletion=complete.settings,
     ),
 ]
 With = Annotated[
@@ -80,7 +84,12 @@ InputSize = Annotated[
 ]
 Dtype = Annotated[
     str | None,
-    typer.Option("--dtype", help="float64, float32, float16 or bfloat16.", show_default=False),
+    typer.Option(
+        "--dtype",
+        help="float64, float32, float16 or bfloat16.",
+        show_default=False,
+        autocompletion=complete.one_of(*DTYPES),
+    ),
 ]
 Stride = Annotated[str | None, typer.Option(metavar="N[,N]", help="Stride of LAYER.", show_default=False)]
 Padding = Annotated[
@@ -91,15 +100,18 @@ Dilation = Annotated[str | None, typer.Option(metavar="N[,N]", help="Dilation of
 Groups = Annotated[str | None, typer.Option(metavar="N", help="Groups of LAYER.", show_default=False)]
 PaddingModeOption = Annotated[
     str | None,
-    typer.Option("--padding-mode", help="zeros, circular, replicate or reflect.", show_default=False),
+    typer.Option(
+        "--padding-mode",
+        help="zeros, circular, replicate or reflect.",
+        show_default=False,
+        autocompletion=complete.one_of("zeros", "circular", "replicate", "reflect"),
+    ),
 ]
 Transposed = Annotated[bool, typer.Option("--transposed", help="LAYER is a ConvTranspose.")]
 OutputPadding = Annotated[
     str | None,
     typer.Option("--output-padding", metavar="N[,N]", help="Of a transposed LAYER.", show_default=False),
 ]
-
-DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from convtool.cli import complete
 from convtool.cli.options import (
     CheckpointPath,
     Dilation,
@@ -45,7 +46,12 @@ convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.
 
 def command(
     checkpoint: CheckpointPath,
-    layer: Annotated[str, typer.Argument(metavar="LAYER", help="Module path of the layer.", show_default=False)],
+    layer: Annotated[
+        str,
+        typer.Argument(
+            metavar="LAYER", help="Module path of the layer.", show_default=False, autocompletion=complete.layers
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(
@@ -66,7 +72,12 @@ def command(
     output_padding: OutputPadding = None,
     layout: Annotated[
         str | None,
-        typer.Option("--layout", help="csr, coo or dense; by default csr, and dense for .npy.", show_default=False),
+        typer.Option(
+            "--layout",
+            help="csr, coo or dense; by default csr, and dense for .npy.",
+            show_default=False,
+            autocompletion=complete.one_of("csr", "coo", "dense"),
+        ),
     ] = None,
     dtype: Dtype = None,
     transpose: Annotated[

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convtool.cli import exit_codes
+from convtool.cli import complete, exit_codes
 from convtool.cli.options import GeometryFile, Json, Model, ModelArgs, Quiet, Root, With, parse_dtype
 from convtool.cli.output import Reporter, table
 from convtool.cli.run import run
@@ -42,12 +42,22 @@ def command(
     before_layers: Annotated[
         str | None,
         typer.Option(
-            "--before", metavar="A,B", help="The chain in BEFORE, where AFTER has no record.", show_default=False
+            "--before",
+            metavar="A,B",
+            help="The chain in BEFORE, where AFTER has no record.",
+            show_default=False,
+            autocompletion=complete.chain_of("before"),
         ),
     ] = None,
     after_layers: Annotated[
         str | None,
-        typer.Option("--after", metavar="C", help="The chain in AFTER that stands for it.", show_default=False),
+        typer.Option(
+            "--after",
+            metavar="C",
+            help="The chain in AFTER that stands for it.",
+            show_default=False,
+            autocompletion=complete.chain_of("after"),
+        ),
     ] = None,
     trials: Annotated[int, typer.Option("--trials", help="Random inputs for each chain and size.")] = 8,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the random inputs.")] = 0,

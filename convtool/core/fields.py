@@ -215,3 +215,4 @@ _EXPECTED = {
     "eps": "a number of at least 0, such as 1e-3",
     "flatten": "the spatial sizes of what is flattened, such as 7,7",
 }
+FIELDS = tuple(_PARSERS)  # every field that a layer may have

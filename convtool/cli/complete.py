@@ -1,0 +1,75 @@
+"""What the shell completes: layer names from the checkpoint that the line names already, fields, recipes.
+
+Nothing here may fail or print: a line that is still being typed is no error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from convtool.checkpoint import Checkpoint
+
+Completion = Callable[[typer.Context, list[str], str], list[str]]
+CHECKPOINTS = ("checkpoint", "before", "after")  # what commands call the checkpoints that they take
+
+
+def layers(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:
+    """Layers of the line's first checkpoint that begin as typed."""
+    return _beginning(incomplete, _layers(ctx, CHECKPOINTS))
+
+
+def chain_of(checkpoint: str) -> Completion:
+    """Layers of one of the line's checkpoints, in a list with commas: the last one is being typed."""
+
+    def complete(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:
+        done, comma, _ = incomplete.rpartition(",")
+        return _beginning(incomplete, (f"{done}{comma}{name}" for name in _layers(ctx, (checkpoint,))))
+
+    return complete
+
+
+def settings(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:
+    """LAYER.FIELD= of the line's first checkpoint."""
+    from convtool.core.fields import FIELDS
+
+    return _beginning(incomplete, (f"{name}.{field}=" for name in _layers(ctx, CHECKPOINTS) for field in FIELDS))
+
+
+def recipes(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:
+    """Recipes that ship with convtool; a file's name is the shell's to complete."""
+    from convtool.recipes import shipped
+
+    return _beginning(incomplete, shipped())
+
+
+def one_of(*choices: str) -> Completion:
+    """Some fixed words."""
+    return lambda ctx, args, incomplete: _beginning(incomplete, choices)
+
+
+def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
+    # A name with blanks or control characters would be taken apart, or would steer the terminal.
+    return [
+        name for name in names if name.startswith(incomplete) and name.isprintable() and not set(name) & set(" '\"")
+    ]
+
+
+def _layers(ctx: typer.Context, which: Iterable[str]) -> list[str]:
+    given = next((path for name in which if (path := ctx.params.get(name))), None)
+    opened = None if given is None else _opened(Path(given), ctx.params.get("root"))
+    return [name for name in opened.layers if name] if opened is not None else []
+
+
+def _opened(path: Path, root: str | None) -> Checkpoint | None:
+    from convtool.checkpoint import open_checkpoint
+    from convtool.errors import ConvtoolError
+
+    try:
+        return open_checkpoint(path, root)
+    except (ConvtoolError, OSError):
+        return None

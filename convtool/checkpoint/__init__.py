@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
@@ -9,6 +10,7 @@ from typing import TypeAlias
 from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.info import Layer, TensorInfo
 from convtool.checkpoint.safetensors_file import SafetensorsCheckpoint, looks_like_safetensors
+from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint, find_in_folder
 from convtool.checkpoint.torch_file import TorchCheckpoint
 from convtool.errors import InputError, UsageError
 
@@ -45,26 +47,44 @@ _NOT_A_CHECKPOINT = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
     (b"<!DOCTYPE", "a web page, not a checkpoint; the download went wrong"),
     (b"<html", "a web page, not a checkpoint; the download went wrong"),
+    (b"\x89HDF", "an HDF5 file, which convtool doesn't read; load it and save its weights with safetensors or torch"),
+    (b"GGUF", "a GGUF file, which convtool doesn't read; convert from the checkpoint that it was made of"),
+    (b"\x1f\x8b", "compressed by gzip; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it first"),
 )
+_TEXT = frozenset(range(32, 127)) | set(b"\t\r\n\f")
 
 
 def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool = True) -> Checkpoint:
-    """Open a .safetensors or torch file; no tensor is read yet, and no code in it ever runs.
+    """Open a .safetensors or torch file, an index of several, or a folder; no tensor is read yet, and no code runs.
 
     Args:
-        path: the file.
+        path: a file; a .index.json; or a folder that holds one checkpoint.
         root: in a nested torch file with several state dicts, the dotted keys of the one meant.
         mapped: map files into memory; where False, what is asked for is read (for file systems that can't map).
 
     Raises:
         InputError: the file is missing, damaged, or of no supported format.
         RefusedError: it is a pickle that holds code.
-        UsageError: several state dicts and no `root`.
+        UsageError: several state dicts and no `root`, or several checkpoints in a folder.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            raise InputError(f"{path}: is a folder; give a .safetensors or .pt file")
+            path = find_in_folder(path, tuple(_SUFFIXES))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if path.name.endswith(INDEX_SUFFIX):
+        if root is not None:
+            raise UsageError(f"{path}: --root is for nested torch files; the files of an index are flat")
+        return ShardedCheckpoint(path, lambda shard: _open_file(shard, None, mapped))
+    return _open_file(path, root, mapped)
+
+
+def _open_file(path: Path, root: str | None, mapped: bool) -> Checkpoint:
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # asked first: to open a pipe would wait for its other end
+            raise InputError(f"{path}: is not a regular file")
         with path.open("rb") as file:
             start = file.read(64)
     except FileNotFoundError:
@@ -78,6 +98,10 @@ def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool =
         raise InputError(f"{path}: is empty")
     if not start.strip(b"\0"):
         raise InputError(f"{path}: begins with zeros only; it was never written completely")
+    if _TEXT.issuperset(start):
+        raise InputError(
+            f"{path}: is text, not a checkpoint (it begins {start[:32].decode()!r}); was it downloaded whole?"
+        )
     for matches, opener in _MAGIC:
         if matches(start):
             return opener(path, root, mapped)

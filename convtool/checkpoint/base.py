@@ -64,6 +64,20 @@ class Checkpoint(abc.ABC):
     def bits(self, name: str) -> Tensor:
         """The tensor's bytes, row-major, as a flat uint8 tensor; also of dtypes that torch doesn't have."""
 
+    def overlapping(self) -> tuple[str, str] | None:
+        """Two tensors that share memory without being the same elements of it; None where there are none."""
+        return None
+
+    @property
+    def others(self) -> list[str]:
+        """Names of entries that aren't tensors of plain numbers."""
+        return []
+
+    @property
+    def left_out(self) -> list[str]:
+        """All that a file of the tensors alone would not hold."""
+        return self.others
+
     @property
     @abc.abstractmethod
     def record(self) -> Record | None:

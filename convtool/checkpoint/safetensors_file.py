@@ -96,10 +96,6 @@ class SafetensorsCheckpoint(Checkpoint):
         span = self.spans[name]
         return (span.start, span.stop) if span.start != span.stop else name
 
-    def overlapping(self) -> tuple[str, str] | None:
-        """Two tensors that share bytes without being the same; the format has none."""
-        return None
-
     @cached_property
     def record(self) -> Record | None:
         text = self.metadata.get(RECORD_KEY)

@@ -115,7 +115,6 @@ class TorchCheckpoint(Checkpoint):
         return ref.storage.key, ref.dtype, ref.offset, ref.shape, ref.stride, repr(ref.metadata)
 
     def overlapping(self) -> tuple[str, str] | None:
-        """Two tensors that share memory without being the same elements of it; None where there are none."""
         spans: dict[str, list[tuple[int, int, Hashable, str]]] = {}
         for name, ref in self.tensors.items():
             if ref.count:
@@ -153,12 +152,10 @@ class TorchCheckpoint(Checkpoint):
 
     @property
     def others(self) -> list[str]:
-        """Entries of the state dict that aren't tensors of plain numbers."""
         return [str(name) for name in self.state if name not in self.tensors]
 
     @property
     def left_out(self) -> list[str]:
-        """All that a file of the state dict's tensors alone would not hold."""
         outside = [] if not self.root else [str(name) for name in self.top if name != self.root[0]]
         return outside + self.others
 

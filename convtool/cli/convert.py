@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convtool.cli.options import CheckpointPath, Force, Json, Quiet, Root
+from convtool.cli.options import CheckpointPath, Force, Json, NoMmap, Quiet, Root
 from convtool.cli.output import Reporter, human_bytes
 from convtool.cli.run import run
 
 if TYPE_CHECKING:
-    from convtool.checkpoint import Checkpoint
+    from convtool.checkpoint import TensorInfo
 
 NAME = "convert"
 USAGE = "CKPT OUT"
@@ -22,6 +22,9 @@ convtool convert model.pt model.safetensors
 convtool convert model.safetensors half.safetensors --dtype float16
 # of a training checkpoint the weights alone
 convtool convert training.ckpt weights.safetensors --root state_dict
+# a folder of files with an index, and back into one file
+convtool convert model.safetensors sharded --shard-size 2GB
+convtool convert sharded model.safetensors
 """
 
 
@@ -29,7 +32,11 @@ def command(
     checkpoint: CheckpointPath,
     out: Annotated[
         Path,
-        typer.Argument(metavar="OUT", help="The new checkpoint; its suffix chooses the format.", show_default=False),
+        typer.Argument(
+            metavar="OUT",
+            help="The new checkpoint: a file, whose suffix chooses the format; or a folder or index for several files.",
+            show_default=False,
+        ),
     ],
     dtype: Annotated[
         str | None,
@@ -40,7 +47,17 @@ def command(
             show_default=False,
         ),
     ] = None,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(
+            "--shard-size",
+            metavar="SIZE",
+            help="Write files of at most 500MB, 5GB, ... and an index.",
+            show_default=False,
+        ),
+    ] = None,
     root: Root = None,
+    no_mmap: NoMmap = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -59,10 +76,20 @@ def command(
         from convtool.checkpoint.write import check_output, write_edited
 
         _check_dtype(dtype)
-        opened = open_checkpoint(checkpoint, root)
-        check_output(out, force=force)
-        left_out = _left_out(opened, out) if root is not None else []
-        write_edited(opened, Edit.nothing(), out, opened.record, force=force, dtype=dtype, state_only=root is not None)
+        size = None if shard_size is None else _parse_size(shard_size)
+        opened = open_checkpoint(checkpoint, root, mapped=not no_mmap)
+        check_output(out, force=force, source=opened, shard_size=size)
+        left_out = opened.left_out if root is not None and out.suffix == ".safetensors" else []
+        write_edited(
+            opened,
+            Edit.nothing(),
+            out,
+            opened.record,
+            force=force,
+            dtype=dtype,
+            state_only=root is not None,
+            shard_size=size,
+        )
         cast = [] if dtype is None else [i.name for i in opened.infos.values() if i.dtype in FLOATS - {dtype}]
         document: dict[str, Any] = {
             "source": str(checkpoint),
@@ -71,7 +98,7 @@ def command(
             "dtype": dtype,
             "cast": cast,
             "left_out": left_out,
-            "bytes": out.stat().st_size,
+            "bytes": sum(_bytes(info, dtype) for info in opened.infos.values()),
         }
         if left_out:
             reporter.remark(f"left out, beside the state dict: {_some(left_out)}")
@@ -88,10 +115,25 @@ def _check_dtype(name: str | None) -> None:
         raise UsageError(f"--dtype: expected one of {', '.join(sorted(FLOATS))}, got {name!r}")
 
 
-def _left_out(opened: Checkpoint, out: Path) -> list[str]:
-    from convtool.checkpoint.torch_file import TorchCheckpoint
+def _bytes(info: TensorInfo, dtype: str | None) -> int:
+    """Of a tensor as it is written."""
+    from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE
 
-    return opened.left_out if isinstance(opened, TorchCheckpoint) and out.suffix == ".safetensors" else []
+    return info.nbytes if dtype is None or info.dtype not in FLOATS else info.count * ITEMSIZE[dtype]
+
+
+_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def _parse_size(text: str) -> int:
+    """'500MB' as a number of bytes."""
+    from convtool.errors import UsageError
+
+    number = text.rstrip("BKMGIbkmgi")
+    unit = text[len(number) :].upper()
+    if not number.isdecimal() or unit not in _UNITS or len(number) > 15 or int(number) == 0:
+        raise UsageError(f"--shard-size: expected a number of bytes such as 500MB, 5GB or 2GiB, got {text!r}")
+    return int(number) * _UNITS[unit]
 
 
 def _some(names: list[str]) -> str:

@@ -19,16 +19,20 @@ if TYPE_CHECKING:
 DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
 
 CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A .safetensors or torch (.pt, .pth, .bin) file.", show_default=False)
+    Path, typer.Argument(metavar="CKPT", help="A .safetensors or torch (.pt, .pth, .bin) file; or an index or folder of several.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, also on failure.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No remarks on stderr.")]
 Force = Annotated[bool, typer.Option("--force", "-f", help="Overwrite OUT if it exists.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Say what would be written, and write nothing.")]
 Root = Annotated[
     str | None,
     typer.Option(
         "--root", metavar="KEYS", help="In a nested torch file, the dotted keys of the state dict.", show_default=False
     ),
+]
+NoMmap = Annotated[
+    bool, typer.Option("--no-mmap", help="Read files instead of mapping them, on file systems that can't map.")
 ]
 GeometryFile = Annotated[
     Path | None,

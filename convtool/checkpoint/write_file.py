@@ -1,0 +1,268 @@
+"""Writing an edited checkpoint as one file: what the edit doesn't touch stays as it is, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from torch import Tensor
+
+from convtool.checkpoint import safetensors_file, torch_file
+from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.cast import cast_chunks
+from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE
+from convtool.checkpoint.edit import Edit
+from convtool.checkpoint.pickled import OrderedItems
+from convtool.checkpoint.record import Record
+from convtool.checkpoint.safetensors_file import Entry, SafetensorsCheckpoint
+from convtool.checkpoint.sharded import ShardedCheckpoint
+from convtool.checkpoint.torch_file import NewTensor, TorchCheckpoint
+from convtool.errors import RefusedError, UsageError
+from convtool.files.atomic import replacing
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How an edited checkpoint is written.
+
+    Attributes:
+        force: overwrite what is there.
+        dtype: of every floating-point tensor of 16 bits and more that the edit doesn't bring; None for what it has.
+        state_only: leave out what a torch file holds beside its state dict, where the format has no room for it.
+        shard_size: bytes of tensors in a file of a folder; None for the files that the source has.
+    """
+
+    force: bool = False
+    dtype: str | None = None
+    state_only: bool = False
+    shard_size: int | None = None
+
+
+def _write_safetensors(source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options) -> None:
+    check_flat(source, path, options)
+    entries = entries_of(source, edit, options.dtype)
+    write_flat(path, entries, metadata_of(source, record), edit.insert, force=options.force)
+
+
+def write_flat(
+    path: Path, entries: list[Entry], metadata: dict[str, str], new: dict[str, Tensor], *, force: bool
+) -> None:
+    head, stored = safetensors_file.plan_safetensors(entries, metadata)
+    shapes = {entry.name: entry.shape for entry in stored}
+    check = {name: tensor for name, tensor in new.items() if name in shapes}
+    with replacing(path, force=force, check=lambda file: safetensors_file.check_written(file, shapes, check)) as file:
+        safetensors_file.write_safetensors(file, head, stored)
+
+
+def metadata_of(source: Checkpoint, record: Record | None = None) -> dict[str, str]:
+    """The metadata of a .safetensors file made of `source`, less the names of tied tensors, which are given anew."""
+    metadata = {"format": "pt"}
+    files = list(source.shards.values()) if isinstance(source, ShardedCheckpoint) else [source]
+    if all(isinstance(file, SafetensorsCheckpoint) for file in files):
+        metadata = {}
+    for file in files:
+        if isinstance(file, SafetensorsCheckpoint):
+            metadata |= {key: text for key, text in file.metadata.items() if key not in file.aliases}
+    metadata.pop(safetensors_file.RECORD_KEY, None)
+    return metadata if record is None else metadata | {safetensors_file.RECORD_KEY: record.dumps()}
+
+
+def entries_of(source: Checkpoint, edit: Edit, dtype: str | None) -> list[Entry]:
+    """The tensors to write, in order."""
+    order = edit.order(source.infos)
+    places = _places(source, edit)
+    return [
+        _kept_entry(source, name, dtype, places[name]) if tensor is None else _new_entry(name, tensor, places[name])
+        for name, tensor in order
+    ]
+
+
+def _places(source: Checkpoint, edit: Edit) -> dict[str, tuple[int, int]]:
+    """Where each tensor's bytes come: in the source's order of bytes, which need not be that of its names."""
+    names = list(source.infos)
+    if isinstance(source, SafetensorsCheckpoint):
+        names.sort(key=lambda name: source.spans[name][1:])
+    return {name: (number, 0) for number, (name, _) in enumerate(edit.order(names))}
+
+
+def _kept_entry(source: Checkpoint, name: str, dtype: str | None, place: tuple[int, int]) -> Entry:
+    info = source.infos[name]
+    if dtype is None or info.dtype not in FLOATS - {dtype}:
+        return Entry(name, info.dtype, info.shape, info.nbytes, lambda: source.chunks(name), source.memory(name), place)
+    nbytes = info.nbytes // ITEMSIZE[info.dtype] * ITEMSIZE[dtype]
+    return Entry(
+        name,
+        dtype,
+        info.shape,
+        nbytes,
+        lambda: cast_chunks(name, source.chunks(name), info.dtype, dtype),
+        source.memory(name),
+        place,
+    )
+
+
+def _new_entry(name: str, tensor: Tensor, place: tuple[int, int]) -> Entry:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    chunks = lambda: torch_file.tensor_chunks(tensor)  # noqa: E731
+    return Entry(name, dtype, tuple(tensor.shape), tensor.nbytes, chunks, ("new", name), place)
+
+
+def _write_torch(source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options) -> None:
+    entries = entries_of(source, edit, options.dtype)
+    if not isinstance(source, TorchCheckpoint):
+        check_flat(source, path, options)
+        write_dict(path, entries, edit.insert, record, force=options.force)
+        return
+    if options.dtype is not None:
+        _check_castable(source, edit, options.dtype)
+    _write_value(
+        path,
+        lambda file: torch_file.write_torch(file, source.edited(edit), source, cast_chunks, options.dtype),
+        lambda file: torch_file.check_written(file, _described(entries), edit.insert, source.root),
+        record,
+        force=options.force,
+    )
+
+
+def write_dict(
+    path: Path,
+    entries: list[Entry],
+    new: Mapping[str, Tensor] | None = None,
+    record: Record | None = None,
+    *,
+    force: bool = False,
+) -> None:
+    """A torch file of a plain state dict."""
+    value = OrderedItems({entry.name: _torch_value(entry) for entry in entries})
+    _write_value(
+        path,
+        lambda file: torch_file.write_torch(file, value, None),
+        lambda file: torch_file.check_written(file, _described(entries), new or {}, ()),
+        record,
+        force=force,
+    )
+
+
+def _described(entries: list[Entry]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {entry.name: (entry.dtype, entry.shape) for entry in entries}
+
+
+def _write_value(
+    path: Path,
+    write: Callable[[BinaryIO], None],
+    check_file: Callable[[Path], str],
+    record: Record | None,
+    *,
+    force: bool,
+) -> None:
+    """A torch file and the record beside it.
+
+    Args:
+        check_file: reads the file back, and gives its mark.
+    """
+    beside = _RecordBeside(path, record)
+    try:
+        with replacing(path, force=force, check=lambda file: beside.prepare(check_file(file))) as file:
+            write(file)
+    except BaseException:
+        beside.undo()
+        raise
+    beside.finish()
+
+
+def _torch_value(entry: Entry) -> NewTensor:
+    return NewTensor(entry.dtype, entry.shape, entry.chunks, entry.memory)
+
+
+def _check_castable(source: TorchCheckpoint, edit: Edit, dtype: str) -> None:
+    """Whether every tensor that is to be cast lies in a storage that can be."""
+    castable = torch_file.castable(source, dtype)
+    for name, ref in source.tensors.items():
+        if ref.dtype in FLOATS - {dtype} and name not in edit.remove and ref.storage.key not in castable:
+            raise RefusedError(f"{name} shares its memory with a tensor of another dtype, and cannot be cast alone")
+
+
+class _RecordBeside:
+    """The record beside a torch file, replaced so that the file that is there always has its own.
+
+    The new record is there before the file takes its name, together with that of the file that is replaced; that one
+    goes once the file has.
+    """
+
+    def __init__(self, path: Path, record: Record | None) -> None:
+        self.path = torch_file.record_path(path)
+        self.record = record
+        self.old = self.path.read_bytes() if self.path.exists() else None
+        self.before = torch_file.record_and_mark(path) if self.old is not None else None
+        self.mark = ""
+        self.prepared = False
+
+    def prepare(self, mark: str) -> None:
+        self.mark = mark
+        if self.record is None:
+            return
+        records = {mark: self.record}
+        if self.before is not None:
+            records.setdefault(*self.before)
+        self._write(torch_file.record_text(records))
+        self.prepared = True
+
+    def undo(self) -> None:
+        if not self.prepared:
+            return
+        if self.old is None:
+            self.path.unlink(missing_ok=True)
+        else:
+            self._write(self.old)
+
+    def finish(self) -> None:
+        if self.record is None:
+            self.path.unlink(missing_ok=True)
+        elif self.before is not None:
+            self._write(torch_file.record_text({self.mark: self.record}))
+
+    def _write(self, text: bytes) -> None:
+        with replacing(self.path, force=True) as file:
+            file.write(text)
+
+
+WRITERS: dict[str, Callable[[Checkpoint, Edit, Path, Record | None, Options], None]] = {
+    ".safetensors": _write_safetensors,
+    ".pt": _write_torch,
+    ".pth": _write_torch,
+    ".bin": _write_torch,
+    ".ckpt": _write_torch,
+}
+
+
+def writer_of(path: Path) -> Callable[[Checkpoint, Edit, Path, Record | None, Options], None]:
+    if path.suffix not in WRITERS:
+        raise UsageError(f"{path}: expected a name that ends in {', '.join(WRITERS)}")
+    return WRITERS[path.suffix]
+
+
+def check_flat(source: Checkpoint, path: Path, options: Options) -> None:
+    """Whether the source is a flat table of separate tensors: refuse what wouldn't survive in a new file of those."""
+    for name, reason in source.unusable.items():
+        raise RefusedError(f"{path}: there is no room for {name}, which {reason}")
+    overlap = source.overlapping()
+    if overlap is not None:
+        raise RefusedError(
+            f"{path}: {overlap[0]} and {overlap[1]} share a part of their memory, which can be kept only from one .pt"
+            " file to another"
+        )
+    if options.state_only:
+        return
+    if isinstance(source, TorchCheckpoint) and source.root:
+        root = ".".join(source.root)
+        raise RefusedError(
+            f"{path}: {source.path} holds more than the state dict at {root!r}, and there is no room for it; write a"
+            f" .pt file instead, or leave the rest out with `convtool convert --root {root}`"
+        )
+    if source.others:
+        raise RefusedError(
+            f"{path}: {source.path} holds entries that aren't tensors, and there is no room for them"
+            f" ({', '.join(source.others[:3])}); write a .pt file instead"
+        )

@@ -1,0 +1,194 @@
+"""Writing an edited checkpoint as a folder of files with an index."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from convtool.checkpoint import safetensors_file
+from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.edit import Edit
+from convtool.checkpoint.record import Record
+from convtool.checkpoint.safetensors_file import Entry, SafetensorsCheckpoint
+from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint, is_plain_name, read_index
+from convtool.checkpoint.torch_file import TorchCheckpoint
+from convtool.checkpoint.write_file import WRITERS, Options, check_flat, entries_of, metadata_of, write_dict, write_flat
+from convtool.errors import InputError, OutputError, UsageError
+from convtool.files.atomic import check_target, replacing
+
+SHARD_SIZE = 5 * 10**9  # bytes of a file, where a folder is written of a single file; huggingface_hub's own
+
+
+def check_folder(path: Path, source: Checkpoint | None, *, force: bool) -> None:
+    """Whether the index of a folder can be written; see `check_output`."""
+    index = index_path(path, source)
+    if not index.parent.is_dir():
+        if index.parent.exists():
+            raise OutputError(f"{index.parent}: is not a folder")
+        if not index.parent.parent.is_dir():
+            raise OutputError(f"{path}: the folder {index.parent.parent} doesn't exist; create it first")
+        return
+    check_target(index, force=force)
+
+
+def index_path(path: Path, source: Checkpoint | None) -> Path:
+    """The index that a folder is written with: the one named, the one there is, or one named as the source's."""
+    if path.name.endswith(INDEX_SUFFIX):
+        if path.name.removesuffix(INDEX_SUFFIX).rpartition(".")[2] not in ("safetensors", "bin"):
+            raise UsageError(
+                f"{path}: expected an index named NAME.safetensors{INDEX_SUFFIX} or NAME.bin{INDEX_SUFFIX}"
+            )
+        return path
+    if isinstance(source, ShardedCheckpoint):
+        return path / source.path.name
+    usual = "pytorch_model.bin" if isinstance(source, TorchCheckpoint) else "model.safetensors"
+    return path / f"{usual}{INDEX_SUFFIX}"
+
+
+def write_folder(source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options) -> None:
+    """Write the files first, under names that nothing has, then the index that names them; then files go that the old
+    index named and the new one doesn't. Whoever reads the index finds the old checkpoint or the new one, whole.
+    """
+    index = index_path(path, source)
+    check_folder(path, source, force=options.force)
+    old = _old_names(index)
+    made_folder = not index.parent.is_dir()
+    written: list[Path] = []
+    try:
+        if made_folder:
+            index.parent.mkdir()
+        homes: dict[str, str] = {}
+        shards = _kept_shards(source, edit, index, options) or _new_shards(source, edit, index, options)
+        names = _free_names(index, len(shards))
+        total = 0
+        for name, shard in zip(names, shards, strict=True):
+            target = index.parent / name
+            shard.write(target)
+            written.append(target)
+            total += shard.nbytes
+            homes.update(dict.fromkeys(shard.names, name))
+        order = [name for name, _ in edit.order([*source.infos, *source.unusable])]
+        homes = {name: homes[name] for name in order}
+        _write_index(source, index, homes, total, record, options)
+    except BaseException:
+        for target in written:
+            target.unlink(missing_ok=True)
+        if made_folder:
+            with contextlib.suppress(OSError):
+                index.parent.rmdir()
+        raise
+    for name in old - set(names):
+        with contextlib.suppress(OSError):  # the new checkpoint is there and whole; a leftover does no harm
+            (index.parent / name).unlink()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A file of a folder: the tensors in it, and how it is written."""
+
+    names: list[str]
+    nbytes: int
+    write: Callable[[Path], None]
+
+
+def _kept_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -> list[_Shard]:
+    """The files of the source, each with its part of the edit; none where they are to be divided otherwise."""
+    if not isinstance(source, ShardedCheckpoint) or options.shard_size is not None:
+        return []
+    suffix = _shard_suffix(index)
+    if any((suffix == ".safetensors") != isinstance(shard, SafetensorsCheckpoint) for shard in source.shards.values()):
+        return []
+    edit.order(source.infos)  # finds a name that is taken, in whichever file
+    return [_kept_shard(shard, _part(edit, shard), suffix, options) for shard in source.shards.values()]
+
+
+def _kept_shard(shard: Checkpoint, edit: Edit, suffix: str, options: Options) -> _Shard:
+    entries = entries_of(shard, edit, options.dtype)
+    names = [name for name, _ in edit.order([*shard.infos, *shard.unusable])]
+    part = replace(options, force=False)
+    return _Shard(
+        names, sum(entry.nbytes for entry in entries), lambda path: WRITERS[suffix](shard, edit, path, None, part)
+    )
+
+
+def _part(edit: Edit, shard: Checkpoint) -> Edit:
+    """What of an edit concerns one file."""
+    places = {anchor: new for anchor, new in edit.places.items() if anchor in shard.infos}
+    return Edit(edit.remove & shard.infos.keys(), places)
+
+
+def _new_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -> list[_Shard]:
+    """Files of at most the size that was asked for, filled in the order of the tensors; tied ones stay together."""
+    check_flat(source, index, options)
+    largest = options.shard_size or SHARD_SIZE
+    groups: list[list[Entry]] = [[]]
+    sizes = [0]
+    home: dict[Hashable, int] = {}
+    for entry in entries_of(source, edit, options.dtype):
+        if entry.memory in home:
+            groups[home[entry.memory]].append(entry)
+            continue
+        if groups[-1] and sizes[-1] + entry.nbytes > largest:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(entry)
+        sizes[-1] += entry.nbytes
+        home[entry.memory] = len(groups) - 1
+    metadata = metadata_of(source)
+    return [_new_shard(entries, size, index, metadata) for entries, size in zip(groups, sizes, strict=True)]
+
+
+def _new_shard(entries: list[Entry], nbytes: int, index: Path, metadata: dict[str, str]) -> _Shard:
+    def write(path: Path) -> None:
+        if _shard_suffix(index) == ".safetensors":
+            write_flat(path, entries, metadata, {}, force=False)
+        else:
+            write_dict(path, entries)
+
+    return _Shard([entry.name for entry in entries], nbytes, write)
+
+
+def _shard_suffix(index: Path) -> str:
+    return f".{index.name.removesuffix(INDEX_SUFFIX).rpartition('.')[2]}"
+
+
+def _free_names(index: Path, count: int) -> list[str]:
+    """Names for the files of a folder, as huggingface_hub makes them, and numbered anew where there are such."""
+    stem, suffix = index.name.removesuffix(INDEX_SUFFIX).rpartition(".")[0], _shard_suffix(index)
+    for generation in itertools.count(1):
+        more = "" if generation == 1 else f"-{generation}"
+        names = [f"{stem}-{number:05}-of-{count:05}{more}{suffix}" for number in range(1, count + 1)]
+        if not any((index.parent / name).exists() or (index.parent / name).is_symlink() for name in names):
+            return names
+    raise AssertionError
+
+
+def _old_names(index: Path) -> set[str]:
+    """Files that the index to be replaced names, in its folder."""
+    if not index.exists():
+        return set()
+    try:
+        names = set(read_index(index)["weight_map"].values())
+    except InputError:
+        return set()
+    return {name for name in names if is_plain_name(name) and "/" not in name}
+
+
+def _write_index(
+    source: Checkpoint, path: Path, homes: dict[str, str], total: int, record: Record | None, options: Options
+) -> None:
+    metadata: dict[str, Any] = {}
+    if isinstance(source, ShardedCheckpoint):
+        metadata = dict(source.index["metadata"])
+    metadata["total_size"] = total
+    metadata.pop(safetensors_file.RECORD_KEY, None)
+    if record is not None:
+        metadata[safetensors_file.RECORD_KEY] = record.dumps()
+    document = {"metadata": metadata, "weight_map": homes}
+    with replacing(path, force=options.force) as file:
+        file.write((json.dumps(document, indent=2) + "\n").encode())

@@ -434,6 +434,18 @@ def test_toeplitz_writes_the_matrix_that_torch_computes_with(cli: Cli, here: Pat
     np.testing.assert_allclose(rows.numpy(), y.reshape(-1)[3:11].numpy(), rtol=0, atol=1e-12)
 
 
+def test_a_dry_run_of_toeplitz_tells_the_size_of_its_file_to_the_byte(cli: Cli, here: Path) -> None:
+    for name in ("t.npz", "t.npy", "t.safetensors", "t.pt", "there.npz"):
+        line = f"toeplitz net.pt first --input-size 5,7 --padding 1,2 -o {name} --json"
+        before = snapshot(here)
+        dry = cli(f"{line} --dry-run").document
+        assert snapshot(here) == before
+        done = cli(f"{line} --force").document
+        assert (dry.pop("written"), done.pop("written")) == (False, True)
+        assert dry == done
+        assert done["bytes"] == (here / name).stat().st_size
+
+
 def test_toeplitz_says_where_the_bias_went(cli: Cli) -> None:
     def bias(line: str) -> Any:
         return cli(f"toeplitz net.pt {line} --input-size 5,7 --force --json").document["bias"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from convtool.cli import output
 from convtool.cli.app import run_app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,3 +102,74 @@ def test_bash_completes_with_what_convtool_tells_it() -> None:
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "widen\n", "")
+
+
+# --- terminals, and what isn't one
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+COLUMNS = ("layer", "kind", "size")
+ROWS = [("layer1.0.conv1", "conv", "1.5 KiB"), ("head\x1b[2J", "linear", "")]
+
+
+def table_on(stream: io.StringIO, monkeypatch: pytest.MonkeyPatch, **changes: str) -> str:
+    for name in ("NO_COLOR", "COLUMNS", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in changes.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "stdout", stream)
+    output.table(COLUMNS, ROWS, right=("size",))
+    return stream.getvalue()
+
+
+def test_a_table_is_columns_in_a_pipe_whatever_its_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = (
+        "layer           kind       size\n"  #
+        "layer1.0.conv1  conv    1.5 KiB\n"
+        "head\\x1b[2J     linear\n"
+    )
+    assert table_on(io.StringIO(), monkeypatch, COLUMNS="10") == plain
+    assert table_on(Terminal(), monkeypatch, COLUMNS="40", NO_COLOR="1") == plain
+    assert table_on(Terminal(), monkeypatch, COLUMNS="40", TERM="dumb") == plain
+    styled = table_on(Terminal(), monkeypatch, COLUMNS="40")
+    assert styled == plain.replace("layer           kind       size", "\x1b[1mlayer           kind       size\x1b[0m")
+
+
+def test_a_table_is_paragraphs_in_a_window_too_narrow_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert table_on(Terminal(), monkeypatch, COLUMNS="24", NO_COLOR="1") == (
+        "layer1.0.conv1\n"  #
+        "  kind conv, size 1.5\n"
+        "    KiB\n"
+        "head\\x1b[2J\n"
+        "  kind linear\n"
+    )
+
+
+def test_progress_shows_on_a_terminals_stderr_after_a_while_and_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(stream: io.StringIO, columns: int = 80, seconds: float = 2.0, **changes: str) -> str:
+        for name, value in {"COLUMNS": str(columns), "TERM": "xterm", **changes}.items():
+            monkeypatch.setenv(name, value)
+        now = iter([100.0, 100.0 + seconds / 2, 100.0 + seconds])
+        with monkeypatch.context() as patch:
+            patch.setattr("convtool.cli.output.time.monotonic", lambda: next(now))
+            patch.setattr(sys, "stderr", stream)
+            with output.Reporter("test").progress("writing x.npz", 8 << 20) as advance:
+                advance(1 << 20)
+                advance(1 << 20)
+        return stream.getvalue()
+
+    assert shown(Terminal(), seconds=4) == (
+        "\rwriting x.npz [###....................]  12% of 8.0 MiB, 512.0 KiB/s, 0:14 left\x1b[K"
+        "\rwriting x.npz [######.................]  25% of 8.0 MiB, 512.0 KiB/s, 0:12 left\x1b[K"
+        "\r\x1b[K"
+    )
+    assert shown(Terminal(), columns=50, seconds=4).startswith("\r12% of 8.0 MiB, 512.0 KiB/s, 0:14 left\x1b[K")
+    assert shown(Terminal(), seconds=0.5) == ""  # over before anyone wondered
+    assert shown(io.StringIO(), seconds=4) == ""
+    assert shown(Terminal(), seconds=4, TERM="dumb") == ""

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from rich.console import Console
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeAlias
 
 SCHEMA = 1
+PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
+REDRAWN = 0.1  # seconds between two states of a bar
+
+Advance: TypeAlias = Callable[[int], None]
 
 
 def printable(text: str) -> str:
@@ -49,6 +54,67 @@ class Reporter:
         """A line of the result, on stdout."""
         print(printable(text))
 
+    @contextlib.contextmanager
+    def progress(self, what: str, total: int, unit: Literal["bytes", "items"] = "bytes") -> Iterator[Advance]:
+        """A bar with rate and remaining time, on a terminal's stderr, once the work has taken longer than a second.
+
+        Args:
+            what: is being done, in a word or two.
+            total: how many units there are.
+
+        Yields:
+            what to call with the number of units done since the last call.
+        """
+        if self.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+            yield lambda count: None
+            return
+        bar = _Bar(printable(what), total, unit)
+        try:
+            yield bar.advance
+        finally:
+            bar.stop()
+
+
+class _Bar:
+    """Appears on stderr when the work turns out to be long, and vanishes when it stops."""
+
+    def __init__(self, what: str, total: int, unit: Literal["bytes", "items"]) -> None:
+        self._what, self._total, self._unit = what, max(total, 1), unit
+        self._started = time.monotonic()
+        self._drawn = 0.0
+        self._done = 0
+
+    def advance(self, count: int) -> None:
+        self._done += count
+        now = time.monotonic()
+        if now - self._started >= PATIENCE and now - self._drawn >= REDRAWN:
+            self._drawn = now
+            sys.stderr.write(f"\r{self._text(now - self._started)}\x1b[K")
+            sys.stderr.flush()
+
+    def stop(self) -> None:
+        if self._drawn:
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
+
+    def _text(self, seconds: float) -> str:
+        share, rate = min(self._done / self._total, 1.0), self._done / seconds
+        counted = human_bytes if self._unit == "bytes" else "{:.0f}".format
+        left = _human_time((self._total - self._done) / rate) if rate else "?"
+        numbers = f"{share:4.0%} of {counted(self._total)}, {counted(rate)}/s, {left} left"
+        room = shutil.get_terminal_size().columns - 1 - len(numbers)
+        length = min(room - len(self._what) - 4, 40)
+        bar = f"[{'#' * round(share * length)}{'.' * (length - round(share * length))}] " if length >= 10 else ""
+        what = self._what if len(self._what) < room else ""
+        return f"{what} {bar}{numbers}".strip()
+
+
+def _human_time(seconds: float) -> str:
+    """90 as '1:30'."""
+    whole = max(round(seconds), 0)
+    minutes, hours = whole // 60, whole // 3600
+    return f"{hours}:{minutes % 60:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
 
 def print_document(document: dict[str, Any]) -> None:
     """One JSON document on stdout, in plain ASCII and without NaN or Infinity, which JSON doesn't have."""
@@ -64,33 +130,25 @@ def print_error(command: str | None, kind: str, code: int, message: str, *, as_j
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """A table on stdout: ruled and folded to the window on a terminal, plain aligned columns into a pipe."""
-    if not sys.stdout.isatty():
-        cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
-        widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-        for line in cells:
-            padded = [
-                cell.rjust(width) if name in right else cell.ljust(width)
-                for cell, width, name in zip(line, widths, columns, strict=True)
-            ]
-            print("  ".join(padded).rstrip())
+    """A table on stdout: aligned columns; in a window too narrow for them, each row as a paragraph of its own."""
+    cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    styled, window = stdout_styled(), shutil.get_terminal_size().columns
+    if sys.stdout.isatty() and sum(widths) + 2 * (len(widths) - 1) > window:
+        for name, *others in cells[1:]:
+            print(bold(name, styled))
+            print(_wrapped(", ".join(f"{c} {v}" for c, v in zip(columns[1:], others, strict=True) if v), window))
         return
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    ruled = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
-    for name in columns:
-        ruled.add_column(name, justify="right" if name in right else "left", overflow="fold")
-    for row in rows:
-        ruled.add_row(*(Text(printable(cell)) for cell in row))
-    _console().print(ruled)
+    for index, row in enumerate(cells):
+        line = "  ".join(
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for cell, width, name in zip(row, widths, columns, strict=True)
+        )
+        print(bold(line.rstrip(), styled and index == 0))
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)
+def _wrapped(text: str, window: int) -> str:
+    return textwrap.fill(text, max(window - 1, 20), initial_indent="  ", subsequent_indent="    ")
 
 
 def tree_text(tree: dict[str, Any]) -> str:
@@ -112,7 +170,7 @@ def bold(text: str, styled: bool) -> str:
     return f"\x1b[1m{text}\x1b[0m" if styled else text
 
 
-def human_bytes(count: int) -> str:
+def human_bytes(count: float) -> str:
     """1536 as '1.5 KiB'."""
     size = float(count)
     for unit in ("B", "KiB", "MiB", "GiB"):

@@ -11,6 +11,7 @@ from convtool.cli import complete
 from convtool.cli.options import (
     CheckpointPath,
     Dilation,
+    DryRun,
     Dtype,
     Force,
     GeometryFile,
@@ -98,6 +99,7 @@ def command(
     model_args: ModelArgs = None,
     settings: Settings = None,
     root: Root = None,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -119,7 +121,7 @@ def command(
         from convtool.core.verify import split_input_size
         from convtool.errors import UsageError
         from convtool.files.atomic import check_target
-        from convtool.matrix import plan_matrix, write_matrix
+        from convtool.matrix import plan_matrix, planned_size, write_matrix
 
         size, value_dtype = parse_input_size(input_size), parse_dtype(dtype)
         opened = open_checkpoint(checkpoint, root)
@@ -133,12 +135,12 @@ def command(
             transposed=transposed,
             output_padding=output_padding,
         )
-        check_target(out, force=force)
+        check_target(out, force=force or dry_run)
         if plot is not None:
             from convtool.matrix.plot import check_plot
 
             check_plot(plot)
-            check_target(plot, force=force)
+            check_target(plot, force=force or dry_run)
         sources = field_sources(
             geometry,
             settings,
@@ -169,8 +171,11 @@ def command(
             "affine": affine,
             "rows": None if plan.rows is None else list(plan.rows),
         }
-        write_matrix(matrix, plan, out, force=force, record=record)
-        if plot is not None:
+        size_in_bytes = planned_size(matrix, plan, record)
+        if not dry_run:
+            with reporter.progress(f"writing {out.name}", size_in_bytes) as advance:
+                write_matrix(matrix, plan, out, force=force, record=record, progress=advance)
+        if plot is not None and not dry_run:
             from convtool.matrix.plot import write_plot
 
             write_plot(matrix, plot, force=force, title=f"{found.name}, {conv.geometry.describe()}")
@@ -182,7 +187,8 @@ def command(
             "shape": list(plan.shape),
             "nnz": plan.nnz,
             "dtype": str(plan.dtype).removeprefix("torch."),
-            "bytes": out.stat().st_size,
+            "written": not dry_run,
+            "bytes": size_in_bytes,
             "bias": "column" if affine else "missing" if missing_bias else "vector" if conv.bias is not None else None,
             "assumed": [lowered.assumed] if lowered.assumed else [],
         }
@@ -222,4 +228,5 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
     reporter.line(
         f"  {rows} x {columns}, {document['nnz']} entries ({density:.3%}), {document['dtype']}, {document['layout']}"
     )
-    reporter.line(f"wrote {document['out']}, {human_bytes(document['bytes'])}")
+    verb = "wrote" if document["written"] else "would write"
+    reporter.line(f"{verb} {document['out']}, {human_bytes(document['bytes'])}")

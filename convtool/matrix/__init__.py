@@ -23,7 +23,7 @@ from convtool.files.atomic import check_target, replacing
 from convtool.matrix import npy, npz, pt, safetensors
 from convtool.matrix.contents import Contents, Layout, Output, bias_array, matrix_arrays
 
-__all__ = ["FORMATS", "Layout", "MatrixFormat", "MatrixPlan", "plan_matrix", "write_matrix"]
+__all__ = ["FORMATS", "Layout", "MatrixFormat", "MatrixPlan", "plan_matrix", "planned_size", "write_matrix"]
 
 WRITE_BACK_BYTES = 16 << 20  # written between two nudges to the disk
 
@@ -124,6 +124,11 @@ def plan_matrix(
     return _plan(matrix, path.suffix, chosen, rows)
 
 
+def planned_size(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, object] | None = None) -> int:
+    """The exact size in bytes of the file that `write_matrix` would write with this record."""
+    return FORMATS[plan.format].file_size(_contents(matrix, plan, _record_text(record)))
+
+
 def write_matrix(
     matrix: ToeplitzMatrix,
     plan: MatrixPlan,
@@ -149,7 +154,7 @@ def write_matrix(
         raise UsageError(f"{path}: the plan is for a {plan.format} file")
     target = check_target(path, force=force)
     form = FORMATS[plan.format]
-    contents = _contents(matrix, plan, None if record is None else json.dumps(record, separators=(",", ":")))
+    contents = _contents(matrix, plan, _record_text(record))
     size = form.file_size(contents)
     _check_space(matrix, plan, path, target, size)
 
@@ -160,6 +165,10 @@ def write_matrix(
 
     with replacing(path, force=force, check=check) as file:
         form.write(_Sink(file, progress), contents)
+
+
+def _record_text(record: dict[str, object] | None) -> str | None:
+    return None if record is None else json.dumps(record, separators=(",", ":"))
 
 
 class _Sink:

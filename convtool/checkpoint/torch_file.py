@@ -51,17 +51,18 @@ class TorchCheckpoint(Checkpoint):
         state: the state dict.
 
     Args:
-        root: those keys, joined by dots ('.' for the saved dict itself); needed only where there are several.
+        root: those keys, joined by dots ('.' for the saved dict itself), needed only where there are several; or one by
+            one, as found before.
     """
 
     format = "torch"
 
-    def __init__(self, path: Path, root: str | None = None, *, mapped: bool = True) -> None:
+    def __init__(self, path: Path, root: str | Sequence[str] | None = None, *, mapped: bool = True) -> None:
         super().__init__(path)
         self.source = Source(path, mapped=mapped)
         self.contents = read_contents(self.source)
         self.top = self.contents.value
-        self.root = _find_root(self.top, root, path)
+        self.root = _find_root(self.top, root, path) if root is None or isinstance(root, str) else tuple(root)
         self.state: dict[Any, Any] = _descend(self.top, self.root)
         self.tensors = {
             name: tensor
@@ -409,7 +410,7 @@ def check_written(
     import torch
 
     try:
-        back = TorchCheckpoint(path, ".".join(root) or ".")
+        back = TorchCheckpoint(path, tuple(root))
         found = {name: (info.dtype, info.shape) for name, info in back.infos.items()}
         if found != dict(expected):
             raise OutputError("the file read back holds other tensors than were written; nothing was changed")

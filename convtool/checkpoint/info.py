@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from convtool.core.names import unwrap as unwrap
 from convtool.errors import UsageError
 
 
@@ -63,14 +64,6 @@ class Layer:
 
 FUNCTION = "function"  # the kind of a layer without tensors, which stands in no checkpoint
 SCALES = ("gamma", "layer_scale_parameter", "lambda1")  # what per-channel scales are called in timm and transformers
-
-# Containers that training wrappers leave in the names; they say nothing about the layer.
-WRAPPERS = frozenset(
-    {
-        *("module", "_orig_mod", "_forward_module"),
-        *("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_mp_wrapped_module"),
-    }
-)
 
 PARAMETRIZATIONS = "parametrizations"  # torch.nn.utils.parametrize's module, between a layer's name and its tensors'
 # A weight norm's magnitude and direction, under the old names and the new.
@@ -180,8 +173,3 @@ def find_layer(layers: Mapping[str, Layer], name: str, where: str) -> Layer:
     if not hint:
         hint = "; `convtool inspect` lists the layers"
     raise UsageError(f"{where}: no layer {name!r}{hint}")
-
-
-def unwrap(name: str) -> str:
-    """The name without wrappers' components."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -88,13 +88,13 @@ def _describe(checkpoint: Checkpoint, layer: Layer, fields: dict[str, Any], tens
         "shape": list(weight.shape),
         "bias": "bias" in layer.tensors,
         "dtype": weight.dtype,
-        "bytes": sum(info.nbytes for info in layer.tensors.values()),
+        "bytes": sum(info.nbytes for info in layer.stored()),
         "geometry": _geometry(layer, fields),
     }
     if tensors:
         described["tensors"] = [
             {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
-            for info in layer.tensors.values()
+            for info in layer.stored()
         ]
     return described
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from convtool.core.geometry import PADDING_MODES, Geometry
+from convtool.core.names import unwrap
 from convtool.errors import UsageError, did_you_mean
 
 Fields: TypeAlias = dict[str, Any]
@@ -66,14 +67,19 @@ def geometry_fields(geometry: Geometry) -> Fields:
 
 @dataclass(frozen=True, slots=True)
 class FieldSource:
-    """Fields from one place, by layer name or pattern (fnmatch: * stands for anything, dots included)."""
+    """Fields from one place, by layer name or pattern (fnmatch: * stands for anything, dots included).
+
+    Unless `exact_names`, wrappers' prefixes may be left out, as everywhere that people name layers.
+    """
 
     origin: str
     tables: Mapping[str, Fields]
     exact_names: bool = False
 
     def matches(self, pattern: str, layer: str) -> bool:
-        return pattern == layer or (not self.exact_names and fnmatchcase(layer, pattern))
+        if self.exact_names:
+            return pattern == layer
+        return any(pattern == name or fnmatchcase(name, pattern) for name in (layer, unwrap(layer)))
 
     def fields(self, layer: str) -> Fields:
         """What this place says of a layer; a later table that matches wins."""

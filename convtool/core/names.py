@@ -1,0 +1,17 @@
+"""Names of layers, and what training leaves in them that says nothing about the layer."""
+
+from __future__ import annotations
+
+# Containers around a network or a part of it: DataParallel and DDP, torch.compile, Lightning Fabric, FSDP, activation
+# checkpointing.
+WRAPPERS = frozenset(
+    {
+        *("module", "_orig_mod", "_forward_module"),
+        *("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_mp_wrapped_module"),
+    }
+)
+
+
+def unwrap(name: str) -> str:
+    """The name without wrappers' components, at whatever depth they stand."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -108,7 +108,7 @@ def lower_tree(
     Args:
         checkpoints: by the source that the names give; BASE is the one that is changed.
         input_channels: of the tree's input, where the user gave them; settles groups that nobody stated.
-        spatial_axes: of the tree's input, for one without a convolution; 0 where None.
+        spatial_axes: of the tree's input, for one without a convolution or a linear layer.
 
     Raises:
         UsageError: an unknown layer, one named twice, fields or channels that don't fit.
@@ -141,7 +141,8 @@ class _TreeLowering:
             if twice:
                 raise UsageError(f"{layer.name} is named twice; a fusion runs through each layer once")
             used.update(full_name(name, ref.source) for name in layer.tensor_names())
-        self.axes = _spatial_axes(list(self.layers.values()), spatial_axes or 0, self._has_flatten())
+        flattened = next((len(size) for ref in self.layers if (size := flatten_size(ref.name)) is not None), None)
+        self.axes = _spatial_axes(list(self.layers.values()), flattened, spatial_axes)
 
     def lower(self, channels: int | None) -> Tree[LoweredLayer]:
         return self._lower(self.tree, channels, "--input-size")[0]
@@ -161,9 +162,6 @@ class _TreeLowering:
             return own
         like = self.sources.with_first(recorded(self.checkpoints[BASE])).fields(ref.like)
         return {field: like[field] for field in SHARED_FIELDS if field in like} | own
-
-    def _has_flatten(self) -> bool:
-        return any(flatten_size(ref.name) is not None for ref in self.layers)
 
     def _lower(
         self, tree: Tree[LayerRef], channels: int | None, known_from: str
@@ -230,12 +228,24 @@ class _TreeLowering:
         if channels is not None and conv.in_channels != channels:
             raise UsageError(
                 f"channels don't fit: {layer.name} takes {conv.in_channels} channels, and {known_from} gives {channels}"
+                f"{self._maybe_transposed(layer, channels, known_from, conv.in_channels)}"
             )
         full = geometry_fields(conv.geometry) if layer.kind == "conv" else dict(fields)
         if layer.kind == "batch_norm":
             full.setdefault("eps", DEFAULT_EPS)
         said = f"{full_name(layer.name, ref.source)}: {', '.join(assumed)}" if assumed else ""
         return LoweredLayer(layer, conv, full, said, ref.source)
+
+    def _maybe_transposed(self, layer: Layer, given: int, known_from: str, taken: int) -> str:
+        """A hint for channels that would fit, were one of the two layers a transposed convolution."""
+        before = [found for found in self.layers.values() if found.name == known_from and found.kind == "conv"]
+        if layer.kind == "conv" and layer.tensors["weight"].shape[0] == given:
+            suspect = layer.name
+        elif before and before[0].tensors["weight"].shape[1] == taken:
+            suspect = known_from
+        else:
+            return ""
+        return f"; they would if {suspect} is a transposed convolution: --set {suspect}.transposed=true"
 
     def _settled(self, tree: Tree[LayerRef]) -> tuple[int | None, str]:
         """Channels of a tree's input where one of its first layers settles them, and that layer's name."""
@@ -294,20 +304,26 @@ def stored_dtype(chain: Sequence[LoweredLayer]) -> torch.dtype:
     return dtype
 
 
-def _spatial_axes(layers: Sequence[Layer], default: int, flattens: bool) -> int:
-    """The number of spatial axes of a tree, as its convolutions tell; `default` where there is none."""
+def _spatial_axes(layers: Sequence[Layer], flattened: int | None, given: int | None) -> int:
+    """The spatial axes of a tree's input, as its convolutions tell, the feature map that it flattens, or `given`."""
     counts = {layer.name: layer.spatial_axes for layer in layers if layer.spatial_axes is not None}
+    if flattened is not None:
+        counts["flatten"] = flattened
     if len(set(counts.values())) > 1:
         each = ", ".join(f"{name} has {axes}" for name, axes in counts.items())
         raise UsageError(f"layers of different numbers of spatial axes cannot be chained: {each}")
-    axes = next(iter(counts.values()), default)
+    axes = next(iter(counts.values()), given)
     linear = [layer.name for layer in layers if layer.kind == "linear"]
-    if axes and linear and not flattens:
+    if axes and linear and flattened is None:
         raise RefusedError(
             f"{linear[0]} is a linear layer: between it and a convolution there is a flatten or a pooling that the"
             f" checkpoint doesn't show; name it in the chain, such as flatten(7,7) before {linear[0]}"
         )
-    return axes
+    if axes is None and not linear:
+        raise UsageError(
+            f"nothing tells how many spatial axes {layers[0].name} has; give --input-size with the channels in front"
+        )
+    return axes or 0
 
 
 def _settle_conv(layer: Layer, fields: Fields, channels: int | None, known_from: str) -> tuple[Fields, list[str]]:
@@ -331,4 +347,11 @@ def _settle_conv(layer: Layer, fields: Fields, channels: int | None, known_from:
                 assumed.append(f"groups {groups} ({channels} channels from {known_from}, {per_group} per group)")
         else:
             assumed.append("groups 1")
+    # Its tensors tell a transposed layer by their shapes, unless it has as many output as input channels.
+    if (
+        "transposed" not in fields
+        and weight[0] == weight[1] * fields.get("groups", 1)
+        and any(k > 1 for k in weight[2:])
+    ):
+        assumed.append("not transposed")
     return fields, assumed

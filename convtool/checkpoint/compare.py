@@ -59,14 +59,11 @@ def recorded_pairings(
             raise InputError(f"{where}: has no layer {which!r}, which the record of {after.path} names")
         fields = {full_name(source.name, source.origin): source.fields for source in leaves(tree)}
         known = FieldSource("record", fields, exact_names=True)
-        pairings.append(
-            Pairing(
-                name,
-                lower_tree({BASE: before, **(others or {})}, _names(tree), sources.with_first(known)),
-                lower_tree({BASE: after}, LayerRef(name), FieldSources()),
-                last[name],
-            )
-        )
+        fused = lower_tree({BASE: after}, LayerRef(name), FieldSources())
+        axes = next(leaves(fused)).conv.spatial_axes  # which batch norms by themselves don't tell
+        checkpoints = {BASE: before, **(others or {})}
+        layers = lower_tree(checkpoints, _names(tree), sources.with_first(known), spatial_axes=axes)
+        pairings.append(Pairing(name, layers, fused, last[name]))
     return pairings
 
 

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.chain import LoweredLayer, lower_tree, stored_dtype
+from convtool.checkpoint.chain import LoweredLayer, find_named, lower_tree, stored_dtype
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import FusionRecord
 from convtool.core.compose import compose
 from convtool.core.conv import Conv, pointwise
 from convtool.core.expression import multiply_adds, work_per_position
 from convtool.core.fields import FieldSources, geometry_fields
+from convtool.core.functions import flatten_size, is_function
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.tree import BASE, LayerRef, Tree, has_sum, leaves, map_leaves
 from convtool.core.verify import split_input_size
@@ -111,9 +112,11 @@ def lower_for(
         UsageError: names, fields or channels that don't fit.
         InputError: a layer that isn't linear, or numbers that aren't finite.
     """
-    axes = next((a for ref in leaves(tree) if (a := _axes(checkpoints, ref)) is not None), 0)
-    channels = input_size[0] if input_size is not None and len(input_size) == axes + 1 else None
-    return lower_tree(checkpoints, tree, sources, channels)
+    axes = _axes(checkpoints, tree)
+    if axes is None and input_size is not None:  # then the size has to tell, with the channels in front
+        axes = len(input_size) - 1
+    channels = input_size[0] if input_size is not None and len(input_size) - 1 == axes else None
+    return lower_tree(checkpoints, tree, sources, channels, axes)
 
 
 def plan_layer(
@@ -245,11 +248,20 @@ def _tied(base: Checkpoint) -> Iterator[tuple[str, str]]:
             yield name, other
 
 
-def _axes(checkpoints: Mapping[str, Checkpoint], ref: LayerRef) -> int | None:
-    checkpoint = checkpoints.get(ref.source)
-    if checkpoint is None or "(" in ref.name:
-        return None
-    return checkpoint.layer(ref.name).spatial_axes
+def _axes(checkpoints: Mapping[str, Checkpoint], tree: Tree[LayerRef]) -> int | None:
+    """The number of spatial axes of a tree's input, where a convolution, a flatten or a linear layer tells."""
+    linear = None
+    for ref in leaves(tree):
+        if is_function(ref.name):
+            size = flatten_size(ref.name)
+            if size is not None:
+                return len(size)
+        elif ref.source in checkpoints:
+            layer = find_named(checkpoints[ref.source], ref.name)
+            if layer.spatial_axes is not None:
+                return layer.spatial_axes
+            linear = 0 if layer.kind == "linear" else linear
+    return linear
 
 
 def _parameters(conv: Conv) -> int:

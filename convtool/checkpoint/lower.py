@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.info import SCALES, Layer
+from convtool.checkpoint.info import Layer, why_not_plain
 from convtool.core.conv import Conv, lower_batch_norm, lower_conv, lower_linear
 from convtool.core.fields import DEFAULT_EPS, Fields
 from convtool.core.geometry import Geometry
@@ -34,7 +34,7 @@ def lower_layer(checkpoint: Checkpoint, layer: Layer, fields: Fields, spatial_ax
     if unknown:
         raise UsageError(f"{where}: a {layer.kind.replace('_', ' ')} has no {', '.join(sorted(unknown))}")
     tensors = {name: checkpoint.tensor(info.name) for name, info in layer.tensors.items()}
-    for name in ("weight", "bias", "running_mean", "running_var", *SCALES):
+    for name in tensors if layer.kind == "scale" else _NUMBERS:
         if name in tensors:
             _check_numbers(tensors[name], f"{where}.{name}")
     try:
@@ -45,7 +45,14 @@ def lower_layer(checkpoint: Checkpoint, layer: Layer, fields: Fields, spatial_ax
 
 def _conv(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv:
     weight = tensors["weight"]
-    return lower_conv(weight, tensors.get("bias"), Geometry.of(tuple(weight.shape[2:]), **fields))
+    if "bias" in tensors and "bias_map" in tensors:
+        raise InputError("holds a bias and a bias_map, of which a layer has one")
+    bias = tensors.get("bias_map", tensors.get("bias"))
+    if bias is not None and len(bias) != len(weight) and len(bias) == weight.shape[1] and "transposed" not in fields:
+        raise UsageError(
+            f"its bias of {len(bias)} numbers is that of a transposed convolution; say so: transposed=true"
+        )
+    return lower_conv(weight, bias, Geometry.of(tuple(weight.shape[2:]), **fields))
 
 
 def _linear(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv:
@@ -56,7 +63,7 @@ def _linear(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Co
 
 def _scale(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv:
     (factors,) = tensors.values()
-    return scale(factors, spatial_axes)
+    return scale(factors.reshape(-1), spatial_axes)  # (C,), whatever axes of size 1 follow
 
 
 def _batch_norm(tensors: dict[str, Tensor], fields: Fields, spatial_axes: int) -> Conv:
@@ -76,6 +83,7 @@ _LOWERINGS: dict[str, Callable[[dict[str, Tensor], Fields, int], Conv]] = {
     "batch_norm": _batch_norm,
     "scale": _scale,
 }
+_NUMBERS = ("weight", "bias", "bias_map", "running_mean", "running_var")
 _GEOMETRY = {"stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"}
 _FIELDS = {"conv": _GEOMETRY, "linear": {"flatten"}, "batch_norm": {"eps"}, "scale": set[str]()}
 
@@ -89,11 +97,8 @@ def _check_numbers(tensor: Tensor, where: str) -> None:
 
 
 def _why_not(layer: Layer) -> str:
+    reason = why_not_plain(layer.tensors)
+    if reason is not None:
+        return reason
     names = set(layer.tensors)
-    if {"weight_g", "weight_v"} <= names or any("parametrizations" in name for name in layer.name.split(".")):
-        return "is reparametrised (weight_norm or another); remove it with torch.nn.utils before saving"
-    if {"weight_orig", "weight_mask"} <= names:
-        return "is pruned; make it permanent with torch.nn.utils.prune.remove before saving"
-    if "weight_orig" in names:
-        return "has a spectral norm; make it permanent with torch.nn.utils.remove_spectral_norm before saving"
     return f"is not a convolution, linear layer or batch norm (it holds {', '.join(sorted(names))})"

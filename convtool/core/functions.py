@@ -38,9 +38,6 @@ def make_function(text: str, channels: int, axes: int) -> Conv:
         raise UsageError(f"{text}: unknown layer {name!r}; expected one of {', '.join((*FUNCTIONS, 'flatten'))}")
     arguments = _parse(text)[1]
     fields, build = FUNCTIONS[name]
-    unknown = arguments.keys() - fields
-    if unknown:
-        raise UsageError(f"{text}: {name} has no {sorted(unknown)[0]}; it takes {', '.join(fields) or 'nothing'}")
     try:
         return build(channels, axes, **arguments)
     except TypeError:
@@ -84,17 +81,23 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
             key, value = next(iter(FUNCTIONS[name][0]), ""), part
             if number:
                 raise UsageError(f"{text}: expected name=value after the first argument, got {part!r}")
+        if key not in FUNCTIONS[name][0]:
+            takes = ", ".join(FUNCTIONS[name][0]) or "nothing"
+            raise UsageError(f"{text}: {name} takes {takes}, got {part!r}")
         arguments[key] = _value(key, value, text)
     return name, arguments
 
 
 def _value(key: str, value: str, text: str) -> Any:
-    if key in ("stride", "padding"):
-        return parse_field(key, value)
-    if key == "kernel_size" or (key == "factor" and text.startswith("upsample")):
-        return parse_field("stride", value)
-    if key == "count_include_pad":
-        return parse_field("transposed", value)
+    # Sizes are written as the fields of layers are; a flag as `transposed` is.
+    like = {"kernel_size": "stride", "count_include_pad": "transposed"}.get(key, key)
+    if key == "factor" and text.startswith("upsample"):
+        like = "stride"
+    if like in ("stride", "padding", "transposed"):
+        try:
+            return parse_field(like, value)
+        except UsageError as error:
+            raise UsageError(f"{text}: {key}: {str(error).partition(': ')[2]}") from None
     if key in ("mean", "std"):
         return [_number(part.strip(), key, text) for part in value.split(",")]
     return _number(value, key, text)

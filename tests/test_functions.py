@@ -1,0 +1,165 @@
+"""Layers without tensors as they are written in a chain, against what torch computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import real_numbers, whole_numbers
+from torch import Tensor
+
+from convtool.core.conv import Conv
+from convtool.core.expression import Expression, multiply_adds, work_per_position
+from convtool.core.forward import forward
+from convtool.core.functions import (
+    FUNCTIONS,
+    NOT_LINEAR,
+    flatten_size,
+    function_channels,
+    is_function,
+    make_function,
+)
+from convtool.core.geometry import Geometry
+from convtool.core.tree import Chain, Sum
+from convtool.errors import RefusedError, UsageError
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def channel(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("identity()", lambda x: x),
+        ("scale(0.25)", lambda x: x / 4),
+        ("scale(1/4)", lambda x: x / 4),
+        ("scale(factor=-3e0)", lambda x: -3 * x),
+        ("avg_pool(2)", lambda x: F.avg_pool2d(x, 2)),
+        ("avg_pool(2,3)", lambda x: F.avg_pool2d(x, (2, 3))),
+        ("avg_pool(3; stride=1,2; padding=1,0)", lambda x: F.avg_pool2d(x, 3, (1, 2), (1, 0))),
+        ("avg_pool(kernel_size=3; stride=2; count_include_pad=false)", lambda x: F.avg_pool2d(x, 3, 2)),
+        ("upsample(2)", lambda x: F.interpolate(x, scale_factor=2.0)),
+        ("upsample(2,3)", lambda x: F.interpolate(x, scale_factor=(2.0, 3.0))),
+        ("pad(1)", lambda x: F.pad(x, (1, 1, 1, 1))),
+        ("pad(0:1,2:3)", lambda x: F.pad(x, (2, 3, 0, 1))),
+        (
+            "normalize(mean=0.485,0.456,0.406; std=0.229,0.224,0.225)",
+            lambda x: (x - channel(MEAN)) / channel(STD),
+        ),
+        ("normalize(mean=0.5; std=0.25; scale=1/255)", lambda x: (x / 255 - 0.5) / 0.25),
+        ("normalize(scale=1/255)", lambda x: x / 255),
+        ("normalize(0.485,0.456,0.406)", lambda x: x - channel(MEAN)),
+    ],
+)  # fmt: skip
+def test_what_they_compute(text: str, expected: object) -> None:
+    x = real_numbers(4, 2, 3, 6, 9)
+    assert callable(expected)
+    assert is_function(text)
+    torch.testing.assert_close(forward(make_function(text, 3, 2), x), expected(x), rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", sorted(NOT_LINEAR))
+def test_what_is_not_linear_is_refused_by_name(name: str) -> None:
+    for text in (f"{name}()", f"{name}(2)", f"{name}(anything at=all)"):
+        with pytest.raises(RefusedError, match=rf"{name} is not linear; nothing can be fused across it"):
+            make_function(text, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("blur(3)", "unknown layer 'blur'; expected one of identity, scale, avg_pool, upsample, pad, normalize, flat"),
+        ("avg_pool()", "avg_pool takes kernel_size, stride, padding, count_include_pad"),
+        ("avg_pool(2; ceil_mode=true)", "avg_pool takes kernel_size, stride, padding, count_include_pad, got"),
+        ("avg_pool(2; 3)", "expected name=value after the first argument, got '3'"),
+        ("avg_pool(two)", "avg_pool(two): kernel_size: expected an integer or one per axis, such as 2 or 2,1,"),
+        ("avg_pool(2,2,2)", "kernel_size: expected one value or 2 values, one per spatial axis, got 2,2,2"),
+        ("avg_pool(0)", "kernel_size: expected integers of at least 1, got 0"),
+        ("identity(3)", "identity takes nothing, got '3'"),
+        ("upsample(2; mode=bilinear)", "upsample takes factor, got 'mode=bilinear'"),
+        ("scale(half)", "factor: expected a finite number, got 'half'"),
+        ("scale(1/0)", "factor: expected a finite number, got '1/0'"),
+        ("scale(nan)", "factor: expected a finite number, got 'nan'"),
+        ("scale(inf)", "factor: expected a finite number, got 'inf'"),
+        ("pad(-1)", "padding: expected integers of at least 0"),
+        ("normalize(mean=1,2)", "mean: expected 1 or 3 numbers, one per channel, got 2"),
+        ("normalize(std=0)", "std: expected numbers above 0, got 0.0"),
+        ("normalize(mean=a)", "mean: expected a finite number, got 'a'"),
+    ],
+)  # fmt: skip
+def test_mistakes(text: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        make_function(text, 3, 2)
+    assert message in str(caught.value)
+
+
+def test_padding_that_does_not_count_is_refused() -> None:
+    with pytest.raises(RefusedError, match="divides by less at the border"):
+        make_function("avg_pool(3; padding=1; count_include_pad=false)", 3, 2)
+
+
+def test_flatten_sizes() -> None:
+    assert flatten_size("flatten(7,5)") == (7, 5)
+    assert flatten_size("flatten(7)") == (7,)
+    assert flatten_size("avg_pool(7)") is None
+    assert flatten_size("flatten") is None
+    for text in ("flatten()", "flatten(a)", "flatten(0,3)"):
+        with pytest.raises(UsageError, match="expected the spatial sizes of what is flattened"):
+            flatten_size(text)
+
+
+def test_channels_that_arguments_tell() -> None:
+    assert function_channels("normalize(mean=0.1,0.2; std=1)") == 2
+    assert function_channels("normalize(mean=0.1; std=1)") is None
+    assert function_channels("normalize(mean=0.1,0.2; std=1,2,3)") is None
+    assert function_channels("scale(2)") is None
+
+
+def test_every_function_works_along_one_and_three_axes() -> None:
+    argument = {"identity": "", "normalize": "std=2"}
+    for name in FUNCTIONS:
+        for axes in (1, 3):
+            conv = make_function(f"{name}({argument.get(name, '2')})", 3, axes)
+            assert (conv.in_channels, conv.out_channels, conv.spatial_axes) == (3, 3, axes)
+
+
+# --- what layers cost
+
+
+def layer(kernel: tuple[int, int], inner: int, outer: int, **fields: object) -> Conv:
+    geometry = Geometry.of(kernel, **fields)  # type: ignore[arg-type]
+    return Conv(whole_numbers(1, outer, inner // geometry.groups, *kernel), None, geometry)
+
+
+def test_multiply_adds_of_one_input() -> None:
+    first = layer((3, 2), 4, 6, stride=2, groups=2)
+    assert multiply_adds(first, (9, 8)) == 6 * 2 * 6 * (4 * 4)
+    second = layer((1, 3), 6, 5)
+    assert multiply_adds(Chain((first, second)), (9, 8)) == 6 * 2 * 6 * 16 + 5 * 6 * 3 * (4 * 2)
+    assert multiply_adds(Sum((first, first)), (9, 8)) == 2 * 6 * 2 * 6 * 16
+    up = layer((3, 2), 4, 6, stride=2, transposed=True)
+    assert multiply_adds(up, (5, 7)) == 6 * 4 * 6 * 35  # each input position meets each tap
+
+
+def test_copying_costs_nothing() -> None:
+    for text in ("identity()", "pad(1)", "upsample(2)"):
+        assert multiply_adds(make_function(text, 3, 2), (5, 7)) == 0
+        assert work_per_position(make_function(text, 3, 2)) == 0
+    assert multiply_adds(make_function("scale(2)", 3, 2), (5, 7)) == 3 * 35
+    assert multiply_adds(make_function("avg_pool(2)", 3, 2), (4, 6)) == 3 * 4 * 6
+
+
+def test_work_per_position_is_that_of_large_inputs() -> None:
+    trees: list[Expression] = [
+        layer((3, 2), 4, 6, stride=2),
+        Chain((layer((3, 2), 4, 6, stride=2), layer((3, 3), 6, 5, stride=(1, 2)), layer((1, 1), 5, 5))),
+        Chain(
+            (layer((3, 3), 4, 4, stride=2, transposed=True), Sum((layer((3, 3), 4, 6), layer((5, 5), 4, 6, padding=1))))
+        ),
+    ]
+    for tree in trees:
+        size = (4000, 6000)
+        assert work_per_position(tree) == pytest.approx(multiply_adds(tree, size) / (size[0] * size[1]), rel=1e-2)

@@ -1,0 +1,564 @@
+"""`convtool fuse` on named layers of every linear kind: what it writes against what the modules compute in torch.
+
+Recipes are in test_recipe, whole families in test_families. Checkpoints are in float64, so that equal means equal.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from live import (
+    CLOSE,
+    assert_same_outputs,
+    done,
+    error,
+    filled,
+    geometry_of,
+    inputs,
+    load,
+    relative_difference,
+    run,
+    save,
+    settings,
+)
+from torch import Tensor, nn
+
+import convtool
+
+SHAPES = [(2, 4, 7, 10), (1, 4, 8, 9)]
+
+
+class Up(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.interpolate(x, scale_factor=(2.0, 3.0))
+
+
+class Scale(nn.Module):
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        gamma = self.gamma.reshape(-1, *(1,) * (x.dim() - 2)) if self.gamma.dim() == 1 else self.gamma
+        return gamma * x
+
+
+def chain(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
+
+
+def fused(
+    model: nn.Module, words: list[str], folder: Path, *more: object, suffix: str = ".safetensors"
+) -> tuple[dict[str, Any], Path, Path]:
+    """Fuse the layers of a model, whose geometry is all stated; fuse's document of the one fusion, and both files."""
+    before, after = save(filled(model), folder / f"before{suffix}"), folder / f"after{suffix}"
+    stated = settings(geometry_of(model), folder / "geometry.toml")
+    document = done("fuse", before, *words, "-o", after, *stated, *more)
+    (fusion,) = document["fusions"]
+    return fusion, before, after
+
+
+# Every kind of layer before and after another, each with what stands for it on the command line where it has no name.
+CHAINS: dict[str, tuple[nn.Sequential, list[str]]] = {
+    "convolution and batch norm": (
+        chain(a=nn.Conv2d(4, 6, (3, 2), (2, 1), (1, 0), bias=False), b=nn.BatchNorm2d(6, eps=1e-3)),
+        ["a", "b"],
+    ),
+    "grouped, dilated, with a bias": (
+        chain(a=nn.Conv2d(4, 6, (2, 3), padding=(2, 1), dilation=(2, 1), groups=2), b=nn.BatchNorm2d(6, eps=0.1)),
+        ["a", "b"],
+    ),
+    "batch norm without weight and bias": (
+        chain(a=nn.Conv2d(4, 6, 3), b=nn.BatchNorm2d(6, affine=False, eps=1e-2)),
+        ["a", "b"],
+    ),
+    "batch norm first": (chain(a=nn.BatchNorm2d(4, eps=1e-3), b=nn.Conv2d(4, 6, (3, 2), groups=2)), ["a", "b"]),
+    "batch norm twice": (
+        chain(a=nn.BatchNorm2d(4), b=nn.BatchNorm2d(4, eps=1e-2)),
+        ["a", "b", "--input-size", "4,7,10"],
+    ),
+    "depthwise and pointwise": (
+        chain(a=nn.Conv2d(4, 8, (3, 4), (1, 2), 1, groups=4), b=nn.Conv2d(8, 5, 1), c=nn.BatchNorm2d(5)),
+        ["a", "b", "c"],
+    ),
+    "wide and narrow": (
+        chain(a=nn.Conv2d(4, 16, 1), b=nn.Conv2d(16, 5, (3, 2), 2), c=nn.Conv2d(5, 3, 2)),
+        ["a", "b", "c"],
+    ),
+    "circular": (
+        chain(a=nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular"), b=nn.BatchNorm2d(6)),
+        ["a", "b"],
+    ),
+    "transposed and batch norm": (
+        chain(a=nn.ConvTranspose2d(4, 4, (3, 2), 2, 1, (0, 1)), b=nn.BatchNorm2d(4, eps=1e-3)),
+        ["a", "b"],
+    ),
+    "transposed, grouped, and batch norm": (
+        chain(a=nn.ConvTranspose2d(4, 6, (3, 2), (2, 3), groups=2, bias=False), b=nn.BatchNorm2d(6)),
+        ["a", "b"],
+    ),
+    "convolution and transposed": (
+        chain(a=nn.Conv2d(4, 6, (1, 2), bias=False), b=nn.ConvTranspose2d(6, 3, 2, 2)),
+        ["a", "b"],
+    ),
+    "transposed and convolution": (
+        chain(a=nn.ConvTranspose2d(4, 6, 2, 2, bias=False), b=nn.Conv2d(6, 3, 1)),
+        ["a", "b"],
+    ),
+    "average pooling": (
+        chain(a=nn.Conv2d(4, 6, 2), p=nn.AvgPool2d((2, 3), 2), b=nn.BatchNorm2d(6)),
+        ["a", "avg_pool(2,3; stride=2)", "b"],
+    ),
+    "average pooling first": (
+        chain(p=nn.AvgPool2d(3, 2, 1), a=nn.Conv2d(4, 6, 1)),
+        ["avg_pool(3; stride=2; padding=1)", "a"],
+    ),
+    "upsampling": (chain(u=Up(), a=nn.Conv2d(4, 6, (3, 2))), ["upsample(2,3)", "a"]),
+    "padding": (chain(p=nn.ZeroPad2d((1, 2, 3, 0)), a=nn.Conv2d(4, 6, 3)), ["pad(3:0,1:2)", "a"]),
+    "scale": (chain(a=nn.Conv2d(4, 6, (3, 2)), s=Scale(6)), ["a", "s"]),
+    "scale with axes": (chain(a=nn.Conv2d(4, 6, (3, 2)), s=Scale(6, 1, 1), n=nn.BatchNorm2d(6)), ["a", "s", "n"]),
+    "scale by its tensor": (chain(a=nn.Conv2d(4, 6, (3, 2)), s=Scale(6)), ["a", "s.gamma"]),
+    "scale by a number": (chain(a=nn.Conv2d(4, 6, (3, 2)), n=nn.BatchNorm2d(6)), ["a", "n", "identity()", "scale(1)"]),
+    "pooling, flatten, linear": (
+        chain(a=nn.Conv2d(4, 5, (2, 4)), p=nn.AvgPool2d(2), f=nn.Flatten(), b=nn.Linear(45, 3)),
+        ["a", "avg_pool(2)", "flatten(3,3)", "b"],
+    ),
+    "batch norm, flatten, linear, batch norm": (
+        chain(a=nn.BatchNorm2d(4), f=nn.Flatten(), b=nn.Linear(280, 3, bias=False), c=nn.BatchNorm1d(3, eps=1e-2)),
+        ["a", "flatten(7,10)", "b", "c"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_fused_checkpoint_computes_what_the_modules_do(name: str, suffix: str, tmp_path: Path) -> None:
+    model, words = CHAINS[name]
+    flat = any("flatten" in word for word in words)
+    fusion, before, after = fused(model, words, tmp_path, suffix=suffix)
+    assert fusion["exact"]
+    conv = convtool.open_checkpoint(after).conv(fusion["name"])
+    for shape in SHAPES[:1] if flat or "--input-size" in words else SHAPES:
+        x = inputs(*shape)
+        with torch.no_grad():
+            assert relative_difference(model(x), convtool.forward(conv, x).reshape(model(x).shape)) < CLOSE
+    assert run("verify", before, after)[0] == 0
+    assert set(load(after)) <= {f"{fusion['name']}.weight", f"{fusion['name']}.bias"}
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+def test_convolutions_of_one_and_three_axes(axes: int, tmp_path: Path) -> None:
+    conv: Any = {1: nn.Conv1d, 3: nn.Conv3d}[axes]
+    norm = {1: nn.BatchNorm1d, 3: nn.BatchNorm3d}[axes]
+    model = chain(a=conv(4, 6, (3, 2, 4)[:axes], 2, 1, groups=2), b=norm(6, eps=1e-3), c=conv(6, 2, 1))
+    after = fused(model, ["a", "b", "c"], tmp_path)[2]
+    x = inputs(2, 4, *(5, 6, 7)[:axes])
+    found = convtool.forward(convtool.open_checkpoint(after).conv("a"), x)
+    with torch.no_grad():
+        assert relative_difference(model(x), found) < CLOSE
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_folding_is_closer_to_the_truth_than_in_the_stored_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = filled(chain(a=nn.Conv2d(8, 16, 3, bias=False), b=nn.BatchNorm2d(16, eps=1e-3))).to(dtype)
+    path = save(model, tmp_path / "before.safetensors")
+    done("fuse", path, "a", "b", "--set", "b.eps=1e-3", "-o", tmp_path / "after.safetensors")
+    found = load(tmp_path / "after.safetensors")
+    assert {tensor.dtype for tensor in found.values()} == {dtype}
+
+    def fold(kind: torch.dtype) -> Tensor:
+        a, b = (model.get_submodule(name).to(kind) for name in "ab")
+        weight, gain, var = (t for t in (a.weight, b.weight, b.running_var) if isinstance(t, Tensor))
+        return (weight * (gain / torch.sqrt(var + 1e-3)).reshape(-1, 1, 1, 1)).detach()
+
+    truth = fold(torch.float64)
+
+    def distance(weight: Tensor) -> float:
+        return float((weight.double() - truth).abs().sum())
+
+    # Each number is the truth rounded once: no number of the dtype is closer.
+    assert torch.equal(found["a.weight"], truth.to(dtype))
+    model.to(dtype)
+    assert distance(found["a.weight"]) < 0.8 * distance(fold(dtype))
+
+
+def test_the_dtype_is_that_of_the_convolution_and_not_of_its_batch_norm(tmp_path: Path) -> None:
+    model = chain(n=nn.BatchNorm2d(4), a=nn.Conv2d(4, 3, 1))
+    filled(model)
+    model.n.float()
+    model.a.half()
+    path = save(model, tmp_path / "mixed.pt")
+    done("fuse", path, "n", "a", "-o", tmp_path / "out.pt")
+    assert {tensor.dtype for tensor in load(tmp_path / "out.pt").values()} == {torch.float16}
+
+
+def test_linear_layers_stay_linear_whatever_stands_between_them(tmp_path: Path) -> None:
+    model = chain(n=nn.BatchNorm1d(4), m=nn.BatchNorm1d(4, eps=1e-2))
+    path = save(filled(model), tmp_path / "net.pt")
+    message = "nothing tells how many spatial axes n has; give --input-size with the channels in front"
+    assert error("fuse", path, "n", "m", "-o", tmp_path / "out.pt") == (2, message)
+    fusion, _, after = fused(model, ["n", "m", "--input-size", "4"], tmp_path)
+    assert fusion["edits"] == ["n = nn.Linear(4, 4)", "m = nn.Identity()"]
+    one = nn.Linear(4, 4).double()
+    one.load_state_dict({name.removeprefix("n."): tensor for name, tensor in load(after).items()})
+    assert_same_outputs(model, one, [(5, 4)])
+
+
+# --- what can't be fused is refused by name
+
+
+class Norms(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Conv2d(4, 6, 3)
+        self.layer_norm = nn.LayerNorm(6)
+        self.group_norm = nn.GroupNorm(2, 6)
+        self.prelu = nn.PReLU(6)
+        self.rms_norm = nn.Module()
+        self.rms_norm.gamma = nn.Parameter(torch.ones(6))
+        self.attention = nn.MultiheadAttention(6, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (["a", "layer_norm"], 3, "layer_norm: is not a convolution, linear layer or batch norm (it holds bias"),
+        (["a", "group_norm"], 3, "group_norm: is not a convolution, linear layer or batch norm (it holds bias"),
+        (["a", "prelu"], 3, "prelu: is not a convolution, linear layer or batch norm (it holds weight)"),
+        (["a", "attention"], 3, "attention: is not a convolution"),
+        (["a", "rms_norm"], 4, "rms_norm holds nothing but rms_norm.gamma, as an RMS norm does, which isn't linear"),
+        (["a", "relu()"], 4, "relu(): relu is not linear; nothing can be fused across it"),
+        (["a", "max_pool(2)", "prelu"], 4, "max_pool(2): max_pool is not linear"),
+        (["a", "pool(2)"], 2, "pool(2): unknown layer 'pool'"),
+        (["a", "flatten(2,2)"], 2, "flatten(...) stands before the linear layer that reads what it flattens"),
+        (["a", "flatten(2,2)", "a"], 2, "a is named twice"),
+        (["a", "a"], 2, "a is named twice; a fusion runs through each layer once"),
+        (["a", "a.weight"], 2, "a is named twice; a fusion runs through each layer once"),
+        (["rms_norm.gamma", "rms_norm.gamma"], 2, "rms_norm.gamma is named twice"),
+        (["identity()", "scale(2)"], 2, "nothing tells how many spatial axes identity() has"),
+        (["a"], 2, "expected two layers or more, first to last, or a --recipe"),
+        (["a", "lora:b"], 2, "no layer 'lora:b'"),
+    ],
+)  # fmt: skip
+def test_what_is_not_linear_is_refused(words: list[str], code: int, message: str, tmp_path: Path) -> None:
+    path = save(filled(Norms()), tmp_path / "net.safetensors")
+    found = error("fuse", path, *words, "-o", tmp_path / "out.safetensors")
+    assert found[0] == code
+    assert message in found[1]
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_lone_gamma_of_a_norm_is_a_scale_where_its_tensor_is_named(tmp_path: Path) -> None:
+    path = save(filled(Norms()), tmp_path / "net.safetensors")
+    document = done("fuse", path, "a", "rms_norm.gamma", "-o", tmp_path / "out.safetensors")
+    assert document["fusions"][0]["edits"][1:] == ["rms_norm.gamma = None"]
+
+
+def test_a_transposed_layer_that_nobody_called_so(tmp_path: Path) -> None:
+    def told(model: nn.Module, *words: str) -> tuple[int, str]:
+        return error("fuse", save(filled(model), tmp_path / "net.pt"), *words, "-o", tmp_path / "out.pt")
+
+    hint = "they would if a is a transposed convolution: --set a.transposed=true"
+    after = told(chain(a=nn.ConvTranspose2d(4, 6, 3, bias=False), b=nn.BatchNorm2d(6)), "a", "b")
+    assert after == (2, f"channels don't fit: b takes 6 channels, and a gives 4; {hint}")
+    before = told(chain(n=nn.BatchNorm2d(4), a=nn.ConvTranspose2d(4, 6, 3, bias=False)), "n", "a")
+    assert before == (2, f"channels don't fit: a takes 6 channels, and n gives 4; {hint}")
+    code, message = told(chain(a=nn.ConvTranspose2d(4, 6, 3), b=nn.BatchNorm2d(6)), "a", "b")
+    assert code == 2
+    assert message.endswith("a: its bias of 6 numbers is that of a transposed convolution; say so: transposed=true")
+    # As many channels out as in: nothing tells, so it is said what was assumed.
+    path = save(filled(chain(a=nn.ConvTranspose2d(4, 4, 3), b=nn.BatchNorm2d(4))), tmp_path / "net.pt")
+    (fusion,) = done("fuse", path, "a", "b", "-o", tmp_path / "out.pt")["fusions"]
+    assert "a: stride 1, padding 0, dilation 1, groups 1, not transposed" in fusion["assumed"]
+    (fusion,) = done("fuse", path, "a", "b", "-o", tmp_path / "out.pt", "--set", "a.transposed=true", "--force")[
+        "fusions"
+    ]
+    assert "a: stride 1, padding 0, dilation 1, groups 1" in fusion["assumed"]
+
+
+# --- input normalisation and bias maps
+
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+NORMALIZE = ["--normalize", f"mean={','.join(map(str, MEAN))}", f"std={','.join(map(str, STD))}"]
+
+
+class Normalized(nn.Module):
+    """Images of 0 to 255, normalised, through a first convolution and its batch norm."""
+
+    def __init__(self, padding: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 5, (3, 4), 2, padding)
+        self.bn1 = nn.BatchNorm2d(5, eps=1e-3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = (torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1) for values in (MEAN, STD))
+        y: Tensor = self.bn1(self.conv1((x / 255 - mean) / std))
+        return y
+
+
+def test_input_normalisation(tmp_path: Path) -> None:
+    model = filled(Normalized(padding=0))
+    fusion, before, after = fused(model, ["conv1", "bn1", *NORMALIZE, "--input-scale", "1/255"], tmp_path)
+    normalize = f"normalize(mean={','.join(map(str, MEAN))}; std={','.join(map(str, STD))}; scale=1/255)"
+    assert fusion["layers"] == [normalize, "conv1", "bn1"]
+    assert f"give conv1 its input as it was before {normalize}" in fusion["edits"]
+    conv = convtool.open_checkpoint(after).conv("conv1")
+    x = inputs(2, 3, 9, 12).abs() * 100
+    with torch.no_grad():
+        assert relative_difference(model(x), convtool.forward(conv, x)) < CLOSE
+    assert run("verify", before, after)[0] == 0
+
+
+def test_input_normalisation_before_padding_needs_a_bias_map(tmp_path: Path) -> None:
+    model = filled(Normalized(padding=1))
+    before, after = save(model, tmp_path / "before.pt"), tmp_path / "after.pt"
+    stated = settings(geometry_of(model), tmp_path / "geometry.toml")
+    words = ["fuse", before, "conv1", *NORMALIZE, *stated, "--input-scale", "1/255", "-o", after]
+    code, message = error(*words)
+    assert code == 4
+    assert "the padding of conv1 hides the bias of normalize(" in message
+    assert "--bias-map with --input-size makes it exact at one size" in message
+    (fusion,) = done(*words, "--bias-map", "--input-size", "9,12")["fusions"]
+    assert (fusion["exact"], fusion["bias_map"], fusion["input_size"]) == (True, True, [9, 12])
+    state = load(after)
+    assert state["conv1.bias_map"].shape == (5, 5, 6)
+    assert "conv1.bias" not in state
+    x = inputs(2, 3, 9, 12).abs() * 100
+    with torch.no_grad():
+        expected = model.conv1((x / 255 - torch.tensor(MEAN).reshape(3, 1, 1)) / torch.tensor(STD).reshape(3, 1, 1))
+        found = F.conv2d(x, state["conv1.weight"], None, 2, 1) + state["conv1.bias_map"]
+    assert relative_difference(expected, found) < 1e-6  # the mean in float32 on the one side
+    assert run("verify", before, after)[0] == 0
+    assert run("verify", before, after, "--input-size", "9,12", "--exhaustive")[0] == 0
+    assert run("verify", before, after, "--input-size", "9,14")[0] == 1  # it was made for another size
+
+
+BIASED: dict[str, tuple[nn.Sequential, list[str], tuple[int, int]]] = {
+    "1x1 with bias": (chain(a=nn.Conv2d(4, 6, 1), b=nn.Conv2d(6, 5, (3, 2), 2, (1, 0))), ["a", "b"], (7, 8)),
+    "batch norm": (chain(a=nn.BatchNorm2d(4), b=nn.Conv2d(4, 6, (3, 4), padding=(2, 1), groups=2)), ["a", "b"], (5, 9)),
+    "three, two of them padded": (
+        chain(a=nn.BatchNorm2d(4), b=nn.Conv2d(4, 3, (3, 2), padding=1), c=nn.Conv2d(3, 2, 1)), ["a", "b", "c"], (4, 6),
+    ),
+    "reflected": (
+        chain(a=nn.BatchNorm2d(4), p=nn.ZeroPad2d(1), b=nn.Conv2d(4, 3, 2)), ["a", "pad(1)", "b"], (4, 6),
+    ),
+    "transposed": (chain(a=nn.BatchNorm2d(4), b=nn.ConvTranspose2d(4, 3, 3, 2, 1)), ["a", "b"], (4, 6)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BIASED)
+def test_a_bias_map_is_exact_at_its_size(name: str, tmp_path: Path) -> None:
+    model, words, size = BIASED[name]
+    before, after = save(filled(model), tmp_path / "before.safetensors"), tmp_path / "after.safetensors"
+    stated = settings(geometry_of(model), tmp_path / "geometry.toml")
+    at = ["--input-size", ",".join(map(str, size))]
+    assert error("fuse", before, *words, *stated, *at, "-o", after)[0] == 4
+    (fusion,) = done("fuse", before, *words, *stated, *at, "--bias-map", "-o", after)["fusions"]
+    assert fusion["bias_map"]
+    conv = convtool.open_checkpoint(after).conv(fusion["name"])
+    x = inputs(2, 4, *size)
+    with torch.no_grad():
+        assert relative_difference(model(x), convtool.forward(conv, x)) < CLOSE
+    assert run("verify", before, after, "--exhaustive")[0] == 0
+
+
+def test_a_bias_map_is_made_only_where_a_bias_does_not_do(tmp_path: Path) -> None:
+    model = chain(a=nn.Conv2d(4, 6, 3, padding=1), b=nn.BatchNorm2d(6))
+    fusion, _, after = fused(model, ["a", "b", "--bias-map", "--input-size", "5,6"], tmp_path)
+    assert not fusion["bias_map"]
+    assert set(load(after)) == {"a.weight", "a.bias"}
+
+
+def test_a_bias_map_does_not_help_where_more_than_a_bias_is_lost(tmp_path: Path) -> None:
+    model = chain(a=nn.Conv2d(4, 6, 3, padding=1), b=nn.Conv2d(6, 3, 3, padding=1))
+    path = save(filled(model), tmp_path / "net.pt")
+    stated = settings(geometry_of(model), tmp_path / "geometry.toml")
+    words = ["fuse", path, "a", "b", *stated, "-o", tmp_path / "out.pt"]
+    code, message = error(*words, "--bias-map", "--input-size", "5,6")
+    assert code == 4
+    assert "b pads what the layers before compute" in message
+    assert error(*words, "--bias-map")[0] == 2
+    assert error(*words, "--bias-map", "--input-size", "5,6", "--allow-border")[0] == 2
+
+
+def test_a_layer_with_a_bias_map_is_not_fused_further(tmp_path: Path) -> None:
+    model = chain(a=nn.BatchNorm2d(4), b=nn.Conv2d(4, 5, 3, padding=1), c=nn.Conv2d(5, 2, 1))
+    _, _, after = fused(model, ["a", "b", "--name", "b", "--bias-map", "--input-size", "5,6"], tmp_path)
+    code, message = error("fuse", after, "b", "c", "-o", tmp_path / "more.safetensors")
+    assert code == 4
+    assert "a layer with a bias map cannot be fused further" in message
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--normalize", "mean=1,2,3", "mean=1,2,3"], "--normalize: expected mean=M,M,M std=S,S,S"),
+        (["--normalize", "mean=1,2,3", "var=1,2,3"], "--normalize: expected mean=M,M,M std=S,S,S"),
+        (["--normalize", "1,2,3", "4,5,6"], "--normalize: expected mean=M,M,M std=S,S,S"),
+        (["--normalize", "mean=1,2", "std=1"], "channels don't fit: conv1 takes 3 channels, and normalize(mean=1,2"),
+        (["--normalize", "mean=0", "std=0"], "normalize: std: expected numbers above 0"),
+        (["--input-scale", "x"], "scale: expected a finite number, got 'x'"),
+    ],
+)
+def test_mistakes_in_normalisation(words: list[str], message: str, tmp_path: Path) -> None:
+    path = save(filled(Normalized(padding=0)), tmp_path / "net.pt")
+    code, found = error("fuse", path, "conv1", *words, "-o", tmp_path / "out.pt")
+    assert code == 2
+    assert message in found
+
+
+# --- cost
+
+
+def test_what_it_costs_is_counted_and_what_gets_slower_is_said(tmp_path: Path) -> None:
+    model = chain(a=nn.Conv2d(4, 2, (3, 2)), b=nn.Conv2d(2, 6, 3), head=nn.Linear(3, 3))
+    fusion, before, after = fused(model, ["a", "b"], tmp_path, "--input-size", "9,8")
+    apart, together = 2 * 4 * 6 * (7 * 7) + 6 * 2 * 9 * (5 * 5), 6 * 4 * (5 * 4) * (5 * 5)
+    assert fusion["multiply_adds"] == {"before": apart, "after": together, "per": "input"}
+    assert fusion["parameters"] == {"before": 48 + 2 + 108 + 6, "after": 6 * 4 * 20 + 6}
+    (per_position,) = done("fuse", before, "a", "b", "-o", after, "--force")["fusions"]
+    assert per_position["multiply_adds"] == {"before": 48 + 108, "after": 480, "per": "input position"}
+    code, message = error("fuse", before, "a", "b", "-o", tmp_path / "out.pt", "--only-if-cheaper")
+    assert (code, message) == (4, "nothing is cheaper fused: a + b: fused it takes 3.08 times the multiply-adds")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_only_what_is_cheaper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('fuse = [{ name = "{p}.a", chain = ["{p}.a", "{p}.b"] }]')
+    wide = chain(a=nn.Conv2d(4, 32, 3), b=nn.Conv2d(32, 4, 1))
+    narrow = chain(a=nn.Conv2d(4, 2, 3), b=nn.Conv2d(2, 4, 3))
+    path = save(filled(nn.ModuleDict({"wide": wide, "narrow": narrow})), tmp_path / "net.safetensors")
+    words = ["fuse", path, "--recipe", recipe, "-o", tmp_path / "out.safetensors"]
+    both = done(*words)
+    assert [fusion["name"] for fusion in both["fusions"]] == ["narrow.a", "wide.a"]
+    assert both["left_alone"] == []
+    one = done(*words, "--only-if-cheaper", "--force")
+    assert [fusion["name"] for fusion in one["fusions"]] == ["wide.a"]
+    assert one["left_alone"] == ["left alone: narrow.a + narrow.b: fused it takes 2.78 times the multiply-adds"]
+    left = load(tmp_path / "out.safetensors")
+    assert torch.equal(left["narrow.b.weight"], load(path)["narrow.b.weight"])
+
+
+# --- shared layers and tied tensors
+
+
+def test_tied_tensors_are_not_torn_apart(tmp_path: Path) -> None:
+    model = filled(chain(a=nn.Conv2d(4, 4, 1), b=nn.BatchNorm2d(4), c=nn.Conv2d(4, 4, 1), d=nn.BatchNorm2d(4)))
+    a, c = model.get_submodule("a"), model.get_submodule("c")
+    c.weight = a.weight
+    path = save(model, tmp_path / "tied.pt")
+    out = tmp_path / "out.pt"
+    for layers, taken, other in ((["a", "b"], "a", "c"), (["c", "d"], "c", "a")):
+        code, message = error("fuse", path, *layers, "-o", out)
+        assert code == 4
+        assert f"{taken}.weight is one tensor with {other}.weight (tied weights)" in message
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('fuse = [{ name = "a", chain = ["a", "b"] }, { name = "c", chain = ["c", "d"] }]')
+    assert error("fuse", path, "--recipe", recipe, "-o", out)[0] == 4
+    # Both in one fusion: the layer runs twice, and one stands for both.
+    done("fuse", path, "a", "b", "c", "d", "-o", out)
+    x = inputs(2, 4, 3, 5)
+    with torch.no_grad():
+        found = convtool.forward(convtool.open_checkpoint(out).conv("a"), x)
+        assert relative_difference(model(x), found) < CLOSE
+
+
+def test_parts_of_one_buffer_are_not_tied(tmp_path: Path) -> None:
+    flat = torch.arange(1.0, 41.0)
+    state = {
+        "a.weight": flat[:16].view(4, 4, 1, 1),
+        "b.weight": flat[16:32].view(4, 4, 1, 1),
+        "c.weight": flat[24:40].view(4, 4),
+    }
+    torch.save(state, tmp_path / "flat.pt")
+    assert (
+        "b.weight is one tensor with c.weight"
+        in error("fuse", tmp_path / "flat.pt", "a", "b", "-o", tmp_path / "o.pt")[1]
+    )
+    state["c.weight"] = flat[32:40].view(2, 4)
+    torch.save(state, tmp_path / "flat.pt")
+    done("fuse", tmp_path / "flat.pt", "a", "b", "-o", tmp_path / "o.pt")
+
+
+# --- records
+
+
+def test_fusing_what_was_fused_is_verified_against_the_beginning(tmp_path: Path) -> None:
+    model = chain(a=nn.Conv2d(4, 6, 3, 2, 1), b=nn.BatchNorm2d(6, eps=1e-2), c=nn.Conv2d(6, 3, 1), d=nn.BatchNorm2d(3))
+    _, before, after = fused(model, ["a", "b"], tmp_path)
+    last = tmp_path / "last.safetensors"
+    (fusion,) = done("fuse", after, "a", "c", "scale(0.5)", "d", "-o", last, "--set", "d.eps=1e-5")["fusions"]
+    assert fusion["fields"]["stride"] == [2, 2]  # known from the record
+    assert [assumed for assumed in fusion["assumed"] if assumed.startswith("a")] == []
+    document = done("verify", before, last)
+    assert document["fusions"][0]["before"] == ["a", "b", "c", "scale(0.5)", "d"]
+    assert run("verify", after, last)[0] == 0
+
+
+def test_layers_of_another_checkpoint_of_the_same_names(tmp_path: Path) -> None:
+    one, other = filled(chain(a=nn.Conv2d(4, 6, 3, 2)), 1), filled(chain(a=nn.Conv2d(6, 3, 2)), 2)
+    before, more = save(one, tmp_path / "one.pt"), save(other, tmp_path / "other.pt")
+    out, source = tmp_path / "out.safetensors", ["--with", f"next={tmp_path / 'other.pt'}"]
+    words = ["fuse", before, "a", "next:a", "-o", out, *source, "--set", "a.stride=2"]
+    (fusion,) = done(*words)["fusions"]
+    assert fusion["fields"]["stride"] == [2, 2]  # a.stride is not next:a.stride
+    x = inputs(2, 4, 9, 11)
+    with torch.no_grad():
+        found = convtool.forward(convtool.open_checkpoint(out).conv("a"), x)
+        assert relative_difference(other(one(x)), found) < CLOSE
+    assert run("verify", before, out, *source)[0] == 0
+    (fusion,) = done(*words, "--set", "next:a.stride=3", "--force")["fusions"]
+    assert fusion["fields"]["stride"] == [6, 6]
+    assert run("verify", before, out, *source)[0] == 0
+    assert error("fuse", before, "a", "next:a", "-o", out, "--force", *source, "--set", "more:a.stride=3")[0] == 2
+    assert more.exists()
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    model = chain(a=nn.Conv2d(4, 6, 3), b=nn.BatchNorm2d(6))
+    path, out = save(filled(model), tmp_path / "net.pt"), tmp_path / "out.pt"
+    document = done("fuse", path, "a", "b", "-o", out, "--dry-run")
+    assert not document["written"]
+    assert document["fusions"][0]["tensors"]["written"] == {"a.weight": [6, 4, 3, 3], "a.bias": [6]}
+    assert not out.exists()
+
+
+def test_one_input_size_for_many_fusions_is_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('fuse = [{ name = "{p}.a", chain = ["{p}.a", "{p}.b"] }]')
+    blocks = {name: chain(a=nn.Conv2d(4, 4, 3), b=nn.BatchNorm2d(4)) for name in "xy"}
+    path = save(filled(nn.ModuleDict(blocks)), tmp_path / "net.pt")
+    code, message = error("fuse", path, "--recipe", recipe, "--input-size", "5,5", "-o", tmp_path / "out.pt")
+    assert code == 2
+    assert "--input-size: is the size of one input, and the recipe makes 2 fusions" in message
+
+
+def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from convtool.cli.app import run_app
+
+    blocks = {str(n): chain(conv=nn.Conv2d(4, 4, 3), bn=nn.BatchNorm2d(4)) for n in range(5)}
+    path = save(filled(nn.ModuleDict({**blocks, "up": chain(bn=nn.BatchNorm2d(3))})), tmp_path / "net.pt")
+    recipe = ["--recipe", "conv-bn-torchvision", "--only-if-cheaper"]
+    assert run_app(["fuse", str(path), *recipe, "-o", str(tmp_path / "out.pt")]) == 0
+    shown = capsys.readouterr()
+    assert shown.err.splitlines() == [
+        "assumed: 0.conv, 1.conv, 2.conv and 2 more: stride 1, padding 0, dilation 1, groups 1, not transposed",
+        "assumed: 0.bn, 1.bn, 2.bn and 2 more: eps 1e-05",
+        "left alone: 1 batch norm: up.bn",
+    ]
+    lines = shown.out.splitlines()
+    assert lines[:5] == [
+        "0.conv + 0.bn -> 0.conv",
+        "  0.conv = nn.Conv2d(4, 4, 3)",
+        "  0.bn = nn.Identity()",
+        "  exact at every input size",
+        "  156 -> 148 parameters, 148 -> 144 multiply-adds per input position, float64",
+    ]
+    assert lines[-2:] == ["5 fusions, 780 -> 740 parameters", f"wrote {tmp_path / 'out.pt'}"]

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from convtool.core.forward import forward as forward
     from convtool.core.fuse import fuse as fuse
     from convtool.core.geometry import Geometry as Geometry
+    from convtool.core.operator import operator as operator
+    from convtool.core.spectrum import spectrum as spectrum
     from convtool.core.toeplitz import ToeplitzMatrix as ToeplitzMatrix
     from convtool.core.toeplitz import toeplitz as toeplitz
     from convtool.core.unfold import unfold as unfold
@@ -44,6 +46,8 @@ _HOME = {
     "forward": "convtool.core.forward",
     "fuse": "convtool.core.fuse",
     "Geometry": "convtool.core.geometry",
+    "operator": "convtool.core.operator",
+    "spectrum": "convtool.core.spectrum",
     "ToeplitzMatrix": "convtool.core.toeplitz",
     "toeplitz": "convtool.core.toeplitz",
     "unfold": "convtool.core.unfold",

@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
 
 CheckpointPath = Annotated[
-    Path, typer.Argument(metavar="CKPT", help="A .safetensors or torch (.pt, .pth, .bin) file; or an index or folder of several.", show_default=False)
+    Path,
+    typer.Argument(
+        metavar="CKPT",
+        help="A .safetensors or torch (.pt, .pth, .bin) file; or an index or folder of several.",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, also on failure.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No remarks on stderr.")]

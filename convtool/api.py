@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from convtool.checkpoint.record import FusionRecord, SourceLayer
 from convtool.core.conv import Conv, lower_conv
 from convtool.core.fields import DEFAULT_EPS
 from convtool.core.geometry import Geometry, Padding, PerAxis, format_sizes
-from convtool.core.tree import BASE, has_sum
+from convtool.core.tree import BASE, Chain, Tree, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
 
 
@@ -62,10 +63,11 @@ def conv(
 def apply(model: nn.Module, path: str | Path, *, check: bool = True) -> nn.Module:
     """Put a checkpoint's recorded fusions into a live model and load its tensors strictly.
 
-    Each fused layer takes its place; nn.Identity stands where the other layers of its chain were, a scale that a block
-    holds itself becomes None, and branches of a sum are deleted, with the modules that held only them (the model's
-    forward has to know the fused layer by its name). The model is changed in place and returned; where anything fails
-    it is left as it was.
+    Each fused layer takes its place; nn.Identity stands where the other layers of its chain were, and a scale that a
+    block holds itself becomes None. Where the fused layer took the name of one of its sources, the branches of a sum
+    stay and give zeros, so that the model's forward goes on as it is; where it has a name of its own, by which the
+    forward has to know it, they are deleted, with the modules that held only them. The model is changed in place and
+    returned; where anything fails it is left as it was.
 
     Args:
         model: as before the fusions; layers are found by name, wrappers such as DistributedDataParallel seen through.
@@ -79,10 +81,14 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True) -> nn.Modul
         RefusedError: a layer of the model isn't what was fused, is used under two names, or torch has no module of
             the fused layer's form.
     """
-    checkpoint = open_checkpoint(path)
+    return apply_checkpoint(model, open_checkpoint(path), check=check)
+
+
+def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, *, check: bool = True) -> nn.Module:
+    """`apply` for a checkpoint that is open already."""
     if checkpoint.record is None:
-        raise InputError(f"{path}: holds no convtool record; there is nothing to apply")
-    applying = _Applying(model, checkpoint, check)
+        raise InputError(f"{checkpoint.path}: holds no convtool record; there is nothing to apply")
+    applying = Applying(model, checkpoint, check)
     try:
         for fusion in checkpoint.record.fusions:
             applying.put(fusion)
@@ -93,10 +99,10 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True) -> nn.Modul
     return model
 
 
-class _Applying:
+class Applying:
     """A live model while fusions are put into it."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, check: bool) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, check: bool = True) -> None:
         self.model, self.checkpoint, self.check = model, checkpoint, check
         self.made: set[str] = set()
         self.touched: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
@@ -106,18 +112,33 @@ class _Applying:
         sources = [source for source in fusion.sources if source.origin == BASE and source.kind != FUNCTION]
         for source in sources:
             self._check(source)
+        again = [] if fusion.name not in {source.name for source in sources} else list(_done_by_the_model(fusion.tree))
+        if self.check and again:
+            raise RefusedError(
+                f"{fusion.name} was fused with {again[0]}, which the model's own code does and would go on to do; take"
+                " it out there, and then pass check=False"
+            )
         places = self._names()
         # What the fused layer stands for may be the container of its sources: those went with it.
         branches = has_sum(fusion.tree)
+        silent: dict[str, nn.Module] = {}
         if f"{fusion.name}.weight" in self.checkpoint.infos:  # else it was fused further, and a later record has it
-            module = live_module(self.checkpoint.conv(fusion.name)).to(self._device(sources[0]))
+            fused = self.checkpoint.conv(fusion.name)
+            with torch.device(self._device(sources[0])):
+                module = live_module(fused)
             self._set(self._place(fusion.name, places), module.train(self.model.training))
             self.made.add(fusion.name)
+            silent = dict(_silenced(fusion.tree, fusion.name, fused))
+        stays = any(source.name == fusion.name for source in sources)
         for source in sources:
             if source.name == fusion.name or source.name.startswith(f"{fusion.name}."):
                 continue
-            if source.kind == "scale":
+            if source.name in silent and stays:
+                self._set(places[unwrap(source.name)], silent[source.name])
+            elif source.kind == "scale":
                 self._drop_scale(source)
+            elif branches and stays:
+                self._set(places[unwrap(source.name)], nn.Identity())
             elif branches:  # an identity in place of a branch would add its input to the sum
                 self._delete(places[unwrap(source.name)])
             else:
@@ -240,6 +261,76 @@ class _Applying:
             self._delete(path)
 
 
+def _done_by_the_model(tree: Tree[SourceLayer]) -> Iterator[str]:
+    """Layers without tensors in chains with layers of the model: what its forward does itself, by module or function.
+
+    An identity is none, and a normalisation of the input stands in front of the model.
+    """
+    if isinstance(tree, SourceLayer):
+        return
+    ours = any(source.origin == BASE and source.kind != FUNCTION for source in leaves(tree))
+    for part in tree.parts:
+        if not isinstance(part, SourceLayer):
+            yield from _done_by_the_model(part)
+        elif isinstance(tree, Chain) and ours and part.kind == FUNCTION:
+            if not part.name.startswith(("identity(", "normalize(")):
+                yield part.name
+
+
+def _silenced(
+    tree: Tree[SourceLayer], name: str, fused: Conv | None, counts: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """Which layers of a fusion give zeros from now on, so that its sums are what one of their branches gives.
+
+    Args:
+        name: of the fused layer, one of the tree's. Behind it, where `fused` is None, values have its output's shape.
+        counts: whether the tree's value does; that of a branch to be silenced doesn't.
+    """
+    if isinstance(tree, SourceLayer):
+        if not counts and tree.kind == "scale":
+            raise RefusedError(f"{tree.name} is all of a branch, which can only be taken out of the model's code")
+        if not counts:
+            yield tree.name, Zeros(fused)
+    elif isinstance(tree, Chain):
+        holds = next((part for part in tree.parts if _holds(part, name)), None)
+        first = None if counts else next((part for part in tree.parts if _has_module(part)), tree.parts[0])
+        for part in tree.parts:
+            yield from _silenced(part, name, fused if part in (holds, first) else None, part is not first)
+    else:
+        heard = next((part for part in tree.parts if _holds(part, name)), tree.parts[0]) if counts else None
+        for part in tree.parts:
+            yield from _silenced(part, name, fused, part is heard)
+
+
+def _holds(tree: Tree[SourceLayer], name: str) -> bool:
+    return any(source.name == name for source in leaves(tree))
+
+
+def _has_module(tree: Tree[SourceLayer]) -> bool:
+    return any(source.kind not in (FUNCTION, "scale") for source in leaves(tree))
+
+
+class Zeros(nn.Module):
+    """Stands where a branch was that a fused layer has taken over: gives zeros of the fused layer's output shape.
+
+    Args:
+        fused: the layer, where this reads the same input; None where it reads what that gave.
+    """
+
+    def __init__(self, fused: Conv | None) -> None:
+        super().__init__()
+        self.channels = None if fused is None else fused.out_channels
+        self.geometry = None if fused is None else fused.geometry
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Zeros (N, C_out, *output_size) that take no memory; or zeros of x's shape."""
+        if self.geometry is None or self.channels is None:
+            return x.new_zeros(()).expand(x.shape)
+        if not self.geometry.kernel_size:
+            return x.new_zeros(()).expand(*x.shape[:-1], self.channels)
+        return x.new_zeros(()).expand(len(x), self.channels, *self.geometry.output_size(x.shape[2:]))
+
+
 def difference(module: nn.Module, source: SourceLayer) -> str:
     """In what a module isn't the layer that was fused, in words; '' where it is."""
     if source.kind == "scale":
@@ -315,7 +406,7 @@ def live_module(conv: Conv) -> nn.Module:
     elif not even:
         module.register_forward_pre_hook(_PadInput(geometry.padding, geometry.padding_mode))
     if conv.bias is not None and conv.has_bias_map:
-        module.register_parameter("bias_map", nn.Parameter(torch.empty_like(conv.bias)))
+        module.register_parameter("bias_map", nn.Parameter(torch.empty(conv.bias.shape, dtype=conv.bias.dtype)))
         module.register_forward_hook(_AddBiasMap())
     return module
 

@@ -67,7 +67,8 @@ def _call(spec: str, make: Any, positional: list[Any], keywords: dict[str, Any])
     """Call it with nothing allocated; in memory where its code needs to look at a value while it builds."""
     try:
         with torch.device("meta"):
-            return make(*positional, **keywords)
+            made = make(*positional, **keywords)
+        return made.to("meta") if isinstance(made, nn.Module) else made  # what it placed elsewhere by itself
     except Exception as on_meta:
         try:
             return make(*positional, **keywords)
@@ -166,7 +167,7 @@ def _from_config(folder: Path) -> nn.Module:
         parsed = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         build = kind.from_config if kind is transformers.AutoModel else kind._from_config
         with torch.device("meta"):
-            model: nn.Module = build(parsed)
+            model: nn.Module = build(parsed).to("meta")
     except Exception as error:
         raise UsageError(f"--model: {folder}: transformers could not build it: {_said(error)}") from None
     return model

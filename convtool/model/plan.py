@@ -1,0 +1,460 @@
+"""Every exact fusion of a whole model, found, judged and priced; and carried out on a live one."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from convtool import __version__
+from convtool.api import apply_checkpoint
+from convtool.checkpoint.edit import Edit
+from convtool.checkpoint.fusion import check_ties, lower_for, plan_layer
+from convtool.checkpoint.info import FUNCTION, Layer
+from convtool.checkpoint.record import FusionRecord, Record, SourceLayer
+from convtool.core.fields import Fields, FieldSource, FieldSources, geometry_fields
+from convtool.core.flow import Flow, Obstacle, find_stretches
+from convtool.core.functions import flatten_size, is_function
+from convtool.core.geometry import Geometry
+from convtool.core.partition import Cost as Price
+from convtool.core.partition import partition
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
+from convtool.errors import ConvtoolError, RefusedError, UsageError
+from convtool.model.judge import Cost, Exact, Judge, LayerShape, Piece
+from convtool.model.layers import ModuleLayer, module_layers
+from convtool.model.measure import Stopwatch
+from convtool.model.rehearse import failures
+from convtool.model.state import StateCheckpoint
+from convtool.model.trace import example_input, trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlannedPiece:
+    """One fusion of a plan.
+
+    Attributes:
+        name: of the fused layer: one of those that it stands for.
+        piece: these, and what the fused one costs.
+        seconds: before and after on this machine, where measured.
+    """
+
+    name: str
+    piece: Piece
+    seconds: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LeftAlone:
+    """Layers with nothing in between that stay apart, and why."""
+
+    layers: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Plan:
+    """What can be fused in a model.
+
+    Attributes:
+        fusions: in the order in which they run.
+        left_alone: what may have been expected and isn't among them.
+        fields: geometry and eps of every layer in the fusions.
+        total: cost of all convolutions, linear layers, batch norms and scales of the run, as they are.
+        tracer: what followed the model's run.
+        remarks: what to know of that.
+    """
+
+    fusions: tuple[PlannedPiece, ...]
+    left_alone: tuple[LeftAlone, ...]
+    fields: Mapping[str, Fields]
+    total: Cost
+    tracer: str
+    remarks: tuple[str, ...]
+
+    @property
+    def total_after(self) -> Cost:
+        """The same with the fusions carried out."""
+        saved = [(one.piece.before, one.piece.after) for one in self.fusions]
+        return Cost(
+            self.total.parameters - sum(before.parameters - after.parameters for before, after in saved),
+            self.total.multiply_adds - sum(before.multiply_adds - after.multiply_adds for before, after in saved),
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> Plan:
+        """The same for a checkpoint that calls the layers otherwise; fields and fusions are by its names."""
+
+        def ref(leaf: LayerRef) -> LayerRef:
+            return replace(leaf, name=names.get(leaf.name, leaf.name))
+
+        fusions = tuple(
+            replace(
+                one, name=names.get(one.name, one.name), piece=replace(one.piece, tree=map_leaves(ref, one.piece.tree))
+            )
+            for one in self.fusions
+        )
+        return replace(
+            self, fusions=fusions, fields={names.get(name, name): fields for name, fields in self.fields.items()}
+        )
+
+    def recipe(self) -> str:
+        """The plan as a recipe in TOML, all of its names spelled out."""
+        lines = ["# Written by `convtool plan`; for `convtool fuse CKPT --recipe THIS_FILE -o OUT`."]
+        for one in self.fusions:
+            lines += ["", "[[fuse]]", f"name = {_quoted(one.name)}", *_rule(one.piece)]
+        used = {leaf.name for one in self.fusions for leaf in leaves(one.piece.tree)}
+        lines += ["", "[geometry]", *_tables({name: f for name, f in self.fields.items() if name in used})]
+        return "\n".join(lines) + "\n"
+
+
+def geometry_toml(fields: Mapping[str, Fields]) -> str:
+    """Geometry as a file that `--geometry` reads."""
+    return "\n".join(["# For --geometry FILE; read off the model's modules.", *_tables(fields)]) + "\n"
+
+
+def plan(
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    *,
+    inputs: Sequence[Any] | None = None,
+    fixed_size: bool = False,
+    only_if_cheaper: bool = False,
+    measure: bool = False,
+    barred: Mapping[str, str] | None = None,
+) -> Plan:
+    """Find every exact fusion in a model, from one run of it in eval mode that computes nothing.
+
+    Args:
+        model: on any device, the meta device too; it is left as it was.
+        input_size: of the input, without the batch axis: (C, H, W) for images.
+        inputs: the arguments of the model's forward in its place.
+        fixed_size: also take what is exact for inputs of that size only.
+        only_if_cheaper: cut each chain so that it takes the fewest multiply-adds; otherwise into the fewest layers.
+        measure: so that it takes the least time on this machine.
+        barred: layers to leave alone besides, with the reason.
+
+    Raises:
+        UsageError: the model doesn't run on such an input.
+        RefusedError: its data flow can't be followed, as its control flow depends on values.
+    """
+    if (input_size is None) == (inputs is None):
+        raise UsageError("plan: expected either an input size or inputs")
+    arguments = (example_input(model, input_size),) if input_size is not None else tuple(inputs or ())
+    flow = trace(model, arguments)
+    flow = replace(flow, apart={**flow.apart, **(barred or {})})
+    planner = _Planner(model, flow, fixed_size, only_if_cheaper, measure)
+    return planner.plan(arguments)
+
+
+def fuse_model(
+    model: nn.Module,
+    input_size: Sequence[int] | None = None,
+    *,
+    inputs: Sequence[Any] | None = None,
+    fixed_size: bool = False,
+    only_if_cheaper: bool = False,
+    measure: bool = False,
+) -> nn.Module:
+    """Plan, and put the fused layers into the live model, in eval mode, which is changed in place and returned.
+
+    Args:
+        as those of `plan`; the model has its weights.
+
+    Raises:
+        as `plan` does; InputError where a fused layer isn't finite. Where anything fails the model is left as it was.
+    """
+    found = plan(
+        model,
+        input_size,
+        inputs=inputs,
+        fixed_size=fixed_size,
+        only_if_cheaper=only_if_cheaper,
+        measure=measure,
+    )
+    base = StateCheckpoint.of(model)
+    sources = FieldSources((FieldSource("the model", found.fields, exact_names=True),))
+    layers = []
+    for one in found.fusions:
+        size = one.piece.input_size if one.piece.exact is Exact.THIS_SIZE else None
+        lowered = lower_for({BASE: base}, one.piece.tree, sources, size)
+        layers.append(plan_layer(base, one.name, lowered, input_size=size))
+    edits = [layer.edit for layer in layers]
+    check_ties(base, edits)
+    tensors = {
+        name: base.tensor(name) if tensor is None else tensor for name, tensor in Edit.together(edits).order(base.infos)
+    }
+    record = Record(__version__).appended(__version__, [layer.record for layer in layers])
+    model.eval()
+    return apply_checkpoint(model, StateCheckpoint(tensors, record))
+
+
+class _Planner:
+    def __init__(self, model: nn.Module, flow: Flow, fixed_size: bool, only_if_cheaper: bool, measure: bool) -> None:
+        self.model, self.flow, self.fixed_size = model, flow, fixed_size
+        self.cheaper = only_if_cheaper or measure
+        self.layers = module_layers(model)
+        self.state = StateCheckpoint.of(model)
+        self.shapes = _layer_shapes(self.state, self.layers)
+        self.judge = Judge(flow, self.shapes)
+        self.watch = Stopwatch(self._kind, _dtype(model)) if measure else None
+        self.left_alone: list[LeftAlone] = []
+
+    def plan(self, arguments: Sequence[Any]) -> Plan:
+        stretches, obstacles = find_stretches(self.flow)
+        pieces = [piece for stretch in stretches for piece in self._cut(stretch.tree)[1]]
+        named = [PlannedPiece(_name(piece.tree, self.shapes), piece, self._seconds(piece)) for piece in pieces]
+        wrong, unseen = failures(self.model, arguments, [(self._record(one), one.piece.fused) for one in named])
+        for number, reason in wrong.items():
+            self._leave(named[number].piece.tree, reason)
+        kept = tuple(one for number, one in enumerate(named) if number not in wrong)
+        used = {leaf.name for one in kept for leaf in leaves(one.piece.tree)}
+        return Plan(
+            kept,
+            (*map(_obstacle, obstacles), *self.left_alone),
+            {name: layer.fields for name, layer in self.layers.items() if name in used and layer.fields},
+            self._total(),
+            self.flow.tracer,
+            (*self.flow.remarks, *([unseen] if unseen else [])),
+        )
+
+    # --- cutting stretches into pieces
+
+    def _cut(self, tree: Tree[LayerRef]) -> tuple[Price, list[Piece]]:
+        """The cheapest way to run a tree, and the pieces of it that are fused for that."""
+        if isinstance(tree, Sum):
+            return self._cut_sum(tree)
+        if isinstance(tree, Chain):
+            return self._cut_chain(tree)
+        return self._price_apart(tree), []
+
+    def _cut_sum(self, tree: Sum[LayerRef]) -> tuple[Price, list[Piece]]:
+        apart = [self._cut(part) for part in tree.parts]
+        price = tuple(map(sum, zip(*(each for each, _ in apart), strict=True)))
+        whole = self._allowed(tree)
+        if whole is not None and (not self.cheaper or self._price(whole) <= price):
+            return self._price(whole), [whole]
+        reason = self._why_apart(tree)
+        if reason:
+            self._leave(tree, reason)
+        return price, [piece for _, pieces in apart for piece in pieces]
+
+    def _cut_chain(self, tree: Chain[LayerRef]) -> tuple[Price, list[Piece]]:
+        parts = tree.parts
+        alone = [self._cut(part) for part in parts]
+        found: dict[tuple[int, int], Piece] = {}
+
+        def price(start: int, stop: int) -> Price | None:
+            if stop - start == 1:
+                return alone[start][0]
+            if _is_flatten(parts[start]) or _is_flatten(parts[stop - 1]):
+                return None
+            piece = self._allowed(Chain(parts[start:stop]))
+            if piece is None:
+                return None
+            found[start, stop] = piece
+            return self._price(piece)
+
+        total, cuts = partition(len(parts), price)
+        self._say_why(parts, cuts)
+        pieces = [piece for cut in cuts for piece in ([found[cut]] if cut in found else alone[cut[0]][1])]
+        return total, pieces
+
+    def _say_why(self, parts: Sequence[Tree[LayerRef]], cuts: Sequence[tuple[int, int]]) -> None:
+        """For each cut, why what meets there isn't one layer."""
+        solid = [cut for cut in cuts if not (cut[1] - cut[0] == 1 and _is_flatten(parts[cut[0]]))]
+        for (start, _), (_, stop) in itertools.pairwise(solid):
+            both = Chain(tuple(parts[start:stop]))
+            self._leave(both, self._why_apart(both))
+
+    def _why_apart(self, tree: Tree[LayerRef]) -> str:
+        try:
+            piece = self._judged(tree)
+        except ConvtoolError as error:
+            return str(error)
+        if piece.exact is Exact.NOT:
+            return piece.rim
+        if piece.exact is Exact.THIS_SIZE and not self.fixed_size:
+            return "it would be exact for this input size only (--fixed-size takes it)"
+        before, after = self._cost_in_words(piece)
+        return f"it would cost more: {before} apart, {after} as one"
+
+    def _allowed(self, tree: Tree[LayerRef]) -> Piece | None:
+        try:
+            piece = self._judged(tree)
+        except ConvtoolError:
+            return None
+        good = piece.exact is Exact.EVERY_SIZE or (self.fixed_size and piece.exact is Exact.THIS_SIZE)
+        return piece if good else None
+
+    def _judged(self, tree: Tree[LayerRef]) -> Piece:
+        kinds = {self.shapes[leaf.name].kind for leaf in leaves(tree) if not is_function(leaf.name)}
+        if not kinds & {"conv", "linear"}:
+            raise RefusedError("there is no convolution or linear layer among them that could take the others in")
+        for leaf in leaves(tree):
+            if not is_function(leaf.name) and set(leaf.name) & set("{}*?!@:()[]"):
+                raise RefusedError(f"{leaf.name!r} has a sign in it that means something else in recipes")
+        return self.judge.judge(tree)
+
+    # --- prices
+
+    def _price(self, piece: Piece) -> Price:
+        cost = float(piece.after.multiply_adds)
+        if self.watch is not None:
+            cost = self.watch.layer("conv", piece.fused, piece.input_size[1:], piece.positions)
+        return (cost, 1.0) if self.cheaper else (1.0, cost)
+
+    def _price_apart(self, ref: LayerRef) -> Price:
+        if is_function(ref.name):
+            return 0.0, 0.0
+        piece = self.judge.judge(ref)
+        cost = float(piece.before.multiply_adds)
+        if self.watch is not None:
+            cost = self.watch.seconds(piece.apart, piece.input_size[1:], piece.positions)
+        return (cost, 1.0) if self.cheaper else (1.0, cost)
+
+    def _seconds(self, piece: Piece) -> tuple[float, float] | None:
+        if self.watch is None:
+            return None
+        size = piece.input_size[1:]
+        before = self.watch.seconds(piece.apart, size, piece.positions)
+        return before, self.watch.layer("conv", piece.fused, size, piece.positions)
+
+    def _cost_in_words(self, piece: Piece) -> tuple[str, str]:
+        seconds = self._seconds(piece)
+        if seconds is not None:
+            return f"{seconds[0] * 1e3:.3g} ms", f"{seconds[1] * 1e3:.3g} ms"
+        return f"{piece.before.multiply_adds} multiply-adds", f"{piece.after.multiply_adds}"
+
+    def _kind(self, name: str) -> str:
+        return self.shapes[name].kind
+
+    def _total(self) -> Cost:
+        counted: set[str] = set()
+        total = Cost(0, 0)
+        for step in self.flow.calls():
+            if step.name not in self.shapes:  # its weight is made of tensors that only its own code knows
+                continue
+            cost = self.judge.judge(LayerRef(step.name)).before
+            total += cost if step.name not in counted else replace(cost, parameters=0)
+            counted.add(step.name)
+        return total
+
+    # --- the rest
+
+    def _leave(self, tree: Tree[LayerRef], reason: str) -> None:
+        names = tuple(leaf.name for leaf in leaves(tree) if not is_function(leaf.name))
+        self.left_alone.append(LeftAlone(names, reason))
+
+    def _record(self, one: PlannedPiece) -> FusionRecord:
+        piece = one.piece
+        size = piece.input_size[1:] if piece.exact is Exact.THIS_SIZE else None
+        return FusionRecord(
+            one.name,
+            map_leaves(self._source, piece.tree),
+            geometry_fields(piece.fused.geometry),
+            "",
+            True,
+            size,
+            ((0, 0),) * piece.fused.spatial_axes,
+        )
+
+    def _source(self, ref: LayerRef) -> SourceLayer:
+        if is_function(ref.name):
+            return SourceLayer(ref.name, FUNCTION, {})
+        layer = self.layers.get(ref.name)
+        return SourceLayer(ref.name, self.shapes[ref.name].kind, {} if layer is None else layer.fields)
+
+
+def _layer_shapes(state: StateCheckpoint, layers: Mapping[str, ModuleLayer]) -> dict[str, LayerShape]:
+    """Of every layer that a model's state dict shows, with the geometry of its module."""
+    shapes = {}
+    for name, layer in state.layers.items():
+        module = layers.get(name)
+        if layer.kind == "scale" or (module is not None and module.kind == layer.kind):
+            shapes[name] = _layer_shape(state, layer, {} if module is None else module.fields)
+    return shapes
+
+
+def _layer_shape(state: StateCheckpoint, layer: Layer, fields: Fields) -> LayerShape:
+    infos = layer.tensors
+    if layer.kind in ("batch_norm", "scale"):
+        info = infos["running_mean"] if layer.kind == "batch_norm" else next(iter(infos.values()))
+        channels, norm = info.shape[0], layer.kind == "batch_norm"
+        return LayerShape(layer.kind, (channels, 1), norm, norm, None, channels, getattr(torch, info.dtype))
+    weight, bias, dtype = infos["weight"].shape, infos.get("bias"), getattr(torch, infos["weight"].dtype)
+    biased = bias is not None and (state.tensor(bias.name).is_meta or bool(state.tensor(bias.name).count_nonzero()))
+    if layer.kind == "linear":
+        return LayerShape("linear", weight, biased, bias is not None, None, 1, dtype)
+    geometry = Geometry.of(weight[2:], **fields)
+    if geometry.transposed:
+        weight = (weight[1] * geometry.groups, weight[0] // geometry.groups, *weight[2:])
+    return LayerShape(layer.kind, weight, biased, bias is not None, geometry, geometry.groups, dtype)
+
+
+def _name(tree: Tree[LayerRef], shapes: Mapping[str, LayerShape]) -> str:
+    """The layer whose place the fused one takes: the first convolution or linear layer."""
+    names = [leaf.name for leaf in leaves(tree) if not is_function(leaf.name)]
+    return next(name for name in names if shapes[name].kind in ("conv", "linear"))
+
+
+def _is_flatten(part: Tree[LayerRef]) -> bool:
+    return isinstance(part, LayerRef) and flatten_size(part.name) is not None
+
+
+def _obstacle(obstacle: Obstacle) -> LeftAlone:
+    return LeftAlone((obstacle.first, obstacle.second), obstacle.reason)
+
+
+def _dtype(model: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+
+
+# --- TOML
+
+
+def _rule(piece: Piece) -> Iterator[str]:
+    tree = piece.tree
+    if isinstance(tree, Sum):
+        yield f"sum = [{', '.join(_part(part) for part in tree.parts)}]"
+    else:
+        parts = tree.parts if isinstance(tree, Chain) else (tree,)
+        yield f"chain = [{', '.join(_part(part) for part in parts)}]"
+    if piece.exact is Exact.THIS_SIZE:
+        yield f"input_size = {list(piece.input_size)}"
+
+
+def _part(tree: Tree[LayerRef]) -> str:
+    if isinstance(tree, Chain):
+        return f"[{', '.join(_part(part) for part in tree.parts)}]"
+    if isinstance(tree, Sum):
+        return f"{{ sum = [{', '.join(_part(part) for part in tree.parts)}] }}"
+    return _quoted(tree.name)
+
+
+def _tables(fields: Mapping[str, Fields]) -> Iterator[str]:
+    for name, table in fields.items():
+        entries = ", ".join(f"{key} = {_value(value)}" for key, value in table.items() if _stated(key, table))
+        yield f"{_quoted(name)} = {{ {entries} }}"
+
+
+def _stated(key: str, table: Fields) -> bool:
+    return key != "output_padding" or bool(table.get("transposed"))
+
+
+def _value(value: Any) -> str:
+    """A field in TOML, an axis' value once where all axes have it."""
+    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
+        entry = value[0]
+        if not isinstance(entry, list):
+            return json.dumps(entry)
+        if entry[0] == entry[1]:
+            return json.dumps(entry[0])
+    return json.dumps(value)
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)

@@ -1,0 +1,56 @@
+"""A live model's tensors, and what convtool made of them, as a checkpoint that is in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from convtool.checkpoint import Checkpoint, TensorInfo
+from convtool.checkpoint.record import Record
+
+
+class StateCheckpoint(Checkpoint):
+    """Tensors by full name, in order, that are already in memory (or on the meta device).
+
+    Args:
+        tensors: as a state dict has them.
+        record: what was fused, where anything was.
+    """
+
+    format = "memory"
+
+    def __init__(self, tensors: Mapping[str, Tensor], record: Record | None = None) -> None:
+        super().__init__(Path("the model"))
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        self._record = record
+        self.infos = {name: _info(name, tensor) for name, tensor in self._tensors.items()}
+
+    @classmethod
+    def of(cls, model: nn.Module) -> StateCheckpoint:
+        """A model's state dict; the tensors are the model's own."""
+        return cls({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
+
+    def stored_tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def bits(self, name: str) -> Tensor:
+        return self._tensors[name].contiguous().cpu().reshape(-1).view(torch.uint8)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        yield memoryview(self.bits(name).numpy().tobytes())
+
+    def memory(self, name: str) -> Hashable:
+        tensor = self._tensors[name]
+        return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+
+    @property
+    def record(self) -> Record | None:
+        return self._record
+
+
+def _info(name: str, tensor: Tensor) -> TensorInfo:
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    return TensorInfo(name, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())

@@ -1,4 +1,4 @@
-"""`convtool verify`: do two checkpoints compute the same?"""
+"""`convtool verify`: do two checkpoints, or a layer and its matrix, or two matrices compute the same?"""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from convtool.cli.output import Reporter, table
 from convtool.cli.run import run
 
 if TYPE_CHECKING:
+    import torch
+
+    from convtool.checkpoint import Checkpoint
     from convtool.checkpoint.compare import Pairing
-    from convtool.core.fields import FieldSource
+    from convtool.core.fields import FieldSource, FieldSources
+    from convtool.core.tally import Region
     from convtool.core.verify import EquivalenceReport
 
 NAME = "verify"
@@ -24,12 +28,20 @@ convtool verify resnet.safetensors fused.safetensors --input-size 64,56,56
 convtool verify net.safetensors fused.safetensors --exhaustive --json
 # fused by another program, which left no record
 convtool verify net.pt other.pt --before conv1,bn1 --after conv1 --input-size 32,32 --set conv1.padding=1
+# a layer and the matrix that `convtool toeplitz` wrote, which says what it is of
+convtool verify net.safetensors conv1.npz
 """
+KINDS = {"normal": "a random input", "zero": "an input of zeros", "constant": "an input of ones"}
+MOST_NAMES = 20  # tensors named one by one before the rest is only counted
 
 
 def command(
-    before: Annotated[Path, typer.Argument(metavar="BEFORE", help="The original checkpoint.", show_default=False)],
-    after: Annotated[Path, typer.Argument(metavar="AFTER", help="The fused checkpoint.", show_default=False)],
+    before: Annotated[
+        Path, typer.Argument(metavar="BEFORE", help="The original checkpoint, or a matrix file.", show_default=False)
+    ],
+    after: Annotated[
+        Path, typer.Argument(metavar="AFTER", help="The fused checkpoint, or a matrix file.", show_default=False)
+    ],
     input_size: Annotated[
         list[str] | None,
         typer.Option(
@@ -44,7 +56,7 @@ def command(
         typer.Option(
             "--before",
             metavar="A,B",
-            help="The chain in BEFORE, where AFTER has no record.",
+            help="The chain in BEFORE, or the matrix's layer, where AFTER has no record.",
             show_default=False,
             autocompletion=complete.chain_of("before"),
         ),
@@ -81,6 +93,9 @@ def command(
             show_default=False,
         ),
     ] = None,
+    device: Annotated[
+        str, typer.Option("--device", help="Where to run it, such as cuda; the verdict is the same.")
+    ] = "cpu",
     geometry: GeometryFile = None,
     model: Model = None,
     model_args: ModelArgs = None,
@@ -100,8 +115,9 @@ def command(
 ) -> int:
     """Prove that AFTER computes what BEFORE does, up to the rounding that storing it must bring.
 
-    Goes by the record that `convtool fuse` leaves in AFTER: every fused layer is run against the layers it stands for,
-    and every other tensor must be the same bit for bit. Exit code 0: equivalent, 1: not equivalent.
+    Goes by the record that convtool leaves in AFTER: every fused layer is run against the layers it stands for, and
+    every other tensor must be the same bit for bit; a matrix is held against its layer entry by entry. Exit code 0:
+    equivalent, 1: not equivalent.
 
     There is no tolerance to choose: each output is held against a bound derived from the weights, the input and the
     dtype, and the largest ratio of error to bound is reported; at most 1 passes.
@@ -112,18 +128,32 @@ def command(
         import torch
 
         from convtool.checkpoint import open_checkpoint
-        from convtool.checkpoint.compare import differing_tensors, recorded_pairings
         from convtool.cli.model import model_fields
         from convtool.cli.options import check_used, open_others, parse_input_size
-        from convtool.core.expression import in_channels
-        from convtool.core.tree import leaves, map_leaves
-        from convtool.core.verify import default_sizes, split_input_size, verify
+        from convtool.cli.verify_matrix import verify_matrix_files
+        from convtool.core.tree import BASE
         from convtool.errors import UsageError
+        from convtool.matrix.read import is_matrix_file
 
-        precision = parse_dtype(computed_in) or torch.float64
         sizes = [size for text in input_size or () if (size := parse_input_size(text)) is not None]
+        options: dict[str, Any] = {
+            "trials": trials,
+            "seed": seed,
+            "computed_in": parse_dtype(computed_in) or torch.float64,
+        }
+        if is_matrix_file(after) or is_matrix_file(before):
+            if rtol is not None or atol is not None or after_layers is not None or sources_given:
+                raise UsageError("--rtol, --atol, --after and --with don't go with a matrix file")
+            one = None if is_matrix_file(before) else open_checkpoint(before, root)
+            from_model = None if one is None else model_fields(model, model_args, one, reporter)
+            sources, _ = _sources(geometry, settings, from_model)
+            if one is not None:
+                check_used(sources, list(one.layers))
+            document = verify_matrix_files(reporter, one or before, after, before_layers, sizes, sources, options)
+            return exit_codes.OK if document["equivalent"] else exit_codes.NOT_EQUIVALENT
         if (before_layers is None) != (after_layers is None):
             raise UsageError("--before and --after go together: the chain in BEFORE and the one that stands for it")
+        options |= {"exhaustive": exhaustive, "rtol": rtol, "atol": atol, "device": _device(device)}
         one, other = open_checkpoint(before, root), open_checkpoint(after, root)
         others = open_others(sources_given)
         from_model = model_fields(model, model_args, one, reporter)
@@ -131,69 +161,40 @@ def command(
         known = [name for opened in (one, other, *others.values()) for name in opened.layers]
         check_used(before_sources, known)
         check_used(after_sources, known)
-        changed: dict[str, str] = {}
         if before_layers is not None and after_layers is not None:
             pairings = [_named(one, other, before_layers, after_layers, before_sources, after_sources)]
+            tensors = None
         else:
-            pairings = recorded_pairings(one, other, before_sources, others)
-            changed = differing_tensors(one, other, pairings)
-            if not pairings:
-                reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
+            pairings, tensors = _recorded(reporter, one, other, before_sources, others)
         for assumed in _assumed(pairings):
             reporter.remark(f"assumed: {assumed}")
-        results = []
-        for pairing in pairings:
-            chain, fused = (map_leaves(lambda x: x.conv, tree) for tree in (pairing.before, pairing.after))
-            first = next(leaves(chain))
-            fixed = pairing.fusion.input_size if pairing.fusion else None
-            chosen = [split_input_size(size, in_channels(chain), first.spatial_axes) for size in sizes] or (
-                [fixed] if fixed else default_sizes(chain)
-            )
-            results += [
-                (
-                    pairing,
-                    verify(
-                        chain,
-                        fused,
-                        size,
-                        trials=trials,
-                        seed=seed,
-                        exhaustive=exhaustive,
-                        computed_in=precision,
-                        rtol=rtol,
-                        atol=atol,
-                    ),
-                )
-                for size in chosen
-            ]
+        results = _run(reporter, pairings, {BASE: one, **others}, other, sizes, options)
         if not results and not one.infos:
             raise UsageError("there is nothing to compare: no fusion and no tensor")
-        equivalent = not changed and all(report.equivalent for _, report in results)
-        document: dict[str, Any] = {
+        document = {
             "before": str(before),
             "after": str(after),
-            "equivalent": equivalent,
+            "equivalent": not (tensors and tensors["differing"]) and all(report.equivalent for _, report in results),
+            "statement": _statement([report for _, report in results], exhaustive),
             "exhaustive": exhaustive,
             "seed": seed,
+            "trials": trials,
+            "computed_in": computed_in or "float64",
             "tolerance": {"rtol": rtol, "atol": atol} if rtol is not None or atol is not None else "derived bound",
             "assumed": _assumed(pairings),
             "input_sizes": "given" if sizes else "chosen",
             "fusions": [_report(pairing, report) for pairing, report in results],
-            "other_tensors": None
-            if before_layers is not None
-            else {
-                "compared": len(one.infos)
-                - sum(len(x.layer.tensors) for p in pairings for x in leaves(p.before) if not x.origin),
-                "differing": changed,
-            },
+            "other_tensors": tensors,
         }
         reporter.result(document, lambda: _print(reporter, document))
-        return exit_codes.OK if equivalent else exit_codes.NOT_EQUIVALENT
+        return exit_codes.OK if document["equivalent"] else exit_codes.NOT_EQUIVALENT
 
     return run(reporter, body)
 
 
-def _sources(geometry: Path | None, settings: list[str] | None, model: FieldSource | None) -> tuple[Any, Any]:
+def _sources(
+    geometry: Path | None, settings: list[str] | None, model: FieldSource | None
+) -> tuple[FieldSources, FieldSources]:
     """Fields for BEFORE and for AFTER; a --set with before: or after: in front goes to one of them only."""
     from convtool.cli.options import field_sources
 
@@ -203,14 +204,99 @@ def _sources(geometry: Path | None, settings: list[str] | None, model: FieldSour
     return field_sources(geometry, first, {}, model), field_sources(geometry, second, {})
 
 
-def _named(one: Any, other: Any, before: str, after: str, before_sources: Any, after_sources: Any) -> Pairing:
+def _device(name: str) -> torch.device:
+    import torch
+
+    from convtool.errors import UsageError
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"--device: torch cannot compute in float64 on {name!r} here ({reason})") from None
+    return device
+
+
+def _named(
+    one: Checkpoint,
+    other: Checkpoint,
+    before: str,
+    after: str,
+    before_sources: FieldSources,
+    after_sources: FieldSources,
+) -> Pairing:
     from convtool.checkpoint.chain import lower_chain
     from convtool.checkpoint.compare import Pairing
     from convtool.core.tree import Chain
 
-    first = lower_chain(one, before.split(","), before_sources)
-    second = lower_chain(other, after.split(","), after_sources, first[0].conv.in_channels, first[0].conv.spatial_axes)
+    first = lower_chain(one, split_names(before), before_sources)
+    channels, axes = first[0].conv.in_channels, first[0].conv.spatial_axes
+    second = lower_chain(other, split_names(after), after_sources, channels, axes)
     return Pairing(after, Chain(tuple(first)), Chain(tuple(second)), None)
+
+
+def split_names(text: str) -> list[str]:
+    """'conv,flatten(7,7),head' as ['conv', 'flatten(7,7)', 'head']: at commas, but not at those in parentheses."""
+    names, depth = [""], 0
+    for character in text:
+        depth += (character == "(") - (character == ")")
+        if character == "," and depth <= 0:
+            names.append("")
+        else:
+            names[-1] += character
+    return [name.strip() for name in names]
+
+
+def _recorded(
+    reporter: Reporter, one: Checkpoint, other: Checkpoint, sources: FieldSources, others: dict[str, Checkpoint]
+) -> tuple[list[Pairing], dict[str, Any]]:
+    """The recorded fusions, and what became of every other tensor."""
+    from convtool.checkpoint.compare import differing_tensors, recorded_pairings
+    from convtool.core.tree import leaves
+
+    pairings = recorded_pairings(one, other, sources, others)
+    if not pairings:
+        reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
+    fused = {
+        name
+        for pairing in pairings
+        for lowered in leaves(pairing.before)
+        if not lowered.origin
+        for name in lowered.layer.tensor_names()
+    }
+    compared = len(one.infos.keys() - fused)
+    return pairings, {"compared": compared, "differing": differing_tensors(one, other, pairings)}
+
+
+def _run(
+    reporter: Reporter,
+    pairings: list[Pairing],
+    checkpoints: dict[str, Checkpoint],
+    after: Checkpoint,
+    sizes: list[tuple[int, ...]],
+    options: dict[str, Any],
+) -> list[tuple[Pairing, EquivalenceReport]]:
+    """Every pairing at every input size."""
+    from convtool.checkpoint.proof import exact_tree, stored_tree
+    from convtool.core.expression import in_channels
+    from convtool.core.tree import BASE, leaves
+    from convtool.core.verify import default_sizes, split_input_size, verify
+
+    runs = []
+    for pairing in pairings:
+        chain = exact_tree(pairing.before, checkpoints)
+        fused = stored_tree(pairing.after, {BASE: after})
+        fixed = pairing.fusion.input_size if pairing.fusion else None
+        axes = next(leaves(chain)).spatial_axes
+        chosen = [split_input_size(size, in_channels(chain), axes) for size in sizes]
+        runs += [(pairing, chain, fused, size) for size in chosen or ([fixed] if fixed else default_sizes(chain))]
+    results = []
+    with reporter.progress("verifying", len(runs), "items") as advance:
+        for pairing, chain, fused, size in runs:
+            results.append((pairing, verify(chain, fused, size, **options)))
+            advance(1)
+    return results
 
 
 def _assumed(pairings: list[Pairing]) -> list[str]:
@@ -218,6 +304,21 @@ def _assumed(pairings: list[Pairing]) -> list[str]:
 
     found = [x.assumed for pairing in pairings for x in (*leaves(pairing.before), *leaves(pairing.after)) if x.assumed]
     return list(dict.fromkeys(found))
+
+
+def _statement(reports: list[EquivalenceReport], exhaustive: bool) -> str:
+    """What was shown, apart from the verdict."""
+    if not reports:
+        return ""
+    if exhaustive:
+        return "every basis vector run: this holds for all inputs of these sizes"
+    if all(report.complete for report in reports):
+        return "every kernel entry met by itself"
+    met = [report.met for report in reports if not report.complete]
+    return (
+        f"kernel entries met by themselves in {sum(n for n, _ in met)} of {sum(n for _, n in met)} input channels only"
+        " where there are many; --exhaustive runs all"
+    )
 
 
 def _report(pairing: Pairing, report: EquivalenceReport) -> dict[str, Any]:
@@ -231,52 +332,81 @@ def _report(pairing: Pairing, report: EquivalenceReport) -> dict[str, Any]:
         "after": [x.layer.name for x in leaves(pairing.after)],
         "equivalent": report.equivalent,
         "ratio": report.ratio,
+        "mismatch": report.mismatch or None,
         "input_size": list(report.input_size),
         "output_size": list(report.output_size),
         "dtype": report.dtype,
         "inputs": report.inputs,
-        "interior": asdict(report.interior) | {"equal": report.interior.equal},
-        "rim": (asdict(report.rim) | {"equal": report.rim.equal}) if report.rim.positions else None,
+        "input_channels_met": {"met": report.met[0], "of": report.met[1]},
+        "interior": region_document(report.interior),
+        "rim": region_document(report.rim),
+        "run_as_stored": asdict(report.stored_error) if report.stored_error else None,
     }
+
+
+def region_document(region: Region) -> dict[str, Any] | None:
+    """A region for the JSON document; None where it is empty."""
+    from dataclasses import asdict
+
+    return asdict(region) | {"equal": region.equal} if region.positions else None
 
 
 def _print(reporter: Reporter, document: dict[str, Any]) -> None:
     if document["fusions"]:
-        rows = [
-            (
-                " + ".join(part["before"]) + " = " + " + ".join(part["after"]),
-                "x".join(map(str, part["input_size"])),
-                _region(part["interior"]),
-                _region(part["rim"]),
-                "equivalent" if part["equivalent"] else "NOT equivalent",
-            )
-            for part in document["fusions"]
-        ]
-        table(("layers", "input", "interior", "rim", "verdict"), rows)
+        columns = ("layers", "input", "interior", "rim", "relative error", "run as stored", "verdict")
+        table(columns, [_row(part) for part in document["fusions"]])
     for part in document["fusions"]:
+        if part["mismatch"]:
+            reporter.line(f"{part['name']}: {part['mismatch']}")
         for name in ("interior", "rim"):
-            region = part[name]
-            if region and region["elements"] and not region["equal"]:
-                channel, *position = region["where"]
-                reporter.line(
-                    f"{part['name']}, {name}: {region['differing']} of {region['positions']} output positions differ;"
-                    f" worst at channel {channel}, position {','.join(map(str, position)) or '0'}:"
-                    f" error {region['error']:.3g}, bound {region['bound']:.3g};"
-                    f" relative to the largest output {region['relative_error']:.3g}"
-                )
+            if part[name] and not part[name]["equal"]:
+                reporter.line(f"{part['name']}, {name}: {_worst(part[name])}")
     others = document["other_tensors"]
     if others is not None:
-        for name, what in list(others["differing"].items())[:20]:
+        for name, what in list(others["differing"].items())[:MOST_NAMES]:
             reporter.line(f"{name}: {what}, and no fusion accounts for it")
         reporter.line(
             f"{others['compared']} other tensors: "
             + (f"{len(others['differing'])} differ" if others["differing"] else "bit for bit the same")
         )
-    proof = ", every basis vector run: this holds for all inputs of these sizes" if document["exhaustive"] else ""
-    reporter.line(f"equivalent{proof}" if document["equivalent"] else "NOT equivalent")
+    statement = f", {document['statement']}" if document["statement"] else ""
+    reporter.line(f"equivalent{statement}" if document["equivalent"] else "NOT equivalent")
+
+
+def _row(part: dict[str, Any]) -> tuple[str, ...]:
+    regions = [region for region in (part["interior"], part["rim"]) if region]
+    relative = max((region["relative_error"] for region in regions), default=None)
+    stored = part["run_as_stored"]
+    return (
+        " + ".join(part["before"]) + " = " + " + ".join(part["after"]),
+        "x".join(map(str, part["input_size"])),
+        _region(part["interior"]),
+        _region(part["rim"]),
+        "-" if relative is None else f"{relative:.2g}",
+        "-" if stored is None else f"{stored['difference']:.2g} in {stored['dtype']}",
+        "equivalent" if part["equivalent"] else "NOT equivalent",
+    )
+
+
+def _worst(region: dict[str, Any]) -> str:
+    """Where a region differs most, in words."""
+    channel, *position = region["where"]
+    given = KINDS.get(region["kind"], "")
+    if region["source"]:
+        source, *at = region["source"]
+        given = f"an impulse in input channel {source}{_at(at)}"
+    return (
+        f"{region['differing']} of {region['positions']} output positions differ; worst in channel {channel}"
+        f"{_at(position)}, for {given}: error {region['error']:.3g}, bound {region['bound']:.3g};"
+        f" relative to the largest output {region['relative_error']:.3g}"
+    )
+
+
+def _at(position: list[int]) -> str:
+    return f" at {','.join(map(str, position))}" if position else ""
 
 
 def _region(region: dict[str, Any] | None) -> str:
-    if region is None or not region["elements"]:
+    if region is None:
         return "-"
     return f"{'equal' if region['equal'] else 'differs'}, error/bound {region['ratio']:.3g}"

@@ -132,11 +132,6 @@ class ImpulsePlan:
     chosen: tuple[int, ...]
     border: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
-    @property
-    def complete(self) -> bool:
-        """Whether every kernel entry that can be met at this input size is."""
-        return len(self.chosen) == self.channels
-
 
 def plan_impulses(
     trees: Sequence[Expression],

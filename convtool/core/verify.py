@@ -58,7 +58,8 @@ class EquivalenceReport:
         inputs: how many inputs were run, by kind.
         seed: of the random ones.
         exhaustive: every basis vector was run: no input of this size can bring an error beyond the bound.
-        complete: every kernel entry that can be met at this size was met by an impulse.
+        met: of how many input channels (of each group) an impulse met every kernel entry by itself, and of how many
+            there are.
         interior, rim: the comparison apart from and at the border, where a fused layer without the padding of the
             layers in between may differ; `rim` has no elements where the chain has no such border.
         dtype: that AFTER is stored in.
@@ -71,7 +72,7 @@ class EquivalenceReport:
     inputs: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     exhaustive: bool = False
-    complete: bool = False
+    met: tuple[int, int] = (0, 0)
     interior: Region = field(default_factory=Region)
     rim: Region = field(default_factory=Region)
     dtype: str = "float64"
@@ -82,6 +83,11 @@ class EquivalenceReport:
         """Equal everywhere, and something was compared."""
         regions = [region for region in (self.interior, self.rim) if region.positions]
         return not self.mismatch and bool(regions) and all(region.equal for region in regions)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every kernel entry that an input of this size can meet was met by itself."""
+        return not self.mismatch and self.met[0] == self.met[1]
 
     @property
     def ratio(self) -> float:
@@ -117,7 +123,7 @@ def verify(
         dtype: that `after` is stored in; each tensor's own by default.
         computed_in: the precision in which another program computed `after` before storing it.
         rtol, atol: instead of the derived bound, |error| <= atol + rtol * |output|, as numpy's allclose.
-        work: multiply-adds to spend on impulses at most; `report.complete` says whether that was enough.
+        work: multiply-adds to spend on impulses at most; `report.met` says how far that went.
         device: where to run it; the verdict is the same everywhere.
 
     Raises:
@@ -159,7 +165,7 @@ def verify(
         report,
         inputs=counts,
         exhaustive=exhaustive,
-        complete=plan.complete,
+        met=(len(plan.chosen), plan.channels),
         interior=tallies.interior.region(),
         rim=tallies.rim.region(),
         stored_error=_stored_error(first, kept, channels, size, kind, seed),

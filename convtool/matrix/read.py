@@ -235,6 +235,30 @@ def open_matrix(path: str | Path) -> MatrixFile:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
+def is_matrix_file(path: str | Path) -> bool:
+    """Whether the file is a matrix and not a checkpoint, as far as its suffix, its record or its arrays' names tell.
+
+    A dense matrix in .safetensors or .pt is a checkpoint as well, of one linear layer; the record makes the difference.
+    False where the file cannot be read: what is wrong with it is for its reader to say.
+    """
+    path = Path(path)
+    if path.suffix in (".npz", ".npy", ".mtx"):
+        return True
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors import safe_open
+
+            with safe_open(path, framework="np") as opened:
+                names = set(opened.keys())
+                return RECORD_NAME in (opened.metadata() or {}) or set(ARRAYS["csr"]) <= names
+        if path.suffix == ".pt" and zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return any(name.endswith(f"/extra/{RECORD_NAME}.json") for name in archive.namelist())
+    except Exception:  # a damaged file may raise anything
+        return False
+    return False
+
+
 def load_matrix(path: str | Path, kind: Kind = "torch") -> Any:
     """The matrix in a file, as torch or scipy has it; see `open_matrix` for its bias, its record, and parts of it.
 

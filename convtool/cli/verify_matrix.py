@@ -1,0 +1,214 @@
+"""`convtool verify` where one side or both are matrix files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convtool.cli.output import Reporter, table
+
+if TYPE_CHECKING:
+    from convtool.checkpoint import Checkpoint
+    from convtool.checkpoint.chain import LoweredLayer
+    from convtool.core.fields import FieldSources
+    from convtool.core.verify_matrix import MatrixReport
+    from convtool.matrix.read import MatrixFile
+
+FORMS = {  # (transpose, affine): what the matrix is for
+    (False, False): "T @ x",
+    (False, True): "T @ x with the bias as its last column",
+    (True, False): "x @ B",
+    (True, True): "x @ B with the bias as its last row",
+}
+
+
+def verify_matrix_files(
+    reporter: Reporter,
+    before: Checkpoint | Path,
+    after: Path,
+    layer: str | None,
+    sizes: list[tuple[int, ...]],
+    sources: FieldSources,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Compare, report, and give the report as a document.
+
+    Args:
+        before: the checkpoint that the layer is in; or another matrix file.
+        after: the matrix file.
+        layer: its name, where the file has no record or to overrule it.
+        sizes: of the layer's input: one, where the file has no record.
+        sources: fields of the layer, overruling the record.
+        options: trials, seed, computed_in, as `convtool.core.verify_matrix.verify_matrix` takes them.
+    """
+    from convtool.core.verify_matrix import verify_matrices
+    from convtool.errors import UsageError
+    from convtool.matrix.read import is_matrix_file, open_matrix
+
+    if not is_matrix_file(after):
+        raise UsageError(f"{before} is a matrix file and {after} is none; the matrix is AFTER, its layer in BEFORE")
+    found = _checked(open_matrix(after))
+    assumed: list[str] = []
+    if isinstance(before, Path):
+        if layer is not None or sizes:
+            raise UsageError("--before and --input-size are for a layer; BEFORE is a matrix file as well")
+        other = _checked(open_matrix(before))
+        report = verify_matrices(other, found, bias_before=other.bias, bias_after=found.bias)
+        name, form = str(before), "entry by entry"
+    else:
+        lowered, size = _lowered(before, found, layer, sizes, sources)
+        shape = _form(found, lowered, size)
+        if lowered.assumed:
+            assumed.append(lowered.assumed)
+        if found.record is None:
+            assumed.append(f"{after}: {FORMS[shape['transpose'], shape['affine']]}")
+        report = _verify(found, lowered, size, shape, options)
+        name, form = lowered.layer.name, FORMS[shape["transpose"], shape["affine"]]
+    for text in assumed:
+        reporter.remark(f"assumed: {text}")
+    document = _document(before, after, name, form, report, assumed)
+    reporter.result(document, lambda: _print(reporter, document))
+    return document
+
+
+def _checked(opened: MatrixFile) -> MatrixFile:
+    from convtool.errors import InputError
+
+    if not (opened.dtype.is_floating_point or opened.dtype.is_complex):
+        raise InputError(f"{opened.path}: expected a matrix of floating-point numbers, got {opened.dtype}")
+    return opened
+
+
+def _lowered(
+    checkpoint: Checkpoint, found: MatrixFile, layer: str | None, sizes: list[tuple[int, ...]], sources: FieldSources
+) -> tuple[LoweredLayer, tuple[int, ...]]:
+    """The layer that the matrix is of, and the spatial size of its input, by the file's record or as given."""
+    from convtool.checkpoint.chain import lower_chain
+    from convtool.core.fields import FieldSource
+    from convtool.core.verify import split_input_size
+    from convtool.errors import InputError, UsageError
+
+    record = found.record or {}
+    name = layer or record.get("layer")
+    if name is None:
+        raise UsageError(f"{found.path}: doesn't say which layer it is of; name it with --before")
+    if len(sizes) > 1:
+        raise UsageError("--input-size: a matrix is for one input size")
+    size = sizes[0] if sizes else tuple(record.get("input_size") or ())
+    named = checkpoint.layer(str(name))
+    axes = named.spatial_axes
+    if axes is None and size:
+        axes = len(size) - 1 if named.kind == "batch_norm" else 0
+    if not size and axes != 0 and named.kind != "linear":
+        raise UsageError(f"{found.path}: doesn't say its input size; give --input-size, such as 32,32")
+    fields = _fields(record, named.kind)
+    known = FieldSource("record", {named.name: fields}, exact_names=True)
+    channels = size[0] if axes is not None and len(size) == axes + 1 else None
+    try:
+        lowered = lower_chain(checkpoint, [named.name], sources.with_first(known), channels, axes)[0]
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{found.path}: its record is damaged: {error}") from None
+    return lowered, split_input_size(size or (), lowered.conv.in_channels, lowered.conv.spatial_axes)
+
+
+def _fields(record: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The fields of a record that its layer's kind has."""
+    from convtool.core.fields import parse_field
+
+    own = {"batch_norm": {"eps"}, "linear": {"flatten"}, "scale": set[str]()}.get(kind)
+    fields = record.get("fields") or {}
+    return {key: parse_field(key, value) for key, value in fields.items() if own is None or key in own}
+
+
+def _form(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> dict[str, Any]:
+    """Which of its matrices it is: by the record, else the first one of that shape."""
+    from convtool.core.toeplitz import ToeplitzMatrix
+    from convtool.errors import InputError
+
+    record = found.record
+    if record is not None:
+        rows = record.get("rows")
+        if rows is not None and not (isinstance(rows, list) and len(rows) == 2):
+            raise InputError(f"{found.path}: its record is damaged: rows {rows!r}")
+        return {
+            "transpose": bool(record.get("transpose")),
+            "affine": bool(record.get("affine")),
+            "rows": None if rows is None else (int(rows[0]), int(rows[1])),
+        }
+    for transpose, affine in FORMS:
+        matrix = ToeplitzMatrix(lowered.conv, size, transpose=transpose, affine=affine)
+        if tuple(matrix.shape) == found.shape:
+            return {"transpose": transpose, "affine": affine, "rows": None}
+    return {"transpose": False, "affine": False, "rows": None}
+
+
+def _verify(
+    found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...], form: dict[str, Any], options: dict[str, Any]
+) -> MatrixReport:
+    from convtool.core.verify_matrix import verify_matrix
+    from convtool.matrix import FORMATS
+
+    form_of_file = FORMATS.get(found.path.suffix)
+    stores_bias = form_of_file is None or form_of_file.STORES_BIAS
+    trials = min(options["trials"], 2)  # the entries settle it; products are only to witness the tables
+    return verify_matrix(
+        lowered.conv, size, found, bias=found.bias, stores_bias=stores_bias, **form, **(options | {"trials": trials})
+    )
+
+
+def _document(
+    before: Checkpoint | Path, after: Path, name: str, form: str, report: MatrixReport, assumed: list[str]
+) -> dict[str, Any]:
+    from convtool.cli.verify import region_document
+
+    return {
+        "before": str(before if isinstance(before, Path) else before.path),
+        "after": str(after),
+        "equivalent": report.equivalent,
+        "statement": "every entry compared: this holds for all inputs of this size",
+        "seed": report.seed,
+        "tolerance": "derived bound",
+        "assumed": assumed,
+        "matrix": {
+            "of": name,
+            "form": form,
+            "shape": list(report.shape),
+            "dtype": report.dtype,
+            "mismatch": report.mismatch or None,
+            "ratio": report.ratio,
+            "entries": region_document(report.entries),
+            "products": region_document(report.products),
+            "bias": region_document(report.bias),
+            "bias_missing": report.bias_missing,
+        },
+    }
+
+
+def _print(reporter: Reporter, document: dict[str, Any]) -> None:
+    part = document["matrix"]
+    row = (
+        part["of"],
+        part["form"],
+        "x".join(map(str, part["shape"])),
+        *(_region(part[name]) for name in ("entries", "products", "bias")),
+        "equivalent" if document["equivalent"] else "NOT equivalent",
+    )
+    table(("of", "form", "matrix", "entries", "products", "bias", "verdict"), [row])
+    if part["mismatch"]:
+        reporter.line(part["mismatch"])
+    for name, what in (("entries", "row, column"), ("products", "output"), ("bias", "output")):
+        region = part[name]
+        if region and not region["equal"]:
+            where = f"; worst at {what} {', '.join(map(str, region['where']))}" if region["where"] else ""
+            reporter.line(
+                f"{name}: {region['differing']} of {region['positions']} differ{where}:"
+                f" error {region['error']:.3g}, bound {region['bound']:.3g};"
+                f" relative to the largest {region['relative_error']:.3g}"
+            )
+    if part["bias_missing"]:
+        reporter.line("the layer has a bias, which the file has no room for; the matrix alone was compared")
+    reporter.line(f"equivalent, {document['statement']}" if document["equivalent"] else "NOT equivalent")
+
+
+def _region(region: dict[str, Any] | None) -> str:
+    return "-" if region is None else f"{'equal' if region['equal'] else 'differs'}, error/bound {region['ratio']:.3g}"

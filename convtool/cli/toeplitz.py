@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from convtool.cli import complete
+from convtool.cli.layer import lower_layer
 from convtool.cli.options import (
     CheckpointPath,
     Dilation,
@@ -29,8 +30,6 @@ from convtool.cli.options import (
     Stride,
     Transposed,
     parse_dtype,
-    parse_input_size,
-    single_layer_fields,
 )
 from convtool.cli.output import Reporter, human_bytes
 from convtool.cli.run import run
@@ -112,65 +111,42 @@ def command(
     reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
 
     def body() -> None:
-        from convtool.checkpoint import open_checkpoint
-        from convtool.checkpoint.chain import lower_chain
-        from convtool.cli.model import model_fields
-        from convtool.cli.options import check_used, field_sources
-        from convtool.core.fields import geometry_fields
         from convtool.core.toeplitz import ToeplitzMatrix
-        from convtool.core.verify import split_input_size
-        from convtool.errors import UsageError
         from convtool.files.atomic import check_target
         from convtool.matrix import plan_matrix, planned_size, write_matrix
 
-        size, value_dtype = parse_input_size(input_size), parse_dtype(dtype)
-        opened = open_checkpoint(checkpoint, root)
-        found = opened.layer(layer)
-        given = single_layer_fields(
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            padding_mode=padding_mode,
-            transposed=transposed,
-            output_padding=output_padding,
-        )
+        value_dtype = parse_dtype(dtype)
         check_target(out, force=force or dry_run)
         if plot is not None:
             from convtool.matrix.plot import check_plot
 
             check_plot(plot)
             check_target(plot, force=force or dry_run)
-        sources = field_sources(
-            geometry,
-            settings,
-            {found.name: given} if given else {},
-            model_fields(model, model_args, opened, reporter),
+        found = lower_layer(
+            reporter,
+            checkpoint,
+            layer,
+            root=root,
+            input_size=input_size,
+            fields={
+                "stride": stride,
+                "padding": padding,
+                "dilation": dilation,
+                "groups": groups,
+                "padding_mode": padding_mode,
+                "transposed": transposed,
+                "output_padding": output_padding,
+            },
+            geometry=geometry,
+            settings=settings,
+            model=model,
+            model_args=model_args,
         )
-        check_used(sources, list(opened.layers))
-        axes = found.spatial_axes
-        if axes is None and found.kind == "batch_norm":
-            axes = len(size) - 1 if size is not None else None
-        if size is None and axes != 0 and found.kind != "linear":
-            raise UsageError(f"toeplitz needs --input-size, the spatial sizes of {layer}'s input, such as 32,32")
-        channels = size[0] if size is not None and axes is not None and len(size) == axes + 1 else None
-        lowered = lower_chain(opened, [layer], sources, channels, spatial_axes=axes)[0]
-        if lowered.assumed:
-            reporter.remark(f"assumed: {lowered.assumed}")
-        conv = lowered.conv
-        spatial = split_input_size(size or (), conv.in_channels, conv.spatial_axes)
-        matrix = ToeplitzMatrix(conv, spatial, dtype=value_dtype, transpose=transpose, affine=affine)
+        conv = found.conv
+        matrix = ToeplitzMatrix(conv, found.spatial or (), dtype=value_dtype, transpose=transpose, affine=affine)
         plan = plan_matrix(matrix, out, layout=_layout(layout), rows=_rows(rows))
-        record: dict[str, Any] = {
-            "layer": found.name,
-            "kind": found.kind,
-            "fields": geometry_fields(conv.geometry) | lowered.fields,
-            "input_size": [conv.in_channels, *spatial],
-            "output_size": [conv.out_channels, *matrix.output_size],
-            "transpose": transpose,
-            "affine": affine,
-            "rows": None if plan.rows is None else list(plan.rows),
-        }
+        rows_written = None if plan.rows is None else list(plan.rows)
+        record = found.record | {"transpose": transpose, "affine": affine, "rows": rows_written}
         size_in_bytes = planned_size(matrix, plan, record)
         if not dry_run:
             with reporter.progress(f"writing {out.name}", size_in_bytes) as advance:
@@ -190,7 +166,7 @@ def command(
             "written": not dry_run,
             "bytes": size_in_bytes,
             "bias": "column" if affine else "missing" if missing_bias else "vector" if conv.bias is not None else None,
-            "assumed": [lowered.assumed] if lowered.assumed else [],
+            "assumed": found.assumed,
         }
         if missing_bias:
             reporter.remark(f"{out} has no room for the bias of {found.name}; --affine makes it part of the matrix")

@@ -78,8 +78,11 @@ class Spectrum:
 
     @property
     def condition_at_least(self) -> float:
-        """What the condition number is at least."""
-        return (self.largest.value - self.largest.error) / max(self.smallest.value + self.smallest.error, 1e-300)
+        """What the condition number is at least: estimates lie between the two ends, converged or not."""
+        rounding = ROUNDING * self.largest.value
+        if self.smallest.value + rounding == 0:
+            return math.inf
+        return (self.largest.value - rounding) / (self.smallest.value + rounding)
 
 
 def spectrum(

@@ -1,0 +1,164 @@
+"""`convtool spectrum`: the singular values at both ends of a layer's matrix, without making it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from convtool.cli import complete
+from convtool.cli.layer import lower_layer
+from convtool.cli.options import (
+    CheckpointPath,
+    Dilation,
+    GeometryFile,
+    Groups,
+    InputSize,
+    Json,
+    Model,
+    ModelArgs,
+    OutputPadding,
+    Padding,
+    PaddingModeOption,
+    Quiet,
+    Root,
+    Settings,
+    Stride,
+    Transposed,
+)
+from convtool.cli.output import Reporter
+from convtool.cli.run import run
+
+NAME = "spectrum"
+USAGE = "CKPT LAYER"
+EXAMPLES = """
+convtool spectrum resnet.safetensors layer1.0.conv1 --input-size 56,56 --padding 1
+# how far the answers may be off, relative to the largest
+convtool spectrum net.pt conv1 --input-size 3,32,32 --tolerance 1e-4
+"""
+
+METHODS = {
+    "fourier": "by Fourier transform, exact to rounding",
+    "dense": "by a dense SVD, exact to rounding",
+    "lanczos": "by Lanczos bidiagonalisation",
+}
+
+
+def command(
+    checkpoint: CheckpointPath,
+    layer: Annotated[
+        str,
+        typer.Argument(
+            metavar="LAYER", help="Module path of the layer.", show_default=False, autocompletion=complete.layers
+        ),
+    ],
+    input_size: InputSize = None,
+    stride: Stride = None,
+    padding: Padding = None,
+    dilation: Dilation = None,
+    groups: Groups = None,
+    padding_mode: PaddingModeOption = None,
+    transposed: Transposed = False,
+    output_padding: OutputPadding = None,
+    tolerance: Annotated[
+        float,
+        typer.Option("--tolerance", metavar="T", help="How far off the values may be, relative to the largest."),
+    ] = 1e-6,
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", help="Steps of an iteration at most; 300 by default.", show_default=False),
+    ] = None,
+    geometry: GeometryFile = None,
+    settings: Settings = None,
+    model: Model = None,
+    model_args: ModelArgs = None,
+    root: Root = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> int:
+    """The largest and the smallest singular value of a layer's matrix, and its condition number.
+
+    Nothing of the matrix is built where it is large. Each value is given with how far off it may be; where the steps
+    don't settle the smallest, it says so and gives what it is at most.
+    """
+    reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
+
+    def body() -> None:
+        from convtool.core.spectrum import spectrum
+        from convtool.errors import UsageError
+
+        if steps is not None and steps < 1:
+            raise UsageError(f"--steps: expected a number of at least 1, got {steps}")
+        found = lower_layer(
+            reporter,
+            checkpoint,
+            layer,
+            root=root,
+            input_size=input_size,
+            fields={
+                "stride": stride,
+                "padding": padding,
+                "dilation": dilation,
+                "groups": groups,
+                "padding_mode": padding_mode,
+                "transposed": transposed,
+                "output_padding": output_padding,
+            },
+            geometry=geometry,
+            settings=settings,
+            model=model,
+            model_args=model_args,
+        )
+        ends = spectrum(found.conv, found.spatial or (), tolerance=tolerance, steps=steps)
+        known = ends.largest.converged and ends.smallest.converged
+        document: dict[str, Any] = {
+            "source": str(checkpoint),
+            **found.record,
+            "shape": list(ends.shape),
+            "largest": _value(ends.largest),
+            "smallest": _value(ends.smallest),
+            "condition": ends.condition if known else None,
+            "condition_at_least": ends.condition_at_least,
+            "tolerance": ends.tolerance,
+            "methods": list(ends.methods),
+            "steps": ends.steps,
+            "assumed": found.assumed,
+        }
+        reporter.result(document, lambda: _print(reporter, document))
+
+    return run(reporter, body)
+
+
+def _value(value: Any) -> dict[str, Any]:
+    return {"value": value.value, "error": value.error, "converged": value.converged}
+
+
+def _print(reporter: Reporter, document: dict[str, Any]) -> None:
+    rows, columns = document["shape"]
+    how = ", ".join(METHODS[method] for method in document["methods"])
+    after = f", {document['steps']} steps" if document["steps"] else ""
+    reporter.line(
+        f"{document['layer']}: {'x'.join(map(str, document['input_size']))} ->"
+        f" {'x'.join(map(str, document['output_size']))}, matrix {rows} x {columns}"
+    )
+    largest, smallest = document["largest"], document["smallest"]
+    reporter.line(f"  largest singular value   {_shown(largest, 'at least')}")
+    reporter.line(f"  smallest singular value  {_shown(smallest, 'at most')}")
+    condition = document["condition"]
+    if condition is None:
+        reporter.line(f"  condition number         at least {document['condition_at_least']:.6g}")
+    elif condition == float("inf"):
+        reporter.line("  condition number         infinite: to the accuracy above, the smallest is zero")
+    else:
+        reporter.line(f"  condition number         {condition:.6g}")
+    reporter.line(f"  {how}{after}")
+    if not (largest["converged"] and smallest["converged"]):
+        reporter.remark(
+            f"not settled to {document['tolerance']:g} in {document['steps']} steps; --steps takes it further"
+        )
+
+
+def _shown(value: dict[str, Any], bound: str) -> str:
+    if not value["converged"]:
+        return f"{bound} {value['value']:.6g}"
+    return f"{value['value']:.9g} (+- {value['error']:.1g})"

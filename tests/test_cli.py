@@ -232,7 +232,8 @@ MISTAKES = [
     ("toeplitz net.pt first --input-size 5,7 --rows 3:9999 -o t.npz", 2, "--rows: expected A:B .* got 3:9999"),
     ("toeplitz net.pt first --input-size 5,7 --layout csc -o t.npz", 2, "--layout: expected .* got 'csc'"),
     ("toeplitz net.pt first --input-size 5,7 --padding-mode mirror -o t.npz", 2, "padding_mode: expected one of"),
-    ("fuse net.pt --recipe nope -o f.pt", 2, "no recipe 'nope'"),
+    ("fuse net.pt --recipe nope -o f.pt", 2, "no recipe 'nope'; expected one of acnet, "),
+    ("fuse net.pt --recipe repvg -o f.pt", 2, r"no recipe 'repvg'; did you mean repvgg"),
     ("fuse net.pt first second --recipe repvgg -o f.pt", 2, "--recipe names the layers"),
     ("fuse net.pt --recipe missing.toml -o f.pt", 3, "missing.toml: no such file"),
     ("fuse net.pt first second --name head -o f.pt", 2, "'head.weight' is taken"),
@@ -581,6 +582,13 @@ def test_a_dry_run_says_what_a_run_would_write(cli: Cli, here: Path) -> None:
     fused = torch.load(here / "f.pt")
     assert {name: list(fused[name].shape) for name in tensors["written"]} == tensors["written"]
     assert tensors["removed"] == sorted(network().keys() - fused.keys())
+    assert (done["tensors"], done["bytes"]) == (len(fused), sum(tensor.nbytes for tensor in fused.values()))
+    shown = cli("fuse net.pt first second norm -o g.pt --dry-run --quiet").out.splitlines()
+    assert [line for line in shown if line[:4] in ("  - ", "  + ")] == [
+        *(f"  - {name}" for name in tensors["removed"]),
+        *("  + first.weight 5x3x4x4", "  + first.bias 5"),
+    ]
+    assert shown[-1].startswith(f"would write g.pt, {len(fused)} tensors, ")
 
 
 def test_verify_of_named_layers_and_one_sided_fields(cli: Cli, here: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -173,3 +174,44 @@ def test_progress_shows_on_a_terminals_stderr_after_a_while_and_vanishes(monkeyp
     assert shown(Terminal(), seconds=0.5) == ""  # over before anyone wondered
     assert shown(io.StringIO(), seconds=4) == ""
     assert shown(Terminal(), seconds=4, TERM="dumb") == ""
+
+
+# --- streams
+
+
+def test_geometry_and_recipes_are_read_from_stdin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(line: str, text: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        code = run_app(line.split())
+        captured = capsys.readouterr()
+        return code, captured.out or captured.err
+
+    monkeypatch.chdir(SAMPLES)
+    code, shown = run("inspect chains.safetensors widen --geometry -", '"wid*" = { padding = [1, 2] }')
+    assert (code, shown.splitlines()[1].split("  ")[-1]) == (0, "padding 1,2")
+    recipe = '[[fuse]]\nname = "whole"\nchain = ["reduce", "spread"]\n'
+    code, shown = run("fuse chains.safetensors --recipe - -o whole.safetensors --dry-run", recipe)
+    assert (code, shown.splitlines()[0]) == (0, "reduce + spread -> whole")
+    code, shown = run("inspect chains.safetensors --geometry -", "widen = {")
+    assert code == 3
+    assert shown.startswith("convtool: -: is not TOML")
+
+
+def test_json_has_shapes_on_one_line_and_the_same_content(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    document = {
+        "shape": [4, 3, 2],
+        "pairs": [[0, 1], [-2, 2.5e-07]],
+        "names": ["[\n1\n]", "a [ 1,\n 2 ]", "\u00e9"],
+        "none": [],
+        "odd": [float("nan"), float("inf"), 1.0],
+    }
+    output.print_document(document)
+    printed = capsys.readouterr().out
+    assert json.loads(printed) == document | {"odd": ["nan", "inf", 1.0]}
+    assert '"shape": [4, 3, 2],' in printed
+    assert "[0, 1],\n    [-2, 2.5e-07]\n" in printed
+    assert printed.isascii()

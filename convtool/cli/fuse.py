@@ -24,7 +24,7 @@ from convtool.cli.options import (
     parse_dtype,
     parse_input_size,
 )
-from convtool.cli.output import Reporter, tree_text
+from convtool.cli.output import Reporter, human_bytes, tree_text
 from convtool.cli.run import run
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def command(
         typer.Option(
             "--recipe",
             metavar="NAME|FILE",
-            help="Fuse by a recipe instead of LAYERs.",
+            help="Fuse by a recipe instead of LAYERs; - for one on stdin.",
             show_default=False,
             autocompletion=complete.recipes,
         ),
@@ -194,7 +194,7 @@ def command(
         edits = [layer.edit for layer in planned]
         check_ties(opened, edits)
         edit = Edit.together(edits)
-        edit.order(opened.infos)  # finds a name that is taken before anything is written
+        order = edit.order(opened.infos)  # finds a name that is taken before anything is written
         if not dry_run:
             from convtool import __version__
             from convtool.checkpoint.record import Record
@@ -206,6 +206,8 @@ def command(
             "source": str(opened.path),
             "out": str(out),
             "written": not dry_run,
+            "tensors": len(order),
+            "bytes": sum(opened.infos[key].nbytes if new is None else new.nbytes for key, new in order),
             "fusions": [_describe(layer, size) for layer in planned],
             "left_alone": alone + (dearer if only_if_cheaper else []),
         }
@@ -231,16 +233,17 @@ def _input_layers(normalize: tuple[str, str] | None, input_scale: str | None) ->
 
 def _find_recipe(text: str) -> Recipe:
     """A recipe by its name, or by the path of its file."""
-    from convtool.cli.options import read_toml
-    from convtool.errors import UsageError
+    from convtool.cli.options import STDIN, read_toml
+    from convtool.errors import UsageError, did_you_mean
     from convtool.recipe import parse_recipe
     from convtool.recipes import shipped
 
     known = shipped()
     if text in known:
         return known[text]
-    if not text.endswith(".toml"):
-        raise UsageError(f"--recipe: no recipe {text!r}; expected one of {', '.join(known)}, or a .toml file")
+    if not text.endswith(".toml") and text != STDIN:
+        near = did_you_mean(text, known, f"; expected one of {', '.join(known)}, or a .toml file")
+        raise UsageError(f"--recipe: no recipe {text!r}{near}")
     return parse_recipe(read_toml(Path(text)), text)
 
 
@@ -391,11 +394,21 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
             f"  {numbers['before']} -> {numbers['after']} parameters,"
             f" {_count(work['before'])} -> {_count(work['after'])} multiply-adds{per}, {fusion['dtype']}"
         )
+        if not document["written"]:
+            _print_tensors(reporter, fusion["tensors"])
     if len(document["fusions"]) > 1:
         totals = [sum(fusion["parameters"][key] for fusion in document["fusions"]) for key in ("before", "after")]
         reporter.line(f"{len(document['fusions'])} fusions, {totals[0]} -> {totals[1]} parameters")
     verb = "wrote" if document["written"] else "would write"
-    reporter.line(f"{verb} {document['out']}")
+    reporter.line(f"{verb} {document['out']}, {document['tensors']} tensors, {human_bytes(document['bytes'])}")
+
+
+def _print_tensors(reporter: Reporter, tensors: dict[str, Any]) -> None:
+    """What a dry run says beyond a run: the tensors that go and come, by name."""
+    for name in tensors["removed"]:
+        reporter.line(f"  - {name}")
+    for name, shape in tensors["written"].items():
+        reporter.line(f"  + {name} {'x'.join(map(str, shape))}")
 
 
 def _exactness(fusion: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.core.fields import FieldSource, FieldSources
 
+STDIN = "-"
 DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
 
 CheckpointPath = Annotated[
@@ -44,7 +46,7 @@ GeometryFile = Annotated[
     typer.Option(
         "--geometry",
         metavar="FILE",
-        help="TOML with a table of fields per layer or pattern.",
+        help="TOML with a table of fields per layer or pattern; - for stdin.",
         show_default=False,
     ),
 ]
@@ -208,10 +210,12 @@ def _geometry_file(path: Path) -> Any:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file; InputError where it is missing or isn't one."""
+    """A TOML file, or stdin for '-'; InputError where it is missing or isn't one."""
     import tomllib
 
     try:
+        if str(path) == STDIN:
+            return tomllib.loads(sys.stdin.buffer.read().decode())
         with path.open("rb") as file:
             return tomllib.load(file)
     except FileNotFoundError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sys
 import textwrap
@@ -118,7 +119,9 @@ def _human_time(seconds: float) -> str:
 
 def print_document(document: dict[str, Any]) -> None:
     """One JSON document on stdout, in plain ASCII and without NaN or Infinity, which JSON doesn't have."""
-    print(json.dumps(_finite(document), indent=2))
+    text = json.dumps(_finite(document), indent=2)
+    # Shapes on one line: inside a string no line ends, so that what this finds are lists of numbers.
+    print(re.sub(r"\[\n\s*([-+.\de,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text))
 
 
 def print_error(command: str | None, kind: str, code: int, message: str, *, as_json: bool) -> None:

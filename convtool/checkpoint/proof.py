@@ -8,7 +8,7 @@ layers that its definition names: less the mean, and then times the scale plus t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -85,34 +85,29 @@ def _half(tensor: Tensor) -> Tensor:
     return half_ulp(tensor, tensor.dtype)
 
 
-def check_planned(
-    planned: Sequence[PlannedLayer], checkpoints: Mapping[str, Checkpoint]
-) -> list[list[EquivalenceReport]]:
-    """Run every planned layer against the layers that it stands for, as they will be in the file.
+def check_planned(layer: PlannedLayer, checkpoints: Mapping[str, Checkpoint]) -> list[EquivalenceReport]:
+    """Run a planned layer, as it will be in the file, against the layers that it stands for.
 
     Args:
         checkpoints: by the origin that the layers name.
 
     Returns:
-        For each layer the reports, one for each input size that it was run on.
+        A report for each input size that it was run on.
 
     Raises:
-        AssertionError: one differs, and not only where it was said to: a mistake in convtool.
+        AssertionError: it differs, and not only where it was said to: a mistake in convtool.
     """
-    found = []
-    for layer in planned:
-        before, verdict = exact_tree(layer.tree, checkpoints), layer.fusion.verdict
-        sizes = default_sizes(before)[:PLAN_SIZES] if verdict.input_size is None else [verdict.input_size]
-        reports = [verify(before, [layer.fusion.conv], size, trials=PLAN_TRIALS, work=PLAN_WORK) for size in sizes]
-        for report in reports:
-            if not (report.equivalent if verdict.exact else _equal_inside(report)):
-                names = ", ".join(source.name for source in layer.record.sources)
-                raise AssertionError(
-                    f"{layer.name!r}, made of {names}, differs from them at input size {report.input_size}:"
-                    f" {report.mismatch or f'error/bound {report.ratio:.3g}'}; nothing was written (--no-verify writes it)"
-                )
-        found.append(reports)
-    return found
+    before, verdict = exact_tree(layer.tree, checkpoints), layer.fusion.verdict
+    sizes = default_sizes(before)[:PLAN_SIZES] if verdict.input_size is None else [verdict.input_size]
+    reports = [verify(before, [layer.fusion.conv], size, trials=PLAN_TRIALS, work=PLAN_WORK) for size in sizes]
+    for report in reports:
+        if not (report.equivalent if verdict.exact else _equal_inside(report)):
+            names = ", ".join(source.name for source in layer.record.sources)
+            raise AssertionError(
+                f"{layer.name!r}, made of {names}, differs from them at input size {report.input_size}:"
+                f" {report.mismatch or f'error/bound {report.ratio:.3g}'}; nothing was written (--no-verify writes it)"
+            )
+    return reports
 
 
 def _equal_inside(report: EquivalenceReport) -> bool:

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.checkpoint.fusion import PlannedLayer
     from convtool.core.tree import LayerRef, Tree
+    from convtool.core.verify import EquivalenceReport
     from convtool.recipe import Known, PlannedFusion, Recipe
 
 NAME = "fuse"
@@ -107,6 +108,9 @@ def command(
     input_size: InputSize = None,
     allow_border: Annotated[
         bool, typer.Option("--allow-border", help="Fuse even where outputs near the border would differ.")
+    ] = False,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Write what was fused without running it against its layers first.")
     ] = False,
     bias_map: Annotated[
         bool,
@@ -195,6 +199,7 @@ def command(
         check_ties(opened, edits)
         edit = Edit.together(edits)
         order = edit.order(opened.infos)  # finds a name that is taken before anything is written
+        reports = [[] for _ in planned] if no_verify else _verified(reporter, planned, checkpoints)
         if not dry_run:
             from convtool import __version__
             from convtool.checkpoint.record import Record
@@ -208,7 +213,7 @@ def command(
             "written": not dry_run,
             "tensors": len(order),
             "bytes": sum(opened.infos[key].nbytes if new is None else new.nbytes for key, new in order),
-            "fusions": [_describe(layer, size) for layer in planned],
+            "fusions": [_describe(layer, size) | _proof(found) for layer, found in zip(planned, reports, strict=True)],
             "left_alone": alone + (dearer if only_if_cheaper else []),
         }
         reporter.result(document, lambda: _print(reporter, document))
@@ -356,6 +361,27 @@ def _list_recipes(reporter: Reporter) -> None:
     reporter.result(document, lambda: table(("recipe", "fuses"), [(name, r.about) for name, r in found.items()]))
 
 
+def _verified(
+    reporter: Reporter, planned: list[PlannedLayer], checkpoints: Mapping[str, Checkpoint]
+) -> list[list[EquivalenceReport]]:
+    """Each fusion run against the layers that it stands for, before a file takes its name."""
+    from convtool.checkpoint.proof import check_planned
+
+    found = []
+    with reporter.progress("verifying", len(planned), "items") as advance:
+        for layer in planned:
+            found.append(check_planned(layer, checkpoints))
+            advance(1)
+    return found
+
+
+def _proof(reports: list[EquivalenceReport]) -> dict[str, Any]:
+    if not reports:
+        return {"verified": None}
+    ratio = max(report.interior.ratio for report in reports)
+    return {"verified": {"ratio": ratio, "input_sizes": [list(report.input_size) for report in reports]}}
+
+
 def _describe(layer: PlannedLayer, size: tuple[int, ...] | None) -> dict[str, Any]:
     verdict = layer.fusion.verdict
     before, after = layer.parameters
@@ -388,6 +414,10 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
         for line in fusion["edits"]:
             reporter.line(f"  {line}")
         reporter.line(f"  {_exactness(fusion)}")
+        if fusion["verified"]:
+            sizes = " and ".join("x".join(map(str, one)) for one in fusion["verified"]["input_sizes"])
+            where = "" if fusion["exact"] else ", the border apart"
+            reporter.line(f"  verified at {sizes}{where}: error/bound {fusion['verified']['ratio']:.3g}")
         numbers, work = fusion["parameters"], fusion["multiply_adds"]
         per = " per input position" if work["per"] == "input position" else ""
         reporter.line(

@@ -1,7 +1,50 @@
 """convtool: exact linear algebra on the convolutions inside saved checkpoints.
 
-The names below are the public API. They are imported on first use, so that `import convtool` (and with it the command
-line's help) doesn't pay for importing torch.
+A layer is a `Conv`: a weight, a bias or none, and a frozen `Geometry`. It is made of tensors, or taken from a
+checkpoint, which holds no geometry: that is given in torch's words.
+
+>>> import torch, convtool
+>>> first = convtool.conv(torch.ones(3, 2, 3, 1), padding=(1, 0))
+>>> second = convtool.conv(torch.ones(4, 3, 1, 2), torch.tensor([1.0, 2.0, 3.0, 4.0]), stride=(1, 2))
+
+Its matrix has the outputs as rows and the inputs as columns. Shape and number of entries are known at once, the rows
+are made on demand: whole, in blocks, or as a file (`convtool toeplitz`), which `load_matrix` and `open_matrix` read.
+`operator` multiplies by the matrix without making it, and `spectrum` tells its largest and smallest singular value.
+
+>>> matrix = convtool.toeplitz(first, (4, 5))
+>>> matrix.shape, matrix.nnz
+((60, 40), 300)
+>>> x = torch.arange(40.0).reshape(1, 2, 4, 5)
+>>> torch.equal(matrix.to_dense() @ x.reshape(-1), convtool.forward(first, x).reshape(-1))
+True
+>>> tuple(convtool.unfold(x, first.geometry).shape)
+(1, 6, 20)
+
+Layers one after the other, or side by side and added up, become one; `fuse` does it where that is exact, and refuses
+with the reason where it isn't. `verify` holds both against each other, and against what rounding can do at most.
+
+>>> fused = convtool.fuse([first, second])
+>>> fused.weight.shape, fused.geometry.describe()
+(torch.Size([4, 2, 3, 2]), 'kernel 3,2, stride 1,2, padding 1,0')
+>>> report = convtool.verify([first, second], [fused], (4, 5))
+>>> report.equivalent and report.ratio <= 1
+True
+>>> torch.equal(convtool.compose(first, second).weight, fused.weight.double())
+True
+>>> convtool.add(first, first).weight.unique()
+tensor([2.], dtype=torch.float64)
+>>> convtool.fuse([second, convtool.conv(torch.ones(1, 4, 3, 3), padding=1)])
+Traceback (most recent call last):
+convtool.errors.RefusedError: ...
+
+Checkpoints are opened with `open_checkpoint`; `apply` puts the fusions that a checkpoint records into a live nn.Module.
+
+>>> checkpoint = convtool.open_checkpoint("sample_models/chains.safetensors")
+>>> checkpoint.conv("widen", padding=(1, 2)).geometry.output_size((4, 6))
+(4, 6)
+
+All of these, and nothing else, are the public API. They are imported on first use, so that `import convtool` (and with
+it the command line's help) doesn't pay for importing torch.
 """
 
 from __future__ import annotations
@@ -71,3 +114,7 @@ def __getattr__(name: str) -> Any:
     value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

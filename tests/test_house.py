@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ast
+import doctest
+import importlib
+import inspect
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
+
+import convtool
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "convtool"
@@ -219,3 +226,61 @@ def test_nothing_in_the_repository_knows_where_it_was_made() -> None:
     for path in files_of_the_repository():
         found = absolute.search(path.read_bytes())
         assert not found, f"{path.relative_to(ROOT)}: {found[0]!r}"
+
+
+def test_the_package_ships_all_that_it_reads() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        settings = tomllib.load(file)
+    shipped = settings["tool"]["setuptools"]["package-data"]["convtool"]
+    data = [path.relative_to(PACKAGE) for path in files_of_the_repository() if path.is_relative_to(PACKAGE)]
+    data = [path for path in data if path.suffix != ".py"]
+    assert Path("py.typed") in data
+    assert [path for path in data if not any(fnmatch(str(path), pattern) for pattern in shipped)] == []
+    assert all((PACKAGE / path.parent / "__init__.py").is_file() for path in data)  # setuptools looks in packages only
+
+
+def test_the_five_dependencies_are_all_that_is_imported_without_an_extra() -> None:
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        project = tomllib.load(file)["project"]
+    needed = {re.split(r"\W", line)[0] for line in project["dependencies"]}
+    assert needed == {"torch", "typer", "rich", "safetensors", "numpy"}
+    extras = {re.split(r"\W", line)[0] for name in ("scipy", "plot") for line in project["optional-dependencies"][name]}
+    for path in SOURCES:
+        found = {name.partition(".")[0] for name, _ in imports(parsed(path))} - sys.stdlib_module_names
+        assert found <= needed | extras | {"convtool", "transformers"}, path
+
+
+# --- the public API
+
+
+def test_the_public_names_are_documented_and_all_resolve() -> None:
+    assert convtool.__all__ == sorted(convtool.__all__, key=lambda name: (name != "__version__", name))
+    for name in convtool.__all__:
+        value = getattr(convtool, name)
+        assert name == "__version__" or inspect.getdoc(value), name
+    assert set(convtool.__all__) <= set(dir(convtool))
+    with pytest.raises(AttributeError, match="module 'convtool' has no attribute 'fuze'"):
+        _ = convtool.fuze
+
+
+def test_what_type_checkers_are_told_of_the_public_api_is_what_there_is() -> None:
+    """The names under `if TYPE_CHECKING` are those that are imported on first use, from the same modules."""
+    tree = parsed(PACKAGE / "__init__.py")
+    told = {
+        alias.name: node.module
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("convtool.")
+        for alias in node.names
+    }
+    assert sorted(told) == sorted(set(convtool.__all__) - {"__version__"})
+    assert all(
+        getattr(importlib.import_module(str(home)), name) is getattr(convtool, name) for name, home in told.items()
+    )
+
+
+def test_every_public_function_has_its_place_in_the_tour() -> None:
+    """The package's docstring shows what each is for; its examples are doctests, which run with the rest."""
+    tour = convtool.__doc__ or ""
+    functions = [name for name in convtool.__all__ if inspect.isfunction(getattr(convtool, name))]
+    assert [name for name in functions if f"convtool.{name}(" not in tour and f"`{name}`" not in tour] == []
+    assert len(doctest.DocTestParser().get_examples(tour)) > 10

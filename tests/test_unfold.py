@@ -6,7 +6,6 @@ import itertools
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ import convtool
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
-from convtool.core.unfold import gather_taps, unfold
+from convtool.core.unfold import GatherMatrix, gather_taps, kernel_matrix, unfold
 from convtool.errors import UsageError
 
 
@@ -84,20 +83,50 @@ def test_unfold_is_what_torch_calls_unfold(
     assert torch.equal(unfold(x, geometry), expected)
 
 
+def check_matrices(conv: Conv, size: tuple[int, ...]) -> None:
+    """T = (W x I) @ U, U the unfolding as a matrix; and U whole and in parts."""
+    gather = GatherMatrix(conv.geometry, conv.in_channels, size, torch.float64)
+    basis = torch.eye(gather.shape[1], dtype=torch.float64).reshape(-1, conv.in_channels, *size)
+    dense = unfold(basis, conv.geometry).flatten(1).T  # (C_in * kernel * outputs, inputs)
+    assert torch.equal(gather.dense_rows(0, gather.shape[0]), dense)
+    assert gather.nnz == int(dense.sum())
+    weight, identity = kernel_matrix(conv), torch.eye(math.prod(gather.output_size), dtype=torch.float64)
+    assert weight.shape == (conv.out_channels, conv.in_channels * math.prod(conv.geometry.kernel_size))
+    expected = torch.from_numpy(dense_toeplitz(conv, size))
+    assert torch.equal(torch.kron(weight.contiguous(), identity) @ dense, expected)
+    rows, half = gather.shape[0], gather.shape[0] // 2
+    for start, stop in ((0, 0), (0, 1), (half, half + 1), (min(1, half), rows), (0, half), (rows, rows)):
+        assert torch.equal(gather.dense_rows(start, stop), dense[start:stop])
+        assert gather.entries(start, stop) == len(gather.indices(start, stop)) == int(dense[start:stop].sum())
+    end, made = half, dict[Any, Tensor]()
+    for stretch in gather.stretches(half, rows):
+        assert stretch.start == end < stretch.stop
+        end = stretch.stop
+        indices = gather.indices(stretch.start, stretch.stop)
+        assert torch.equal(made.setdefault(stretch.same_indices, indices), indices)
+    assert end == rows
+
+
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-def test_the_matrix_is_the_kernel_times_the_unfolding(case: Case) -> None:
-    # T = (W x I) . U with U the unfolding as a matrix, group by group
-    conv, geometry = case.conv(), case.geometry
-    inputs, outputs = conv.in_channels * math.prod(case.input_size), math.prod(conv.output_size(case.input_size))
-    basis = torch.eye(inputs, dtype=torch.float64).reshape(inputs, conv.in_channels, *case.input_size)
-    gather = unfold(basis, geometry).flatten(1).T.numpy()  # (C_in * kernel * outputs, inputs)
-    blocks = conv.weight.reshape(geometry.groups, conv.out_channels // geometry.groups, -1).numpy()
-    weight = np.zeros((conv.out_channels, blocks.shape[2] * geometry.groups))
-    for group, block in enumerate(blocks):
-        rows, columns = block.shape
-        weight[group * rows : (group + 1) * rows, group * columns : (group + 1) * columns] = block
-    matrix = np.kron(weight, np.eye(outputs)) @ gather
-    np.testing.assert_array_equal(matrix, dense_toeplitz(conv, case.input_size))
+def test_the_matrix_is_the_kernel_times_the_gather_matrix(case: Case) -> None:
+    check_matrices(case.conv(), case.input_size)
+
+
+@settings(max_examples=150)
+@given(layer=layers_with_sizes())
+def test_the_gather_matrix_of_random_layers(layer: tuple[Conv, tuple[int, ...]]) -> None:
+    check_matrices(*layer)
+
+
+def test_a_gather_matrix_that_would_not_fit_into_memory() -> None:
+    gather = GatherMatrix(Geometry.of((3, 3), padding=1), 512, (1000, 1000))
+    assert gather.shape == (512 * 9 * 10**6, 512 * 10**6)
+    assert gather.nnz == 512 * (3 * 1000 - 2) ** 2
+    assert gather.index_dtype == torch.int64
+    inside = (511 * 9 + 4) * 10**6 + 123456  # the middle tap reads where it stands
+    assert gather.indices(inside, inside + 1).tolist() == [511 * 10**6 + 123456]
+    with pytest.raises(UsageError, match="rows: expected 0 <= A <= B"):
+        gather.rows(3, 2)
 
 
 def test_unfold_keeps_the_dtype_and_nothing_of_the_padding() -> None:

@@ -152,11 +152,33 @@ def write_matrix(
     """
     if path.suffix != plan.format:
         raise UsageError(f"{path}: the plan is for a {plan.format} file")
-    target = check_target(path, force=force)
-    form = FORMATS[plan.format]
     contents = _contents(matrix, plan, _record_text(record))
+    write_contents(
+        contents, path, force=force, progress=progress, advice=lambda size, free: _advice(matrix, plan, size, free)
+    )
+
+
+def write_contents(
+    contents: Contents,
+    path: Path,
+    *,
+    force: bool,
+    progress: Callable[[int], None] | None = None,
+    advice: Callable[[int, int], str] = lambda size, free: "",
+) -> None:
+    """Write a file of the format that its suffix says: wholly and checked, or not at all.
+
+    Args:
+        progress: called with the number of bytes written since its last call.
+        advice: what to add to the message where the file, of `size` bytes, doesn't fit into the `free` ones.
+
+    Raises:
+        OutputError: the file exists (without `force`), wouldn't fit its file system, or could not be written.
+    """
+    target = check_target(path, force=force)
+    form = FORMATS[path.suffix]
     size = form.file_size(contents)
-    _check_space(matrix, plan, path, target, size)
+    _check_space(path, target, size, advice)
 
     def check(written: Path) -> None:
         if written.stat().st_size != size:
@@ -226,14 +248,18 @@ def _contents(matrix: ToeplitzMatrix, plan: MatrixPlan, record: str | None) -> C
     return Contents(plan.layout, plan.shape, arrays if bias is None else (*arrays, bias), record)
 
 
-def _check_space(matrix: ToeplitzMatrix, plan: MatrixPlan, path: Path, target: Path, size: int) -> None:
+def _check_space(path: Path, target: Path, size: int, advice: Callable[[int, int], str]) -> None:
     try:
         free = shutil.disk_usage(target.parent).free
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    if size <= free:
-        return
-    message = f"{path}: needs {_readable(size)}, and its file system has {_readable(free)} free"
+    if size > free:
+        needs = f"{path}: needs {_readable(size)}, and its file system has {_readable(free)} free"
+        raise OutputError(needs + advice(size, free))
+
+
+def _advice(matrix: ToeplitzMatrix, plan: MatrixPlan, size: int, free: int) -> str:
+    """The smallest file that holds as much, where that is worth saying."""
     others = [
         _plan(matrix, suffix, layout, plan.rows)
         for suffix, form in FORMATS.items()
@@ -241,10 +267,11 @@ def _check_space(matrix: ToeplitzMatrix, plan: MatrixPlan, path: Path, target: P
         if form.refusal(matrix.dtype, layout) is None and (form.STORES_BIAS or not plan.stores_bias)
     ]
     smallest = min(others, key=lambda other: other.size)
-    if smallest.size < 0.95 * size:  # else it would be advice for the sake of a header
-        fits = "" if smallest.size <= free else ", which is too much as well"
-        message += f"; a {smallest.format} file with --layout {smallest.layout} takes {_readable(smallest.size)}{fits}"
-    raise OutputError(f"{message}; --rows A:B writes a part of the matrix")
+    part = "; --rows A:B writes a part of the matrix"
+    if smallest.size >= 0.95 * size:  # it would be advice for the sake of a header
+        return part
+    fits = "" if smallest.size <= free else ", which is too much as well"
+    return f"; a {smallest.format} file with --layout {smallest.layout} takes {_readable(smallest.size)}{fits}{part}"
 
 
 def _readable(count: int) -> str:

@@ -19,17 +19,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.toeplitz import Stretch, ToeplitzMatrix
 
 Layout: TypeAlias = Literal["csr", "coo", "dense"]
 
-_IndexChunks: TypeAlias = Callable[[ToeplitzMatrix, int, int, torch.dtype], Iterator["Chunk"]]
+_IndexChunks: TypeAlias = Callable[["RowMatrix", int, int, torch.dtype], Iterator["Chunk"]]
 
 # The name of a file's record. A checkpoint's is `convtool`, and a dense file is a checkpoint too, of one linear layer.
 RECORD_NAME = "convtool_matrix"
 
 CHUNK_BYTES = 1 << 20  # of a chunk that isn't a stretch of the matrix's own
 KEPT_BYTES = 16 << 20  # of chunks kept in case they come again
+
+
+class RowMatrix(Protocol):
+    """A matrix that makes any range of its rows on demand; `ToeplitzMatrix` says what each of these is."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def entries(self, start: int, stop: int, /) -> int: ...
+
+    def stretches(self, start: int, stop: int, /) -> Iterator[Stretch]: ...
+
+    def row_counts(self, start: int, stop: int, /) -> Tensor: ...
+
+    def indices(self, start: int, stop: int, /) -> Tensor: ...
+
+    def values(self, start: int, stop: int, /) -> Tensor: ...
+
+    def dense_rows(self, start: int, stop: int, /) -> Tensor: ...
 
 
 class Output(Protocol):
@@ -88,7 +110,7 @@ class Contents:
 
 
 def matrix_arrays(
-    matrix: ToeplitzMatrix, layout: Layout, rows: tuple[int, int], index_dtype: torch.dtype
+    matrix: RowMatrix, layout: Layout, rows: tuple[int, int], index_dtype: torch.dtype
 ) -> tuple[Array, ...]:
     """The arrays of rows A:B of a matrix in some layout."""
     start, stop = rows
@@ -125,7 +147,17 @@ def bias_array(matrix: ToeplitzMatrix, rows: tuple[int, int]) -> Array | None:
     return Array("bias", matrix.dtype, (stop - start,), chunks)
 
 
-def _row_starts(matrix: ToeplitzMatrix, start: int, stop: int, dtype: torch.dtype) -> Iterator[Chunk]:
+def tensor_array(name: str, tensor: Tensor) -> Array:
+    """An array that is there already."""
+
+    def chunks() -> Iterator[Chunk]:
+        flat = tensor.flatten()
+        yield from (Chunk(flat[a:b]) for a, b in _spans(0, len(flat), CHUNK_BYTES // tensor.dtype.itemsize))
+
+    return Array(name, tensor.dtype, tuple(tensor.shape), chunks)
+
+
+def _row_starts(matrix: RowMatrix, start: int, stop: int, dtype: torch.dtype) -> Iterator[Chunk]:
     before = torch.zeros(1, dtype=torch.int64)
     yield Chunk(before.to(dtype))
     for first, last in _spans(start, stop, CHUNK_BYTES // 8):
@@ -134,25 +166,25 @@ def _row_starts(matrix: ToeplitzMatrix, start: int, stop: int, dtype: torch.dtyp
         before = starts[-1:]
 
 
-def _columns(matrix: ToeplitzMatrix, start: int, stop: int, dtype: torch.dtype) -> Iterator[Chunk]:
+def _columns(matrix: RowMatrix, start: int, stop: int, dtype: torch.dtype) -> Iterator[Chunk]:
     kept = _Kept()
     for first, last, same, _ in matrix.stretches(start, stop):
         yield kept.find(same) or kept.add(same, matrix.indices(first, last).to(dtype))
 
 
-def _values(matrix: ToeplitzMatrix, start: int, stop: int) -> Iterator[Chunk]:
+def _values(matrix: RowMatrix, start: int, stop: int) -> Iterator[Chunk]:
     kept = _Kept()
     for first, last, _, same in matrix.stretches(start, stop):
         yield kept.find(same) or kept.add(same, matrix.values(first, last))
 
 
-def _rows(matrix: ToeplitzMatrix, start: int, stop: int, dtype: torch.dtype) -> Iterator[Chunk]:
+def _rows(matrix: RowMatrix, start: int, stop: int, dtype: torch.dtype) -> Iterator[Chunk]:
     for first, last, _, _ in matrix.stretches(start, stop):
         number = torch.arange(first - start, last - start).to(dtype)
         yield Chunk(torch.repeat_interleave(number, matrix.row_counts(first, last)))
 
 
-def _dense(matrix: ToeplitzMatrix, start: int, stop: int) -> Iterator[Chunk]:
+def _dense(matrix: RowMatrix, start: int, stop: int) -> Iterator[Chunk]:
     for first, last in _spans(start, stop, CHUNK_BYTES // max(1, matrix.shape[1] * matrix.dtype.itemsize)):
         yield Chunk(matrix.dense_rows(first, last))
 

@@ -1,0 +1,60 @@
+"""A layer's im2col form as a file: W, and for an input size the gather matrix U, so that T = (W x I) @ U.
+
+W is the array `weight`, beside the layer's `bias`. U stands as a sparse csr matrix stands in the format: in .npz it is
+what `scipy.sparse.load_npz` gives, in .safetensors `indptr`, `indices`, `data` and `shape`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from convtool.core.conv import Conv
+from convtool.core.unfold import GatherMatrix, kernel_matrix
+from convtool.errors import RefusedError, UsageError
+from convtool.matrix import FORMATS, write_contents
+from convtool.matrix.contents import Contents, matrix_arrays, tensor_array
+
+WITH_GATHER = (".npz", ".safetensors")  # the formats that hold named arrays beside a sparse matrix
+
+
+def unfolding_contents(
+    conv: Conv, gather: GatherMatrix | None, path: Path, dtype: torch.dtype, record: dict[str, object] | None = None
+) -> Contents:
+    """What the file at `path` will hold; nothing of the gather matrix is made.
+
+    Raises:
+        UsageError: a suffix of no format, or of one that has no room for all of it.
+        RefusedError: a dtype that the format can't hold.
+    """
+    if path.suffix not in FORMATS or (gather is not None and path.suffix not in WITH_GATHER):
+        allowed = FORMATS if gather is None else WITH_GATHER
+        raise UsageError(f"{path}: expected a name that ends in {', '.join(allowed)}")
+    if "dense" not in FORMATS[path.suffix].LAYOUTS:
+        raise UsageError(f"{path}: a {path.suffix} file has no room for a dense matrix such as W")
+    refusal = FORMATS[path.suffix].refusal(dtype, "dense" if gather is None else "csr")
+    if refusal is not None:
+        raise RefusedError(f"{path}: {refusal}")
+    kernel = kernel_matrix(conv).to(dtype)
+    text = None if record is None else json.dumps(record, separators=(",", ":"))
+    arrays = [tensor_array("weight", kernel)]
+    if conv.bias is not None and FORMATS[path.suffix].STORES_BIAS:
+        arrays.append(tensor_array("bias", conv.bias.to(dtype)))
+    if gather is None:
+        return Contents("dense", (kernel.shape[0], kernel.shape[1]), tuple(arrays), text)
+    sparse = matrix_arrays(gather, "csr", (0, gather.shape[0]), gather.index_dtype)
+    return Contents("csr", gather.shape, (*sparse, *arrays), text)
+
+
+def write_unfolding(
+    contents: Contents, path: Path, *, force: bool, progress: Callable[[int], None] | None = None
+) -> None:
+    """Write the file: wholly and checked, or not at all.
+
+    Raises:
+        OutputError: the file exists (without `force`), wouldn't fit its file system, or could not be written.
+    """
+    write_contents(contents, path, force=force, progress=progress)

@@ -1,0 +1,144 @@
+"""The commands that are about one layer's matrix: toeplitz, unfold, spectrum, as a shell sees them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from safetensors.torch import load_file
+from schemas import validate
+
+import convtool
+from convtool.cli.app import run_app
+from convtool.core.unfold import kernel_matrix
+
+CHAINS = str(Path(__file__).resolve().parent.parent / "sample_models" / "chains.safetensors")
+WIDEN = ["widen", "--input-size", "16,5,6", "--padding", "1,2"]
+
+
+@pytest.fixture
+def widen() -> convtool.Conv:
+    return convtool.open_checkpoint(CHAINS).conv("widen", padding=(1, 2))
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    """Run with --json; the document, which has to be as its schema says."""
+    run_app([*arguments, "--json"])
+    document = json.loads(capsys.readouterr().out)
+    validate(document)
+    assert isinstance(document, dict)
+    return document
+
+
+# --- unfold
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors"])
+def test_unfold_writes_w_and_u(
+    suffix: str, widen: convtool.Conv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / f"w{suffix}"
+    document = run(capsys, "unfold", CHAINS, *WIDEN, "-o", str(out))
+    assert document["ok"]
+    if suffix == ".npz":
+        gather = scipy.sparse.load_npz(out)
+        with np.load(out) as arrays:
+            weight, bias = torch.from_numpy(arrays["weight"]), torch.from_numpy(arrays["bias"])
+    else:
+        tensors = load_file(out)
+        weight, bias = tensors["weight"], tensors["bias"]
+        parts = [tensors[name].numpy() for name in ("data", "indices", "indptr")]
+        gather = scipy.sparse.csr_array(tuple(parts), shape=tuple(tensors["shape"].tolist()))
+    assert torch.equal(weight, kernel_matrix(widen))
+    assert widen.bias is not None
+    assert torch.equal(bias, widen.bias)
+    product = scipy.sparse.kron(weight.double().numpy(), scipy.sparse.eye_array(30)) @ gather
+    expected = convtool.toeplitz(widen, (5, 6), dtype=torch.float64).to_scipy()
+    np.testing.assert_array_equal(product.toarray(), expected.toarray())
+    assert (document["weight"], document["gather"]) == ([24, 240], [7200, 480])
+    assert document["nnz"] == gather.nnz
+    assert document["bytes"] == out.stat().st_size
+    assert document["bias"] == "vector"
+    assert np.array_equal(convtool.load_matrix(out, "scipy").toarray(), gather.toarray())
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".pt"])
+def test_unfold_without_a_size_writes_w(
+    suffix: str, widen: convtool.Conv, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / f"w{suffix}"
+    document = run(capsys, "unfold", CHAINS, "widen", "-o", str(out), "--dtype", "float64")
+    assert (document["input_size"], document["gather"], document["weight"]) == (None, None, [24, 240])
+    assert torch.equal(convtool.load_matrix(out), kernel_matrix(widen).double())
+    assert document["bias"] == ("missing" if suffix == ".npy" else "vector")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ([*WIDEN, "-o", "{}/w.npy"], 2, "w.npy: expected a name that ends in .npz, .safetensors"),
+        ([*WIDEN, "-o", "{}/w.pt"], 2, "w.pt: expected a name that ends in .npz, .safetensors"),
+        (["widen", "-o", "{}/w.csv"], 2, "w.csv: expected a name that ends in .npz, .npy, "),
+        (["widen", "-o", "{}/w.npz", "--dtype", "bfloat16"], 4, "w.npz: numpy has no bfloat16"),
+        (["widen", "-o", "{}/no/w.npz"], 5, "doesn't exist; create it first"),
+        (["widen", "-o", "{}/w.npz", "--input-size", "1,1"], 2, "smaller than the kernel"),
+    ],
+)
+def test_what_unfold_refuses(
+    arguments: list[str], code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app(["unfold", CHAINS, *(one.format(tmp_path) for one in arguments)]) == code
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in said
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- spectrum
+
+
+def test_spectrum_says_the_ends_and_how_it_got_them(widen: convtool.Conv, capsys: pytest.CaptureFixture[str]) -> None:
+    values = np.linalg.svd(convtool.toeplitz(widen, (5, 6), dtype=torch.float64).to_dense().numpy(), compute_uv=False)
+    document = run(capsys, "spectrum", CHAINS, *WIDEN)
+    assert document["largest"]["value"] == pytest.approx(values[0])
+    assert document["smallest"]["value"] == pytest.approx(values[-1])
+    assert document["condition"] == pytest.approx(values[0] / values[-1])
+    assert document["methods"] == ["dense"]
+    assert run_app(["spectrum", CHAINS, *WIDEN]) == 0
+    out = capsys.readouterr().out
+    assert f"largest singular value   {values[0]:.7g}" in out
+    assert "by a dense SVD, exact to rounding" in out
+
+
+def test_spectrum_does_not_claim_what_it_does_not_know(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("convtool.core.spectrum.DENSE_SIDE", 0)
+    document = run(capsys, "spectrum", CHAINS, *WIDEN, "--steps", "5")
+    assert document["condition"] is None
+    assert not document["smallest"]["converged"]
+    assert run_app(["spectrum", CHAINS, *WIDEN, "--steps", "5"]) == 0
+    said = capsys.readouterr()
+    assert "smallest singular value  at most" in said.out
+    assert "condition number         at least" in said.out
+    assert "not settled to 1e-06 in 5 steps" in said.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["widen"], 2, "spectrum needs --input-size, the spatial sizes of widen's input, such as 32,32"),
+        ([*WIDEN, "--tolerance", "0"], 2, "tolerance: expected a number between 0 and 1, got 0"),
+        ([*WIDEN, "--steps", "0"], 2, "--steps: expected a number of at least 1, got 0"),
+        (["wide", "--input-size", "4,4"], 2, "did you mean widen?"),
+    ],
+)
+def test_what_spectrum_refuses(
+    arguments: list[str], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_app(["spectrum", CHAINS, *arguments]) == code
+    assert message in capsys.readouterr().err.splitlines()[-1]

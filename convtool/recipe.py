@@ -25,7 +25,8 @@ In a pattern
               stride(PATTERN) inside of it, which are the kernel size of a layer, half of it, and its stride
 
 A rule with `where = [PATTERN, ...]` is for those values of its variables for which each of these fits a layer, and one
-with `unless` for those for which none does. A rule with `optional = true` may fit nothing.
+with `unless` for those for which none does. A rule with `optional = true` may fit nothing. The fusions of one with
+`input_size = [C, H, W]` have to be exact for inputs of that size only.
 
 A pattern that fits nothing, a branch that is partly there and a layer used twice are errors, never skips.
 """
@@ -82,10 +83,11 @@ Binding: TypeAlias = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class PlannedFusion:
-    """One fusion with every name resolved."""
+    """One fusion with every name resolved; `input_size` where it has to be exact for that one only."""
 
     name: str
     tree: Ref
+    input_size: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +100,7 @@ class Rule:
         optional: whether it may fit nothing.
         where: patterns that have to fit something besides.
         unless: patterns that must not fit anything.
+        input_size: (C, *sizes) for which it has to be exact, or None for every size.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Rule:
     optional: bool = False
     where: tuple[Pattern, ...] = ()
     unless: tuple[Pattern, ...] = ()
+    input_size: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +153,7 @@ _TOKEN = re.compile(r"\{(\w+)(?:\+(\d+)|\|(\w+))?\}|(\*)|([^{*]+)|(\{)")
 _MARKS = re.compile(r"(?P<text>.*?)(?P<marks>[?!]*)(?:@(?P<kind>\w+))?", re.DOTALL)
 _ALPHA = "alpha"
 _ASKED = re.compile(r"\b(kernel|half|stride)\(([^()]*)\)")
+_ABOUT = ("optional", "where", "unless", "input_size")  # what a rule says besides its layers
 KINDS = ("conv", "linear", "batch_norm", "scale")
 
 
@@ -193,23 +198,32 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
 def _parse_rule(table: object, where: str) -> Rule:
     if not isinstance(table, dict):
         raise UsageError(f"{where}: expected a table")
-    unknown = table.keys() - {"name", "chain", "sum", "scale", "alpha", "optional", "where", "unless"}
+    unknown = table.keys() - {"name", "chain", "sum", "scale", "alpha", *_ABOUT}
     if unknown:
         raise UsageError(
             f"{where}: unknown key {sorted(unknown)[0]!r}; expected name, chain or sum, scale, alpha, optional, where,"
-            " unless"
+            " unless, input_size"
         )
     name, optional = table.get("name"), table.get("optional", False)
     if not isinstance(name, str) or not name:
         raise UsageError(f"{where}: expected name = the fused layer's name")
     if not isinstance(optional, bool):
         raise UsageError(f"{where}: optional: expected true or false")
-    body = {key: value for key, value in table.items() if key not in ("name", "optional", "where", "unless")}
+    body = {key: value for key, value in table.items() if key != "name" and key not in _ABOUT}
     tree = _parse_part(body, where)
-    conditions = [_parse_patterns(table.get(key, []), f"{where}: {key}") for key in ("where", "unless")]
-    rule = Rule(name, tree, optional, *conditions)
+    where_fits, unless_fits = (_parse_patterns(table.get(key, []), f"{where}: {key}") for key in ("where", "unless"))
+    size = _parse_input_size(table.get("input_size"), where)
+    rule = Rule(name, tree, optional, where_fits, unless_fits, size)
     _check_variables(rule, where)
     return rule
+
+
+def _parse_input_size(value: object, where: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or any(type(size) is not int or size < 1 for size in value):
+        raise UsageError(f"{where}: input_size: expected sizes such as [3, 32, 32], got {value!r}")
+    return tuple(value)
 
 
 def _parse_part(part: object, where: str) -> Plan:
@@ -318,7 +332,7 @@ class _Resolution:
                 continue
             tree = self._tree(self.rule.tree, binding)
             if tree is not None:
-                yield PlannedFusion(self._filled(self.rule.name, binding), tree)
+                yield PlannedFusion(self._filled(self.rule.name, binding), tree, self.rule.input_size)
 
     def _texts(self) -> Iterator[str]:
         yield from (pattern.text for pattern in leaves(self.rule.tree) if not pattern.is_function)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from convtool import __version__
-from convtool.cli import convert, exit_codes, fuse, inspect, spectrum, toeplitz, unfold, verify
+from convtool.cli import convert, exit_codes, fuse, inspect, plan, spectrum, toeplitz, unfold, verify
 from convtool.cli.command import Command, Group
 from convtool.cli.output import print_error
 from convtool.cli.run import flushed
@@ -29,7 +29,7 @@ app = typer.Typer(
     epilog="convtool COMMAND --help\nconvtool inspect model.safetensors",
 )
 
-for module in (inspect, toeplitz, unfold, spectrum, fuse, verify, convert):
+for module in (inspect, toeplitz, unfold, spectrum, plan, fuse, verify, convert):
     app.command(module.NAME, cls=Command, options_metavar=f"{module.USAGE} [OPTIONS]", epilog=module.EXAMPLES)(
         module.command
     )

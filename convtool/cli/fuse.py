@@ -25,6 +25,7 @@ from convtool.cli.options import (
     parse_input_size,
 )
 from convtool.cli.output import Reporter, human_bytes, tree_text
+from convtool.cli.plan import FixedSize, Measure
 from convtool.cli.run import run
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint.fusion import PlannedLayer
     from convtool.core.tree import LayerRef, Tree
     from convtool.core.verify import EquivalenceReport
+    from convtool.model.plan import Plan
     from convtool.recipe import Known, PlannedFusion, Recipe
 
 NAME = "fuse"
@@ -119,6 +121,12 @@ def command(
             help="Where padding hides a bias, store one for each output (NAME.bias_map): exact at --input-size.",
         ),
     ] = False,
+    auto: Annotated[
+        bool,
+        typer.Option("--auto", help="Fuse what `convtool plan` finds; with --model, and --input-size of its input."),
+    ] = False,
+    fixed_size: FixedSize = False,
+    measure: Measure = False,
     only_if_cheaper: Annotated[
         bool, typer.Option("--only-if-cheaper", help="Leave alone what would take more multiply-adds fused.")
     ] = False,
@@ -148,7 +156,7 @@ def command(
         from convtool.checkpoint.edit import Edit
         from convtool.checkpoint.fusion import check_ties, lower_for, plan_layer
         from convtool.checkpoint.write import check_output, write_edited
-        from convtool.cli.model import model_fields
+        from convtool.cli.model import model_fields, plan_for
         from convtool.cli.options import check_used, field_sources, open_others
         from convtool.core.tree import BASE
         from convtool.errors import UsageError
@@ -161,38 +169,62 @@ def command(
             raise UsageError("expected -o OUT, the new checkpoint")
         found = None if recipe is None else _find_recipe(recipe)
         chain = [*before, *(layers or ())]
-        if found is None and (len(chain) < 2 or not layers):
-            raise UsageError("expected two layers or more, first to last, or a --recipe")
+        if found is None and not auto and (len(chain) < 2 or not layers):
+            raise UsageError("expected two layers or more, first to last, a --recipe, or --auto with --model")
+        if auto and (found is not None or chain or name or model is None or allow_border or bias_map):
+            raise UsageError("--auto: fuses what is exact in a --model; no LAYERs, --recipe or --allow-border with it")
+        if (fixed_size or measure) and not auto:
+            raise UsageError(f"{'--fixed-size' if fixed_size else '--measure'}: goes with --auto")
         if found is not None and (chain or name):
             raise UsageError("--recipe names the layers; LAYERs, --name and --normalize don't go with it")
         if bias_map and (allow_border or size is None):
             raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
         opened = open_checkpoint(checkpoint, root)
         checkpoints = {BASE: opened, **open_others(sources_given)}
-        check_output(out, force=force or dry_run)
-        sources = field_sources(geometry, settings, {}, model_fields(model, model_args, opened, reporter))
+        check_output(out, force=force or dry_run, source=opened)
+        plan = None
+        if auto and model is not None:
+            plan = plan_for(
+                opened,
+                model,
+                model_args,
+                size,
+                reporter,
+                fixed_size=fixed_size,
+                only_if_cheaper=only_if_cheaper,
+                measure=measure,
+            )
+            size = None  # that of the model's input; each fusion has its own
+        known = model_fields(model, model_args, opened, reporter) if plan is None else plan.geometry
+        sources = field_sources(geometry, settings, {}, known)
         check_used(sources, [full_name(layer, one) for one, other in checkpoints.items() for layer in other.layers])
         if found is not None:
             sources = sources.with_first(found.geometry)
-        named = _fusions(found, chain, name or "", checkpoints, sources.fields)
+        named = _planned(plan) if plan else _fusions(found, chain, name or "", checkpoints, sources.fields)
         if size is not None and len(named) > 1:
             raise UsageError(
                 f"--input-size: is the size of one input, and the recipe makes {len(named)} fusions; leave it out"
             )
-        fusions = [(one.name, lower_for(checkpoints, one.tree, sources, size)) for one in named]
+        fusions = [(one.name, lower_for(checkpoints, one.tree, sources, one.input_size or size)) for one in named]
         # Before anything is refused: what was assumed may be why.
         for text in _assumed(tree for _, tree in fusions):
             reporter.remark(f"assumed: {text}")
-        alone = _left_alone(checkpoints, [one.tree for one in named]) if found is not None else []
+        alone = _left_alone(checkpoints, [one.tree for one in named]) if found is not None or plan else []
         for text in alone:
             reporter.remark(f"left alone: {text}")
         planned = [
             plan_layer(
-                opened, fused, tree, input_size=size, allow_border=allow_border, bias_map=bias_map, dtype=rounded
+                opened,
+                fused,
+                tree,
+                input_size=one.input_size or size,
+                allow_border=allow_border,
+                bias_map=bias_map,
+                dtype=rounded,
             )
-            for fused, tree in fusions
+            for one, (fused, tree) in zip(named, fusions, strict=True)
         ]
-        planned, dearer = _by_cost(planned, size, only_if_cheaper)
+        planned, dearer = _by_cost(planned, size, only_if_cheaper and not measure)
         for text in dearer:
             reporter.remark(text)
         edits = [layer.edit for layer in planned]
@@ -263,6 +295,19 @@ def _fusions(
     return resolve(found, _known(checkpoints, fields))
 
 
+def _planned(plan: Plan) -> list[PlannedFusion]:
+    from convtool.errors import RefusedError
+    from convtool.model.judge import Exact
+    from convtool.recipe import PlannedFusion
+
+    if not plan.fusions:
+        raise RefusedError("--auto: found nothing to fuse; `convtool plan` says what was left alone, and why")
+    return [
+        PlannedFusion(one.name, one.piece.tree, one.piece.input_size if one.piece.exact is Exact.THIS_SIZE else None)
+        for one in plan.fusions
+    ]
+
+
 def _known(checkpoints: Mapping[str, Checkpoint], fields: Any) -> Known:
     """What recipes are resolved against."""
     from convtool.recipe import Known, LayerFacts
@@ -331,7 +376,7 @@ def _by_cost(
 
     kept, lines = [], []
     for layer in planned:
-        before, after = layer.multiply_adds(size)
+        before, after = layer.multiply_adds(layer.fusion.verdict.input_size or size)
         if after <= before:
             kept.append(layer)
             continue
@@ -385,7 +430,8 @@ def _proof(reports: list[EquivalenceReport]) -> dict[str, Any]:
 def _describe(layer: PlannedLayer, size: tuple[int, ...] | None) -> dict[str, Any]:
     verdict = layer.fusion.verdict
     before, after = layer.parameters
-    work_before, work_after = layer.multiply_adds(size)
+    at = verdict.input_size or size
+    work_before, work_after = layer.multiply_adds(at)
     return {
         **layer.record.to_json(),
         "layers": [one.layer.name for one in layer.layers],
@@ -399,7 +445,7 @@ def _describe(layer: PlannedLayer, size: tuple[int, ...] | None) -> dict[str, An
         "multiply_adds": {
             "before": work_before,
             "after": work_after,
-            "per": "input position" if size is None else "input",
+            "per": "input position" if at is None else "input",
         },
         "tensors": {
             "removed": sorted(layer.edit.remove - layer.edit.insert.keys()),

@@ -23,11 +23,13 @@ class Agreement:
     Attributes:
         geometry: the fields of every layer that both have and agree on, by the checkpoint's names.
         names: the checkpoint's name of each layer of the model that both have.
+        unlike: layers of the model that the checkpoint lacks or has otherwise, with the reason.
         differences: names and shapes that disagree, and layers whose code tells nothing, a line each.
     """
 
     geometry: FieldSource
     names: Mapping[str, str]
+    unlike: Mapping[str, str]
     differences: tuple[str, ...]
 
 
@@ -51,6 +53,11 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
         if name in names and layer.fields and not layer.foreign and names[name] not in fused and name not in shapes
     }
     found = set(names.values())
+    unlike = {
+        **{name: "it isn't in the checkpoint" for name in ours if name not in names},
+        **{name: f"model and checkpoint disagree: {line}" for name, line in shapes.items()},
+        **{name: "convtool fused it already" for name, other in names.items() if other in gone},
+    }
     differences = [
         *_listed("only in the checkpoint", (name for name in theirs if name not in found | gone)),
         *_listed("only in the model", (name for name in ours if name not in names and name not in gone)),
@@ -61,7 +68,7 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
             if layer.foreign and layer.kind in ("conv", "batch_norm")
         ),
     ]
-    return Agreement(FieldSource(origin, tables, exact_names=True), names, tuple(differences))
+    return Agreement(FieldSource(origin, tables, exact_names=True), names, unlike, tuple(differences))
 
 
 def _infos(model: nn.Module) -> Iterator[TensorInfo]:

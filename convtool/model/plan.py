@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,6 +77,11 @@ class Plan:
     remarks: tuple[str, ...]
 
     @property
+    def geometry(self) -> FieldSource:
+        """The same as a source of fields."""
+        return FieldSource("the plan", self.fields, exact_names=True)
+
+    @property
     def total_after(self) -> Cost:
         """The same with the fusions carried out."""
         saved = [(one.piece.before, one.piece.after) for one in self.fusions]
@@ -125,6 +130,7 @@ def plan(
     only_if_cheaper: bool = False,
     measure: bool = False,
     barred: Mapping[str, str] | None = None,
+    is_biased: Callable[[str], bool] | None = None,
 ) -> Plan:
     """Find every exact fusion in a model, from one run of it in eval mode that computes nothing.
 
@@ -136,6 +142,7 @@ def plan(
         only_if_cheaper: cut each chain so that it takes the fewest multiply-adds; otherwise into the fewest layers.
         measure: so that it takes the least time on this machine.
         barred: layers to leave alone besides, with the reason.
+        is_biased: whether a layer's bias has anything but zeros in it, for a model whose tensors don't hold it.
 
     Raises:
         UsageError: the model doesn't run on such an input.
@@ -146,7 +153,7 @@ def plan(
     arguments = (example_input(model, input_size),) if input_size is not None else tuple(inputs or ())
     flow = trace(model, arguments)
     flow = replace(flow, apart={**flow.apart, **(barred or {})})
-    planner = _Planner(model, flow, fixed_size, only_if_cheaper, measure)
+    planner = _Planner(model, flow, fixed_size, only_if_cheaper, measure, is_biased)
     return planner.plan(arguments)
 
 
@@ -193,12 +200,20 @@ def fuse_model(
 
 
 class _Planner:
-    def __init__(self, model: nn.Module, flow: Flow, fixed_size: bool, only_if_cheaper: bool, measure: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        flow: Flow,
+        fixed_size: bool,
+        only_if_cheaper: bool,
+        measure: bool,
+        is_biased: Callable[[str], bool] | None,
+    ) -> None:
         self.model, self.flow, self.fixed_size = model, flow, fixed_size
         self.cheaper = only_if_cheaper or measure
         self.layers = module_layers(model)
         self.state = StateCheckpoint.of(model)
-        self.shapes = _layer_shapes(self.state, self.layers)
+        self.shapes = _layer_shapes(self.state, self.layers, is_biased or self._is_biased)
         self.judge = Judge(flow, self.shapes)
         self.watch = Stopwatch(self._kind, _dtype(model)) if measure else None
         self.left_alone: list[LeftAlone] = []
@@ -329,6 +344,10 @@ class _Planner:
             return f"{seconds[0] * 1e3:.3g} ms", f"{seconds[1] * 1e3:.3g} ms"
         return f"{piece.before.multiply_adds} multiply-adds", f"{piece.after.multiply_adds}"
 
+    def _is_biased(self, name: str) -> bool:
+        bias = self.state.tensor(f"{name}.bias" if name else "bias")
+        return bias.is_meta or bool(bias.count_nonzero())
+
     def _kind(self, name: str) -> str:
         return self.shapes[name].kind
 
@@ -369,24 +388,26 @@ class _Planner:
         return SourceLayer(ref.name, self.shapes[ref.name].kind, {} if layer is None else layer.fields)
 
 
-def _layer_shapes(state: StateCheckpoint, layers: Mapping[str, ModuleLayer]) -> dict[str, LayerShape]:
+def _layer_shapes(
+    state: StateCheckpoint, layers: Mapping[str, ModuleLayer], is_biased: Callable[[str], bool]
+) -> dict[str, LayerShape]:
     """Of every layer that a model's state dict shows, with the geometry of its module."""
     shapes = {}
     for name, layer in state.layers.items():
         module = layers.get(name)
         if layer.kind == "scale" or (module is not None and module.kind == layer.kind):
-            shapes[name] = _layer_shape(state, layer, {} if module is None else module.fields)
+            shapes[name] = _layer_shape(layer, {} if module is None else module.fields, is_biased)
     return shapes
 
 
-def _layer_shape(state: StateCheckpoint, layer: Layer, fields: Fields) -> LayerShape:
+def _layer_shape(layer: Layer, fields: Fields, is_biased: Callable[[str], bool]) -> LayerShape:
     infos = layer.tensors
     if layer.kind in ("batch_norm", "scale"):
         info = infos["running_mean"] if layer.kind == "batch_norm" else next(iter(infos.values()))
         channels, norm = info.shape[0], layer.kind == "batch_norm"
         return LayerShape(layer.kind, (channels, 1), norm, norm, None, channels, getattr(torch, info.dtype))
     weight, bias, dtype = infos["weight"].shape, infos.get("bias"), getattr(torch, infos["weight"].dtype)
-    biased = bias is not None and (state.tensor(bias.name).is_meta or bool(state.tensor(bias.name).count_nonzero()))
+    biased = bias is not None and is_biased(layer.name)
     if layer.kind == "linear":
         return LayerShape("linear", weight, biased, bias is not None, None, 1, dtype)
     geometry = Geometry.of(weight[2:], **fields)

@@ -51,6 +51,8 @@ def trace(model: nn.Module, inputs: Inputs) -> Flow:
                 with warnings.catch_warnings(), torch.no_grad():
                     warnings.simplefilter("ignore")
                     flow = tracer(model, inputs, layers)
+            except UsageError:
+                raise
             except Exception as error:  # tracers raise what they like, and the model's code too
                 failures.append(f"{name}: {_line(error)}")
                 continue
@@ -80,7 +82,9 @@ def _check_runs(model: nn.Module, inputs: Inputs) -> None:
             model(*inputs)
     except Exception as error:
         sizes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
-        raise UsageError(f"the model doesn't run on an input of shape {sizes}: {_line(error)}") from None
+        raise UsageError(
+            f"the model doesn't run on an input of shape {sizes} (the batch first, then the input size): {_line(error)}"
+        ) from None
 
 
 def _line(error: BaseException) -> str:
@@ -329,6 +333,11 @@ def layer_axes(layer: ModuleLayer, module: nn.Module, rank: int) -> int | None:
     """Spatial axes that a layer moves over in an input of that many axes; None where it reads it another way."""
     if layer.kind == "conv":
         axes = len(module.kernel_size)  # type: ignore[arg-type]
+        if rank == axes + 1:
+            raise UsageError(
+                f"{layer.name} reads an input of {rank} axes, which is one without a batch; the input size is that of"
+                " the model's input with the channels in front, such as 3,224,224"
+            )
         return axes if rank == axes + 2 else None
     if layer.kind == "batch_norm":
         return rank - 2 if rank >= 2 else None

@@ -261,20 +261,21 @@ class Applying:
             self._delete(path)
 
 
+_NOT_THE_MODELS = ("identity(", "normalize(")
+
+
 def _done_by_the_model(tree: Tree[SourceLayer]) -> Iterator[str]:
     """Layers without tensors in chains with layers of the model: what its forward does itself, by module or function.
 
     An identity is none, and a normalisation of the input stands in front of the model.
     """
-    if isinstance(tree, SourceLayer):
-        return
-    ours = any(source.origin == BASE and source.kind != FUNCTION for source in leaves(tree))
-    for part in tree.parts:
+    sources: list[SourceLayer] = list(leaves(tree))
+    ours = any(source.origin == BASE and source.kind != FUNCTION for source in sources)
+    for part in () if isinstance(tree, SourceLayer) else tree.parts:
         if not isinstance(part, SourceLayer):
             yield from _done_by_the_model(part)
-        elif isinstance(tree, Chain) and ours and part.kind == FUNCTION:
-            if not part.name.startswith(("identity(", "normalize(")):
-                yield part.name
+        elif isinstance(tree, Chain) and ours and part.kind == FUNCTION and not part.name.startswith(_NOT_THE_MODELS):
+            yield part.name
 
 
 def _silenced(

@@ -229,16 +229,18 @@ def explain(chain: Sequence[Conv], fused: Geometry, verdict: Verdict, names: Seq
     """Why a fusion isn't exact, what would differ, and each way out, as one line."""
     late = [name for conv, name in zip(chain[1:], names[1:], strict=True) if conv.geometry.padded]
     biased = [name for conv, name in zip(chain, names, strict=True) if conv.has_bias]
+    spread = [name for conv, name in zip(chain[1:], names[1:], strict=True) if conv.geometry.transposed]
     at = "" if verdict.input_size is None else f" for input size {format_sizes(verdict.input_size)}"
     what = f"cannot fuse {_list(names)} exactly{at}"
     if verdict.inside:
-        spread = [name for conv, name in zip(chain[1:], names[1:], strict=True) if conv.geometry.transposed]
         if verdict.only_bias and spread:
             cause = f"{_list(spread)} spreads the bias of {_list(biased[:1])} unevenly over its outputs"
         else:
             cause = "what padding hides of the layers before reaches every output"
         return f"{what}: {cause}, so no output would be right; leave these layers apart"
-    if verdict.only_bias:
+    if not late and spread:
+        cause = f"{_list(spread)} overlaps with what the layers before would give past their border"
+    elif verdict.only_bias:
         cause = f"the padding of {_list(late)} hides the bias of {_list(biased[:1])}"
     else:
         cause = f"{_list(late)} pad{'s' if len(late) == 1 else ''} what the layers before compute"

@@ -25,8 +25,9 @@ In a pattern
               stride(PATTERN) inside of it, which are the kernel size of a layer, half of it, and its stride
 
 A rule with `where = [PATTERN, ...]` is for those values of its variables for which each of these fits a layer, and one
-with `unless` for those for which none does. A rule with `optional = true` may fit nothing. The fusions of one with
-`input_size = [C, H, W]` have to be exact for inputs of that size only.
+with `unless` for those for which none does. A rule with `optional = true` may fit nothing. One with `in_order = true`
+refuses layers that stand in the checkpoint in another order than in its chain, where the file keeps the model's order.
+The fusions of one with `input_size = [C, H, W]` have to be exact for inputs of that size only.
 
 A pattern that fits nothing, a branch that is partly there and a layer used twice are errors, never skips.
 """
@@ -101,6 +102,7 @@ class Rule:
         where: patterns that have to fit something besides.
         unless: patterns that must not fit anything.
         input_size: (C, *sizes) for which it has to be exact, or None for every size.
+        in_order: whether the checkpoint has to have the layers in this order.
     """
 
     name: str
@@ -109,6 +111,7 @@ class Rule:
     where: tuple[Pattern, ...] = ()
     unless: tuple[Pattern, ...] = ()
     input_size: tuple[int, ...] | None = None
+    in_order: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +144,13 @@ class Known:
         layers: of every checkpoint.
         number: the one number that a tensor (source, full name) holds; None where there is no such tensor.
         fields: what is stated of a layer's geometry.
+        ordered: whether the checkpoint has its layers in the model's order.
     """
 
     layers: Layers
     number: Callable[[str, str], float | None] = lambda source, name: None
     fields: Callable[[str], Fields] = lambda name: {}
+    ordered: bool = False
 
 
 _VARIABLE = re.compile(r"\{(\w+)(?:\+(\d+)|\|(\w+))?\}")
@@ -153,7 +158,7 @@ _TOKEN = re.compile(r"\{(\w+)(?:\+(\d+)|\|(\w+))?\}|(\*)|([^{*]+)|(\{)")
 _MARKS = re.compile(r"(?P<text>.*?)(?P<marks>[?!]*)(?:@(?P<kind>\w+))?", re.DOTALL)
 _ALPHA = "alpha"
 _ASKED = re.compile(r"\b(kernel|half|stride)\(([^()]*)\)")
-_ABOUT = ("optional", "where", "unless", "input_size")  # what a rule says besides its layers
+_ABOUT = ("optional", "where", "unless", "input_size", "in_order")  # what a rule says besides its layers
 KINDS = ("conv", "linear", "batch_norm", "scale")
 
 
@@ -202,18 +207,20 @@ def _parse_rule(table: object, where: str) -> Rule:
     if unknown:
         raise UsageError(
             f"{where}: unknown key {sorted(unknown)[0]!r}; expected name, chain or sum, scale, alpha, optional, where,"
-            " unless, input_size"
+            " unless, input_size, in_order"
         )
     name, optional = table.get("name"), table.get("optional", False)
     if not isinstance(name, str) or not name:
         raise UsageError(f"{where}: expected name = the fused layer's name")
-    if not isinstance(optional, bool):
-        raise UsageError(f"{where}: optional: expected true or false")
+    in_order = table.get("in_order", False)
+    for key, value in (("optional", optional), ("in_order", in_order)):
+        if not isinstance(value, bool):
+            raise UsageError(f"{where}: {key}: expected true or false")
     body = {key: value for key, value in table.items() if key != "name" and key not in _ABOUT}
     tree = _parse_part(body, where)
     where_fits, unless_fits = (_parse_patterns(table.get(key, []), f"{where}: {key}") for key in ("where", "unless"))
     size = _parse_input_size(table.get("input_size"), where)
-    rule = Rule(name, tree, optional, where_fits, unless_fits, size)
+    rule = Rule(name, tree, optional, where_fits, unless_fits, size, in_order)
     _check_variables(rule, where)
     return rule
 
@@ -332,7 +339,19 @@ class _Resolution:
                 continue
             tree = self._tree(self.rule.tree, binding)
             if tree is not None:
+                if self.rule.in_order and self.known.ordered:
+                    self._check_order(tree)
                 yield PlannedFusion(self._filled(self.rule.name, binding), tree, self.rule.input_size)
+
+    def _check_order(self, tree: Ref) -> None:
+        places = {name: number for number, name in enumerate(self.known.layers[BASE])}
+        names = [ref.name for ref in leaves(tree) if ref.source == BASE and ref.name in places]
+        for one, other in itertools.pairwise(names):
+            if places[other] < places[one]:
+                raise UsageError(
+                    f"{self.origin}: {other} stands before {one} in the checkpoint, and so it does in the model, as in"
+                    f" networks that normalise first; where it runs after {one}, name the two by hand"
+                )
 
     def _texts(self) -> Iterator[str]:
         yield from (pattern.text for pattern in leaves(self.rule.tree) if not pattern.is_function)

@@ -7,6 +7,7 @@ All statistics, scales and biases are random, eps isn't the default, kernels are
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,23 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from live import CLOSE, assert_same_outputs, done, error, filled, inputs, load, relative_difference, run, save, settings
+from live import (
+    CLOSE,
+    assert_same_outputs,
+    done,
+    error,
+    filled,
+    geometry_of,
+    inputs,
+    load,
+    relative_difference,
+    run,
+    save,
+    settings,
+)
 from torch import Tensor, nn
+
+import convtool
 
 EPS = 3e-3
 
@@ -539,3 +555,171 @@ def test_batch_norms_that_no_convolution_comes_before_are_left_alone_and_said(tm
     path = save(filled(model), tmp_path / "net.safetensors")
     document = done("fuse", path, "--recipe", "conv-bn-torchvision", "-o", tmp_path / "out.safetensors")
     assert document["left_alone"] == ["1 batch norm: bn2"]
+
+
+# --- convolution + batch norm under the names of torchvision and timm
+
+
+def block(*layers: nn.Module, **named: nn.Module) -> nn.Sequential:
+    """Layers one after the other, numbered or named."""
+    return nn.Sequential(OrderedDict(named)) if named else nn.Sequential(*layers)
+
+
+def conv(inner: int, outer: int, kernel: int | tuple[int, int] = 1, stride: int = 1, **fields: Any) -> nn.Conv2d:
+    halves = [k // 2 for k in (kernel if isinstance(kernel, tuple) else (kernel, kernel))]
+    padding = (halves[0], halves[1])
+    return nn.Conv2d(inner, outer, kernel, stride, padding, **{"bias": False, **fields})
+
+
+class Residual(nn.Module):
+    """torchvision's basic block."""
+
+    def __init__(self, inner: int, outer: int, stride: int) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = conv(inner, outer, 3, stride), norm(outer)
+        self.conv2, self.bn2 = conv(outer, outer, 3), norm(outer)
+        self.downsample = block(conv(inner, outer, 1, stride), norm(outer))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + self.downsample(x))
+
+
+class Dense(nn.Module):
+    """DenseNet's layer: norm1 before conv1, norm2 between conv1 and conv2."""
+
+    def __init__(self, inner: int, outer: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = norm(inner), conv(inner, inner)
+        self.norm2, self.conv2 = norm(inner), conv(inner, outer, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv2(F.relu(self.norm2(self.conv1(F.relu(self.norm1(x))))))
+        return torch.cat([x, y], 1)
+
+
+class Ordered(nn.Module):
+    """Layers that run one after the other in the order of their names as given, a ReLU after each batch norm."""
+
+    def __init__(self, **layers: nn.Module) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name, layer in self.named_children():
+            x = layer(x)
+            if name.startswith("bn") or name == "norm0":
+                x = F.relu(x)
+        return x
+
+
+TORCHVISION: dict[str, tuple[nn.Module, int]] = {
+    # its number of batch norms that go; one of DenseNet's stays
+    "ResNet": (Ordered(conv1=conv(3, 6, 7, 2), bn1=norm(6), layer1=block(Residual(6, 8, 2), Residual(8, 8, 1))), 7),
+    "VGG": (
+        Ordered(features=block(conv(3, 5, 3), norm(5), nn.ReLU(), nn.MaxPool2d(2), conv(5, 4, 3, bias=True), norm(4))),
+        2,
+    ),
+    "MobileNetV2": (
+        Ordered(
+            features=block(
+                block(conv(3, 4, 3, 2), norm(4), nn.ReLU6()),
+                block(conv=block(block(conv(4, 4, 3, groups=4), norm(4), nn.ReLU6()), conv(4, 5), norm(5))),
+            )
+        ),
+        3,
+    ),
+    "GoogLeNet": (
+        block(
+            conv1=Ordered(conv=conv(3, 4, (1, 7)), bn=norm(4)),
+            branch2=block(Ordered(conv=conv(4, 5, (5, 3)), bn=norm(5))),
+        ),
+        2,
+    ),
+    "DenseNet": (
+        block(features=Ordered(conv0=conv(3, 4, 7, 2), norm0=norm(4), denseblock1=block(denselayer1=Dense(4, 3)))),
+        2,
+    ),
+}
+
+
+class TimmBlock(nn.Module):
+    """timm's inverted, edge and depthwise separable blocks: a ReLU after each batch norm but the last."""
+
+    def __init__(self, *pairs: tuple[str, nn.Conv2d]) -> None:
+        super().__init__()
+        for number, (name, layer) in enumerate(pairs, 1):
+            self.add_module(name, layer)
+            self.add_module(f"bn{number}", norm(layer.out_channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = list(self.children())
+        for number, layer in enumerate(layers, 1):
+            x = layer(x)
+            x = F.relu(x) if number % 2 == 0 and number < len(layers) else x
+        return x
+
+
+TIMM: dict[str, tuple[nn.Module, int]] = {
+    "EfficientNet": (
+        Ordered(
+            conv_stem=conv(3, 4, 3, 2),
+            bn1=norm(4),
+            blocks=block(
+                block(TimmBlock(("conv_dw", conv(4, 4, 3, groups=4)), ("conv_pw", conv(4, 6)))),
+                block(
+                    TimmBlock(
+                        ("conv_pw", conv(6, 8)), ("conv_dw", conv(8, 8, 5, 2, groups=8)), ("conv_pwl", conv(8, 6))
+                    ),
+                    TimmBlock(("conv_exp", conv(6, 10, 3)), ("conv_pwl", conv(10, 6))),
+                    TimmBlock(("conv", conv(6, 6, 3))),
+                ),
+            ),
+            conv_head=conv(6, 9),
+            bn2=norm(9),
+        ),
+        10,
+    ),
+    "ResNet-D": (
+        Ordered(
+            conv1=block(conv(3, 4, 3, 2), norm(4), nn.ReLU(), conv(4, 4, 3), norm(4), nn.ReLU(), conv(4, 6, 3)),
+            bn1=norm(6),
+            layer1=block(
+                block(
+                    conv1=conv(6, 8), bn1=norm(8), act=nn.ReLU(), downsample=block(nn.AvgPool2d(2), conv(8, 8), norm(8))
+                )
+            ),
+        ),
+        5,
+    ),
+    "ConvNormAct": (
+        block(stem=Ordered(conv=conv(3, 4, 3), bn=norm(4)), dw_start=Ordered(conv=conv(4, 4, 5, groups=4), bn=norm(4))),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [("conv-bn-torchvision", name) for name in TORCHVISION] + [("conv-bn-timm", name) for name in TIMM],
+)
+def test_convolutions_and_batch_norms(recipe: str, name: str, suffix: str, tmp_path: Path) -> None:
+    model, pairs = (TORCHVISION if recipe == "conv-bn-torchvision" else TIMM)[name]
+    before, after = save(filled(model), tmp_path / f"model{suffix}"), tmp_path / f"fused{suffix}"
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    document = done("fuse", before, "--recipe", recipe, "-o", after, *settings(geometry_of(model), tmp_path / "g.toml"))
+    assert len(document["fusions"]) == pairs
+    assert len(document["left_alone"]) == (pairs < norms)
+    deploy = convtool.apply(copy.deepcopy(model), after)
+    assert sum(isinstance(module, nn.BatchNorm2d) for module in deploy.modules()) == norms - pairs
+    assert_same_outputs(model, deploy, [(2, 3, 17, 20)])
+
+
+def test_a_network_that_normalises_before_it_convolves_is_not_taken_for_one_that_does_after(tmp_path: Path) -> None:
+    layers = {"bn1": norm(4), "conv1": conv(4, 4, 3), "bn2": norm(4), "conv2": conv(4, 4, 3)}
+    path = save(filled(block(layer1=Ordered(**layers))), tmp_path / "preact.pt")
+    code, message = error("fuse", path, "--recipe", "conv-bn-torchvision", "-o", tmp_path / "out.pt")
+    assert code == 2
+    assert "layer1.bn1 stands before layer1.conv1 in the checkpoint, and so it does in the model" in message

@@ -359,6 +359,16 @@ def test_a_checkpoint_that_was_not_given() -> None:
     assert "lora:a: no checkpoint of that name; give one with --with lora=FILE" in refused(text, known({"a": CONV}))
 
 
+def test_layers_in_another_order_than_the_models() -> None:
+    text = PAIR.replace("chain", "in_order = true, chain")
+    backwards = {"a.bn": NORM, "a.conv": CONV}
+    message = refused(text, Known({"": backwards}, ordered=True))
+    assert message.startswith("a.bn stands before a.conv in the checkpoint, and so it does in the model")
+    assert list(fusions(text, Known({"": backwards}))) == ["a.conv"]  # a file that sorts its tensors
+    assert list(fusions(PAIR, Known({"": backwards}, ordered=True))) == ["a.conv"]
+    assert list(fusions(text, Known({"": dict(reversed(backwards.items()))}, ordered=True))) == ["a.conv"]
+
+
 def test_geometry_goes_by_pattern() -> None:
     recipe = parse_recipe(tomllib.loads(PAIR + '\n[geometry]\n"*.conv" = { padding = "half", stride = 2 }'), "r.toml")
     assert recipe.geometry.fields("x.y.conv") == {"padding": "half", "stride": 2}
@@ -390,6 +400,7 @@ def test_geometry_goes_by_pattern() -> None:
         ('fuse = [{ name = "x", sum = [{ chain = ["a"], scale = true }] }]', "scale: expected a number, got True"),
         ('fuse = [{ name = "x", sum = [{ chain = ["a"], alpha = 2 }] }]', "alpha: expected the name of a tensor"),
         ('fuse = [{ name = "x", chain = ["a"], optional = 1 }]', "optional: expected true or false"),
+        ('fuse = [{ name = "x", chain = ["a"], in_order = "yes" }]', "in_order: expected true or false"),
         ('fuse = [{ name = "x", chain = ["a"], where = "a" }]', "where: expected a list of patterns"),
         ('fuse = [{ name = "x", chain = [{ layer = "a", liek = "b" }] }]', "expected { layer = PATTERN, like"),
         ('fuse = [{ name = "x", chain = [""] }]', "an empty name"),

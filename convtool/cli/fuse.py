@@ -310,6 +310,7 @@ def _planned(plan: Plan) -> list[PlannedFusion]:
 
 def _known(checkpoints: Mapping[str, Checkpoint], fields: Any) -> Known:
     """What recipes are resolved against."""
+    from convtool.core.tree import BASE
     from convtool.recipe import Known, LayerFacts
 
     def number(source: str, name: str) -> float | None:
@@ -326,6 +327,7 @@ def _known(checkpoints: Mapping[str, Checkpoint], fields: Any) -> Known:
         },
         number,
         fields,
+        ordered=checkpoints[BASE].format.startswith("torch"),  # safetensors files are sorted
     )
 
 

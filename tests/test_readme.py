@@ -1,6 +1,7 @@
 """The README is true: its commands run as written and print what it shows, its Python runs, its tables are complete.
 
-`python tests/test_readme.py` writes the outputs of the day into the README; read the difference before keeping it.
+What stands between `<!-- NAME -->` and `<!-- end -->` is made here from the code. `python tests/test_readme.py` writes
+that and the outputs of the day into the README; read the difference before keeping it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,45 @@ import pytest
 
 from convtool.cli import exit_codes
 from convtool.cli.app import app
+from convtool.cli.help import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
+
+
+def commands_table() -> str:
+    """Every command with its arguments and the first sentence of its help."""
+    rows = [
+        (f"`convtool {command.name} {(command.options_metavar or '').removesuffix(' [OPTIONS]')}`", command.callback)
+        for command in app.registered_commands
+    ]
+    lines = [f"| {usage} | {summary(function.__doc__ if function else None)} |" for usage, function in rows]
+    return "\n".join(["| command | |", "| --- | --- |", *lines])
+
+
+def exit_codes_table() -> str:
+    lines = [f"| {code} | {meaning} |" for code, meaning in exit_codes.MEANINGS.items()]
+    return "\n".join(["| exit code | meaning |", "| --- | --- |", *lines])
+
+
+def pipeline_files() -> str:
+    files = [ROOT / "sample_models" / "pipeline" / name for name in ("pipeline.sh", "release.mk", "array.sh")]
+    kinds = {".sh": "bash", ".mk": "make"}
+    return "\n".join(f"```{kinds[file.suffix]}\n{file.read_text()}```" for file in files)
+
+
+GENERATED = {"commands": commands_table, "exit codes": exit_codes_table, "pipeline": pipeline_files}
+
+
+def with_generated(text: str) -> str:
+    """The README's text with what is made from the code put in its place."""
+    for name, make in GENERATED.items():
+        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert place.search(text), f"the README has no <!-- {name} --> ... <!-- end -->"
+        content = make()
+        text = place.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)  # type: ignore[misc]
+    return text
 
 
 def run_block(block: str, folder: Path) -> str:
@@ -27,7 +63,9 @@ def run_block(block: str, folder: Path) -> str:
     lines = []
     environment = os.environ | {
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
         "NO_COLOR": "1",
+        "COLUMNS": "100",
     }
     for command in (line for line in block.splitlines() if line.startswith("$ ")):
         done = subprocess.run(
@@ -47,7 +85,8 @@ def run_block(block: str, folder: Path) -> str:
 def run_all(folder: Path) -> str:
     """The README with every console block run in order, in one folder that has the sample models."""
     shutil.copytree(ROOT / "sample_models", folder / "sample_models")
-    return CONSOLE.sub(lambda match: f"```console\n{run_block(match[1], folder)}```", README.read_text())
+    text = with_generated(README.read_text())
+    return CONSOLE.sub(lambda match: f"```console\n{run_block(match[1], folder)}```", text)
 
 
 def test_console_blocks_print_what_the_readme_shows(tmp_path: Path) -> None:
@@ -62,12 +101,15 @@ def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         exec(compile(block, "README.md", "exec"), {})
 
 
-def test_every_command_and_exit_code_is_listed() -> None:
-    text = README.read_text()
-    for command in app.registered_commands:
-        assert f"`convtool {command.name} " in text
-    for code in exit_codes.MEANINGS:
-        assert re.search(rf"^\| (\d+, )?{code}(, \d+)? \|", text, re.MULTILINE), code
+def test_tables_and_scripts_are_those_of_the_code() -> None:
+    assert with_generated(README.read_text()) == README.read_text()
+
+
+def test_the_reference_shows_every_commands_help() -> None:
+    blocks = "".join(CONSOLE.findall(README.read_text()))
+    assert [
+        command.name for command in app.registered_commands if f"$ convtool {command.name} --help" not in blocks
+    ] == []
 
 
 def test_make_targets_of_the_readme_exist() -> None:

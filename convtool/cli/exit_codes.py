@@ -26,8 +26,9 @@ MEANINGS = {
     3: "input missing, corrupt, unsupported, or not finite",
     4: "refused: it would not be exact, or the pickle holds code",
     5: "output exists without --force, or could not be written",
-    INTERNAL: "a bug in convtool",
+    INTERNAL: "a bug in convtool, with how to report it",
     INTERRUPTED: "interrupted; nothing half-written left behind",
+    BROKEN_PIPE: "whoever read the output went away, as `head` does",
     TERMINATED: "terminated; nothing half-written left behind",
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 import shutil
 import textwrap
@@ -76,7 +77,9 @@ def _example(line: str, width: int) -> str:
 def _folded(line: str, width: int, first: str, then: str, end: str = "") -> str:
     """A command line over as many lines as it takes: an option stays with its value, quotes stay whole."""
     lines = [first.rstrip(" ")]
-    for unit in _UNIT.findall(line):
+    units = _UNIT.findall(line)
+    fitting = [[unit] if len(then) + len(unit) <= width else re.findall(_WORD, unit) for unit in units]
+    for unit in itertools.chain.from_iterable(fitting):
         if lines[-1].strip() and len(lines[-1]) + 1 + len(unit) > width:
             lines.append(then + unit)
         else:

@@ -78,6 +78,10 @@ if TYPE_CHECKING:
     from convtool.errors import UsageError as UsageError
     from convtool.matrix.read import load_matrix as load_matrix
     from convtool.matrix.read import open_matrix as open_matrix
+    from convtool.model.layers import geometry_of as geometry_of
+    from convtool.model.plan import Plan as Plan
+    from convtool.model.plan import fuse_model as fuse_model
+    from convtool.model.plan import plan as plan
 
 _HOME = {
     "apply": "convtool.api",
@@ -101,6 +105,10 @@ _HOME = {
     "OutputError": "convtool.errors",
     "RefusedError": "convtool.errors",
     "UsageError": "convtool.errors",
+    "geometry_of": "convtool.model.layers",
+    "Plan": "convtool.model.plan",
+    "fuse_model": "convtool.model.plan",
+    "plan": "convtool.model.plan",
     "load_matrix": "convtool.matrix.read",
     "open_matrix": "convtool.matrix.read",
 }

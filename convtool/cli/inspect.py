@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convtool.cli import complete
-from convtool.cli.options import CheckpointPath, GeometryFile, Json, Model, ModelArgs, Quiet, Root, Settings
+from convtool.cli.options import CheckpointPath, Force, GeometryFile, Json, Model, ModelArgs, Quiet, Root, Settings
 from convtool.cli.output import Reporter, human_bytes, table, tree_text
 from convtool.cli.run import run
 
@@ -19,6 +20,7 @@ USAGE = "CKPT [PATTERN]"
 EXAMPLES = """
 convtool inspect model.safetensors
 convtool inspect model.safetensors 'layer1.*' --tensors
+convtool inspect model.pt --model net.py:Net --input-size 3,64,64 --write-geometry net.toml
 convtool inspect model.pt --json | jq -r '.layers[].name'
 """
 
@@ -37,6 +39,25 @@ def command(
     geometry: GeometryFile = None,
     model: Model = None,
     model_args: ModelArgs = None,
+    input_size: Annotated[
+        str | None,
+        typer.Option(
+            "--input-size",
+            metavar="C,H,W",
+            help="With --model: the size of its input, to show what each layer reads and gives, and its multiply-adds.",
+            show_default=False,
+        ),
+    ] = None,
+    write_geometry: Annotated[
+        Path | None,
+        typer.Option(
+            "--write-geometry",
+            metavar="FILE",
+            help="Write what is known of the layers' geometry as TOML for --geometry.",
+            show_default=False,
+        ),
+    ] = None,
+    force: Force = False,
     settings: Settings = None,
     root: Root = None,
     as_json: Json = False,
@@ -49,14 +70,15 @@ def command(
         from fnmatch import fnmatchcase
 
         from convtool.checkpoint import open_checkpoint
-        from convtool.cli.model import model_fields
-        from convtool.cli.options import check_used, field_sources
+        from convtool.cli.model import read_model, runs_of_layers
+        from convtool.cli.options import check_used, field_sources, parse_input_size
         from convtool.core.fields import FieldSource
         from convtool.errors import UsageError
 
         opened = open_checkpoint(checkpoint, root)
         record = opened.record
-        sources = field_sources(geometry, settings, {}, model_fields(model, model_args, opened, reporter))
+        found = read_model(model, model_args, opened, reporter)
+        sources = field_sources(geometry, settings, {}, None if found is None else found[1].geometry)
         check_used(sources, list(opened.layers))
         sources = sources.with_first(FieldSource("record", record.fields() if record else {}, exact_names=True))
         layers = [
@@ -67,6 +89,12 @@ def command(
         if pattern is not None and not layers:
             raise UsageError(f"{checkpoint}: no layer matches {pattern!r}; without a pattern all are listed")
         described = [_describe(opened, layer, sources.fields(layer.name), tensors) for layer in layers]
+        runs = runs_of_layers(model, found, parse_input_size(input_size))
+        if input_size is not None:
+            for one in described:
+                one["runs"] = runs.get(one["name"], [])
+        if write_geometry is not None:
+            _write_geometry(write_geometry, {one["name"]: one["geometry"] for one in described}, force)
         document: dict[str, Any] = {
             "file": str(checkpoint),
             "format": opened.format,
@@ -78,6 +106,18 @@ def command(
         reporter.result(document, lambda: _print(reporter, document, tensors))
 
     return run(reporter, body)
+
+
+def _write_geometry(path: Path, geometry: dict[str, dict[str, Any] | None], force: bool) -> None:
+    from convtool.core.fields import geometry_toml
+    from convtool.errors import UsageError
+    from convtool.files.atomic import replacing
+
+    known = {name: fields for name, fields in geometry.items() if fields}
+    if not known:
+        raise UsageError("--write-geometry: nothing is known of any layer's geometry; --model reads it off the model")
+    with replacing(path, force=force) as file:
+        file.write(geometry_toml(known).encode())
 
 
 def _describe(checkpoint: Checkpoint, layer: Layer, fields: dict[str, Any], tensors: bool) -> dict[str, Any]:
@@ -124,6 +164,9 @@ def _print(reporter: Reporter, document: dict[str, Any], tensors: bool) -> None:
         ]
         table(("tensor", "dtype", "shape", "size"), listed, right=("size",))
         return
+    if document["layers"] and "runs" in document["layers"][0]:
+        _print_runs(reporter, document["layers"])
+        return
     rows = [
         (
             layer["name"] or "(bare module)",
@@ -138,6 +181,26 @@ def _print(reporter: Reporter, document: dict[str, Any], tensors: bool) -> None:
     table(("layer", "kind", "weight", "dtype", "size", "geometry"), rows, right=("size",))
     for fusion in (document["record"] or {"fusions": []})["fusions"]:
         reporter.remark(f"{fusion['name']} was fused by convtool from {tree_text(fusion['sources'])}")
+
+
+def _print_runs(reporter: Reporter, layers: list[dict[str, Any]]) -> None:
+    """A line for each run of a layer, in place of its tensors' sizes."""
+    rows = []
+    for layer in layers:
+        fields = _fields_text(layer["geometry"]) if layer["kind"] in ("conv", "batch_norm") else ""
+        start = (layer["name"] or "(bare module)", layer["kind"], _shape(layer["shape"]))
+        rows += [(*start, *_seen(one), fields) for one in layer["runs"] or [None]]
+    columns = ("layer", "kind", "weight", "input", "output", "multiply-adds", "geometry")
+    table(columns, rows, right=("multiply-adds",))
+    total = sum(one["multiply_adds"] for layer in layers for one in layer["runs"])
+    reporter.line(f"{total} multiply-adds for one input")
+
+
+def _seen(one: dict[str, Any] | None) -> tuple[str, str, str]:
+    """Input, output and multiply-adds of one run of a layer."""
+    if one is None:
+        return "-", "-", "-"
+    return _shape(one["input_size"]), _shape(one["output_size"]), str(one["multiply_adds"])
 
 
 def _shape(shape: list[int]) -> str:

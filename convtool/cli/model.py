@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convtool.errors import UsageError
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from convtool.model.plan import Plan
 
 
-def load(model: str, arguments: str | None) -> nn.Module:
+def load(model: str, arguments: str | None, *, in_memory: bool = False) -> nn.Module:
     """The model of --model; what its code prints goes to stderr, so that stdout holds results alone."""
     from convtool.model.load import load_model
 
     with contextlib.redirect_stdout(sys.stderr):
-        return load_model(model, arguments)
+        return load_model(model, arguments, in_memory=in_memory)
 
 
 def model_fields(
@@ -36,11 +36,20 @@ def model_fields(
     Raises:
         UsageError: the model cannot be built, or has no layer in common with the checkpoint.
     """
+    found = read_model(model, arguments, checkpoint, reporter)
+    return None if found is None else found[1].geometry
+
+
+def read_model(
+    model: str | None, arguments: str | None, checkpoint: Checkpoint, reporter: Reporter
+) -> tuple[nn.Module, Agreement] | None:
+    """The model of --model and what it says of a checkpoint's layers, or None without it; see `model_fields`."""
     if model is None:
         if arguments is not None:
             raise UsageError("--model-args: goes with --model")
         return None
-    return agreement(load(model, arguments), model, checkpoint, reporter).geometry
+    built = load(model, arguments)
+    return built, agreement(built, model, checkpoint, reporter)
 
 
 def agreement(model: nn.Module, spec: str, checkpoint: Checkpoint, reporter: Reporter) -> Agreement:
@@ -62,6 +71,37 @@ def agreement(model: nn.Module, spec: str, checkpoint: Checkpoint, reporter: Rep
     for line in found.differences:
         reporter.remark(f"model and checkpoint disagree: {line}")
     return found
+
+
+def runs_of_layers(
+    model: str | None, found: tuple[nn.Module, Agreement] | None, input_size: Sequence[int] | None
+) -> dict[str, list[dict[str, Any]]]:
+    """What each layer reads and gives while the model runs once, by the checkpoint's names; empty without a size.
+
+    Raises:
+        UsageError: a size and no model.
+    """
+    if input_size is None:
+        return {}
+    if found is None:
+        raise UsageError("--input-size: is the size of the model's input, and goes with --model")
+    from convtool.model.runs import layer_runs
+
+    built, agreed = found
+    with contextlib.redirect_stdout(sys.stderr):
+        runs = layer_runs(built, input_size)
+    return {
+        agreed.names[name]: [
+            {
+                "input_size": list(run.input_size),
+                "output_size": list(run.output_size),
+                "multiply_adds": run.multiply_adds,
+            }
+            for run in each
+        ]
+        for name, each in runs.items()
+        if name in agreed.names
+    }
 
 
 def plan_for(
@@ -107,3 +147,46 @@ def plan_for(
     for line in made.remarks:
         reporter.remark(f"note: {line}")
     return made if found is None else made.renamed(found.names)
+
+
+def whole_model(
+    model: str | None,
+    arguments: str | None,
+    input_size: Sequence[int] | None,
+    before: Checkpoint,
+    after: Checkpoint,
+    seed: int,
+) -> dict[str, Any] | None:
+    """Both networks' outputs held against each other, as a JSON document; None where nobody asked for it.
+
+    Raises:
+        UsageError: an input size without a model, or one on which it doesn't run.
+    """
+    if input_size is None:
+        return None
+    if model is None:
+        raise UsageError("--model-input: goes with --model")
+    from convtool.model.whole import MOST, compare_whole
+
+    with contextlib.redirect_stdout(sys.stderr):
+        report = compare_whole(lambda: load(model, arguments, in_memory=True), before, after, input_size, seed=seed)
+    return {
+        "input_size": list(report.input_size),
+        "outputs": report.outputs,
+        "difference": report.difference,
+        "largest_output": report.largest,
+        "rounding": report.rounding,
+        "ratio": report.ratio,
+        "most": MOST,
+        "equal": report.equal,
+    }
+
+
+def whole_text(found: dict[str, Any]) -> str:
+    """The comparison in a line."""
+    size = ",".join(map(str, found["input_size"]))
+    return (
+        f"the whole model, on inputs of {size}: outputs {'equal' if found['equal'] else 'DIFFER'}; they differ by"
+        f" {found['difference']:.3g}, rounding every weight changes them by {found['rounding']:.3g}, the largest is"
+        f" {found['largest_output']:.3g}"
+    )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convtool.cli import complete, exit_codes
+from convtool.cli.model import whole_text
 from convtool.cli.options import GeometryFile, Json, Model, ModelArgs, Quiet, Root, With, parse_dtype
 from convtool.cli.output import Reporter, table
 from convtool.cli.run import run
@@ -99,6 +100,15 @@ def command(
     geometry: GeometryFile = None,
     model: Model = None,
     model_args: ModelArgs = None,
+    model_input: Annotated[
+        str | None,
+        typer.Option(
+            "--model-input",
+            metavar="C,H,W",
+            help="With --model: also run the whole model on inputs of that size, before and after.",
+            show_default=False,
+        ),
+    ] = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -128,7 +138,7 @@ def command(
         import torch
 
         from convtool.checkpoint import open_checkpoint
-        from convtool.cli.model import model_fields
+        from convtool.cli.model import model_fields, whole_model
         from convtool.cli.options import check_used, open_others, parse_input_size
         from convtool.cli.verify_matrix import verify_matrix_files
         from convtool.core.tree import BASE
@@ -171,10 +181,12 @@ def command(
         results = _run(reporter, pairings, {BASE: one, **others}, other, sizes, options)
         if not results and not one.infos:
             raise UsageError("there is nothing to compare: no fusion and no tensor")
+        whole = whole_model(model, model_args, parse_input_size(model_input), one, other, seed)
+        equal = not (tensors and tensors["differing"]) and (whole is None or whole["equal"])
         document = {
             "before": str(before),
             "after": str(after),
-            "equivalent": not (tensors and tensors["differing"]) and all(report.equivalent for _, report in results),
+            "equivalent": equal and all(report.equivalent for _, report in results),
             "statement": _statement([report for _, report in results], exhaustive),
             "exhaustive": exhaustive,
             "seed": seed,
@@ -185,6 +197,7 @@ def command(
             "input_sizes": "given" if sizes else "chosen",
             "fusions": [_report(pairing, report) for pairing, report in results],
             "other_tensors": tensors,
+            "whole_model": whole,
         }
         reporter.result(document, lambda: _print(reporter, document))
         return exit_codes.OK if document["equivalent"] else exit_codes.NOT_EQUIVALENT
@@ -369,6 +382,8 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
             f"{others['compared']} other tensors: "
             + (f"{len(others['differing'])} differ" if others["differing"] else "bit for bit the same")
         )
+    if document["whole_model"] is not None:
+        reporter.line(whole_text(document["whole_model"]))
     statement = f", {document['statement']}" if document["statement"] else ""
     reporter.line(f"equivalent{statement}" if document["equivalent"] else "NOT equivalent")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -63,6 +64,32 @@ def geometry_fields(geometry: Geometry) -> Fields:
         "transposed": geometry.transposed,
         "output_padding": list(geometry.output_padding),
     }
+
+
+def geometry_toml(fields: Mapping[str, Fields]) -> str:
+    """The fields of layers, as JSON has them, as a TOML file that `parse_tables` reads back."""
+    return "\n".join(["# Geometry of layers, for --geometry FILE.", *field_tables(fields)]) + "\n"
+
+
+def field_tables(fields: Mapping[str, Fields]) -> list[str]:
+    """A line of TOML for each layer."""
+    lines = []
+    for name, table in fields.items():
+        stated = {key: value for key, value in table.items() if key != "output_padding" or table.get("transposed")}
+        entries = ", ".join(f"{key} = {_toml_value(value)}" for key, value in stated.items())
+        lines.append(f"{json.dumps(name)} = {{ {entries} }}")
+    return lines
+
+
+def _toml_value(value: object) -> str:
+    """A value in TOML; that of all axes once where they have the same."""
+    if isinstance(value, list | tuple) and value and all(entry == value[0] for entry in value):
+        entry = value[0]
+        if not isinstance(entry, list | tuple):
+            return json.dumps(entry)
+        if entry[0] == entry[1]:
+            return json.dumps(entry[0])
+    return json.dumps(value)
 
 
 @dataclass(frozen=True, slots=True)

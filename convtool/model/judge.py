@@ -16,35 +16,13 @@ import torch
 from convtool.core.border import Verdict
 from convtool.core.conv import Conv, pointwise
 from convtool.core.expression import multiply_adds
-from convtool.core.flow import Flow
+from convtool.core.flow import Flow, Step
 from convtool.core.functions import flatten_size
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.geometry import Geometry
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.errors import RefusedError
-
-
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """A layer without its numbers.
-
-    Attributes:
-        kind: as in a checkpoint.
-        weight: (C_out, C_in/groups, *kernel), also of a transposed layer.
-        biased: whether it adds anything but zeros.
-        stored_bias: whether it has a bias at all.
-        geometry: of a convolution.
-        groups: of the linear map; the channels of a batch norm or a scale.
-        dtype: of its numbers.
-    """
-
-    kind: str
-    weight: tuple[int, ...]
-    biased: bool
-    stored_bias: bool
-    geometry: Geometry | None
-    groups: int
-    dtype: torch.dtype = torch.float32
+from convtool.model.shapes import LayerShape
 
 
 class Exact(Enum):
@@ -133,6 +111,15 @@ class Judge:
             fused,
             apart,
         )
+
+    def cost(self, step: Step) -> Cost:
+        """Of one run of a layer; nothing of one whose weight is made of tensors that only its own code knows."""
+        if step.name not in self.shapes:
+            return Cost(0, 0)
+        shape = self.flow.input_shape(step)
+        size, positions = (shape[2:], 1) if step.axes else ((), math.prod(shape[1:-1]))
+        conv = self._leaf(LayerRef(step.name), step.axes, _shaped, None).conv
+        return Cost(_parameters(conv), positions * multiply_adds(conv, size))
 
     def _exactness(self, tree: Tree[NamedConv], size: tuple[int, ...]) -> tuple[Exact, str, Conv]:
         def fuse(at: tuple[int, ...] | None) -> Fusion:

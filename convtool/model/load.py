@@ -21,13 +21,14 @@ from convtool.errors import InputError, RefusedError, UsageError
 EXPECTED = "pkg.mod:callable, path/to/file.py:callable, or a Hugging Face folder with a config.json"
 
 
-def load_model(spec: str, arguments: str | None = None) -> nn.Module:
+def load_model(spec: str, arguments: str | None = None, *, in_memory: bool = False) -> nn.Module:
     """The model that `spec` names, in eval mode, its tensors on the meta device. This runs the code that it names.
 
     Args:
         spec: 'pkg.mod:callable', 'path/to/file.py:callable', or a folder with a Hugging Face config.json. What is
             named may be a class, a function, or a module made already.
         arguments: for the callable, as JSON: an object of keyword arguments or a list of positional ones.
+        in_memory: with its tensors in memory, on the CPU, so that it can be run.
 
     Raises:
         UsageError: there is no such module or callable, or calling it failed.
@@ -38,13 +39,13 @@ def load_model(spec: str, arguments: str | None = None) -> nn.Module:
     if folder.is_dir():
         if arguments is not None:
             raise UsageError("--model-args: a Hugging Face folder takes none; its config.json says everything")
-        model = _from_config(folder)
+        model = _from_config(folder, in_memory)
     else:
-        model = _from_code(spec, arguments)
+        model = _from_code(spec, arguments, in_memory)
     return model.eval()
 
 
-def _from_code(spec: str, arguments: str | None) -> nn.Module:
+def _from_code(spec: str, arguments: str | None, in_memory: bool) -> nn.Module:
     where, colon, attribute = spec.rpartition(":")
     if not colon or not where or not attribute:
         raise UsageError(f"--model: expected {EXPECTED}, got {spec!r}")
@@ -57,23 +58,25 @@ def _from_code(spec: str, arguments: str | None) -> nn.Module:
             public = [name for name in vars(module) if not name.startswith("_")]
             raise UsageError(f"--model: {where} has no {attribute!r}; it has {', '.join(public[:8])}") from None
         if not isinstance(made, nn.Module):
-            made = _call(spec, made, positional, keywords)
+            made = _call(spec, made, positional, keywords, in_memory)
     if not isinstance(made, nn.Module):
         raise UsageError(f"--model: {spec} gave a {type(made).__name__}, expected an nn.Module")
     return made
 
 
-def _call(spec: str, make: Any, positional: list[Any], keywords: dict[str, Any]) -> Any:
-    """Call it with nothing allocated; in memory where its code needs to look at a value while it builds."""
+def _call(spec: str, make: Any, positional: list[Any], keywords: dict[str, Any], in_memory: bool) -> Any:
+    """Call it with nothing allocated; in memory where that is asked for, or its code looks at a value as it builds."""
     try:
+        if in_memory:
+            return make(*positional, **keywords)
         with torch.device("meta"):
             made = make(*positional, **keywords)
         return made.to("meta") if isinstance(made, nn.Module) else made  # what it placed elsewhere by itself
-    except Exception as on_meta:
-        try:
-            return make(*positional, **keywords)
-        except Exception:
-            raise UsageError(f"--model: {spec}: calling it failed: {_said(on_meta)}") from None
+    except Exception as failed:
+        with contextlib.suppress(Exception):
+            if not in_memory:
+                return make(*positional, **keywords)
+        raise UsageError(f"--model: {spec}: calling it failed: {_said(failed)}") from None
 
 
 def _arguments(text: str | None) -> tuple[list[Any], dict[str, Any]]:
@@ -137,7 +140,7 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}{at}"
 
 
-def _from_config(folder: Path) -> nn.Module:
+def _from_config(folder: Path, in_memory: bool) -> nn.Module:
     """The architecture that a Hugging Face config.json names, by the code of the installed transformers alone."""
     path = folder / "config.json"
     try:
@@ -166,8 +169,9 @@ def _from_config(folder: Path) -> nn.Module:
     try:
         parsed = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         build = kind.from_config if kind is transformers.AutoModel else kind._from_config
-        with torch.device("meta"):
-            model: nn.Module = build(parsed).to("meta")
+        device = "cpu" if in_memory else "meta"
+        with torch.device(device):
+            model: nn.Module = build(parsed).to(device)
     except Exception as error:
         raise UsageError(f"--model: {folder}: transformers could not build it: {_said(error)}") from None
     return model

@@ -15,20 +15,20 @@ from convtool import __version__
 from convtool.api import apply_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.fusion import check_ties, lower_for, plan_layer
-from convtool.checkpoint.info import FUNCTION, Layer
+from convtool.checkpoint.info import FUNCTION
 from convtool.checkpoint.record import FusionRecord, Record, SourceLayer
-from convtool.core.fields import Fields, FieldSource, FieldSources, geometry_fields
+from convtool.core.fields import Fields, FieldSource, FieldSources, field_tables, geometry_fields
 from convtool.core.flow import Flow, Obstacle, find_stretches
 from convtool.core.functions import flatten_size, is_function
-from convtool.core.geometry import Geometry
 from convtool.core.partition import Cost as Price
 from convtool.core.partition import partition
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.errors import ConvtoolError, RefusedError, UsageError
-from convtool.model.judge import Cost, Exact, Judge, LayerShape, Piece
-from convtool.model.layers import ModuleLayer, module_layers
+from convtool.model.judge import Cost, Exact, Judge, Piece
+from convtool.model.layers import module_layers
 from convtool.model.measure import Stopwatch
 from convtool.model.rehearse import failures
+from convtool.model.shapes import LayerShape, layer_shapes
 from convtool.model.state import StateCheckpoint
 from convtool.model.trace import example_input, trace
 
@@ -110,15 +110,10 @@ class Plan:
         """The plan as a recipe in TOML, all of its names spelled out."""
         lines = ["# Written by `convtool plan`; for `convtool fuse CKPT --recipe THIS_FILE -o OUT`."]
         for one in self.fusions:
-            lines += ["", "[[fuse]]", f"name = {_quoted(one.name)}", *_rule(one.piece)]
+            lines += ["", "[[fuse]]", f"name = {json.dumps(one.name)}", *_rule(one.piece)]
         used = {leaf.name for one in self.fusions for leaf in leaves(one.piece.tree)}
-        lines += ["", "[geometry]", *_tables({name: f for name, f in self.fields.items() if name in used})]
+        lines += ["", "[geometry]", *field_tables({name: f for name, f in self.fields.items() if name in used})]
         return "\n".join(lines) + "\n"
-
-
-def geometry_toml(fields: Mapping[str, Fields]) -> str:
-    """Geometry as a file that `--geometry` reads."""
-    return "\n".join(["# For --geometry FILE; read off the model's modules.", *_tables(fields)]) + "\n"
 
 
 def plan(
@@ -213,7 +208,7 @@ class _Planner:
         self.cheaper = only_if_cheaper or measure
         self.layers = module_layers(model)
         self.state = StateCheckpoint.of(model)
-        self.shapes = _layer_shapes(self.state, self.layers, is_biased or self._is_biased)
+        self.shapes = layer_shapes(self.state, self.layers, is_biased or self._is_biased)
         self.judge = Judge(flow, self.shapes)
         self.watch = Stopwatch(self._kind, _dtype(model)) if measure else None
         self.left_alone: list[LeftAlone] = []
@@ -355,9 +350,7 @@ class _Planner:
         counted: set[str] = set()
         total = Cost(0, 0)
         for step in self.flow.calls():
-            if step.name not in self.shapes:  # its weight is made of tensors that only its own code knows
-                continue
-            cost = self.judge.judge(LayerRef(step.name)).before
+            cost = self.judge.cost(step)
             total += cost if step.name not in counted else replace(cost, parameters=0)
             counted.add(step.name)
         return total
@@ -386,34 +379,6 @@ class _Planner:
             return SourceLayer(ref.name, FUNCTION, {})
         layer = self.layers.get(ref.name)
         return SourceLayer(ref.name, self.shapes[ref.name].kind, {} if layer is None else layer.fields)
-
-
-def _layer_shapes(
-    state: StateCheckpoint, layers: Mapping[str, ModuleLayer], is_biased: Callable[[str], bool]
-) -> dict[str, LayerShape]:
-    """Of every layer that a model's state dict shows, with the geometry of its module."""
-    shapes = {}
-    for name, layer in state.layers.items():
-        module = layers.get(name)
-        if layer.kind == "scale" or (module is not None and module.kind == layer.kind):
-            shapes[name] = _layer_shape(layer, {} if module is None else module.fields, is_biased)
-    return shapes
-
-
-def _layer_shape(layer: Layer, fields: Fields, is_biased: Callable[[str], bool]) -> LayerShape:
-    infos = layer.tensors
-    if layer.kind in ("batch_norm", "scale"):
-        info = infos["running_mean"] if layer.kind == "batch_norm" else next(iter(infos.values()))
-        channels, norm = info.shape[0], layer.kind == "batch_norm"
-        return LayerShape(layer.kind, (channels, 1), norm, norm, None, channels, getattr(torch, info.dtype))
-    weight, bias, dtype = infos["weight"].shape, infos.get("bias"), getattr(torch, infos["weight"].dtype)
-    biased = bias is not None and is_biased(layer.name)
-    if layer.kind == "linear":
-        return LayerShape("linear", weight, biased, bias is not None, None, 1, dtype)
-    geometry = Geometry.of(weight[2:], **fields)
-    if geometry.transposed:
-        weight = (weight[1] * geometry.groups, weight[0] // geometry.groups, *weight[2:])
-    return LayerShape(layer.kind, weight, biased, bias is not None, geometry, geometry.groups, dtype)
 
 
 def _name(tree: Tree[LayerRef], shapes: Mapping[str, LayerShape]) -> str:
@@ -453,29 +418,4 @@ def _part(tree: Tree[LayerRef]) -> str:
         return f"[{', '.join(_part(part) for part in tree.parts)}]"
     if isinstance(tree, Sum):
         return f"{{ sum = [{', '.join(_part(part) for part in tree.parts)}] }}"
-    return _quoted(tree.name)
-
-
-def _tables(fields: Mapping[str, Fields]) -> Iterator[str]:
-    for name, table in fields.items():
-        entries = ", ".join(f"{key} = {_value(value)}" for key, value in table.items() if _stated(key, table))
-        yield f"{_quoted(name)} = {{ {entries} }}"
-
-
-def _stated(key: str, table: Fields) -> bool:
-    return key != "output_padding" or bool(table.get("transposed"))
-
-
-def _value(value: Any) -> str:
-    """A field in TOML, an axis' value once where all axes have it."""
-    if isinstance(value, list) and value and all(entry == value[0] for entry in value):
-        entry = value[0]
-        if not isinstance(entry, list):
-            return json.dumps(entry)
-        if entry[0] == entry[1]:
-            return json.dumps(entry[0])
-    return json.dumps(value)
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text)
+    return json.dumps(tree.name)

@@ -1,0 +1,169 @@
+"""A whole network before and after its fusions, output against output.
+
+What a fusion does to its own layers is proved layer by layer (`convtool.core.verify`). This shows the rest: that the
+layers stand in the network where the fusions took them to stand. A network isn't linear, so there is no bound on what
+rounding the fused weights may do to its outputs. It is measured: every number of the original is changed by as much as
+rounding it to its dtype would change it, at random, and what that does to the outputs is the scale for the difference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from convtool.api import apply_checkpoint
+from convtool.checkpoint import Checkpoint
+from convtool.errors import InputError, UsageError
+from convtool.model.agreement import agree
+
+# Times the effect of rounding every weight once that a difference may have: fused weights are rounded once as well,
+# but the maxima of a few random draws are compared. A layer in the wrong place differs by a million times and more.
+MOST = 8.0
+DRAWS = 4  # times that every number is changed at random
+
+
+@dataclass(frozen=True, slots=True)
+class WholeReport:
+    """Both networks on the same inputs, in float64.
+
+    Attributes:
+        input_size: of the model's input, without the batch.
+        difference: the largest, of all outputs and inputs.
+        largest: output of the original.
+        rounding: the largest change of an output when every number of the original is changed by a rounding.
+        outputs: how many numbers were compared.
+    """
+
+    input_size: tuple[int, ...]
+    difference: float
+    largest: float
+    rounding: float
+    outputs: int
+
+    @property
+    def ratio(self) -> float:
+        """Difference over rounding; 0 where there is no difference."""
+        if self.difference == 0:
+            return 0.0
+        return self.difference / self.rounding if self.rounding else float("inf")
+
+    @property
+    def equal(self) -> bool:
+        """Whether the networks differ by no more than rounding does."""
+        return self.ratio <= MOST  # false of NaN
+
+
+def compare_whole(
+    build: Callable[[], nn.Module],
+    before: Checkpoint,
+    after: Checkpoint,
+    input_size: Sequence[int],
+    *,
+    trials: int = 2,
+    seed: int = 0,
+) -> WholeReport:
+    """Run the original network and the one with the recorded fusions put in by `convtool.apply`.
+
+    Args:
+        build: makes the network, its tensors in memory.
+        input_size: of its input, without the batch.
+        trials: random normal inputs.
+
+    Raises:
+        UsageError: the network and BEFORE don't fit each other, or it doesn't run on that size.
+        InputError: AFTER doesn't load into it.
+        RefusedError: `convtool.apply`'s reasons.
+    """
+    original = _loaded(build(), before).eval()
+    fused = apply_checkpoint(copy.deepcopy(original), after).eval()
+    dtype_of = {name: value.dtype for name, value in original.state_dict().items()}
+    original, fused = original.double(), fused.double()
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(trials, *input_size, dtype=torch.float64, generator=generator)
+    expected = _outputs(original, inputs, before)
+    got = _outputs(fused, inputs, after)
+    if [value.shape for value in expected] != [value.shape for value in got]:
+        raise InputError(f"{after.path}: the network with the fusions gives outputs of other shapes")
+    rounding = 0.0
+    for _ in range(DRAWS):
+        with _rounded(original, dtype_of, generator):
+            rounding = max(rounding, _distance(expected, _outputs(original, inputs, before)))
+    return WholeReport(
+        tuple(input_size),
+        _distance(expected, got),
+        max(float(value.abs().max()) for value in expected),
+        rounding,
+        sum(value.numel() for value in expected),
+    )
+
+
+def _loaded(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
+    """The model with a checkpoint's tensors in it, each under the name that the model has for it."""
+    names = agree(model, checkpoint).names
+    state = {}
+    for key in model.state_dict():
+        path, _, parameter = key.rpartition(".")
+        theirs = names.get(path, path)
+        full = f"{theirs}.{parameter}" if theirs else parameter
+        if full in checkpoint.infos:
+            state[key] = checkpoint.tensor(full)
+        elif parameter != "num_batches_tracked":
+            raise UsageError(f"{checkpoint.path}: has no {full!r}, which the model has; it is another model's")
+    own = model.state_dict()
+    for key, tensor in state.items():
+        if own[key].shape != tensor.shape:
+            raise UsageError(
+                f"{checkpoint.path}: {key} is of shape {tuple(tensor.shape)}, and the model's of"
+                f" {tuple(own[key].shape)}; it is another model's"
+            )
+    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
+    model = model.to(dtype)
+    model.load_state_dict(state, strict=False)
+    return model
+
+
+def _outputs(model: nn.Module, inputs: Tensor, checkpoint: Checkpoint) -> list[Tensor]:
+    """The floating-point outputs of a network."""
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            output: Any = model(inputs)
+    except Exception as error:  # the user's code
+        said = next(iter(str(error).splitlines()), "")
+        raise UsageError(
+            f"the model with the tensors of {checkpoint.path} doesn't run on inputs of shape {tuple(inputs.shape)}:"
+            f" {type(error).__name__}: {said}"
+        ) from None
+    found = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor) and value.is_floating_point()]
+    if not found:
+        raise UsageError("the model gives no floating-point output to compare")
+    return found
+
+
+def _distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
+    """The largest difference; NaN where there is one on either side."""
+    differences = [float((a - b).abs().max()) for a, b in zip(expected, got, strict=True) if a.numel()]
+    return next((value for value in differences if value != value), max(differences, default=0.0))
+
+
+@contextlib.contextmanager
+def _rounded(model: nn.Module, dtypes: Mapping[str, torch.dtype], generator: torch.Generator) -> Iterator[None]:
+    """Every number of a model, for a while, as far off as rounding it to its dtype may put it."""
+    state = model.state_dict()
+    kept = {name: tensor.clone() for name, tensor in state.items() if dtypes[name].is_floating_point}
+    for name, tensor in kept.items():
+        sides = torch.rand(tensor.shape, dtype=torch.float64, generator=generator) * 2 - 1
+        state[name].copy_(tensor * (1 + torch.finfo(dtypes[name]).eps / 2 * sides))
+    try:
+        yield
+    finally:
+        for name, tensor in kept.items():
+            state[name].copy_(tensor)

@@ -615,6 +615,16 @@ def test_an_accident_of_ours_asks_for_a_report(cli: Cli, monkeypatch: pytest.Mon
     assert "a bug in convtool (IndexError: list index out of range); please report it" in broken.err
 
 
+def test_an_accident_before_a_command_begins_asks_for_a_report_too(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object, **options: object) -> None:
+        raise NameError("name 'complete' is not defined")
+
+    monkeypatch.setattr("convtool.cli.app.typer.main.get_command", fail)
+    broken = cli("inspect net.pt --json")
+    assert broken.code == INTERNAL
+    assert broken.document["error"]["exit_code"] == INTERNAL
+
+
 # --- processes
 
 

@@ -12,7 +12,7 @@ from convtool import __version__
 from convtool.cli import convert, exit_codes, fuse, inspect, plan, spectrum, toeplitz, unfold, verify
 from convtool.cli.command import Command, Group
 from convtool.cli.output import print_error
-from convtool.cli.run import flushed
+from convtool.cli.run import bug, flushed
 from convtool.errors import did_you_mean
 
 PROGRAM = "convtool"
@@ -60,7 +60,15 @@ def run_app(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    command: Any = typer.main.get_command(app)
+    try:
+        return _parse_and_call(typer.main.get_command(app), arguments)
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        return bug(error, None, as_json="--json" in arguments)
+
+
+def _parse_and_call(command: Any, arguments: list[str]) -> int:
     if COMPLETE in os.environ:
         return _complete(command)
     if not arguments:

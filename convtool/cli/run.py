@@ -41,13 +41,18 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
     except MemoryError:
         return fail("input", 3, "not enough memory for this; see the command's --help for smaller outputs")
     except Exception as error:
-        traceback.print_exc()
-        return fail(
-            "internal",
-            exit_codes.INTERNAL,
-            f"a bug in convtool ({type(error).__name__}: {error}); please report it with the trace above, the"
-            " command line and the output of `convtool inspect` for the checkpoint",
-        )
+        return bug(error, reporter.command, as_json=reporter.as_json)
+
+
+def bug(error: Exception, command: str | None, *, as_json: bool) -> int:
+    """Report what nobody foresaw, and give the exit code for that."""
+    traceback.print_exception(error)
+    message = (
+        f"a bug in convtool ({type(error).__name__}: {error}); please report it with the trace above, the"
+        " command line and the output of `convtool inspect` for the checkpoint"
+    )
+    print_error(command, "internal", exit_codes.INTERNAL, message, as_json=as_json)
+    return exit_codes.INTERNAL
 
 
 def flushed(action: Callable[[], int]) -> int:

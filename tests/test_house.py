@@ -42,7 +42,7 @@ OWN = {"recipes": {"recipe"}}  # the shipped recipes are of the same part as wha
 
 CORE_IMPORTS = {
     *("__future__", "collections", "contextlib", "dataclasses", "enum", "fnmatch", "fractions", "functools"),
-    *("difflib", "itertools", "math", "operator", "re", "types", "typing", "warnings"),
+    *("difflib", "itertools", "json", "math", "operator", "re", "types", "typing", "warnings"),
     *("convtool", "numpy", "scipy", "torch"),
 }
 # Names that, called or looked up, would print, open a file, or run a program.

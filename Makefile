@@ -43,7 +43,7 @@ test: $(VENV)/installed-for-tests
 	@$(BIN)/python -m pytest --numprocesses 2
 
 bench: $(VENV)/installed-for-tests
-	@PYTHONPATH=tests $(BIN)/python -m bench $(BENCH)
+	@PYTHONPATH=tests:sample_models $(BIN)/python -m bench $(BENCH)
 
 models: $(VENV)/installed
 	@$(PIP) --editable '.[train]'

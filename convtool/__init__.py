@@ -43,6 +43,16 @@ Checkpoints are opened with `open_checkpoint`; `apply` puts the fusions that a c
 >>> checkpoint.conv("widen", padding=(1, 2)).geometry.output_size((4, 6))
 (4, 6)
 
+Of a live model `geometry_of` tells the fields, `plan` finds every exact fusion, and `fuse_model` carries them out.
+
+>>> model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, (3, 1)), torch.nn.BatchNorm2d(3), torch.nn.ReLU())
+>>> convtool.fuse_model(model, (2, 6, 5))
+Sequential(
+  (0): Conv2d(2, 3, kernel_size=(3, 1), stride=(1, 1))
+  (1): Identity()
+  (2): ReLU()
+)
+
 All of these, and nothing else, are the public API. They are imported on first use, so that `import convtool` (and with
 it the command line's help) doesn't pay for importing torch.
 """

@@ -59,12 +59,24 @@ def recorded_pairings(
             raise InputError(f"{where}: has no layer {which!r}, which the record of {after.path} names")
         fields = {full_name(source.name, source.origin): source.fields for source in leaves(tree)}
         known = FieldSource("record", fields, exact_names=True)
-        fused = lower_tree({BASE: after}, LayerRef(name), FieldSources())
+        fused = lower_tree({BASE: after}, _stands(last[name]), FieldSources())
         axes = next(leaves(fused)).conv.spatial_axes  # which batch norms by themselves don't tell
         checkpoints = {BASE: before, **(others or {})}
         layers = lower_tree(checkpoints, _names(tree), sources.with_first(known), spatial_axes=axes)
         pairings.append(Pairing(name, layers, fused, last[name]))
     return pairings
+
+
+def _stands(fusion: FusionRecord) -> Tree[LayerRef]:
+    """What stands in AFTER: the layer, between a flatten and an unflatten where it is linear and its sources aren't."""
+    around = [(name, size) for name, size in (("flatten", fusion.flatten), ("unflatten", fusion.unflatten)) if size]
+    if not around:
+        return LayerRef(fusion.name)
+    before, after = (
+        [LayerRef(f"{name}({format_sizes(size)})") for name, size in around if name == wanted]
+        for wanted in ("flatten", "unflatten")
+    )
+    return Chain((*before, LayerRef(fusion.name), *after))
 
 
 def _has_layer(checkpoint: Checkpoint, name: str) -> bool:

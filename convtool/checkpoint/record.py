@@ -50,6 +50,8 @@ class FusionRecord:
         dtype: of its tensors.
         exact: whether it equals the sources (at `input_size`, or at every size where that is None).
         rim: where not: per axis, how many rows at the start and at the end differ.
+        flatten, unflatten: where a linear layer stands for layers with spatial axes: the sizes of the feature map that
+            it takes flattened, and of the one that it gives flattened; None where there is none.
     """
 
     name: str
@@ -59,6 +61,8 @@ class FusionRecord:
     exact: bool
     input_size: tuple[int, ...] | None
     rim: tuple[tuple[int, int], ...]
+    flatten: tuple[int, ...] | None = None
+    unflatten: tuple[int, ...] | None = None
 
     @property
     def sources(self) -> tuple[SourceLayer, ...]:
@@ -66,6 +70,7 @@ class FusionRecord:
         return tuple(leaves(self.tree))
 
     def to_json(self) -> dict[str, Any]:
+        around = {"flatten": self.flatten, "unflatten": self.unflatten}
         return {
             "name": self.name,
             "sources": _tree_to_json(self.tree),
@@ -74,7 +79,7 @@ class FusionRecord:
             "exact": self.exact,
             "input_size": None if self.input_size is None else list(self.input_size),
             "rim": [list(sides) for sides in self.rim],
-        }
+        } | {name: list(size) for name, size in around.items() if size is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,17 +121,34 @@ class Record:
 def trees_of(fusions: Sequence[FusionRecord]) -> dict[str, Tree[SourceLayer]]:
     """For each layer that the fusions left behind, the layers it stands for, fusions of fused layers spelled out."""
     made: dict[str, Tree[SourceLayer]] = {}
+    unflattens: dict[str, str] = {}  # by layer, what puts its output into the form that its sources give
     for fusion in fusions:
-        made[fusion.name] = _spell_out(fusion.tree, made)
+        made[fusion.name] = _spell_out(fusion.tree, made, unflattens)
+        unflattens[fusion.name] = f"unflatten({','.join(map(str, fusion.unflatten))})" if fusion.unflatten else ""
     return made
 
 
-def _spell_out(tree: Tree[SourceLayer], made: dict[str, Tree[SourceLayer]]) -> Tree[SourceLayer]:
+def _spell_out(
+    tree: Tree[SourceLayer], made: dict[str, Tree[SourceLayer]], unflattens: dict[str, str]
+) -> Tree[SourceLayer]:
     if isinstance(tree, Chain):
-        return Chain(tuple(_spell_out(part, made) for part in tree.parts))
+        parts = [
+            part
+            for before, part in zip((None, *tree.parts), tree.parts, strict=False)
+            if not (_is_base(before, made) and _name(part) == unflattens.get(_name(before)))
+        ]
+        return Chain(tuple(_spell_out(part, made, unflattens) for part in parts))
     if isinstance(tree, Sum):
-        return Sum(tuple(_spell_out(part, made) for part in tree.parts))
+        return Sum(tuple(_spell_out(part, made, unflattens) for part in tree.parts))
     return made.pop(tree.name, tree) if tree.origin == BASE else tree
+
+
+def _is_base(part: Tree[SourceLayer] | None, made: dict[str, Tree[SourceLayer]]) -> bool:
+    return isinstance(part, SourceLayer) and part.origin == BASE and part.name in made
+
+
+def _name(part: Tree[SourceLayer] | None) -> str:
+    return part.name if isinstance(part, SourceLayer) else ""
 
 
 def _tree_to_json(tree: Tree[SourceLayer]) -> dict[str, Any]:
@@ -169,9 +191,15 @@ def _fusion(item: dict[str, Any]) -> FusionRecord:
         fields=_fields(item["fields"]),
         dtype=str(item["dtype"]),
         exact=bool(item["exact"]),
-        input_size=None if size is None else tuple(int(n) for n in size),
+        input_size=_sizes(size),
         rim=tuple((int(start), int(end)) for start, end in item["rim"]),
+        flatten=_sizes(item.get("flatten")),
+        unflatten=_sizes(item.get("unflatten")),
     )
+
+
+def _sizes(value: list[Any] | None) -> tuple[int, ...] | None:
+    return None if value is None else tuple(int(n) for n in value)
 
 
 def _fields(fields: dict[str, Any]) -> Fields:

@@ -1,4 +1,4 @@
-"""`convtool convert`: a checkpoint in another format or dtype."""
+"""`convtool convert`: a checkpoint in another format or dtype, or with layers in another form."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convtool.cli.options import CheckpointPath, Force, Json, NoMmap, Quiet, Root
+from convtool.cli import complete
+from convtool.cli.options import CheckpointPath, Force, GeometryFile, Json, NoMmap, Quiet, Root, Settings
 from convtool.cli.output import Reporter, human_bytes
 from convtool.cli.run import run
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from convtool.checkpoint import TensorInfo
 
 NAME = "convert"
@@ -25,6 +28,11 @@ convtool convert training.ckpt weights.safetensors --root state_dict
 # a folder of files with an index, and back into one file
 convtool convert model.safetensors sharded --shard-size 2GB
 convtool convert sharded model.safetensors
+# a patch embedding as a linear layer, and back
+convtool convert vit.safetensors linear.safetensors --as-linear patch_embed.proj --set patch_embed.proj.stride=16
+convtool convert linear.safetensors vit2.safetensors --as-conv patch_embed.proj
+# a convolution as nn.Linear for inputs of one size
+convtool convert net.safetensors fc.safetensors --as-toeplitz conv1=3,8,8 --set conv1.padding=1
 """
 
 
@@ -56,13 +64,44 @@ def command(
             show_default=False,
         ),
     ] = None,
+    as_linear: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as-linear",
+            metavar="LAYER",
+            help="Write a patch convolution (kernel = stride) as the linear layer that it is on a patch. Repeatable.",
+            show_default=False,
+            autocompletion=complete.layers,
+        ),
+    ] = None,
+    as_toeplitz: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as-toeplitz",
+            metavar="LAYER=[C,]H,W",
+            help="Write a convolution as the linear layer that it is at one input size. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    as_conv: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as-conv",
+            metavar="LAYER=C,H,W[/KH,KW]",
+            help="Write a linear layer as the convolution that its weight is the matrix of, for an input of that size"
+            " and that kernel (as large as the input by default); stride, padding, ... by --set. Repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    geometry: GeometryFile = None,
+    settings: Settings = None,
     root: Root = None,
     no_mmap: NoMmap = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
-    """Write a checkpoint in another format or dtype.
+    """Write a checkpoint in another format or dtype, or with layers in another form.
 
     Tensors keep their names, order and, without --dtype, every bit; tied tensors stay tied. What the new format has no
     room for is refused, except what --root leaves out on purpose.
@@ -74,17 +113,21 @@ def command(
         from convtool.checkpoint.dtypes import FLOATS
         from convtool.checkpoint.edit import Edit
         from convtool.checkpoint.write import check_output, write_edited
+        from convtool.cli.reexpress import Wanted, change_document, record_of, reexpressions
 
         _check_dtype(dtype)
         size = None if shard_size is None else _parse_size(shard_size)
         opened = open_checkpoint(checkpoint, root, mapped=not no_mmap)
         check_output(out, force=force, source=opened, shard_size=size)
         left_out = opened.left_out if root is not None and out.suffix == ".safetensors" else []
+        wanted = Wanted(as_linear or [], as_toeplitz or [], as_conv or [])
+        changes = reexpressions(reporter, opened, wanted, geometry, settings)
+        edit = Edit.together([change.edit for change in changes])
         write_edited(
             opened,
-            Edit.nothing(),
+            edit,
             out,
-            opened.record,
+            record_of(opened.record, changes),
             force=force,
             dtype=dtype,
             state_only=root is not None,
@@ -94,11 +137,13 @@ def command(
         document: dict[str, Any] = {
             "source": str(checkpoint),
             "out": str(out),
-            "tensors": len(opened.infos),
+            "tensors": len(edit.order(opened.infos)),
             "dtype": dtype,
             "cast": cast,
             "left_out": left_out,
-            "bytes": sum(_bytes(info, dtype) for info in opened.infos.values()),
+            "reexpressed": [change_document(change) for change in changes],
+            "bytes": sum(_bytes(info, dtype) for name, info in opened.infos.items() if name not in edit.remove)
+            + sum(_tensor_bytes(tensor, dtype) for tensor in edit.insert.values()),
         }
         if left_out:
             reporter.remark(f"left out, beside the state dict: {_some(left_out)}")
@@ -122,6 +167,14 @@ def _bytes(info: TensorInfo, dtype: str | None) -> int:
     return info.nbytes if dtype is None or info.dtype not in FLOATS else info.count * ITEMSIZE[dtype]
 
 
+def _tensor_bytes(tensor: Tensor, dtype: str | None) -> int:
+    """Of a new one as it is written."""
+    from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE
+
+    name = str(tensor.dtype).removeprefix("torch.")
+    return tensor.numel() * (ITEMSIZE[dtype] if dtype is not None and name in FLOATS else tensor.element_size())
+
+
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -141,6 +194,14 @@ def _some(names: list[str]) -> str:
 
 
 def _print(reporter: Reporter, document: dict[str, Any]) -> None:
+    for change in document["reexpressed"]:
+        reporter.line(f"{change['name']} = {change['module']}")
+        at = ",".join(map(str, change["input_size"]))
+        residual = change["residual"]
+        near = "" if residual is None else f"; residual {residual['largest']:.3g}, {residual['relative']:.3g} relative"
+        reporter.line(f"  the same on inputs of {at}{near}")
+        if residual is not None and residual["unmet"]:
+            reporter.line(f"  {residual['unmet']} kernel entries that no such input meets are zero")
     if document["dtype"] is not None:
         reporter.line(f"{len(document['cast'])} of {document['tensors']} tensors rounded to {document['dtype']}")
     reporter.line(f"wrote {document['out']}, {document['tensors']} tensors, {human_bytes(document['bytes'])}")

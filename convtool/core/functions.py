@@ -11,6 +11,7 @@ import torch
 
 from convtool.core.conv import Conv
 from convtool.core.fields import parse_field
+from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.layers import average_pool, identity, nearest_upsample, zero_pad
 from convtool.core.layers import scale as per_channel
 from convtool.errors import RefusedError, UsageError
@@ -98,6 +99,8 @@ def _value(key: str, value: str, text: str) -> Any:
             return parse_field(like, value)
         except UsageError as error:
             raise UsageError(f"{text}: {key}: {str(error).partition(': ')[2]}") from None
+    if key == "size":
+        return parse_field("flatten", value)
     if key in ("mean", "std"):
         return [_number(part.strip(), key, text) for part in value.split(",")]
     return _number(value, key, text)
@@ -132,6 +135,16 @@ def _normalize(
     return per_channel(scale / spread, axes, -shift / spread)
 
 
+def _unflatten(channels: int, axes: int, size: Sequence[int]) -> Conv:
+    """Each channel's positions, which so far are channels themselves, side by side again (nn.Unflatten)."""
+    positions = math.prod(size)
+    if len(size) != axes or channels % positions:
+        raise UsageError(f"unflatten({format_sizes(size)}): {channels} numbers don't make channels of that size")
+    kernel = torch.eye(positions, dtype=torch.float64).reshape(1, positions, *size)
+    geometry = Geometry.of(tuple(size), groups=channels // positions, transposed=True)
+    return Conv(kernel.expand(channels // positions, -1, *(-1,) * axes), None, geometry)
+
+
 FUNCTIONS: dict[str, tuple[tuple[str, ...], Callable[..., Conv]]] = {
     "identity": ((), identity),
     "scale": (("factor",), _scale),
@@ -139,6 +152,7 @@ FUNCTIONS: dict[str, tuple[tuple[str, ...], Callable[..., Conv]]] = {
     "upsample": (("factor",), nearest_upsample),
     "pad": (("padding",), zero_pad),
     "normalize": (("mean", "std", "scale"), _normalize),
+    "unflatten": (("size",), _unflatten),
 }
 NOT_LINEAR = frozenset(
     {"relu", "relu6", "leaky_relu", "prelu", "elu", "gelu", "silu", "swish", "mish", "sigmoid", "tanh", "softmax"}

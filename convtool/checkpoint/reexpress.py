@@ -1,0 +1,185 @@
+"""A layer of a checkpoint as another kind of layer that computes the same: what changes, and the record of it."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.chain import LoweredLayer
+from convtool.checkpoint.edit import Edit
+from convtool.checkpoint.fusion import module_text
+from convtool.checkpoint.info import FUNCTION, Layer
+from convtool.checkpoint.lower import lower_layer
+from convtool.checkpoint.record import FusionRecord, SourceLayer
+from convtool.core.conv import Conv
+from convtool.core.fields import Fields, geometry_fields
+from convtool.core.geometry import Geometry, format_sizes
+from convtool.core.reexpress import Residual, matrix_to_conv, patches_to_linear
+from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.tree import Chain
+from convtool.errors import RefusedError, UsageError
+
+# Of the weight's own rounding steps, relative to its largest entry: a matrix whose taps padding summed up gives its
+# kernel back by a small linear system, not to the last bit.
+ROUNDING_STEPS = 64
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reexpression:
+    """One layer in its new form.
+
+    Attributes:
+        name: of the layer, which it keeps.
+        edit: what changes in the checkpoint.
+        record: what the new checkpoint says of it.
+        module: the module that loads it, as code.
+        residual: of a kernel that was recovered from a matrix; else None.
+    """
+
+    name: str
+    edit: Edit
+    record: FusionRecord
+    module: str
+    residual: Residual | None = None
+
+
+def as_linear(lowered: LoweredLayer) -> Reexpression:
+    """A patch convolution as the linear layer that it is on each patch.
+
+    Raises:
+        RefusedError: it is none.
+    """
+    layer, conv = lowered.layer, lowered.conv
+    try:
+        weight = patches_to_linear(conv)
+    except RefusedError as error:
+        raise RefusedError(f"{layer.name}: {error}") from None
+    kernel = conv.geometry.kernel_size
+    record = _record(layer.name, Chain((lowered.source(),)), {}, weight, (conv.in_channels, *kernel), flatten=kernel)
+    return Reexpression(layer.name, _edit(layer, weight, conv.bias), record, _linear_text(weight, conv.bias))
+
+
+def as_toeplitz(lowered: LoweredLayer, size: Sequence[int]) -> Reexpression:
+    """A convolution as the linear layer that it is at one input size.
+
+    Raises:
+        RefusedError: it has no spatial axes, so it is one already; or its matrix doesn't fit into memory.
+        UsageError: it cannot run on that size.
+    """
+    layer, conv = lowered.layer, lowered.conv
+    if not conv.spatial_axes:
+        raise RefusedError(f"{layer.name}: is a linear layer already")
+    matrix = ToeplitzMatrix(conv, size)
+    needed, there = math.prod(matrix.shape) * matrix.dtype.itemsize, _memory()
+    if there is not None and needed > there:
+        raise RefusedError(
+            f"{layer.name}: its matrix of {matrix.shape[0]} x {matrix.shape[1]} takes {needed / 2**30:.1f} GiB, more"
+            f" than the memory free; `convtool toeplitz` writes it sparse and of any size"
+        )
+    weight, bias = matrix.to_dense(), matrix.bias
+    sizes = (conv.in_channels, *matrix.input_size)
+    record = _record(
+        layer.name,
+        Chain((lowered.source(),)),
+        {},
+        weight,
+        sizes,
+        flatten=matrix.input_size,
+        unflatten=matrix.output_size,
+    )
+    return Reexpression(layer.name, _edit(layer, weight, bias), record, _linear_text(weight, bias))
+
+
+def as_conv(
+    checkpoint: Checkpoint, layer: Layer, input_size: Sequence[int], kernel: Sequence[int], fields: Fields
+) -> Reexpression:
+    """A linear layer behind a flatten as the convolution that its weight is the matrix of.
+
+    Args:
+        input_size: with the channels in front, of what is flattened.
+        kernel: of the convolution.
+        fields: its stride, padding, ...
+
+    Raises:
+        RefusedError: the weight isn't the matrix of such a convolution; the message says how far it is from one.
+        UsageError: it isn't a linear layer, or the sizes don't fit.
+    """
+    if layer.kind != "linear":
+        raise UsageError(f"{layer.name}: is a {layer.kind.replace('_', ' ')}, not a linear layer; it stays as it is")
+    lower_layer(checkpoint, layer, {}, 0)  # finite numbers, and tensors that fit each other
+    weight, bias = checkpoint.tensor(layer.tensors["weight"].name), layer.tensors.get("bias")
+    channels, *size = input_size
+    if weight.shape[1] != channels * math.prod(size):
+        raise UsageError(
+            f"{layer.name}: takes {weight.shape[1]} numbers, and an input of {format_sizes(input_size)} has"
+            f" {channels * math.prod(size)}"
+        )
+    geometry = Geometry.of(tuple(kernel), **fields)
+    stored_bias = None if bias is None else checkpoint.tensor(bias.name)
+    try:
+        conv, residual = matrix_to_conv(weight, stored_bias, geometry, size)
+    except UsageError as error:
+        raise UsageError(f"{layer.name}: {error}") from None
+    most = ROUNDING_STEPS * float(torch.finfo(weight.dtype).eps)
+    if residual.relative > most:
+        row, column = residual.where
+        raise RefusedError(
+            f"{layer.name}: its weight isn't the matrix of a convolution ({geometry.describe()}) on"
+            f" {format_sizes(input_size)}: the nearest one differs by {residual.relative:.3g} of the largest weight"
+            f" (row {row}, column {column}); other sizes, or another geometry?"
+        )
+    output_size = geometry.output_size(size)
+    source = [SourceLayer(layer.name, layer.kind, {"flatten": tuple(size)})]
+    if math.prod(output_size) > 1:
+        source.append(SourceLayer(f"unflatten({format_sizes(output_size)})", FUNCTION, {}))
+    record = _record(layer.name, Chain(tuple(source)), geometry_fields(geometry), conv.weight, tuple(input_size))
+    return Reexpression(layer.name, _conv_edit(layer, conv), record, module_text(conv), residual)
+
+
+def _record(
+    name: str,
+    tree: Chain[SourceLayer],
+    fields: Fields,
+    weight: Tensor,
+    input_size: tuple[int, ...],
+    flatten: tuple[int, ...] | None = None,
+    unflatten: tuple[int, ...] | None = None,
+) -> FusionRecord:
+    dtype = str(weight.dtype).removeprefix("torch.")
+    return FusionRecord(name, tree, fields, dtype, True, input_size, (), flatten, unflatten)
+
+
+def _edit(layer: Layer, weight: Tensor, bias: Tensor | None) -> Edit:
+    insert = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    return _replacing(layer, insert)
+
+
+def _conv_edit(layer: Layer, conv: Conv) -> Edit:
+    insert = {"weight": conv.torch_weight()}
+    if conv.bias is not None:
+        insert["bias_map" if conv.has_bias_map else "bias"] = conv.bias
+    return _replacing(layer, insert)
+
+
+def _replacing(layer: Layer, tensors: dict[str, Tensor]) -> Edit:
+    prefix = f"{layer.name}." if layer.name else ""
+    gone = list(layer.tensor_names())
+    return Edit.of(gone, {prefix + name: tensor.contiguous() for name, tensor in tensors.items()}, gone[0])
+
+
+def _linear_text(weight: Tensor, bias: Tensor | None) -> str:
+    return f"nn.Linear({weight.shape[1]}, {weight.shape[0]}{', bias=False' if bias is None else ''})"
+
+
+def _memory() -> int | None:
+    """Bytes of memory free, where the system tells."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):
+        return None

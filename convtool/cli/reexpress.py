@@ -1,0 +1,142 @@
+"""`convtool convert --as-linear, --as-toeplitz, --as-conv`: what was asked for, as changes of the checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convtool.cli.options import check_used, field_sources
+from convtool.cli.output import Reporter
+from convtool.errors import UsageError
+
+if TYPE_CHECKING:
+    from convtool.checkpoint import Checkpoint
+    from convtool.checkpoint.chain import LoweredLayer
+    from convtool.checkpoint.record import FusionRecord, Record
+    from convtool.checkpoint.reexpress import Reexpression
+    from convtool.core.fields import FieldSources
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The options' values, as typed."""
+
+    as_linear: list[str]
+    as_toeplitz: list[str]
+    as_conv: list[str]
+
+
+def reexpressions(
+    reporter: Reporter, opened: Checkpoint, wanted: Wanted, geometry: Path | None, settings: list[str] | None
+) -> list[Reexpression]:
+    """The changes that the options ask for; what was assumed is remarked.
+
+    Raises:
+        UsageError: values that can't be read, or don't fit the layers; fields of layers that aren't converted.
+        RefusedError: a layer that has no such form.
+    """
+    from convtool.checkpoint.reexpress import as_linear, as_toeplitz
+
+    sources = field_sources(geometry, settings, {})
+    check_used(sources, list(opened.layers))
+    changes = [as_linear(_lowered(reporter, opened, name, sources)) for name in wanted.as_linear]
+    for text in wanted.as_toeplitz:
+        name, sizes = _split(text, "--as-toeplitz", "LAYER=[C,]H,W")
+        changes.append(_toeplitz(reporter, opened, name, sizes, sources, as_toeplitz))
+    changes += [_conv(reporter, opened, text, sources) for text in wanted.as_conv]
+    if settings and not changes:
+        raise UsageError("--set is for layers that are re-expressed: --as-linear, --as-toeplitz or --as-conv")
+    return changes
+
+
+def record_of(before: Record | None, changes: list[Reexpression]) -> Record | None:
+    """The record of the new checkpoint."""
+    from convtool import __version__
+    from convtool.checkpoint.record import Record
+
+    if not changes:
+        return before
+    return (before or Record(__version__)).appended(__version__, [change.record for change in changes])
+
+
+def change_document(change: Reexpression) -> dict[str, Any]:
+    """One change for --json."""
+    residual = change.residual
+    return {
+        "name": change.name,
+        "module": change.module,
+        "input_size": list(change.record.input_size or ()),
+        "fields": change.record.fields,
+        "residual": None
+        if residual is None
+        else {"largest": residual.largest, "relative": residual.relative, "unmet": residual.unmet},
+    }
+
+
+def _lowered(
+    reporter: Reporter, opened: Checkpoint, name: str, sources: FieldSources, channels: int | None = None
+) -> LoweredLayer:
+    from convtool.checkpoint.chain import lower_chain
+
+    layer = opened.layer(name)
+    if layer.kind != "conv":
+        raise UsageError(f"{layer.name}: is a {layer.kind.replace('_', ' ')}, not a convolution; it stays as it is")
+    lowered = lower_chain(opened, [name], sources, channels)[0]
+    if lowered.assumed:
+        reporter.remark(f"assumed: {lowered.assumed}")
+    return lowered
+
+
+def _toeplitz(
+    reporter: Reporter, opened: Checkpoint, name: str, sizes: str, sources: FieldSources, make: Any
+) -> Reexpression:
+    from convtool.core.fields import parse_sizes
+    from convtool.core.verify import split_input_size
+
+    size = parse_sizes(sizes, "--as-toeplitz")
+    axes = opened.layer(name).spatial_axes
+    channels = size[0] if axes is not None and len(size) == axes + 1 else None
+    lowered = _lowered(reporter, opened, name, sources, channels)
+    made: Reexpression = make(lowered, split_input_size(size, lowered.conv.in_channels, lowered.conv.spatial_axes))
+    return made
+
+
+def _conv(reporter: Reporter, opened: Checkpoint, text: str, sources: FieldSources) -> Reexpression:
+    from convtool.checkpoint.reexpress import as_conv
+    from convtool.core.fields import parse_sizes
+
+    name, _, given = text.rpartition("=") if "=" in text else (text, "", "")
+    layer = opened.layer(name)
+    known = _recorded(opened, layer.name)
+    fields = sources.fields(layer.name)
+    if given:
+        sizes, slash, kernel_text = given.partition("/")
+        size = parse_sizes(sizes, "--as-conv")
+        kernel = parse_sizes(kernel_text, "--as-conv") if slash else size[1:]
+    elif known is not None and known.flatten is not None and known.unflatten is None and known.input_size is not None:
+        size, kernel = known.input_size, known.flatten  # a patch convolution before convtool made it linear
+        fields = known.sources[0].fields | fields
+    else:
+        raise UsageError(
+            f"--as-conv {text}: expected LAYER=C,H,W/KH,KW, the size of what is flattened and the kernel, such as"
+            f" {text}=3,32,32/5,5"
+        )
+    if len(size) < 2 or len(kernel) != len(size) - 1:
+        raise UsageError(f"--as-conv {text}: expected C,H,W/KH,KW, as many kernel sizes as spatial ones, got {given!r}")
+    if "stride" not in fields and tuple(kernel) == tuple(size[1:]):
+        fields = fields | {"stride": tuple(kernel)}
+        reporter.remark(f"assumed: {layer.name}: stride = kernel, patches beside one another")
+    return as_conv(opened, layer, size, kernel, fields)
+
+
+def _recorded(opened: Checkpoint, name: str) -> FusionRecord | None:
+    fusions = opened.record.fusions if opened.record else ()
+    return next((fusion for fusion in reversed(fusions) if fusion.name == name), None)
+
+
+def _split(text: str, option: str, form: str) -> tuple[str, str]:
+    name, equals, sizes = text.rpartition("=")
+    if not (name and equals and sizes):
+        raise UsageError(f"{option}: expected {form}, got {text!r}")
+    return name, sizes

@@ -215,3 +215,31 @@ def test_json_has_shapes_on_one_line_and_the_same_content(
     assert '"shape": [4, 3, 2],' in printed
     assert "[0, 1],\n    [-2, 2.5e-07]\n" in printed
     assert printed.isascii()
+
+
+def test_the_last_column_of_a_table_folds_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("a.0.conv1", "conv", "stride 2, padding 1, groups 2"), ("a.0.bn1", "norm", "")]
+    monkeypatch.setattr(sys, "stdout", stream := Terminal())
+    monkeypatch.setenv("COLUMNS", "36")
+    monkeypatch.setenv("NO_COLOR", "1")
+    output.table(("layer", "kind", "geometry"), rows)
+    assert stream.getvalue() == (
+        "layer      kind  geometry\na.0.conv1  conv  stride 2, padding\n                 1, groups 2\na.0.bn1    norm\n"
+    )
+
+
+def test_lines_fold_between_words_on_a_terminal_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    def said(stream: io.StringIO) -> str:
+        monkeypatch.setattr(sys, "stderr", stream)
+        monkeypatch.setenv("COLUMNS", "30")
+        output.print_error(
+            "fuse", "output", 5, "out.safetensors: exists already; use --force to overwrite", as_json=False
+        )
+        return stream.getvalue()
+
+    assert said(io.StringIO()) == "convtool: out.safetensors: exists already; use --force to overwrite\n"
+    assert said(Terminal()) == (
+        "convtool: out.safetensors:\n"  #
+        "  exists already; use --force\n"
+        "  to overwrite\n"
+    )

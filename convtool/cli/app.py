@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from typing import Annotated, Any
@@ -72,7 +73,8 @@ def _parse_and_call(command: Any, arguments: list[str]) -> int:
     if COMPLETE in os.environ:
         return _complete(command)
     if not arguments:
-        print(command.get_help(command.context_class(command, info_name=PROGRAM)), file=sys.stderr)
+        with contextlib.redirect_stdout(sys.stderr):
+            _parse_and_call(command, ["--help"])
         return exit_codes.USAGE
     try:
         # What `command.main` does, less its own ways with errors, which exit with 1 on a broken pipe.

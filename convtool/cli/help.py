@@ -14,7 +14,8 @@ from convtool.cli.output import bold, stdout_styled
 
 WIDEST = 100  # longer lines are hard to read
 TERM_COLUMN = 28  # where explanations begin
-NARROW = 64  # below this many columns an explanation stands under its term
+NARROW = 64  # below this many columns an explanation stands under its term,
+SHORT = 14  # unless the terms take no more than this
 
 # A word of a shell's line, or an option with its value.
 _WORD = r"""(?:[^\s'"]|'[^']*'|"[^"]*")+"""
@@ -53,7 +54,7 @@ def _definitions(rows: Rows, width: int) -> str:
     lines = []
     column = min(TERM_COLUMN, max(len(term) for term, _ in rows) + 4)
     for term, text in rows:
-        if width < NARROW:
+        if width < NARROW and column > SHORT:
             lines += [f"  {term}", textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
         elif len(term) + 4 > column:
             lines += [

@@ -11,11 +11,13 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TextIO, TypeAlias
 
 SCHEMA = 1
 PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
 REDRAWN = 0.1  # seconds between two states of a bar
+GAP = 2  # blanks between two columns of a table
+NARROWEST = 16  # columns that the last one of a table may be folded to
 
 Advance: TypeAlias = Callable[[int], None]
 
@@ -42,7 +44,7 @@ class Reporter:
     def remark(self, text: str) -> None:
         """A line for people, on stderr."""
         if not (self.quiet or self.as_json):
-            print(printable(text), file=sys.stderr)
+            print(_fitting(printable(text), sys.stderr), file=sys.stderr)
 
     def result(self, document: dict[str, Any], human: Callable[[], None]) -> None:
         """The command's result: the document with --json, else what `human` prints."""
@@ -53,7 +55,7 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """A line of the result, on stdout."""
-        print(printable(text))
+        print(_fitting(printable(text), sys.stdout))
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int, unit: Literal["bytes", "items"] = "bytes") -> Iterator[Advance]:
@@ -126,28 +128,51 @@ def print_document(document: dict[str, Any]) -> None:
 
 def print_error(command: str | None, kind: str, code: int, message: str, *, as_json: bool) -> None:
     """A failure: one line on stderr, and with --json one document on stdout as well."""
-    print(f"convtool: {printable(message)}", file=sys.stderr)
+    print(_fitting(f"convtool: {printable(message)}", sys.stderr), file=sys.stderr)
     if as_json:
         error = {"kind": kind, "exit_code": code, "message": message}
         print_document({"schema": SCHEMA, "command": command, "ok": False, "error": error})
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
-    """A table on stdout: aligned columns; in a window too narrow for them, each row as a paragraph of its own."""
+    """A table on stdout: aligned columns; in a window too narrow for them the last one is folded, or each row is.
+
+    A pipe gets whole lines, however long.
+    """
     cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     styled, window = stdout_styled(), shutil.get_terminal_size().columns
-    if sys.stdout.isatty() and sum(widths) + 2 * (len(widths) - 1) > window:
+    before_last = sum(widths[:-1]) + GAP * (len(widths) - 1)
+    if sys.stdout.isatty():
+        widths[-1] = min(widths[-1], window - 1 - before_last)
+    if widths[-1] < min(NARROWEST, max(len(row[-1]) for row in cells)):
         for name, *others in cells[1:]:
             print(bold(name, styled))
             print(_wrapped(", ".join(f"{c} {v}" for c, v in zip(columns[1:], others, strict=True) if v), window))
         return
     for index, row in enumerate(cells):
-        line = "  ".join(
+        last = textwrap.wrap(row[-1], widths[-1]) or [""]
+        start = (" " * GAP).join(
             cell.rjust(width) if name in right else cell.ljust(width)
-            for cell, width, name in zip(row, widths, columns, strict=True)
+            for cell, width, name in zip([*row[:-1], last[0]], widths, columns, strict=True)
         )
-        print(bold(line.rstrip(), styled and index == 0))
+        print(bold(start.rstrip(), styled and index == 0))
+        for part in last[1:]:
+            print(" " * before_last + part)
+
+
+def _fitting(line: str, stream: TextIO) -> str:
+    """The line, on a terminal folded between words instead of anywhere."""
+    if not stream.isatty():
+        return line
+    indent = " " * (len(line) - len(line.lstrip()) + 2)
+    return textwrap.fill(
+        line,
+        shutil.get_terminal_size().columns,
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _wrapped(text: str, window: int) -> str:

@@ -39,19 +39,19 @@ COVER_ENTRIES = 1 << 25  # largest table of what meets what, along one axis; bey
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Impulses:
-    """Inputs with a one in one channel of every group, at one position.
+    """Inputs with a one in one channel of every group, each at a position of its own.
 
     Attributes:
         channels, size: of the inputs.
         groups: that the layers keep apart.
         chosen: (N,) for each input, which channel of every group.
-        position: of the ones.
+        positions: (N, axes) for each input, where.
     """
 
     channels: int
     groups: int
     chosen: Tensor
-    position: tuple[int, ...]
+    positions: Tensor
     size: tuple[int, ...]
 
     def abs(self) -> Impulses:
@@ -60,7 +60,7 @@ class Impulses:
 
     def to(self, device: torch.device) -> Impulses:
         """The same on another device."""
-        return replace(self, chosen=self.chosen.to(device))
+        return replace(self, chosen=self.chosen.to(device), positions=self.positions.to(device))
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -68,14 +68,15 @@ class Impulses:
     def dense(self) -> Tensor:
         """The inputs written out, (N, C, *size) in float64."""
         x = torch.zeros(len(self), self.groups, self.channels // self.groups, *self.size, dtype=torch.float64)
-        for number, channel in enumerate(self.chosen.tolist()):
-            x[(number, slice(None), channel, *self.position)] = 1.0
+        for number, (channel, position) in enumerate(zip(self.chosen.tolist(), self.positions.tolist(), strict=True)):
+            x[(number, slice(None), channel, *position)] = 1.0
         return x.flatten(1, 2)
 
     def source(self, number: int, channel: int, channels: int) -> tuple[int, ...]:
         """(channel, *position) of the one that an output channel, of so many, answers to in that input."""
         group = channel // (channels // self.groups)
-        return (group * (self.channels // self.groups) + int(self.chosen[number]), *self.position)
+        inner = group * (self.channels // self.groups) + int(self.chosen[number])
+        return (inner, *(int(place) for place in self.positions[number]))
 
 
 Input: TypeAlias = Tensor | Impulses
@@ -107,9 +108,11 @@ def respond(conv: Conv, x: Input) -> Tensor:
     out = weight[row, local.clamp(0, inner - 1)]  # (N, C_out, *kernel)
     if not bool(meets.all()):
         out = torch.where(meets.reshape(*meets.shape, *(1,) * conv.spatial_axes), out, torch.zeros_like(out))
-    for axis, size, position in zip(geometry.axes, x.size, x.position, strict=True):
-        reads = torch.from_numpy(tap_table(axis, size) == position).to(out)  # (output, kernel)
-        out = torch.tensordot(out, reads, dims=([2], [1]))  # the kernel's axis goes, the output's comes last
+    for number, (axis, size) in enumerate(zip(geometry.axes, x.size, strict=True)):
+        table = torch.from_numpy(tap_table(axis, size)).to(weight.device)  # (output, kernel)
+        reads = (table == x.positions[:, number, None, None]).to(weight.dtype)  # (N, output, kernel)
+        rest = out.movedim(2, -1)  # (N, C_out, *the other axes, kernel)
+        out = torch.bmm(rest.reshape(len(x), -1, rest.shape[-1]), reads.mT).reshape(*rest.shape[:-1], -1)
     bias = conv.bias_over(conv.output_size(x.size))
     return out if bias is None else out + bias
 
@@ -164,7 +167,7 @@ def plan_impulses(
     affordable = max(1, min(inner, work // (each * len(entries))))
     generator = np.random.default_rng(seed)
     chosen = sorted(generator.permutation(inner)[:affordable].tolist())
-    edges = (sorted({0, 1, n // 2, n - 2, n - 1} & set(range(n))) for n in size)
+    edges = (sorted({0, n // 2, n - 1}) for n in size)
     around = [position for position in itertools.product(*edges) if position not in set(entries)]
     share = max(1, min(inner, work // BORDER_SHARE // (each * max(1, len(around)))))
     # Where not all channels can be had at every position, positions take turns, so that as many come up as can.
@@ -246,10 +249,12 @@ def dense_inputs(
 def impulse_inputs(plan: ImpulsePlan, size: tuple[int, ...], widest: int) -> Iterator[Impulses]:
     """The planned impulses in batches; see `dense_inputs`."""
     batch = max(1, BATCH_ELEMENTS // max(1, widest))
-    for position, channels in (*((position, plan.chosen) for position in plan.entries), *plan.border):
-        for start in range(0, len(channels), batch):
-            chosen = torch.tensor(channels[start : start + batch])
-            yield Impulses(plan.channels * plan.groups, plan.groups, chosen, position, size)
+    places = itertools.chain(((position, plan.chosen) for position in plan.entries), plan.border)
+    single = ((position, channel) for position, channels in places for channel in channels)
+    while taken := list(itertools.islice(single, batch)):
+        positions = torch.tensor([position for position, _ in taken], dtype=torch.int64).reshape(len(taken), len(size))
+        chosen = torch.tensor([channel for _, channel in taken])
+        yield Impulses(plan.channels * plan.groups, plan.groups, chosen, positions, size)
 
 
 def widest_layer(tree: Expression, size: tuple[int, ...]) -> int:

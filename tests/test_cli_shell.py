@@ -145,7 +145,7 @@ def test_a_table_is_columns_in_a_pipe_whatever_its_width(monkeypatch: pytest.Mon
 def test_a_table_is_paragraphs_in_a_window_too_narrow_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table_on(Terminal(), monkeypatch, COLUMNS="24", NO_COLOR="1") == (
         "layer1.0.conv1\n"  #
-        "  kind conv, size 1.5\n"
+        "  kind conv; size 1.5\n"
         "    KiB\n"
         "head\\x1b[2J\n"
         "  kind linear\n"

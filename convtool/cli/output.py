@@ -148,7 +148,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     if widths[-1] < min(NARROWEST, max(len(row[-1]) for row in cells)):
         for name, *others in cells[1:]:
             print(bold(name, styled))
-            print(_wrapped(", ".join(f"{c} {v}" for c, v in zip(columns[1:], others, strict=True) if v), window))
+            print(_wrapped("; ".join(f"{c} {v}" for c, v in zip(columns[1:], others, strict=True) if v), window))
         return
     for index, row in enumerate(cells):
         last = textwrap.wrap(row[-1], widths[-1]) or [""]

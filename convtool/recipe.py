@@ -517,9 +517,14 @@ class _Resolution:
             raise UsageError(
                 f"{self.origin}: {pattern}: no checkpoint of that name; give one with --with {pattern.source}=FILE"
             )
+        layers = self.known.layers[pattern.source]
+        if "*" not in pattern.text and _variables(pattern.text) <= binding.keys():  # one name: no need to search
+            name = self._filled(pattern.text, binding)
+            fits = name in layers and pattern.kind in ("", layers[name].kind)
+            return [(name, {})] if fits else []
         expression, shifts = _regex(pattern.text, binding, self.numbers)
         found = []
-        for name, facts in self.known.layers[pattern.source].items():
+        for name, facts in layers.items():
             if pattern.kind and pattern.kind != facts.kind:
                 continue
             match = expression.fullmatch(name)

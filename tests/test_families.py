@@ -419,6 +419,7 @@ def test_lora(recipe: str, prefix: str, base: str, middle: bool, alpha: float | 
         if alpha is not None:
             lora[f"{path}.alpha"] = torch.tensor(alpha)
     lora["lora_other_x.lora_down.weight"] = torch.zeros(1, 1)
+    lora["lora_unet_y.hada_w1_a"] = torch.zeros(1, 1)  # of another kind of adapter
     torch.save(lora, tmp_path / "lora.pt")
     fields = settings(
         {f"{base}down_blocks.0.resnets.0.conv_in": {"stride": 2, "padding": [1, 0]}}, tmp_path / "geometry.toml"
@@ -428,7 +429,7 @@ def test_lora(recipe: str, prefix: str, base: str, middle: bool, alpha: float | 
         "fuse", tmp_path / "base.pt", "--recipe", recipe, *source, *fields, "-o", tmp_path / "merged.safetensors"
     )
     assert [fusion["name"].removeprefix(base) for fusion in document["fusions"]] == list(added)
-    assert document["left_alone"] == ["1 layer of lora: lora:lora_other_x.lora_down"]
+    assert document["left_alone"] == ["2 layers of lora: lora:lora_other_x.lora_down, lora:lora_unet_y"]
     merged = Base().double()
     merged.load_state_dict(
         {name.removeprefix(base): tensor for name, tensor in load(tmp_path / "merged.safetensors").items()}
@@ -455,6 +456,19 @@ def test_a_lora_for_a_layer_that_is_not_there(tmp_path: Path) -> None:
     code, message = error(*words)
     assert code == 2
     assert "give one with --with lora=FILE" in message
+
+
+@pytest.mark.parametrize("extra", ["dora_scale", "scalar"])
+def test_a_lora_with_more_to_it_than_the_recipe_knows(extra: str, tmp_path: Path) -> None:
+    torch.save(Base().state_dict(), tmp_path / "base.pt")
+    path = "lora_unet_down_blocks_2_resnets_0_conv_in"
+    weights = {f"{path}.lora_down.weight": torch.ones(2, 6), f"{path}.lora_up.weight": torch.ones(5, 2)}
+    others = {f"{path}.alpha": torch.tensor(1.0), f"{path}.{extra}": torch.ones(5, 1)}
+    torch.save(weights | others, tmp_path / "lora.pt")
+    source = ["--with", f"lora={tmp_path / 'lora.pt'}"]
+    code, message = error("fuse", tmp_path / "base.pt", "--recipe", "lora-kohya", *source, "-o", tmp_path / "out.pt")
+    assert code == 4
+    assert f"lora:{path}.{extra} stands beside layers that would be merged, and the recipe has no use for it" in message
 
 
 # --- families without a shipped recipe: written by a user

@@ -253,6 +253,39 @@ def test_what_is_not_linear_is_refused(words: list[str], code: int, message: str
     assert not (tmp_path / "out.safetensors").exists()
 
 
+class WithGain(nn.Conv2d):
+    """As weight-standardised convolutions have it."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 6, 3)
+        self.gain = nn.Parameter(torch.ones(6))
+
+
+class FrozenNorm(nn.BatchNorm2d):
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.register_buffer("floor", torch.ones(6))
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (
+            {"a": WithGain(), "b": nn.BatchNorm2d(6)},
+            "a: holds gain as well, and what a conv does with that isn't known",
+        ),
+        ({"a": nn.Conv2d(4, 6, 3), "b": FrozenNorm()}, "b: holds floor as well, and what a batch norm does with that"),
+    ],
+)
+def test_a_layer_that_holds_more_than_its_kind_does_is_refused(
+    layers: dict[str, nn.Module], message: str, tmp_path: Path
+) -> None:
+    path = save(filled(chain(**layers)), tmp_path / "net.safetensors")
+    code, found = error("fuse", path, "a", "b", "-o", tmp_path / "out.safetensors")
+    assert code == 3
+    assert message in found
+
+
 def test_a_lone_gamma_of_a_norm_is_a_scale_where_its_tensor_is_named(tmp_path: Path) -> None:
     path = save(filled(Norms()), tmp_path / "net.safetensors")
     document = done("fuse", path, "a", "rms_norm.gamma", "-o", tmp_path / "out.safetensors")
@@ -279,6 +312,28 @@ def test_a_transposed_layer_that_nobody_called_so(tmp_path: Path) -> None:
         "fusions"
     ]
     assert "a: stride 1, padding 0, dilation 1, groups 1" in fusion["assumed"]
+
+
+@pytest.mark.parametrize(
+    ("channels", "layer", "groups"),
+    [
+        (1, nn.Conv2d(1, 4, (3, 2)), 1),  # one input channel isn't depthwise
+        (4, nn.Conv2d(4, 4, (3, 2), groups=4), 4),
+        (4, nn.Conv2d(4, 8, (3, 2), groups=4), 4),  # two output channels for each
+        (4, nn.Conv2d(4, 6, (3, 2), groups=2), 2),
+    ],
+)
+def test_groups_follow_from_the_layer_before(channels: int, layer: nn.Module, groups: int, tmp_path: Path) -> None:
+    model = filled(chain(n=nn.BatchNorm2d(channels), a=layer))
+    path = save(model, tmp_path / "net.pt")
+    (fusion,) = done("fuse", path, "n", "a", "-o", tmp_path / "out.pt")["fusions"]
+    assert fusion["fields"]["groups"] == groups
+    said = f"groups {groups} ({channels} channels from n, {channels // groups} per group)"
+    assert any(said in assumed for assumed in fusion["assumed"]) == (groups > 1)
+    x = inputs(2, channels, 5, 6)
+    with torch.no_grad():
+        found = convtool.forward(convtool.open_checkpoint(tmp_path / "out.pt").conv("n"), x)
+        assert relative_difference(model(x), found) < CLOSE
 
 
 # --- input normalisation and bias maps

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -212,6 +212,29 @@ def module_text(conv: Conv) -> str:
     kind = "ConvTranspose" if geometry.transposed else "Conv"
     module = f"{kind}{conv.spatial_axes}d" if conv.spatial_axes else "Linear"
     return f"nn.{module}({', '.join(arguments)}){before}{after}"
+
+
+def check_nothing_missed(
+    checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]], read: Collection[tuple[str, str]]
+) -> None:
+    """Refuse to take layers of another checkpoint and not the tensors right beside them, which say how they are meant.
+
+    Args:
+        read: tensors (source, full name) whose numbers went into the trees.
+
+    Raises:
+        RefusedError: there is such a tensor, as a DoRA's magnitudes are.
+    """
+    used = {(ref.source, ref.name) for tree in trees for ref in leaves(tree) if ref.source in checkpoints}
+    beside = {(source, name.rpartition(".")[0]) for source, name in used if source != BASE} - used
+    for source, path in sorted(beside):
+        layer = checkpoints[source].layers.get(path)
+        missed = [name for name in layer.tensor_names() if (source, name) not in read] if layer else []
+        if missed:
+            raise RefusedError(
+                f"{source}:{missed[0]} stands beside layers that would be merged, and the recipe has no use for it;"
+                " without it they mean something else"
+            )
 
 
 def check_ties(base: Checkpoint, edits: Sequence[Edit]) -> None:

@@ -30,6 +30,12 @@ def lower_layer(checkpoint: Checkpoint, layer: Layer, fields: Fields, spatial_ax
     where = f"{checkpoint.path}: {layer.name or 'the bare module'}"
     if layer.kind not in _LOWERINGS:
         raise InputError(f"{where}: {_why_not(layer)}")
+    others = _other_tensors(layer)
+    if others:
+        raise InputError(
+            f"{where}: holds {', '.join(others)} as well, and what a {layer.kind.replace('_', ' ')} does with"
+            f" {'that' if len(others) == 1 else 'those'} isn't known"
+        )
     unknown = fields.keys() - _FIELDS[layer.kind]
     if unknown:
         raise UsageError(f"{where}: a {layer.kind.replace('_', ' ')} has no {', '.join(sorted(unknown))}")
@@ -83,9 +89,21 @@ _LOWERINGS: dict[str, Callable[[dict[str, Tensor], Fields, int], Conv]] = {
     "batch_norm": _batch_norm,
     "scale": _scale,
 }
+_OWN = {
+    "conv": {"weight", "bias", "bias_map"},
+    "linear": {"weight", "bias"},
+    "batch_norm": {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"},
+}
 _NUMBERS = ("weight", "bias", "bias_map", "running_mean", "running_var")
 _GEOMETRY = {"stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding"}
 _FIELDS = {"conv": _GEOMETRY, "linear": {"flatten"}, "batch_norm": {"eps"}, "scale": set[str]()}
+
+
+def _other_tensors(layer: Layer) -> list[str]:
+    """Tensors that a layer of its kind doesn't have: it isn't quite of that kind then."""
+    sources = {name for info in layer.tensors.values() for name in info.derived_from}
+    own = _OWN.get(layer.kind, layer.tensors.keys())
+    return [name for name, info in layer.tensors.items() if name not in own and info.name not in sources]
 
 
 def _check_numbers(tensor: Tensor, where: str) -> None:

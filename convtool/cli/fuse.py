@@ -287,12 +287,16 @@ def _find_recipe(text: str) -> Recipe:
 def _fusions(
     found: Recipe | None, layers: list[str], name: str, checkpoints: Mapping[str, Checkpoint], fields: Any
 ) -> list[PlannedFusion]:
+    from convtool.checkpoint.fusion import check_nothing_missed
     from convtool.core.tree import Chain, LayerRef
     from convtool.recipe import PlannedFusion, resolve
 
     if found is None:
         return [PlannedFusion(name, Chain(tuple(_layer_ref(layer, checkpoints, LayerRef) for layer in layers)))]
-    return resolve(found, _known(checkpoints, fields))
+    asked: set[tuple[str, str]] = set()
+    planned = resolve(found, _known(checkpoints, fields, asked))
+    check_nothing_missed(checkpoints, [one.tree for one in planned], asked)
+    return planned
 
 
 def _planned(plan: Plan) -> list[PlannedFusion]:
@@ -308,12 +312,13 @@ def _planned(plan: Plan) -> list[PlannedFusion]:
     ]
 
 
-def _known(checkpoints: Mapping[str, Checkpoint], fields: Any) -> Known:
-    """What recipes are resolved against."""
+def _known(checkpoints: Mapping[str, Checkpoint], fields: Any, asked: set[tuple[str, str]]) -> Known:
+    """What recipes are resolved against; the tensors whose numbers they ask for are added to `asked`."""
     from convtool.core.tree import BASE
     from convtool.recipe import Known, LayerFacts
 
     def number(source: str, name: str) -> float | None:
+        asked.add((source, name))
         info = checkpoints[source].infos.get(name) if source in checkpoints else None
         return None if info is None or prod(info.shape) != 1 else float(checkpoints[source].tensor(name))
 
@@ -354,13 +359,13 @@ def _left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[Laye
     from convtool.core.tree import BASE, leaves
 
     used = {(ref.source, ref.name) for tree in trees for ref in leaves(tree)}
+    around = {(source, name.rpartition(".")[0]) for source, name in used if source}  # hold an alpha, say
     lines = []
     for source, opened in checkpoints.items():
         names = [
             full_name(layer.name, source)
             for layer in opened.layers.values()
-            if (layer.kind == "batch_norm" if source == BASE else layer.kind != "other")
-            and (source, layer.name) not in used
+            if (layer.kind == "batch_norm" or source != BASE) and (source, layer.name) not in used | around
         ]
         kind = "batch norm" if source == BASE else f"layer of {source}"
         if names:

@@ -243,3 +243,15 @@ def test_lines_fold_between_words_on_a_terminal_and_nowhere_else(monkeypatch: py
         "  exists already; use --force\n"
         "  to overwrite\n"
     )
+
+
+def test_the_window_is_that_of_whichever_stream_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(descriptor: int) -> os.terminal_size:
+        if descriptor == 2:  # stdout goes to a file
+            return os.terminal_size((47, 20))
+        raise OSError
+
+    monkeypatch.setattr("convtool.cli.output.os.get_terminal_size", size)
+    for told, columns in (("", 47), ("0", 47), ("x", 47), ("61", 61)):
+        monkeypatch.setenv("COLUMNS", told)
+        assert output.window_columns() == columns

@@ -5,12 +5,11 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from convtool.cli.output import bold, stdout_styled
+from convtool.cli.output import bold, stdout_styled, window_columns
 
 WIDEST = 100  # longer lines are hard to read
 TERM_COLUMN = 28  # where explanations begin
@@ -38,7 +37,7 @@ def page(usage: str, text: str, sections: Iterable[tuple[str, Rows]], examples: 
         sections: titles with their terms and explanations; empty ones are left out.
         examples: lines of shell, and comments.
     """
-    width = min(shutil.get_terminal_size().columns, WIDEST) - 1
+    width = min(window_columns(), WIDEST) - 1
     styled = stdout_styled()
     blocks = [bold("Usage:", styled) + _folded(usage, width, " " * 7, " " * 9)[6:]]
     blocks += [textwrap.fill(" ".join(part.split()), width) for part in inspect.cleandoc(text).split("\n\n")]

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import re
-import shutil
 import sys
 import textwrap
 import time
@@ -105,7 +104,7 @@ class _Bar:
         counted = human_bytes if self._unit == "bytes" else "{:.0f}".format
         left = _human_time((self._total - self._done) / rate) if rate else "?"
         numbers = f"{share:4.0%} of {counted(self._total)}, {counted(rate)}/s, {left} left"
-        room = shutil.get_terminal_size().columns - 1 - len(numbers)
+        room = window_columns() - 1 - len(numbers)
         length = min(room - len(self._what) - 4, 40)
         bar = f"[{'#' * round(share * length)}{'.' * (length - round(share * length))}] " if length >= 10 else ""
         what = self._what if len(self._what) < room else ""
@@ -141,7 +140,7 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     """
     cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    styled, window = stdout_styled(), shutil.get_terminal_size().columns
+    styled, window = stdout_styled(), window_columns()
     before_last = sum(widths[:-1]) + GAP * (len(widths) - 1)
     if sys.stdout.isatty():
         widths[-1] = min(widths[-1], window - 1 - before_last)
@@ -168,7 +167,7 @@ def _fitting(line: str, stream: TextIO) -> str:
     indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.fill(
         line,
-        shutil.get_terminal_size().columns,
+        window_columns(),
         subsequent_indent=indent,
         break_long_words=False,
         break_on_hyphens=False,
@@ -186,6 +185,18 @@ def tree_text(tree: dict[str, Any]) -> str:
     if "sum" in tree:
         return "(" + " | ".join(tree_text(part) for part in tree["sum"]) + ")"
     return f"{tree['origin']}:{tree['name']}" if "origin" in tree else str(tree["name"])
+
+
+def window_columns() -> int:
+    """The window's width: what COLUMNS says, or the terminal behind stdout, stderr or stdin; 80 without one."""
+    with contextlib.suppress(ValueError):
+        if (told := int(os.environ.get("COLUMNS", ""))) > 0:
+            return told
+    for descriptor in (1, 2, 0):
+        with contextlib.suppress(OSError):
+            if (columns := os.get_terminal_size(descriptor).columns) > 0:
+                return columns
+    return 80
 
 
 def stdout_styled() -> bool:

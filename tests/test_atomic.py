@@ -29,6 +29,10 @@ def write_then(path: Path, step: Callable[[], None], *, force: bool) -> None:
         step()
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def left_in(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
@@ -210,9 +214,9 @@ def test_a_file_system_without_hard_links_does_as_well(
     assert left_in(tmp_path) == {"out"}
 
 
-def test_a_folder_that_cannot_be_synced_is_said_and_the_file_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("force", [True, False])
+def test_a_folder_that_cannot_be_synced_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool) -> None:
+    """What was replaced cannot be put back; what is new can be taken back."""
     real = os.fsync
 
     def fsync(descriptor: int) -> None:
@@ -221,9 +225,9 @@ def test_a_folder_that_cannot_be_synced_is_said_and_the_file_is_there(
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(OutputError, match="is written and has its name"):
-        write(tmp_path / "out")
-    assert (tmp_path / "out").read_bytes() == b"new"
+    with pytest.raises(OutputError, match="the folder could not be synced"):
+        write(tmp_path / "out", force=force)
+    assert files_of(tmp_path) == ({"out": b"new"} if force else {})
 
 
 def test_data_is_synced_before_the_rename_and_the_folder_after_it(

@@ -200,6 +200,14 @@ def record_and_mark(path: Path) -> tuple[str, Record] | None:
         return None
 
 
+def mark_of(path: Path) -> str | None:
+    """The mark of the torch file at `path`, where there is one that can be read."""
+    try:
+        return _mark(read_contents(Source(path)))
+    except ConvtoolError:
+        return None
+
+
 def _mark(contents: Contents) -> str:
     return hashlib.sha256(contents.mark).hexdigest()
 

@@ -20,7 +20,7 @@ from convtool.checkpoint.safetensors_file import Entry, SafetensorsCheckpoint
 from convtool.checkpoint.sharded import ShardedCheckpoint
 from convtool.checkpoint.torch_file import NewTensor, TorchCheckpoint
 from convtool.errors import RefusedError, UsageError
-from convtool.files.atomic import replacing
+from convtool.files.atomic import discard, replacing
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +192,7 @@ class _RecordBeside:
     """
 
     def __init__(self, path: Path, record: Record | None) -> None:
+        self.checkpoint = path
         self.path = torch_file.record_path(path)
         self.record = record
         self.old = self.path.read_bytes() if self.path.exists() else None
@@ -206,20 +207,23 @@ class _RecordBeside:
         records = {mark: self.record}
         if self.before is not None:
             records.setdefault(*self.before)
-        self._write(torch_file.record_text(records))
         self.prepared = True
+        self._write(torch_file.record_text(records))
 
     def undo(self) -> None:
+        """Put back what was there; where the file has taken its name already, the new record is its own and stays."""
         if not self.prepared:
             return
-        if self.old is None:
-            self.path.unlink(missing_ok=True)
+        if torch_file.mark_of(self.checkpoint) == self.mark:
+            self.finish()
+        elif self.old is None:
+            discard(self.path)
         else:
             self._write(self.old)
 
     def finish(self) -> None:
         if self.record is None:
-            self.path.unlink(missing_ok=True)
+            discard(self.path)
         elif self.before is not None:
             self._write(torch_file.record_text({self.mark: self.record}))
 

@@ -19,7 +19,7 @@ from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint, is_plai
 from convtool.checkpoint.torch_file import TorchCheckpoint
 from convtool.checkpoint.write_file import WRITERS, Options, check_flat, entries_of, metadata_of, write_dict, write_flat
 from convtool.errors import InputError, OutputError, UsageError
-from convtool.files.atomic import check_target, replacing
+from convtool.files.atomic import check_target, discard, replacing
 
 SHARD_SIZE = 5 * 10**9  # bytes of a file, where a folder is written of a single file; huggingface_hub's own
 
@@ -56,35 +56,48 @@ def write_folder(source: Checkpoint, edit: Edit, path: Path, record: Record | No
     """
     index = index_path(path, source)
     check_folder(path, source, force=options.force)
-    old = _old_names(index)
+    old = _names_in(index)
     made_folder = not index.parent.is_dir()
+    names: list[str] = []
     written: list[Path] = []
     try:
         if made_folder:
-            index.parent.mkdir()
+            _make_folder(index.parent)
         homes: dict[str, str] = {}
         shards = _kept_shards(source, edit, index, options) or _new_shards(source, edit, index, options)
         names = _free_names(index, len(shards))
         total = 0
         for name, shard in zip(names, shards, strict=True):
-            target = index.parent / name
-            shard.write(target)
-            written.append(target)
+            shard.write(index.parent / name)
+            written.append(index.parent / name)
             total += shard.nbytes
             homes.update(dict.fromkeys(shard.names, name))
         order = [name for name, _ in edit.order([*source.infos, *source.unusable])]
         homes = {name: homes[name] for name in order}
         _write_index(source, index, homes, total, record, options)
     except BaseException:
-        for target in written:
-            target.unlink(missing_ok=True)
+        if names and _names_in(index) == set(names):  # the index has its name already, and its files belong to it
+            _remove(index.parent, old - set(names))
+        else:
+            _remove(index.parent, {path.name for path in written})
         if made_folder:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # not empty: the index is there
                 index.parent.rmdir()
         raise
-    for name in old - set(names):
-        with contextlib.suppress(OSError):  # the new checkpoint is there and whole; a leftover does no harm
-            (index.parent / name).unlink()
+    _remove(index.parent, old - set(names))
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be created: {error.strerror or error}") from None
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    """Remove files that no index names any more; one that stays does no harm."""
+    for name in sorted(names):
+        discard(folder / name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +181,8 @@ def _free_names(index: Path, count: int) -> list[str]:
     raise AssertionError
 
 
-def _old_names(index: Path) -> set[str]:
-    """Files that the index to be replaced names, in its folder."""
+def _names_in(index: Path) -> set[str]:
+    """The files that an index names, as far as they are in its folder; none where there is no index."""
     if not index.exists():
         return set()
     try:

@@ -52,13 +52,12 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
     """
     target = check_target(path, force=force)
     temporary = target.with_name(TEMPORARY.format(secrets.token_hex(8)))
+    ours: os.stat_result | None = None
     try:
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {_reason(error)}") from None
-    try:
         with os.fdopen(descriptor, "w+b") as file:
+            ours = os.fstat(descriptor)
             yield file
             file.flush()
             os.fchmod(file.fileno(), mode)
@@ -66,12 +65,33 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
         if check is not None:
             check(temporary)
         _publish(temporary, target, force=force)
-    except OSError as error:
-        raise OutputError(f"{path}: could not be written: {_reason(error)}; nothing was changed") from None
+        sync_folder(target.parent)
+    except BaseException as error:
+        if not force and ours is not None:
+            _take_back(target, ours)
+        if isinstance(error, OSError):
+            raise OutputError(f"{path}: cannot be written: {_reason(error)}; nothing was changed") from None
+        raise
     finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
-    sync_folder(target.parent)
+        discard(temporary)
+
+
+def discard(path: Path) -> None:
+    """Remove a file if it is there and can be removed; a signal that comes meanwhile is heard afterwards."""
+    try:
+        with contextlib.suppress(OSError):
+            path.unlink()
+    except BaseException:
+        with contextlib.suppress(OSError):
+            path.unlink()
+        raise
+
+
+def _take_back(target: Path, ours: os.stat_result) -> None:
+    """Remove a new file that has its name already, and only that; one that was replaced could not be put back."""
+    with contextlib.suppress(OSError):
+        if os.path.samestat(target.lstat(), ours):
+            discard(target)
 
 
 def sync_folder(folder: Path) -> None:
@@ -90,8 +110,8 @@ def sync_folder(folder: Path) -> None:
         if error.errno in (errno.EINVAL, errno.ENOTSUP):  # a file system that syncs its folders by itself
             return
         raise OutputError(
-            f"{folder}: the file is written and has its name, but the folder could not be synced ({_reason(error)});"
-            " a power failure now might undo it"
+            f"{folder}: the folder could not be synced ({_reason(error)});"
+            " a power failure now might undo the writing of a file in it"
         ) from None
 
 

@@ -13,7 +13,7 @@ run convtool inspect sample_models/chains.safetensors
 
 step "The matrix of one layer, on the 4 x 4 maps that it sees; scipy opens it"
 run convtool toeplitz sample_models/chains.safetensors widen --input-size 16,4,4 --padding 1,2 -o demo_output/widen.npz
-run python -c 'import scipy.sparse; print(scipy.sparse.load_npz("demo_output/widen.npz"))' | head -n 3
+run python -c 'import scipy.sparse; print(repr(scipy.sparse.load_npz("demo_output/widen.npz")))'
 
 step "Three convolutions into one: 1x1, then 3x3, then 5x5 with stride 2"
 run convtool fuse sample_models/chains.safetensors reduce spread gather --set gather.stride=2 -o demo_output/fused.safetensors

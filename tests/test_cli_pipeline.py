@@ -1,4 +1,4 @@
-"""The README's pipeline: train, fuse, verify, publish; as a script, with make, and as a job array."""
+"""The README's pipeline: train, fuse, verify, publish; as a script, with make, and as a job array. And the demo."""
 
 from __future__ import annotations
 
@@ -56,6 +56,16 @@ def test_a_task_of_a_job_array_releases_its_own_run(folder: Path) -> None:
     done = bash(folder, "SLURM_ARRAY_TASK_ID=1 bash sample_models/pipeline/array.sh")
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (folder / "release").iterdir()} == {"two.safetensors", "two.proof.json", "two.sha256"}
+
+
+def test_the_demo_ends_well(folder: Path) -> None:
+    done = bash(folder, "bash sample_models/demo.sh")
+    assert done.returncode == 0, done.stderr
+    assert "sparse array of dtype 'float32'" in done.stdout
+    assert "equivalent, every basis vector run" in done.stdout
+    assert "0 answers changed" in done.stdout
+    assert "cannot fuse blur, sharpen exactly" in done.stderr
+    assert {path.name for path in (folder / "demo_output").iterdir()} == {"widen.npz", "fused.safetensors"}
 
 
 def test_what_verify_turns_down_is_not_released(folder: Path) -> None:

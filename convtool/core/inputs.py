@@ -240,7 +240,9 @@ def dense_inputs(
     for start in range(0, trials, batch):
         count = min(batch, trials - start)
         scales = torch.tensor([2.0 ** SCALES[(start + i) % len(SCALES)] for i in range(count)], dtype=torch.float64)
-        normal = torch.randn(count, *shape, generator=generator, dtype=torch.float64)
+        # One at a time: what torch draws for several at once depends on how many, and so on how batches are cut.
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+        normal = torch.stack(drawn)
         yield "normal", normal * scales.reshape(-1, *(1,) * len(shape))
     yield "zero", torch.zeros(1, *shape, dtype=torch.float64)
     yield "constant", torch.ones(1, *shape, dtype=torch.float64)

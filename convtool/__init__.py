@@ -38,6 +38,8 @@ Traceback (most recent call last):
 convtool.errors.RefusedError: ...
 
 Checkpoints are opened with `open_checkpoint`; `apply` puts the fusions that a checkpoint records into a live nn.Module.
+Of a live nn.Module, `geometry_of` reads what its checkpoint doesn't hold, `plan` finds every exact fusion in it, and
+`fuse_model` carries them out.
 
 >>> checkpoint = convtool.open_checkpoint("sample_models/chains.safetensors")
 >>> checkpoint.conv("widen", padding=(1, 2)).geometry.output_size((4, 6))

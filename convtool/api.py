@@ -21,6 +21,7 @@ from convtool.core.fields import DEFAULT_EPS
 from convtool.core.geometry import Geometry, Padding, PerAxis, format_sizes
 from convtool.core.tree import BASE, Chain, Tree, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
+from convtool.modules import frozen_eps
 
 
 def conv(
@@ -339,6 +340,9 @@ def difference(module: nn.Module, source: SourceLayer) -> str:
     expected = {"conv": _CONVS, "linear": (nn.Linear,), "batch_norm": _NORMS}.get(source.kind, ())
     kind = next((one for one in expected if isinstance(module, one)), None)
     what = f"the model has a {type(module).__name__} there"
+    if source.kind == "batch_norm" and kind is None and (eps := frozen_eps(module)) is not None:
+        fused_eps = source.fields.get("eps", DEFAULT_EPS)
+        return "" if eps == fused_eps else f"eps {fused_eps:g} was fused, and the model's code has {eps:g}"
     if kind is None:
         return f"{what}, and a {source.kind.replace('_', ' ')} was fused"
     if any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in _OWN_METHODS):

@@ -32,6 +32,7 @@ STEPS = {
     "matrix": 3,
     "recipe": 3,
     "recipes": 3,
+    "modules": 3,
     "api": 4,
     "model": 5,
     "cli": 6,

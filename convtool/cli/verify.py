@@ -146,6 +146,8 @@ def command(
         from convtool.matrix.read import is_matrix_file
 
         sizes = [size for text in input_size or () if (size := parse_input_size(text)) is not None]
+        if model_input is not None and model is None:
+            raise UsageError("--model-input: goes with --model")
         options: dict[str, Any] = {
             "trials": trials,
             "seed": seed,

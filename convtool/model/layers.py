@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
@@ -16,10 +13,10 @@ from torch.nn.utils import parametrize
 from convtool.checkpoint.info import SCALES
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import Geometry
+from convtool.modules import frozen_eps, only_scales, own_tensors
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_FROZEN = {"weight", "bias", "running_mean", "running_var"}  # the buffers of a frozen batch norm
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +69,12 @@ def _layer(name: str, module: nn.Module) -> ModuleLayer | None:
         )
     if isinstance(module, nn.Linear):
         return ModuleLayer(name, "linear", {}, _foreign(module, (nn.Linear,), ("forward",)), _bound(module))
-    tensors = dict(_own_tensors(module))
-    if tensors.keys() - {"num_batches_tracked"} == _FROZEN:
-        eps = _frozen_eps(module)
-        return None if eps is None else ModuleLayer(name, "batch_norm", {"eps": eps}, "", _bound(module))
+    tensors = dict(own_tensors(module))
+    eps = frozen_eps(module)
+    if eps is not None:
+        return ModuleLayer(name, "batch_norm", {"eps": eps}, "", _bound(module))
     if len(tensors) == 1 and tensors.keys() <= set(SCALES) and not list(module.children()):
-        return ModuleLayer(name, "scale", {}, "" if _only_scales(module) else _custom(module), _bound(module))
+        return ModuleLayer(name, "scale", {}, "" if only_scales(module) else _custom(module), _bound(module))
     return None
 
 
@@ -120,11 +117,6 @@ def _bound(module: nn.Module) -> str:
     return ""
 
 
-def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from module.named_parameters(recurse=False)
-    yield from module.named_buffers(recurse=False)
-
-
 def _tied_layers(model: nn.Module) -> dict[str, str]:
     """Layers that share memory with another layer, or are registered under a second name, with the reason."""
     owners: dict[int, list[str]] = {}
@@ -138,61 +130,3 @@ def _tied_layers(model: nn.Module) -> dict[str, str]:
             if others:
                 tied[name.rpartition(".")[0]] = f"{name} is one tensor with {others[0]} (tied weights)"
     return tied
-
-
-def _materialised(module: nn.Module) -> nn.Module:
-    """A copy of a small module with float64 ones for its tensors, whatever device they are on."""
-    tensors = [tensor for _, tensor in _own_tensors(module)]
-    memo: dict[int, Any] = {
-        id(tensor): (
-            nn.Parameter(torch.ones(tensor.shape, dtype=torch.float64, device="cpu"), requires_grad=False)
-            if isinstance(tensor, nn.Parameter)
-            else torch.ones(tensor.shape, dtype=torch.float64, device="cpu")
-        )
-        for tensor in tensors
-    }
-    return copy.deepcopy(module, memo).eval()
-
-
-def _frozen_eps(module: nn.Module) -> float | None:
-    """The eps of a batch norm in other code than torch's (torchvision, DETR), found by running it; None if it is none.
-
-    With a variance of 0 and all else neutral, it multiplies by 1 / sqrt(eps); then all of it is held against the
-    formula.
-    """
-    generator = torch.Generator().manual_seed(0)
-    try:
-        norm: Any = _materialised(module)
-        channels = norm.running_mean.shape[0]
-        x = torch.randn(2, channels, 3, 4, dtype=torch.float64, generator=generator)
-        norm.running_mean.zero_()
-        norm.bias.zero_()
-        norm.running_var.zero_()
-        gain = norm(torch.ones_like(x))[0, 0, 0, 0]
-        eps = float(f"{float(gain**-2):.12g}") if float(gain) > 0 else 0.0
-        for name in _FROZEN:
-            getattr(norm, name).copy_(torch.rand(channels, dtype=torch.float64, generator=generator) + 0.5)
-        mean, var, weight, bias = (
-            getattr(norm, name).reshape(-1, 1, 1) for name in ("running_mean", "running_var", "weight", "bias")
-        )
-        expected = (x - mean) / torch.sqrt(var + eps) * weight + bias
-        return eps if torch.allclose(norm(x), expected, rtol=1e-9, atol=1e-9) else None
-    except Exception:  # it is the user's code, and takes what it takes
-        return None
-
-
-def _only_scales(module: nn.Module) -> bool:
-    """Whether a module of one tensor multiplies the last axis by it, and does nothing else."""
-    generator = torch.Generator().manual_seed(0)
-    try:
-        copied = _materialised(module)
-        ((_, factors),) = _own_tensors(copied)
-        if factors.dim() != 1:
-            return False
-        with torch.no_grad():
-            factors.copy_(torch.rand(factors.shape, dtype=torch.float64, generator=generator) + 0.5)
-        x = torch.randn(2, 3, len(factors), dtype=torch.float64, generator=generator)
-        with torch.no_grad():
-            return bool(torch.equal(copied(x), x * factors))
-    except Exception:
-        return False

@@ -15,7 +15,6 @@ from convtool import __version__
 from convtool.api import apply_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.fusion import check_ties, lower_for, plan_layer
-from convtool.checkpoint.info import FUNCTION
 from convtool.checkpoint.record import FusionRecord, Record, SourceLayer
 from convtool.core.fields import Fields, FieldSource, FieldSources, field_tables, geometry_fields
 from convtool.core.flow import Flow, Obstacle, find_stretches
@@ -160,16 +159,18 @@ def fuse_model(
     fixed_size: bool = False,
     only_if_cheaper: bool = False,
     measure: bool = False,
+    planned: Plan | None = None,
 ) -> nn.Module:
     """Plan, and put the fused layers into the live model, in eval mode, which is changed in place and returned.
 
     Args:
-        as those of `plan`; the model has its weights.
+        planned: a plan of this model, in place of the input size and all else that is asked for a new one.
+        Everything else is as for `plan`; the model has its weights.
 
     Raises:
         as `plan` does; InputError where a fused layer isn't finite. Where anything fails the model is left as it was.
     """
-    found = plan(
+    found = planned or plan(
         model,
         input_size,
         inputs=inputs,
@@ -366,7 +367,7 @@ class _Planner:
         size = piece.input_size[1:] if piece.exact is Exact.THIS_SIZE else None
         return FusionRecord(
             one.name,
-            map_leaves(self._source, piece.tree),
+            self._sources(piece.tree),
             geometry_fields(piece.fused.geometry),
             "",
             True,
@@ -374,11 +375,14 @@ class _Planner:
             ((0, 0),) * piece.fused.spatial_axes,
         )
 
-    def _source(self, ref: LayerRef) -> SourceLayer:
-        if is_function(ref.name):
-            return SourceLayer(ref.name, FUNCTION, {})
-        layer = self.layers.get(ref.name)
-        return SourceLayer(ref.name, self.shapes[ref.name].kind, {} if layer is None else layer.fields)
+    def _sources(self, tree: Tree[LayerRef]) -> Tree[SourceLayer]:
+        """The layers as a record has them, which knows no flatten: that is the model's own, and stays."""
+        if isinstance(tree, Chain):
+            return Chain(tuple(self._sources(part) for part in tree.parts if not _is_flatten(part)))
+        if isinstance(tree, Sum):
+            return Sum(tuple(self._sources(part) for part in tree.parts))
+        layer = self.layers.get(tree.name)
+        return SourceLayer(tree.name, self.shapes[tree.name].kind, {} if layer is None else layer.fields)
 
 
 def _name(tree: Tree[LayerRef], shapes: Mapping[str, LayerShape]) -> str:

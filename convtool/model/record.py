@@ -54,9 +54,8 @@ def record_run(
             recorder.new(Step(Op.OTHER, "input", (), tuple(value.shape)), [value])
     with recorder.hooked(), recorder:
         output = run(*inputs)
-    outputs = recorder.leaving(output)
-    del output
-    return recorder.steps, outputs | recorder.still_alive(), recorder.read_outside
+    # Whatever is alive while the output is may be in it, however deep, or be kept by the model.
+    return recorder.steps, recorder.leaving(output) | recorder.still_alive(), recorder.read_outside
 
 
 class _Recorder(TorchDispatchMode):
@@ -181,7 +180,7 @@ class _Recorder(TorchDispatchMode):
         return frozenset(number for value in found for number in self._reads([value]))
 
     def still_alive(self) -> frozenset[int]:
-        """The steps whose values somebody keeps, after the run and its output are gone."""
+        """The steps whose values somebody keeps after the run."""
         references = [(weakref.ref(value), self.values[id(value)]) for value in self.alive]
         self.alive.clear()
         self.pending = []

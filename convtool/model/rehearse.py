@@ -58,7 +58,8 @@ def _shapes(
     model: nn.Module, inputs: Sequence[Any], fusions: Sequence[tuple[FusionRecord, Conv]]
 ) -> list[tuple[int, ...]] | str:
     """Shapes of the model's outputs with these fusions in it; an error in words where it doesn't run."""
-    applying = Applying(model, _OneLayer({record.name: conv for record, conv in fusions}))
+    # What the layers are has been seen to; only their places count here.
+    applying = Applying(model, _OneLayer({record.name: conv for record, conv in fusions}), check=False)
     training = [module for module in model.modules() if module.training]
     try:
         with _nowhere(model), torch.no_grad(), warnings.catch_warnings():

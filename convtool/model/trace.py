@@ -122,6 +122,7 @@ class _ExportedRun:
         self.apart = {name: reason for name, layer in layers.items() if (reason := layer.foreign or layer.bound)}
         self.steps: list[Step] = []
         self.number: dict[fx.Node, int] = {}
+        self.constant = self._constants()
         self.groups = self._calls()
 
     def flow(self) -> Flow:
@@ -129,9 +130,21 @@ class _ExportedRun:
         for node in self.graph.nodes:
             if node.op == "output":
                 outputs = {self.number[value] for value in self._values(node)}
-            elif node.name not in self.tensors and node.op != "get_attr":
+            elif node not in self.constant:
                 self._take(node)
+            elif node.op == "call_function" and not self.groups.get(self._call(node)):
+                for name in self._tensors(node):
+                    self._read_outside(node, name)
         return Flow(tuple(self.steps), frozenset(outputs), self.apart, "")
+
+    def _constants(self) -> set[fx.Node]:
+        """The nodes that nothing of the model's input goes into: its tensors, and what is computed of them alone."""
+        found: set[fx.Node] = set()
+        for node in self.graph.nodes:
+            known = node.name in self.tensors or node.op == "get_attr"
+            if known or (node.op == "call_function" and all(value in found for value in node.all_input_nodes)):
+                found.add(node)
+        return found
 
     def _calls(self) -> dict[str, list[fx.Node]]:
         """The nodes of each call of a known layer that reads one value and gives one, by the call's name."""
@@ -159,7 +172,10 @@ class _ExportedRun:
         read = {value for node in nodes for value in self._values(node)} - inside
         given = {node for node in nodes if any(user not in inside for user in node.users)}
         layer = self.layers[self._path(nodes[0])]
-        own = all(name.rpartition(".")[0] == layer.name for node in nodes for name in self._tensors(node))
+        # Of tied tensors only one name is known here; such a layer is left alone anyway.
+        own = bool(layer.bound) or all(
+            name.rpartition(".")[0] == layer.name for node in nodes for name in self._tensors(node)
+        )
         return len(read) == 1 and len(given) == 1 and given == {nodes[-1]} and own and self._axes(nodes) is not None
 
     def _axes(self, nodes: Sequence[fx.Node]) -> int | None:
@@ -208,7 +224,7 @@ class _ExportedRun:
         found: list[fx.Node] = []
 
         def see(value: fx.Node) -> fx.Node:
-            if value.name not in self.tensors and value.op != "get_attr":
+            if value not in self.constant:
                 found.append(value)
             return value
 
@@ -361,7 +377,12 @@ def classify(
         return Op.OTHER
     if name in _PASSES and read[0] == shape:
         return Op.PASS
-    if name.startswith("dropout") and read[0] == shape and len(args) == 3 and args[2] is False:
+    if (
+        name in ("dropout.default", "feature_dropout.default", "alpha_dropout.default")
+        and read[0] == shape
+        and len(args) == 3
+        and args[2] is False
+    ):
         return Op.PASS
     if name in _VIEWS and read[0] == shape:
         return Op.PASS

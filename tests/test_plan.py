@@ -1,0 +1,744 @@
+"""Plans of whole models: every linear stretch is found and nothing else, and the fused network computes the same."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+import tomllib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from live import CLOSE, filled
+from networks import NETWORKS
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import convtool
+from convtool.core.fields import FieldSources
+from convtool.core.flow import Flow, Op, Step, find_stretches
+from convtool.core.partition import Cost, partition
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
+from convtool.errors import RefusedError, UsageError
+from convtool.model import trace as tracing
+from convtool.model.judge import Exact
+from convtool.model.names import tree_in_short
+from convtool.model.plan import Plan
+from convtool.model.state import StateCheckpoint
+from convtool.recipe import Known, LayerFacts, parse_recipe, resolve
+
+# --- cutting a sequence
+
+
+def every_partition(count: int) -> list[list[tuple[int, int]]]:
+    found = []
+    for cuts in itertools.product((False, True), repeat=count - 1):
+        edges = [0, *(place for place, cut in enumerate(cuts, 1) if cut), count]
+        found.append(list(itertools.pairwise(edges)))
+    return found
+
+
+@pytest.mark.parametrize("count", range(1, 8))
+def test_the_cheapest_partition_is_that_of_all_partitions_tried_one_by_one(count: int) -> None:
+    generator = random.Random(count)
+    for _ in range(30):
+        costs: dict[tuple[int, int], Cost | None] = {}
+        for start, stop in itertools.combinations(range(count + 1), 2):
+            possible = stop - start == 1 or generator.random() < 0.7
+            costs[start, stop] = (generator.randint(0, 5), generator.randint(0, 3)) if possible else None
+        total, pieces = partition(count, lambda start, stop, costs=costs: costs[start, stop])  # type: ignore[misc]
+        prices = [
+            tuple(map(sum, zip(*each, strict=True)))
+            for ways in every_partition(count)
+            if None not in (each := [costs[piece] for piece in ways])
+        ]
+        assert total == min(prices)
+        assert pieces in every_partition(count)
+        assert tuple(map(sum, zip(*(costs[piece] or () for piece in pieces), strict=True))) == total
+
+
+# --- stretches of a flow
+
+
+def flow(*steps: Step, outputs: tuple[int, ...] = (), apart: dict[str, str] | None = None) -> Flow:
+    return Flow((Step(Op.OTHER, "input", (), (1, 3, 8, 6)), *steps), frozenset(outputs), apart or {}, "")
+
+
+def layer(name: str, read: int, axes: int = 2, shape: tuple[int, ...] = (1, 3, 8, 6), flattens: bool = False) -> Step:
+    return Step(Op.LAYER, name, (read,), shape, axes, flattens)
+
+
+def other(op: Op, *reads: int, shape: tuple[int, ...] = (1, 3, 8, 6)) -> Step:
+    return Step(op, op.value, reads, shape)
+
+
+a, b, c, d = (LayerRef(name) for name in "abcd")
+FLOWS: list[tuple[str, Flow, list[Tree[LayerRef]], list[str]]] = [
+    ("one after the other", flow(layer("a", 0), layer("b", 1), outputs=(2,)), [Chain((a, b))], []),
+    ("something between", flow(layer("a", 0), other(Op.OTHER, 1), layer("b", 2)), [a, b], []),
+    ("a copy between", flow(layer("a", 0), other(Op.PASS, 1), layer("b", 2)), [Chain((a, b))], []),
+    (
+        "read twice",
+        flow(layer("a", 0), layer("b", 1), other(Op.OTHER, 1, 2)),
+        [a, b],
+        ["the value between them is read 2 times"],
+    ),
+    (
+        "an output in between",
+        flow(layer("a", 0), layer("b", 1), outputs=(1, 2)),
+        [a, b],
+        ["the value between them is read 2 times or is an output of the model"],
+    ),
+    (
+        "a copy that is read twice",
+        flow(layer("a", 0), other(Op.PASS, 1), layer("b", 2), other(Op.OTHER, 2)),
+        [a, b],
+        ["the value between them is read 2 times"],
+    ),
+    ("runs twice", flow(layer("a", 0), layer("b", 1), layer("b", 2)), [a], ["b: it runs 2 times"] * 2),
+    ("apart", flow(layer("a", 0), layer("b", 1), apart={"a": "tied"}), [b], ["a: tied"]),
+    ("other axes", flow(layer("a", 0), layer("b", 1, axes=0)), [a, b], []),
+    ("a sum", flow(layer("a", 0), layer("b", 0), other(Op.ADD, 1, 2)), [Sum((Chain((a,)), Chain((b,))))], []),
+    (
+        "a sum of three, and on",
+        flow(layer("a", 0), layer("b", 0), other(Op.ADD, 1, 2), layer("c", 0), other(Op.ADD, 3, 4), layer("d", 5)),
+        [Chain((Sum((Chain((a,)), Chain((b,)), Chain((c,)))), d))],
+        [],
+    ),
+    (
+        "a sum of a copy's",
+        flow(other(Op.PASS, 0), layer("a", 1), layer("b", 0), other(Op.ADD, 2, 3)),
+        [Sum((Chain((a,)), Chain((b,))))],
+        [],
+    ),
+    ("a skip", flow(layer("a", 0), other(Op.ADD, 0, 1), layer("b", 2)), [a, b], []),
+    ("two sources", flow(other(Op.OTHER, 0), layer("a", 0), layer("b", 1), other(Op.ADD, 2, 3)), [a, b], []),
+    ("twice the same", flow(layer("a", 0), other(Op.ADD, 1, 1)), [a], []),
+    (
+        "a flatten",
+        flow(layer("a", 0), other(Op.FLATTEN, 1, shape=(1, 144)), layer("b", 2, 0, (1, 5), flattens=True)),
+        [Chain((a, LayerRef("flatten(8,6)"), b))],
+        [],
+    ),
+    ("nothing after a flatten", flow(layer("a", 0), other(Op.FLATTEN, 1, shape=(1, 144)), outputs=(2,)), [a], []),
+    (
+        "a batch norm after a flatten",
+        flow(layer("a", 0), other(Op.FLATTEN, 1, shape=(1, 144)), layer("b", 2, 0, (1, 144))),
+        [a, b],
+        [],
+    ),
+]
+
+
+@pytest.mark.parametrize(("run", "trees", "reasons"), [row[1:] for row in FLOWS], ids=[row[0] for row in FLOWS])
+def test_stretches_are_layers_with_nothing_in_between(
+    run: Flow, trees: list[Tree[LayerRef]], reasons: list[str]
+) -> None:
+    stretches, obstacles = find_stretches(run)
+    assert [stretch.tree for stretch in stretches] == trees
+    assert [obstacle.reason for obstacle in obstacles] == reasons
+
+
+# --- architectures
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, planned once; and what a walk over its modules says of it."""
+
+    model: nn.Module
+    size: tuple[int, ...]
+    plan: Plan
+
+    @property
+    def chains(self) -> list[str]:
+        return [tree_in_short(one.piece.tree) for one in self.plan.fusions]
+
+
+def transformers_model(name: str) -> nn.Module:
+    import transformers
+
+    kind, fields, _ = ARCHITECTURES[name]
+    config = getattr(transformers, f"{kind}Config")(**fields)
+    head = "ForSemanticSegmentation" if kind == "Segformer" else "Model"
+    model: nn.Module = getattr(transformers, f"{kind}{head}")(config)
+    return model
+
+
+STAGES = {"embedding_size": 8, "hidden_sizes": [8, 16]}
+TRANSFORMER = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+SEGFORMER = {"depths": [1] * 4, "hidden_sizes": [8, 8, 16, 16], "num_attention_heads": [1] * 4}
+WAVE = {"conv_dim": (8, 8), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_conv_pos_embeddings": 4}
+# Name -> (kind, what makes it small, size of the input).
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
+    "resnet": ("ResNet", STAGES | {"depths": [1, 2]}, (3, 40, 33)),
+    "regnet": ("RegNet", STAGES | {"depths": [1, 1], "groups_width": 4}, (3, 33, 40)),
+    "mobilenet v1": ("MobileNetV1", {"depth_multiplier": 0.05, "min_depth": 4}, (3, 33, 40)),
+    "mobilenet v2": (
+        "MobileNetV2",
+        {"depth_multiplier": 0.05, "min_depth": 4, "depth_divisible_by": 4, "expand_ratio": 2},
+        (3, 40, 33),
+    ),
+    "convnext": ("ConvNext", {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]}, (3, 64, 32)),
+    "vit": ("ViT", TRANSFORMER | {"image_size": (16, 24), "patch_size": 8}, (3, 16, 24)),
+    "segformer": ("Segformer", SEGFORMER | {"decoder_hidden_size": 16}, (3, 64, 32)),
+    "wav2vec2": ("Wav2Vec2", TRANSFORMER | WAVE | {"num_conv_pos_embedding_groups": 2}, (400,)),
+}
+FROM_TRANSFORMERS = list(ARCHITECTURES)
+SAMPLES = list(NETWORKS)
+
+
+@cache
+def case(name: str) -> Case:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = NETWORKS[name]() if name in NETWORKS else transformers_model(name)
+        size = (1, 8, 8) if name in NETWORKS else ARCHITECTURES[name][2]
+        model = filled(model)
+        return Case(model, size, convtool.plan(model, size))
+
+
+def neighbours(model: nn.Module) -> set[tuple[str, str]]:
+    """Convolutions and the batch norms that are registered right behind them, in these models' habit: each pair."""
+    found = set()
+    for path, module in model.named_modules():
+        prefix = f"{path}." if path else ""
+        for (one, first), (other, second) in itertools.pairwise(module.named_children()):
+            if isinstance(first, nn.modules.conv._ConvNd) and isinstance(second, nn.modules.batchnorm._BatchNorm):
+                found.add((prefix + one, prefix + other))
+    return found
+
+
+def outputs(model: nn.Module, x: Tensor) -> list[Tensor]:
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [value for value in pytree.tree_leaves(model(x)) if isinstance(value, Tensor)]
+
+
+def assert_same(model: nn.Module, fused: nn.Module, x: Tensor) -> None:
+    """Outputs equal to what float64 leaves, and different inputs different outputs (or equal zeros would do)."""
+    expected, got = outputs(model, x), outputs(fused, x)
+    assert len(expected) == len(got)
+    for before, after in zip(expected, got, strict=True):
+        assert before.shape == after.shape
+        assert float(before.abs().max()) > 1e-6
+        assert float((before - after).abs().max()) <= CLOSE * float(before.abs().max())
+    assert float((expected[0][0] - expected[0][1]).abs().max()) > 1e-6
+
+
+def random_input(size: tuple[int, ...]) -> Tensor:
+    return torch.randn(2, *size, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", FROM_TRANSFORMERS)
+def test_every_convolution_with_its_batch_norm_is_found_and_nothing_that_is_none(name: str) -> None:
+    found = case(name)
+    pairs = {
+        (names[0], names[1])
+        for one in found.plan.fusions
+        if len(names := [leaf.name for leaf in leaves(one.piece.tree)]) == 2
+    }
+    walked = neighbours(found.model)
+    if name == "convnext":  # no batch norm; a scale behind the last linear layer of each block
+        blocks = [path for path, _ in found.model.named_parameters() if path.endswith("layer_scale_parameter")]
+        assert pairs == {
+            (f"{path}.pwconv2", path) for path in (block.removesuffix(".layer_scale_parameter") for block in blocks)
+        }
+        assert len(pairs) == 4
+    else:
+        assert pairs == walked
+        assert len(found.plan.fusions) == len(walked)
+    norms = [m for m in found.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(walked) == len(norms), "the walk misses some"
+    assert bool(walked) == (name in ("resnet", "regnet", "mobilenet v1", "mobilenet v2", "segformer"))
+    assert all(one.piece.exact is Exact.EVERY_SIZE for one in found.plan.fusions)
+    assert found.plan.tracer == "torch.export"
+
+
+SAMPLE_STRETCHES = {
+    "chains": ["reduce + spread + gather", "widen + narrow"],
+    "conv_bn": ["conv1 + bn1", "conv2 + bn2", "conv3 + bn3", "conv4 + bn4"],
+    "repvgg": [
+        "stage0: (rbr_dense.conv + rbr_dense.bn | rbr_1x1.conv + rbr_1x1.bn)",
+        "stage1: (rbr_dense.conv + rbr_dense.bn | rbr_1x1.conv + rbr_1x1.bn | rbr_identity)",
+        "stage2: (rbr_dense.conv + rbr_dense.bn | rbr_1x1.conv + rbr_1x1.bn)",
+    ],
+    "separable1d": [f"block{i}: depthwise + pointwise" for i in range(3)],
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_the_stretches_of_the_sample_models(name: str) -> None:
+    assert case(name).chains == SAMPLE_STRETCHES[name]
+
+
+@pytest.mark.parametrize("name", [*FROM_TRANSFORMERS, *SAMPLES])
+def test_the_fused_network_computes_the_same(name: str) -> None:
+    found = case(name)
+    fused = convtool.fuse_model(copy.deepcopy(found.model), planned=found.plan)
+    assert_same(found.model, fused, random_input(found.size))
+    gone = {leaf.name for one in found.plan.fusions for leaf in leaves(one.piece.tree)} - {
+        one.name for one in found.plan.fusions
+    }
+    for path in gone:
+        module = fused.get_submodule(path) if "(" not in path else nn.Identity()
+        assert not list(module.parameters()) or path.split(".")[-1].isdigit(), path
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_plan_as_a_recipe_makes_the_same_fusions(name: str) -> None:
+    found = case(name)
+    recipe = parse_recipe(tomllib.loads(found.plan.recipe()), "plan.toml")
+    state = StateCheckpoint.of(found.model)
+    facts = {
+        name: LayerFacts(layer.kind, next(iter(layer.tensors.values())).shape) for name, layer in state.layers.items()
+    }
+    resolved = resolve(recipe, Known({BASE: facts}))
+    ours = {one.name: one.piece.tree for one in found.plan.fusions}
+    assert {one.name: set(leaves(one.tree)) for one in resolved} == {k: set(leaves(v)) for k, v in ours.items()}
+    geometry = convtool.geometry_of(found.model)
+    sources = FieldSources((recipe.geometry,))
+    for one in resolved:
+        for leaf in leaves(one.tree):
+            stated = geometry.get(leaf.name, {})
+            as_recipe = sources.fields(leaf.name)
+            assert as_recipe.keys() >= stated.keys() - {"output_padding"}
+            if "eps" in stated:
+                assert as_recipe["eps"] == stated["eps"]
+
+
+# --- networks made to be got wrong
+
+
+class Net(nn.Module):
+    """A network whose forward is a function of it, so that each case is a line or two."""
+
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **modules: nn.Module) -> None:
+        super().__init__()
+        for name, module in modules.items():
+            self.add_module(name, module)
+        self.run = forward
+
+    def forward(self, x: Tensor) -> Any:
+        """Whatever it was made to do."""
+        return self.run(self, x)
+
+
+def conv(i: int = 4, o: int = 4, k: Any = (3, 1), **fields: Any) -> nn.Conv2d:
+    return nn.Conv2d(i, o, k, **fields)
+
+
+def planned(
+    net: nn.Module, size: tuple[int, ...] = (4, 9, 7), **options: Any
+) -> tuple[list[str], dict[str, str], Plan]:
+    """The fusions, what was left alone, and the plan; the fused network, where there is any, computes the same."""
+    net = filled(net)
+    state = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    modules = dict(net.named_modules())
+    found = convtool.plan(net, size, **options)
+    assert dict(net.named_modules()) == modules
+    assert all(torch.equal(tensor, state[name]) for name, tensor in net.state_dict().items())
+    fused = convtool.fuse_model(copy.deepcopy(net), planned=found)
+    assert_same(net, fused, random_input(size))
+    alone = {" ".join(one.layers): one.reason for one in found.left_alone}
+    return [tree_in_short(one.piece.tree) for one in found.fusions], alone, found
+
+
+def test_registration_order_is_not_believed() -> None:
+    """A pre-activation network registers conv1, bn1, conv2, bn2 and runs bn1, conv1, bn2, conv2."""
+    net = Net(
+        lambda m, x: m.conv2(F.relu(m.bn2(m.conv1(F.relu(m.bn1(x)))))),
+        conv1=conv(bias=False),
+        bn1=nn.BatchNorm2d(4),
+        conv2=conv(),
+        bn2=nn.BatchNorm2d(4),
+    )
+    assert planned(net)[0] == ["conv1 + bn2"]
+
+
+def test_a_batch_norm_before_a_convolution_is_exact_where_that_does_not_pad() -> None:
+    net = Net(
+        lambda m, x: m.b(m.bn2(F.relu(m.a(m.bn1(x))))),
+        bn1=nn.BatchNorm2d(4, eps=1e-2),
+        a=conv(k=(3, 5)),
+        bn2=nn.BatchNorm2d(4),
+        b=conv(padding=(1, 0)),
+    )
+    chains, alone, _ = planned(net)
+    assert chains == ["bn1 + a"]
+    assert alone == {"bn2 b": "the first row and the last row of the output would differ"}
+
+
+def test_a_module_that_runs_twice_is_left_alone() -> None:
+    net = Net(lambda m, x: m.bn(m.a(F.relu(m.a(x)))), a=conv(), bn=nn.BatchNorm2d(4))
+    chains, alone, _ = planned(net)
+    assert chains == []
+    assert alone == {"a bn": "a: it runs 2 times"}
+
+
+@pytest.mark.parametrize("tail", ["an output", "another reader", "a norm of it"])
+def test_a_value_that_is_read_elsewhere_stays(tail: str) -> None:
+    def forward(m: Any, x: Tensor) -> Any:
+        y = m.a(x)
+        z = m.bn(y)
+        if tail == "an output":
+            return z, y
+        return z + F.relu(y) if tail == "another reader" else z * y.abs().max()
+
+    chains, alone, _ = planned(Net(forward, a=conv(), bn=nn.BatchNorm2d(4)))
+    assert chains == []
+    assert list(alone) == ["a bn"]
+    assert alone["a bn"].startswith("the value between them is read 2 times")
+
+
+def test_tied_weights_are_left_alone_and_so_is_a_layer_of_two_names() -> None:
+    first, second = conv(bias=False), conv(bias=False)
+    second.weight = first.weight
+    net = Net(
+        lambda m, x: m.bn2(m.b(F.relu(m.bn1(m.a(x))))), a=first, bn1=nn.BatchNorm2d(4), b=second, bn2=nn.BatchNorm2d(4)
+    )
+    chains, alone, _ = planned(net)
+    assert chains == []
+    assert alone["a bn1"] == "a: a.weight is one tensor with b.weight (tied weights)"
+    shared = conv()
+    net = Net(lambda m, x: m.bn(m.a(x)), a=shared, again=shared, bn=nn.BatchNorm2d(4))
+    chains, alone, _ = planned(net)
+    assert chains == []
+    assert "tied weights" in alone["a bn"]
+
+
+def test_a_weight_that_is_read_outside_of_its_layer_stays() -> None:
+    net = Net(lambda m, x: m.bn(m.a(x)) * m.a.weight.norm(), a=conv(), bn=nn.BatchNorm2d(4))
+    chains, alone, _ = planned(net)
+    assert chains == []
+    assert alone == {"a bn": "a: a.weight is read outside of the layer's own run as well"}
+
+
+class PadsItself(nn.Conv2d):
+    """A convolution that pads in its own forward, as padding that follows the input's size is written."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The padded input's convolution."""
+        return super().forward(F.pad(x, (1, 1, 0, 2)))
+
+
+def test_a_layer_with_code_of_its_own_stays() -> None:
+    net = Net(lambda m, x: m.bn(m.a(x)), a=PadsItself(4, 4, 3), bn=nn.BatchNorm2d(4))
+    assert planned(net)[0] == []
+    assert "a" not in convtool.geometry_of(net)
+
+
+def test_weight_norms_and_hooks_are_not_lost() -> None:
+    normed = nn.utils.parametrizations.weight_norm(conv())
+    hooked = conv()
+    hooked.register_forward_hook(lambda module, inputs, output: output * 2)
+    net = Net(
+        lambda m, x: m.bn2(m.b(F.relu(m.bn1(m.a(x))))), a=normed, bn1=nn.BatchNorm2d(4), b=hooked, bn2=nn.BatchNorm2d(4)
+    )
+    chains, alone, _ = planned(net)
+    assert chains == []
+    assert alone["a bn1"].startswith("a: its weight is computed from others")
+
+
+def test_what_is_changed_in_place_is_another_value() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        y.relu_()
+        z = m.bn1(y)
+        w: Tensor = m.b(z)
+        w += 1
+        return m.bn2(w)  # type: ignore[no-any-return]
+
+    net = Net(forward, a=conv(), bn1=nn.BatchNorm2d(4), b=conv(), bn2=nn.BatchNorm2d(4))
+    assert planned(net)[0] == ["bn1 + b"]
+
+
+def test_dropouts_identities_and_copies_are_nothing() -> None:
+    net = Net(
+        lambda m, x: m.bn(m.i(m.drop(m.a(x)).contiguous().clone())),
+        a=conv(),
+        drop=nn.Dropout2d(0.5),
+        i=nn.Identity(),
+        bn=nn.BatchNorm2d(4),
+    )
+    assert planned(net)[0] == ["a + bn"]
+
+
+def test_branches_that_add_become_one_layer_and_a_skip_stays() -> None:
+    net = Net(
+        lambda m, x: m.c(F.relu(m.a(x) + m.norm(x) + m.b(x))) + x,
+        norm=nn.BatchNorm2d(4),
+        a=conv(k=3, padding=1),
+        b=conv(k=1, groups=2),
+        c=conv(k=3, padding=1),
+    )
+    chains, _, found = planned(net)
+    assert chains == ["(a | norm | b)"]
+    assert found.fusions[0].name == "a"
+    fused = convtool.fuse_model(copy.deepcopy(net), planned=found)
+    assert isinstance(fused.get_submodule("a"), nn.Conv2d)
+    assert not list(fused.get_submodule("norm").parameters())
+
+
+def test_a_sum_inside_of_a_chain() -> None:
+    net = Net(
+        lambda m, x: m.bn(m.tail(m.b(y := m.a(x)) + m.c(y))),
+        a=conv(4, 6, 1),
+        b=conv(6, 5, (3, 1)),
+        c=nn.Sequential(conv(6, 5, (3, 1), bias=False), nn.BatchNorm2d(5)),
+        tail=conv(5, 3, (1, 3)),
+        bn=nn.BatchNorm2d(3),
+    )
+    chains, alone, _ = planned(net)
+    assert chains == ["(b | c.0 + c.1) + tail + bn"]
+    assert alone["a b"] == alone["a c.0"] == "the value between them is read 2 times"
+
+
+def test_branches_of_different_strides_stay_apart_with_the_reason() -> None:
+    net = Net(lambda m, x: m.a(x) + m.b(x), a=conv(k=1, stride=(2, 1)), b=conv(k=(2, 1), stride=(2, 1)))
+    net_of_two_strides = Net(lambda m, x: m.a(x)[..., :5, :] + m.b(x), a=conv(k=1), b=conv(k=1, stride=(2, 1)))
+    assert planned(net_of_two_strides, (4, 10, 7))[0] == []
+    chains, alone, _ = planned(net, (4, 10, 7))
+    assert chains == []
+    assert "outputs differ in size" in alone["a b"]
+
+
+def test_a_convolution_a_flatten_and_a_linear_layer_become_one() -> None:
+    net = Net(
+        lambda m, x: m.second(m.first(torch.flatten(m.a(x), 1))),
+        a=conv(4, 5, (3, 2)),
+        first=nn.Linear(5 * 7 * 6, 6),
+        second=nn.Linear(6, 3),
+    )
+    chains, _, found = planned(net)
+    assert chains == ["a + flatten(7,6) + first + second"]
+    assert found.fusions[0].piece.fused.geometry.kernel_size == (9, 7)
+    cheap, alone, _ = planned(net, only_if_cheaper=True)
+    assert cheap == ["a + flatten(7,6) + first + second"]
+    assert alone == {}
+
+
+def test_a_forward_that_counts_on_the_channels_keeps_its_layers() -> None:
+    net = Net(lambda m, x: m.out(m.a(x).view(-1, 5 * 7 * 6)), a=conv(4, 5, (3, 2)), out=nn.Linear(5 * 7 * 6, 6))
+    chains, alone, _ = planned(net)
+    assert chains == []
+    assert alone["a out"].startswith("the model's code doesn't run without the layers: ")
+
+
+class Scaled(nn.Module):
+    """A block with a scale of its own, behind a linear layer; it can do without, or not."""
+
+    def __init__(self, needs_it: bool) -> None:
+        super().__init__()
+        self.linear = nn.Linear(5, 5)
+        self.gamma: Any = nn.Parameter(torch.ones(5))
+        self.needs_it = needs_it
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The linear layer times the scale."""
+        y: Tensor = self.linear(x)
+        return y * self.gamma if self.needs_it or self.gamma is not None else y
+
+
+class LayerScale(nn.Module):
+    """A scale that is a module."""
+
+    def __init__(self, shift: float = 0.0) -> None:
+        super().__init__()
+        self.lambda1 = nn.Parameter(torch.ones(5))
+        self.shift = shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The scaled input."""
+        return x * self.lambda1 + self.shift
+
+
+def test_dangling_scales_go_into_the_layer_before() -> None:
+    net = Net(lambda m, x: m.c(m.b(F.gelu(m.a(x)))), a=Scaled(False), b=nn.Linear(5, 5), c=LayerScale())
+    assert planned(net, (3, 5))[0] == ["a.linear + a", "b + c"]
+    net = Net(lambda m, x: m.c(m.b(F.gelu(m.a(x)))), a=Scaled(True), b=nn.Linear(5, 5), c=LayerScale(1.0))
+    chains, alone, _ = planned(net, (3, 5))
+    assert chains == []
+    assert alone["a.linear a"].startswith("the model's code doesn't run without the layers: ")
+
+
+class FrozenBatchNorm(nn.Module):
+    """As detection networks have it: four buffers, and the formula in the forward."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            self.register_buffer(name, torch.ones(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised input."""
+        weight, bias, mean, var = (self.get_buffer(n).reshape(1, -1, 1, 1) for n in
+                                   ("weight", "bias", "running_mean", "running_var"))  # fmt: skip
+        scale = weight * (var + 3e-4).rsqrt()
+        return x * scale + (bias - mean * scale)
+
+
+def test_a_frozen_batch_norm_is_one_with_the_eps_that_its_code_has() -> None:
+    net = Net(lambda m, x: m.bn(m.a(x)), a=conv(bias=False), bn=FrozenBatchNorm(4))
+    assert planned(net)[0] == ["a + bn"]
+    assert convtool.geometry_of(net)["bn"] == {"eps": 3e-4}
+
+
+@pytest.mark.parametrize(
+    ("size", "verdict"), [((4, 8, 9), Exact.THIS_SIZE), ((4, 9, 9), None), ((4, 8, 10), None)], ids=str
+)
+def test_what_is_exact_for_one_size_is_taken_when_that_is_enough(size: tuple[int, ...], verdict: Exact | None) -> None:
+    """Patches without bias that fill 8 x 9 exactly, then a padded layer."""
+    net = Net(lambda m, x: m.b(m.a(x)), a=conv(k=(2, 3), stride=(2, 3), bias=False), b=conv(k=3, padding=1))
+    assert planned(net, size)[0] == []
+    chains, alone, found = planned(net, size, fixed_size=True)
+    assert chains == (["a + b"] if verdict else [])
+    if verdict:
+        assert found.fusions[0].piece.exact is verdict
+        assert f"input_size = {list(size)}" in found.recipe()
+    else:
+        assert "would differ" in alone["a b"]
+
+
+def test_the_cheapest_partition_keeps_a_bottleneck_apart() -> None:
+    """Wide to narrow to wide: the pair takes fewer multiply-adds than the product; the batch norms go in still."""
+    net = Net(
+        lambda m, x: m.bn(m.c(m.b(m.a(x)))),
+        a=conv(4, 16, 1),
+        b=conv(16, 2, 1),
+        c=conv(2, 16, 1),
+        bn=nn.BatchNorm2d(16),
+    )
+    assert planned(net)[0] == ["a + b + c + bn"]
+    chains, alone, found = planned(net, only_if_cheaper=True)
+    assert chains == ["a + b", "c + bn"]
+    assert "it would cost more" in next(iter(alone.values()))
+    assert found.total.multiply_adds > found.total_after.multiply_adds
+    assert planned(net, measure=True)[2].fusions[0].seconds is not None
+
+
+def test_costs_are_of_the_run_that_was_followed() -> None:
+    net = Net(lambda m, x: m.bn(m.a(x)), a=conv(4, 6, (3, 2), bias=False, groups=2), bn=nn.BatchNorm2d(6))
+    (one,) = planned(net, (4, 9, 7))[2].fusions
+    weight, positions = 6 * 2 * 6, 7 * 6
+    assert one.piece.before.parameters == weight + 2 * 6
+    assert one.piece.after.parameters == weight + 6
+    assert one.piece.before.multiply_adds == (weight + 6) * positions
+    assert one.piece.after.multiply_adds == weight * positions
+
+
+# --- control flow, and the tracers that follow it
+
+
+def branching(m: Any, x: Tensor) -> Tensor:
+    y = m.bn(m.a(x))
+    result: Tensor = F.relu(y) if y.sum() > 0 else m.bn(m.a(y))
+    return result
+
+
+def test_control_flow_that_depends_on_values_is_refused_with_each_tracers_reason() -> None:
+    net = filled(Net(branching, a=conv(k=1), bn=nn.BatchNorm2d(4)))
+    with pytest.raises(RefusedError, match="cannot be followed") as refused:
+        convtool.plan(net, (4, 9, 7))
+    assert all(f"{name}: " in str(refused.value) for name in ("torch.export", "torch.fx", "hooks"))
+    assert "its control flow depends on the values of its input" in str(refused.value)
+
+
+@pytest.mark.parametrize("tracer", ["torch.fx", "hooks"])
+@pytest.mark.parametrize("name", ["chains", "conv_bn", "separable1d"])
+def test_the_other_tracers_see_the_same(tracer: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = case(name)
+    monkeypatch.setattr(tracing, "_TRACERS", {tracer: tracing._TRACERS[tracer]})
+    again = convtool.plan(found.model, found.size)
+    assert again.tracer == tracer
+    assert [tree_in_short(one.piece.tree) for one in again.fusions] == found.chains
+    assert bool(again.remarks) == (tracer == "hooks")
+
+
+class Result:
+    """What no tracer knows how to look into."""
+
+    def __init__(self, value: Tensor) -> None:
+        self.value = value
+
+
+def test_an_unknown_kind_of_output_is_followed_by_hooks_and_its_values_stay() -> None:
+    def forward(m: Any, x: Tensor) -> Result:
+        y = m.a(x)
+        m.kept = m.b(F.relu(m.bn1(y)))
+        result = Result(m.bn3(m.c(F.relu(m.bn2(m.kept)))))
+        result.inner = [m.d(F.relu(result.value))]  # type: ignore[attr-defined]
+        result.last = m.bn4(result.inner[0])  # type: ignore[attr-defined]
+        return result
+
+    net = filled(
+        Net(
+            forward,
+            **{name: conv(k=1) for name in "abcd"},
+            **{f"bn{i}": nn.BatchNorm2d(4) for i in range(1, 5)},
+        )
+    )
+    found = convtool.plan(net, (4, 9, 7))
+    assert found.tracer == "hooks"
+    # b + bn2: b's value is kept by the model; d + bn4: d's is in the result
+    assert [tree_in_short(one.piece.tree) for one in found.fusions] == ["a + bn1", "c + bn3"]
+
+
+def test_hooks_see_what_is_changed_in_place_and_read_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.a(x)
+        flat = y.view(1, -1)
+        z = m.bn1(y)
+        w = m.b(F.relu(z))
+        w.relu_()
+        v = m.c(F.relu(m.bn2(w)))
+        return m.bn3(v) + flat.sum()  # type: ignore[no-any-return]
+
+    net = filled(Net(forward, **{n: conv(k=1) for n in "abc"}, **{f"bn{i}": nn.BatchNorm2d(4) for i in (1, 2, 3)}))
+    chains = []
+    for tracer in ("torch.export", "torch.fx", "hooks"):
+        monkeypatch.setattr(tracing, "_TRACERS", {tracer: _TRACERS[tracer]})
+        found = convtool.plan(net, (4, 9, 7))
+        assert found.tracer == tracer
+        chains.append([tree_in_short(one.piece.tree) for one in found.fusions])
+    assert chains == [["c + bn3"]] * 3
+
+
+_TRACERS = dict(tracing._TRACERS)
+
+
+# --- requests that are wrong
+
+
+def test_an_input_size_without_channels_is_an_error_that_says_so() -> None:
+    net = Net(lambda m, x: m.b(m.a(x)), a=conv(1, 4), b=conv())
+    with pytest.raises(UsageError, match="a reads an input of 3 axes, which is one without a batch"):
+        convtool.plan(net, (9, 7))
+    with pytest.raises(UsageError, match=r"the model doesn't run on an input of shape \(1, 3, 9, 7\)"):
+        convtool.plan(net, (3, 9, 7))
+    with pytest.raises(UsageError, match="either an input size or inputs"):
+        convtool.plan(net)
+
+
+def test_a_model_in_training_stays_so_and_other_inputs_can_be_given() -> None:
+    net = Net(lambda m, x: m.bn(m.a(x)), a=conv(), bn=nn.BatchNorm2d(4)).train()
+    net.bn.eval()  # type: ignore[union-attr]
+    found = convtool.plan(net, inputs=(torch.zeros(2, 4, 9, 7),))
+    assert len(found.fusions) == 1
+    assert net.training
+    assert not net.bn.training  # type: ignore[union-attr]
+
+
+def test_a_model_on_the_meta_device_has_the_same_plan() -> None:
+    found = case("conv_bn")
+    with torch.device("meta"):
+        model = NETWORKS["conv_bn"]()
+    again = convtool.plan(model, found.size)
+    assert again.recipe() == found.plan.recipe()
+    assert again.total == found.plan.total

@@ -117,6 +117,16 @@ def read_safetensors(path: Path) -> Read:
     )
 
 
+def read_matrix_market(path: Path) -> Read:
+    rows, columns, entries, form, _, symmetry = scipy.io.mminfo(path)
+    assert (form, symmetry) == ("coordinate", "general")
+    found = scipy.io.mmread(path)
+    assert (found.shape, found.nnz) == ((rows, columns), entries)
+    assert (np.lexsort((found.col, found.row)) == np.arange(entries)).all(), "entries in order of rows, then columns"
+    assert max(map(len, path.read_bytes().splitlines())) <= 1024
+    return Read(torch.from_numpy(found.toarray()), None, set())
+
+
 READERS: dict[tuple[str, Layout], Reader] = {
     (".npz", "csr"): read_scipy,
     (".npz", "coo"): read_scipy,
@@ -128,6 +138,7 @@ READERS: dict[tuple[str, Layout], Reader] = {
     (".safetensors", "csr"): read_safetensors,
     (".safetensors", "coo"): read_safetensors,
     (".safetensors", "dense"): read_safetensors,
+    (".mtx", "coo"): read_matrix_market,
 }
 KINDS = list(READERS)
 KIND_IDS = ["-".join(kind).removeprefix(".") for kind in KINDS]
@@ -172,7 +183,7 @@ def test_the_usual_reader_finds_the_matrix_and_the_bias(suffix: str, layout: Lay
         dense, bias = expected_dense(conv, case, matrix, rows)
         assert torch.equal(found.dense, dense), (case.name, form, rows)
         assert tuple(found.dense.shape) == plan.shape
-        if conv.bias is None or form["affine"] or suffix == ".npy":
+        if conv.bias is None or form["affine"] or not FORMATS[suffix].STORES_BIAS:
             assert found.bias is None
         else:
             assert found.bias is not None
@@ -188,9 +199,10 @@ def test_a_bias_map_is_written_as_the_bias(suffix: str, layout: Layout, tmp_path
     bias = whole_numbers(3, 3, 4, 4)
     conv = Conv(plain.weight, bias, plain.geometry)
     path = tmp_path / f"m{suffix}"
-    write(toeplitz(conv, (4, 5), affine=suffix == ".npy"), path, layout=layout, rows=(7, 41))
+    affine = not FORMATS[suffix].STORES_BIAS
+    write(toeplitz(conv, (4, 5), affine=affine), path, layout=layout, rows=(7, 41))
     found = READERS[suffix, layout](path)
-    vector = found.dense[:, -1] if suffix == ".npy" else found.bias
+    vector = found.dense[:, -1] if affine else found.bias
     assert vector is not None
     assert torch.equal(vector, bias.flatten()[7:41])
 
@@ -205,6 +217,7 @@ REFUSED = {
     ".npz": {torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2},
     ".pt": {torch.float8_e4m3fn, torch.float8_e5m2},
     ".safetensors": {torch.complex128},
+    ".mtx": {torch.float8_e4m3fn, torch.float8_e5m2},
 }
 
 
@@ -223,7 +236,7 @@ def test_values_of_every_dtype_are_stored_as_they_are(
     path, matrix = tmp_path / f"m{suffix}", small_matrix(dtype)
     refused = dtype in REFUSED[suffix] or ((suffix, dtype) == (".npz", torch.float16) and layout != "dense")
     if refused:
-        with pytest.raises(RefusedError, match=r"\.safetensors|\.pt") as caught:
+        with pytest.raises(RefusedError, match=r"\.safetensors|\.pt|--dtype float32") as caught:
             write(matrix, path, layout=layout)
         assert "\n" not in str(caught.value)
         assert list(tmp_path.iterdir()) == []
@@ -237,6 +250,8 @@ def test_values_of_every_dtype_are_stored_as_they_are(
         stored = weight if layout == "dense" else weight.values()
     elif suffix == ".npy":
         stored = torch.from_numpy(np.load(path))
+    elif suffix == ".mtx":
+        stored = torch.from_numpy(scipy.io.mmread(path).data).to(dtype)
     else:
         with np.load(path) as arrays:
             stored = torch.from_numpy(arrays["weight" if layout == "dense" else "data"])
@@ -276,7 +291,7 @@ def test_safetensors_are_aligned_to_their_elements(tmp_path: Path) -> None:
 @each_kind
 def test_the_record_is_kept_where_there_is_room(suffix: str, layout: Layout, tmp_path: Path) -> None:
     path = tmp_path / f"m{suffix}"
-    record = {"layer": "a.b-\u00e9\n", "fields": {"stride": [1, 2]}}
+    record: dict[str, object] = {"layer": "a.b-\u00e9\n", "fields": {"stride": [1, 2]}, "long": "x y" * 500}
     write(small_matrix(torch.float64), path, layout=layout, record=record)
     if suffix == ".npz":
         with np.load(path) as arrays:
@@ -287,6 +302,9 @@ def test_the_record_is_kept_where_there_is_room(suffix: str, layout: Layout, tmp
     elif suffix == ".pt":
         with zipfile.ZipFile(path) as archive:
             text = archive.read(f"archive/extra/{RECORD_NAME}.json").decode()
+    elif suffix == ".mtx":
+        lines = [line for line in path.read_text().splitlines() if line.startswith(f"%{RECORD_NAME} ")]
+        text = "".join(line.removeprefix(f"%{RECORD_NAME} ") for line in lines)
     else:
         return  # .npy has no room
     assert json.loads(text) == record
@@ -535,6 +553,8 @@ def damage(path: Path, suffix: str, layout: Layout) -> None:
     elif suffix == ".pt":
         at = data.index(b"DoubleStorage")
         data[at : at + 13] = b"DoubleStoragf"
+    elif suffix == ".mtx":
+        data[-1:] = b" "
     else:
         at = data.rindex(b"<f8") if layout == "dense" else data.index(b"<i4")
         data[at + 1 : at + 2] = b"u"
@@ -582,4 +602,4 @@ def test_real_numbers_come_back_to_the_bit(tmp_path: Path) -> None:
     for suffix, layout in KINDS:
         path = tmp_path / f"m{suffix}"
         write(matrix, path, layout=layout)
-        assert torch.equal(READERS[suffix, layout](path).dense, matrix.to_dense())
+        assert torch.equal(READERS[suffix, layout](path).dense.float(), matrix.to_dense())

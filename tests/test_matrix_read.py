@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 import scipy.sparse
 import torch
 from cases import CASES, make_conv, make_inputs, real_numbers, whole_numbers
@@ -71,7 +72,7 @@ def test_a_matrix_comes_back_whole_and_in_parts(suffix: str, layout: Layout, tmp
         assert (opened.layout, opened.shape, opened.dtype) == (layout, matrix.shape, torch.float64)
         assert opened.nnz == (matrix.nnz if layout != "dense" else matrix.shape[0] * matrix.shape[1])
         check_against(opened, matrix.to_dense())
-        if matrix.bias is None or suffix == ".npy":
+        if matrix.bias is None or suffix in (".npy", ".mtx"):
             assert opened.bias is None
         else:
             assert opened.bias is not None
@@ -199,6 +200,23 @@ def test_what_numpy_and_torch_save(tmp_path: Path) -> None:
         check_against(open_matrix(tmp_path / "m.pt"), tensor)
 
 
+def test_matrix_market_files_that_scipy_writes(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    dense = np.where(rng.random((7, 5)) < 0.4, rng.integers(1, 9, (7, 5)), 0)
+    path = tmp_path / "m.mtx"
+    for array in (dense.astype(np.float64), dense, dense * 1j, dense * 0.0):
+        scipy.io.mmwrite(path, scipy.sparse.coo_array(array), comment="a comment", symmetry="general")
+        found = open_matrix(path)
+        assert torch.equal(found.dense_rows(0, 7), torch.from_numpy(array))
+    scipy.io.mmwrite(path, scipy.sparse.coo_array(np.eye(3)))
+    with pytest.raises(InputError, match=r"expected '%%MatrixMarket matrix coordinate' with .*; got .*symmetric'"):
+        open_matrix(path)
+    for text in ("1 1 5\n", "", "9 1 5\n1 1 1\n", "0 1 5\n1 1 1\n", "1 x 5\n1 1 1\n", "1 1\n1 1\n", "1 1 5\n2 2 1"):
+        path.write_text(f"%%MatrixMarket matrix coordinate real general\n2 2 2\n{text}")
+        with pytest.raises(InputError, match=r"m\.mtx: (the matrix is )?(damaged|not a Matrix Market file)"):
+            load_matrix(path)
+
+
 # --- what is no matrix, or a damaged one
 
 
@@ -286,11 +304,18 @@ def test_coordinates_that_are_out_of_range_are_found(change: dict[str, list[int]
         load_matrix(tmp_path / "m.safetensors")
 
 
+class Files(dict[tuple[str, Layout], bytes]):
+    """Files by their kind; not all of them need be shown where one fails."""
+
+    def __repr__(self) -> str:
+        return "files"
+
+
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Layout], bytes]:
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Files:
     """The bytes of a small matrix in every format."""
     folder = tmp_path_factory.mktemp("sound")
-    files = {}
+    files = Files()
     for suffix, layout in KINDS:
         path = folder / f"{layout}{suffix}"
         write(small(), path, layout=layout, record={"layer": "x"})
@@ -301,7 +326,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, Layout], 
 @settings(max_examples=400)
 @given(kind=st.sampled_from(KINDS), where=st.floats(0, 1), cut=st.booleans(), value=st.integers(1, 255))
 def test_a_damaged_file_is_an_error_or_the_numbers_it_holds(
-    sound: dict[tuple[str, Layout], bytes],
+    sound: Files,
     tmp_path_factory: pytest.TempPathFactory,
     kind: tuple[str, Layout],
     where: float,

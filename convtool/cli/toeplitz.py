@@ -58,7 +58,7 @@ def command(
             "--out",
             "-o",
             metavar="OUT",
-            help="The matrix file: .npz (scipy), .npy (dense), .safetensors or .pt.",
+            help="The matrix file: .npz (scipy), .npy (dense), .safetensors, .pt or .mtx (text).",
             show_default=False,
         ),
     ],
@@ -74,7 +74,7 @@ def command(
         str | None,
         typer.Option(
             "--layout",
-            help="csr, coo or dense; by default csr, and dense for .npy.",
+            help="csr, coo or dense; by default csr, dense for .npy, coo for .mtx.",
             show_default=False,
             autocompletion=complete.one_of("csr", "coo", "dense"),
         ),

@@ -20,7 +20,7 @@ import torch
 from convtool.core.toeplitz import ToeplitzMatrix, index_dtype
 from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.files.atomic import check_target, replacing
-from convtool.matrix import npy, npz, pt, safetensors
+from convtool.matrix import mtx, npy, npz, pt, safetensors
 from convtool.matrix.contents import Contents, Layout, Output, bias_array, matrix_arrays
 
 __all__ = ["FORMATS", "Layout", "MatrixFormat", "MatrixPlan", "plan_matrix", "planned_size", "write_matrix"]
@@ -60,6 +60,7 @@ FORMATS: dict[str, MatrixFormat] = {
     ".npy": npy,
     ".safetensors": safetensors,
     ".pt": pt,
+    ".mtx": mtx,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pickle
 import warnings
 import zipfile
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from convtool.core.toeplitz import BLOCK_ENTRIES, CsrBlock
 from convtool.errors import InputError, RefusedError, UsageError
+from convtool.matrix import mtx
 from convtool.matrix.contents import RECORD_NAME, Layout
 
 if TYPE_CHECKING:
@@ -217,12 +219,12 @@ class MatrixFile:
 def open_matrix(path: str | Path) -> MatrixFile:
     """Open a matrix file: .npz, .npy, .mtx, .safetensors or .pt.
 
-    .safetensors, .npy, .pt and what isn't deflated in .npz is mapped into memory; .mtx is read whole, with scipy.
+    .safetensors, .npy, .pt and what isn't deflated in .npz is mapped into memory; .mtx is read whole.
     The checksums of .npz and .pt are checked, which reads the file once.
 
     Raises:
         InputError: the file is missing, damaged, or holds no matrix.
-        UsageError: a suffix of none of these, or .mtx without scipy.
+        UsageError: a suffix of none of these.
     """
     path = Path(path)
     if path.suffix not in _READERS:
@@ -453,11 +455,56 @@ def _tensor(path: Path, array: np.ndarray[Any, Any]) -> Tensor:
     return torch.from_numpy(array)
 
 
+def _read_mtx(path: Path) -> _Raw:
+    try:
+        with path.open(encoding="ascii", errors="strict") as file:
+            kind = file.readline().split()
+            if kind[:3] != ["%%MatrixMarket", "matrix", "coordinate"] or kind[3:] not in _MARKET_KINDS:
+                raise InputError(
+                    f"{path}: expected '%%MatrixMarket matrix coordinate' with real, integer or complex numbers,"
+                    f" 'general', in the first line; got {' '.join(kind)[:80]!r}"
+                )
+            comments, line = list[str](), file.readline()
+            while line.startswith("%") or line.isspace():
+                comments.append(line)
+                line = file.readline()
+            rows, columns, entries = map(int, line.split())
+            body = _market_entries(file, kind[3])
+        with path.open("rb") as ended:
+            ended.seek(-1, os.SEEK_END)
+            if ended.read() != b"\n":  # a number that was cut short would still be one
+                raise InputError(f"{path}: damaged: ends in the middle of a line")
+    except InputError:
+        raise
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{path}: not a Matrix Market file, or damaged: {error}") from None
+    if len(body) != entries or min(rows, columns) < 0:
+        raise InputError(f"{path}: damaged: announces {entries} entries and holds {len(body)}")
+    record = "".join(line.removeprefix(mtx.COMMENT).rstrip("\n") for line in comments if line.startswith(mtx.COMMENT))
+    values = body["real"] + 1j * body["imaginary"] if kind[3] == "complex" else body["real"]
+    parts = {"row": body["row"] - 1, "col": body["column"] - 1, "data": values, "shape": np.array([rows, columns])}
+    return {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}, record or None
+
+
+_MARKET_KINDS = (["real", "general"], ["integer", "general"], ["complex", "general"])
+
+
+def _market_entries(file: TextIO, kind: str) -> np.ndarray[Any, Any]:
+    """The lines of a Matrix Market file behind its header: row, column (both counted from 1), real[, imaginary]."""
+    number = "i8" if kind == "integer" else "f8"
+    fields = [("row", "i8"), ("column", "i8"), ("real", number)]
+    fields += [("imaginary", number)] if kind == "complex" else []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="loadtxt: input contained no data")
+        return np.loadtxt(file, dtype=np.dtype(fields), comments=None, ndmin=1)
+
+
 _READERS = {
     ".npz": _read_npz,
     ".npy": _read_npy,
     ".safetensors": _read_safetensors,
     ".pt": _read_pt,
+    ".mtx": _read_mtx,
 }
 
 

@@ -92,6 +92,15 @@ def network() -> dict[str, Tensor]:
     }
 
 
+MODEL = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, (3, 2)), nn.BatchNorm2d(4), nn.ReLU())
+"""
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of files, good and bad."""
@@ -104,6 +113,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / f"cut.{name}").write_bytes(whole[: int(len(whole) * keep)])
     (folder / "empty.safetensors").write_bytes(b"")
     (folder / "hello.txt").write_text("hello\n")
+    (folder / "model.py").write_text(MODEL)
     (folder / "there.safetensors").write_text("somebody's work")
     (folder / "there.npz").write_text("somebody's work")
     (folder / "there.png").write_text("somebody's work")
@@ -161,8 +171,12 @@ MISTAKES = [
         for line in (
             "inspect {}",
             "toeplitz {} first --input-size 5,7 -o t.npz",
+            "unfold {} first -o u.npz",
+            "spectrum {} first --input-size 5,7",
+            "plan {} --model model.py:Net --input-size 3,9,8",
             "fuse {} first second -o f.safetensors",
             "verify {} net.pt",
+            "convert {} c.safetensors",
         )
         for file, message in (
             ("missing.safetensors", "no such file"),
@@ -186,6 +200,8 @@ MISTAKES = [
     ),
     # --- numbers that aren't finite
     ("toeplitz net.safetensors poison --input-size 5,7 -o t.npz", 3, "poison.weight: holds inf or NaN"),
+    ("unfold net.pt poison -o u.npz", 3, "poison.weight: holds inf or NaN"),
+    ("spectrum net.pt poison --input-size 5,7", 3, "poison.weight: holds inf or NaN"),
     ("fuse net.pt poison second -o f.pt", 3, "poison.weight: holds inf or NaN"),
     ("verify net.pt net.pt --before poison --after first --input-size 5,7", 3, "poison.weight: holds inf or NaN"),
     (
@@ -201,6 +217,10 @@ MISTAKES = [
         2,
         "an input size of 2 .* smaller than the kernel, which spans 3",
     ),
+    ("unfold net.pt first --input-size 2,7 -o u.npz", 2, "smaller than the kernel, which spans 3"),
+    ("spectrum net.pt first --input-size 2,7", 2, "smaller than the kernel, which spans 3"),
+    ("spectrum net.pt first", 2, "needs --input-size"),
+    ("plan --model model.py:Net --input-size 2,9,8", 2, "."),
     ("toeplitz net.pt first --input-size 7 -o t.npz", 2, "input size"),
     ("toeplitz net.pt first -o t.npz", 2, "needs --input-size"),
     ("verify net.pt net.pt --before first --after first --input-size 9,1", 2, "smaller than the kernel, which spans 2"),
@@ -219,6 +239,13 @@ MISTAKES = [
     ("inspect net.pt first second third", 2, "expected no more arguments, got second third"),
     ("verify net.pt net.pt --trials many", 2, "--trials: expected an integer, got 'many'"),
     ("verify net.pt net.pt --rtol tiny", 2, "--rtol: expected a number, got 'tiny'"),
+    ("unfold net.pt first", 2, "expected --out: "),
+    ("spectrum net.pt frist --input-size 5,7", 2, r"no layer 'frist'; did you mean first\?"),
+    ("convert net.pt c.pt --dtype float31", 2, "--dtype: expected one of .* got 'float31'"),
+    ("convert net.pt c.pt --shard-size much", 2, "--shard-size: expected a number of bytes .* got 'much'"),
+    ("plan --model model.py:Nat --input-size 3,9,8", 2, "model.py has no 'Nat'"),
+    ("plan --model nowhere.py:Net --input-size 3,9,8", 3, "nowhere.py: no such file"),
+    ("plan net.pt", 2, "expected --model"),
     ("fuse net.pt first second", 2, "expected -o OUT"),
     ("fuse", 2, "expected CKPT"),
     ("fuse net.pt first -o f.pt", 2, "expected two layers or more"),
@@ -243,6 +270,10 @@ MISTAKES = [
     # --- outputs
     ("fuse net.pt first second -o there.safetensors", 5, "there.safetensors: exists already; use --force"),
     ("toeplitz net.pt first --input-size 5,7 -o there.npz", 5, "there.npz: exists already; use --force"),
+    ("unfold net.pt first -o there.npz", 5, "there.npz: exists already; use --force"),
+    ("convert net.pt there.safetensors", 5, "there.safetensors: exists already; use --force"),
+    ("convert net.pt no/c.pt", 5, "no/c.pt: the folder no doesn't exist"),
+    ("convert net.pt c.onnx", 2, "c.onnx: expected a name that ends in .safetensors"),
     ("toeplitz net.pt first --input-size 5,7 -o t.npz --plot there.png", 5, "there.png: exists already; use --force"),
     ("toeplitz net.pt first --input-size 5,7 -o t.npz --plot t.jpg", 2, "t.jpg: expected a name that ends in .png"),
     ("fuse net.pt first second -o no/f.pt", 5, "no/f.pt: the folder no doesn't exist"),
@@ -335,6 +366,10 @@ SUCCESSES = [
     ("fuse net.pt first second --dry-run -o f.pt", None),
     ("fuse --list-recipes", None),
     ("verify net.pt net.pt --before first --after first --input-size 6,7", None),
+    ("unfold net.pt first --input-size 5,7 -o u.npz", "u.npz"),
+    ("spectrum net.pt first --input-size 5,7", None),
+    ("plan --model model.py:Net --input-size 3,9,8", None),
+    ("convert net.pt c.safetensors", "c.safetensors"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Faults planted into correct fused checkpoints: each is found, in every dtype, and nothing is found where there is none.
+"""Faults planted into correct fused checkpoints: each is found, in every dtype, and nothing where there is none.
 
 The table of what each costs, in ratios of error to bound:
 
@@ -257,8 +257,10 @@ FAULTS: tuple[tuple[str, Fault], ...] = (
     ("another tensor of another dtype", tensor_of_another_dtype),
 )
 NOT_FINITE = ("NaN", "infinity")  # the file is refused for holding them, exit code 3
-ELSEWHERE = ("one bit of another tensor", "a tensor that was taken out is back", "another tensor gone")
-ELSEWHERE += ("another tensor of another dtype",)
+ELSEWHERE = (
+    *("one bit of another tensor", "a tensor that was taken out is back"),
+    *("another tensor gone", "another tensor of another dtype"),
+)
 
 
 def plant(fused: Fused, fault: Fault) -> tuple[int, dict[str, Any]]:
@@ -275,9 +277,9 @@ def cost(code: int, document: dict[str, Any]) -> str:
     if document["other_tensors"]["differing"]:
         return ", ".join(document["other_tensors"]["differing"].values())
     worst = [part for part in document["fusions"] if not part["equivalent"]]
-    return (
-        str(worst[0]["mismatch"].partition(":")[0]) if worst[0]["mismatch"] else f"{max(p['ratio'] for p in worst):.3g}"
-    )
+    if worst[0]["mismatch"]:
+        return str(worst[0]["mismatch"]).partition(":")[0]
+    return f"{max(float(part['ratio']) for part in worst):.3g}"
 
 
 @pytest.fixture(scope="module", params=DTYPES)

@@ -329,6 +329,7 @@ class _Resolution:
 
     def __init__(self, rule: Rule, known: Known, origin: str) -> None:
         self.rule, self.known, self.origin = rule, known, origin
+        self.spellings: dict[str, dict[str, set[str]]] = {}
         self.numbers = {match[1] for text in self._texts() for match in _VARIABLE.finditer(text) if match[2]}
 
     def fusions(self) -> Iterator[PlannedFusion]:
@@ -378,20 +379,24 @@ class _Resolution:
             variable = match[1]
             if not match[3]:
                 continue
-            spelled = {
-                found[variable]
-                for other in leaves(self.rule.tree)
-                if not other.is_function and f"{{{variable}}}" in other.text
-                for _, found in self._fits(other, {})
-                if found[variable].replace(".", "_") == values[variable]
-            }
+            spelled = self._spellings(variable).get(values[variable], set())
             if len(spelled) != 1:
                 where = f"{self.origin}: {pattern.source}:{name}"
                 if not spelled:
                     raise UsageError(f"{where}: no layer is called {values[variable]!r}, with _ for dots")
                 raise UsageError(f"{where}: {values[variable]!r} could be {' or '.join(sorted(spelled))}")
-            plain[variable] = spelled.pop()
+            (plain[variable],) = spelled
         return plain
+
+    def _spellings(self, variable: str) -> dict[str, set[str]]:
+        """Values of a variable, as other layers' names have them, by their form with underscores."""
+        if variable not in self.spellings:
+            found = self.spellings[variable] = {}
+            for pattern in leaves(self.rule.tree):
+                if not pattern.is_function and f"{{{variable}}}" in pattern.text:
+                    for _, values in self._fits(pattern, {}):
+                        found.setdefault(values[variable].replace(".", "_"), set()).add(values[variable])
+        return self.spellings[variable]
 
     def _tree(self, plan: Plan, binding: Binding) -> Ref | None:
         """The plan with names filled in; None where all of it is optional and absent."""

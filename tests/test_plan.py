@@ -531,6 +531,54 @@ def test_a_forward_that_counts_on_the_channels_keeps_its_layers() -> None:
     assert alone["a out"].startswith("the model's code doesn't run without the layers: ")
 
 
+def test_a_forward_that_looks_at_the_kinds_of_its_modules_keeps_them() -> None:
+    """A batch norm that is gone takes the activation behind it along: the shapes say nothing of that."""
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        for module in m.children():
+            x = F.relu(module(x)) if isinstance(module, nn.BatchNorm2d) else module(x)
+        return x
+
+    chains, alone, _ = planned(Net(forward, a=conv(), bn=nn.BatchNorm2d(4), b=conv()))
+    assert chains == []
+    assert alone == {"a bn": "the model's code does something else without the layers"}
+
+
+@pytest.mark.parametrize("how", ["an attribute", "a list", "a hook", "a sum in an attribute"])
+def test_a_value_that_the_model_puts_aside_stays(how: str) -> None:
+    aside: list[Tensor] = []
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.seq(x)
+        if how == "an attribute":
+            m.kept = y
+        elif how == "a list":
+            aside.append(y)
+        elif how == "a sum in an attribute":
+            y = y + m.other(x)
+            m.kept = y
+        return m.bn(y)  # type: ignore[no-any-return]
+
+    net = filled(Net(forward, seq=nn.Sequential(conv()), other=conv(), bn=nn.BatchNorm2d(4)))
+    if how == "a hook":
+        net.get_submodule("seq").register_forward_hook(lambda module, inputs, output: aside.append(output))
+    found = convtool.plan(net, (4, 9, 7))
+    assert found.fusions == ()
+    assert {one.reason for one in found.left_alone} <= {"seq.0: the model's code keeps its value"}
+
+
+def test_a_transposed_layer_that_is_told_its_output_size_stays() -> None:
+    """That size needs an output padding which the layer's attributes don't have."""
+    net = Net(
+        lambda m, x: m.bn(m.a(x, output_size=(18, 13))),
+        a=nn.ConvTranspose2d(4, 4, (3, 1), 2, (1, 0)),
+        bn=nn.BatchNorm2d(4),
+    )
+    chains, alone, _ = planned(net)
+    assert chains == []
+    assert alone == {"a bn": "a: the model's code gives it an output size of its own"}
+
+
 class Scaled(nn.Module):
     """A block with a scale of its own, behind a linear layer; it can do without, or not."""
 

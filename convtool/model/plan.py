@@ -211,6 +211,7 @@ class _Planner:
         self.state = StateCheckpoint.of(model)
         self.shapes = layer_shapes(self.state, self.layers, is_biased or self._is_biased)
         self.judge = Judge(flow, self.shapes)
+        self.flow = replace(flow, apart={**self._resized(), **flow.apart})
         self.watch = Stopwatch(self._kind, _dtype(model)) if measure else None
         self.left_alone: list[LeftAlone] = []
 
@@ -339,6 +340,17 @@ class _Planner:
         if seconds is not None:
             return f"{seconds[0] * 1e3:.3g} ms", f"{seconds[1] * 1e3:.3g} ms"
         return f"{piece.before.multiply_adds} multiply-adds", f"{piece.after.multiply_adds}"
+
+    def _resized(self) -> dict[str, str]:
+        """Layers whose output isn't of the size that their geometry says: transposed ones that are told another."""
+        told = {}
+        for step in self.flow.calls():
+            shape = self.shapes.get(step.name)
+            if shape is None or shape.geometry is None:
+                continue
+            if step.shape[2:] != shape.geometry.output_size(self.flow.input_shape(step)[2:]):
+                told[step.name] = "the model's code gives it an output size of its own"
+        return told
 
     def _is_biased(self, name: str) -> bool:
         bias = self.state.tensor(f"{name}.bias" if name else "bias")

@@ -58,6 +58,28 @@ def record_run(
     return recorder.steps, recorder.leaving(output) | recorder.still_alive(), recorder.read_outside
 
 
+def kept_layers(
+    model: nn.Module, inputs: Sequence[Any], layers: Mapping[str, ModuleLayer], classify: Classify, axes: Axes
+) -> set[str]:
+    """The layers whose values are still held after a run, by the model's own code or by hooks, once its output is gone.
+
+    Also those whose values went into such a one with nothing but copies, additions and flattens in between.
+    """
+    recorder = _Recorder(model, layers, classify, axes)
+    with recorder.hooked(), recorder:
+        model(*inputs)
+    ahead, seen, kept = list(recorder.still_alive()), set[int](), set[str]()
+    while ahead:
+        number = ahead.pop()
+        step = recorder.steps[number]
+        if step.op is Op.LAYER:
+            kept.add(step.name)
+        elif step.op is not Op.OTHER and number not in seen:
+            ahead += step.reads
+        seen.add(number)
+    return kept
+
+
 class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module, layers: Mapping[str, ModuleLayer], classify: Classify, axes: Axes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -15,6 +15,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from convtool.checkpoint.info import TensorInfo, group_layers
 from convtool.core.flow import Flow, Op, Step
 from convtool.errors import RefusedError, UsageError
 from convtool.model.layers import ModuleLayer, module_layers
-from convtool.model.record import record_run
+from convtool.model.nowhere import nowhere
+from convtool.model.record import kept_layers, record_run
 
 Inputs = tuple[Any, ...]
 
@@ -102,7 +104,12 @@ def _by_export(model: nn.Module, inputs: Inputs, layers: Mapping[str, ModuleLaye
         exported = exported.run_decompositions({})  # what is changed in place becomes a value of its own
     signature = exported.graph_signature
     tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return _ExportedRun(exported.graph, tensors, model, layers).flow()
+    flow = _ExportedRun(exported.graph, tensors, model, layers).flow()
+    # An exported graph doesn't show what the code puts aside for itself, or a hook does.
+    known = {name: layer for name, layer in layers.items() if not layer.foreign}
+    with nowhere(model):
+        kept = kept_layers(model, inputs, known, classify, layer_axes)
+    return replace(flow, apart={**dict.fromkeys(sorted(kept), "the model's code keeps its value"), **flow.apart})
 
 
 def _changes_in_place(node: fx.Node) -> bool:

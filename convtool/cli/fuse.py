@@ -270,7 +270,7 @@ def _input_layers(normalize: tuple[str, str] | None, input_scale: str | None) ->
 
 def _find_recipe(text: str) -> Recipe:
     """A recipe by its name, or by the path of its file."""
-    from convtool.cli.options import STDIN, read_toml
+    from convtool.cli.options import STREAM, read_toml
     from convtool.errors import UsageError, did_you_mean
     from convtool.recipe import parse_recipe
     from convtool.recipes import shipped
@@ -278,7 +278,7 @@ def _find_recipe(text: str) -> Recipe:
     known = shipped()
     if text in known:
         return known[text]
-    if not text.endswith(".toml") and text != STDIN:
+    if not text.endswith(".toml") and text != STREAM:
         near = did_you_mean(text, known, f"; expected one of {', '.join(known)}, or a .toml file")
         raise UsageError(f"--recipe: no recipe {text!r}{near}")
     return parse_recipe(read_toml(Path(text)), text)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.core.fields import FieldSource, FieldSources
 
-STDIN = "-"
+STREAM = "-"  # in place of a file: stdin, or stdout
 DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
 
 CheckpointPath = Annotated[
@@ -214,7 +214,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     import tomllib
 
     try:
-        if str(path) == STDIN:
+        if str(path) == STREAM:
             return tomllib.loads(sys.stdin.buffer.read().decode())
         with path.open("rb") as file:
             return tomllib.load(file)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convtool.cli.options import Force, Json, ModelArgs, Quiet, Root, parse_input_size
+from convtool.cli.options import STREAM, Force, Json, ModelArgs, Quiet, Root, parse_input_size
 from convtool.cli.output import Reporter, table
 from convtool.cli.run import run
 
@@ -21,6 +21,7 @@ EXAMPLES = """
 convtool plan resnet.safetensors --model torchvision.models:resnet50 --input-size 3,224,224
 convtool plan net.pt --model net.py:Net --model-args '{"width": 32}' --input-size 3,64,64 -o plan.toml
 convtool fuse net.pt --recipe plan.toml -o fused.pt
+convtool plan net.pt --model net.py:Net --input-size 3,64,64 -o - | convtool fuse net.pt --recipe - -o fused.pt
 # a folder as Hugging Face lays it out
 convtool plan folder/model.safetensors --model folder --input-size 3,224,224 --only-if-cheaper
 """
@@ -65,7 +66,9 @@ def command(
     input_size: ModelInput = None,
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", metavar="OUT", help="Write the plan as a recipe (.toml).", show_default=False),
+        typer.Option(
+            "--out", "-o", metavar="OUT", help="Write the plan as a recipe (.toml; - for stdout).", show_default=False
+        ),
     ] = None,
     fixed_size: FixedSize = False,
     only_if_cheaper: Annotated[
@@ -95,7 +98,10 @@ def command(
         size = parse_input_size(input_size)
         if model is None:
             raise UsageError("expected --model, the code that builds the model: pkg.mod:callable or file.py:callable")
-        if out is not None:
+        piped = out is not None and str(out) == STREAM
+        if piped and as_json:
+            raise UsageError("-o -: stdout holds the recipe or the document of --json; name a file for one of them")
+        if out is not None and not piped:
             check_target(out, force=force)
         opened = None if checkpoint is None else open_checkpoint(checkpoint, root)
         found = plan_for(
@@ -109,11 +115,11 @@ def command(
             measure=measure,
         )
         document = describe(found, None if checkpoint is None else str(checkpoint))
-        if out is not None and found.fusions:
+        if out is not None and found.fusions and not piped:
             with replacing(out, force=force) as file:
                 file.write(found.recipe().encode())
         document["out"] = None if out is None or not found.fusions else str(out)
-        reporter.result(document, lambda: _print(reporter, document, found))
+        reporter.result(document, lambda: print(found.recipe(), end="") if piped else _print(reporter, document, found))
 
     return run(reporter, body)
 

@@ -145,12 +145,14 @@ class Known:
         number: the one number that a tensor (source, full name) holds; None where there is no such tensor.
         fields: what is stated of a layer's geometry.
         ordered: whether the checkpoint has its layers in the model's order.
+        strength: a factor for every part that has an alpha.
     """
 
     layers: Layers
     number: Callable[[str, str], float | None] = lambda source, name: None
     fields: Callable[[str], Fields] = lambda name: {}
     ordered: bool = False
+    strength: float = 1.0
 
 
 _VARIABLE = re.compile(r"\{(\w+)(?:\+(\d+)|\|(\w+))?\}")
@@ -183,6 +185,8 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
     Raises:
         UsageError: a pattern fits nothing, a branch is only partly there, or two fusions claim one layer.
     """
+    if known.strength != 1 and not any(_is_alpha(part) for rule in recipe.rules for part in leaves(rule.tree)):
+        raise UsageError(f"{recipe.origin}: nothing in it has an alpha that a strength could go with")
     planned: list[PlannedFusion] = []
     for rule in recipe.rules:
         found = list(_Resolution(rule, known, recipe.origin).fusions())
@@ -489,7 +493,8 @@ class _Resolution:
         first = next(ref for part in chain for ref in leaves(part) if not is_function(ref.name))
         rank = self.known.layers[first.source][first.name].shape[0]
         # An alpha of 0 is how the trainers that write these files say that none was set.
-        return LayerRef(f"scale({alpha / rank!r})") if alpha else None
+        factor = self.known.strength * (alpha / rank if alpha else 1.0)
+        return None if factor == 1 and not alpha else LayerRef(f"scale({factor!r})")
 
     def _asked(self, text: str) -> str:
         """kernel(LAYER), half(LAYER) and stride(LAYER) inside of a function's arguments, as numbers."""
@@ -596,6 +601,10 @@ def _direct_layers(plan: Plan) -> list[Pattern]:
     if isinstance(plan, Sum):
         return []
     return [pattern for part in plan.parts for pattern in _direct_layers(part)]
+
+
+def _is_alpha(pattern: Pattern) -> bool:
+    return pattern.text.startswith(f"{_ALPHA}(")
 
 
 def _is_function(plan: Plan) -> bool:

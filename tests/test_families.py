@@ -396,7 +396,7 @@ def adapters(middle: bool) -> dict[str, nn.Sequential]:
     }
 
 
-@pytest.mark.parametrize("alpha", [None, 1.0])
+@pytest.mark.parametrize(("alpha", "strength"), [(None, None), (1.0, None), (1.0, 0.75), (None, -0.5)])
 @pytest.mark.parametrize(
     ("recipe", "prefix", "base", "middle"),
     [
@@ -406,7 +406,15 @@ def adapters(middle: bool) -> dict[str, nn.Sequential]:
         ("lora-kohya-ldm", "lora_unet_", "model.diffusion_model.", False),
     ],
 )
-def test_lora(recipe: str, prefix: str, base: str, middle: bool, alpha: float | None, tmp_path: Path) -> None:
+def test_lora(
+    recipe: str,
+    prefix: str,
+    base: str,
+    middle: bool,
+    alpha: float | None,
+    strength: float | None,
+    tmp_path: Path,
+) -> None:
     model, added = filled(Base()), adapters(middle)
     state = {f"{base}{name}": tensor for name, tensor in model.state_dict().items()}
     torch.save(state, tmp_path / "base.pt")
@@ -425,9 +433,8 @@ def test_lora(recipe: str, prefix: str, base: str, middle: bool, alpha: float | 
         {f"{base}down_blocks.0.resnets.0.conv_in": {"stride": 2, "padding": [1, 0]}}, tmp_path / "geometry.toml"
     )
     source = ["--with", f"lora={tmp_path / 'lora.pt'}"]
-    document = done(
-        "fuse", tmp_path / "base.pt", "--recipe", recipe, *source, *fields, "-o", tmp_path / "merged.safetensors"
-    )
+    words = [*source, *fields, *([] if strength is None else ["--strength", strength])]
+    document = done("fuse", tmp_path / "base.pt", "--recipe", recipe, *words, "-o", tmp_path / "merged.safetensors")
     assert [fusion["name"].removeprefix(base) for fusion in document["fusions"]] == list(added)
     assert document["left_alone"] == ["2 layers of lora: lora:lora_other_x.lora_down, lora:lora_unet_y"]
     merged = Base().double()
@@ -435,11 +442,23 @@ def test_lora(recipe: str, prefix: str, base: str, middle: bool, alpha: float | 
         {name.removeprefix(base): tensor for name, tensor in load(tmp_path / "merged.safetensors").items()}
     )
     x = inputs(2, 4, 7, 10)
-    scale = 1.0 if alpha is None else alpha / RANK
+    scale = (1.0 if alpha is None else alpha / RANK) * (1.0 if strength is None else strength)
     with torch.no_grad():
         expected = model(x, {name: lambda y, layers=layers: scale * layers(y) for name, layers in added.items()})
         assert relative_difference(expected, merged(x)) < CLOSE
-    assert run("verify", tmp_path / "base.pt", tmp_path / "merged.safetensors", *source)[0] == 0
+        if not base:
+            live = convtool.apply(copy.deepcopy(model), tmp_path / "merged.safetensors")
+            assert relative_difference(expected, live(x)) < CLOSE
+    if strength is None:
+        assert run("verify", tmp_path / "base.pt", tmp_path / "merged.safetensors", *source)[0] == 0
+
+
+def test_a_strength_needs_something_to_go_with(tmp_path: Path) -> None:
+    path = save(filled(RepVGG(REPVGG["repvgg"], 4, 6, 1, 1, deploy=False)), tmp_path / "net.pt")
+    words = ["fuse", path, "-o", tmp_path / "out.pt", "--strength", "0.5"]
+    assert error(*words, "rbr_dense.conv", "rbr_dense.bn")[0] == 2
+    code, message = error(*words, "--recipe", "expandnet")
+    assert (code, message) == (2, "expandnet.toml: nothing in it has an alpha that a strength could go with")
 
 
 def test_a_lora_for_a_layer_that_is_not_there(tmp_path: Path) -> None:

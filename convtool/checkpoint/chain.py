@@ -61,7 +61,8 @@ def find_named(checkpoint: Checkpoint, name: str) -> Layer:
     """
     layer = checkpoint.layer(name)
     parameter = name.rpartition(".")[2]
-    if parameter in layer.tensors and name != layer.name and parameter not in _OWN_NAMES:
+    whole = layer.kind in ("conv", "linear", "batch_norm")  # a full key of these means the layer
+    if parameter in layer.tensors and name != layer.name and parameter not in _OWN_NAMES and not whole:
         info = layer.tensors[parameter]
         if info.shape and all(size == 1 for size in info.shape[1:]):
             return Layer(name, "scale", {parameter: info})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from math import prod
+from dataclasses import replace
+from math import isfinite, prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -136,6 +137,12 @@ def command(
     model_args: ModelArgs = None,
     settings: Settings = None,
     sources_given: With = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(
+            "--strength", metavar="X", help="How much a LoRA recipe adds: X * alpha / rank.", show_default=False
+        ),
+    ] = None,
     root: Root = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     force: Force = False,
@@ -177,6 +184,8 @@ def command(
             raise UsageError(f"{'--fixed-size' if fixed_size else '--measure'}: goes with --auto")
         if found is not None and (chain or name):
             raise UsageError("--recipe names the layers; LAYERs, --name and --normalize don't go with it")
+        if strength is not None and (found is None or not isfinite(strength)):
+            raise UsageError("--strength: expected a number, and a --recipe that adds a LoRA")
         if bias_map and (allow_border or size is None):
             raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
         opened = open_checkpoint(checkpoint, root)
@@ -200,7 +209,9 @@ def command(
         check_used(sources, [full_name(layer, one) for one, other in checkpoints.items() for layer in other.layers])
         if found is not None:
             sources = sources.with_first(found.geometry)
-        named = _planned(plan) if plan else _fusions(found, chain, name or "", checkpoints, sources.fields)
+        named = _planned(plan) if plan else _fusions(
+            found, chain, name or "", checkpoints, sources.fields, 1.0 if strength is None else strength
+        )
         if size is not None and len(named) > 1:
             raise UsageError(
                 f"--input-size: is the size of one input, and the recipe makes {len(named)} fusions; leave it out"
@@ -285,7 +296,12 @@ def _find_recipe(text: str) -> Recipe:
 
 
 def _fusions(
-    found: Recipe | None, layers: list[str], name: str, checkpoints: Mapping[str, Checkpoint], fields: Any
+    found: Recipe | None,
+    layers: list[str],
+    name: str,
+    checkpoints: Mapping[str, Checkpoint],
+    fields: Any,
+    strength: float,
 ) -> list[PlannedFusion]:
     from convtool.checkpoint.fusion import check_nothing_missed
     from convtool.core.tree import Chain, LayerRef
@@ -294,7 +310,7 @@ def _fusions(
     if found is None:
         return [PlannedFusion(name, Chain(tuple(_layer_ref(layer, checkpoints, LayerRef) for layer in layers)))]
     asked: set[tuple[str, str]] = set()
-    planned = resolve(found, _known(checkpoints, fields, asked))
+    planned = resolve(found, replace(_known(checkpoints, fields, asked), strength=strength))
     check_nothing_missed(checkpoints, [one.tree for one in planned], asked)
     return planned
 

@@ -128,10 +128,12 @@ def verify(
         device: where to run it; the verdict is the same everywhere.
 
     Raises:
-        UsageError: `before` cannot run on that size; a tolerance that isn't one; nothing to run.
+        UsageError: `before` cannot run on that size; a tolerance or a seed that isn't one; nothing to run.
     """
     if trials < 1 and not exhaustive:
         raise UsageError(f"trials: expected at least 1, got {trials}; no comparison is no proof")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
     first: Expression = Chain(tuple(before)) if isinstance(before, Sequence) else before
     second = _stored_tree(after, dtype)
     kept: Expression = map_leaves(lambda leaf: leaf.conv, second)

@@ -113,6 +113,8 @@ def verify_matrix(
     """
     if trials < 1:
         raise UsageError(f"trials: expected at least 1, got {trials}; no comparison is no proof")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
     exact = conv.exact()
     whole = ToeplitzMatrix(exact, input_size, transpose=transpose, affine=affine)
     start, stop = (0, whole.shape[0]) if rows is None else rows

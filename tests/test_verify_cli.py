@@ -1,0 +1,510 @@
+"""`convtool verify` and what `convtool fuse` verifies: exit codes, documents, what is compared and what is said."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cases import real_numbers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from schemas import validate
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from convtool.checkpoint.proof import check_planned
+from convtool.cli.app import run_app
+from convtool.cli.verify import split_names
+from convtool.core.conv import Conv
+from convtool.core.rounding import rounded
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The one JSON document on stdout, as its schema says."""
+        found = json.loads(self.out)
+        assert isinstance(found, dict)
+        validate(found)
+        return found
+
+
+def cli(line: str) -> Run:
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+        code = run_app(shlex.split(line))
+    return Run(code, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def network(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    shapes = {
+        "first.weight": (4, 3, 3, 2),
+        "first.bias": (4,),
+        "second.weight": (5, 4, 2, 3),
+        "norm.weight": (5,),
+        "norm.bias": (5,),
+        "norm.running_mean": (5,),
+        "line.weight": (6, 5),
+        "deep.weight": (2, 3, 2, 1, 2),
+        "patch.weight": (8, 3, 4, 2),
+        "patch.bias": (8,),
+    }
+    state = {name: rounded(real_numbers(seed, *shape), dtype) for seed, (name, shape) in enumerate(shapes.items())}
+    state["norm.running_var"] = rounded(real_numbers(77, 5).square() + 0.1, dtype)
+    return state
+
+
+@pytest.fixture
+def net() -> dict[str, Tensor]:
+    state = network()
+    save_file(state, "net.safetensors")
+    torch.save(state, "net.pt")
+    return state
+
+
+CHAIN = "first second norm --set first.stride=2,1 --set first.padding=1,0:2 --set norm.eps=1e-3"
+
+
+# --- the report
+
+
+def test_the_document_says_all_that_was_found(net: dict[str, Tensor]) -> None:
+    assert cli(f"fuse net.safetensors {CHAIN} -o f.safetensors").code == 0
+    found = cli("verify net.safetensors f.safetensors --seed 5 --trials 3 --input-size 9,11 --json")
+    document = found.document
+    assert (found.code, found.err) == (0, "")
+    assert document["equivalent"] is True
+    assert document["statement"] == "every kernel entry met by itself"
+    assert (document["seed"], document["trials"], document["computed_in"]) == (5, 3, "float64")
+    assert document["input_sizes"] == "given"
+    (part,) = document["fusions"]
+    assert (part["before"], part["after"]) == (["first", "second", "norm"], ["first"])
+    assert part["input_size"] == [3, 9, 11]
+    assert part["inputs"]["normal"] == 3
+    assert part["input_channels_met"] == {"met": 3, "of": 3}
+    assert part["mismatch"] is part["rim"] is None
+    region = part["interior"]
+    assert part["ratio"] == region["ratio"] == pytest.approx(region["error"] / region["bound"])
+    assert 0.9 < region["ratio"] <= 1
+    assert region["kind"] == "impulse"
+    assert 0 < region["error"] <= region["largest_error"]
+    assert 0 < region["relative_error"] < 1e-6
+    assert len(region["where"]) == len(region["source"]) == 3
+    stored = part["run_as_stored"]
+    assert stored["dtype"] == "float32"
+    assert 0 < stored["difference"] < 1e-5
+    assert cli("verify net.safetensors f.safetensors --seed 5 --trials 3 --input-size 9,11 --json").out == found.out
+    assert cli("verify net.safetensors f.safetensors --seed 6 --trials 3 --input-size 9,11 --json").out != found.out
+
+
+def test_what_people_read(net: dict[str, Tensor]) -> None:
+    assert cli(f"fuse net.pt {CHAIN} -o f.pt").code == 0
+    found = cli("verify net.pt f.pt")
+    lines = found.out.splitlines()
+    assert lines[0].split("  ")[0] == "layers"
+    assert lines[1].startswith("first + second + norm = first  3x")
+    assert "equal, error/bound 0.9" in lines[1]
+    assert " in float32  equivalent" in lines[1]
+    assert lines[-2:] == ["4 other tensors: bit for bit the same", "equivalent, every kernel entry met by itself"]
+    assert cli("verify net.pt f.pt --exhaustive").out.endswith(
+        "equivalent, every basis vector run: this holds for all inputs of these sizes\n"
+    )
+    wrong = cli("verify net.pt f.pt --set norm.eps=1e-5")
+    assert wrong.code == 1
+    assert "output positions differ; worst in channel" in wrong.out
+    assert wrong.out.endswith("NOT equivalent\n")
+
+
+def test_several_sizes_in_one_run_and_by_default_ones_that_the_stride_does_not_divide(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.pt first second --set first.stride=3,2 -o f.pt").code == 0
+    chosen = cli("verify net.pt f.pt --json").document["fusions"]
+    heights, widths = ([part["input_size"][axis] for part in chosen] for axis in (1, 2))
+    assert len(chosen) == 3
+    assert len({n % 3 for n in heights}) == 3
+    assert len({n % 2 for n in widths}) == 2
+    given = cli("verify net.pt f.pt --input-size 9,10 --input-size 3,14,8 --json").document["fusions"]
+    assert [part["input_size"] for part in given] == [[3, 9, 10], [3, 14, 8]]
+
+
+def test_the_rim_is_apart(net: dict[str, Tensor]) -> None:
+    padded = "first second --set first.padding=1 --set second.padding=1"
+    assert cli(f"fuse net.pt {padded} -o f.pt --allow-border").code == 0
+    found = cli("verify net.pt f.pt --input-size 7,9 --json")
+    assert found.code == 1
+    (part,) = found.document["fusions"]
+    assert (part["interior"]["equal"], part["rim"]["equal"]) == (True, False)
+    text = cli("verify net.pt f.pt --input-size 7,9").out
+    assert "first, rim: " in text
+    assert "first, interior: " not in text
+
+
+# --- exit codes
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("verify net.pt missing.pt", 3, "no such file"),
+        ("verify net.pt net.pt", 3, "holds no record of what was fused; name the layers"),
+        ("verify net.pt f.pt --before first,second", 2, "--before and --after go together"),
+        ("verify net.pt f.pt --input-size 9", 2, "expected 2 spatial sizes"),
+        ("verify net.pt f.pt --input-size 4,9,9", 2, "takes 3 channels, not 4"),
+        ("verify net.pt f.pt --input-size 2,2", 2, "smaller than the kernel"),
+        ("verify net.pt f.pt --input-size x", 2, "--input-size"),
+        ("verify net.pt f.pt --trials 0", 2, "no comparison is no proof"),
+        ("verify net.pt f.pt --seed -3", 2, "seed: expected an integer from 0"),
+        ("verify net.pt f.pt --rtol -1", 2, "finite number of at least 0"),
+        ("verify net.pt f.pt --atol inf", 2, "finite number of at least 0"),
+        ("verify net.pt f.pt --computed-in float3", 2, "float3"),
+        ("verify net.pt f.pt --device nowhere", 2, "--device: torch cannot compute in float64 on 'nowhere' here"),
+        ("verify net.pt f.pt --set frist.stride=2", 2, "fits no layer"),
+        ("verify net.pt f.pt --before first,secnd --after first", 2, "did you mean second"),
+        ("verify net.pt f.pt --before first,deep --after first", 2, "spatial axes"),
+        ("verify net.pt f.pt --before first,patch --after first", 2, "channels don't fit"),
+        ("verify f.pt net.pt", 3, "holds no record"),
+    ],
+)
+def test_a_question_that_makes_no_sense_is_never_a_verdict(
+    net: dict[str, Tensor], line: str, code: int, message: str
+) -> None:
+    assert cli("fuse net.pt first second -o f.pt").code == 0
+    found = cli(line)
+    assert found.code == code
+    assert message in found.err.splitlines()[-1]
+    assert found.out == ""
+    assert cli(f"{line} --json").document["ok"] is False
+
+
+def test_records_of_different_histories_are_no_pair(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.pt first second -o one.pt").code == 0
+    assert cli("fuse net.pt second norm -o other.pt").code == 0
+    found = cli("verify one.pt other.pt")
+    assert found.code == 3
+    assert "different histories" in found.err
+
+
+# --- what is compared
+
+
+def test_only_the_fusions_since_before_are_run_and_all_of_them_spelled_out(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.pt first second -o one.pt --name whole --dtype float64").code == 0
+    assert cli("fuse one.pt whole norm -o two.pt --dtype float32").code == 0
+    assert cli("fuse two.pt patch deep -o no.pt").code == 2
+    through = cli("verify net.pt two.pt --json").document
+    assert {tuple(part["before"]) for part in through["fusions"]} == {("first", "second", "norm")}
+    assert through["equivalent"]
+    last = cli("verify one.pt two.pt --json").document
+    assert {tuple(part["before"]) for part in last["fusions"]} == {("whole", "norm")}
+    assert last["equivalent"]
+
+
+def test_every_recorded_fusion_is_run(net: dict[str, Tensor]) -> None:
+    state = {f"{block}.{name}": tensor.clone() for block in "xy" for name, tensor in network().items()}
+    save_file(state, "two.safetensors")
+    Path("r.toml").write_text('[[fuse]]\nname = "{b}.first"\nchain = ["{b}.first", "{b}.second"]\n')
+    assert cli("fuse two.safetensors --recipe r.toml -o f.safetensors").code == 0
+    document = cli("verify two.safetensors f.safetensors --json").document
+    assert {part["name"] for part in document["fusions"]} == {"x.first", "y.first"}
+    planted, metadata = load_file("f.safetensors"), metadata_of("f.safetensors")
+    planted["y.first.weight"][0, 0, 0, 0] += 1
+    save_file(planted, "g.safetensors", metadata)
+    found = cli("verify two.safetensors g.safetensors --json")
+    assert found.code == 1
+    assert {part["name"] for part in found.document["fusions"] if not part["equivalent"]} == {"y.first"}
+
+
+def metadata_of(path: str) -> dict[str, str]:
+    with safe_open(path, framework="pt") as opened:
+        found: dict[str, str] = opened.metadata()
+    return found
+
+
+def test_named_chains_of_any_length_on_both_sides(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.safetensors first second -o f.safetensors --name whole").code == 0
+    for sides in ("--before first,second --after whole", "--before first,second,norm --after whole,norm"):
+        found = cli(f"verify net.safetensors f.safetensors {sides} --json")
+        assert found.code == 0
+        assert found.document["other_tensors"] is None
+    assert cli("verify net.safetensors net.safetensors --before first --after first").code == 0
+    assert cli("verify net.safetensors net.safetensors --before first --after patch --input-size 8,8").code == 1
+    assert cli("verify net.safetensors f.safetensors --before first,second --after 'whole,scale(2)'").code == 1
+
+
+def test_a_patch_convolution_and_the_linear_layer_that_it_is(net: dict[str, Tensor]) -> None:
+    as_linear = {"patch.weight": net["patch.weight"].reshape(8, -1), "patch.bias": net["patch.bias"]}
+    save_file(as_linear, "linear.safetensors")
+    question = "verify net.safetensors linear.safetensors --before patch --after 'flatten(4,2),patch'"
+    assert cli(f"{question} --input-size 4,2 --exhaustive").code == 0
+    as_linear["patch.weight"] = net["patch.weight"].mT.reshape(8, -1).contiguous()
+    save_file(as_linear, "linear.safetensors")
+    assert cli(f"{question} --input-size 4,2").code == 1
+
+
+def test_names_are_parted_at_commas_outside_of_parentheses() -> None:
+    assert split_names("a,b") == ["a", "b"]
+    assert split_names("flatten(7,7), head") == ["flatten(7,7)", "head"]
+    assert split_names("pad(0:1,2:2),conv,avg_pool(2,3; padding=1,0)") == [
+        "pad(0:1,2:2)",
+        "conv",
+        "avg_pool(2,3; padding=1,0)",
+    ]
+    assert split_names("") == [""]
+
+
+def test_tensors_that_changed_vanished_or_appeared_are_named(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.safetensors first second -o f.safetensors").code == 0
+    fused, metadata = load_file("f.safetensors"), metadata_of("f.safetensors")
+    fused["line.weight"][0, 0] = -fused["line.weight"][0, 0]
+    fused["second.weight"] = net["second.weight"]  # which the record says is gone
+    del fused["norm.bias"]
+    save_file(fused, "g.safetensors", metadata)
+    found = cli("verify net.safetensors g.safetensors --json")
+    assert found.code == 1
+    assert found.document["other_tensors"]["differing"] == {
+        "line.weight": "changed",
+        "norm.bias": "missing",
+        "second.weight": "new",
+    }
+    text = cli("verify net.safetensors g.safetensors").out
+    assert "norm.bias: missing, and no fusion accounts for it\n" in text
+    assert "8 other tensors: 3 differ\n" in text
+
+
+def test_a_tolerance_instead_of_the_bound(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.pt first second -o f.pt --dtype float16").code == 0
+    assert cli("verify net.pt f.pt").code == 0
+    assert cli("verify net.pt f.pt --rtol 1e-9").code == 1
+    loose = cli("verify net.pt f.pt --rtol 1e-2 --atol 100 --json")
+    assert loose.code == 0
+    assert loose.document["tolerance"] == {"rtol": 1e-2, "atol": 100}
+
+
+# --- fused by torch
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_what_torch_fuses_in_lower_precision_passes_with_computed_in(name: str, groups: int) -> None:
+    dtype = getattr(torch, name)
+    torch.manual_seed(3)
+    conv, norm = nn.Conv2d(4, 6, (3, 2), groups=groups).to(dtype).eval(), nn.BatchNorm2d(6, eps=1e-3).to(dtype).eval()
+    for tensor in (norm.weight, norm.bias, norm.running_mean):
+        assert tensor is not None
+        tensor.data.copy_(torch.randn(6) * 3)
+    assert norm.running_var is not None
+    norm.running_var.copy_(torch.rand(6) + 0.05)
+    # In the first channel the bias cancels: what is left of it is rounding of numbers many times its size.
+    with torch.no_grad():
+        assert conv.bias is not None
+        gain = norm.weight[0].double() / (norm.running_var[0].double() + 1e-3).sqrt()
+        norm.bias[0] = -((conv.bias[0].double() - norm.running_mean[0].double()) * gain)  # type: ignore[index]
+    fused = fuse_conv_bn_eval(conv, norm)
+    save_file(nn.ModuleDict({"conv": conv, "norm": norm}).state_dict(), "net.safetensors")
+    save_file({f"conv.{key}": value.contiguous() for key, value in fused.state_dict().items()}, "torch.safetensors")
+    question = "verify net.safetensors torch.safetensors --before conv,norm --after conv --set norm.eps=1e-3"
+    question += f" --set conv.groups={groups}"
+    assert cli(f"{question} --computed-in {name}").code == 0
+    assert cli(question).code == 1, "not what float64 gives, rounded once"
+    off = {f"conv.{key}": value.clone() for key, value in fused.state_dict().items()}
+    off["conv.weight"][2, 1, 2, 0] *= 1 + 60 * torch.finfo(dtype).eps
+    save_file(off, "torch.safetensors")
+    assert cli(f"{question} --computed-in {name}").code == 1
+
+
+def test_a_model_rounded_layer_by_layer_is_what_rounding_can_do(net: dict[str, Tensor]) -> None:
+    assert cli("convert net.safetensors half.safetensors --dtype bfloat16").code == 0
+    question = "verify net.safetensors half.safetensors --before first,second,norm --after first,second,norm"
+    assert cli(question).code == 0
+    half = load_file("half.safetensors")
+    half["norm.running_var"][3] *= 1.02  # two units in its last place
+    save_file(half, "half.safetensors")
+    assert cli(question).code == 1
+
+
+# --- fuse verifies before it publishes
+
+
+def test_fuse_says_what_it_verified(net: dict[str, Tensor]) -> None:
+    shown = cli(f"fuse net.pt {CHAIN} -o f.pt").out
+    assert "  verified at 3x" in shown
+    assert "error/bound 0.9" in shown
+    (fusion,) = cli(f"fuse net.pt {CHAIN} -o f.pt --force --json").document["fusions"]
+    assert 0.9 < fusion["verified"]["ratio"] <= 1
+    assert all(len(size) == 3 for size in fusion["verified"]["input_sizes"])
+    (border,) = cli("fuse net.pt first second --set second.padding=1 --allow-border -o f.pt --force --json").document[
+        "fusions"
+    ]
+    assert border["verified"]["ratio"] <= 1
+    (apart,) = cli(f"fuse net.pt {CHAIN} -o f.pt --force --no-verify --json").document["fusions"]
+    assert apart["verified"] is None
+    assert "verified" not in cli(f"fuse net.pt {CHAIN} -o f.pt --force --no-verify").out
+
+
+def test_a_fusion_that_went_wrong_is_not_written(
+    net: dict[str, Tensor], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import convtool.core.fuse
+    from convtool.core.compose import compose_chain
+
+    def wrong(chain: Any) -> Conv:
+        fused = compose_chain(chain)
+        fused.weight[0, 0, 0, 0] *= 1 + 1e-6  # a few units in the last place of float32
+        return fused
+
+    monkeypatch.setattr(convtool.core.fuse, "compose_chain", wrong)
+    before = {path: path.read_bytes() for path in here.iterdir()}
+    found = cli("fuse net.pt first second -o f.pt")
+    assert found.code == 70
+    assert "made of first, second, differs from them at input size" in found.err
+    assert found.out == ""
+    assert {path: path.read_bytes() for path in here.iterdir()} == before
+    assert cli("fuse net.pt first second -o f.pt --no-verify").code == 0
+    assert cli("verify net.pt f.pt").code == 1
+
+
+def test_a_dry_run_verifies_too(net: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def check(layer: Any, checkpoints: Any) -> Any:
+        asked.append(layer.name)
+        return check_planned(layer, checkpoints)
+
+    monkeypatch.setattr("convtool.checkpoint.proof.check_planned", check)
+    assert cli("fuse net.pt first second -o f.pt --dry-run").code == 0
+    assert asked == ["first"]
+
+
+# --- matrices
+
+
+def test_a_layer_and_its_matrix_by_the_files_own_record(net: dict[str, Tensor]) -> None:
+    made = "first --stride 2,1 --padding 1,0 --input-size 6,7"
+    told = "--before first --set first.stride=2,1 --set first.padding=1,0 --input-size 6,7"
+    for out, options in (
+        ("m.npz", ""),
+        ("m.npz", "--transpose --affine"),
+        ("m.safetensors", "--rows 3:17"),
+        ("m.safetensors", "--dtype float16"),
+        ("m.safetensors", "--layout dense --affine"),
+        ("m.safetensors", "--layout dense --transpose"),
+        ("m.pt", "--transpose"),
+        ("m.pt", "--affine --rows 3:17"),
+        ("m.npz", "--layout coo --dtype float64"),
+        ("m.npy", "--transpose"),
+        ("m.npy", "--affine"),
+    ):
+        assert cli(f"toeplitz net.pt {made} -o {out} {options} --force").code == 0
+        found = cli(f"verify net.pt {out} {told if out == 'm.npy' else ''} --json")
+        assert found.code == 0, (out, options, found.out)
+        matrix = found.document["matrix"]
+        assert matrix["of"] == "first"
+        assert matrix["ratio"] <= 1
+        assert matrix["entries"]["positions"] > 0
+        assert matrix["products"]["equal"]
+        assert matrix["bias_missing"] is (out == "m.npy" and "affine" not in options)
+
+
+def test_a_matrix_that_is_not_the_layers(net: dict[str, Tensor]) -> None:
+    assert cli("toeplitz net.pt first --input-size 6,7 -o m.npy").code == 0
+    question = "verify net.pt m.npy --before first --input-size 6,7"
+    assert cli(question).code == 0
+    matrix = np.load("m.npy")
+    row, column = (int(i) for i in np.argwhere(matrix)[37])
+    matrix[row, column] = np.nextafter(matrix[row, column], np.float32(9))
+    np.save("m.npy", matrix)
+    found = cli(f"{question} --json")
+    assert found.code == 1
+    assert found.document["matrix"]["entries"]["where"] == [row, column]
+    assert found.document["matrix"]["entries"]["differing"] == 1
+    assert (
+        f"entries: 1 of {np.count_nonzero(matrix)} differ; worst at row, column {row}, {column}:" in cli(question).out
+    )
+    shape = cli("verify net.pt m.npy --before first --input-size 7,6")
+    assert shape.code == 1
+    assert "the layer's matrix is" in shape.out
+    wrong = cli("verify net.pt m.npy --before first --input-size 6,7 --set first.stride=2")
+    assert wrong.code == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("verify net.pt m.npy", 2, "doesn't say which layer it is of; name it with --before"),
+        ("verify net.pt m.npy --before first", 2, "give --input-size"),
+        ("verify net.pt m.npy --before frist --input-size 6,7", 2, "did you mean first"),
+        ("verify net.pt m.npy --before first --input-size 6,7 --input-size 5,7", 2, "one input size"),
+        ("verify m.npy net.pt", 2, "the matrix is AFTER"),
+        ("verify m.npy m.npy --before first", 2, "BEFORE is a matrix file as well"),
+        ("verify net.pt m.npy --before first --input-size 6,7 --rtol 1", 2, "don't go with a matrix file"),
+        ("verify net.pt missing.npz", 3, "no such file"),
+        ("verify net.pt broken.npz", 3, "broken.npz"),
+        ("verify net.pt whole.npy --before first --input-size 6,7", 3, "floating-point"),
+    ],
+)
+def test_questions_about_matrices_that_make_no_sense(
+    net: dict[str, Tensor], line: str, code: int, message: str
+) -> None:
+    assert cli("toeplitz net.pt first --input-size 6,7 -o m.npy").code == 0
+    Path("broken.npz").write_bytes(b"PK\x03\x04 nothing")
+    np.save("whole.npy", np.load("m.npy").astype(np.int64))
+    found = cli(line)
+    assert found.code == code
+    assert message in found.err.splitlines()[-1]
+    assert cli(f"{line} --json").document["ok"] is False
+
+
+def test_two_matrices(net: dict[str, Tensor]) -> None:
+    made = "toeplitz net.pt first --input-size 6,7"
+    assert cli(f"{made} -o one.npz").code == 0
+    assert cli(f"{made} -o dense.safetensors --layout dense").code == 0
+    assert cli(f"{made} -o half.pt --layout coo --dtype bfloat16").code == 0
+    assert cli(f"{made} -o wide.npz --stride 2").code == 0
+    for pair, code in (
+        ("one.npz one.npz", 0),
+        ("one.npz dense.safetensors", 0),
+        ("dense.safetensors one.npz", 0),
+        ("one.npz half.pt", 0),
+        ("half.pt one.npz", 1),  # BEFORE is what is exact
+        ("one.npz wide.npz", 1),
+    ):
+        found = cli(f"verify {pair} --json")
+        assert found.code == code, pair
+        assert found.document["equivalent"] is (code == 0)
+
+
+def test_a_matrix_of_a_linear_layer_and_of_a_batch_norm(net: dict[str, Tensor]) -> None:
+    assert cli("toeplitz net.pt line -o line.npz").code == 0
+    assert cli("verify net.pt line.npz").code == 0
+    assert cli("toeplitz net.pt norm --input-size 5,3,4 --set norm.eps=0.5 -o norm.npz").code == 0
+    assert cli("verify net.pt norm.npz").code == 0
+    assert cli("verify net.pt norm.npz --set norm.eps=0.25").code == 1
+
+
+def test_the_largest_numbers_stay_valid_json(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.safetensors first second -o f.safetensors").code == 0
+    fused = load_file("f.safetensors")
+    fused["first.weight"][0, 0, 0, 0] = torch.finfo(torch.float32).max
+    fused["first.bias"][1] = -torch.finfo(torch.float32).max
+    save_file(fused, "g.safetensors", metadata_of("f.safetensors"))
+    found = cli("verify net.safetensors g.safetensors --json")
+    assert found.code == 1
+    assert math.isfinite(float(found.document["fusions"][0]["interior"]["error"]))

@@ -42,8 +42,9 @@ STEPS = {
 OWN = {"recipes": {"recipe"}}  # the shipped recipes are of the same part as what reads them
 
 CORE_IMPORTS = {
-    *("__future__", "collections", "contextlib", "dataclasses", "enum", "fnmatch", "fractions", "functools"),
-    *("difflib", "itertools", "json", "math", "operator", "re", "types", "typing", "warnings"),
+    *("__future__", "collections", "concurrent", "contextlib", "dataclasses", "enum", "fnmatch", "fractions"),
+    *("functools", "difflib", "itertools", "json", "math", "operator", "re", "threading", "types", "typing"),
+    *("warnings",),
     *("convtool", "numpy", "scipy", "torch"),
 }
 # Names that, called or looked up, would print, open a file, or run a program.

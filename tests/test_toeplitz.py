@@ -249,7 +249,7 @@ def test_laws_over_the_table_in_small_tiles(
     stretches_cover_the_rows_and_tell_what_is_equal(conv, case.input_size)
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(layer=layers_with_sizes(), entries=st.sampled_from((3, 10, 30, 100)))
 def test_random_layers_in_small_tiles(entries: int, layer: tuple[Conv, Size]) -> None:
     with pytest.MonkeyPatch.context() as patch:
@@ -257,6 +257,15 @@ def test_random_layers_in_small_tiles(entries: int, layer: tuple[Conv, Size]) ->
         patch.setattr(module, "TEMPLATES", 6)
         it_is_what_the_layer_makes_of_each_basis_vector(*layer)
         stretches_cover_the_rows_and_tell_what_is_equal(*layer)
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_laws_over_the_table_in_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    for name, number in {"PART_ENTRIES": 1, "TILE_ENTRIES": 20, "TEMPLATES": 2}.items():
+        monkeypatch.setattr(module, name, number)
+    it_is_what_the_layer_makes_of_each_basis_vector(case.conv(), case.input_size)
+    any_range_of_rows_is_a_slice_of_the_whole(case.conv(), case.input_size)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

@@ -9,8 +9,11 @@ serve all tiles of all channels, and any range of rows can be made by itself.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Hashable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -30,16 +33,29 @@ if TYPE_CHECKING:
 
 INT32_MAX = 2**31 - 1
 
+# Values are moved as integers of their size, since numpy has no bfloat16 and torch's own copies start threads.
+_WORDS: dict[int, npt.DTypeLike] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
+_TORCH_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
 _NUMPY_INDEX: dict[torch.dtype, npt.DTypeLike] = {torch.int32: np.int32, torch.int64: np.int64}
 
 # Entries in a block of rows: 8 MiB of values at most, long enough that the per-block overhead doesn't show.
 BLOCK_ENTRIES = 1 << 20
+
+# Entries for each thread at least: below, starting threads takes longer than they save.
+PART_ENTRIES = 1 << 19
 
 # Entries in a tile: its template (12 bytes an entry) and what is made from it stay in a core's own cache.
 TILE_ENTRIES = 1 << 17
 
 # Templates kept, 18 MiB at most. A tile is at the start of an axis, inside or at its end: nine kinds for two axes.
 TEMPLATES = 12
+
+
+def _words(tensor: Tensor) -> npt.NDArray[Any]:
+    """The tensor's numbers as `_WORDS` has them."""
+    words: npt.NDArray[Any] = tensor.resolve_conj().contiguous().view(_TORCH_WORDS[tensor.dtype.itemsize]).numpy()
+    return words
 
 
 def index_dtype(largest: int) -> torch.dtype:
@@ -154,7 +170,7 @@ class _Template(NamedTuple):
 
     starts: npt.NDArray[np.int64]  # (positions + 1,) where each position's entries begin
     columns: npt.NDArray[Any]  # (entries,) of the matrix's index dtype, less the tile's shift
-    sources: Tensor  # (entries,) where in the channel's row of `ToeplitzMatrix._values` each value stands
+    sources: npt.NDArray[np.int64]  # (entries,) where in `ToeplitzMatrix._values`, of its channel, each value stands
 
     def part(self, start: int, stop: int) -> slice:
         """The entries of its positions start:stop."""
@@ -228,7 +244,8 @@ class ToeplitzMatrix:
         self._templates: dict[tuple[object, ...], _Template] = {}
         self._tiles: dict[int, _Tile] = {}
         self._patterns: dict[object, int] = {}
-        self._channel_values: tuple[tuple[int, int], Tensor] | None = None
+        self._channel_values: tuple[tuple[int, int], npt.NDArray[Any]] | None = None
+        self._lock = threading.Lock()  # of what threads find and keep: tiles, patterns, templates
         rows = weight.shape[0] * self._positions
         columns = self._column_step * conv.geometry.groups
         live = weight.shape[0] * weight.shape[1] * self._live_positions
@@ -308,11 +325,57 @@ class ToeplitzMatrix:
     def indices(self, start: int, stop: int) -> Tensor:
         """(entries,) the columns of rows start:stop, those of each row ascending and unique."""
         out = np.empty(self.entries(start, stop), dtype=_NUMPY_INDEX[self.index_dtype])
+        self._in_parts(start, stop, lambda first, last, part: self._fill_indices(first, last, out[part]))
+        return torch.from_numpy(out)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """(entries,) the values of rows start:stop, in the order of `indices`."""
+        out = np.empty(self.entries(start, stop), dtype=_WORDS[self.dtype.itemsize])
+        self._in_parts(start, stop, lambda first, last, part: self._fill_values(first, last, out[part]))
+        return torch.from_numpy(out).view(self.dtype)
+
+    def dense_rows(self, start: int, stop: int) -> Tensor:
+        """Rows start:stop as a dense (stop - start, columns) tensor."""
+        self._check_rows(start, stop)
+        out = np.zeros((stop - start, self.shape[1]), dtype=_WORDS[self.dtype.itemsize])
+
+        def fill(first: int, last: int, part: slice) -> None:
+            columns = np.empty(part.stop - part.start, dtype=_NUMPY_INDEX[self.index_dtype])
+            values = np.empty(len(columns), dtype=out.dtype)
+            self._fill_indices(first, last, columns)
+            self._fill_values(first, last, values)
+            row = np.repeat(np.arange(first - start, last - start), self.row_counts(first, last).numpy())
+            out.reshape(-1)[row * self.shape[1] + columns] = values
+
+        self._in_parts(start, stop, fill)
+        return torch.from_numpy(out).view(self.dtype)
+
+    def _in_parts(self, start: int, stop: int, fill: Callable[[int, int, slice], None]) -> None:
+        """Call `fill` with ranges of rows that make up start:stop, and where their entries stand; in several threads.
+
+        The threads are this function's own: torch's would start and meet again for each tile, which takes longer than
+        a tile does.
+        """
+        count = self.entries(start, stop)
+        threads = min(torch.get_num_threads(), count // PART_ENTRIES)
+        if threads <= 1:
+            fill(start, stop, slice(0, count))
+            return
+        cuts = [start + (stop - start) * number // threads for number in range(threads + 1)]
+        if cuts[1] - cuts[0] > self._positions:  # whole channels
+            cuts[1:-1] = [cut - cut % self._positions for cut in cuts[1:-1]]
+        places = [self.entries(start, cut) for cut in cuts]
+        parts = (slice(*pair) for pair in itertools.pairwise(places))
+        with ThreadPoolExecutor(threads) as pool:
+            begun = [pool.submit(fill, *cut, part) for cut, part in zip(itertools.pairwise(cuts), parts, strict=True)]
+            for part_done in begun:
+                part_done.result()
+
+    def _fill_indices(self, start: int, stop: int, out: npt.NDArray[Any]) -> None:
         done = 0
         for first, last, begin, end, tile in self._pieces(start, stop):
             template = self._template(tile)
-            part = template.part(begin - tile.start, end - tile.start)
-            columns = template.columns[part]
+            columns = template.columns[template.part(begin - tile.start, end - tile.start)]
             channels = last - first
             target = out[done : done + channels * len(columns)].reshape(channels, len(columns))
             group = np.arange(first, last)[:, None] // self._per_group  # (channels, 1)
@@ -322,40 +385,28 @@ class ToeplitzMatrix:
             done += target.size
         if start < stop and stop > self._plain_rows:
             out[done:] = np.arange(self._plain_columns, dtype=out.dtype)  # the bias under a transposed matrix, in full
-        return torch.from_numpy(out)
 
-    def values(self, start: int, stop: int) -> Tensor:
-        """(entries,) the values of rows start:stop, in the order of `indices`."""
-        out = torch.empty(self.entries(start, stop), dtype=self.dtype)
-        made: dict[tuple[int, ...], Tensor] = {}  # the current channel's, by what they look like
-        done, channel = 0, -1
+    def _fill_values(self, start: int, stop: int, out: npt.NDArray[Any]) -> None:
+        made: dict[tuple[int, ...], npt.NDArray[Any]] = {}  # the current channels', by what they look like
+        done, channels = 0, (-1, -1)
         for first, last, begin, end, tile in self._pieces(start, stop):
-            if first != channel:
-                made, channel = {}, first
+            if (first, last) != channels:
+                made, channels, values = {}, (first, last), self._values(first, last)
             template = self._template(tile)
             part = template.part(begin - tile.start, end - tile.start)
             sources = template.sources[part]
-            target = out[done : done + (last - first) * len(sources)].view(last - first, len(sources))
+            target = out[done : done + (last - first) * len(sources)].reshape(last - first, len(sources))
             key = (*tile.pattern, part.start, part.stop)
             if key in made:
-                target.copy_(made[key])
+                np.copyto(target, made[key])
             else:
-                made[key] = torch.index_select(self._values(first, last), 1, sources, out=target)
+                made[key] = np.take(values, sources, axis=1, out=target, mode="clip")
             if self._has_bias_column:
-                ends = torch.from_numpy(template.ends(begin - tile.start, end - tile.start))
-                target[:, ends] = self._bias_rows[first:last, begin:end].to(self.dtype)
-            done += target.numel()
+                bias = _words(self._bias_rows[first:last, begin:end].to(self.dtype))
+                target[:, template.ends(begin - tile.start, end - tile.start)] = bias
+            done += target.size
         if start < stop and stop > self._plain_rows:
-            out[done:].view(self._bias_rows.shape).copy_(self._bias_rows)
-        return out
-
-    def dense_rows(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop as a dense (stop - start, columns) tensor."""
-        block = self.rows(start, stop)
-        out = torch.zeros(stop - start, self.shape[1], dtype=self.dtype)
-        row = torch.repeat_interleave(torch.arange(stop - start), block.counts)
-        out.view(-1)[row * self.shape[1] + block.indices] = block.values
-        return out
+            out[done:] = _words(self._bias_rows.to(self.dtype)).reshape(-1)
 
     def to_sparse_csr(self) -> Tensor:
         """The whole matrix as a torch sparse CSR tensor."""
@@ -387,14 +438,15 @@ class ToeplitzMatrix:
     def _per_group(self) -> int:
         return max(1, self._weight.shape[0] // self.conv.geometry.groups)
 
-    def _values(self, first: int, last: int) -> Tensor:
+    def _values(self, first: int, last: int) -> npt.NDArray[Any]:
         """(channels, column channels * subsets [+ 1]) every value that can stand in rows of channels first:last.
 
         The one more is the place of the bias, whose value depends on the position.
         """
-        if self._channel_values is None or self._channel_values[0] != (first, last):
-            self._channel_values = ((first, last), self._make_values(first, last))
-        return self._channel_values[1]
+        kept = self._channel_values
+        if kept is None or kept[0] != (first, last):
+            kept = self._channel_values = ((first, last), _words(self._make_values(first, last)))
+        return kept[1]
 
     def _make_values(self, first: int, last: int) -> Tensor:
         weight = self._weight[first:last]
@@ -480,9 +532,10 @@ class ToeplitzMatrix:
         line, rest = divmod(position, self._row_size[number] * inner)
         place = rest // (step * inner)
         key = line * self._row_size[number] + place
-        if key not in self._tiles:
-            self._tiles[key] = self._make_tile(line, place * step)
-        return self._tiles[key]
+        with self._lock:
+            if key not in self._tiles:
+                self._tiles[key] = self._make_tile(line, place * step)
+            return self._tiles[key]
 
     def _make_tile(self, line: int, begin: int) -> _Tile:
         number, step, inner = self._tiling
@@ -518,11 +571,12 @@ class ToeplitzMatrix:
 
     def _template(self, tile: _Tile) -> _Template:
         key = (self.index_dtype, *tile.pattern)
-        if key not in self._templates:
-            if len(self._templates) >= TEMPLATES:
-                self._templates.pop(next(iter(self._templates)))
-            self._templates[key] = self._make_template(tile.start, tile.stop, tile.shift)
-        return self._templates[key]
+        with self._lock:
+            if key not in self._templates:
+                if len(self._templates) >= TEMPLATES:
+                    self._templates.pop(next(iter(self._templates)))
+                self._templates[key] = self._make_template(tile.start, tile.stop, tile.shift)
+            return self._templates[key]
 
     def _make_template(self, start: int, stop: int, shift: int) -> _Template:
         """Columns and value sources of positions start:stop, in order, for the first channel of the first group."""
@@ -560,7 +614,7 @@ class ToeplitzMatrix:
         return _Template(
             starts,
             flat_columns.astype(_NUMPY_INDEX[self.index_dtype]),
-            torch.from_numpy(flat_sources),
+            flat_sources,
         )
 
 

@@ -11,7 +11,6 @@ from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.info import Layer, TensorInfo
 from convtool.checkpoint.safetensors_file import SafetensorsCheckpoint, looks_like_safetensors
 from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint, find_in_folder
-from convtool.checkpoint.torch_file import TorchCheckpoint
 from convtool.errors import InputError, UsageError
 
 __all__ = ["Checkpoint", "Layer", "TensorInfo", "open_checkpoint"]
@@ -21,6 +20,8 @@ _Opener: TypeAlias = Callable[[Path, str | None, bool], Checkpoint]
 
 
 def _open_torch(path: Path, root: str | None, mapped: bool) -> Checkpoint:
+    from convtool.checkpoint.torch_file import TorchCheckpoint  # a .safetensors file doesn't pay for its import
+
     return TorchCheckpoint(path, root, mapped=mapped)
 
 

@@ -49,9 +49,7 @@ def record_run(
         RefusedError: its control flow depends on values.
     """
     recorder = _Recorder(model, layers, classify, axes)
-    for value in pytree.tree_leaves(list(inputs)):
-        if isinstance(value, Tensor):
-            recorder.new(Step(Op.OTHER, "input", (), tuple(value.shape)), [value])
+    recorder.begin(inputs)
     with recorder.hooked(), recorder:
         output = run(*inputs)
     # Whatever is alive while the output is may be in it, however deep, or be kept by the model.
@@ -66,6 +64,7 @@ def kept_layers(
     Also those whose values went into such a one with nothing but copies, additions and flattens in between.
     """
     recorder = _Recorder(model, layers, classify, axes)
+    recorder.begin(inputs)
     with recorder.hooked(), recorder:
         model(*inputs)
     ahead, seen, kept = list(recorder.still_alive()), set[int](), set[str]()
@@ -98,6 +97,12 @@ class _Recorder(TorchDispatchMode):
             for kind in (model.named_parameters, model.named_buffers)
             for name, tensor in kind(remove_duplicate=False)
         }
+
+    def begin(self, inputs: Sequence[Any]) -> None:
+        """The run's inputs are values too."""
+        for value in pytree.tree_leaves(list(inputs)):
+            if isinstance(value, Tensor):
+                self.new(Step(Op.OTHER, "input", (), tuple(value.shape)), [value])
 
     # --- hooks
 
@@ -206,8 +211,15 @@ class _Recorder(TorchDispatchMode):
         references = [(weakref.ref(value), self.values[id(value)]) for value in self.alive]
         self.alive.clear()
         self.pending = []
-        gc.collect()
-        return frozenset(number for reference, number in references if reference() is not None)
+
+        def alive() -> frozenset[int]:
+            return frozenset(n for reference, n in references if reference() is not None and self.steps[n].reads)
+
+        found = alive()
+        if not found:
+            return found
+        gc.collect()  # what only a cycle holds is held by nobody
+        return alive()
 
 
 class _Hooks:

@@ -42,21 +42,20 @@ def failures(
 
     Also why nothing could be seen, in words; '' where something could.
     """
+    names = {source.name for record, _ in fusions for source in record.sources}
+    before = _run(model, inputs, [], names)
+    if isinstance(before, str):
+        return {}, f"whether the model's code runs with the fused layers could not be tried: {before}"
+    shapes, operations = before
 
     def wrong(chosen: Sequence[tuple[FusionRecord, Conv]]) -> str:
-        names = {source.name for record, _ in chosen for source in record.sources}
-        before, after = _run(model, inputs, [], names), _run(model, inputs, chosen, names)
-        if isinstance(before, str):
-            return before
+        after = _run(model, inputs, chosen, names)
         if isinstance(after, str):
             return f"the model's code doesn't run without the layers: {after}"
-        if before[0] != after[0]:
+        if after[0] != shapes:
             return "the model's code gives outputs of another shape without the layers"
-        return "" if before[1] == after[1] else "the model's code does something else without the layers"
+        return "" if after[1] == operations else "the model's code does something else without the layers"
 
-    unable = _run(model, inputs, [], set())
-    if isinstance(unable, str):
-        return {}, f"whether the model's code runs with the fused layers could not be tried: {unable}"
     together = wrong(fusions) if fusions else ""
     if not together:
         return {}, ""

@@ -347,17 +347,18 @@ class ToeplitzMatrix:
             row = np.repeat(np.arange(first - start, last - start), self.row_counts(first, last).numpy())
             out.reshape(-1)[row * self.shape[1] + columns] = values
 
-        self._in_parts(start, stop, fill)
+        self._in_parts(start, stop, fill, out.size // 8)  # most of the time goes into getting the memory
         return torch.from_numpy(out).view(self.dtype)
 
-    def _in_parts(self, start: int, stop: int, fill: Callable[[int, int, slice], None]) -> None:
+    def _in_parts(self, start: int, stop: int, fill: Callable[[int, int, slice], None], work: int = 0) -> None:
         """Call `fill` with ranges of rows that make up start:stop, and where their entries stand; in several threads.
 
+        How many depends on the number of entries, or of as much `work` as so many entries are.
         The threads are this function's own: torch's would start and meet again for each tile, which takes longer than
         a tile does.
         """
         count = self.entries(start, stop)
-        threads = min(torch.get_num_threads(), count // PART_ENTRIES)
+        threads = min(torch.get_num_threads(), max(count, work) // PART_ENTRIES, stop - start)
         if threads <= 1:
             fill(start, stop, slice(0, count))
             return

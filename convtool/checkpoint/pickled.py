@@ -12,7 +12,7 @@ import math
 import pickletools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, BinaryIO
+from typing import IO, Any, Protocol, cast
 
 from convtool.checkpoint.dtypes import ITEMSIZE, STORAGES
 from convtool.errors import ConvtoolError, InputError, RefusedError
@@ -183,7 +183,17 @@ _ORDERED = Global("collections", "OrderedDict")
 _STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 
 
-def loads(file: BinaryIO, where: str, persistent: Callable[[Any], Any]) -> tuple[Any, list[TensorRef]]:
+class PickleFile(Protocol):
+    """What a pickle is read from."""
+
+    def read(self, count: int, /) -> bytes: ...
+
+    def readline(self) -> bytes: ...
+
+    def tell(self) -> int: ...
+
+
+def loads(file: PickleFile, where: str, persistent: Callable[[Any], Any]) -> tuple[Any, list[TensorRef]]:
     """Read one pickle from where the file stands, up to its end.
 
     Args:
@@ -264,8 +274,8 @@ class _Machine:
         self.memo: dict[int, Any] = {}
         self.tensors: list[TensorRef] = []
 
-    def run(self, file: BinaryIO) -> Any:
-        for opcode, argument, _ in pickletools.genops(file):
+    def run(self, file: PickleFile) -> Any:
+        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], file)):
             name = opcode.name
             if name == "STOP":
                 (result,) = self.stack  # exactly one value is left
@@ -399,11 +409,14 @@ def _tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
     shape, stride = (tuple(_numbers(value)) for value in (shape, stride))
     if not _is_size(offset) or len(shape) != len(stride) or not all(map(_is_size, (*shape, *stride))):
         raise PickleError("its pickle holds a tensor whose offset, shape or strides make no sense")
+    least = {"_rebuild_tensor": 0, "_rebuild_tensor_v2": 2, "_rebuild_tensor_v3": 3}[function]
+    if not least <= len(rest) <= least + (function != "_rebuild_tensor"):
+        raise PickleError("its pickle makes a tensor of too few or too many things")
     dtype, requires_grad, hooks, metadata = storage.dtype, False, None, None
     if function == "_rebuild_tensor_v2":
-        requires_grad, hooks, metadata = (*rest, *(None,) * 3)[:3]
+        requires_grad, hooks, metadata = (*rest, None)[:3]
     elif function == "_rebuild_tensor_v3":
-        requires_grad, hooks, given, metadata = (*rest, *(None,) * 4)[:4]
+        requires_grad, hooks, given, metadata = (*rest, None)[:4]
         if not (isinstance(given, Global) and given.module == "torch" and given.name in ITEMSIZE):
             raise PickleError(f"its pickle holds a tensor of dtype {given}, which is not known")
         dtype = given.name
@@ -429,7 +442,7 @@ def _refusal(where: str, module: str, name: str) -> ConvtoolError:
             f"{where}: holds a distributed tensor ({asked}), of which each process saved its part; save the whole:"
             " tensor.full_tensor(), or torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
         )
-    if module.startswith(("__torch__", "torch.jit")):
+    if module.startswith("__torch__"):
         return InputError(f"{where}: is TorchScript; save its weights: torch.save(module.state_dict(), PATH)")
     if module.startswith("torch.nn.modules") or name in ("Sequential", "ModuleList") or module == "__main__":
         return RefusedError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 from convtool.checkpoint.dtypes import ITEMSIZE
-from convtool.checkpoint.pickled import PickleError, StorageRef, TensorRef, loads, storage_ref
+from convtool.checkpoint.pickled import PickleError, PickleFile, StorageRef, TensorRef, loads, storage_ref
 from convtool.errors import InputError
 from convtool.files.source import Source
 
@@ -105,7 +105,7 @@ def _members(source: Source) -> tuple[dict[str, Placed], bytes]:
     try:
         with where.open("rb") as file, zipfile.ZipFile(cast(BinaryIO, file)) as archive:
             listed = archive.infolist()
-            start, comment = archive.start_dir, archive.comment
+            start = archive.start_dir
     except OSError as error:
         raise InputError(f"{where}: cannot be read: {error.strerror or error}") from None
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError, RuntimeError, OverflowError):
@@ -118,8 +118,10 @@ def _members(source: Source) -> tuple[dict[str, Placed], bytes]:
         )
     directory = bytes(source.view(start, source.size))
     end = directory.rfind(b"PK\x05\x06")
-    if end < 0 or len(directory) != end + 22 + len(comment):
+    if end < 0 or len(directory) != end + 22 + int.from_bytes(directory[end + 20 : end + 22], "little"):
         raise InputError(f"{where}: is damaged: bytes follow the end of its zip archive")
+    if listed and all(info.header_offset for info in listed):
+        raise InputError(f"{where}: is damaged: bytes stand before its zip archive")
     checked = any(info.CRC for info in listed)  # torch can be told to write none
     placed: dict[str, Placed] = {}
     taken = 0
@@ -169,7 +171,8 @@ LEGACY_PROTOCOL = 1001
 def _read_legacy(source: Source) -> Contents:
     """A row of pickles (magic number, version, machine, object, keys of storages), then each storage: count, bytes."""
     where = str(source.path)
-    with source.path.open("rb") as file:
+    with source.path.open("rb") as opened:
+        file = _Bounded(opened, source.size)
         magic = _plain(file, where)
         if magic != LEGACY_MAGIC:
             raise InputError(f"{where}: is a pickle that torch.save didn't write; {_SAVE_AGAIN}")
@@ -189,11 +192,11 @@ def _read_legacy(source: Source) -> Contents:
 
         value, tensors = loads(file, where, persistent)
         keys = _plain(file, where)
-        if not isinstance(keys, list) or any(key not in refs for key in keys) or len(set(keys)) != len(keys):
+        named = isinstance(keys, list) and all(isinstance(key, str) and key in refs for key in keys)
+        if not named or len(set(keys)) != len(keys):
             raise InputError(f"{where}: is damaged: its list of storages isn't that of its tensors")
         position = file.tell()
-        file.seek(0)
-        mark = file.read(position)
+    mark = bytes(source.view(0, position))
     storages: dict[str, Placed] = {}
     for key in keys:
         ref = refs[key]
@@ -210,7 +213,31 @@ def _read_legacy(source: Source) -> Contents:
     return Contents(value, storages, {}, mark)
 
 
-def _plain(file: BinaryIO, where: str) -> Any:
+class _Bounded:
+    """A file of pickles, of which no more is asked than there is: lengths in it are anybody's."""
+
+    def __init__(self, file: BinaryIO, size: int) -> None:
+        self._file = file
+        self._left = size
+
+    def read(self, count: int) -> bytes:
+        data = self._file.read(min(count, self._left))
+        self._left -= len(data)
+        return data
+
+    def readline(self) -> bytes:
+        data = self._file.readline(LONGEST_LINE)
+        self._left -= len(data)
+        return data
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+LONGEST_LINE = 1 << 16  # of a pickle: names and numbers
+
+
+def _plain(file: PickleFile, where: str) -> Any:
     """A pickle without storages."""
 
     def none(pid: Any) -> Any:

@@ -698,6 +698,29 @@ def test_a_reader_that_went_away_is_no_error_message(here: Path, line: str) -> N
     assert "Broken pipe" not in done.stderr
 
 
+@pytest.mark.skipif(
+    not Path("/dev/full").exists(), reason="needs /dev/full, a disk that is always full, which Linux has"
+)
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("inspect net.safetensors >/dev/full", 5, "convtool: stdout: could not be written: No space left on device\n"),
+        ("--help >/dev/full", 5, "convtool: stdout: could not be written: No space left on device\n"),
+        ("inspect net.safetensors --quiet --json >/dev/full", 5, "convtool: stdout: could not be written: .*\n"),
+        ("inspect net.safetensors >/dev/null 2>/dev/full", 0, ""),
+        ("inspect missing.pt 2>/dev/full", 3, ""),
+        ("inspect net.safetensors --quiet >&-", 0, ""),
+        ("inspect missing.pt 2>&- <&-", 3, ""),
+    ],
+)
+def test_streams_that_are_full_or_closed(here: Path, line: str, code: int, message: str) -> None:
+    done = subprocess.run(
+        ["bash", "-c", f"convtool {line}"], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert re.fullmatch(message, done.stderr.removeprefix("net.safetensors: safetensors, 17 tensors, 4.9 KiB\n"))
+
+
 # Stops where the new file has been written and hasn't got its name yet.
 STALLED = """
 import os, sys, time

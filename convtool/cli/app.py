@@ -12,7 +12,7 @@ import typer
 from convtool import __version__
 from convtool.cli import convert, exit_codes, fuse, inspect, plan, spectrum, toeplitz, unfold, verify
 from convtool.cli.command import Command, Group
-from convtool.cli.output import print_error
+from convtool.cli.output import StdoutError, print_error
 from convtool.cli.run import bug, flushed
 from convtool.errors import did_you_mean
 
@@ -63,8 +63,8 @@ def run_app(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     try:
         return _parse_and_call(typer.main.get_command(app), arguments)
-    except BrokenPipeError:
-        raise
+    except (OSError, StdoutError):
+        raise  # of stdout: whatever a command runs into has been dealt with
     except Exception as error:
         return bug(error, None, as_json="--json" in arguments)
 

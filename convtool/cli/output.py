@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TextIO, TypeAlias
 
+from convtool.errors import OutputError
+
 SCHEMA = 1
 PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
 REDRAWN = 0.1  # seconds between two states of a bar
@@ -19,6 +21,10 @@ GAP = 2  # blanks between two columns of a table
 NARROWEST = 16  # columns that the last one of a table may be folded to
 
 Advance: TypeAlias = Callable[[int], None]
+
+
+class StdoutError(OutputError):
+    """What was to be printed could not be: there is nowhere left to say anything but stderr."""
 
 
 def printable(text: str) -> str:
@@ -43,7 +49,7 @@ class Reporter:
     def remark(self, text: str) -> None:
         """A line for people, on stderr."""
         if not (self.quiet or self.as_json):
-            print(_fitting(printable(text), sys.stderr), file=sys.stderr)
+            say(printable(text))
 
     def result(self, document: dict[str, Any], human: Callable[[], None]) -> None:
         """The command's result: the document with --json, else what `human` prints."""
@@ -54,7 +60,7 @@ class Reporter:
 
     def line(self, text: str) -> None:
         """A line of the result, on stdout."""
-        print(_fitting(printable(text), sys.stdout))
+        emit(_fitting(printable(text), sys.stdout))
 
     @contextlib.contextmanager
     def progress(self, what: str, total: int, unit: Literal["bytes", "items"] = "bytes") -> Iterator[Advance]:
@@ -118,16 +124,44 @@ def _human_time(seconds: float) -> str:
     return f"{hours}:{minutes % 60:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
 
 
+def emit(text: str, end: str = "\n") -> None:
+    """Text on stdout.
+
+    Raises:
+        StdoutError: it could not be written, as to a full disk; a reader that went away is a BrokenPipeError as ever.
+    """
+    try:
+        print(text, end=end)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StdoutError(f"stdout: could not be written: {error.strerror or error}") from None
+
+
+def say(text: str) -> None:
+    """A line on stderr; where it can't be written, what is being done goes on all the same."""
+    try:
+        print(_fitting(text, sys.stderr), file=sys.stderr)
+    except (OSError, ValueError):
+        leave(sys.stderr)
+
+
+def leave(stream: TextIO) -> None:
+    """Let a stream that can't be written go nowhere: Python flushes it once more at exit, and would complain there."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def print_document(document: dict[str, Any]) -> None:
     """One JSON document on stdout, in plain ASCII and without NaN or Infinity, which JSON doesn't have."""
     text = json.dumps(_finite(document), indent=2)
     # Shapes on one line: inside a string no line ends, so that what this finds are lists of numbers.
-    print(re.sub(r"\[\n\s*([-+.\de,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text))
+    emit(re.sub(r"\[\n\s*([-+.\de,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text))
 
 
 def print_error(command: str | None, kind: str, code: int, message: str, *, as_json: bool) -> None:
     """A failure: one line on stderr, and with --json one document on stdout as well."""
-    print(_fitting(f"convtool: {printable(message)}", sys.stderr), file=sys.stderr)
+    say(f"convtool: {printable(message)}")
     if as_json:
         error = {"kind": kind, "exit_code": code, "message": message}
         print_document({"schema": SCHEMA, "command": command, "ok": False, "error": error})
@@ -146,8 +180,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
         widths[-1] = min(widths[-1], window - 1 - before_last)
     if widths[-1] < min(NARROWEST, max(len(row[-1]) for row in cells)):
         for name, *others in cells[1:]:
-            print(bold(name, styled))
-            print(_wrapped("; ".join(f"{c} {v}" for c, v in zip(columns[1:], others, strict=True) if v), window))
+            emit(bold(name, styled))
+            emit(_wrapped("; ".join(f"{c} {v}" for c, v in zip(columns[1:], others, strict=True) if v), window))
         return
     for index, row in enumerate(cells):
         last = textwrap.wrap(row[-1], widths[-1]) or [""]
@@ -155,9 +189,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
             cell.rjust(width) if name in right else cell.ljust(width)
             for cell, width, name in zip([*row[:-1], last[0]], widths, columns, strict=True)
         )
-        print(bold(start.rstrip(), styled and index == 0))
+        emit(bold(start.rstrip(), styled and index == 0))
         for part in last[1:]:
-            print(" " * before_last + part)
+            emit(" " * before_last + part)
 
 
 def _fitting(line: str, stream: TextIO) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convtool.cli.options import STREAM, Force, Json, ModelArgs, Quiet, Root, parse_input_size
-from convtool.cli.output import Reporter, table
+from convtool.cli.output import Reporter, emit, table
 from convtool.cli.run import run
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def command(
             with replacing(out, force=force) as file:
                 file.write(found.recipe().encode())
         document["out"] = None if out is None or not found.fusions else str(out)
-        reporter.result(document, lambda: print(found.recipe(), end="") if piped else _print(reporter, document, found))
+        reporter.result(document, lambda: emit(found.recipe(), end="") if piped else _print(reporter, document, found))
 
     return run(reporter, body)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import sys
 import traceback
@@ -11,8 +10,8 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 
 from convtool.cli import exit_codes
-from convtool.cli.output import Reporter, print_error
-from convtool.errors import ConvtoolError
+from convtool.cli.output import Reporter, StdoutError, leave, print_error
+from convtool.errors import ConvtoolError, OutputError
 
 
 class _Terminated(BaseException):
@@ -29,11 +28,11 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
     try:
         with _termination_raises():
             return body() or exit_codes.OK
+    except (BrokenPipeError, StdoutError):
+        raise  # `flushed` deals with that
     except ConvtoolError as error:
         code, kind = exit_codes.of_error(error)
         return fail(kind, code, str(error))
-    except BrokenPipeError:
-        raise  # whoever read the output went away: `flushed` deals with that
     except KeyboardInterrupt:
         return fail("interrupted", exit_codes.INTERRUPTED, "interrupted; nothing half-written was left behind")
     except _Terminated:
@@ -46,7 +45,8 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
 
 def bug(error: Exception, command: str | None, *, as_json: bool) -> int:
     """Report what nobody foresaw, and give the exit code for that."""
-    traceback.print_exception(error)
+    with contextlib.suppress(OSError, ValueError):
+        traceback.print_exception(error)
     message = (
         f"a bug in convtool ({type(error).__name__}: {error}); please report it with the trace above, the"
         " command line and the output of `convtool inspect` for the checkpoint"
@@ -56,16 +56,22 @@ def bug(error: Exception, command: str | None, *, as_json: bool) -> int:
 
 
 def flushed(action: Callable[[], int]) -> int:
-    """Run an action that prints, and see its output off; the exit code is that of a broken pipe where nobody reads."""
+    """Run an action that prints, and see its output off; the exit code tells where it could not be written."""
     try:
         code = action()
         sys.stdout.flush()
         return code
     except BrokenPipeError:
-        # Python flushes once more at exit, and would complain there.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        leave(sys.stdout)
         return exit_codes.BROKEN_PIPE
+    except (StdoutError, OSError) as error:  # a full disk: there is no room for a document either
+        leave(sys.stdout)
+        message = (
+            f"stdout: could not be written: {error.strerror or error}" if isinstance(error, OSError) else str(error)
+        )
+        code, kind = exit_codes.BY_ERROR[OutputError]
+        print_error(None, kind, code, message, as_json=False)
+        return code
 
 
 @contextlib.contextmanager

@@ -169,6 +169,18 @@ def test_scales_that_a_block_holds_itself_become_none(tmp_path: Path) -> None:
     assert run("verify", path, out)[0] == 0
 
 
+def test_a_scale_that_became_none_comes_back_where_loading_fails(tmp_path: Path) -> None:
+    model = filled(nn.Sequential(Block()))
+    out = fuse(model, ["0.fc1", "0.gamma"], tmp_path)
+    live = copy.deepcopy(model)
+    live.add_module("1", nn.Linear(10, 2))
+    before = copy.deepcopy(live)
+    with pytest.raises(InputError, match=r"the checkpoint lacks 1\.weight, 1\.bias"):
+        convtool.apply(live, out)
+    assert_unchanged(live, before)
+    assert live.state_dict().keys() == before.state_dict().keys()
+
+
 def test_a_scale_that_is_a_module_becomes_an_identity(tmp_path: Path) -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:

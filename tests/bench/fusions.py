@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,7 @@ SAMPLE_MODELS = (
     ),
     Sample(
         "conv_bn",
-        ("--recipe conv-bn-torchvision --set conv[123].padding=1 --set conv2.stride=2 --set bn2.eps=1e-3",),
+        ("--recipe conv-bn-torchvision --geometry {folder}/conv_bn.toml",),
         "four convolutions, each with its batch norm",
     ),
     Sample("repvgg", ("--recipe repvgg --set stage2.rbr_dense.conv.stride=2",), "three blocks of parallel branches"),
@@ -82,77 +83,88 @@ ARCHITECTURES = (
 )
 
 
+CONV_BN = """
+"conv[123]" = { padding = 1 }
+conv2 = { padding = 1, stride = 2 }
+conv3 = { padding = 1, groups = 2 }
+bn2 = { eps = 1e-3 }
+"""
+
+
 def comparisons(short: bool) -> Iterator[Comparison]:
     """The rows about fusions."""
     yield composing(64 if short else 512)
-    with tempfile.TemporaryDirectory(dir=OUTPUT) as folder:
+    with tempfile.TemporaryDirectory(dir=OUTPUT) as name:
+        folder = Path(name)
+        (folder / "conv_bn.toml").write_text(CONV_BN)
         for sample in SAMPLE_MODELS:
-            yield forward_of_sample(sample, Path(folder))
+            pair = functools.cache(functools.partial(sample_pair, sample, folder))
+            yield _forward(f"forward pass of {sample.name}, {IMAGES} images", sample.what, pair, times=10)
         for architecture in ARCHITECTURES:
-            yield forward_of_architecture(architecture, short, Path(folder))
+            pair = functools.cache(functools.partial(architecture_pair, architecture, short, folder))
+            title = f"forward pass of {architecture.name} from transformers, 1 image"
+            yield _forward(title, f"recipe {architecture.recipe}", pair, times=1)
 
 
-def fuse(before: Path, words: list[str], after: Path) -> dict[str, Any]:
-    """Run the program; its JSON document."""
+def fuse(before: Path, words: list[str], after: Path) -> None:
+    """Run the program."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
         run_app(["fuse", str(before), *words, "-o", str(after), "--force", "--no-verify", "--json"])
     document: dict[str, Any] = json.loads(out.getvalue())
     if not document["ok"]:
         raise SystemExit(document["error"]["message"])
-    return document
 
 
 # --- forward passes
 
 
-def forward_of_sample(sample: Sample, folder: Path) -> Comparison:
-    """A trained sample model on a batch of digits."""
+@dataclass(frozen=True)
+class Pair:
+    """A model, the same with its fused layers, and images to run them on."""
+
+    unfused: nn.Module
+    fused: nn.Module
+    images: Tensor
+
+
+def sample_pair(sample: Sample, folder: Path) -> Pair:
+    """A trained sample model, on digits."""
     path = SAMPLES / f"{sample.name}.safetensors"
-    model = NETWORKS[sample.name]()
+    model = NETWORKS[sample.name]().eval()
     model.load_state_dict(load_file(path))
-    documents = []
     for number, words in enumerate(sample.fusions):
         after = folder / f"{sample.name}{number}.safetensors"
-        documents.append(fuse(path, words.split(), after))
+        fuse(path, words.format(folder=folder).split(), after)
         path = after
-    images = load_file(SAMPLES / "digits.safetensors")["images"][:IMAGES]
-    fused = convtool.apply(copy.deepcopy(model), path)
-    title = f"forward pass of {sample.name}: {sample.what}"
-    return _forward(title, model.eval(), fused.eval(), images, documents, times=10)
+    fused = convtool.apply(copy.deepcopy(model), path).eval()
+    return Pair(model, fused, load_file(SAMPLES / "digits.safetensors")["images"][:IMAGES])
 
 
-def forward_of_architecture(architecture: Architecture, short: bool, folder: Path) -> Comparison:
-    """An architecture in its usual size (in a small one for `short`), on one image."""
+def architecture_pair(architecture: Architecture, short: bool, folder: Path) -> Pair:
+    """An architecture in its usual size (in a small one for `short`)."""
     import transformers
 
     config = getattr(transformers, f"{architecture.name}Config")(**(architecture.short if short else {}))
     model = filled(getattr(transformers, f"{architecture.name}ForImageClassification")(config)).float()
     path, after = save(model, folder / "model.safetensors"), folder / "fused.safetensors"
-    stated = settings(geometry_of(model), folder / "geometry.toml")
-    document = fuse(path, ["--recipe", architecture.recipe, *stated], after)
-    fused = convtool.apply(copy.deepcopy(model), after)
+    fuse(path, ["--recipe", architecture.recipe, *settings(geometry_of(model), folder / "geometry.toml")], after)
     images = torch.randn(1, 3, architecture.size, architecture.size, generator=torch.Generator().manual_seed(0))
-    title = f"forward pass of {architecture.name} from transformers"
-    return _forward(title, model, fused, images, [document], times=1)
+    return Pair(model, convtool.apply(copy.deepcopy(model), after), images)
 
 
-def _forward(
-    title: str, before: nn.Module, after: nn.Module, images: Tensor, documents: list[dict[str, Any]], times: int
-) -> Comparison:
-    def job(model: nn.Module) -> Any:
-        def forward() -> None:
-            with torch.inference_mode():
-                for _ in range(times):
-                    model(images)
+def _forward(title: str, note: str, pair: Callable[[], Pair], times: int) -> Comparison:
+    def forward(name: str) -> None:
+        made = pair()
+        model: nn.Module = getattr(made, name)
+        with torch.inference_mode():
+            for _ in range(times):
+                model(made.images)
 
-        forward()  # the first pass allocates
-        return timed(forward)
+    def job(name: str) -> Callable[[], float]:
+        return timed(lambda: forward(name), prepare=lambda: forward(name))  # the first pass makes and allocates
 
-    fusions = [fusion for document in documents for fusion in document["fusions"]]
-    numbers = [sum(fusion["parameters"][key] for fusion in fusions) for key in ("before", "after")]
-    note = f"{len(fusions)} fusions, {numbers[0]} -> {numbers[1]} parameters in them; {len(images)} images"
-    candidates = (Candidate("unfused", job(before)), Candidate("fused", job(after)))
+    candidates = (Candidate("unfused", job("unfused")), Candidate("fused", job("fused")))
     return Comparison(title, candidates, ours="fused", note=note)
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -32,7 +33,11 @@ from convtool.cli.options import (
     parse_dtype,
 )
 from convtool.cli.output import Reporter, human_bytes
+from convtool.cli.ranks import launched_ranks, speaks
 from convtool.cli.run import run
+
+if TYPE_CHECKING:
+    from convtool.core.toeplitz import ToeplitzMatrix
 
 NAME = "toeplitz"
 USAGE = "CKPT LAYER -o OUT"
@@ -41,6 +46,8 @@ convtool toeplitz resnet.safetensors conv1 --input-size 32,32 --stride 2 --paddi
 python -c 'import scipy.sparse; print(scipy.sparse.load_npz("conv1.npz").shape)'
 # for row vectors, x @ B, with the bias as the last row
 convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.npy
+# in parts, by four processes; without torchrun the same files
+torchrun --nproc-per-node 4 -m convtool toeplitz net.pt conv1 --input-size 3,512,512 --shards 4 -o conv1.safetensors
 """
 
 
@@ -89,6 +96,17 @@ def command(
     rows: Annotated[
         str | None, typer.Option("--rows", metavar="A:B", help="Only rows A to B-1.", show_default=False)
     ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            "--shards",
+            metavar="N",
+            help="Write N .safetensors files, each a part of the rows, and an index; under torchrun the processes share"
+            " them.",
+            show_default=False,
+        ),
+    ] = None,
+    show: Annotated[bool, typer.Option("--show", help="Draw the matrix in the terminal as well.")] = False,
     plot: Annotated[
         Path | None,
         typer.Option("--plot", metavar="PNG", help="Draw the matrix as well (needs matplotlib).", show_default=False),
@@ -108,15 +126,24 @@ def command(
     Rows are (output channel, output position), columns (input channel, input position), row-major: the layout of
     nn.Linear.weight. The bias is stored beside it as its own vector, except in .npy, which has no room for one.
     """
-    reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
+    reporter = Reporter(NAME, as_json=as_json and speaks(), quiet=quiet or not speaks())
 
     def body() -> None:
+        import torch
+
         from convtool.core.toeplitz import ToeplitzMatrix
+        from convtool.errors import UsageError
         from convtool.files.atomic import check_target
         from convtool.matrix import plan_matrix, planned_size, write_matrix
+        from convtool.matrix.shards import check_shards, index_path, write_shards
 
         value_dtype = parse_dtype(dtype)
-        check_target(out, force=force or dry_run)
+        if shards is None:
+            check_target(out, force=force or dry_run)
+        else:
+            if rows is not None:
+                raise UsageError("--shards cuts all rows into parts; it doesn't go with --rows")
+            check_shards(out, shards, force=force or dry_run)
         if plot is not None:
             from convtool.matrix.plot import check_plot
 
@@ -148,7 +175,12 @@ def command(
         rows_written = None if plan.rows is None else list(plan.rows)
         record = found.record | {"transpose": transpose, "affine": affine, "rows": rows_written}
         size_in_bytes = planned_size(matrix, plan, record)
-        if not dry_run:
+        if shards is not None and not dry_run:
+            with launched_ranks() as ranks, reporter.progress(f"writing {out.name}", size_in_bytes) as advance:
+                size_in_bytes = write_shards(
+                    matrix, out, shards, layout=plan.layout, force=force, record=record, ranks=ranks, progress=advance
+                )
+        elif not dry_run:
             with reporter.progress(f"writing {out.name}", size_in_bytes) as advance:
                 write_matrix(matrix, plan, out, force=force, record=record, progress=advance)
         if plot is not None and not dry_run:
@@ -158,7 +190,8 @@ def command(
         missing_bias = conv.bias is not None and not affine and not plan.stores_bias
         document = record | {
             "source": str(checkpoint),
-            "out": str(out),
+            "out": str(out if shards is None else index_path(out)),
+            "shards": shards,
             "layout": plan.layout,
             "shape": list(plan.shape),
             "nnz": plan.nnz,
@@ -170,7 +203,13 @@ def command(
         }
         if missing_bias:
             reporter.remark(f"{out} has no room for the bias of {found.name}; --affine makes it part of the matrix")
-        reporter.result(document, lambda: _print(reporter, document))
+        if plan.index_dtype == torch.int64 and plan.layout == "csr":
+            reporter.remark(
+                "indices are int64, since int32 ends at 2147483647; scipy keeps them, and its direct solvers"
+                " (spsolve, splu) take int32 alone"
+            )
+        if speaks():
+            reporter.result(document, lambda: _print(reporter, document, _drawing(matrix) if show else []))
 
     return run(reporter, body)
 
@@ -194,7 +233,14 @@ def _rows(text: str | None) -> tuple[int, int] | None:
     return int(start), int(stop)
 
 
-def _print(reporter: Reporter, document: dict[str, Any]) -> None:
+def _drawing(matrix: ToeplitzMatrix) -> list[str]:
+    from convtool.matrix.plot import drawn
+
+    columns, lines = shutil.get_terminal_size()
+    return drawn(matrix, columns - 1, max(10, lines - 6))
+
+
+def _print(reporter: Reporter, document: dict[str, Any], drawing: list[str]) -> None:
     rows, columns = document["shape"]
     reporter.line(
         f"{document['layer']}: {'x'.join(map(str, document['input_size']))} ->"
@@ -204,5 +250,8 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
     reporter.line(
         f"  {rows} x {columns}, {document['nnz']} entries ({density:.3%}), {document['dtype']}, {document['layout']}"
     )
+    for line in drawing:
+        reporter.line(line.rstrip())
     verb = "wrote" if document["written"] else "would write"
-    reporter.line(f"{verb} {document['out']}, {human_bytes(document['bytes'])}")
+    parts = "" if document["shards"] is None else f" and {document['shards']} shards"
+    reporter.line(f"{verb} {document['out']}{parts}, {human_bytes(document['bytes'])}")

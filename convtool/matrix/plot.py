@@ -11,6 +11,7 @@ from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import UsageError
 from convtool.files.atomic import replacing
 
+SHADES = " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"  # of text
 PIXELS = 1024  # per side; a larger matrix is binned, each pixel showing the entry of largest magnitude in its bin
 
 
@@ -62,10 +63,27 @@ def write_plot(matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str) -
         figure.savefig(file, format="png", metadata={"Software": None})  # no version: equal inputs, equal files
 
 
-def _binned(matrix: ToeplitzMatrix) -> Tensor:
-    """(at most PIXELS, at most PIXELS) float64, the entry of largest magnitude in each bin; 0 where there is none."""
+def drawn(matrix: ToeplitzMatrix, width: int, height: int) -> list[str]:
+    """The matrix as lines of text of at most `width` characters and about `height` lines, darker where it is larger.
+
+    A character is about twice as high as wide, so a square matrix gets half as many lines as columns.
+    """
     rows, columns = matrix.shape
-    height, width = min(rows, PIXELS), min(columns, PIXELS)
+    wide = min(columns, width)
+    high = max(1, min(rows, height, round(wide * rows / columns / 2)))
+    picture = _binned(matrix, high, wide).abs()
+    largest = float(picture.max())
+    if not largest:
+        return [" " * wide] * high
+    # An entry of any size shows: the faintest shade is for what is there, the blank for what isn't.
+    shades = (picture / largest * (len(SHADES) - 1)).ceil().long().clamp(max=len(SHADES) - 1)
+    return ["".join(SHADES[shade] for shade in line) for line in shades.tolist()]
+
+
+def _binned(matrix: ToeplitzMatrix, most_rows: int = PIXELS, most_columns: int = PIXELS) -> Tensor:
+    """(at most most_rows, most_columns) float64: the entry of largest magnitude in each bin, 0 where there is none."""
+    rows, columns = matrix.shape
+    height, width = min(rows, most_rows), min(columns, most_columns)
     high = torch.zeros(height * width, dtype=torch.float64)
     low = torch.zeros_like(high)
     for start, stop in matrix.blocks():

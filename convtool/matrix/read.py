@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 Kind: TypeAlias = Literal["torch", "scipy"]
 
+INDEX_SUFFIX = ".safetensors.index.json"  # of a matrix in shards
+
 _SEARCHED = 1 << 20  # row numbers of a coo file looked at together
 
 ARRAYS: dict[Layout, tuple[str, ...]] = {
@@ -216,8 +218,75 @@ class MatrixFile:
         return InputError(f"{self.path}: the matrix is damaged: {how}")
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ShardedMatrix(MatrixFile):
+    """A matrix whose rows are in several files; see `convtool.matrix.shards`."""
+
+    shards: tuple[MatrixFile, ...] = ()
+    ends: tuple[int, ...] = ()  # behind the last row of each shard
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.shards[0].dtype
+
+    @property
+    def nnz(self) -> int:
+        """Stored entries of all shards."""
+        return sum(shard.nnz for shard in self.shards)
+
+    def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
+        """Ranges of rows that cover the matrix in order; none reaches over the end of a shard."""
+        for shard, end in zip(self.shards, self.ends, strict=True):
+            first = end - shard.shape[0]
+            yield from ((first + start, first + stop) for start, stop in shard.blocks(entries))
+
+    def rows(self, start: int, stop: int) -> CsrBlock:
+        """Rows start:stop in CSR form, checked."""
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise UsageError(f"rows: expected 0 <= A <= B <= {self.shape[0]}, got {start}:{stop}")
+        parts = [shard.rows(a, b) for shard, a, b in self._parts(start, stop)]
+        return parts[0] if len(parts) == 1 else CsrBlock(*(torch.cat(part) for part in zip(*parts, strict=True)))
+
+    def dense_rows(self, start: int, stop: int) -> Tensor:
+        """Rows start:stop as a dense tensor."""
+        return torch.cat([shard.dense_rows(a, b) for shard, a, b in self._parts(start, stop)])
+
+    def product(self, x: Tensor, *, absolute: bool = False) -> Tensor:
+        """The matrix times x, shard by shard."""
+        return torch.cat([shard.product(x, absolute=absolute) for shard in self.shards])
+
+    def to_torch(self) -> Tensor:
+        """The matrix in memory: the shards don't lie beside one another, so nothing is mapped."""
+        return self._whole().to_torch()
+
+    def to_scipy(self) -> scipy.sparse.csr_array[Any] | scipy.sparse.coo_array[Any]:
+        """The matrix in memory, as scipy has it."""
+        return self._whole().to_scipy()
+
+    def _whole(self) -> MatrixFile:
+        if self.layout == "dense":
+            arrays = {"weight": self.dense_rows(0, self.shape[0])}
+        else:
+            counts, columns, values = self.rows(0, self.shape[0])
+            starts = torch.zeros(len(counts) + 1, dtype=columns.dtype if len(columns) < 2**31 else torch.int64)
+            torch.cumsum(counts, 0, out=starts[1:])
+            arrays = {"indptr": starts, "indices": columns.to(starts.dtype), "data": values}
+        layout: Layout = "dense" if self.layout == "dense" else "csr"
+        return MatrixFile(self.path, layout, self.shape, arrays, self.bias, self.record)
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[MatrixFile, int, int]]:
+        """The shards that rows start:stop are in, and which of their rows these are; one at least."""
+        for shard, end in zip(self.shards, self.ends, strict=True):
+            first = end - shard.shape[0]
+            if max(start, first) < min(stop, end):
+                yield shard, max(start, first) - first, min(stop, end) - first
+        if start == stop:
+            yield self.shards[0], 0, 0
+
+
 def open_matrix(path: str | Path) -> MatrixFile:
-    """Open a matrix file: .npz, .npy, .mtx, .safetensors or .pt.
+    """Open a matrix file: .npz, .npy, .mtx, .safetensors or .pt, or the index of one in shards.
 
     .safetensors, .npy, .pt and what isn't deflated in .npz is mapped into memory; .mtx is read whole.
     The checksums of .npz and .pt are checked, which reads the file once.
@@ -227,6 +296,8 @@ def open_matrix(path: str | Path) -> MatrixFile:
         UsageError: a suffix of none of these.
     """
     path = Path(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _open_index(path)
     if path.suffix not in _READERS:
         raise UsageError(f"{path}: expected a matrix file, a name that ends in {', '.join(_READERS)}")
     try:
@@ -247,6 +318,8 @@ def is_matrix_file(path: str | Path) -> bool:
     if path.suffix in (".npz", ".npy", ".mtx"):
         return True
     try:
+        if path.name.endswith(INDEX_SUFFIX):
+            return "shards" in json.loads(path.read_bytes())
         if path.suffix == ".safetensors":
             from safetensors import safe_open
 
@@ -278,6 +351,39 @@ def load_matrix(path: str | Path, kind: Kind = "torch") -> Any:
         raise UsageError(f"kind: expected 'torch' or 'scipy', got {kind!r}")
     opened = open_matrix(path)
     return opened.to_scipy() if kind == "scipy" else opened.to_torch()
+
+
+def _open_index(path: Path) -> ShardedMatrix:
+    try:
+        index = json.loads(path.read_bytes())
+        shape = (int(index["shape"][0]), int(index["shape"][1]))
+        named = [(str(one["file"]), int(one["rows"][0]), int(one["rows"][1])) for one in index["shards"]]
+        record = index.get(RECORD_NAME)
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file; without its index a matrix in shards isn't whole") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
+        raise InputError(f"{path}: isn't the index of a matrix in shards, or is damaged") from None
+    shards = []
+    end = 0
+    for name, first, last in named:
+        if Path(name).name != name:
+            raise InputError(f"{path}: names {name!r}, which isn't a file beside it")
+        shard = open_matrix(path.with_name(name))
+        if (first, last) != (end, end + shard.shape[0]) or shard.shape[1] != shape[1]:
+            raise InputError(f"{path}: {name} isn't rows {first}:{last} of a matrix of shape {shape}")
+        end = last
+        shards.append(shard)
+    if end != shape[0] or len({(shard.layout, shard.dtype) for shard in shards}) != 1:
+        raise InputError(f"{path}: the shards it names aren't the whole of a matrix of shape {shape}")
+    noted = record if isinstance(record, dict) else None
+    biases = [shard.bias for shard in shards if shard.bias is not None]
+    bias = (
+        biases[0] if biases and noted is not None and noted.get("transpose") else torch.cat(biases) if biases else None
+    )
+    ends = tuple(last for _, _, last in named)
+    return ShardedMatrix(path, shards[0].layout, shape, {}, bias, noted, tuple(shards), ends)
 
 
 # --- formats: each gives the arrays by name (and "shape", "bias"), and the record's text

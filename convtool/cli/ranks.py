@@ -1,0 +1,79 @@
+"""The processes that torchrun started, as `convtool.matrix.shards` wants them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from convtool.errors import OutputError, UsageError
+
+if TYPE_CHECKING:
+    from convtool.matrix.shards import Ranks
+
+PATIENCE = timedelta(hours=12)  # for the slowest shard
+
+
+@contextlib.contextmanager
+def launched_ranks() -> Iterator[Ranks]:
+    """The processes of the launch that this one belongs to; it alone where there was none.
+
+    Raises:
+        UsageError: torchrun's variables are there, and the processes don't find each other.
+    """
+    from convtool.matrix.shards import Alone
+
+    if not _launched():
+        yield Alone()
+        return
+    import torch.distributed as dist
+
+    try:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise UsageError(f"the processes of this launch don't find each other: {_first_line(error)}") from None
+    try:
+        yield _Launched()
+    finally:
+        dist.destroy_process_group()
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its launch that speaks for all."""
+    return not _launched() or os.environ["RANK"] == "0"
+
+
+def _launched() -> bool:
+    return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
+
+
+class _Launched:
+    """One of several processes."""
+
+    @property
+    def rank(self) -> int:
+        import torch.distributed as dist
+
+        return dist.get_rank()
+
+    @property
+    def count(self) -> int:
+        import torch.distributed as dist
+
+        return dist.get_world_size()
+
+    def wait(self) -> None:
+        import torch.distributed as dist
+
+        try:
+            dist.barrier()
+        except RuntimeError as error:
+            raise OutputError(
+                f"another process of this launch is gone ({_first_line(error)}); no index was written"
+            ) from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]

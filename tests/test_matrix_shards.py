@@ -1,0 +1,294 @@
+"""Matrices in shards: the same bytes however many processes write them, and no index unless all of them are there."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import scipy.sparse
+import torch
+from cases import make_conv, whole_numbers
+from schemas import validate
+
+from convtool.cli.app import run_app
+from convtool.core.geometry import Geometry
+from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
+from convtool.errors import ConvtoolError, InputError, OutputError, UsageError
+from convtool.matrix import Layout, plan_matrix, write_matrix
+from convtool.matrix.read import load_matrix, open_matrix
+from convtool.matrix.shards import index_path, shard_path, shard_rows, write_shards
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+
+CHAINS = str(Path(__file__).resolve().parent.parent / "sample_models" / "chains.safetensors")
+WIDEN = ["widen", "--input-size", "16,5,6", "--padding", "1,2"]
+RECORD: dict[str, object] = {"layer": "conv", "transpose": False, "affine": False, "rows": None}
+
+
+def matrix(**form: bool) -> ToeplitzMatrix:
+    return toeplitz(make_conv(Geometry.of((2, 3), padding=(1, 0), groups=2), 4, 6), (4, 5), **form)  # type: ignore[arg-type]
+
+
+class Together:
+    """Threads in the place of processes."""
+
+    def __init__(self, rank: int, barrier: threading.Barrier) -> None:
+        self.rank, self.count, self._barrier = rank, barrier.parties, barrier
+
+    def wait(self) -> None:
+        try:
+            self._barrier.wait(timeout=30)
+        except threading.BrokenBarrierError:
+            raise OutputError("another process is gone") from None
+
+
+def run_together(count: int, job: Any) -> list[BaseException | None]:
+    """Run `job(ranks)` as so many ranks; what each of them raised."""
+    barrier = threading.Barrier(count)
+    raised: list[BaseException | None] = [None] * count
+
+    def one(rank: int) -> None:
+        try:
+            job(Together(rank, barrier))
+        except BaseException as error:
+            raised[rank] = error
+            barrier.abort()
+
+    threads = [threading.Thread(target=one, args=(rank,)) for rank in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return raised
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("layout", ["csr", "coo", "dense"])
+@pytest.mark.parametrize(("shards", "ranks"), [(1, 1), (2, 2), (5, 2), (3, 4), (90, 3)])
+def test_processes_write_what_one_alone_would(layout: Layout, shards: int, ranks: int, tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    for folder in (alone, together):
+        folder.mkdir()
+    size = write_shards(matrix(), alone / "m.safetensors", shards, layout=layout, force=False, record=RECORD)
+
+    def job(rank: Together) -> None:
+        found = write_shards(
+            matrix(), together / "m.safetensors", shards, layout=layout, force=False, record=RECORD, ranks=rank
+        )
+        assert found == size
+
+    assert run_together(ranks, job) == [None] * ranks
+    assert files(alone) == files(together)
+    assert len(files(alone)) == shards + 1
+    assert size == sum(len(data) for name, data in files(alone).items() if not name.endswith(".json"))
+
+
+@pytest.mark.parametrize("layout", ["csr", "coo", "dense"])
+@pytest.mark.parametrize("form", [{}, {"transpose": True}, {"affine": True}], ids=str)
+@pytest.mark.parametrize("shards", [1, 4])
+def test_shards_are_the_matrix(layout: Layout, form: dict[str, bool], shards: int, tmp_path: Path) -> None:
+    whole, path = matrix(**form), tmp_path / "m.safetensors"
+    write_shards(whole, path, shards, layout=layout, force=False, record={**RECORD, **form})
+    opened, dense = open_matrix(index_path(path)), whole.to_dense()
+    assert (opened.shape, opened.layout, opened.dtype) == (whole.shape, layout, torch.float64)
+    assert opened.nnz == (whole.nnz if layout != "dense" else dense.numel())
+    assert opened.record == {**RECORD, **form}
+    assert torch.equal(load_matrix(index_path(path)).to_dense(), dense)
+    as_scipy = load_matrix(index_path(path), "scipy")
+    assert isinstance(as_scipy, scipy.sparse.sparray)
+    assert (as_scipy.toarray() == dense.numpy()).all()
+    x = whole_numbers(1, dense.shape[1], 2)
+    assert torch.equal(opened.product(x), dense @ x)
+    assert torch.equal(opened.product(x, absolute=True), dense.abs() @ x)
+    rows = dense.shape[0]
+    for start, stop in ((0, rows), (0, 0), (rows, rows), (rows // 4 - 1, rows // 2 + 1), (rows // 2, rows // 2 + 1)):
+        assert torch.equal(opened.dense_rows(start, stop), dense[start:stop])
+        assert len(opened.rows(start, stop).counts) == stop - start
+    blocks = list(opened.blocks(20))
+    assert [start for start, _ in blocks] == [0, *(stop for _, stop in blocks[:-1])]
+    assert blocks[-1][1] == rows
+    if form.get("affine"):
+        assert opened.bias is None
+    else:
+        assert opened.bias is not None
+        assert whole.bias is not None
+        assert torch.equal(opened.bias, whole.bias)
+
+
+def test_a_shard_is_what_its_rows_alone_would_be(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_shards(matrix(), path, 4, force=False, record=RECORD)
+    for number in range(4):
+        span = shard_rows(90, number, 4)
+        alone = tmp_path / "rows.safetensors"
+        record = RECORD | {"rows": list(span)}
+        write_matrix(matrix(), plan_matrix(matrix(), alone, rows=span), alone, force=True, record=record)
+        assert shard_path(path, number, 4).read_bytes() == alone.read_bytes()
+
+
+# --- what goes wrong
+
+
+class Broken(BaseException):
+    """The end of a rank."""
+
+
+def test_a_rank_that_ends_midway_leaves_no_index(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_shards(matrix(), path, 4, force=False)  # an older matrix, of which nothing may pass for the new one
+
+    def job(rank: Together) -> None:
+        def progress(count: int) -> None:
+            if rank.rank == 1:
+                raise Broken
+
+        write_shards(matrix(), path, 4, force=True, ranks=rank, progress=progress)
+
+    first, second = run_together(2, job)
+    assert isinstance(first, OutputError)
+    assert isinstance(second, Broken)
+    assert not index_path(path).exists()
+    assert not any(name.endswith(".tmp") for name in files(tmp_path))
+    with pytest.raises(InputError, match="no such file; without its index a matrix in shards isn't whole"):
+        open_matrix(index_path(path))
+
+
+def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_shards(matrix(), path, 2, force=False)
+    before = files(tmp_path)
+    for count in (2, 3):
+        with pytest.raises(OutputError, match="exists already"):
+            write_shards(matrix(), path, count, force=False)
+    assert files(tmp_path) == before
+    index_path(path).unlink()  # what a process that was killed leaves
+    with pytest.raises(OutputError, match=r"m-00001-of-00002\.safetensors: exists already"):
+        write_shards(matrix(), path, 2, force=False)
+    write_shards(matrix(), path, 2, force=True)
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "shards", "message"),
+    [
+        ("m.npz", 2, r"m\.npz: a matrix in shards is \.safetensors"),
+        ("m.safetensors", 0, "--shards: expected a number from 1 to 99999, got 0"),
+        ("m.safetensors", 91, "--shards: expected at most 90, the number of rows, got 91"),
+    ],
+)
+def test_names_and_numbers_that_do_not_do(name: str, shards: int, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        write_shards(matrix(), tmp_path / name, shards, force=False)
+    assert files(tmp_path) == {}
+
+
+def damaged_indices(index: dict[str, Any]) -> list[object]:
+    shards = index["shards"]
+    return [
+        [],
+        {"shards": shards},
+        index | {"shards": shards[:-1]},
+        index | {"shards": shards[::-1]},
+        index | {"shards": [*shards, shards[-1]]},
+        index | {"shape": [90, 81]},
+        index | {"shape": [91, 80]},
+        index | {"shards": [shards[0] | {"rows": [0, 46]}, shards[1]]},
+        index | {"shards": [shards[0] | {"file": "missing.safetensors"}, shards[1]]},
+        index | {"shards": [shards[0] | {"file": "../m-00001-of-00002.safetensors"}, shards[1]]},
+        index | {"shards": "none"},
+    ]
+
+
+def test_an_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
+    path = tmp_path / "m.safetensors"
+    write_shards(matrix(), path, 2, force=False)
+    index = json.loads(index_path(path).read_bytes())
+    open_matrix(index_path(path))
+    for damaged in damaged_indices(index):
+        index_path(path).write_text(json.dumps(damaged))
+        with pytest.raises(ConvtoolError) as caught:
+            open_matrix(index_path(path))
+        assert isinstance(caught.value, InputError), damaged
+    index_path(path).write_bytes(b"{")
+    with pytest.raises(InputError, match="isn't the index of a matrix in shards, or is damaged"):
+        open_matrix(index_path(path))
+
+
+# --- as a shell starts it
+
+
+def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "m.safetensors"
+    assert run_app(["toeplitz", CHAINS, *WIDEN, "-o", str(out), "--shards", "3", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    validate(document)
+    assert (document["shards"], document["out"]) == (3, str(index_path(out)))
+    assert document["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert run_app(["verify", CHAINS, str(index_path(out))]) == 0
+    assert run_app(["toeplitz", CHAINS, *WIDEN, "-o", str(out), "--shards", "3", "--rows", "0:5", "-f"]) == 2
+    assert "--shards cuts all rows into parts; it doesn't go with --rows" in capsys.readouterr().err
+
+
+def launch(arguments: list[str], ranks: int) -> list[subprocess.Popen[str]]:
+    """Processes with the variables that torchrun sets."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+# Runs the command line, and is killed at the first chunk of rank 1's first shard.
+KILLED = """
+import os, signal, sys
+from convtool.cli.app import run_app
+from convtool.matrix import contents
+
+if os.environ["RANK"] == "1":
+    class Chunk(contents.Chunk):
+        def __init__(self, tensor):
+            os.kill(os.getpid(), signal.SIGKILL)
+    contents.Chunk = Chunk
+sys.exit(run_app(sys.argv[1:]))
+"""
+
+
+def test_two_processes_and_one_that_is_killed(tmp_path: Path) -> None:
+    alone, together, killed = (tmp_path / name for name in ("alone", "together", "killed"))
+    for folder in (alone, together, killed):
+        folder.mkdir()
+    assert run_app(["toeplitz", CHAINS, *WIDEN, "-q", "-o", str(alone / "m.safetensors"), "--shards", "2"]) == 0
+    line = ["toeplitz", CHAINS, *WIDEN, "--shards", "2", "--json", "-o"]
+    sound = launch(["-m", "convtool", *line, str(together / "m.safetensors")], 2)
+    broken = launch(["-c", KILLED, *line, str(killed / "m.safetensors")], 2)
+    (out, error), (silent, _) = (process.communicate(timeout=120) for process in sound)
+    assert [process.returncode for process in sound] == [0, 0], error
+    assert json.loads(out)["ok"]
+    assert silent == ""
+    assert files(alone) == files(together)
+    (_, error), _ = (process.communicate(timeout=120) for process in broken)
+    assert [process.returncode for process in broken] == [5, -signal.SIGKILL], error
+    assert "another process of this launch is gone" in error
+    assert "no index was written" in error
+    assert not (killed / "m.safetensors.index.json").exists()
+    assert (killed / "m-00001-of-00002.safetensors").exists()

@@ -101,7 +101,7 @@ def _number(data: bytes, random: Random) -> bytes:
 def _word(data: bytes, random: Random) -> bytes:
     """Four or eight bytes of another number, as lengths and offsets are written."""
     place, size = _place(data, random), random.choice((2, 4, 8))
-    value = random.choice((0, 1, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 1, len(data), len(data) * 2)) % 2 ** (8 * size)
+    value = random.choice((0, 1, 2**31 - 1, 2**32 - 1, 2**63, 2**64 - 1, len(data), len(data) * 2)) % (1 << 8 * size)
     return data[:place] + value.to_bytes(size, "little") + data[place + size :]
 
 

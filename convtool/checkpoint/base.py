@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from convtool.checkpoint.info import Layer, TensorInfo, find_layer, group_layers
 from convtool.errors import InputError
@@ -17,6 +17,17 @@ if TYPE_CHECKING:
     from convtool.checkpoint.record import Record
     from convtool.core.conv import Conv
     from convtool.core.geometry import Padding, PerAxis
+
+
+class Place(NamedTuple):
+    """A stretch of memory: bytes start to stop of a storage, between which all of a tensor's elements lie."""
+
+    storage: Hashable
+    start: int
+    stop: int
+
+    def meets(self, other: Place) -> bool:
+        return self.storage == other.storage and self.start < other.stop and other.start < self.stop
 
 
 class Checkpoint(abc.ABC):
@@ -64,8 +75,31 @@ class Checkpoint(abc.ABC):
     def bits(self, name: str) -> Tensor:
         """The tensor's bytes, row-major, as a flat uint8 tensor; also of dtypes that torch doesn't have."""
 
+    @abc.abstractmethod
+    def place(self, name: str) -> Place:
+        """Where a tensor's elements lie."""
+
+    def sharing(self, names: Container[str]) -> Iterator[tuple[str, str]]:
+        """Pairs of tensors that share memory, tied or overlapping, of which the first is one of `names`."""
+        places = [(self.place(name), name) for name in self.infos]
+        own = [(place, name) for place, name in places if name in names]
+        for place, name in own:
+            yield from ((name, other) for there, other in places if other != name and place.meets(there))
+
     def overlapping(self) -> tuple[str, str] | None:
         """Two tensors that share memory without being the same elements of it; None where there are none."""
+        storages: dict[Hashable, list[tuple[int, int, str]]] = {}
+        for name in self.infos:
+            place = self.place(name)
+            if place.start < place.stop:
+                storages.setdefault(place.storage, []).append((place.start, place.stop, name))
+        for places in storages.values():
+            places.sort()
+            end, last = 0, places[0][2]
+            for start, stop, name in places:
+                if start < end and self.memory(name) != self.memory(last):
+                    return last, name
+                end, last = max(end, stop), name
         return None
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,7 +17,8 @@ from convtool.core.expression import multiply_adds, work_per_position
 from convtool.core.fields import FieldSources, geometry_fields
 from convtool.core.functions import flatten_size, is_function
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
-from convtool.core.tree import BASE, LayerRef, Tree, has_sum, leaves, map_leaves
+from convtool.core.geometry import format_sizes
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, has_sum, leaves, map_leaves
 from convtool.core.verify import split_input_size
 from convtool.errors import RefusedError, UsageError
 
@@ -150,6 +151,8 @@ def plan_layer(
     own = [layer.layer for layer in layers if layer.origin == BASE and layer.layer.tensors]
     if not own:
         raise UsageError("expected at least one layer of the checkpoint in the fusion")
+    if size is not None:
+        _check_flattened(tree, size)
     named = map_leaves(lambda layer: NamedConv(layer.full_name, layer.conv), tree)
     fusion = fuse_tree(
         named,
@@ -168,6 +171,23 @@ def plan_layer(
     remove = [key for layer in own for key in layer.tensor_names()]
     blocks = (layer.name for layer in own if any(other.startswith(f"{layer.name}.") for other in base.layers))
     return PlannedLayer(fused_name, tree, fusion, Edit.of(remove, insert, remove[0]), frozenset(blocks))
+
+
+def _check_flattened(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> tuple[int, ...]:
+    """The output size of a tree; UsageError where what is flattened in it hasn't the size that was said."""
+    if isinstance(tree, Chain):
+        for part in tree.parts:
+            size = _check_flattened(part, size)
+        return size
+    if isinstance(tree, Sum):
+        return [_check_flattened(part, size) for part in tree.parts][0]
+    said = tuple(tree.fields.get("flatten", size))
+    if said != size:
+        raise UsageError(
+            f"{tree.full_name} reads a flattened feature map of {format_sizes(said)}, and of this input size it is"
+            f" {format_sizes(size)}"
+        )
+    return tree.conv.output_size(size)
 
 
 def _without_groups(conv: Conv) -> Conv:
@@ -244,31 +264,12 @@ def check_ties(base: Checkpoint, edits: Sequence[Edit]) -> None:
         RefusedError: names the two.
     """
     owners = {name: number for number, edit in enumerate(edits) for name in edit.remove}
-    for one, other in _tied(base):
+    for one, other in base.sharing(owners):
         if owners.get(one) != owners.get(other):
-            taken, tied = (one, other) if one in owners else (other, one)
             raise RefusedError(
-                f"{taken} is one tensor with {tied} (tied weights), and the fusion would change it in one place only;"
+                f"{one} is one tensor with {other} (tied weights), and the fusion would change it in one place only;"
                 " leave the layer out, or untie the two before saving, with tensor.clone()"
             )
-
-
-def _tied(base: Checkpoint) -> Iterator[tuple[str, str]]:
-    """Pairs of tensors that overlap in memory."""
-    if base.format != "torch":  # other formats cannot express it
-        return
-    spans = []
-    for name in base.infos:
-        tensor = base.tensor(name)
-        if tensor.numel():
-            reach = sum((int(n) - 1) * int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-            spans.append((tensor.data_ptr(), tensor.data_ptr() + (reach + 1) * tensor.element_size(), name))
-    spans.sort()
-    for number, (_, end, name) in enumerate(spans):
-        for start, _, other in spans[number + 1 :]:
-            if start >= end:
-                break
-            yield name, other
 
 
 def _axes(checkpoints: Mapping[str, Checkpoint], tree: Tree[LayerRef]) -> int | None:

@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
-from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.base import Checkpoint, Place
 from convtool.checkpoint.dtypes import ITEMSIZE, SAFETENSORS, SAFETENSORS_CODES
 from convtool.checkpoint.info import TensorInfo
 from convtool.checkpoint.record import Record, loads
@@ -95,6 +95,10 @@ class SafetensorsCheckpoint(Checkpoint):
     def memory(self, name: str) -> Hashable:
         span = self.spans[name]
         return (span.start, span.stop) if span.start != span.stop else name
+
+    def place(self, name: str) -> Place:
+        span = self.spans[name]
+        return Place("the file", span.start, span.stop)
 
     @cached_property
     def record(self) -> Record | None:

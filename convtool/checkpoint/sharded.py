@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.base import Checkpoint, Place
 from convtool.checkpoint.record import Record, loads
 from convtool.errors import InputError, UsageError
 
@@ -69,8 +69,9 @@ class ShardedCheckpoint(Checkpoint):
     def memory(self, name: str) -> Hashable:
         return self._homes[name], self._home(name).memory(name)
 
-    def overlapping(self) -> tuple[str, str] | None:
-        return next((pair for shard in self.shards.values() if (pair := shard.overlapping()) is not None), None)
+    def place(self, name: str) -> Place:
+        place = self._home(name).place(name)
+        return place._replace(storage=(self._homes[name], place.storage))
 
     @property
     def others(self) -> list[str]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
 
 from convtool.checkpoint import pickle_writer
-from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.base import Checkpoint, Place
 from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE, STORAGE_CLASSES
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.info import TensorInfo
@@ -115,21 +115,10 @@ class TorchCheckpoint(Checkpoint):
             return name
         return ref.storage.key, ref.dtype, ref.offset, ref.shape, ref.stride, repr(ref.metadata)
 
-    def overlapping(self) -> tuple[str, str] | None:
-        spans: dict[str, list[tuple[int, int, Hashable, str]]] = {}
-        for name, ref in self.tensors.items():
-            if ref.count:
-                size = ITEMSIZE[ref.dtype]
-                place = (ref.offset * size, (ref.offset + ref.reach) * size, self.memory(name), name)
-                spans.setdefault(ref.storage.key, []).append(place)
-        for places in spans.values():
-            places.sort(key=lambda place: place[:2])
-            end, last = 0, places[0]
-            for place in places:
-                if place[0] < end and place[2] != last[2]:
-                    return last[3], place[3]
-                end, last = max(end, place[1]), place
-        return None
+    def place(self, name: str) -> Place:
+        ref = self.tensors[name]
+        size = ITEMSIZE[ref.dtype]
+        return Place(ref.storage.key, ref.offset * size, (ref.offset + ref.reach) * size)
 
     def storage_chunks(self, key: str) -> Iterator[memoryview]:
         """All bytes of a storage, checked against the file's checksum as they go by."""

@@ -75,9 +75,9 @@ class Checkpoint(abc.ABC):
     def bits(self, name: str) -> Tensor:
         """The tensor's bytes, row-major, as a flat uint8 tensor; also of dtypes that torch doesn't have."""
 
-    @abc.abstractmethod
     def place(self, name: str) -> Place:
-        """Where a tensor's elements lie."""
+        """Where a tensor's elements lie; in memory of its own, where a format knows no other."""
+        return Place(name, 0, self.infos[name].nbytes)
 
     def sharing(self, names: Container[str]) -> Iterator[tuple[str, str]]:
         """Pairs of tensors that share memory, tied or overlapping, of which the first is one of `names`."""

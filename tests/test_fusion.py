@@ -209,6 +209,18 @@ def test_linear_layers_stay_linear_whatever_stands_between_them(tmp_path: Path) 
     assert_same_outputs(model, one, [(5, 4)])
 
 
+def test_what_is_flattened_has_the_size_that_was_said(tmp_path: Path) -> None:
+    path = save(filled(chain(a=nn.Conv2d(4, 5, (2, 4)), f=nn.Flatten(), b=nn.Linear(60, 3))), tmp_path / "net.pt")
+    words = ["fuse", path, "a", "flatten(4,3)", "b", "-o", tmp_path / "out.pt"]
+    (fusion,) = done(*words, "--input-size", "4,5,6")["fusions"]
+    assert fusion["exact"]
+    message = "b reads a flattened feature map of 4,3, and of this input size it is 3,4"
+    assert error(*words, "--input-size", "4,4,7", "--force") == (2, message)
+    code, message = error("fuse", path, "a", "flatten(4,4)", "b", "-o", tmp_path / "out.pt", "--force")
+    assert code == 2
+    assert "doesn't follow the flattening of a feature map of 16 positions" in message
+
+
 # --- what can't be fused is refused by name
 
 

@@ -180,7 +180,8 @@ def _check_flattened(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> tuple[i
             size = _check_flattened(part, size)
         return size
     if isinstance(tree, Sum):
-        return [_check_flattened(part, size) for part in tree.parts][0]
+        *_, last = (_check_flattened(part, size) for part in tree.parts)
+        return last
     said = tuple(tree.fields.get("flatten", size))
     if said != size:
         raise UsageError(

@@ -8,7 +8,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: help demo test bench models clean
+.PHONY: help demo test bench models fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make test     set up $(VENV) and run every check: ruff, mypy, all tests"
 	@echo "make bench    set up $(VENV) and measure convtool beside what people use instead (minutes; BENCH=--short: less)"
 	@echo "make models   train the sample models again (a minute)"
+	@echo "make fuzz     damage checkpoints for SECONDS=600, guided by coverage, and see that each is refused or true"
 	@echo "make clean    remove $(VENV), caches and outputs"
 
 $(VENV)/installed: pyproject.toml tests/constraints.txt
@@ -48,6 +49,9 @@ bench: $(VENV)/installed-for-tests
 models: $(VENV)/installed
 	@$(PIP) --editable '.[train]'
 	@$(BIN)/python sample_models/train.py
+
+fuzz: $(VENV)/installed-for-tests
+	@$(BIN)/python tests/fuzz.py $(or $(SECONDS),600) $(or $(SEED),0)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build demo_output bench_output *.egg-info

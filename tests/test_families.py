@@ -756,3 +756,11 @@ def test_a_network_that_normalises_before_it_convolves_is_not_taken_for_one_that
     code, message = error("fuse", path, "--recipe", "conv-bn-torchvision", "-o", tmp_path / "out.pt")
     assert code == 2
     assert "layer1.bn1 stands before layer1.conv1 in the checkpoint, and so it does in the model" in message
+
+
+def test_a_file_of_sorted_tensors_says_nothing_of_the_models_order(tmp_path: Path) -> None:
+    layers = {"conv1": conv(4, 4, 3), "bn1": norm(4), "conv2": conv(4, 4, 3), "bn2": norm(4)}
+    state = filled(block(layer1=Ordered(**layers))).state_dict()
+    torch.save(dict(sorted(state.items())), tmp_path / "sorted.pt")
+    words = ["fuse", tmp_path / "sorted.pt", "--recipe", "conv-bn-torchvision", "-o", tmp_path / "out.pt"]
+    assert [fusion["name"] for fusion in done(*words)["fusions"]] == ["layer1.conv1", "layer1.conv2"]

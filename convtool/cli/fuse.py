@@ -18,6 +18,7 @@ from convtool.cli.options import (
     Json,
     Model,
     ModelArgs,
+    NoMmap,
     Quiet,
     Root,
     Settings,
@@ -144,6 +145,7 @@ def command(
         ),
     ] = None,
     root: Root = None,
+    no_mmap: NoMmap = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     force: Force = False,
     as_json: Json = False,
@@ -188,7 +190,7 @@ def command(
             raise UsageError("--strength: expected a number, and a --recipe that adds a LoRA")
         if bias_map and (allow_border or size is None):
             raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
-        opened = open_checkpoint(checkpoint, root)
+        opened = open_checkpoint(checkpoint, root, mapped=not no_mmap)
         checkpoints = {BASE: opened, **open_others(sources_given)}
         check_output(out, force=force or dry_run, source=opened)
         plan = None
@@ -209,8 +211,10 @@ def command(
         check_used(sources, [full_name(layer, one) for one, other in checkpoints.items() for layer in other.layers])
         if found is not None:
             sources = sources.with_first(found.geometry)
-        named = _planned(plan) if plan else _fusions(
-            found, chain, name or "", checkpoints, sources.fields, 1.0 if strength is None else strength
+        named = (
+            _planned(plan)
+            if plan
+            else _fusions(found, chain, name or "", checkpoints, sources.fields, 1.0 if strength is None else strength)
         )
         if size is not None and len(named) > 1:
             raise UsageError(
@@ -348,8 +352,17 @@ def _known(checkpoints: Mapping[str, Checkpoint], fields: Any, asked: set[tuple[
         },
         number,
         fields,
-        ordered=checkpoints[BASE].format.startswith("torch"),  # safetensors files are sorted
+        ordered=_keeps_order(checkpoints[BASE]),
     )
+
+
+def _keeps_order(checkpoint: Checkpoint) -> bool:
+    """Whether a file has its tensors in the model's order: not where they are sorted, as in safetensors files."""
+    weights: dict[str, list[str]] = {}
+    for info in checkpoint.infos.values():
+        if info.name.endswith("weight"):
+            weights.setdefault(info.dtype, []).append(info.name)
+    return checkpoint.format.startswith("torch") and any(names != sorted(names) for names in weights.values())
 
 
 def _assumed(trees: Iterable[Any]) -> list[str]:

@@ -459,6 +459,15 @@ def test_what_is_changed_in_place_is_another_value() -> None:
     assert planned(net)[0] == ["bn1 + b"]
 
 
+def test_branches_that_are_added_in_place_become_one_layer() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y: Tensor = m.a(x)
+        y.add_(m.b(x))  # and y is the name that is read
+        return F.relu(y, inplace=True)
+
+    assert planned(Net(forward, a=conv(), b=conv(bias=False)))[0] == ["(a | b)"]
+
+
 def test_dropouts_identities_and_copies_are_nothing() -> None:
     net = Net(
         lambda m, x: m.bn(m.i(m.drop(m.a(x)).contiguous().clone())),

@@ -195,3 +195,13 @@ def test_a_fusion_of_a_layer_that_is_tied_to_another_is_refused(
     words = ["fuse", str(tmp_path / f"tied{suffix}"), *FUSE, "-o", str(tmp_path / f"out{suffix}"), *GEOMETRY]
     assert run_app(words) == 4
     assert "stem.first.weight is one tensor with copy.weight" in capsys.readouterr().err
+
+
+def test_a_nested_file_is_verified_against_a_flat_one(tmp_path: Path) -> None:
+    path = nested(tmp_path)
+    words = ["fuse", str(path), *FUSE, "-o", str(tmp_path / "fused.ckpt"), *GEOMETRY, "--root", "model", "-q"]
+    assert run_app(words) == 0
+    for out in (tmp_path / "flat.safetensors", tmp_path / "flat"):
+        flags = [] if out.suffix else ["--shard-size", "1KB"]
+        assert run_app(["convert", str(tmp_path / "fused.ckpt"), str(out), "--root", "model", *flags]) == 0
+        assert run_app(["verify", str(path), str(out), "--root", "model"]) == 0

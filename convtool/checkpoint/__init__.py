@@ -13,7 +13,7 @@ from convtool.checkpoint.safetensors_file import SafetensorsCheckpoint, looks_li
 from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint, find_in_folder
 from convtool.errors import InputError, UsageError
 
-__all__ = ["Checkpoint", "Layer", "TensorInfo", "open_checkpoint"]
+__all__ = ["Checkpoint", "Layer", "TensorInfo", "is_flat", "open_checkpoint"]
 
 
 _Opener: TypeAlias = Callable[[Path, str | None, bool], Checkpoint]
@@ -80,6 +80,11 @@ def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool =
             raise UsageError(f"{path}: --root is for nested torch files; the files of an index are flat")
         return ShardedCheckpoint(path, lambda shard: _open_file(shard, None, mapped))
     return _open_file(path, root, mapped)
+
+
+def is_flat(path: Path) -> bool:
+    """Whether a checkpoint of that name has no dicts in dicts, so that there is no `root` to choose in it."""
+    return path.suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX) or path.is_dir()
 
 
 def _open_file(path: Path, root: str | None, mapped: bool) -> Checkpoint:

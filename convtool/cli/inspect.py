@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convtool.cli import complete
-from convtool.cli.options import CheckpointPath, Force, GeometryFile, Json, Model, ModelArgs, Quiet, Root, Settings
+from convtool.cli.options import (
+    CheckpointPath,
+    Force,
+    GeometryFile,
+    Json,
+    Model,
+    ModelArgs,
+    NoMmap,
+    Quiet,
+    Root,
+    Settings,
+)
 from convtool.cli.output import Reporter, human_bytes, table, tree_text
 from convtool.cli.run import run
 
@@ -60,6 +71,7 @@ def command(
     force: Force = False,
     settings: Settings = None,
     root: Root = None,
+    no_mmap: NoMmap = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -75,7 +87,7 @@ def command(
         from convtool.core.fields import FieldSource
         from convtool.errors import UsageError
 
-        opened = open_checkpoint(checkpoint, root)
+        opened = open_checkpoint(checkpoint, root, mapped=not no_mmap)
         record = opened.record
         found = read_model(model, model_args, opened, reporter)
         sources = field_sources(geometry, settings, {}, None if found is None else found[1].geometry)

@@ -9,7 +9,7 @@ import typer
 
 from convtool.cli import complete, exit_codes
 from convtool.cli.model import whole_text
-from convtool.cli.options import GeometryFile, Json, Model, ModelArgs, Quiet, Root, With, parse_dtype
+from convtool.cli.options import GeometryFile, Json, Model, ModelArgs, NoMmap, Quiet, Root, With, parse_dtype
 from convtool.cli.output import Reporter, table
 from convtool.cli.run import run
 
@@ -120,6 +120,7 @@ def command(
     ] = None,
     sources_given: With = None,
     root: Root = None,
+    no_mmap: NoMmap = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -137,7 +138,7 @@ def command(
     def body() -> int:
         import torch
 
-        from convtool.checkpoint import open_checkpoint
+        from convtool.checkpoint import is_flat, open_checkpoint
         from convtool.cli.model import model_fields, whole_model
         from convtool.cli.options import check_used, open_others, parse_input_size
         from convtool.cli.verify_matrix import verify_matrix_files
@@ -166,7 +167,8 @@ def command(
         if (before_layers is None) != (after_layers is None):
             raise UsageError("--before and --after go together: the chain in BEFORE and the one that stands for it")
         options |= {"exhaustive": exhaustive, "rtol": rtol, "atol": atol, "device": _device(device)}
-        one, other = open_checkpoint(before, root), open_checkpoint(after, root)
+        one = open_checkpoint(before, root, mapped=not no_mmap)
+        other = open_checkpoint(after, None if is_flat(after) else root, mapped=not no_mmap)
         others = open_others(sources_given)
         from_model = model_fields(model, model_args, one, reporter)
         before_sources, after_sources = _sources(geometry, settings, from_model)

@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 
 from convtool import open_checkpoint
 from convtool.checkpoint.cast import cast_chunks
+from convtool.checkpoint.edit import Edit
+from convtool.checkpoint.write import write_edited
 from convtool.cli.app import run_app
 from convtool.core.rounding import rounded
 from convtool.errors import InputError
@@ -167,9 +169,22 @@ def test_root_leaves_the_rest_out_and_says_so(tmp_path: Path, capsys: pytest.Cap
     assert run_app(["convert", str(path), str(tmp_path / "o.safetensors"), "--root", "state_dict"]) == 0
     assert "left out, beside the state dict: epoch, optimizer" in capsys.readouterr().err
     assert list(safetensors.torch.load_file(tmp_path / "out.safetensors")) == list(small_network())
+    code, result = document(capsys, path, tmp_path / "out", "--root", "state_dict", "--shard-size", "1MB")
+    assert (code, result["left_out"]) == (0, ["epoch", "optimizer"])
     code, result = document(capsys, path, tmp_path / "out.pt", "--root", "state_dict", "--dtype", "float16")
     assert (code, result["left_out"]) == (0, [])
     assert torch.load(tmp_path / "out.pt")["epoch"] == 3
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_new_tensors_are_rounded_like_the_others(tmp_path: Path, suffix: str) -> None:
+    opened = open_checkpoint(save(small_network(), tmp_path / f"in{suffix}"))
+    new = {"head.weight": torch.tensor([[1 + 2.0**-12, 3.0]]), "count": torch.tensor(3)}
+    edit = Edit.of(["head.weight"], new, "head.weight")
+    write_edited(opened, edit, tmp_path / f"out{suffix}", None, force=False, dtype="float16")
+    back = state_of(tmp_path / f"out{suffix}")
+    assert same_bits(back["head.weight"], torch.tensor([[1.0, 3.0]], dtype=torch.float16))
+    assert same_bits(back["count"], torch.tensor(3))
 
 
 def test_the_document_says_what_was_done(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,6 +202,7 @@ def test_the_document_says_what_was_done(tmp_path: Path, capsys: pytest.CaptureF
         "dtype": "float16",
         "cast": floats,
         "left_out": [],
+        "reexpressed": [],
         "bytes": sum(tensor.numel() * 2 for tensor in small_network().values() if tensor.dim()) + 8,
     }
 

@@ -5,9 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
+from convtool.checkpoint.dtypes import FLOATS
 from convtool.core.rounding import rounded
 from convtool.errors import InputError
+
+
+def cast_tensor(name: str, tensor: Tensor, after: str) -> Tensor:
+    """A tensor in another dtype; as it is where it isn't of floating-point numbers of 16 bits and more.
+
+    Raises:
+        InputError: a finite number is too large for the new dtype.
+    """
+    if str(tensor.dtype).removeprefix("torch.") not in FLOATS:
+        return tensor
+    return _cast(name, tensor, getattr(torch, after))
 
 
 def cast_chunks(name: str, chunks: Iterator[memoryview], before: str, after: str) -> Iterator[memoryview]:
@@ -24,12 +37,15 @@ def cast_chunks(name: str, chunks: Iterator[memoryview], before: str, after: str
     old: torch.dtype = getattr(torch, before)
     new: torch.dtype = getattr(torch, after)
     for chunk in chunks:
-        numbers = torch.frombuffer(chunk, dtype=old)
-        changed = rounded(numbers, new)
-        lost = numbers.isfinite() & ~changed.isfinite()
-        if bool(lost.any()):
-            raise InputError(
-                f"{name}: holds {numbers[lost][0].item():g}, which {after} cannot hold (its largest is"
-                f" {torch.finfo(new).max:g}); choose a dtype of more range"
-            )
-        yield changed.view(torch.uint8).numpy().data
+        yield _cast(name, torch.frombuffer(chunk, dtype=old), new).view(torch.uint8).numpy().data
+
+
+def _cast(name: str, numbers: Tensor, new: torch.dtype) -> Tensor:
+    changed = rounded(numbers, new)
+    lost = numbers.isfinite() & ~changed.isfinite()
+    if bool(lost.any()):
+        raise InputError(
+            f"{name}: holds {numbers[lost][0].item():g}, which {str(new).removeprefix('torch.')} cannot hold (its"
+            f" largest is {torch.finfo(new).max:g}); choose a dtype of more range"
+        )
+    return changed

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from convtool.checkpoint import torch_file
 from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.cast import cast_tensor
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint
@@ -58,6 +59,8 @@ def write_edited(
         InputError: a tensor's bytes are damaged, or a number is too large for `dtype`.
     """
     options = Options(force, dtype, state_only, shard_size)
+    if dtype is not None:
+        edit = edit.changed(lambda name, tensor: cast_tensor(name, tensor, dtype))
     if is_folder(path, source, shard_size):
         write_folder(source, edit, path, record, options)
     else:

@@ -29,7 +29,7 @@ class Options:
 
     Attributes:
         force: overwrite what is there.
-        dtype: of every floating-point tensor of 16 bits and more that the edit doesn't bring; None for what it has.
+        dtype: of every floating-point tensor of 16 bits and more; None for what it has.
         state_only: leave out what a torch file holds beside its state dict, where the format has no room for it.
         shard_size: bytes of tensors in a file of a folder; None for the files that the source has.
     """

@@ -112,14 +112,15 @@ def command(
         from convtool.checkpoint import open_checkpoint
         from convtool.checkpoint.dtypes import FLOATS
         from convtool.checkpoint.edit import Edit
-        from convtool.checkpoint.write import check_output, write_edited
+        from convtool.checkpoint.write import check_output, is_folder, write_edited
         from convtool.cli.reexpress import Wanted, change_document, record_of, reexpressions
 
         _check_dtype(dtype)
         size = None if shard_size is None else _parse_size(shard_size)
         opened = open_checkpoint(checkpoint, root, mapped=not no_mmap)
         check_output(out, force=force, source=opened, shard_size=size)
-        left_out = opened.left_out if root is not None and out.suffix == ".safetensors" else []
+        flat = out.suffix == ".safetensors" or is_folder(out, opened, size)
+        left_out = opened.left_out if root is not None and flat else []
         wanted = Wanted(as_linear or [], as_toeplitz or [], as_conv or [])
         changes = reexpressions(reporter, opened, wanted, geometry, settings)
         edit = Edit.together([change.edit for change in changes])

@@ -61,7 +61,7 @@ def conv(
     return lower_conv(weight, bias, geometry)
 
 
-def apply(model: nn.Module, path: str | Path, *, check: bool = True) -> nn.Module:
+def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str | None = None) -> nn.Module:
     """Put a checkpoint's recorded fusions into a live model and load its tensors strictly.
 
     Each fused layer takes its place; nn.Identity stands where the other layers of its chain were, and a scale that a
@@ -82,7 +82,7 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True) -> nn.Modul
         RefusedError: a layer of the model isn't what was fused, is used under two names, or torch has no module of
             the fused layer's form.
     """
-    return apply_checkpoint(model, open_checkpoint(path), check=check)
+    return apply_checkpoint(model, open_checkpoint(path, root), check=check)
 
 
 def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, *, check: bool = True) -> nn.Module:

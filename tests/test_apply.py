@@ -205,6 +205,19 @@ def test_wrappers_are_seen_through(tmp_path: Path) -> None:
     assert relative_difference(outputs(model), outputs(wrapped["module"])) < CLOSE
 
 
+def test_a_state_dict_among_several(tmp_path: Path) -> None:
+    model, words = CHAINS["convolution"]
+    state = filled(model).state_dict()
+    torch.save({"model": {name: tensor * 2 for name, tensor in state.items()}, "ema": state}, tmp_path / "nested.pt")
+    stated = settings(geometry_of(model), tmp_path / "geometry.toml")
+    done("fuse", tmp_path / "nested.pt", *words, "--root", "ema", *stated, "-o", tmp_path / "fused.pt")
+    live = copy.deepcopy(model)
+    with pytest.raises(UsageError, match=r"holds several state dicts \(model, ema\)"):
+        convtool.apply(live, tmp_path / "fused.pt")
+    convtool.apply(live, tmp_path / "fused.pt", root="ema")
+    assert relative_difference(outputs(model), outputs(live)) < CLOSE
+
+
 def test_dtype_and_mode_are_kept(tmp_path: Path) -> None:
     model, words = CHAINS["convolution"]
     out = fuse(filled(model), words, tmp_path)

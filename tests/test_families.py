@@ -477,6 +477,17 @@ def test_a_lora_for_a_layer_that_is_not_there(tmp_path: Path) -> None:
     assert "give one with --with lora=FILE" in message
 
 
+def test_an_alpha_that_is_not_a_number(tmp_path: Path) -> None:
+    torch.save(Base().state_dict(), tmp_path / "base.pt")
+    path = "lora_unet_down_blocks_2_resnets_0_conv_in"
+    weights = {f"{path}.lora_down.weight": torch.ones(2, 6), f"{path}.lora_up.weight": torch.ones(5, 2)}
+    torch.save(weights | {f"{path}.alpha": torch.tensor(float("nan"))}, tmp_path / "lora.pt")
+    source = ["--with", f"lora={tmp_path / 'lora.pt'}"]
+    code, message = error("fuse", tmp_path / "base.pt", "--recipe", "lora-kohya", *source, "-o", tmp_path / "out.pt")
+    assert code == 3
+    assert message.endswith(f"lora.pt: {path}.alpha: holds nan; nothing exact can be said of it")
+
+
 @pytest.mark.parametrize("extra", ["dora_scale", "scalar"])
 def test_a_lora_with_more_to_it_than_the_recipe_knows(extra: str, tmp_path: Path) -> None:
     torch.save(Base().state_dict(), tmp_path / "base.pt")

@@ -265,6 +265,14 @@ def test_what_is_not_linear_is_refused(words: list[str], code: int, message: str
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 3, 3), (6, 0, 3, 3), (6, 4, 0, 3)])
+def test_a_layer_without_numbers_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    torch.save({"a.weight": torch.zeros(shape)}, tmp_path / "net.pt")
+    code, message = error("fuse", tmp_path / "net.pt", "a", "scale(2)", "-o", tmp_path / "out.pt")
+    assert code == 3
+    assert message.endswith(f"a.weight: holds no numbers (shape {shape})")
+
+
 class WithGain(nn.Conv2d):
     """As weight-standardised convolutions have it."""
 

@@ -43,6 +43,9 @@ def lower_layer(checkpoint: Checkpoint, layer: Layer, fields: Fields, spatial_ax
     for name in tensors if layer.kind == "scale" else _NUMBERS:
         if name in tensors:
             _check_numbers(tensors[name], f"{where}.{name}")
+    empty = [name for name in ("weight", "running_mean") if name in tensors and not tensors[name].numel()]
+    if empty:
+        raise InputError(f"{where}.{empty[0]}: holds no numbers (shape {tuple(tensors[empty[0]].shape)})")
     try:
         return _LOWERINGS[layer.kind](tensors, fields, spatial_axes)
     except ConvtoolError as error:

@@ -335,12 +335,18 @@ def _planned(plan: Plan) -> list[PlannedFusion]:
 def _known(checkpoints: Mapping[str, Checkpoint], fields: Any, asked: set[tuple[str, str]]) -> Known:
     """What recipes are resolved against; the tensors whose numbers they ask for are added to `asked`."""
     from convtool.core.tree import BASE
+    from convtool.errors import InputError
     from convtool.recipe import Known, LayerFacts
 
     def number(source: str, name: str) -> float | None:
         asked.add((source, name))
         info = checkpoints[source].infos.get(name) if source in checkpoints else None
-        return None if info is None or prod(info.shape) != 1 else float(checkpoints[source].tensor(name))
+        if info is None or prod(info.shape) != 1:
+            return None
+        value = float(checkpoints[source].tensor(name))
+        if not isfinite(value):
+            raise InputError(f"{checkpoints[source].path}: {name}: holds {value}; nothing exact can be said of it")
+        return value
 
     return Known(
         {

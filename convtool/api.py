@@ -75,6 +75,7 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
         path: a checkpoint that `convtool fuse` wrote.
         check: hold each layer that goes against what the record says of it: its kind, stride, padding, eps and so on,
             and that its forward is torch's own. With False, whatever has the name is replaced.
+        root: of a nested torch file with several state dicts, the dotted keys of the one meant.
 
     Raises:
         InputError: the checkpoint has no record, or its tensors don't load into the changed model.

@@ -76,6 +76,11 @@ class Stored:
     weight_error: Tensor
     bias_error: Tensor | None
 
+    @property
+    def geometry(self) -> Geometry:
+        """Where the layer reads."""
+        return self.conv.geometry
+
 
 def stored(conv: Conv, dtype: torch.dtype | None = None) -> Stored:
     """The layer with each number taken as rounded once to `dtype`; to its own where None."""
@@ -242,10 +247,10 @@ def _storing(tree: Tree[Stored], x: Input, lost: Tensor | None) -> tuple[Tensor,
     """
     if isinstance(tree, Chain):
         first, *others = tree.parts
-        size, lost = _storing(first, x, lost)
+        size, lost = _storing(first, x if isinstance(x, Tensor) else x.into(others), lost)
         for part in others:
             size, lost = _storing(part, size, lost)
-        return size, lost
+        return (size, lost) if isinstance(x, Tensor) else (x.wanted(size, others), x.wanted(lost, others))
     if isinstance(tree, Sum):
         parts = [_storing(part, x, lost) for part in tree.parts]
         return _total([size for size, _ in parts]), _total([moved for _, moved in parts])

@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,12 +28,12 @@ from convtool.core.expression import Expression, multiply_adds, output_size, run
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
 from convtool.core.taps import PADDED, Table, tap_table
-from convtool.core.tree import Chain, Sum, leaves
+from convtool.core.tree import Chain, Sum, Tree, leaves
 
-BATCH_ELEMENTS = 1 << 22  # numbers in flight, of the widest layer: 32 MiB in float64
+BATCH_ELEMENTS = 1 << 20  # numbers in flight, of the widest layer: 8 MiB in float64
 SCALES = (0, 3, -3, 10, -10)  # of the normals, as powers of two, so that neither bias nor weights always dominate
-LOOKUP_WORK = 4  # of a number looked up, in multiply-adds
-BORDER_SHARE = 8  # the border gets one in so many of the multiply-adds that the kernel entries get
+LOOKUP_WORK = 40  # of a number looked up and compared, in multiply-adds
+BORDER_CHANNELS = 16  # of each group, at each place of the border: what is wrong there is so in all channels alike
 COVER_ENTRIES = 1 << 25  # largest table of what meets what, along one axis; beyond, every position is taken
 
 
@@ -46,6 +46,8 @@ class Impulses:
         groups: that the layers keep apart.
         chosen: (N,) for each input, which channel of every group.
         positions: (N, axes) for each input, where.
+        rows: for each axis the output rows that are wanted, ascending; all of them where None. Only for inputs of one
+            position, which reach no others.
     """
 
     channels: int
@@ -53,6 +55,7 @@ class Impulses:
     chosen: Tensor
     positions: Tensor
     size: tuple[int, ...]
+    rows: tuple[Tensor, ...] | None = None
 
     def abs(self) -> Impulses:
         """Itself: ones and zeros."""
@@ -60,7 +63,20 @@ class Impulses:
 
     def to(self, device: torch.device) -> Impulses:
         """The same on another device."""
-        return replace(self, chosen=self.chosen.to(device), positions=self.positions.to(device))
+        rows = None if self.rows is None else tuple(row.to(device) for row in self.rows)
+        return replace(self, chosen=self.chosen.to(device), positions=self.positions.to(device), rows=rows)
+
+    def into(self, following: Sequence[Tree[Leaf]]) -> Impulses:
+        """The same for a layer in front of `following`: with all output rows, unless these keep to their place."""
+        return self if self.rows is None or _keep_place(following) else replace(self, rows=None)
+
+    def wanted(self, out: Tensor, following: Sequence[Tree[Leaf]]) -> Tensor:
+        """The wanted rows of a chain's output, (N, C_out, *output_size), where its first layer gave all."""
+        if self.rows is None or _keep_place(following):
+            return out
+        for axis, rows in enumerate(self.rows, 2):
+            out = out.index_select(axis, rows)
+        return out
 
     def __len__(self) -> int:
         return len(self.chosen)
@@ -82,12 +98,34 @@ class Impulses:
 Input: TypeAlias = Tensor | Impulses
 
 
+class HasGeometry(Protocol):
+    """A layer, or what stands for one in a tree."""
+
+    @property
+    def geometry(self) -> Geometry:
+        """Where it reads."""
+
+
+Leaf = TypeVar("Leaf", bound=HasGeometry)
+
+
+def _keep_place(trees: Sequence[Tree[Leaf]]) -> bool:
+    """Whether every layer gives at a place what it makes of its input at that place alone: 1x1, as batch norms are."""
+    return all(
+        set(leaf.geometry.kernel_size) <= {1} and set(leaf.geometry.stride) <= {1} and not leaf.geometry.padded
+        for tree in trees
+        for leaf in leaves(tree)
+    )
+
+
 def apply(tree: Expression, x: Input) -> Tensor:
     """The tree's output, (N, C_out, *output_size)."""
     if isinstance(x, Tensor):
         return run(tree, x)
     if isinstance(tree, Chain):
-        return reduce(lambda value, part: run(part, value), tree.parts[1:], apply(tree.parts[0], x))
+        first, *others = tree.parts
+        out = reduce(lambda value, part: run(part, value), others, apply(first, x.into(others)))
+        return x.wanted(out, others)
     if isinstance(tree, Sum):
         return reduce(torch.add, (apply(part, x) for part in tree.parts))
     return respond(tree, x)
@@ -110,11 +148,20 @@ def respond(conv: Conv, x: Input) -> Tensor:
         out = torch.where(meets.reshape(*meets.shape, *(1,) * conv.spatial_axes), out, torch.zeros_like(out))
     for number, (axis, size) in enumerate(zip(geometry.axes, x.size, strict=True)):
         table = torch.from_numpy(tap_table(axis, size)).to(weight.device)  # (output, kernel)
-        reads = (table == x.positions[:, number, None, None]).to(weight.dtype)  # (N, output, kernel)
         rest = out.movedim(2, -1)  # (N, C_out, *the other axes, kernel)
-        out = torch.bmm(rest.reshape(len(x), -1, rest.shape[-1]), reads.mT).reshape(*rest.shape[:-1], -1)
+        if x.rows is not None:
+            reads = table[x.rows[number]] == x.positions[0, number]  # (rows, kernel)
+            out = rest @ reads.to(weight.dtype).mT
+        else:
+            each = table == x.positions[:, number, None, None]  # (N, output, kernel)
+            spread = torch.bmm(rest.reshape(len(x), -1, rest.shape[-1]), each.to(weight.dtype).mT)
+            out = spread.reshape(*rest.shape[:-1], -1)
     bias = conv.bias_over(conv.output_size(x.size))
-    return out if bias is None else out + bias
+    if bias is None:
+        return out
+    for place, rows in enumerate(x.rows or (), 1):
+        bias = bias.index_select(place, rows)
+    return out + bias
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +173,14 @@ class ImpulsePlan:
         channels: of a group.
         entries: positions that together meet every kernel entry, each with all `chosen` channels.
         chosen: channels of a group that are run there; all of them, unless that is too much work.
+        reached: for each of `entries`, the output rows that it reaches on each axis; None where that isn't known.
         border: positions at corners, edges and the centre, each with the channels that are run there.
     """
 
     groups: int
     channels: int
     entries: tuple[tuple[int, ...], ...]
+    reached: tuple[tuple[Tensor, ...] | None, ...]
     chosen: tuple[int, ...]
     border: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
@@ -149,7 +198,7 @@ def plan_impulses(
 
     Args:
         trees: both sides.
-        geometries: of the layers whose kernel entries are to be met: the fused one's, on either side.
+        geometries: of the layers whose kernel entries are to be met: the one for each side, where there is one.
         channels: of the input.
         work: multiply-adds that may be spent on the kernel entries.
         seed: chooses the channels where not all can be had.
@@ -159,9 +208,11 @@ def plan_impulses(
     inner = channels // groups
     if exhaustive:
         everywhere = tuple(itertools.product(*(range(n) for n in size)))
-        return ImpulsePlan(groups, inner, everywhere, tuple(range(inner)), ())
+        return ImpulsePlan(
+            groups, inner, everywhere, _reached(trees, geometries, size, everywhere), (*range(inner),), ()
+        )
     # Tables of several geometries agree in their input, whatever their outputs are.
-    axes = [_covering([tap_table(g.axes[a], n) for g in geometries], n) for a, n in enumerate(size)]
+    axes = [_covering([tap_table(g.axes[a], n) for g in set(geometries)], n) for a, n in enumerate(size)]
     entries = tuple(itertools.product(*axes))
     each = max(1, sum(_response_work(tree, size) for tree in trees))
     affordable = max(1, min(inner, work // (each * len(entries))))
@@ -169,13 +220,33 @@ def plan_impulses(
     chosen = sorted(generator.permutation(inner)[:affordable].tolist())
     edges = (sorted({0, n // 2, n - 1}) for n in size)
     around = [position for position in itertools.product(*edges) if position not in set(entries)]
-    share = max(1, min(inner, work // BORDER_SHARE // (each * max(1, len(around)))))
+    share = min(inner, BORDER_CHANNELS)
     # Where not all channels can be had at every position, positions take turns, so that as many come up as can.
     border = tuple(
         (position, tuple(sorted({(number * share + step) % inner for step in range(share)})))
         for number, position in enumerate(around)
     )
-    return ImpulsePlan(groups, inner, entries, tuple(chosen), border)
+    return ImpulsePlan(groups, inner, entries, _reached(trees, geometries, size, entries), tuple(chosen), border)
+
+
+def _reached(
+    trees: Sequence[Expression],
+    geometries: Sequence[Geometry],
+    size: tuple[int, ...],
+    positions: Sequence[tuple[int, ...]],
+) -> tuple[tuple[Tensor, ...] | None, ...]:
+    """For each position, the output rows on each axis where a tap of any of the geometries reads it; None for all."""
+    if len(geometries) < len(trees):  # not every tree has a single layer's geometry
+        return (None,) * len(positions)
+    found: list[dict[int, Tensor]] = []
+    for axis, n in enumerate(size):
+        tables = [torch.from_numpy(tap_table(geometry.axes[axis], n)) for geometry in set(geometries)]
+        wanted = {position[axis] for position in positions}
+        found.append(
+            {at: torch.cat([(table == at).any(1).nonzero().flatten() for table in tables]).unique() for at in wanted}
+        )
+    rows = [tuple(found[axis][at] for axis, at in enumerate(position)) for position in positions]
+    return tuple(one if all(len(part) for part in one) else None for one in rows)
 
 
 def _covering(tables: Sequence[Table], size: int) -> list[int]:
@@ -222,8 +293,7 @@ def _response_work(tree: Expression, size: tuple[int, ...]) -> int:
             total += multiply_adds(part, at)
             at = output_size(part, at)
         return total
-    longest = max(tree.geometry.kernel_size, default=1)
-    return tree.out_channels * math.prod(tree.output_size(size)) * longest * LOOKUP_WORK
+    return tree.out_channels * math.prod(tree.geometry.kernel_size) * LOOKUP_WORK
 
 
 def dense_inputs(
@@ -251,12 +321,20 @@ def dense_inputs(
 def impulse_inputs(plan: ImpulsePlan, size: tuple[int, ...], widest: int) -> Iterator[Impulses]:
     """The planned impulses in batches; see `dense_inputs`."""
     batch = max(1, BATCH_ELEMENTS // max(1, widest))
-    places = itertools.chain(((position, plan.chosen) for position in plan.entries), plan.border)
-    single = ((position, channel) for position, channels in places for channel in channels)
+
+    def impulses(places: Sequence[tuple[tuple[int, ...], int]], rows: tuple[Tensor, ...] | None) -> Impulses:
+        positions = torch.tensor([position for position, _ in places], dtype=torch.int64).reshape(
+            len(places), len(size)
+        )
+        chosen = torch.tensor([channel for _, channel in places])
+        return Impulses(plan.channels * plan.groups, plan.groups, chosen, positions, size, rows)
+
+    for position, rows in zip(plan.entries, plan.reached, strict=True):
+        for start in range(0, len(plan.chosen), batch):
+            yield impulses([(position, channel) for channel in plan.chosen[start : start + batch]], rows)
+    single = ((position, channel) for position, channels in plan.border for channel in channels)
     while taken := list(itertools.islice(single, batch)):
-        positions = torch.tensor([position for position, _ in taken], dtype=torch.int64).reshape(len(taken), len(size))
-        chosen = torch.tensor([channel for _, channel in taken])
-        yield Impulses(plan.channels * plan.groups, plan.groups, chosen, positions, size)
+        yield impulses(taken, None)
 
 
 def widest_layer(tree: Expression, size: tuple[int, ...]) -> int:

@@ -54,9 +54,8 @@ def ratios(expected: Tensor, found: Tensor, bound: Tensor) -> tuple[Tensor, Tens
     NaN compares false with everything, and must not slip through as 'not larger'; an infinite bound allows anything.
     """
     error = (expected - found).abs()
-    ratio = torch.where(error == 0, torch.zeros_like(error), error / bound)
-    comparable = expected.isfinite() & found.isfinite() & bound.isfinite() & ~ratio.isnan()
-    return error, torch.where(comparable, ratio, torch.full_like(ratio, math.inf))
+    ratio = torch.where(error == 0, 0.0, error / bound)
+    return error, torch.where((error + bound).isfinite(), ratio, math.inf)
 
 
 class Tallies:
@@ -94,23 +93,39 @@ class Tally:
 
     def add(self, kind: str, x: Input, error: Tensor, ratio: Tensor, bound: Tensor, expected: Tensor) -> None:
         """Count a batch; see `Tallies.add`."""
-        if not self.positions or not error.numel():
+        rows = x.rows if isinstance(x, Impulses) else None
+        mask, everywhere, positions = self.mask, self.everywhere, self.positions
+        if rows:
+            mask = mask[torch.meshgrid(*rows, indexing="ij")]
+            positions = int(mask.sum())
+            everywhere = positions == mask.numel()
+        if not positions or not error.numel():
             return
-        self.elements += error.shape[0] * error.shape[1] * self.positions
-        inside = ratio if self.everywhere else torch.where(self.mask, ratio, torch.full_like(ratio, -1.0))
+        self.elements += error.shape[0] * error.shape[1] * positions
+        inside = ratio if everywhere else torch.where(mask, ratio, -1.0)
         flat = int(inside.argmax())
         largest = float(inside.reshape(-1)[flat])
         if self.where is None or largest > self.ratio:
-            number, *where = (int(i) for i in np.unravel_index(flat, tuple(error.shape)))
-            self.where, self.kind, self.ratio = tuple(where), kind, largest
+            number, channel, *place = (int(i) for i in np.unravel_index(flat, tuple(error.shape)))
+            if rows:
+                place = [int(row[at]) for row, at in zip(rows, place, strict=True)]
+            self.where, self.kind, self.ratio = (channel, *place), kind, largest
             self.error, self.bound = float(error.reshape(-1)[flat]), float(bound.expand_as(error).reshape(-1)[flat])
-            self.source = x.source(number, where[0], error.shape[1]) if isinstance(x, Impulses) else None
+            self.source = x.source(number, channel, error.shape[1]) if isinstance(x, Impulses) else None
         if largest > 1:
-            self.differs |= (inside > 1).flatten(0, 1).any(0)
-        nothing, size = torch.zeros_like(error), expected.abs()
-        worst = torch.where(self.mask, torch.where(error.isnan(), math.inf, error), nothing)
-        self.largest = max(self.largest, float(worst.max()))
-        self.output = max(self.output, float(torch.where(self.mask & size.isfinite(), size, nothing).max()))
+            beyond = (inside > 1).flatten(0, 1).any(0)
+            if rows:
+                self.differs[torch.meshgrid(*rows, indexing="ij")] |= beyond
+            else:
+                self.differs |= beyond
+        size = expected.abs()
+        if not everywhere:
+            error, size = torch.where(mask, error, 0.0), torch.where(mask, size, 0.0)
+        self.largest = max(self.largest, _or_infinity(float(error.max())))
+        output = float(size.max())
+        if not math.isfinite(output):
+            output = float(torch.where(size.isfinite(), size, 0.0).max())
+        self.output = max(self.output, output)
 
     def region(self) -> Region:
         """What was found."""
@@ -127,3 +142,7 @@ class Tally:
             differing=int(self.differs.sum()),
             positions=self.positions,
         )
+
+
+def _or_infinity(number: float) -> float:
+    return math.inf if math.isnan(number) else number

@@ -294,7 +294,7 @@ def _geometries(*trees: Expression) -> list[Geometry]:
             found.append(fused_geometry(tree))
         except ConvtoolError:
             continue
-    return list(dict.fromkeys(found))
+    return found
 
 
 def _add_all(convs: list[Conv]) -> Conv:

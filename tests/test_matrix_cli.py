@@ -142,3 +142,46 @@ def test_what_spectrum_refuses(
 ) -> None:
     assert run_app(["spectrum", CHAINS, *arguments]) == code
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+# --- toeplitz: what test_cli doesn't ask for
+
+
+def test_toeplitz_channels_last(widen: convtool.Conv, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "m.safetensors"
+    document = run(capsys, "toeplitz", CHAINS, *WIDEN, "--order", "HWC", "-o", str(out))
+    assert document["order"] == "HWC"
+    x = torch.randn(5, 6, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    opened = convtool.open_matrix(out)
+    assert opened.bias is not None
+    found = opened.product(x.reshape(-1, 1))[:, 0] + opened.bias.double()
+    expected = convtool.forward(widen, x.movedim(-1, 0)[None])[0].movedim(0, -1)
+    torch.testing.assert_close(found.reshape(5, 6, 24), expected)
+    # A comparison with the layer's other matrix would be a wrong verdict.
+    assert run_app(["verify", CHAINS, str(out)]) == 2
+    assert "is for channels-last data (--order HWC)" in capsys.readouterr().err
+    assert run_app(["toeplitz", CHAINS, *WIDEN, "--order", "WHC", "-f", "-o", str(out)]) == 2
+    assert "--order: expected CHW or HWC, got 'WHC'" in capsys.readouterr().err
+
+
+def test_toeplitz_draws_in_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "41")
+    monkeypatch.setenv("LINES", "30")
+    out = tmp_path / "m.npz"
+    assert run_app(["toeplitz", CHAINS, "reduce", "--input-size", "1,4,5", "--show", "-o", str(out)]) == 0
+    lines = capsys.readouterr().out.splitlines()[2:-1]
+    # six channels, each a scaled identity: six diagonals, one under the other
+    assert len(lines) == 24
+    assert all(1 <= len(line.strip()) <= 7 for line in lines)
+    assert [line.index(line.strip()) < 6 for line in lines[::4]] == [True] * 6
+
+
+def test_toeplitz_says_what_64_bit_indices_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["toeplitz", CHAINS, "reduce", "--input-size", "1,30000,30000", "--rows", "0:3"]
+    assert run_app([*arguments, "-o", str(tmp_path / "m.npz")]) == 0
+    assert "indices are int64, since int32 ends at 2147483647" not in capsys.readouterr().err
+    arguments[4] = "1,60000,60000"
+    assert run_app([*arguments, "-o", str(tmp_path / "n.npz")]) == 0
+    assert "indices are int64, since int32 ends at 2147483647" in capsys.readouterr().err

@@ -20,10 +20,12 @@ from strategies import layers_with_sizes
 from torch import Tensor
 
 import convtool
+from convtool.core import order as order_module
 from convtool.core import toeplitz as module
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
+from convtool.core.order import matrix_in_order
 from convtool.core.toeplitz import ToeplitzMatrix, index_dtype, toeplitz
 from convtool.errors import UsageError
 
@@ -294,6 +296,58 @@ def test_a_matrix_of_several_whole_tiles(geometry: Geometry, size: Size, form: F
         (matrix.to_scipy().data, matrix.to_scipy().indices, matrix.to_scipy().indptr), shape=matrix.shape
     )
     assert fresh.has_canonical_format
+
+
+# --- channels last
+
+
+def check_channels_last(conv: Conv, size: Size) -> None:
+    """The same entries, rows and columns in the order (position, channel)."""
+
+    def last(channels: int, sizes: Size) -> Tensor:
+        """What stands where in (*spatial, C): its place in (C, *spatial)."""
+        return torch.arange(channels * math.prod(sizes)).reshape(channels, -1).T.flatten()
+
+    outputs, inputs = last(conv.out_channels, conv.output_size(size)), last(conv.in_channels, size)
+    for form, (plain, dense) in zip(FORMS, wholes(conv, size), strict=True):
+        matrix = matrix_in_order("HWC", conv, size, **form)
+        rows, columns = (inputs, outputs) if form["transpose"] else (outputs, inputs)
+        end = torch.tensor([dense.shape[form["transpose"] ^ 1] - 1])  # the bias stays the last
+        if form["affine"]:
+            rows, columns = (
+                (torch.cat([rows, end]), columns) if form["transpose"] else (rows, torch.cat([columns, end]))
+            )
+        expected = dense[rows][:, columns]
+        assert torch.equal(matrix.to_dense(), expected), form
+        assert (matrix.shape, matrix.nnz) == (plain.shape, plain.nnz)
+        if plain.bias is not None:
+            assert matrix.bias is not None
+            assert torch.equal(matrix.bias, plain.bias[outputs])
+        sparse = matrix.to_scipy()
+        fresh = scipy.sparse.csr_array((sparse.data, sparse.indices, sparse.indptr), shape=sparse.shape)
+        assert fresh.has_canonical_format
+        total, half = matrix.shape[0], matrix.shape[0] // 2
+        for start, stop in ((0, 0), (0, 1), (half, half + 1), (min(1, half), total), (0, half), (total, total)):
+            assert torch.equal(matrix.dense_rows(start, stop), expected[start:stop])
+            assert matrix.entries(start, stop) == len(matrix.indices(start, stop)) == len(matrix.values(start, stop))
+        for pieces in (matrix.blocks(20), (stretch[:2] for stretch in matrix.stretches(0, total))):
+            end_before = 0
+            for start, stop in pieces:
+                assert start == end_before < stop
+                end_before = stop
+            assert end_before == total
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_channels_last(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(order_module, "TILE_ENTRIES", 100)  # some positions at a time
+    check_channels_last(case.conv(), case.input_size)
+
+
+@settings(max_examples=40)
+@given(layer=layers_with_sizes())
+def test_random_layers_channels_last(layer: tuple[Conv, Size]) -> None:
+    check_channels_last(*layer)
 
 
 # --- values and types

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -93,6 +93,15 @@ def command(
     affine: Annotated[
         bool, typer.Option("--affine", help="Append the bias as the last column, for inputs extended by a 1.")
     ] = False,
+    order: Annotated[
+        str,
+        typer.Option(
+            "--order",
+            metavar="ORDER",
+            help="How x and y are flattened: CHW, or HWC for channels last.",
+            autocompletion=complete.one_of("CHW", "HWC"),
+        ),
+    ] = "CHW",
     rows: Annotated[
         str | None, typer.Option("--rows", metavar="A:B", help="Only rows A to B-1.", show_default=False)
     ] = None,
@@ -131,7 +140,7 @@ def command(
     def body() -> None:
         import torch
 
-        from convtool.core.toeplitz import ToeplitzMatrix
+        from convtool.core.order import MATRICES, Order
         from convtool.errors import UsageError
         from convtool.files.atomic import check_target
         from convtool.matrix import plan_matrix, planned_size, write_matrix
@@ -170,10 +179,13 @@ def command(
             model_args=model_args,
         )
         conv = found.conv
-        matrix = ToeplitzMatrix(conv, found.spatial or (), dtype=value_dtype, transpose=transpose, affine=affine)
+        if order not in get_args(Order):
+            raise UsageError(f"--order: expected CHW or HWC, got {order!r}")
+        form = MATRICES["HWC" if order == "HWC" else "CHW"]
+        matrix = form(conv, found.spatial or (), dtype=value_dtype, transpose=transpose, affine=affine)
         plan = plan_matrix(matrix, out, layout=_layout(layout), rows=_rows(rows))
         rows_written = None if plan.rows is None else list(plan.rows)
-        record = found.record | {"transpose": transpose, "affine": affine, "rows": rows_written}
+        record = found.record | {"transpose": transpose, "affine": affine, "order": order, "rows": rows_written}
         size_in_bytes = planned_size(matrix, plan, record)
         if shards is not None and not dry_run:
             with launched_ranks() as ranks, reporter.progress(f"writing {out.name}", size_in_bytes) as advance:

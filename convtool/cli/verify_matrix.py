@@ -123,9 +123,14 @@ def _fields(record: dict[str, Any], kind: str) -> dict[str, Any]:
 def _form(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> dict[str, Any]:
     """Which of its matrices it is: by the record, else the first one of that shape."""
     from convtool.core.toeplitz import ToeplitzMatrix
-    from convtool.errors import InputError
+    from convtool.errors import InputError, UsageError
 
     record = found.record
+    if record is not None and record.get("order", "CHW") != "CHW":
+        raise UsageError(
+            f"{found.path}: is for channels-last data (--order {record['order']}), and a layer is compared with a"
+            " matrix of order CHW; write it in that order to verify it"
+        )
     if record is not None:
         rows = record.get("rows")
         if rows is not None and not (isinstance(rows, list) and len(rows) == 2):

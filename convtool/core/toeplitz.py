@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 INT32_MAX = 2**31 - 1
 
 # Values are moved as integers of their size, since numpy has no bfloat16 and torch's own copies start threads.
-_WORDS: dict[int, npt.DTypeLike] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
+WORDS: dict[int, npt.DTypeLike] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
 _TORCH_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 _NUMPY_INDEX: dict[torch.dtype, npt.DTypeLike] = {torch.int32: np.int32, torch.int64: np.int64}
@@ -53,7 +53,7 @@ TEMPLATES = 12
 
 
 def _words(tensor: Tensor) -> npt.NDArray[Any]:
-    """The tensor's numbers as `_WORDS` has them."""
+    """The tensor's numbers as `WORDS` has them."""
     words: npt.NDArray[Any] = tensor.resolve_conj().contiguous().view(_TORCH_WORDS[tensor.dtype.itemsize]).numpy()
     return words
 
@@ -263,6 +263,12 @@ class ToeplitzMatrix:
         """The bias as a vector over all outputs, (C_out * prod(output_size),), or None where the layer has none."""
         return None if self.conv.bias is None else self._bias_rows.to(self.dtype).flatten()
 
+    def bias_part(self, start: int, stop: int) -> Tensor:
+        """The bias of outputs start:stop, without making all of it; only of a layer that has one."""
+        row = torch.arange(start, stop)
+        positions = self._bias_rows.shape[1]
+        return self._bias_rows[row // positions, row % positions].to(self.dtype)
+
     def indptr(self) -> Tensor:
         """(rows + 1,) the start of each row among all entries."""
         pointer = torch.zeros(self.shape[0] + 1, dtype=torch.int64)
@@ -330,14 +336,14 @@ class ToeplitzMatrix:
 
     def values(self, start: int, stop: int) -> Tensor:
         """(entries,) the values of rows start:stop, in the order of `indices`."""
-        out = np.empty(self.entries(start, stop), dtype=_WORDS[self.dtype.itemsize])
+        out = np.empty(self.entries(start, stop), dtype=WORDS[self.dtype.itemsize])
         self._in_parts(start, stop, lambda first, last, part: self._fill_values(first, last, out[part]))
         return torch.from_numpy(out).view(self.dtype)
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Rows start:stop as a dense (stop - start, columns) tensor."""
         self._check_rows(start, stop)
-        out = np.zeros((stop - start, self.shape[1]), dtype=_WORDS[self.dtype.itemsize])
+        out = np.zeros((stop - start, self.shape[1]), dtype=WORDS[self.dtype.itemsize])
 
         def fill(first: int, last: int, part: slice) -> None:
             columns = np.empty(part.stop - part.start, dtype=_NUMPY_INDEX[self.index_dtype])

@@ -137,12 +137,10 @@ def bias_array(matrix: ToeplitzMatrix, rows: tuple[int, int]) -> Array | None:
         return None
     positions = math.prod(matrix.output_size)
     start, stop = (0, matrix.conv.out_channels * positions) if matrix.transpose else rows
-    bias = matrix.conv.bias
 
     def chunks() -> Iterator[Chunk]:
         for first, last in _spans(start, stop, CHUNK_BYTES // 8):
-            part = bias.flatten()[first:last] if bias.dim() > 1 else bias[torch.arange(first, last) // positions]
-            yield Chunk(part.to(matrix.dtype))
+            yield Chunk(matrix.bias_part(first, last))
 
     return Array("bias", matrix.dtype, (stop - start,), chunks)
 

@@ -71,7 +71,7 @@ def test_what_is_not_linear_is_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("blur(3)", "unknown layer 'blur'; expected one of identity, scale, avg_pool, upsample, pad, normalize, flat"),
+        ("blur(3)", "unknown layer 'blur'; expected one of identity, scale, avg_pool, upsample, pad"),
         ("avg_pool()", "avg_pool takes kernel_size, stride, padding, count_include_pad"),
         ("avg_pool(2; ceil_mode=true)", "avg_pool takes kernel_size, stride, padding, count_include_pad, got"),
         ("avg_pool(2; 3)", "expected name=value after the first argument, got '3'"),
@@ -111,6 +111,14 @@ def test_flatten_sizes() -> None:
             flatten_size(text)
 
 
+def test_unflattening() -> None:
+    x = real_numbers(4, 2, 6, 1, 1)
+    found = forward(make_function("unflatten(3,1)", 6, 2), x)
+    assert torch.equal(found, x.reshape(2, 2, 3, 1))
+    with pytest.raises(UsageError, match="6 numbers don't make channels of that size"):
+        make_function("unflatten(4,1)", 6, 2)
+
+
 def test_channels_that_arguments_tell() -> None:
     assert function_channels("normalize(mean=0.1,0.2; std=1)") == 2
     assert function_channels("normalize(mean=0.1; std=1)") is None
@@ -120,7 +128,7 @@ def test_channels_that_arguments_tell() -> None:
 
 def test_every_function_works_along_one_and_three_axes() -> None:
     argument = {"identity": "", "normalize": "std=2"}
-    for name in FUNCTIONS:
+    for name in FUNCTIONS.keys() - {"unflatten"}:
         for axes in (1, 3):
             conv = make_function(f"{name}({argument.get(name, '2')})", 3, axes)
             assert (conv.in_channels, conv.out_channels, conv.spatial_axes) == (3, 3, axes)

@@ -254,8 +254,8 @@ class _TreeLowering:
             for part in tree.parts:
                 found = self._settled(part)
                 if found[0] is not None or not self._is_function(part):
-                    return found  # layers without tensors give as many channels as they take
-                if flatten_size(str(part)) is not None:
+                    return found
+                if "flatten(" in str(part):  # the others give as many channels as they take
                     break
             return None, ""
         if isinstance(tree, Sum):

@@ -211,6 +211,8 @@ def command(
         check_used(sources, [full_name(layer, one) for one, other in checkpoints.items() for layer in other.layers])
         if found is not None:
             sources = sources.with_first(found.geometry)
+            for pattern in _without_effect(found, checkpoints):
+                reporter.remark(f"{found.origin}: geometry: {pattern!r} fits no layer")
         named = (
             _planned(plan)
             if plan
@@ -317,6 +319,17 @@ def _fusions(
     planned = resolve(found, replace(_known(checkpoints, fields, asked), strength=strength))
     check_nothing_missed(checkpoints, [one.tree for one in planned], asked)
     return planned
+
+
+def _without_effect(found: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    """Patterns of a user's recipe that state geometry of no layer; those that ship are for many networks."""
+    from convtool.checkpoint.chain import full_name
+    from convtool.recipes import shipped
+
+    if found.origin in {recipe.origin for recipe in shipped().values()}:
+        return []
+    layers = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
+    return [text for text in found.geometry.tables if not any(found.geometry.matches(text, name) for name in layers)]
 
 
 def _planned(plan: Plan) -> list[PlannedFusion]:

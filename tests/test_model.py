@@ -260,6 +260,8 @@ def test_no_command_needs_geometry_where_there_is_a_model(folder: Path) -> None:
     matrix = done("toeplitz", checkpoint, "conv3", *model, "--input-size", "5,4", "-o", folder / "conv3.npz")
     assert matrix["input_size"] == [16, 5, 4]
     assert not matrix["assumed"]
+    converted = done("convert", checkpoint, folder / "dense.pt", "--as-toeplitz", "conv4=24,3,4", *model)
+    assert converted["ok"]
     fused = done("fuse", checkpoint, "conv2", "bn2", *model, "-o", folder / "one.safetensors")
     assert fused["fusions"][0]["fields"]["stride"] == [2, 2]
     assert fused["fusions"][0]["assumed"] == []
@@ -406,7 +408,7 @@ def test_a_command_without_a_model_runs_no_code_and_the_help_says_which_does(tmp
     assert shown.returncode == 0, shown.stderr
 
 
-@pytest.mark.parametrize("command", ["inspect", "toeplitz", "plan", "fuse", "verify"])
+@pytest.mark.parametrize("command", ["inspect", "toeplitz", "plan", "fuse", "verify", "convert"])
 def test_the_help_says_that_the_users_own_code_is_run_and_only_by_this(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -92,12 +92,18 @@ class PlannedLayer:
             if layer.layer.name.startswith("normalize(")
         ]
         gone = [layer.layer for layer in self.layers if layer.layer.tensors and layer.origin == BASE]
+        stays = any(layer.name == self.name for layer in gone)  # then the model goes on to call all of the branches
+        silent = []
         for layer in gone:
             if layer.kind == "scale" and (layer.name in self.blocks or layer.name in layer.tensor_names()):
                 lines += [f"{name} = None" for name in layer.tensor_names()]
+            elif layer.name != self.name and stays and has_sum(self.tree):
+                silent.append(layer.name)
             elif layer.name != self.name:
                 # an identity in place of a branch would add its input to the sum
                 lines.append(f"del {layer.name}" if has_sum(self.tree) else f"{layer.name} = nn.Identity()")
+        if silent:
+            lines.append(f"{', '.join(silent)}: nn.Identity(), and zeros from each branch, as convtool.apply has it")
         return lines
 
 

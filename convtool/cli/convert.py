@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convtool.cli import complete
-from convtool.cli.options import CheckpointPath, Force, GeometryFile, Json, NoMmap, Quiet, Root, Settings
+from convtool.cli.options import (
+    CheckpointPath,
+    Force,
+    GeometryFile,
+    Json,
+    Model,
+    ModelArgs,
+    NoMmap,
+    Quiet,
+    Root,
+    Settings,
+)
 from convtool.cli.output import Reporter, human_bytes
 from convtool.cli.run import run
 
@@ -94,6 +105,8 @@ def command(
         ),
     ] = None,
     geometry: GeometryFile = None,
+    model: Model = None,
+    model_args: ModelArgs = None,
     settings: Settings = None,
     root: Root = None,
     no_mmap: NoMmap = False,
@@ -113,6 +126,7 @@ def command(
         from convtool.checkpoint.dtypes import FLOATS
         from convtool.checkpoint.edit import Edit
         from convtool.checkpoint.write import check_output, is_folder, write_edited
+        from convtool.cli.model import model_fields
         from convtool.cli.reexpress import Wanted, change_document, record_of, reexpressions
 
         _check_dtype(dtype)
@@ -122,7 +136,8 @@ def command(
         flat = out.suffix == ".safetensors" or is_folder(out, opened, size)
         left_out = opened.left_out if root is not None and flat else []
         wanted = Wanted(as_linear or [], as_toeplitz or [], as_conv or [])
-        changes = reexpressions(reporter, opened, wanted, geometry, settings)
+        known = model_fields(model, model_args, opened, reporter)
+        changes = reexpressions(reporter, opened, wanted, geometry, settings, known)
         edit = Edit.together([change.edit for change in changes])
         write_edited(
             opened,

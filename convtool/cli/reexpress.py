@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint.chain import LoweredLayer
     from convtool.checkpoint.record import FusionRecord, Record
     from convtool.checkpoint.reexpress import Reexpression
-    from convtool.core.fields import FieldSources
+    from convtool.core.fields import FieldSource, FieldSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,12 @@ class Wanted:
 
 
 def reexpressions(
-    reporter: Reporter, opened: Checkpoint, wanted: Wanted, geometry: Path | None, settings: list[str] | None
+    reporter: Reporter,
+    opened: Checkpoint,
+    wanted: Wanted,
+    geometry: Path | None,
+    settings: list[str] | None,
+    model: FieldSource | None = None,
 ) -> list[Reexpression]:
     """The changes that the options ask for; what was assumed is remarked.
 
@@ -38,7 +43,7 @@ def reexpressions(
     """
     from convtool.checkpoint.reexpress import as_linear, as_toeplitz
 
-    sources = field_sources(geometry, settings, {})
+    sources = field_sources(geometry, settings, {}, model)
     check_used(sources, list(opened.layers))
     changes = [as_linear(_lowered(reporter, opened, name, sources)) for name in wanted.as_linear]
     for text in wanted.as_toeplitz:

@@ -466,6 +466,26 @@ def test_a_tolerance_of_ones_own() -> None:
     assert torch.equal(Tolerance(0.5, 1.0).of(torch.zeros(1), torch.tensor([-2.0])), torch.tensor([2.0]))
 
 
+def test_taps_that_no_output_reads_are_said_to_be_unknown() -> None:
+    """At a size of 1x2 a padded 3x3 kernel has no corner that meets the input: whatever it holds, outputs agree."""
+    conv = layer(1, (3, 2, 3, 3), padding=1)
+    hollow = conv.weight.clone()
+    hollow[:, :, [0, 2]] = 0
+    report = verify([conv], [Conv(hollow, conv.bias, conv.geometry)], (1, 2))
+    assert report.equivalent
+    assert report.taps == (3, 9)
+    whole = verify([conv], [Conv(hollow, conv.bias, conv.geometry)], (3, 4))
+    assert not whole.equivalent
+    assert whole.taps == (9, 9)
+    assert all(verify([conv], [conv], size).taps == (9, 9) for size in default_sizes([conv]))
+
+
+def test_an_input_that_would_not_fit_is_refused_before_anything_is_made() -> None:
+    conv = layer(1, (3, 2, 3, 3), padding=1)
+    with pytest.raises(UsageError, match="too many to run here"):
+        verify([conv], [conv], (10**9, 10**9))
+
+
 # --- kinds of layers
 
 

@@ -355,6 +355,7 @@ def _report(pairing: Pairing, report: EquivalenceReport) -> dict[str, Any]:
         "dtype": report.dtype,
         "inputs": report.inputs,
         "input_channels_met": {"met": report.met[0], "of": report.met[1]},
+        "taps_read": {"read": report.taps[0], "of": report.taps[1]},
         "interior": region_document(report.interior),
         "rim": region_document(report.rim),
         "run_as_stored": asdict(report.stored_error) if report.stored_error else None,
@@ -375,6 +376,12 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
     for part in document["fusions"]:
         if part["mismatch"]:
             reporter.line(f"{part['name']}: {part['mismatch']}")
+        read, taps = part["taps_read"]["read"], part["taps_read"]["of"]
+        if read < taps and not part["mismatch"]:
+            reporter.line(
+                f"{part['name']}: outputs at {'x'.join(map(str, part['input_size']))} read {read} of {taps} kernel taps;"
+                " nothing is said of the others, which larger inputs meet"
+            )
         for name in ("interior", "rim"):
             if part[name] and not part[name]["equal"]:
                 reporter.line(f"{part['name']}, {name}: {_worst(part[name])}")

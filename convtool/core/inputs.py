@@ -33,7 +33,7 @@ from convtool.core.tree import Chain, Sum, Tree, leaves
 BATCH_ELEMENTS = 1 << 20  # numbers in flight, of the widest layer: 8 MiB in float64
 SCALES = (0, 3, -3, 10, -10)  # of the normals, as powers of two, so that neither bias nor weights always dominate
 LOOKUP_WORK = 40  # of a number looked up and compared, in multiply-adds
-BORDER_CHANNELS = 16  # of each group, at each place of the border: what is wrong there is so in all channels alike
+BORDER_CHANNELS = 8  # of each group, at each place of the border: what is wrong there is so in all channels alike
 COVER_ENTRIES = 1 << 25  # largest table of what meets what, along one axis; beyond, every position is taken
 
 
@@ -335,6 +335,12 @@ def impulse_inputs(plan: ImpulsePlan, size: tuple[int, ...], widest: int) -> Ite
     single = ((position, channel) for position, channels in plan.border for channel in channels)
     while taken := list(itertools.islice(single, batch)):
         yield impulses(taken, None)
+
+
+def taps_read(geometry: Geometry, size: tuple[int, ...]) -> tuple[int, int]:
+    """How many of a kernel's taps some output reads the input with at this size, and of how many."""
+    read = [int((tap_table(axis, n) != PADDED).any(axis=0).sum()) for axis, n in zip(geometry.axes, size, strict=True)]
+    return math.prod(read), math.prod(geometry.kernel_size)
 
 
 def widest_layer(tree: Expression, size: tuple[int, ...]) -> int:

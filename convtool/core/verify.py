@@ -24,12 +24,22 @@ from convtool.core.compose import add, compose_chain, compose_geometry
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, multiply_adds, out_channels, output_size, run
 from convtool.core.geometry import Geometry, format_sizes
-from convtool.core.inputs import Impulses, Input, apply, dense_inputs, impulse_inputs, plan_impulses, widest_layer
+from convtool.core.inputs import (
+    Impulses,
+    Input,
+    apply,
+    dense_inputs,
+    impulse_inputs,
+    plan_impulses,
+    taps_read,
+    widest_layer,
+)
 from convtool.core.tally import Region, Tallies
 from convtool.core.tree import Chain, Sum, Tree, fold, leaves, map_leaves
 from convtool.errors import ConvtoolError, UsageError
 
 WORK = 40_000_000_000  # multiply-adds that may be spent on impulses at one size: some seconds
+LARGEST_INPUT = 1 << 27  # numbers of one input in the widest layer: 1 GiB in float64, several times over
 STORED_WORK = 200_000_000  # multiply-adds that running the layers once in their own dtype may take
 
 
@@ -61,6 +71,8 @@ class EquivalenceReport:
         exhaustive: every basis vector was run: no input of this size can bring an error beyond the bound.
         met: of how many input channels (of each group) an impulse met every kernel entry by itself, and of how many
             there are.
+        taps: of how many taps of AFTER's kernel anything can be said at this size, and of how many there are: what no
+            output reads may hold anything. For one layer; (0, 0) for several.
         interior, rim: the comparison apart from and at the border, where a fused layer without the padding of the
             layers in between may differ; `rim` has no elements where the chain has no such border.
         dtype: that AFTER is stored in.
@@ -74,6 +86,7 @@ class EquivalenceReport:
     seed: int = 0
     exhaustive: bool = False
     met: tuple[int, int] = (0, 0)
+    taps: tuple[int, int] = (0, 0)
     interior: Region = field(default_factory=Region)
     rim: Region = field(default_factory=Region)
     dtype: str = "float64"
@@ -139,6 +152,11 @@ def verify(
     kept: Expression = map_leaves(lambda leaf: leaf.conv, second)
     channels, size = _input_size(first, kept, input_size)
     shape = (out_channels(first), *output_size(first, size))
+    if (widest := widest_layer(first, size)) > LARGEST_INPUT:
+        raise UsageError(
+            f"input size {format_sizes(input_size)}: {widest} numbers for one input are too many to run here; what a"
+            " fusion does shows at small sizes as well"
+        )
     kind = dtype or next(leaves(kept)).weight.dtype
     report = EquivalenceReport((channels, *size), shape, seed=seed, dtype=str(kind).removeprefix("torch."))
     if mismatch := _mismatch(kept, channels, size, shape):
@@ -169,6 +187,7 @@ def verify(
         inputs=counts,
         exhaustive=exhaustive,
         met=(len(plan.chosen), plan.channels),
+        taps=_taps(kept, size),
         interior=tallies.interior.region(),
         rim=tallies.rim.region(),
         stored_error=_stored_error(first, kept, channels, size, kind, seed),
@@ -284,6 +303,12 @@ def _rim_mask(before: Expression, size: tuple[int, ...]) -> Mask:
         return border_at(parts, reduce(compose_geometry, (conv.geometry for conv in parts)), size).differs()
     except ConvtoolError:
         return nothing
+
+
+def _taps(after: Expression, size: tuple[int, ...]) -> tuple[int, int]:
+    while isinstance(after, Chain | Sum) and len(after.parts) == 1:
+        after = after.parts[0]
+    return taps_read(after.geometry, size) if isinstance(after, Conv) else (0, 0)
 
 
 def _geometries(*trees: Expression) -> list[Geometry]:

@@ -37,7 +37,7 @@ from convtool.cli.run import run
 
 CALLS = ("fsync", "fchmod", "link", "replace", "rename", "unlink", "remove", "mkdir", "rmdir")
 REMOVALS = ("unlink", "remove", "rmdir")  # which no disk is too full for
-ROUNDS = 100  # of random kills; a tenth of that, of races
+ROUNDS = 100  # of random kills; a 25th of that, of each race
 UNTOUCHED = 77  # the exit code of a run that had fewer steps than the one at which something was to happen
 
 
@@ -227,7 +227,7 @@ def at_random(folder: Path) -> tuple[int, list[str]]:
     for layout in LAYOUTS:
         work = folder / layout
         (work / "out").mkdir(parents=True)
-        commands = [writes(folder, layout, seed, 2000) for seed in (3, 4)]
+        commands = [writes(folder, layout, seed, 800) for seed in (3, 4)]
         states, longest = [], 0.0
         for write in commands:
             start = time.monotonic()
@@ -253,7 +253,7 @@ def race(folder: Path) -> tuple[int, list[str]]:
         sources = [save(network(seed), folder / f"{seed}.pt") for seed in (1, 2)]
         contents = [{name: bytes(open_checkpoint(path).bits(name).tolist()) for name in network(1)} for path in sources]
         for flags in (["--force"], []):
-            for turn in range(ROUNDS // 10):
+            for turn in range(ROUNDS // 25):
                 work = folder / f"{layout}-{turn}{''.join(flags)}"
                 work.mkdir()
                 out = work / LAYOUTS[layout][0]

@@ -28,7 +28,7 @@ from convtool.checkpoint.write import write_edited
 from convtool.cli.app import run_app
 from convtool.core.names import unwrap
 from convtool.core.tree import Chain, Sum
-from convtool.errors import InputError, RefusedError, UsageError
+from convtool.errors import InputError, OutputError, RefusedError, UsageError
 
 SUFFIXES = (".safetensors", ".pt")
 
@@ -391,6 +391,14 @@ def test_an_unknown_suffix_is_refused_before_anything_is_written(tmp_path: Path,
     with pytest.raises(UsageError, match=r"expected a name that ends in \.safetensors, \.pt"):
         write_edited(opened, Edit.nothing(), tmp_path / name, None, force=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_record_that_cannot_be_replaced_is_said(tmp_path: Path) -> None:
+    record_path(tmp_path / "out.pt").mkdir()
+    opened = open_checkpoint(save(small_network(), tmp_path / "in.pt"))
+    with pytest.raises(OutputError, match=r"out\.pt\.convtool\.json: is a folder"):
+        write_edited(opened, Edit.nothing(), tmp_path / "out.pt", RECORD, force=True)
+    assert not (tmp_path / "out.pt").exists()
 
 
 def test_what_a_nested_file_holds_beside_its_state_dict_is_not_dropped_silently(tmp_path: Path) -> None:

@@ -19,8 +19,8 @@ from convtool.checkpoint.record import Record
 from convtool.checkpoint.safetensors_file import Entry, SafetensorsCheckpoint
 from convtool.checkpoint.sharded import ShardedCheckpoint
 from convtool.checkpoint.torch_file import NewTensor, TorchCheckpoint
-from convtool.errors import RefusedError, UsageError
-from convtool.files.atomic import discard, replacing
+from convtool.errors import OutputError, RefusedError, UsageError
+from convtool.files.atomic import check_target, discard, replacing
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,10 @@ class _RecordBeside:
         self.checkpoint = path
         self.path = torch_file.record_path(path)
         self.record = record
-        self.old = self.path.read_bytes() if self.path.exists() else None
+        try:
+            self.old = self.path.read_bytes() if check_target(self.path, force=True).exists() else None
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
         self.before = torch_file.record_and_mark(path) if self.old is not None else None
         self.mark = ""
         self.prepared = False

@@ -1,0 +1,87 @@
+"""However large a checkpoint is, changing a layer of it takes little memory: it is mapped in and streamed out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+from checkpoints import raw_safetensors
+
+SIZE = 400 << 20  # bytes of tensors that aren't touched
+MOST = 40 << 20  # bytes of memory that a write may take, beside what the process has before it
+
+MEASURE = """
+import json, sys, threading, time
+from pathlib import Path
+import torch
+from convtool import open_checkpoint
+from convtool.checkpoint.edit import Edit
+from convtool.checkpoint.write import write_edited
+
+def anonymous():
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) << 10
+
+peak, done = 0, False
+def watch():
+    global peak
+    while not done:
+        peak = max(peak, anonymous())
+        time.sleep(0.001)
+
+folder = Path(sys.argv[1])
+edit = Edit.of(["small.weight"], {"small.weight": torch.ones(2, 3, 4)}, "small.weight")
+grown = {}
+before = anonymous()
+thread = threading.Thread(target=watch)
+thread.start()
+last = "large.safetensors"
+for name, mapped, dtype in [
+    ("out.safetensors", True, None),
+    ("read.safetensors", False, None),
+    ("out.pt", True, None),
+    ("again.pt", True, None),
+    ("read.pt", False, None),
+    ("half.pt", True, "float16"),
+]:
+    peak = 0
+    source = open_checkpoint(folder / last, mapped=mapped)
+    write_edited(source, edit, folder / name, None, force=False, dtype=dtype)
+    assert len(open_checkpoint(folder / name).infos) == 5
+    grown[name] = peak - before
+    if last.endswith(".pt"):
+        (folder / last).unlink()
+    if name.endswith(".pt"):
+        last = name
+    else:
+        (folder / name).unlink()
+done = True
+thread.join()
+print(json.dumps(grown))
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="how much memory is a process's own is Linux's to say"
+)
+def test_a_write_takes_little_memory_of_its_own(tmp_path: Path) -> None:
+    part = SIZE // 4
+    header = {"small.weight": {"dtype": "F32", "shape": [2, 3, 4], "data_offsets": [0, 96]}}
+    for number in range(4):
+        start = 96 + number * part
+        entry = {"dtype": "F32", "shape": [part // 4096, 1024], "data_offsets": [start, start + part]}
+        header[f"large{number}.weight"] = entry
+    where = "/dev/shm" if Path("/dev/shm").exists() else None
+    with tempfile.TemporaryDirectory(dir=where) as name:
+        path = Path(name) / "large.safetensors"
+        path.write_bytes(raw_safetensors(header))
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size + 96 + SIZE)  # zeros that take no room
+        done = subprocess.run([sys.executable, "-c", MEASURE, name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    grown = json.loads(done.stdout)
+    assert all(bytes_ < MOST for bytes_ in grown.values()), grown

@@ -318,15 +318,22 @@ class ToeplitzMatrix:
     def row_counts(self, start: int, stop: int) -> Tensor:
         """(stop - start,) int64 number of entries in each of rows start:stop."""
         self._check_rows(start, stop)
-        position = np.arange(start, min(stop, self._plain_rows), dtype=np.int64) % self._positions
-        counts = np.full(len(position), self._weight.shape[1], dtype=np.int64)
-        for axis, where in zip(self._slots, self._unravel(position), strict=True):
-            counts *= axis.counts[where]
-        if self._has_bias_column:
-            counts += 1
+        end = min(stop, self._plain_rows)
+        if end - start > self._positions:  # every channel is like the first
+            channel = self._position_counts(np.arange(self._positions))
+            counts = np.resize(np.roll(channel, -(start % self._positions)), end - start)
+        else:
+            counts = self._position_counts(np.arange(start, end, dtype=np.int64) % self._positions)
         if start < stop and stop > self._plain_rows:
             counts = np.append(counts, self._plain_columns)
         return torch.from_numpy(counts)
+
+    def _position_counts(self, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """(positions,) number of entries in the rows of these positions, in any channel."""
+        counts = np.full(len(position), self._weight.shape[1], dtype=np.int64)
+        for axis, where in zip(self._slots, self._unravel(position), strict=True):
+            counts *= axis.counts[where]
+        return counts + 1 if self._has_bias_column else counts
 
     def indices(self, start: int, stop: int) -> Tensor:
         """(entries,) the columns of rows start:stop, those of each row ascending and unique."""

@@ -379,8 +379,8 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
         read, taps = part["taps_read"]["read"], part["taps_read"]["of"]
         if read < taps and not part["mismatch"]:
             reporter.line(
-                f"{part['name']}: outputs at {'x'.join(map(str, part['input_size']))} read {read} of {taps} kernel taps;"
-                " nothing is said of the others, which larger inputs meet"
+                f"{part['name']}: at {'x'.join(map(str, part['input_size']))} outputs read {read} of {taps} taps; "
+                "nothing is said of the others, which larger inputs meet"
             )
         for name in ("interior", "rim"):
             if part[name] and not part[name]["equal"]:

@@ -76,6 +76,11 @@ def test_a_layer_that_computes_something_else_has_no_geometry() -> None:
     assert set(convtool.geometry_of(model)) == {"plain"}
 
 
+def test_a_lazy_module_is_an_error_that_says_what_to_do() -> None:
+    with pytest.raises(UsageError, match="weight has no shape yet, being that of a lazy module"):
+        convtool.geometry_of(nn.LazyConv2d(3, 3))
+
+
 # --- loading
 
 

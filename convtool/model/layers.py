@@ -8,11 +8,13 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from convtool.checkpoint.info import SCALES
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import Geometry
+from convtool.errors import UsageError
 from convtool.modules import frozen_eps, only_scales, own_tensors
 
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -39,7 +41,14 @@ class ModuleLayer:
 
 
 def module_layers(model: nn.Module) -> dict[str, ModuleLayer]:
-    """Every convolution, linear layer, batch norm and layer scale among the model's modules, by module path."""
+    """Every convolution, linear layer, batch norm and layer scale among the model's modules, by module path.
+
+    Raises:
+        UsageError: a lazy module, which has no shape before it first runs.
+    """
+    for name, tensor in model.named_parameters():
+        if is_lazy(tensor):
+            raise UsageError(f"{name} has no shape yet, being that of a lazy module; run the model once before")
     found = {name: layer for name, module in model.named_modules() if (layer := _layer(name, module)) is not None}
     tied = _tied_layers(model)
     return {

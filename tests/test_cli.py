@@ -6,6 +6,7 @@ are for what only they show: signals, pipes, the entry points. All layers, kerne
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -637,10 +639,26 @@ def test_verify_of_named_layers_and_one_sided_fields(cli: Cli, here: Path) -> No
     assert cli(f"{named} --set first.padding=1,2 --computed-in float32").code == 0
 
 
+def test_a_plan_is_piped_into_fuse(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = {name.replace("second", "0").replace("norm", "1"): tensor for name, tensor in network().items()}
+    plan = "plan --model piped.py:Net --input-size 4,9,8 -o -"
+    (here / "piped.py").write_text(
+        MODEL.replace("Conv2d(3, 4, (3, 2))", "Conv2d(4, 5, (2, 3))").replace("2d(4)", "2d(5)")
+    )
+    save_file({name: tensor for name, tensor in tensors.items() if name[0] in "01"}, here / "piped.safetensors")
+    recipe = cli(plan)
+    assert (recipe.code, recipe.err) == (0, "")
+    assert len(tomllib.loads(recipe.out)["fuse"]) == 1
+    assert "stdout holds the recipe or the document" in cli(f"{plan} --json").message
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(recipe.out.encode())))
+    document = cli("fuse piped.safetensors --recipe - -o f.safetensors --dry-run --json").document
+    assert [fusion["layers"] for fusion in document["fusions"]] == [["0", "1"]]
+
+
 def test_an_accident_of_ours_asks_for_a_report(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     import convtool.checkpoint
 
-    def fail(*arguments: object) -> None:
+    def fail(*arguments: object, **options: object) -> None:
         raise IndexError("list index out of range")
 
     monkeypatch.setattr(convtool.checkpoint, "open_checkpoint", fail)

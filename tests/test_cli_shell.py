@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,22 +197,6 @@ def test_geometry_and_recipes_are_read_from_stdin(
     code, shown = run("inspect chains.safetensors --geometry -", "widen = {")
     assert code == 3
     assert shown.startswith("convtool: -: is not TOML")
-
-
-def test_a_plan_is_piped_into_fuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(SAMPLES)
-    plan = "plan conv_bn.safetensors --model networks.py:ConvBatchNorm --input-size 1,8,8 -o -"
-    assert run_app(plan.split()) == 0
-    recipe = capsys.readouterr()
-    assert len(tomllib.loads(recipe.out)["fuse"]) == 4
-    assert recipe.err == ""
-    assert run_app([*plan.split(), "--json"]) == 2
-    assert "stdout holds the recipe or the document" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(recipe.out.encode())))
-    fuse = "fuse conv_bn.safetensors --recipe - -o piped.safetensors --dry-run --json"
-    assert run_app(fuse.split()) == 0
-    document = json.loads(capsys.readouterr().out)
-    assert [fusion["name"] for fusion in document["fusions"]] == ["conv1", "conv2", "conv3", "conv4"]
 
 
 def test_json_has_shapes_on_one_line_and_the_same_content(

@@ -259,6 +259,25 @@ def test_a_patch_convolution_and_the_linear_layer_that_it_is(net: dict[str, Tens
     assert cli(f"{question} --input-size 4,2").code == 1
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ("--as-linear patch --set patch.stride=4,2", "patch"),
+        ("--as-toeplitz first=3,5,6 --set first.stride=2,1 --set first.padding=1,0", "first"),
+    ],
+)
+def test_a_converted_layer_by_its_record(net: dict[str, Tensor], options: str, name: str) -> None:
+    assert cli(f"convert net.safetensors c.safetensors {options}").code == 0
+    assert cli("verify net.safetensors c.safetensors").code == 0
+    converted = load_file("c.safetensors")
+    weight = converted[f"{name}.weight"]
+    place = tuple(int(i) for i in torch.unravel_index(weight.abs().argmax(), weight.shape))
+    for _ in range(2):
+        weight[place] = torch.nextafter(weight[place], torch.tensor(math.inf))
+    save_file(converted, "d.safetensors", metadata_of("c.safetensors"))
+    assert cli("verify net.safetensors d.safetensors").code == 1
+
+
 def test_names_are_parted_at_commas_outside_of_parentheses() -> None:
     assert split_names("a,b") == ["a", "b"]
     assert split_names("flatten(7,7), head") == ["flatten(7,7)", "head"]

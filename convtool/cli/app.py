@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import sys
 from typing import Annotated, Any
@@ -62,11 +63,21 @@ def run_app(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     try:
-        return _parse_and_call(typer.main.get_command(app), arguments)
+        return _parse_and_call(typer.main.get_command(_needed(arguments)), arguments)
     except (OSError, StdoutError):
         raise  # of stdout: whatever a command runs into has been dealt with
     except Exception as error:
         return bug(error, None, as_json="--json" in arguments)
+
+
+def _needed(arguments: list[str]) -> typer.Typer:
+    """The application with only the command that the line begins with, where it does: each takes time to build."""
+    named = [command for command in app.registered_commands if command.name == arguments[0]] if arguments else []
+    if not named or COMPLETE in os.environ:
+        return app
+    needed = copy.copy(app)
+    needed.registered_commands = named
+    return needed
 
 
 def _parse_and_call(command: Any, arguments: list[str]) -> int:

@@ -679,3 +679,11 @@ def test_which_outputs_read_the_input_at_all(size: int) -> None:
     inner, outer = axis_taps(layers[0], size), axis_taps(layers[1], layers[0].output_size(size))
     reads = [any(through != NOTHING and any(i != NOTHING for i in inner[through]) for through in row) for row in outer]
     assert border.axes[0].reads.tolist() == reads
+
+
+def test_what_would_take_for_ever_to_decide_is_decided_for_one_size() -> None:
+    layers = [make_conv(Geometry.of(5, padding=2), 1, 1), make_conv(Geometry.of(3, stride=4000, padding=1), 1, 1)]
+    geometry = compose_chain(layers).geometry
+    with pytest.raises(RefusedError, match="are too large to decide for every input size; give --input-size"):
+        decide(layers, geometry)
+    assert not decide(layers, geometry, (4001,)).exact

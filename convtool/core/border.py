@@ -33,6 +33,9 @@ from convtool.errors import RefusedError, UsageError
 
 Mask = npt.NDArray[np.bool_]
 
+# Positions, over all sizes, that a decision for every size may look at: far beyond real layers, and seconds still.
+MOST_POSITIONS = 1 << 23
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AxisBorder:
@@ -262,6 +265,11 @@ def _decide_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axis
     if fused.transposed:  # paddings of plain and transposed layers cancel in the fused one, and count by themselves
         sight += sum(axis.reach + axis.before + axis.after for axis in layers)
     long = 2 * sight
+    if long * (long + period) > MOST_POSITIONS:
+        raise RefusedError(
+            f"strides of {period} and a reach of {sight} positions are too large to decide for every input size;"
+            " give --input-size, which decides for one"
+        )
     steady = {size: _compare_axis(layers, biased, fused, size).differs for size in range(long, long + period)}
     rims = [_rim(mask) for mask in steady.values()]
     rim = (max(start for start, _ in rims), max(end for _, end in rims))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -15,6 +16,7 @@ from convtool.errors import UsageError, did_you_mean
 Fields: TypeAlias = dict[str, Any]
 
 DEFAULT_EPS = 1e-5  # nn.BatchNorm's
+_WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
 def parse_sizes(text: str, what: str = "input size") -> tuple[int, ...]:
@@ -153,6 +155,8 @@ def parse_tables(tables: Mapping[str, object], origin: str) -> FieldSource:
 
 def _integer(value: object) -> int:
     if isinstance(value, str):
+        if _WHOLE_NUMBER.fullmatch(value.strip()) is None:  # int() takes 1_000 as well
+            raise ValueError
         return int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError

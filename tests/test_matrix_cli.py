@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,40 @@ def test_toeplitz_says_what_64_bit_indices_mean(tmp_path: Path, capsys: pytest.C
     arguments[4] = "1,60000,60000"
     assert run_app([*arguments, "-o", str(tmp_path / "n.npz")]) == 0
     assert "indices are int64, since int32 ends at 2147483647" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("options", [(), ("--rows", "7:200"), ("--affine",), ("--transpose",)])
+def test_a_text_file_is_verified_like_any_other(
+    dtype: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m.mtx"
+    assert run(capsys, "toeplitz", CHAINS, *WIDEN, "--dtype", dtype, *options, "-o", str(out))["ok"]
+    assert str(convtool.load_matrix(out).dtype) == f"torch.{dtype}"
+    assert run(capsys, "verify", CHAINS, str(out))["equivalent"]
+    lines = out.read_text().splitlines(keepends=True)
+    row, column, value = lines[-1].split()
+    other = torch.tensor(float(value) * 1.01, dtype=getattr(torch, dtype)).item()
+    out.write_text("".join([*lines[:-1], f"{row} {column} {other:.17g}\n"]))
+    assert not run(capsys, "verify", CHAINS, str(out))["equivalent"]
+    if dtype != "float64":  # a number that isn't one of that dtype
+        out.write_text("".join([*lines[:-1], f"{row} {column} {other * (1 + 2**-26):.17g}\n"]))
+        assert run(capsys, "verify", CHAINS, str(out))["error"]["exit_code"] == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "code", "message"),
+    [
+        ("16,1000000,1000000", 5, r"needs [\d.]+ TiB, and its file system has .* free; --rows A:B writes a part"),
+        ("16,300000000,3", 2, "an axis of 300000000 outputs with 3 taps each is too long for a tap table"),
+        ("16,99999999999,3", 2, "expected integers from 1 to 2147483647"),
+    ],
+)
+def test_sizes_beyond_any_disk(
+    size: str, code: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("toeplitz", CHAINS, "widen", "--input-size", size, "--padding", "1,2", "-o", str(tmp_path / "m.npz"))
+    error = run(capsys, *command)["error"]
+    assert error["exit_code"] == code
+    assert re.search(message, error["message"])
+    assert list(tmp_path.iterdir()) == []

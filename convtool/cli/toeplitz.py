@@ -186,6 +186,7 @@ def command(
         plan = plan_matrix(matrix, out, layout=_layout(layout), rows=_rows(rows))
         rows_written = None if plan.rows is None else list(plan.rows)
         record = found.record | {"transpose": transpose, "affine": affine, "order": order, "rows": rows_written}
+        record["dtype"] = str(matrix.dtype).removeprefix("torch.")  # which a text file wouldn't tell
         size_in_bytes = planned_size(matrix, plan, record)
         if shards is not None and not dry_run:
             with launched_ranks() as ranks, reporter.progress(f"writing {out.name}", size_in_bytes) as advance:

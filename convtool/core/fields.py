@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
-from convtool.core.geometry import PADDING_MODES, Geometry
+from convtool.core.geometry import LARGEST, PADDING_MODES, Geometry
 from convtool.core.names import unwrap
 from convtool.errors import UsageError, did_you_mean
 
@@ -20,13 +20,13 @@ _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
 def parse_sizes(text: str, what: str = "input size") -> tuple[int, ...]:
-    """'3,32,32' as (3, 32, 32); UsageError where it isn't a list of positive integers."""
+    """'3,32,32' as (3, 32, 32); UsageError where it isn't a list of integers from 1 to 2**31 - 1."""
     try:
-        sizes = tuple(int(part) for part in text.split(","))
+        sizes = tuple(_integer(part) for part in text.split(","))
     except ValueError:
         sizes = ()
-    if not sizes or any(size < 1 for size in sizes):
-        raise UsageError(f"{what}: expected positive integers such as 32,32, got {text!r}")
+    if not sizes or any(not 1 <= size <= LARGEST for size in sizes):
+        raise UsageError(f"{what}: expected integers from 1 to {LARGEST}, such as 32,32, got {text!r}")
     return sizes
 
 

@@ -18,8 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from convtool.core.geometry import Axis
+from convtool.errors import UsageError
 
 Table: TypeAlias = npt.NDArray[np.int64]
+
+MOST_ENTRIES = 1 << 28  # 2 GiB of indices: far beyond any layer on any input
 
 PADDED = -1  # a tap that reads a padded zero, or that a transposed convolution doesn't have at this position
 
@@ -27,6 +30,8 @@ PADDED = -1  # a tap that reads a padded zero, or that a transposed convolution 
 def tap_table(axis: Axis, size: int, start: int = 0, stop: int | None = None) -> Table:
     """Rows start:stop (all by default) of the axis's tap table for `size` input positions, shape (rows, kernel)."""
     stop = axis.output_size(size) if stop is None else stop
+    if (stop - start) * axis.kernel > MOST_ENTRIES:
+        raise UsageError(f"an axis of {stop - start} outputs with {axis.kernel} taps each is too long for a tap table")
     output = np.arange(start, stop, dtype=np.int64)[:, None]  # (rows, 1)
     offset = np.arange(axis.kernel, dtype=np.int64) * axis.dilation - axis.before  # (kernel,)
     if axis.transposed:

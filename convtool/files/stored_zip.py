@@ -19,6 +19,7 @@ LIMIT = 0xFFFFFFFF  # sizes and offsets from here on take the zip64 fields
 
 _FULL = 0xFFFFFFFF  # in a short field: look in the zip64 one
 _FULL_COUNT = 0xFFFF
+_WIDEST = (1 << 64) - 1  # what a zip64 field holds; archives beyond are planned, to say their size, and never written
 _DATE = (1 << 5) | 1  # 1 January 1980, the format's first day, so that equal contents give equal files
 _PADDING_ID = 0x4246  # "FB": torch's own, for the same purpose
 _ZIP64_ID = 1
@@ -66,7 +67,8 @@ class _Placed(NamedTuple):
     @property
     def extra(self) -> bytes:
         """The local header's extra field less its padding."""
-        return struct.pack("<HHQQ", _ZIP64_ID, 16, self.size, self.size) if self.big else b""
+        size = min(self.size, _WIDEST)
+        return struct.pack("<HHQQ", _ZIP64_ID, 16, size, size) if self.big else b""
 
     @property
     def padding(self) -> bytes:
@@ -84,8 +86,8 @@ class _Placed(NamedTuple):
         return struct.pack("<L5H3L2H", *fixed) + self.name + extra
 
     def central(self, crc: int) -> bytes:
-        wide = [self.size, self.size] if self.big else []
-        wide += [self.offset] if self.offset >= LIMIT else []
+        wide = [min(self.size, _WIDEST)] * 2 if self.big else []
+        wide += [min(self.offset, _WIDEST)] if self.offset >= LIMIT else []
         extra = struct.pack(f"<HH{len(wide)}Q", _ZIP64_ID, 8 * len(wide), *wide) if wide else b""
         size, offset = (_FULL if number >= LIMIT else number for number in (self.size, self.offset))
         version = 45 if wide else 20
@@ -176,6 +178,7 @@ def _end(count: int, offset: int, size: int) -> bytes:
     """The end of the archive, after a central directory of this size at this offset."""
     if offset < LIMIT and size < LIMIT:
         return struct.pack("<L4H2LH", _END, 0, 0, count, count, size, offset, 0)
+    offset, end = min(offset, _WIDEST), min(offset + size, _WIDEST)
     wide = struct.pack("<LQ2H2L4Q", _END64, 44, 45, 45, 0, 0, count, count, size, offset)
-    wide += struct.pack("<LLQL", _LOCATOR64, 0, offset + size, 1)
+    wide += struct.pack("<LLQL", _LOCATOR64, 0, end, 1)
     return wide + struct.pack("<L4H2LH", _END, 0, 0, _FULL_COUNT, _FULL_COUNT, _FULL, _FULL, 0)

@@ -589,7 +589,27 @@ def _read_mtx(path: Path) -> _Raw:
     record = "".join(line.removeprefix(mtx.COMMENT).rstrip("\n") for line in comments if line.startswith(mtx.COMMENT))
     values = body["real"] + 1j * body["imaginary"] if kind[3] == "complex" else body["real"]
     parts = {"row": body["row"] - 1, "col": body["column"] - 1, "data": values, "shape": np.array([rows, columns])}
-    return {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}, record or None
+    tensors = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
+    tensors["data"] = _in_written_dtype(path, tensors["data"], record)
+    return tensors, record or None
+
+
+def _in_written_dtype(path: Path, values: Tensor, record: str) -> Tensor:
+    """The values in the dtype that the record says they were written from, where it says so."""
+    try:
+        name = json.loads(record)["dtype"]
+    except (ValueError, TypeError, KeyError):
+        return values
+    dtype = next((dtype for dtype in mtx.FIELDS if str(dtype) == f"torch.{name}"), None)
+    if dtype is None:
+        return values
+    # As many digits as `mtx` writes bring each number back; what moves by more than they leave open wasn't that dtype.
+    back = values.to(dtype)
+    kind = dtype.is_complex, dtype.is_floating_point
+    moved = (back.to(values.dtype) - values).abs() > values.abs() * 1e-8
+    if kind != (values.is_complex(), values.is_floating_point()) or bool(moved.any()):
+        raise InputError(f"{path}: damaged: its record calls its numbers {name}, which they aren't")
+    return back
 
 
 _MARKET_KINDS = (["real", "general"], ["integer", "general"], ["complex", "general"])

@@ -35,7 +35,8 @@ eta, underflow in float64: half of 2^-1074 for each product, carried through the
 
 There is no tolerance to choose: a ratio of error to bound of at most 1 is what rounding can do, and more is a
 difference. An impulse meets one kernel entry at a time, and then the bound is h of that entry and little else: an entry
-one unit in the last place off is found, whatever the size of its neighbours.
+one unit in the last place off is found, whatever the size of its neighbours. (Numbers just below a power of two lie
+half as far apart as those above: a power of two stored in place of its neighbour below is half its own unit off: h.)
 """
 
 from __future__ import annotations

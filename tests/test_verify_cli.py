@@ -164,7 +164,6 @@ def test_the_rim_is_apart(net: dict[str, Tensor]) -> None:
     ("line", "code", "message"),
     [
         ("verify net.pt missing.pt", 3, "no such file"),
-        ("verify net.pt net.pt", 3, "holds no record of what was fused; name the layers"),
         ("verify net.pt f.pt --before first,second", 2, "--before and --after go together"),
         ("verify net.pt f.pt --input-size 9", 2, "expected 2 spatial sizes"),
         ("verify net.pt f.pt --input-size 4,9,9", 2, "takes 3 channels, not 4"),

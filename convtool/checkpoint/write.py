@@ -12,6 +12,7 @@ from convtool.checkpoint.record import Record
 from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint
 from convtool.checkpoint.write_file import WRITERS, Options, writer_of
 from convtool.checkpoint.write_folder import check_folder, write_folder
+from convtool.errors import UsageError
 from convtool.files.atomic import check_target
 
 
@@ -22,9 +23,11 @@ def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, s
         source, shard_size: as of `write_edited`; they tell whether `path` is a folder's.
 
     Raises:
-        UsageError: no known suffix.
+        UsageError: no known suffix, or no name.
         OutputError: something is in the way.
     """
+    if path == Path():  # also what an empty string becomes, as of a shell's variable that isn't set
+        raise UsageError("expected the name of a file or a folder as OUT, got an empty one, or the folder itself")
     if is_folder(path, source, shard_size):
         check_folder(path, source, force=force)
         return

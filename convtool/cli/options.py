@@ -144,6 +144,14 @@ def parse_input_size(text: str | None) -> tuple[int, ...] | None:
     return None if text is None else parse_sizes(text, "--input-size")
 
 
+def check_not_source(out: Path, checkpoint: Path) -> None:
+    """UsageError where a matrix would be written in the place of the checkpoint that it is of, --force or not."""
+    from convtool.errors import UsageError
+
+    if out.exists() and checkpoint.exists() and out.samefile(checkpoint):
+        raise UsageError(f"{out}: is the checkpoint itself, and a matrix in its place would lose it; name another OUT")
+
+
 def field_sources(
     geometry: Path | None,
     settings: list[str] | None,

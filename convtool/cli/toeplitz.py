@@ -30,6 +30,7 @@ from convtool.cli.options import (
     Settings,
     Stride,
     Transposed,
+    check_not_source,
     parse_dtype,
 )
 from convtool.cli.output import Reporter, human_bytes
@@ -147,6 +148,7 @@ def command(
         from convtool.matrix.shards import check_shards, index_path, write_shards
 
         value_dtype = parse_dtype(dtype)
+        check_not_source(out, checkpoint)
         if shards is None:
             check_target(out, force=force or dry_run)
         else:

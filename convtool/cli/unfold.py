@@ -28,6 +28,7 @@ from convtool.cli.options import (
     Settings,
     Stride,
     Transposed,
+    check_not_source,
     parse_dtype,
 )
 from convtool.cli.output import Reporter, human_bytes
@@ -94,6 +95,7 @@ def command(
         from convtool.matrix.unfolding import unfolding_contents, write_unfolding
 
         value_dtype = parse_dtype(dtype)
+        check_not_source(out, checkpoint)
         check_target(out, force=force)
         found = lower_layer(
             reporter,

@@ -19,7 +19,7 @@ from convtool.checkpoint.record import FusionRecord, SourceLayer
 from convtool.core.conv import Conv, lower_conv
 from convtool.core.fields import DEFAULT_EPS
 from convtool.core.geometry import Geometry, Padding, PerAxis, format_sizes
-from convtool.core.tree import BASE, Chain, Tree, has_sum, leaves
+from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.modules import frozen_eps
 
@@ -263,21 +263,28 @@ class Applying:
             self._delete(path)
 
 
-_NOT_THE_MODELS = ("identity(", "normalize(")
-
-
 def _done_by_the_model(tree: Tree[SourceLayer]) -> Iterator[str]:
     """Layers without tensors in chains with layers of the model: what its forward does itself, by module or function.
 
-    An identity is none, and a normalisation of the input stands in front of the model.
+    An identity is none, and a normalisation of the whole input stands in front of the model.
     """
+    return _functions_of_the_model(tree, len({source.name for source in first_leaves(tree)}) == 1)
+
+
+def _functions_of_the_model(tree: Tree[SourceLayer], in_front: bool) -> Iterator[str]:
+    """See `_done_by_the_model`; `in_front` where the tree's first layers are those that the whole input goes into."""
     sources: list[SourceLayer] = list(leaves(tree))
     ours = any(source.origin == BASE and source.kind != FUNCTION for source in sources)
-    for part in () if isinstance(tree, SourceLayer) else tree.parts:
+    for number, part in enumerate(() if isinstance(tree, SourceLayer) else tree.parts):
+        first = in_front and (number == 0 or not isinstance(tree, Chain))
         if not isinstance(part, SourceLayer):
-            yield from _done_by_the_model(part)
-        elif isinstance(tree, Chain) and ours and part.kind == FUNCTION and not part.name.startswith(_NOT_THE_MODELS):
+            yield from _functions_of_the_model(part, first)
+        elif isinstance(tree, Chain) and ours and part.kind == FUNCTION and not _is_not_the_models(part, first):
             yield part.name
+
+
+def _is_not_the_models(source: SourceLayer, first: bool) -> bool:
+    return source.name.startswith("identity(") or (first and source.name.startswith("normalize("))
 
 
 def _silenced(

@@ -302,6 +302,13 @@ def test_what_the_model_does_itself_would_be_done_twice(tmp_path: Path) -> None:
     assert relative_difference(outputs(model), outputs(live)) < CLOSE
 
 
+def test_a_normalisation_behind_a_layer_is_the_models_own(tmp_path: Path) -> None:
+    model = filled(chain(a=nn.Conv2d(4, 6, 2), b=nn.BatchNorm2d(6)))
+    out = fuse(model, ["a", "normalize(mean=1)", "b"], tmp_path)
+    with pytest.raises(RefusedError, match=r"a was fused with normalize\(mean=1\), which the model's own code does"):
+        convtool.apply(copy.deepcopy(model), out)
+
+
 def test_a_module_under_two_names_is_refused(tmp_path: Path) -> None:
     model = filled(chain(a=nn.Conv2d(4, 4, 1), b=nn.BatchNorm2d(4), c=nn.Conv2d(4, 4, 1)))
     out = fuse(model, ["a", "b"], tmp_path)

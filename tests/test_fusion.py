@@ -390,6 +390,23 @@ def test_input_normalisation(tmp_path: Path) -> None:
     assert run("verify", before, after)[0] == 0
 
 
+def test_a_normalisation_behind_a_layer_is_the_models_own(tmp_path: Path) -> None:
+    model = chain(a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(6, 3, 1))
+    fusion, before, after = fused(model, ["a", "normalize(mean=1)", "b"], tmp_path)
+    assert [line for line in fusion["edits"] if "normalize" in line] == [
+        "take normalize(mean=1) out of the model's code, as a does it"
+    ]
+    assert run("verify", before, after)[0] == 0
+    for branch, expected in (
+        ('"normalize(mean=1)", "b"', "give f its input as it was before normalize(mean=1)"),
+        ('"b"', "take normalize(mean=1) out of the model's code, as f does it"),
+    ):
+        model = chain(a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(4, 6, 3))
+        words = by_recipe(model, f'sum = [["normalize(mean=1)", "a"], [{branch}]]', tmp_path)
+        (fusion,) = done(*words)["fusions"]
+        assert [line for line in fusion["edits"] if "normalize" in line] == [expected]
+
+
 def test_input_normalisation_before_padding_needs_a_bias_map(tmp_path: Path) -> None:
     model = filled(Normalized(padding=1))
     before, after = save(model, tmp_path / "before.pt"), tmp_path / "after.pt"
@@ -560,6 +577,58 @@ def test_parts_of_one_buffer_are_not_tied(tmp_path: Path) -> None:
     state["c.weight"] = flat[32:40].view(2, 4)
     torch.save(state, tmp_path / "flat.pt")
     done("fuse", tmp_path / "flat.pt", "a", "b", "-o", tmp_path / "o.pt")
+
+
+# --- chains and sums inside of each other
+
+
+def border_model(first: int = 1) -> nn.ModuleDict:
+    """Layers whose fusions lose a bias, and with a first kernel of 3 taps as well, at the border."""
+    layers = {"a": nn.Conv2d(2, 2, first, padding=first // 2), "b": nn.Conv2d(2, 2, (3, 5), padding=(1, 2))}
+    return nn.ModuleDict(layers | {"c": nn.Conv2d(2, 2, (3, 5), padding=(1, 2)), "d": nn.Conv2d(2, 2, 1)})
+
+
+def by_recipe(model: nn.Module, rule: str, folder: Path) -> list[object]:
+    """The words of `fuse` for a recipe of one fusion, f."""
+    (folder / "r.toml").write_text(f'[[fuse]]\nname = "f"\n{rule}\n')
+    before = save(filled(model), folder / "before.safetensors")
+    stated = settings(geometry_of(model), folder / "geometry.toml")
+    return ["fuse", before, "--recipe", folder / "r.toml", "-o", folder / "after.safetensors", "--force", *stated]
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        'sum = [["a", "b"], ["c"]]',
+        'sum = [{ chain = ["a", "b"], scale = 0.5 }, ["c"]]',
+        'chain = [["a", "b"], "scale(0.5)"]',
+        'chain = [[["a"], ["b"]], ["identity()"], "d"]',
+        'chain = [{ sum = [["a", "b"], "c"] }]',
+        'chain = ["a", { sum = [["b"], ["c"]] }]',
+    ],
+)
+def test_a_border_that_was_allowed_is_apart_however_chains_are_nested(rule: str, tmp_path: Path) -> None:
+    for first in (1, 3):
+        words = by_recipe(border_model(first), rule, tmp_path)
+        assert error(*words)[0] == 4
+        done(*words, "--allow-border")
+        code, document = run("verify", words[1], tmp_path / "after.safetensors")
+        (found,) = document["fusions"]
+        assert (code, found["interior"]["equal"], found["rim"]["equal"]) == (1, True, False)
+
+
+def test_no_border_is_allowed_inside_of_a_chain_and_nobody_is_told_to_allow_it(tmp_path: Path) -> None:
+    words = by_recipe(border_model(), 'chain = ["d", { sum = [["a", "b"], ["identity()"]] }]', tmp_path)
+    for more in ([], ["--allow-border"]):
+        code, message = error(*words, *more)
+        assert code == 4
+        assert "cannot fuse a, b exactly: the padding of b hides the bias of a" in message
+        assert "of this branch's output would differ" in message
+        assert "--allow-border accepts" not in message
+        assert "or leave this branch out" in message
+    assert "--bias-map with --input-size makes it exact at one size" in message
+    done(*words, "--bias-map", "--input-size", "7,8")
+    assert run("verify", words[1], tmp_path / "after.safetensors")[0] == 0
 
 
 # --- records

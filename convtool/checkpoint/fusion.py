@@ -18,7 +18,7 @@ from convtool.core.fields import FieldSources, geometry_fields
 from convtool.core.functions import flatten_size, is_function
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.geometry import format_sizes
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, has_sum, leaves, map_leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, first_leaves, has_sum, leaves, map_leaves
 from convtool.core.verify import split_input_size
 from convtool.errors import RefusedError, UsageError
 
@@ -86,11 +86,7 @@ class PlannedLayer:
         lines = [f"{self.name} = {module_text(self.fusion.conv)}"]
         if self.fusion.conv.has_bias_map:
             lines.append(f"y = {self.name}(x) + bias_map  # that of the checkpoint, in place of {self.name}(x)")
-        lines += [
-            f"give {self.name} its input as it was before {layer.layer.name}"
-            for layer in self.layers
-            if layer.layer.name.startswith("normalize(")
-        ]
+        lines += self._normalizations()
         gone = [layer.layer for layer in self.layers if layer.layer.tensors and layer.origin == BASE]
         stays = any(layer.name == self.name for layer in gone)  # then the model goes on to call all of the branches
         silent = []
@@ -105,6 +101,19 @@ class PlannedLayer:
         if silent:
             lines.append(f"{', '.join(silent)}: nn.Identity(), and zeros from each branch, as convtool.apply has it")
         return lines
+
+    def _normalizations(self) -> list[str]:
+        """What becomes of normalisations: one of the input stands in front of the model, others are its own code."""
+        first = list(first_leaves(self.tree))
+        in_front = first if len({layer.layer.name for layer in first}) == 1 else []
+        lines = [
+            f"give {self.name} its input as it was before {layer.layer.name}"
+            if any(layer is one for one in in_front)
+            else f"take {layer.layer.name} out of the model's code, as {self.name} does it"
+            for layer in self.layers
+            if layer.layer.name.startswith("normalize(")
+        ]
+        return list(dict.fromkeys(lines))
 
 
 def lower_for(

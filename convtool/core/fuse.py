@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import TypeVar
@@ -14,7 +14,7 @@ from convtool.core.compose import add, compose_chain, compose_geometry
 from convtool.core.conv import Conv
 from convtool.core.expression import in_channels, run
 from convtool.core.geometry import Geometry, format_sizes
-from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
+from convtool.core.tree import Chain, Sum, Tree, flat_parts, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
 
 First = TypeVar("First")
@@ -116,30 +116,43 @@ def _without_bias(leaf: NamedConv) -> NamedConv:
     return NamedConv(leaf.name, Conv(leaf.conv.weight, None, leaf.conv.geometry))
 
 
-def _fuse(tree: Tree[NamedConv], size: tuple[int, ...] | None, allow_border: bool) -> tuple[Conv, Verdict]:
+def _fuse(
+    tree: Tree[NamedConv], size: tuple[int, ...] | None, allow_border: bool, within: bool = False
+) -> tuple[Conv, Verdict]:
+    """The layer and where it is exact.
+
+    Args:
+        within: it is a branch inside of a chain, whose input isn't the whole tree's.
+    """
     if isinstance(tree, Sum):
-        return _fuse_sum(tree, size, allow_border)
+        return _fuse_sum(tree, size, allow_border, within)
     if isinstance(tree, Chain):
-        return _fuse_chain(tree, size, allow_border)
+        return _fuse_chain(tree, size, allow_border, within)
     conv = tree.conv.exact()
     return conv, decide([conv], conv.geometry, size)
 
 
-def _fuse_sum(tree: Sum[NamedConv], size: tuple[int, ...] | None, allow_border: bool) -> tuple[Conv, Verdict]:
-    fused = [_fuse(part, size, allow_border) for part in tree.parts]
+def _fuse_sum(
+    tree: Sum[NamedConv], size: tuple[int, ...] | None, allow_border: bool, within: bool
+) -> tuple[Conv, Verdict]:
+    fused = [_fuse(part, size, allow_border, within) for part in tree.parts]
     total = fused[0][0]
     for part, (conv, _) in zip(tree.parts[1:], fused[1:], strict=True):
         total = _named(tree.parts, part, add, total, conv)
     return total, all_of([verdict for _, verdict in fused])
 
 
-def _fuse_chain(tree: Chain[NamedConv], size: tuple[int, ...] | None, allow_border: bool) -> tuple[Conv, Verdict]:
-    parts = list(_flat(tree))
+def _fuse_chain(
+    tree: Chain[NamedConv], size: tuple[int, ...] | None, allow_border: bool, within: bool
+) -> tuple[Conv, Verdict]:
+    parts = list(flat_parts(tree))
+    if len(parts) == 1:
+        return _fuse(parts[0], size, allow_border, within)
     convs: list[Conv] = []
     at = size
     for part in parts:
         # Inside of a chain only the chain's own border can be allowed: what a branch got wrong would spread.
-        conv = _fuse(part, at, allow_border=False)[0]
+        conv = _fuse(part, at, allow_border=False, within=True)[0]
         convs.append(conv if isinstance(part, Sum) else part.conv)
         at = None if at is None else conv.output_size(at)
     geometry, channels = convs[0].geometry, convs[0].out_channels
@@ -148,7 +161,7 @@ def _fuse_chain(tree: Chain[NamedConv], size: tuple[int, ...] | None, allow_bord
     fused = compose_chain(convs)
     verdict = decide(convs, fused.geometry, size)
     if not verdict.exact and (verdict.inside or not allow_border):
-        raise RefusedError(explain(convs, fused.geometry, verdict, [_label(part) for part in parts]))
+        raise RefusedError(explain(convs, fused.geometry, verdict, [_label(part) for part in parts], within))
     return fused, verdict
 
 
@@ -160,15 +173,6 @@ def _check_pair(first: tuple[Geometry, int], second: Conv) -> tuple[Geometry, in
             f"channels don't fit: it takes {second.in_channels} channels, and the layer before gives {channels}"
         )
     return compose_geometry(geometry, second.geometry), second.out_channels
-
-
-def _flat(tree: Chain[NamedConv]) -> Iterator[NamedConv | Sum[NamedConv]]:
-    """The chain's parts, chains directly inside of it spelled out."""
-    for part in tree.parts:
-        if isinstance(part, Chain):
-            yield from _flat(part)
-        else:
-            yield part
 
 
 def _named(
@@ -225,8 +229,14 @@ def fuse(
     return fuse_chain(chain, input_size=input_size, allow_border=allow_border, dtype=dtype, bias_map=bias_map).conv
 
 
-def explain(chain: Sequence[Conv], fused: Geometry, verdict: Verdict, names: Sequence[str]) -> str:
-    """Why a fusion isn't exact, what would differ, and each way out, as one line."""
+def explain(
+    chain: Sequence[Conv], fused: Geometry, verdict: Verdict, names: Sequence[str], within: bool = False
+) -> str:
+    """Why a fusion isn't exact, what would differ, and each way out, as one line.
+
+    Args:
+        within: the chain is a branch inside of another, where no border is allowed and sizes are of its own input.
+    """
     late = [name for conv, name in zip(chain[1:], names[1:], strict=True) if conv.geometry.padded]
     biased = [name for conv, name in zip(chain, names, strict=True) if conv.has_bias]
     spread = [name for conv, name in zip(chain[1:], names[1:], strict=True) if conv.geometry.transposed]
@@ -244,14 +254,18 @@ def explain(chain: Sequence[Conv], fused: Geometry, verdict: Verdict, names: Seq
         cause = f"the padding of {_list(late)} hides the bias of {_list(biased[:1])}"
     else:
         cause = f"{_list(late)} pad{'s' if len(late) == 1 else ''} what the layers before compute"
-    ways = ["--allow-border accepts that"]
+    ways = [] if within else ["--allow-border accepts that"]
     if verdict.only_bias:
         ways.append("--bias-map with --input-size makes it exact at one size")
     if sizes := describe_sizes(verdict):
-        ways.append(f"--input-size decides for one size (it is exact for {sizes})")
+        where = f"where {names[0]} gets inputs of {sizes}" if within else f"for {sizes}"
+        ways.append(f"--input-size decides for one size (it is exact {where})")
     if _is_exact_with_early_padding(chain, fused):
         ways.append(f"or give {names[0]} padding {_padding(fused)} and {_list(late)} none, and train on with that")
-    return f"{what}: {cause}, so {verdict.describe_rim()} of the output would differ; {'; '.join(ways)}"
+    if within:
+        ways.append("or leave this branch out (--allow-border is for the fusion's own border, not for those inside)")
+    whose = "this branch's" if within else "the"
+    return f"{what}: {cause}, so {verdict.describe_rim()} of {whose} output would differ; {'; '.join(ways)}"
 
 
 def _is_exact_with_early_padding(chain: Sequence[Conv], fused: Geometry) -> bool:

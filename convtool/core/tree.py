@@ -76,6 +76,28 @@ def has_sum(tree: Tree[Leaf]) -> bool:
     return isinstance(tree, Sum) or (isinstance(tree, Chain) and any(has_sum(part) for part in tree.parts))
 
 
+def flat_parts(chain: Chain[Leaf]) -> Iterator[Leaf | Sum[Leaf]]:
+    """A chain's parts, chains directly inside of it spelled out, and a sum or chain of one part as that part."""
+    for part in chain.parts:
+        while isinstance(part, Sum) and len(part.parts) == 1:
+            part = part.parts[0]
+        if isinstance(part, Chain):
+            yield from flat_parts(part)
+        else:
+            yield part
+
+
+def first_leaves(tree: Tree[Leaf]) -> Iterator[Leaf]:
+    """The leaves that the tree's input goes into."""
+    if isinstance(tree, Sum):
+        for part in tree.parts:
+            yield from first_leaves(part)
+    elif isinstance(tree, Chain):
+        yield from first_leaves(tree.parts[0])
+    else:
+        yield tree
+
+
 def map_leaves(change: Callable[[Leaf], Made], tree: Tree[Leaf]) -> Tree[Made]:
     """The same tree with every leaf changed."""
     if isinstance(tree, Chain):

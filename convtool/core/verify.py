@@ -35,7 +35,7 @@ from convtool.core.inputs import (
     widest_layer,
 )
 from convtool.core.tally import Region, Tallies
-from convtool.core.tree import Chain, Sum, Tree, fold, leaves, map_leaves
+from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves
 from convtool.errors import ConvtoolError, UsageError
 
 WORK = 40_000_000_000  # multiply-adds that may be spent on impulses at one size: some seconds
@@ -297,9 +297,12 @@ def _rim_mask(before: Expression, size: tuple[int, ...]) -> Mask:
         return nothing
     if isinstance(before, Sum):
         return reduce(np.logical_or, (_rim_mask(part, size) for part in before.parts))
+    layers = list(flat_parts(before))
+    if len(layers) == 1:
+        return _rim_mask(layers[0], size)
     try:
         # Sums inside of a chain count as the layers that they are; each has been fused exactly where there is a fusion.
-        parts = [fold(part, Conv.exact, compose_chain, _add_all) for part in before.parts]
+        parts = [fold(part, Conv.exact, compose_chain, _add_all) for part in layers]
         return border_at(parts, reduce(compose_geometry, (conv.geometry for conv in parts)), size).differs()
     except ConvtoolError:
         return nothing

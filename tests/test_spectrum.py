@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,12 @@ from oracles import toeplitz as dense_toeplitz
 from strategies import layers_with_sizes
 
 import convtool
+from convtool.core import gram as gram_module
 from convtool.core import spectrum as module
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
-from convtool.core.spectrum import Spectrum, spectrum
+from convtool.core.gram import banded_gram
+from convtool.core.spectrum import SingularValue, Spectrum, spectrum
 from convtool.errors import InputError, UsageError
 
 
@@ -43,9 +47,16 @@ def check(found: Spectrum, conv: Conv, size: Sequence[int]) -> None:
 
 
 @pytest.fixture
-def iterate(monkeypatch: pytest.MonkeyPatch) -> None:
+def factor(monkeypatch: pytest.MonkeyPatch) -> None:
     """No matrix is small enough for a dense SVD."""
     monkeypatch.setattr(module, "DENSE_SIDE", 0)
+
+
+@pytest.fixture
+def iterate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is any band small enough to factor."""
+    monkeypatch.setattr(module, "DENSE_SIDE", 0)
+    monkeypatch.setattr(gram_module, "FACTOR_ELEMENTS", 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -59,12 +70,152 @@ def test_by_lanczos_over_the_table(case: Case) -> None:
     check(spectrum(case.conv(), case.input_size), case.conv(), case.input_size)
 
 
-@settings(max_examples=150)
+@pytest.mark.usefixtures("factor")
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_by_cholesky_over_the_table(case: Case) -> None:
+    check(spectrum(case.conv(), case.input_size), case.conv(), case.input_size)
+
+
+@pytest.mark.parametrize("elements", [0, 1 << 20])
+@settings(max_examples=75)
 @given(layer=layers_with_sizes())
-def test_by_lanczos_for_random_layers(layer: tuple[Conv, tuple[int, ...]]) -> None:
+def test_by_iteration_for_random_layers(elements: int, layer: tuple[Conv, tuple[int, ...]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "DENSE_SIDE", 0)
+        patch.setattr(gram_module, "FACTOR_ELEMENTS", elements)
         check(spectrum(*layer), *layer)
+
+
+# --- just above the limit of a dense SVD, which is made smaller
+
+LARGE: dict[str, tuple[int, int, tuple[int, ...], tuple[int, ...], dict[str, Any]]] = {
+    "padded": (3, 3, (3, 3), (9, 11), {"padding": 1}),
+    "wide": (5, 3, (3, 3), (8, 9), {"padding": 1}),
+    "tall": (3, 5, (3, 2), (9, 8), {"padding": (1, 0)}),
+    "strided": (4, 6, (3, 3), (15, 18), {"padding": 1, "stride": 2}),
+    "circular": (3, 4, (3, 3), (16, 12), {"padding": 1, "stride": 2, "padding_mode": "circular"}),
+    "reflected": (3, 3, (3, 3), (8, 11), {"padding": (1, 2), "padding_mode": "reflect"}),
+    "dilated": (2, 3, (3, 3), (11, 12), {"padding": 2, "dilation": 2}),
+    "transposed": (4, 2, (4, 4), (7, 8), {"padding": 1, "stride": 2, "transposed": True}),
+    "long": (2, 3, (5,), (90,), {"padding": 2}),
+    "deep": (2, 2, (3, 2, 3), (5, 6, 4), {"padding": (1, 0, 1)}),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_what_is_too_large_for_a_dense_svd_is_known_and_proved(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, outer, kernel, size, fields = LARGE[name]
+    monkeypatch.setattr(module, "DENSE_SIDE", 100)
+    conv = Conv(real_numbers(1, outer, inner, *kernel), None, Geometry.of(kernel, **fields))
+    found = spectrum(conv, size)
+    assert min(found.shape) > 100
+    assert found.methods == ("cholesky",)
+    assert found.largest.proved
+    assert found.smallest.proved
+    check(found, conv, size)
+    high, low = dense_ends(conv, size)
+    assert abs(found.condition - high / low) <= found.condition_error
+
+
+@pytest.mark.usefixtures("factor")
+@pytest.mark.parametrize("outer", [2, 4, 7])
+def test_a_rank_deficient_layer_has_smallest_zero(outer: int) -> None:
+    weight = real_numbers(0, outer, 4, 3, 3)
+    weight[-1] = 2 * weight[0]
+    weight[:, 3] = weight[:, 0] - weight[:, 1]
+    conv = Conv(weight, None, Geometry.of((3, 3), padding=1))
+    found = spectrum(conv, (5, 6))
+    assert found.methods == ("cholesky",)
+    assert found.smallest.value <= 1e-7 * found.largest.value
+    assert found.smallest.proved
+    assert found.condition == found.condition_error == math.inf
+    check(found, conv, (5, 6))
+
+
+@pytest.mark.usefixtures("factor")
+def test_singular_values_that_are_small_but_not_zero_are_told_from_zero() -> None:
+    # Two channels that differ by a little: the smallest is some 1e-5 of the largest.
+    weight = real_numbers(0, 3, 2, 3, 3)
+    weight[:, 1] = weight[:, 0] + 1e-4 * weight[:, 1]
+    conv = Conv(weight, None, Geometry.of((3, 3), padding=1))
+    found, (high, low) = spectrum(conv, (9, 10)), dense_ends(conv, (9, 10))
+    assert 1e-6 * high < low < 1e-4 * high
+    assert abs(found.smallest.value - low) <= min(found.smallest.error, 1e-6 * high)
+    assert found.smallest.converged
+    assert math.isclose(found.condition, high / low, rel_tol=1e-3)
+
+
+@pytest.mark.usefixtures("factor")
+def test_complex_layers() -> None:
+    weight = torch.complex(real_numbers(0, 3, 2, 3), real_numbers(1, 3, 2, 3))
+    conv = Conv(weight, None, Geometry.of(3, padding=1))
+    found = spectrum(conv, (30,))
+    values = torch.linalg.svdvals(convtool.toeplitz(conv, (30,)).to_dense())
+    assert found.largest.proved
+    assert abs(found.largest.value - float(values[0])) <= found.largest.error
+    assert found.smallest.proved
+    assert abs(found.smallest.value - float(values[-1])) <= found.smallest.error
+
+
+# --- the Gram matrix as a band
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_a_factor_exists_where_all_eigenvalues_are_on_its_side(case: Case) -> None:
+    conv = case.conv()
+    if conv.geometry.groups > 1:
+        conv = Conv(conv.weight, None, replace(conv.geometry, groups=1))
+    gram = banded_gram(conv, case.input_size)
+    assert gram is not None
+    dense = dense_toeplitz(conv, case.input_size)
+    dense = dense @ dense.T if dense.shape[0] < dense.shape[1] else dense.T @ dense
+    eigenvalues = np.linalg.eigvalsh(dense)
+    low, high = float(eigenvalues[0]), float(eigenvalues[-1])
+    assert gram.size == len(dense)
+    assert high <= gram.norm
+    margin = 1e-6 * high
+    assert gram.factor(low + margin) is None
+    assert gram.factor(high - margin, -1) is None
+    assert gram.factor(high + margin, -1) is not None
+    factor = gram.factor(low - margin)
+    assert factor is not None
+    assert 0 < factor.rounding < gram.rounding < margin
+    x = np.linspace(1, 2, gram.size)
+    right = torch.from_numpy(dense @ x - (low - margin) * x)
+    np.testing.assert_allclose(factor.solve(right).numpy(), x, rtol=1e-5)
+
+
+def test_what_is_not_the_last_is_not_called_so() -> None:
+    conv = Conv(real_numbers(0, 3, 3, 3), None, Geometry.of(3, padding=1))
+    gram = banded_gram(conv, (30,))
+    assert gram is not None
+    values = np.linalg.svd(dense_toeplitz(conv, (30,)), compute_uv=False)
+    second = SingularValue(float(values[1]), 1e-12, True)
+    assert not module._nothing_above(gram, second, 1e-6).converged
+    assert module._nothing_above(gram, replace(second, value=float(values[0])), 1e-6).proved
+    second = SingularValue(float(values[-2]), 1e-12, False)
+    assert module._nothing_below(gram, second, 1e-6 * float(values[0]), 1e-12) is None
+    last = module._nothing_below(gram, replace(second, value=float(values[-1])), 1e-6 * float(values[0]), 1e-12)
+    assert last is not None
+    assert last.proved
+
+
+def test_a_band_that_would_not_fit_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = Conv(real_numbers(0, 64, 64, 3, 3), None, Geometry.of((3, 3), padding=1))
+    assert banded_gram(conv, (56, 56)) is None
+    small = Conv(real_numbers(0, 2, 2, 3, 3), None, Geometry.of((3, 3), padding=1))
+    assert banded_gram(small, (6, 7)) is not None
+    for limit in ("FACTOR_ELEMENTS", "FACTOR_WORK", "GRAM_WORK"):
+        with monkeypatch.context() as patch:
+            patch.setattr(gram_module, limit, 1000)
+            assert banded_gram(small, (6, 7)) is None
+
+
+@pytest.mark.usefixtures("factor")
+def test_large_layers_need_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    with pytest.raises(UsageError, match=r"this large need scipy: pip install 'convtool\[scipy\]'"):
+        spectrum(Conv(real_numbers(0, 2, 2, 3), None, Geometry.of(3, padding=1)), (9,))
 
 
 CIRCULAR: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
@@ -86,8 +237,8 @@ def test_by_fourier_transform(kernel: tuple[int, ...], size: tuple[int, ...], fi
     check(found, conv, size)
 
 
-def test_lanczos_stops_when_both_ends_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DENSE_SIDE", 0)
+@pytest.mark.usefixtures("iterate")
+def test_lanczos_stops_when_both_ends_are_known() -> None:
     conv = Conv(real_numbers(0, 2, 4, 3, 3), None, Geometry.of((3, 3), padding=1, stride=2))
     found = spectrum(conv, (12, 14), tolerance=1e-4)
     assert found.methods == ("lanczos",)
@@ -95,8 +246,8 @@ def test_lanczos_stops_when_both_ends_are_known(monkeypatch: pytest.MonkeyPatch)
     check(found, conv, (12, 14))
 
 
-def test_what_is_not_known_within_the_steps_is_not_called_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "DENSE_SIDE", 0)
+@pytest.mark.usefixtures("iterate")
+def test_what_is_not_known_within_the_steps_is_not_called_known() -> None:
     conv = Conv(real_numbers(0, 5, 5, 3, 3), None, Geometry.of((3, 3), padding=1))
     found, (high, low) = spectrum(conv, (9, 10), steps=12), dense_ends(conv, (9, 10))
     assert found.steps == 12
@@ -105,6 +256,41 @@ def test_what_is_not_known_within_the_steps_is_not_called_known(monkeypatch: pyt
     assert found.largest.value <= high
     assert found.smallest.value >= low
     assert 1 < found.condition_at_least <= high / low
+
+
+@pytest.mark.usefixtures("iterate")
+@pytest.mark.parametrize("inner", [4, 7])
+def test_the_largest_is_taken_further_than_vectors_fit(inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "STEPS", 15)
+    monkeypatch.setattr(module, "BASIS", 20)
+    conv = Conv(real_numbers(0, 5, inner, 3, 3), None, Geometry.of((3, 3), padding=1))
+    found, (high, low) = spectrum(conv, (9, 10)), dense_ends(conv, (9, 10))
+    assert found.methods == ("lanczos",)
+    assert found.steps > 15 + 20
+    assert found.largest.converged
+    assert not found.largest.proved
+    assert abs(found.largest.value - high) <= found.largest.error <= 1e-6 * high
+    assert not found.smallest.converged
+    assert found.smallest.value >= low
+
+
+@pytest.mark.usefixtures("factor")
+def test_steps_bound_every_iteration() -> None:
+    conv = Conv(real_numbers(0, 5, 5, 3, 3), None, Geometry.of((3, 3), padding=1))
+    found, (high, low) = spectrum(conv, (9, 10), steps=4), dense_ends(conv, (9, 10))
+    assert found.steps == 4
+    assert not found.largest.converged
+    assert not found.largest.proved
+    assert low <= found.smallest.value <= found.largest.value <= high
+
+
+def test_many_groups_take_no_longer_than_one_large_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DENSE_SIDE", 100)
+    geometry = Geometry.of((3, 3), padding=1, groups=8)
+    conv = Conv(real_numbers(0, 8, 1, 3, 3), None, geometry)
+    found = spectrum(conv, (8, 9))  # 72 a side, and eight of them
+    assert found.methods == ("cholesky",)
+    check(found, conv, (8, 9))
 
 
 def test_groups_are_taken_together() -> None:
@@ -116,14 +302,16 @@ def test_groups_are_taken_together() -> None:
     check(spectrum(scaled, (4, 5)), scaled, (4, 5))
 
 
-def test_an_orthogonal_layer_and_a_zero_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("elements", [0, 1 << 20])
+def test_an_orthogonal_layer_and_a_zero_one(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DENSE_SIDE", 0)
+    monkeypatch.setattr(gram_module, "FACTOR_ELEMENTS", elements)
     delta = torch.zeros(3, 3, 3)
     delta[torch.arange(3), torch.arange(3), 1] = 2.0
     conv = Conv(delta, None, Geometry.of(3, padding=1))
     found = spectrum(conv, (9,))
-    assert (found.largest.value, found.smallest.value) == (2.0, 2.0)
-    assert found.condition == 1.0
+    assert (found.largest.value, found.smallest.value) == pytest.approx((2.0, 2.0), rel=1e-14)
+    assert found.condition == pytest.approx(1.0, rel=1e-14)
     nothing = spectrum(Conv(torch.zeros(2, 3, 3), None, Geometry.of(3, padding=1)), (9,))
     assert (nothing.largest.value, nothing.smallest.value) == (0.0, 0.0)
     assert nothing.condition == math.inf

@@ -40,8 +40,11 @@ convtool spectrum net.pt conv1 --input-size 3,32,32 --tolerance 1e-4
 METHODS = {
     "fourier": "by Fourier transform, exact to rounding",
     "dense": "by a dense SVD, exact to rounding",
+    "cholesky": "by Lanczos and inverse iteration on a factored Gram matrix",
     "lanczos": "by Lanczos bidiagonalisation",
 }
+
+PROVED = {"largest": "larger", "smallest": "smaller"}
 
 
 def command(
@@ -118,6 +121,7 @@ def command(
             "largest": _value(ends.largest),
             "smallest": _value(ends.smallest),
             "condition": ends.condition if known else None,
+            "condition_error": ends.condition_error if known else None,
             "condition_at_least": ends.condition_at_least,
             "tolerance": ends.tolerance,
             "methods": list(ends.methods),
@@ -130,7 +134,7 @@ def command(
 
 
 def _value(value: Any) -> dict[str, Any]:
-    return {"value": value.value, "error": value.error, "converged": value.converged}
+    return {"value": value.value, "error": value.error, "converged": value.converged, "proved": value.proved}
 
 
 def _print(reporter: Reporter, document: dict[str, Any]) -> None:
@@ -150,8 +154,10 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
     elif condition == float("inf"):
         reporter.line("  condition number         infinite: to the accuracy above, the smallest is zero")
     else:
-        reporter.line(f"  condition number         {condition:.6g}")
-    reporter.line(f"  {how}{after}")
+        vague = document["condition_error"] > 1e-6 * condition
+        error = f" (+- {document['condition_error']:.1g})" if vague else ""
+        reporter.line(f"  condition number         {condition:.6g}{error}")
+    reporter.line(f"  {how}{after}{_proved(document)}")
     if not (largest["converged"] and smallest["converged"]):
         reporter.remark(
             f"not settled to {document['tolerance']:g} in {document['steps']} steps; --steps takes it further"
@@ -162,3 +168,13 @@ def _shown(value: dict[str, Any], bound: str) -> str:
     if not value["converged"]:
         return f"{bound} {value['value']:.6g}"
     return f"{value['value']:.9g} (+- {value['error']:.1g})"
+
+
+def _proved(document: dict[str, Any]) -> str:
+    """What of an iteration's answer is certain; what is exact to rounding needs no word."""
+    if not document["steps"]:
+        return ""
+    proved = [end for end in ("largest", "smallest") if document[end]["proved"]]
+    if not proved:
+        return ""
+    return "; proved: none is larger or smaller" if len(proved) == 2 else f"; proved: none is {PROVED[proved[0]]}"

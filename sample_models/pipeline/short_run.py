@@ -1,4 +1,4 @@
-"""A training run in miniature: `python short_run.py OUT SEED` fits a small network for a few steps and saves its weights.
+"""Training in miniature: `python short_run.py OUT SEED` fits a small network for a few steps and saves its weights.
 
 In a project of one's own this is the script that there is already; all that convtool needs is the state dict.
 """

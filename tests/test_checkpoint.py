@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 import json
 import os
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from convtool.checkpoint.torch_file import TorchCheckpoint, record_path
 from convtool.checkpoint.write import write_edited
 from convtool.cli.app import run_app
 from convtool.core.names import unwrap
-from convtool.core.tree import Chain, Sum
+from convtool.core.tree import Chain, Sum, map_leaves
 from convtool.errors import InputError, OutputError, RefusedError, UsageError
 
 SUFFIXES = (".safetensors", ".pt")
@@ -257,14 +259,81 @@ FUSIONS = st.builds(
     dtype=st.sampled_from(["float32", "bfloat16"]),
     exact=st.booleans(),
     input_size=st.none() | st.tuples(st.integers(1, 9), st.integers(1, 9)),
-    rim=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), max_size=3).map(tuple),
+    rim=st.just(()) | st.tuples(*[st.tuples(st.integers(0, 3), st.integers(0, 3))] * 2),
 )
-RECORDS = st.builds(Record, st.text(max_size=5), st.lists(FUSIONS, max_size=3).map(tuple))
+
+
+def sound(fusions: list[FusionRecord]) -> tuple[FusionRecord, ...]:
+    """The fusions with every layer in one of them only, and one of the checkpoint's in each."""
+    numbers = itertools.count()
+
+    def named(source: SourceLayer) -> SourceLayer:
+        return source if source.kind == "function" else replace(source, name=f"{next(numbers)}.{source.name}")
+
+    return tuple(
+        replace(fusion, name=f"{next(numbers)}.{fusion.name}", tree=map_leaves(named, Chain((SOURCES[0], fusion.tree))))
+        for fusion in fusions
+    )
+
+
+RECORDS = st.builds(Record, st.text(max_size=5), st.lists(FUSIONS, max_size=3).map(sound))
 
 
 @given(RECORDS)
 def test_a_record_comes_back_as_it_was_written(record: Record) -> None:
     assert loads(record.dumps(), "here") == record
+
+
+DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
+    "sizes below 1": ({"input_size": [-1, -1]}, "input_size: expected integers of at least 1, got -1"),
+    "a size of 0": ({"input_size": [0, 4]}, "input_size: expected integers of at least 1, got 0"),
+    "too many sizes": ({"input_size": [1, 2, 3]}, "input_size: expected 2 sizes, got"),
+    "no sizes": ({"input_size": []}, "input_size: expected 2 sizes, got"),
+    "half a position": ({"input_size": [1.5, 2]}, "input_size: expected integers of at least 1, got 1.5"),
+    "a flag for a size": ({"input_size": [True, 2]}, "input_size: expected integers of at least 1, got True"),
+    "a size beyond all": ({"input_size": [2**40, 2]}, "input_size: expected integers of at least 1, got 1099511627776"),
+    "text for sizes": ({"input_size": "77"}, "input_size: expected a list of sizes, got '77'"),
+    "a rim below 0": ({"rim": [[-1, 0], [0, 0]]}, "rim: expected integers of at least 0, got -1"),
+    "no groups": ({"fields": {"groups": 0}}, "groups: expected an integer of at least 1, got 0"),
+    "a stride of 0": ({"fields": {"stride": [0, 1]}}, "stride: expected integers of at least 1, got 0,1"),
+    "padding beyond all": ({"fields": {"padding": [[2**31, 0], [0, 0]]}}, "padding: expected integers of at least 0"),
+    "one dilation": ({"fields": {"dilation": [1]}}, "dilation: expected one value or 2 values"),
+    "eps of a convolution": ({"fields": {"eps": 1}}, "a convolution has no eps"),
+    "no layers": ({"sources": {"chain": [{"name": "avg_pool(2)", "kind": "function", "fields": {}}]}}, "no layer of"),
+    "a layer twice": (
+        {"sources": {"chain": [{"name": "a", "kind": "conv", "fields": {}}] * 2}},
+        "'a' goes into 'a' after it went into a fusion already",
+    ),
+    "an unknown kind": ({"sources": {"name": "a", "kind": "relu", "fields": {}}}, "a: unknown kind 'relu'"),
+    "no groups of a source": ({"sources": {"name": "a", "kind": "conv", "fields": {"groups": 0}}}, "groups: expected"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_what_no_fusion_could_have_left_is_a_damaged_record(name: str) -> None:
+    sound_one = FusionRecord("a", Chain(SOURCES[:2]), {"stride": [1, 2]}, "float32", True, (5, 7), ((0, 0), (0, 0)))
+    document = json.loads(Record("1", (sound_one,)).dumps())
+    assert loads(json.dumps(document), "here").fusions == (sound_one,)
+    document["fusions"][0] |= DAMAGE[name][0]
+    with pytest.raises(InputError, match=r"^here: its convtool record is damaged \(") as caught:
+        loads(json.dumps(document), "here")
+    assert DAMAGE[name][1] in str(caught.value)
+
+
+def test_a_layer_goes_into_one_fusion_only() -> None:
+    one = FusionRecord("f", Chain(SOURCES[:2]), {}, "float32", True, None, ())
+    made = SourceLayer("f", "conv", {})
+    again = [
+        replace(one, name="g"),  # takes a and b.c once more
+        one,
+        replace(one, tree=Chain((SourceLayer("x", "conv", {}),))),  # takes a name that is there
+    ]
+    for second in again:
+        with pytest.raises(InputError, match=r"after it went into a fusion already|two fusions are called"):
+            loads(Record("1", (one, second)).dumps(), "here")
+    for name in ("f", "a", "g"):
+        further = Record("1", (one, replace(one, name=name, tree=Chain((made,)))))
+        assert loads(further.dumps(), "here") == further
 
 
 @given(RECORDS, st.data())
@@ -340,7 +409,7 @@ def test_a_record_of_two_files_serves_both(tmp_path: Path) -> None:
     old, new = tmp_path / "old.pt", tmp_path / "new.pt"
     opened = open_checkpoint(save(small_network(), tmp_path / "in.pt"))
     write_edited(opened, Edit.nothing(), old, RECORD, force=False)
-    newer = RECORD.appended("2", RECORD.fusions)
+    newer = RECORD.appended("2", [replace(RECORD.fusions[0], name="d", tree=SourceLayer("d", "conv", {}))])
     write_edited(opened, Edit.of(["head.weight"], {}, ""), new, newer, force=False)
     both = {"files": [json.loads(record_path(path).read_text()) for path in (new, old)]}
     for path, record in ((old, RECORD), (new, newer)):

@@ -5,6 +5,7 @@ Recipes are in test_recipe, whole families in test_families. Checkpoints are in 
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,12 @@ from live import (
     save,
     settings,
 )
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import convtool
+from convtool.cli.app import run_app
 
 SHAPES = [(2, 4, 7, 10), (1, 4, 8, 9)]
 
@@ -644,6 +648,107 @@ def test_fusing_what_was_fused_is_verified_against_the_beginning(tmp_path: Path)
     document = done("verify", before, last)
     assert document["fusions"][0]["before"] == ["a", "b", "c", "scale(0.5)", "d"]
     assert run("verify", after, last)[0] == 0
+
+
+def test_a_fusion_for_one_size_stays_so_when_it_is_fused_further(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the size is odd, b leaves out the last row or column, in place of which c pads."""
+    model = chain(
+        a=nn.Conv2d(4, 6, 1, 2, bias=False), b=nn.Conv2d(6, 5, 2, 2, bias=False), c=nn.Conv2d(5, 3, 3, 2, 1, bias=False)
+    )
+    model.append(nn.Conv2d(3, 2, 1))
+    size = ["--input-size", "12,20"]
+    stated = settings(geometry_of(filled(model)), tmp_path / "geometry.toml")
+    one, two, three, four = (tmp_path / f"{name}.safetensors" for name in ("one", "two", "three", "four"))
+    save(model, one)
+    assert error("fuse", one, "b", "c", "-o", two, *stated)[0] == 4
+    done("fuse", one, "b", "c", "-o", two, *stated, *size)
+    done("fuse", two, "b", "3", "-o", three)
+    document = done("verify", one, three)
+    assert [found["input_size"] for found in document["fusions"]] == [[6, 12, 20]]
+    assert document["statement"].endswith("; at input size 12,20 only, as the record says")
+    assert run("verify", two, three)[1]["statement"] == "every kernel entry met by itself"  # exact at every size
+    assert run_app(["verify", str(one), str(three), "--input-size", "15,20"]) == 1
+    assert "b: by the record it was fused for input size 12,20 only" in capsys.readouterr().err
+    # Behind a layer of stride 2, the size is that of its input.
+    done("fuse", three, "a", "b", "-o", four, "--set", "a.stride=2")
+    document = done("verify", one, four)
+    assert [found["input_size"] for found in document["fusions"]] == [[4, 23, 39]]
+    assert document["statement"].endswith("; at input size 23,39 only, as the record says")
+    done("fuse", three, "a", "b", "-o", four, "--set", "a.stride=2", "--input-size", "22,40", "--force")
+    code, message = error("verify", one, four)
+    assert code == 3
+    assert "a was fused for input size 22,40 and 12,20, one of them a part of it, and at no one input size" in message
+    done("verify", one, four, "--input-size", "24,40")
+
+
+def test_what_was_fused_in_steps_was_rounded_in_between_which_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = chain(a=nn.Conv2d(4, 6, 3), b=nn.BatchNorm2d(6), c=nn.BatchNorm2d(6))
+    _, before, after = fused(model, ["a", "b", "--dtype", "float16"], tmp_path)
+    last = tmp_path / "last.safetensors"
+    done("fuse", after, "a", "c", "-o", last)
+    assert run_app(["verify", str(before), str(last)]) == 1
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("a: was fused in steps and stored in float16 in between")
+    assert message.endswith("or give --computed-in float16")
+    done("verify", before, last, "--computed-in", "float16")
+
+
+DAMAGED: dict[
+    str, tuple[str, Any, str]
+] = {  # a key of the recorded fusion or of its first source, what it says, why not
+    "kind": ("kind", "batch_norm", "it calls 'a' a batch norm, and it is a conv"),
+    "function": ("kind", "function", "'a' a function, and it is a conv"),
+    "transposed": (
+        "fields",
+        {"transposed": True},
+        "doesn't fit the tensors: a: expected a bias of shape (4,), got (5,)",
+    ),
+    "groups of a source": ("source fields", {"groups": 4}, "doesn't fit the tensors"),
+    "input size": (
+        "input_size",
+        [10**9, 10**9],
+        "input size 1000000000,1000000000, which is too large to run",
+    ),
+    "an input too small": ("input_size", [1, 1], "fused for input size 1,1, which doesn't fit its layers"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_record_that_does_not_fit_its_tensors_is_said_to_be_wrong(name: str, tmp_path: Path) -> None:
+    model = chain(a=nn.Conv2d(4, 6, (2, 3)), b=nn.Conv2d(6, 5, 1))
+    _, before, after = fused(model, ["a", "b"], tmp_path)
+    with safe_open(after, "pt") as opened:
+        record = json.loads(opened.metadata()["convtool"])
+    key, value, message = DAMAGED[name]
+    (fusion,) = record["fusions"]
+    source = fusion["sources"]["chain"][0]
+    if key == "kind":
+        source[key] = value
+    elif isinstance(value, dict):
+        (source if key == "source fields" else fusion)["fields"] |= value
+    else:
+        fusion[key] = value
+    save_file(load(after), after, {"convtool": json.dumps(record)})
+    code, found = error("verify", before, after)
+    assert (code, message in found, str(after) in found) == (3, True, True), found
+
+
+def test_files_without_a_record_that_hold_the_same_are_the_same(tmp_path: Path) -> None:
+    before = save(filled(chain(a=nn.Conv2d(4, 6, 3), b=nn.BatchNorm2d(6))), tmp_path / "before.pt")
+    after = tmp_path / "after.safetensors"
+    done("convert", before, after)
+    document = done("verify", before, after)
+    assert (document["fusions"], document["other_tensors"]["differing"]) == ([], {})
+    state = load(after)
+    state["b.bias"][3] += 1
+    save_file(state, after)
+    code, message = error("verify", before, after)
+    assert code == 3
+    assert "holds no record of what was fused" in message
 
 
 def test_layers_of_another_checkpoint_of_the_same_names(tmp_path: Path) -> None:

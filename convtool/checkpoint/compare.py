@@ -10,10 +10,15 @@ import torch
 from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.chain import LoweredLayer, find_named, full_name, lower_tree
 from convtool.checkpoint.info import FUNCTION
-from convtool.checkpoint.record import FusionRecord, SourceLayer, trees_of
+from convtool.checkpoint.record import FusionRecord, Path, SourceLayer, spelled_out
+from convtool.core.conv import Conv
+from convtool.core.expression import Expression, in_channels, output_size
 from convtool.core.fields import FieldSource, FieldSources
-from convtool.core.geometry import format_sizes
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
+from convtool.core.functions import is_function
+from convtool.core.geometry import LARGEST, format_sizes
+from convtool.core.inputs import widest_layer
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
+from convtool.core.verify import LARGEST_INPUT, split_input_size
 from convtool.errors import InputError, UsageError
 
 CHUNK = 1 << 24  # bytes compared at a time
@@ -26,13 +31,95 @@ class Pairing:
     Attributes:
         name: of the fused layer.
         before, after: the lowered layers, in chains and sums.
-        fusion: the last recorded fusion of that name, or None where the user named the layers.
+        sizes: the parts of BEFORE that were fused for one input size only, with that size; of their own inputs.
+        dtypes: in which parts of it were stored before they were fused further, each rounded once more than the bound
+            on what is fused at once allows for.
+        path: of AFTER, whose record says so.
     """
 
     name: str
     before: Tree[LoweredLayer]
     after: Tree[LoweredLayer]
-    fusion: FusionRecord | None
+    sizes: tuple[tuple[Path, tuple[int, ...]], ...] = ()
+    dtypes: frozenset[str] = frozenset()
+    path: str = ""
+
+    def input_size(self) -> tuple[int, ...] | None:
+        """The input size at which all of its parts get the ones that they were fused for; None where any will do.
+
+        Raises:
+            InputError: there is none; or the layers don't run on it, or it is too large to run here.
+        """
+        tree: Expression = map_leaves(lambda layer: layer.conv, self.before)
+        axes = next(leaves(tree)).spatial_axes
+        if not axes or not self.sizes:
+            return None
+        where = f"{self.path}: its record says that {self.name} was fused for input size"
+        said = " and ".join(dict.fromkeys(format_sizes(size) for _, size in self.sizes))
+        try:
+            ranges = [_sizes_for(tree, path, size) for path, size in self.sizes]
+            smallest = tuple(max(one[a][0] for one in ranges) for a in range(axes))
+            largest = tuple(min(one[a][1] for one in ranges) for a in range(axes))
+            if any(least > most for least, most in zip(smallest, largest, strict=True)):
+                raise InputError(
+                    f"{where} {said}, one of them a part of it, and at no one input size are all of these exact; give"
+                    " --input-size to compare at one of your own"
+                )
+            output_size(tree, smallest)
+        except UsageError as error:
+            raise InputError(f"{where} {said}, which doesn't fit its layers: {error}") from None
+        if widest_layer(tree, smallest) > LARGEST_INPUT:
+            raise InputError(
+                f"{where} {said}, which is too large to run here; give a smaller --input-size to compare at"
+            )
+        return smallest
+
+
+def _sizes_for(tree: Expression, path: Path, size: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Per axis, the smallest and the largest input size of the tree with which its part at `path` gets `size`."""
+    before: list[Expression] = []
+    part = tree
+    for number in path:
+        if isinstance(part, Conv):
+            raise UsageError("there is no such part")
+        before += part.parts[:number] if isinstance(part, Chain) else ()
+        part = part.parts[number]
+    spatial = split_input_size(size, in_channels(part), next(leaves(part)).spatial_axes)
+    return [
+        (_smallest_giving(before, axis, n), _smallest_giving(before, axis, n + 1) - 1) for axis, n in enumerate(spatial)
+    ]
+
+
+def _smallest_giving(layers: Sequence[Expression], axis: int, least: int) -> int:
+    """The smallest input size of an axis with which the layers give at least that; sizes grow with sizes."""
+    low, high = 1, LARGEST
+    while low < high:
+        middle = (low + high) // 2
+        if _gives(layers, axis, middle) >= least:
+            high = middle
+        else:
+            low = middle + 1
+    return low
+
+
+def _gives(layers: Sequence[Expression], axis: int, size: int) -> int:
+    """The output size of an axis; 0 where the input is too small."""
+    for layer in layers:
+        try:
+            size = _axis_size(layer, axis, size)
+        except UsageError:
+            return 0
+    return size
+
+
+def _axis_size(tree: Expression, axis: int, size: int) -> int:
+    if isinstance(tree, Chain):
+        for part in tree.parts:
+            size = _axis_size(part, axis, size)
+        return size
+    if isinstance(tree, Sum):
+        return _axis_size(tree.parts[0], axis, size)
+    return tree.geometry.axes[axis].output_size(size)
 
 
 def recorded_pairings(
@@ -47,24 +134,65 @@ def recorded_pairings(
         InputError: AFTER has no record of a fusion that BEFORE lacks, or the record doesn't fit the tensors.
     """
     if after.record is None:
+        same_names = before.record is None and before.infos.keys() == after.infos.keys()
+        if same_names and not differing_tensors(before, after, []):
+            return []  # nothing was fused, and nothing else was done either
         raise InputError(f"{after.path}: holds no record of what was fused; name the layers: --before a,b --after c")
     fusions = after.record.since(before.record)
     last = {fusion.name: fusion for fusion in fusions}
+    checkpoints = {BASE: before, **(others or {})}
     pairings = []
-    for name, tree in trees_of(fusions).items():
+    for name, spelled in spelled_out(fusions).items():
+        tree = spelled.tree
         chain = [source for source in leaves(tree) if source.kind != FUNCTION and source.origin == BASE]
         missing = [source.name for source in chain if not _has_layer(before, source.name)]
         if missing or name not in after.layers:
             where, which = (before.path, missing[0]) if missing else (after.path, name)
             raise InputError(f"{where}: has no layer {which!r}, which the record of {after.path} names")
-        fields = {full_name(source.name, source.origin): source.fields for source in leaves(tree)}
-        known = FieldSource("record", fields, exact_names=True)
-        fused = lower_tree({BASE: after}, _stands(last[name]), FieldSources())
+        for source in leaves(tree):
+            _check_kind(source, checkpoints, after)
+        try:
+            fused = lower_tree({BASE: after}, _stands(last[name]), FieldSources())
+        except UsageError as error:
+            raise _does_not_fit(after, error) from None
         axes = next(leaves(fused)).conv.spatial_axes  # which batch norms by themselves don't tell
-        checkpoints = {BASE: before, **(others or {})}
-        layers = lower_tree(checkpoints, _names(tree), sources.with_first(known), spatial_axes=axes)
-        pairings.append(Pairing(name, layers, fused, last[name]))
+        layers = _lower_recorded(tree, checkpoints, after, sources, axes)
+        pairings.append(Pairing(name, layers, fused, spelled.sizes, spelled.dtypes, str(after.path)))
     return pairings
+
+
+def _lower_recorded(
+    tree: Tree[SourceLayer], checkpoints: Mapping[str, Checkpoint], after: Checkpoint, sources: FieldSources, axes: int
+) -> Tree[LoweredLayer]:
+    """The layers of BEFORE; an error is the record's, unless what else is said of the layers may be the cause."""
+    names = {full_name(source.name, source.origin): source for source in leaves(tree)}
+    known = FieldSource("record", {name: source.fields for name, source in names.items()}, exact_names=True)
+    try:
+        return lower_tree(checkpoints, _names(tree), sources.with_first(known), spatial_axes=axes)
+    except UsageError as error:
+        lacking = any(source.kind != FUNCTION and source.origin not in checkpoints for source in names.values())
+        if lacking or any(sources.fields(name) for name in names):
+            raise
+        raise _does_not_fit(after, error) from None
+
+
+def _check_kind(source: SourceLayer, checkpoints: Mapping[str, Checkpoint], after: Checkpoint) -> None:
+    """InputError where the record takes a layer for what it isn't."""
+    found = FUNCTION
+    if not is_function(source.name):
+        if source.origin not in checkpoints:
+            return  # which is said where it is read
+        found = find_named(checkpoints[source.origin], source.name).kind
+    if source.kind != found:
+        raise InputError(
+            f"{after.path}: its convtool record is damaged: it calls {source.name!r} a {source.kind.replace('_', ' ')},"
+            f" and it is a {found.replace('_', ' ')}"
+        )
+
+
+def _does_not_fit(after: Checkpoint, error: UsageError) -> InputError:
+    what = str(error).removeprefix(f"{after.path}: ")
+    return InputError(f"{after.path}: its convtool record doesn't fit the tensors: {what}")
 
 
 def _stands(fusion: FusionRecord) -> Tree[LayerRef]:

@@ -11,11 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from convtool.checkpoint.info import FUNCTION
 from convtool.core.fields import Fields, parse_field
+from convtool.core.geometry import LARGEST, Geometry
 from convtool.core.tree import BASE, Chain, Sum, Tree, leaves
-from convtool.errors import InputError
+from convtool.errors import ConvtoolError, InputError, UsageError
 
 SCHEMA = 1
+KINDS = frozenset({"conv", "linear", "batch_norm", "scale", FUNCTION})  # what can go into a fusion
+Path = tuple[int, ...]  # of a tree's part: which part of it, which part of that, and so on
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,32 +122,59 @@ class Record:
         return json.dumps(document, separators=(",", ":"))
 
 
-def trees_of(fusions: Sequence[FusionRecord]) -> dict[str, Tree[SourceLayer]]:
-    """For each layer that the fusions left behind, the layers it stands for, fusions of fused layers spelled out."""
-    made: dict[str, Tree[SourceLayer]] = {}
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """The layers that a fused layer stands for, fusions of fused layers spelled out.
+
+    Attributes:
+        tree: those layers.
+        sizes: the parts that were fused for one input size only, with that size, of the part's own input.
+        dtypes: in which parts of it were stored before they were fused further.
+    """
+
+    tree: Tree[SourceLayer]
+    sizes: tuple[tuple[Path, tuple[int, ...]], ...] = ()
+    dtypes: frozenset[str] = frozenset()
+
+
+def spelled_out(fusions: Sequence[FusionRecord]) -> dict[str, Spelled]:
+    """What each layer that the fusions left behind stands for."""
+    made: dict[str, Spelled] = {}
+    stored: dict[str, str] = {}  # by layer, the dtype that it was fused in
     unflattens: dict[str, str] = {}  # by layer, what puts its output into the form that its sources give
     for fusion in fusions:
-        made[fusion.name] = _spell_out(fusion.tree, made, unflattens)
+        before = {source.name for source in fusion.sources if source.origin == BASE and source.name in made}
+        found = _spell_out(fusion.tree, made, unflattens)
+        own: tuple[tuple[Path, tuple[int, ...]], ...] = (((), fusion.input_size),) if fusion.input_size else ()
+        dtypes = found.dtypes.union(stored[name] for name in before)
+        made[fusion.name] = Spelled(found.tree, own + found.sizes, dtypes)
+        stored[fusion.name] = fusion.dtype
         unflattens[fusion.name] = f"unflatten({','.join(map(str, fusion.unflatten))})" if fusion.unflatten else ""
     return made
 
 
-def _spell_out(
-    tree: Tree[SourceLayer], made: dict[str, Tree[SourceLayer]], unflattens: dict[str, str]
-) -> Tree[SourceLayer]:
+def _spell_out(tree: Tree[SourceLayer], made: dict[str, Spelled], unflattens: dict[str, str]) -> Spelled:
     if isinstance(tree, Chain):
         parts = [
             part
             for before, part in zip((None, *tree.parts), tree.parts, strict=False)
             if not (_is_base(before, made) and _name(part) == unflattens.get(_name(before)))
         ]
-        return Chain(tuple(_spell_out(part, made, unflattens) for part in parts))
+        found = [_spell_out(part, made, unflattens) for part in parts]
+        return _together(Chain(tuple(one.tree for one in found)), found)
     if isinstance(tree, Sum):
-        return Sum(tuple(_spell_out(part, made, unflattens) for part in tree.parts))
-    return made.pop(tree.name, tree) if tree.origin == BASE else tree
+        found = [_spell_out(part, made, unflattens) for part in tree.parts]
+        return _together(Sum(tuple(one.tree for one in found)), found)
+    return made.pop(tree.name, Spelled(tree)) if tree.origin == BASE else Spelled(tree)
 
 
-def _is_base(part: Tree[SourceLayer] | None, made: dict[str, Tree[SourceLayer]]) -> bool:
+def _together(tree: Tree[SourceLayer], parts: Sequence[Spelled]) -> Spelled:
+    """The tree of these parts."""
+    sizes = (((number, *path), size) for number, part in enumerate(parts) for path, size in part.sizes)
+    return Spelled(tree, tuple(sizes), frozenset().union(*(part.dtypes for part in parts)))
+
+
+def _is_base(part: Tree[SourceLayer] | None, made: dict[str, Spelled]) -> bool:
     return isinstance(part, SourceLayer) and part.origin == BASE and part.name in made
 
 
@@ -164,7 +195,12 @@ def _tree_from_json(item: dict[str, Any]) -> Tree[SourceLayer]:
         return Chain(tuple(_tree_from_json(part) for part in item["chain"]))
     if "sum" in item:
         return Sum(tuple(_tree_from_json(part) for part in item["sum"]))
-    return SourceLayer(str(item["name"]), str(item["kind"]), _fields(item["fields"]), str(item.get("origin", BASE)))
+    if item["kind"] not in KINDS:
+        raise UsageError(f"{item['name']}: unknown kind {item['kind']!r}")
+    fields = _fields(item["fields"])
+    if item["kind"] == "conv":
+        _check_geometry(fields)
+    return SourceLayer(str(item["name"]), item["kind"], fields, str(item.get("origin", BASE)))
 
 
 def loads(text: str, where: str) -> Record:
@@ -176,30 +212,73 @@ def loads(text: str, where: str) -> Record:
                 f"{where}: holds a convtool record of schema {document['schema']!r}, this version reads {SCHEMA};"
                 " use the version that wrote it"
             )
-        return Record(str(document["version"]), tuple(_fusion(item) for item in document["fusions"]))
+        fusions = tuple(_fusion(item) for item in document["fusions"])
+        _check_history(fusions)
+        return Record(str(document["version"]), fusions)
     except InputError:
         raise
     except Exception as error:  # anything at all may stand in a damaged record
-        raise InputError(f"{where}: its convtool record is damaged ({type(error).__name__}: {error})") from None
+        what = str(error) if isinstance(error, ConvtoolError) else f"{type(error).__name__}: {error}"
+        raise InputError(f"{where}: its convtool record is damaged ({what})") from None
 
 
 def _fusion(item: dict[str, Any]) -> FusionRecord:
-    size = item["input_size"]
-    return FusionRecord(
+    fusion = FusionRecord(
         name=str(item["name"]),
         tree=_tree_from_json(item["sources"]),
         fields=_fields(item["fields"]),
         dtype=str(item["dtype"]),
         exact=bool(item["exact"]),
-        input_size=_sizes(size),
-        rim=tuple((int(start), int(end)) for start, end in item["rim"]),
-        flatten=_sizes(item.get("flatten")),
-        unflatten=_sizes(item.get("unflatten")),
+        input_size=_sizes("input_size", item["input_size"]),
+        rim=tuple((_integer("rim", start, 0), _integer("rim", end, 0)) for start, end in item["rim"]),
+        flatten=_sizes("flatten", item.get("flatten")),
+        unflatten=_sizes("unflatten", item.get("unflatten")),
     )
+    axes = len(fusion.rim)
+    _check_geometry(fusion.fields, axes)
+    # What was converted has no rim, and its size has the channels in front.
+    if fusion.rim and fusion.input_size is not None and len(fusion.input_size) != axes:
+        raise UsageError(f"input_size: expected {axes} sizes, got {list(fusion.input_size)}")
+    return fusion
 
 
-def _sizes(value: list[Any] | None) -> tuple[int, ...] | None:
-    return None if value is None else tuple(int(n) for n in value)
+def _check_geometry(fields: Fields, axes: int = 0) -> None:
+    """UsageError where no kernel could have these fields; what fits a layer's own kernel is known where that is."""
+    if others := fields.keys() & {"eps", "flatten"}:
+        raise UsageError(f"a convolution has no {', '.join(sorted(others))}")
+    counts = (len(value) for value in fields.values() if isinstance(value, list | tuple))
+    Geometry.of((1,) * (axes or next(counts, 1)), **fields)
+
+
+def _check_history(fusions: Sequence[FusionRecord]) -> None:
+    """UsageError where one fusion takes what an earlier one took, as no checkpoint has it any more."""
+    gone: set[str] = set()
+    made: set[str] = set()
+    for fusion in fusions:
+        own = [source.name for source in fusion.sources if source.origin == BASE and source.kind != FUNCTION]
+        if not own:
+            raise UsageError(f"no layer of the checkpoint went into {fusion.name!r}")
+        again = [name for number, name in enumerate(own) if name in gone or name in own[:number]]
+        if again:
+            raise UsageError(f"{again[0]!r} goes into {fusion.name!r} after it went into a fusion already")
+        if fusion.name in made.difference(own):
+            raise UsageError(f"two fusions are called {fusion.name!r}")
+        gone = gone.union(own) - {fusion.name}
+        made = made.difference(own) | {fusion.name}
+
+
+def _sizes(what: str, value: object) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list):
+        raise UsageError(f"{what}: expected a list of sizes, got {value!r}")
+    return tuple(_integer(what, n, 1) for n in value)
+
+
+def _integer(what: str, value: object, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
+        raise UsageError(f"{what}: expected integers of at least {least}, got {value!r}")
+    return value
 
 
 def _fields(fields: dict[str, Any]) -> Fields:

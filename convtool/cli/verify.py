@@ -185,13 +185,16 @@ def command(
         results = _run(reporter, pairings, {BASE: one, **others}, other, sizes, options)
         if not results and not one.infos:
             raise UsageError("there is nothing to compare: no fusion and no tensor")
+        for text in _hints(results, bool(sizes), computed_in):
+            reporter.remark(text)
         whole = whole_model(model, model_args, parse_input_size(model_input), one, other, seed)
         equal = not (tensors and tensors["differing"]) and (whole is None or whole["equal"])
         document = {
             "before": str(before),
             "after": str(after),
             "equivalent": equal and all(report.equivalent for _, report in results),
-            "statement": _statement([report for _, report in results], exhaustive),
+            "statement": _statement([report for _, report in results], exhaustive)
+            + ("" if sizes else _narrowed(results)),
             "exhaustive": exhaustive,
             "seed": seed,
             "trials": trials,
@@ -250,7 +253,7 @@ def _named(
     first = lower_chain(one, split_names(before), before_sources)
     channels, axes = first[0].conv.in_channels, first[0].conv.spatial_axes
     second = lower_chain(other, split_names(after), after_sources, channels, axes)
-    return Pairing(after, Chain(tuple(first)), Chain(tuple(second)), None)
+    return Pairing(after, Chain(tuple(first)), Chain(tuple(second)))
 
 
 def split_names(text: str) -> list[str]:
@@ -304,7 +307,7 @@ def _run(
     for pairing in pairings:
         chain = exact_tree(pairing.before, checkpoints)
         fused = stored_tree(pairing.after, {BASE: after})
-        fixed = pairing.fusion.input_size if pairing.fusion else None
+        fixed = None if sizes else pairing.input_size()
         axes = next(leaves(chain)).spatial_axes
         chosen = [split_input_size(size, in_channels(chain), axes) for size in sizes]
         runs += [(pairing, chain, fused, size) for size in chosen or ([fixed] if fixed else default_sizes(chain))]
@@ -336,6 +339,32 @@ def _statement(reports: list[EquivalenceReport], exhaustive: bool) -> str:
         f"kernel entries met by themselves in {sum(n for n, _ in met)} of {sum(n for _, n in met)} input channels only"
         " where there are many; --exhaustive runs all"
     )
+
+
+def _hints(results: list[tuple[Pairing, EquivalenceReport]], sizes: bool, computed_in: str | None) -> list[str]:
+    """What the record knows of a layer that differs: that it was made for other sizes, or rounded several times."""
+    lines = []
+    for pairing in {id(pairing): pairing for pairing, report in results if not report.equivalent}.values():
+        said = " and ".join(dict.fromkeys(",".join(map(str, size)) for _, size in pairing.sizes))
+        if sizes and said:
+            lines.append(f"{pairing.name}: by the record it was fused for input size {said} only")
+        between = sorted(pairing.dtypes - {"float64"})
+        if between and computed_in is None:
+            lines.append(
+                f"{pairing.name}: was fused in steps and stored in {' and '.join(between)} in between, and here one"
+                f" rounding is allowed for: verify each step by itself, or give --computed-in {between[0]}"
+            )
+    return lines
+
+
+def _narrowed(results: list[tuple[Pairing, EquivalenceReport]]) -> str:
+    """What is said of one input size only, since the record knows of no other."""
+    narrow = {pairing.name: report.input_size[1:] for pairing, report in results if pairing.input_size() is not None}
+    if not narrow:
+        return ""
+    sizes = dict.fromkeys(",".join(map(str, size)) for size in narrow.values())
+    which = "" if len(narrow) == len({pairing.name for pairing, _ in results}) else f"{', '.join(narrow)} "
+    return f"; {which}at input size {' or '.join(sizes)} only, as the record says"
 
 
 def _report(pairing: Pairing, report: EquivalenceReport) -> dict[str, Any]:

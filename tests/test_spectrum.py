@@ -145,6 +145,20 @@ def test_singular_values_that_are_small_but_not_zero_are_told_from_zero() -> Non
     assert math.isclose(found.condition, high / low, rel_tol=1e-3)
 
 
+@pytest.mark.parametrize("elements", [0, 1 << 20])
+@pytest.mark.parametrize("exponent", [-900, 900])
+def test_weights_whose_squares_are_no_numbers(exponent: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DENSE_SIDE", 0)
+    monkeypatch.setattr(gram_module, "FACTOR_ELEMENTS", elements)
+    weight = real_numbers(0, 2, 3, 3)
+    plain, scaled = (Conv(weight * 2.0**power, None, Geometry.of(3, padding=1)) for power in (0, exponent))
+    there, here = spectrum(scaled, (20,)), spectrum(plain, (20,))
+    assert there.largest.value == here.largest.value * 2.0**exponent
+    assert there.smallest.value == here.smallest.value * 2.0**exponent
+    assert there.condition == here.condition
+    check(here, plain, (20,))
+
+
 @pytest.mark.usefixtures("factor")
 def test_complex_layers() -> None:
     weight = torch.complex(real_numbers(0, 3, 2, 3), real_numbers(1, 3, 2, 3))

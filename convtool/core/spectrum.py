@@ -168,10 +168,21 @@ def _ends(
     if min(shape) <= dense_side and shape[0] * shape[1] <= DENSE_ELEMENTS:
         dense = ToeplitzMatrix(conv.exact(), size).to_dense()
         return _known(torch.linalg.svdvals(dense), shape, "dense", tolerance)
-    matrix, gram = ConvOperator(conv, size), banded_gram(conv, size)
+    # Squares are formed from here on: of numbers near 1, whatever the weights.
+    exact = conv.exact().weight
+    most = float(exact.abs().max())
+    scale = 2.0 ** max(math.frexp(most)[1] - 1, -1000) if most > 0 else 1.0
+    near_one = Conv(exact / scale, None, conv.geometry)
+    matrix, gram = ConvOperator(near_one, size), banded_gram(near_one, size)
     if gram is not None:
-        return _by_cholesky(matrix, gram, tolerance, steps, seed)
-    return _by_lanczos(matrix, tolerance, steps, seed)
+        found = _by_cholesky(matrix, gram, tolerance, steps, seed)
+    else:
+        found = _by_lanczos(matrix, tolerance, steps, seed)
+    return replace(found, largest=_times(found.largest, scale), smallest=_times(found.smallest, scale))
+
+
+def _times(one: SingularValue, scale: float) -> SingularValue:
+    return replace(one, value=one.value * scale, error=one.error * scale)
 
 
 def _known(values: Tensor, shape: tuple[int, int], method: Method, tolerance: float) -> Spectrum:
@@ -348,6 +359,8 @@ def _smallest(
     shift = 2.0**-46 * gram.norm  # so that rounding leaves even a singular matrix positive definite
     while (factor := gram.factor(-shift)) is None:
         shift *= 16
+        if shift > gram.norm:
+            return SingularValue(high, math.inf, False), 0
     within, rounding = tolerance * high, ROUNDING * high
     krylov = _Krylov(factor.solve, side.start(seed + 1))
     best, tried = SingularValue(high, math.inf, False), math.inf

@@ -27,7 +27,7 @@ from convtool.errors import UsageError
 
 Numbers = npt.NDArray[Any]
 
-FACTOR_ELEMENTS = 1 << 27  # of a band: 1 GiB
+FACTOR_ELEMENTS = 1 << 27  # of a band: 1 GiB, and as much again while the smallest is proved
 FACTOR_WORK = 1 << 38  # multiply-adds of a factorisation: half a minute on a core or two
 GRAM_WORK = 1 << 33  # multiply-adds of the product of T with itself
 UNIT = 2.0**-53  # of rounding in float64

@@ -5,10 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -115,6 +117,7 @@ class Terminal(io.StringIO):
         return True
 
 
+STYLE = re.compile(r"\x1b\[[0-9;]*m")
 COLUMNS = ("layer", "kind", "size")
 ROWS = [("layer1.0.conv1", "conv", "1.5 KiB"), ("head\x1b[2J", "linear", "")]
 
@@ -139,7 +142,22 @@ def test_a_table_is_columns_in_a_pipe_whatever_its_width(monkeypatch: pytest.Mon
     assert table_on(Terminal(), monkeypatch, COLUMNS="40", NO_COLOR="1") == plain
     assert table_on(Terminal(), monkeypatch, COLUMNS="40", TERM="dumb") == plain
     styled = table_on(Terminal(), monkeypatch, COLUMNS="40")
-    assert styled == plain.replace("layer           kind       size", "\x1b[1mlayer           kind       size\x1b[0m")
+    assert [line.rstrip() for line in STYLE.sub("", styled).splitlines()] == plain.splitlines()
+    assert styled.startswith("\x1b[1mlayer")  # the header is bold, and nothing else
+    assert "\x1b" not in styled.partition("\n")[2]
+
+
+def test_the_last_column_of_a_table_is_folded_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal()
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setenv("COLUMNS", "31")
+    monkeypatch.setenv("NO_COLOR", "1")
+    output.table(("layer", "exact"), [("[conv1]", "the first row and the last row")])
+    assert stream.getvalue() == (
+        "layer    exact\n"  #
+        "[conv1]  the first row and the\n"
+        "         last row\n"
+    )
 
 
 def test_a_table_is_paragraphs_in_a_window_too_narrow_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,27 +171,25 @@ def test_a_table_is_paragraphs_in_a_window_too_narrow_for_it(monkeypatch: pytest
 
 
 def test_progress_shows_on_a_terminals_stderr_after_a_while_and_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shown(stream: io.StringIO, columns: int = 80, seconds: float = 2.0, **changes: str) -> str:
-        for name, value in {"COLUMNS": str(columns), "TERM": "xterm", **changes}.items():
+    def shown(stream: io.StringIO, unit: Literal["bytes", "items"] = "bytes", patience: float = 0, **more: str) -> str:
+        for name, value in {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", **more}.items():
             monkeypatch.setenv(name, value)
-        now = iter([100.0, 100.0 + seconds / 2, 100.0 + seconds])
         with monkeypatch.context() as patch:
-            patch.setattr("convtool.cli.output.time.monotonic", lambda: next(now))
+            patch.setattr(output, "PATIENCE", patience)
             patch.setattr(sys, "stderr", stream)
-            with output.Reporter("test").progress("writing x.npz", 8 << 20) as advance:
+            with output.Reporter("test").progress("writing [x].npz", 8 << 20, unit) as advance:
                 advance(1 << 20)
                 advance(1 << 20)
         return stream.getvalue()
 
-    assert shown(Terminal(), seconds=4) == (
-        "\rwriting x.npz [###....................]  12% of 8.0 MiB, 512.0 KiB/s, 0:14 left\x1b[K"
-        "\rwriting x.npz [######.................]  25% of 8.0 MiB, 512.0 KiB/s, 0:12 left\x1b[K"
-        "\r\x1b[K"
-    )
-    assert shown(Terminal(), columns=50, seconds=4).startswith("\r12% of 8.0 MiB, 512.0 KiB/s, 0:14 left\x1b[K")
-    assert shown(Terminal(), seconds=0.5) == ""  # over before anyone wondered
-    assert shown(io.StringIO(), seconds=4) == ""
-    assert shown(Terminal(), seconds=4, TERM="dumb") == ""
+    text = shown(Terminal())
+    assert "writing [x].npz" in text
+    assert "/8.0 MiB" in text
+    assert text.endswith("\x1b[1A\x1b[2K")  # the bar's line is erased
+    assert "/8388608" in shown(Terminal(), "items")
+    assert shown(Terminal(), patience=60) == ""  # over before anyone wondered
+    assert shown(io.StringIO()) == ""
+    assert shown(Terminal(), TERM="dumb") == ""
 
 
 # --- streams

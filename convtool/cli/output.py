@@ -10,13 +10,15 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 
 from convtool.errors import OutputError
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
 SCHEMA = 1
 PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
-REDRAWN = 0.1  # seconds between two states of a bar
 GAP = 2  # blanks between two columns of a table
 NARROWEST = 16  # columns that the last one of a table may be folded to
 
@@ -89,39 +91,33 @@ class _Bar:
     def __init__(self, what: str, total: int, unit: Literal["bytes", "items"]) -> None:
         self._what, self._total, self._unit = what, max(total, 1), unit
         self._started = time.monotonic()
-        self._drawn = 0.0
         self._done = 0
+        self._shown: Progress | None = None
 
     def advance(self, count: int) -> None:
         self._done += count
-        now = time.monotonic()
-        if now - self._started >= PATIENCE and now - self._drawn >= REDRAWN:
-            self._drawn = now
-            sys.stderr.write(f"\r{self._text(now - self._started)}\x1b[K")
-            sys.stderr.flush()
+        if self._shown is None and time.monotonic() - self._started >= PATIENCE:
+            self._shown = _progress(self._unit)
+            self._shown.add_task(self._what, total=self._total, completed=self._done)
+            self._shown.start()
+        elif self._shown is not None:
+            self._shown.advance(self._shown.task_ids[0], count)
 
     def stop(self) -> None:
-        if self._drawn:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-    def _text(self, seconds: float) -> str:
-        share, rate = min(self._done / self._total, 1.0), self._done / seconds
-        counted = human_bytes if self._unit == "bytes" else "{:.0f}".format
-        left = _human_time((self._total - self._done) / rate) if rate else "?"
-        numbers = f"{share:4.0%} of {counted(self._total)}, {counted(rate)}/s, {left} left"
-        room = window_columns() - 1 - len(numbers)
-        length = min(room - len(self._what) - 4, 40)
-        bar = f"[{'#' * round(share * length)}{'.' * (length - round(share * length))}] " if length >= 10 else ""
-        what = self._what if len(self._what) < room else ""
-        return f"{what} {bar}{numbers}".strip()
+        if self._shown is not None:
+            self._shown.stop()
 
 
-def _human_time(seconds: float) -> str:
-    """90 as '1:30'."""
-    whole = max(round(seconds), 0)
-    minutes, hours = whole // 60, whole // 3600
-    return f"{hours}:{minutes % 60:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+def _progress(unit: Literal["bytes", "items"]) -> Progress:
+    """A bar with what is done, how much of it, the rate where it is bytes, and the remaining time."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import TransferSpeedColumn as Speed
+
+    console = Console(file=sys.stderr, width=window_columns(), no_color=bool(os.environ.get("NO_COLOR")))
+    counted = (DownloadColumn(binary_units=True), Speed()) if unit == "bytes" else (MofNCompleteColumn(),)
+    what = TextColumn("{task.description}", markup=False)
+    return Progress(what, BarColumn(20), *counted, TimeRemainingColumn(), console=console, transient=True)
 
 
 def emit(text: str, end: str = "\n") -> None:
@@ -174,24 +170,41 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Seque
     """
     cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    if not sys.stdout.isatty():
+        for row in cells:
+            padded = (
+                cell.rjust(width) if name in right else cell.ljust(width)
+                for cell, width, name in zip(row, widths, columns, strict=True)
+            )
+            emit((" " * GAP).join(padded).rstrip())
+        return
     styled, window = stdout_styled(), window_columns()
-    before_last = sum(widths[:-1]) + GAP * (len(widths) - 1)
-    if sys.stdout.isatty():
-        widths[-1] = min(widths[-1], window - 1 - before_last)
-    if widths[-1] < min(NARROWEST, max(len(row[-1]) for row in cells)):
+    left = window - 1 - sum(widths[:-1]) - GAP * (len(widths) - 1)
+    if left < min(NARROWEST, widths[-1]):
         for name, *others in cells[1:]:
             emit(bold(name, styled))
             emit(_wrapped("; ".join(f"{c} {v}" for c, v in zip(columns[1:], others, strict=True) if v), window))
         return
-    for index, row in enumerate(cells):
-        last = textwrap.wrap(row[-1], widths[-1]) or [""]
-        start = (" " * GAP).join(
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for cell, width, name in zip([*row[:-1], last[0]], widths, columns, strict=True)
-        )
-        emit(bold(start.rstrip(), styled and index == 0))
-        for part in last[1:]:
-            emit(" " * before_last + part)
+    emit(_rich_table(cells, right, styled, window - 1))
+
+
+def _rich_table(cells: Sequence[Sequence[str]], right: Sequence[str], styled: bool, width: int) -> str:
+    """The table for a terminal, its last column folded where it has to be."""
+    import io
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    made = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold" if styled else "")
+    for number, name in enumerate(cells[0]):
+        last = number == len(cells[0]) - 1
+        made.add_column(Text(name), justify="right" if name in right else "left", no_wrap=not last, overflow="fold")
+    for row in cells[1:]:
+        made.add_row(*map(Text, row))
+    console = Console(file=io.StringIO(), width=width, force_terminal=styled, no_color=True, highlight=False)
+    console.print(made)
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
 def _fitting(line: str, stream: TextIO) -> str:

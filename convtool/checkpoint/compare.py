@@ -32,8 +32,7 @@ class Pairing:
         name: of the fused layer.
         before, after: the lowered layers, in chains and sums.
         sizes: the parts of BEFORE that were fused for one input size only, with that size; of their own inputs.
-        dtypes: in which parts of it were stored before they were fused further, each rounded once more than the bound
-            on what is fused at once allows for.
+        dtypes: in which parts of it were stored before they were fused further, one for each time.
         path: of AFTER, whose record says so.
     """
 
@@ -41,7 +40,7 @@ class Pairing:
     before: Tree[LoweredLayer]
     after: Tree[LoweredLayer]
     sizes: tuple[tuple[Path, tuple[int, ...]], ...] = ()
-    dtypes: frozenset[str] = frozenset()
+    dtypes: tuple[str, ...] = ()
     path: str = ""
 
     def input_size(self) -> tuple[int, ...] | None:

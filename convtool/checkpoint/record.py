@@ -129,12 +129,12 @@ class Spelled:
     Attributes:
         tree: those layers.
         sizes: the parts that were fused for one input size only, with that size, of the part's own input.
-        dtypes: in which parts of it were stored before they were fused further.
+        dtypes: in which parts of it were stored before they were fused further, one for each of them.
     """
 
     tree: Tree[SourceLayer]
     sizes: tuple[tuple[Path, tuple[int, ...]], ...] = ()
-    dtypes: frozenset[str] = frozenset()
+    dtypes: tuple[str, ...] = ()
 
 
 def spelled_out(fusions: Sequence[FusionRecord]) -> dict[str, Spelled]:
@@ -146,7 +146,7 @@ def spelled_out(fusions: Sequence[FusionRecord]) -> dict[str, Spelled]:
         before = {source.name for source in fusion.sources if source.origin == BASE and source.name in made}
         found = _spell_out(fusion.tree, made, unflattens)
         own: tuple[tuple[Path, tuple[int, ...]], ...] = (((), fusion.input_size),) if fusion.input_size else ()
-        dtypes = found.dtypes.union(stored[name] for name in before)
+        dtypes = found.dtypes + tuple(stored[name] for name in sorted(before))
         made[fusion.name] = Spelled(found.tree, own + found.sizes, dtypes)
         stored[fusion.name] = fusion.dtype
         unflattens[fusion.name] = f"unflatten({','.join(map(str, fusion.unflatten))})" if fusion.unflatten else ""
@@ -171,7 +171,7 @@ def _spell_out(tree: Tree[SourceLayer], made: dict[str, Spelled], unflattens: di
 def _together(tree: Tree[SourceLayer], parts: Sequence[Spelled]) -> Spelled:
     """The tree of these parts."""
     sizes = (((number, *path), size) for number, part in enumerate(parts) for path, size in part.sizes)
-    return Spelled(tree, tuple(sizes), frozenset().union(*(part.dtypes for part in parts)))
+    return Spelled(tree, tuple(sizes), tuple(dtype for part in parts for dtype in part.dtypes))
 
 
 def _is_base(part: Tree[SourceLayer] | None, made: dict[str, Spelled]) -> bool:

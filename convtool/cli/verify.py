@@ -314,7 +314,8 @@ def _run(
     results = []
     with reporter.progress("verifying", len(runs), "items") as advance:
         for pairing, chain, fused, size in runs:
-            results.append((pairing, verify(chain, fused, size, **options)))
+            between = [dtype for name in pairing.dtypes if (dtype := parse_dtype(name)) is not None]
+            results.append((pairing, verify(chain, fused, size, stored_between=between, **options)))
             advance(1)
     return results
 
@@ -348,11 +349,11 @@ def _hints(results: list[tuple[Pairing, EquivalenceReport]], sizes: bool, comput
         said = " and ".join(dict.fromkeys(",".join(map(str, size)) for _, size in pairing.sizes))
         if sizes and said:
             lines.append(f"{pairing.name}: by the record it was fused for input size {said} only")
-        between = sorted(pairing.dtypes - {"float64"})
+        between = sorted(set(pairing.dtypes) - {"float64"})
         if between and computed_in is None:
             lines.append(
-                f"{pairing.name}: was fused in steps and stored in {' and '.join(between)} in between, and here one"
-                f" rounding is allowed for: verify each step by itself, or give --computed-in {between[0]}"
+                f"{pairing.name}: was fused in steps and stored in {' and '.join(between)} in between, for which one"
+                " rounding each is allowed, and no underflow: verify each step by itself"
             )
     return lines
 

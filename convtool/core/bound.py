@@ -5,7 +5,7 @@ arithmetic its numbers would give B's map; they were computed with some rounding
 dtype that it is stored in. Both sides are then run in float64. With |B|(|x|) for the same layers with the absolute
 values of all weights and biases, elementwise,
 
-    |B(x) - A(x)|  <=  S(|x|)  +  gamma(K, v) |B|(|x|)  +  gamma(N, w) (|B|(|x|) + |A|(|x|))  +  eta
+    |B(x) - A(x)|  <=  S(|x|)  +  (gamma(K, v) + beta) |B|(|x|)  +  gamma(N, w) (|B|(|x|) + |A|(|x|))  +  eta
 
 S, storing. What was rounded to the stored number a lies within half a unit in the last place of a, or within half of
 the smallest subnormal where that is more (Muller et al., Handbook of Floating-Point Arithmetic, 2nd ed., section 2.6;
@@ -26,6 +26,10 @@ a row of what stands right of it (the longest there can be, as layers may be joi
 that is added, and `LAYER_STEPS` for each layer, which is what lowering a batch norm takes. Gammas of what is done one
 after the other add up (lemma 3.3). v is the unit roundoff that A was computed with: float64's for convtool's own.
 
+beta, storing in between. What was fused in steps had parts stored before they were fused further. Each time moved the
+numbers of a part by u of themselves, and they are at most what the absolute values of its layers give; so the steps
+together move the output by beta |B|(|x|), 1 + beta the product of the (1 + u). Underflow in between isn't counted.
+
 gamma(N, w), running both here, w = 2^-53. N counts the terms of all inner products along the longest path through B
 and through A, with biases and additions of branches, and as many as K for what B's own lowering took. Complex products
 err by at most sqrt(2) gamma(2) (Higham, lemma 3.5): three more roundings for each layer. The bound is computed with
@@ -42,6 +46,7 @@ half as far apart as those above: a power of two stored in place of its neighbou
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Protocol
@@ -125,17 +130,21 @@ class Bound:
         before: layers with exact numbers, in float64 or complex128.
         after: layers with numbers that were rounded when they were stored.
         computed_in: the precision that the numbers of `after` were computed in before that.
+        between: dtypes in which parts of `after` were stored before they were fused further, one for each time.
 
     Raises:
         UsageError: sums so long, in a precision so low, that nothing can be said.
     """
 
-    def __init__(self, before: Expression, after: Tree[Stored], computed_in: torch.dtype) -> None:
+    def __init__(
+        self, before: Expression, after: Tree[Stored], computed_in: torch.dtype, between: Sequence[torch.dtype] = ()
+    ) -> None:
         self.before = map_leaves(_absolute, before)
         self.after = map_leaves(_absolute_stored, after)
         kept = map_leaves(lambda leaf: leaf.conv, after)
         fusing, running = fusing_terms(before), depth(before, _terms) + depth(kept, _terms)
-        self.computing = gamma(fusing, torch.finfo(computed_in).eps / 2)
+        stored_between = math.expm1(sum(math.log1p(torch.finfo(dtype).eps / 2) for dtype in between))
+        self.computing = gamma(fusing, torch.finfo(computed_in).eps / 2) + stored_between
         self.running = gamma(running + fusing, U64)
         self.underflow = _underflow(before) + _underflow(kept)
 

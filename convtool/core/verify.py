@@ -119,6 +119,7 @@ def verify(
     exhaustive: bool = False,
     dtype: torch.dtype | None = None,
     computed_in: torch.dtype = torch.float64,
+    stored_between: Sequence[torch.dtype] = (),
     rtol: float | None = None,
     atol: float | None = None,
     work: int = WORK,
@@ -136,6 +137,7 @@ def verify(
         exhaustive: run every basis vector (and zero, for the bias): equality for these is equality for all inputs.
         dtype: that `after` is stored in; each tensor's own by default.
         computed_in: the precision in which another program computed `after` before storing it.
+        stored_between: dtypes in which parts of `after` were stored before they were fused further, one for each time.
         rtol, atol: instead of the derived bound, |error| <= atol + rtol * |output|, as numpy's allclose.
         work: multiply-adds to spend on impulses at most; `report.met` says how far that went.
         device: where to run it; the verdict is the same everywhere.
@@ -162,7 +164,7 @@ def verify(
     if mismatch := _mismatch(kept, channels, size, shape):
         return replace(report, mismatch=mismatch)
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
-    make = _Comparison(computed_in, tolerance, torch.device(device))
+    make = _Comparison(computed_in, tuple(stored_between), tolerance, torch.device(device))
     affine = make.pair(first, second)
     # Impulses meet the layers without their biases, so that each kernel entry is held against its own rounding and not
     # against that of a large bias; the biases by themselves are what the zero input shows.
@@ -199,6 +201,7 @@ class _Comparison:
     """How two sides are compared; see `verify`."""
 
     computed_in: torch.dtype
+    between: tuple[torch.dtype, ...]
     tolerance: Tolerance | None
     device: torch.device
 
@@ -216,7 +219,8 @@ class _Comparison:
             after,
         )
         kept: Expression = map_leaves(lambda leaf: leaf.conv, second)
-        return _Pair(first, kept, self.tolerance or Bound(first, second, self.computed_in), exact, self.device)
+        bound = self.tolerance or Bound(first, second, self.computed_in, self.between)
+        return _Pair(first, kept, bound, exact, self.device)
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,7 +69,12 @@ def command(
     ] = 1e-6,
     steps: Annotated[
         int | None,
-        typer.Option("--steps", metavar="N", help="Steps of an iteration at most; 300 by default.", show_default=False),
+        typer.Option(
+            "--steps",
+            metavar="N",
+            help="Steps of each iteration at most; by default what usually does.",
+            show_default=False,
+        ),
     ] = None,
     geometry: GeometryFile = None,
     settings: Settings = None,
@@ -81,8 +86,9 @@ def command(
 ) -> int:
     """The largest and the smallest singular value of a layer's matrix, and its condition number.
 
-    Nothing of the matrix is built where it is large. Each value is given with how far off it may be; where the steps
-    don't settle the smallest, it says so and gives what it is at most.
+    A large matrix isn't built; where the product with its transpose is a band of at most 1 GiB, that is factored, which
+    proves the answer. Each value is given with how far off it may be; where one isn't settled, it says so and gives
+    what it is at least or at most.
     """
     reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
 

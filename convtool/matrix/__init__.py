@@ -1,4 +1,4 @@
-"""Matrix files: the only place that writes them. A format is a module and a line in `FORMATS`.
+"""Matrix files: the only place that touches them. A format is a module and a line in `FORMATS`.
 
 First `plan_matrix` says what a file will hold and how large it will be, or why it can't be; then `write_matrix`
 streams it, so that the memory it takes doesn't grow with the matrix.
@@ -22,6 +22,7 @@ from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.files.atomic import check_target, replacing
 from convtool.matrix import mtx, npy, npz, pt, safetensors
 from convtool.matrix.contents import Contents, Layout, Output, bias_array, matrix_arrays
+from convtool.matrix.reading import Raw
 
 __all__ = ["FORMATS", "Layout", "MatrixFormat", "MatrixPlan", "plan_matrix", "planned_size", "write_matrix"]
 
@@ -53,6 +54,9 @@ class MatrixFormat(Protocol):
 
     def check(self, path: Path, contents: Contents, /) -> None:
         """Open what was written with an independent reader; OutputError where it is not what was to be written."""
+
+    def read(self, path: Path, /) -> Raw:
+        """Arrays and record of a file; InputError where it isn't one of this format, or is damaged."""
 
 
 FORMATS: dict[str, MatrixFormat] = {

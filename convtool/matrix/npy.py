@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from convtool.errors import OutputError
+from convtool.errors import InputError, OutputError
 from convtool.matrix.contents import Array, Contents, Layout, Output
+from convtool.matrix.reading import Raw, tensor_of
 
 LAYOUTS: tuple[Layout, ...] = ("dense",)
 STORES_BIAS = False
@@ -73,3 +74,11 @@ def header(array: Array) -> bytes:
     fields = {"descr": DTYPES[array.dtype], "fortran_order": False, "shape": array.shape}
     np.lib.format.write_array_header_1_0(file, fields)
     return file.getvalue()
+
+
+def read(path: Path) -> Raw:
+    """Arrays and record of a file; InputError where it isn't one of this format, or is damaged."""
+    try:
+        return {"weight": tensor_of(path, np.load(path, mmap_mode="c", allow_pickle=False))}, None
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not an .npy file, or damaged: {error}") from None

@@ -12,6 +12,8 @@ import io
 import itertools
 import pickle
 import warnings
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,9 +24,10 @@ import torch
 import torch._utils  # what a saved tensor names as its maker; the format offers no public way to it
 from torch import Tensor
 
-from convtool.errors import OutputError
+from convtool.errors import InputError, OutputError
 from convtool.files.stored_zip import Member, archive_size, write_archive
 from convtool.matrix.contents import RECORD_NAME, Array, Chunk, Contents, Layout, Output
+from convtool.matrix.reading import Raw, check_sums
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
@@ -185,3 +188,46 @@ def _state(contents: Contents) -> tuple[dict[str, Any], list[_Storage]]:
     if "bias" in arrays:
         state["bias"] = stored(arrays["bias"])
     return state, storages
+
+
+def read(path: Path) -> Raw:
+    """Arrays and record of a file; InputError where it isn't one of this format, or is damaged."""
+    if not zipfile.is_zipfile(path):
+        raise InputError(f"{path}: not a .pt file of torch's zip format, or damaged")
+    record = None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_sums(path, archive)
+            for name in archive.namelist():
+                if name.endswith(f"/extra/{RECORD_NAME}.json"):
+                    record = archive.read(name).decode("utf-8", "replace")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that sparse CSR tensors are young is no news of this file
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+        name = type(error).__name__  # torch's messages are pages of advice
+        raise InputError(f"{path}: damaged, or more than tensors is in it (torch raised {name})") from None
+    state = {"weight": loaded} if isinstance(loaded, Tensor) else loaded
+    weight = state.get("weight") if isinstance(state, dict) else None
+    if not isinstance(weight, Tensor):
+        raise InputError(f"{path}: holds no matrix: expected a tensor, or a dict with a tensor `weight`")
+    bias = state.get("bias")
+    arrays = _torch_arrays(path, weight)
+    return (arrays if bias is None else {**arrays, "bias": bias}), record
+
+
+def _torch_arrays(path: Path, weight: Tensor) -> dict[str, Tensor]:
+    shape = torch.tensor(weight.shape)
+    if weight.layout == torch.sparse_csr:
+        return {
+            "indptr": weight.crow_indices(),
+            "indices": weight.col_indices(),
+            "data": weight.values(),
+            "shape": shape,
+        }
+    if weight.layout == torch.sparse_coo:
+        row, column = weight._indices()
+        return {"row": row, "col": column, "data": weight._values(), "shape": shape}
+    if weight.layout == torch.strided:
+        return {"weight": weight}
+    raise InputError(f"{path}: holds a {weight.layout} tensor; expected a sparse CSR, sparse COO or dense one")

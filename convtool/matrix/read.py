@@ -8,25 +8,21 @@ it is handed to read memory that isn't theirs.
 from __future__ import annotations
 
 import json
-import math
-import os
-import pickle
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from convtool.core.toeplitz import BLOCK_ENTRIES, CsrBlock
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.matrix import mtx
+from convtool.matrix import FORMATS
 from convtool.matrix.contents import RECORD_NAME, Layout
+from convtool.matrix.reading import ARRAYS
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -36,12 +32,6 @@ Kind: TypeAlias = Literal["torch", "scipy"]
 INDEX_SUFFIX = ".safetensors.index.json"  # of a matrix in shards
 
 _SEARCHED = 1 << 20  # row numbers of a coo file looked at together
-
-ARRAYS: dict[Layout, tuple[str, ...]] = {
-    "csr": ("indptr", "indices", "data"),
-    "coo": ("row", "col", "data"),
-    "dense": ("weight",),
-}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -298,12 +288,12 @@ def open_matrix(path: str | Path) -> MatrixFile:
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIX):
         return _open_index(path)
-    if path.suffix not in _READERS:
-        raise UsageError(f"{path}: expected a matrix file, a name that ends in {', '.join(_READERS)}")
+    if path.suffix not in FORMATS:
+        raise UsageError(f"{path}: expected a matrix file, a name that ends in {', '.join(FORMATS)}")
     try:
         if not path.is_file():
             raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-        return _checked(path, *_READERS[path.suffix](path))
+        return _checked(path, *FORMATS[path.suffix].read(path))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -386,11 +376,6 @@ def _open_index(path: Path) -> ShardedMatrix:
     return ShardedMatrix(path, shards[0].layout, shape, {}, bias, noted, tuple(shards), ends)
 
 
-# --- formats: each gives the arrays by name (and "shape", "bias"), and the record's text
-
-_Raw: TypeAlias = tuple[dict[str, Tensor], str | None]
-
-
 def _checked(path: Path, arrays: dict[str, Tensor], record: str | None) -> MatrixFile:
     """What a reader found as a matrix, as far as that can be said without going through it."""
     layout = next((layout for layout, names in ARRAYS.items() if set(names) <= set(arrays)), None)
@@ -442,196 +427,6 @@ def _in_order(parts: dict[str, Tensor]) -> dict[str, Tensor]:
         return parts
     order = torch.argsort(row, stable=True)
     return {name: part[order] for name, part in parts.items()}
-
-
-def _read_safetensors(path: Path) -> _Raw:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata.get(RECORD_NAME)  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"{path}: not a safetensors file, or damaged: {error}") from None
-
-
-def _read_npy(path: Path) -> _Raw:
-    try:
-        return {"weight": _tensor(path, np.load(path, mmap_mode="c", allow_pickle=False))}, None
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not an .npy file, or damaged: {error}") from None
-
-
-def _read_npz(path: Path) -> _Raw:
-    arrays: dict[str, Tensor] = {}
-    texts: dict[str, str] = {}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _check_sums(path, archive)
-            for info in archive.infolist():
-                name, array = info.filename.removesuffix(".npy"), _npz_array(path, archive, info)
-                if array.dtype.kind in "SU":
-                    item = array.item() if array.size == 1 else b""
-                    texts[name] = item.decode("ascii", "replace") if isinstance(item, bytes) else item
-                else:
-                    arrays[name] = _tensor(path, array)
-    except (zipfile.BadZipFile, ValueError, EOFError, zlib.error, NotImplementedError) as error:
-        raise InputError(f"{path}: not an .npz file, or damaged: {error}") from None
-    form = texts.get("format")
-    if form not in (None, *ARRAYS):
-        raise InputError(f"{path}: holds a matrix in scipy's {form} format; save it with `.tocsr()` first")
-    return arrays, texts.get(RECORD_NAME)
-
-
-def _npz_array(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
-    """A member's array; mapped where it is stored as it is."""
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(member)
-        header = member.tell()
-    if not dtype.hasobject and header + math.prod(shape) * dtype.itemsize != info.file_size:
-        raise ValueError(f"{info.filename} doesn't hold the {math.prod(shape)} elements that it announces")
-    if info.compress_type != zipfile.ZIP_STORED or not shape or dtype.hasobject:
-        with archive.open(info) as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
-    with path.open("rb") as file:
-        file.seek(info.header_offset + 26)
-        name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-    offset = info.header_offset + 30 + name + extra + header
-    if 0 in shape:
-        return np.empty(shape, dtype)
-    order: Literal["F", "C"] = "F" if fortran else "C"
-    return np.memmap(path, dtype, mode="c", offset=offset, shape=shape, order=order)
-
-
-def _read_pt(path: Path) -> _Raw:
-    if not zipfile.is_zipfile(path):
-        raise InputError(f"{path}: not a .pt file of torch's zip format, or damaged")
-    record = None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _check_sums(path, archive)
-            for name in archive.namelist():
-                if name.endswith(f"/extra/{RECORD_NAME}.json"):
-                    record = archive.read(name).decode("utf-8", "replace")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that sparse CSR tensors are young is no news of this file
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-        name = type(error).__name__  # torch's messages are pages of advice
-        raise InputError(f"{path}: damaged, or more than tensors is in it (torch raised {name})") from None
-    state = {"weight": loaded} if isinstance(loaded, Tensor) else loaded
-    weight = state.get("weight") if isinstance(state, dict) else None
-    if not isinstance(weight, Tensor):
-        raise InputError(f"{path}: holds no matrix: expected a tensor, or a dict with a tensor `weight`")
-    bias = state.get("bias")
-    arrays = _torch_arrays(path, weight)
-    return (arrays if bias is None else {**arrays, "bias": bias}), record
-
-
-def _torch_arrays(path: Path, weight: Tensor) -> dict[str, Tensor]:
-    shape = torch.tensor(weight.shape)
-    if weight.layout == torch.sparse_csr:
-        return {
-            "indptr": weight.crow_indices(),
-            "indices": weight.col_indices(),
-            "data": weight.values(),
-            "shape": shape,
-        }
-    if weight.layout == torch.sparse_coo:
-        row, column = weight._indices()
-        return {"row": row, "col": column, "data": weight._values(), "shape": shape}
-    if weight.layout == torch.strided:
-        return {"weight": weight}
-    raise InputError(f"{path}: holds a {weight.layout} tensor; expected a sparse CSR, sparse COO or dense one")
-
-
-def _check_sums(path: Path, archive: zipfile.ZipFile) -> None:
-    damaged = archive.testzip()
-    if damaged is not None:
-        raise InputError(f"{path}: the checksum of {damaged} doesn't fit what it holds; the file is damaged")
-
-
-def _tensor(path: Path, array: np.ndarray[Any, Any]) -> Tensor:
-    if array.dtype.kind not in "biufc":
-        raise InputError(f"{path}: expected numbers, got an array of {array.dtype}")
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    return torch.from_numpy(array)
-
-
-def _read_mtx(path: Path) -> _Raw:
-    try:
-        with path.open(encoding="ascii", errors="strict") as file:
-            kind = file.readline().split()
-            if kind[:3] != ["%%MatrixMarket", "matrix", "coordinate"] or kind[3:] not in _MARKET_KINDS:
-                raise InputError(
-                    f"{path}: expected '%%MatrixMarket matrix coordinate' with real, integer or complex numbers,"
-                    f" 'general', in the first line; got {' '.join(kind)[:80]!r}"
-                )
-            comments, line = list[str](), file.readline()
-            while line.startswith("%") or line.isspace():
-                comments.append(line)
-                line = file.readline()
-            rows, columns, entries = map(int, line.split())
-            body = _market_entries(file, kind[3])
-        with path.open("rb") as ended:
-            ended.seek(-1, os.SEEK_END)
-            if ended.read() != b"\n":  # a number that was cut short would still be one
-                raise InputError(f"{path}: damaged: ends in the middle of a line")
-    except InputError:
-        raise
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"{path}: not a Matrix Market file, or damaged: {error}") from None
-    if len(body) != entries or min(rows, columns) < 0:
-        raise InputError(f"{path}: damaged: announces {entries} entries and holds {len(body)}")
-    record = "".join(line.removeprefix(mtx.COMMENT).rstrip("\n") for line in comments if line.startswith(mtx.COMMENT))
-    values = body["real"] + 1j * body["imaginary"] if kind[3] == "complex" else body["real"]
-    parts = {"row": body["row"] - 1, "col": body["column"] - 1, "data": values, "shape": np.array([rows, columns])}
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
-    tensors["data"] = _in_written_dtype(path, tensors["data"], record)
-    return tensors, record or None
-
-
-def _in_written_dtype(path: Path, values: Tensor, record: str) -> Tensor:
-    """The values in the dtype that the record says they were written from, where it says so."""
-    try:
-        name = json.loads(record)["dtype"]
-    except (ValueError, TypeError, KeyError):
-        return values
-    dtype = next((dtype for dtype in mtx.FIELDS if str(dtype) == f"torch.{name}"), None)
-    if dtype is None:
-        return values
-    # As many digits as `mtx` writes bring each number back; what moves by more than they leave open wasn't that dtype.
-    back = values.to(dtype)
-    kind = dtype.is_complex, dtype.is_floating_point
-    moved = (back.to(values.dtype) - values).abs() > values.abs() * 1e-8
-    if kind != (values.is_complex(), values.is_floating_point()) or bool(moved.any()):
-        raise InputError(f"{path}: damaged: its record calls its numbers {name}, which they aren't")
-    return back
-
-
-_MARKET_KINDS = (["real", "general"], ["integer", "general"], ["complex", "general"])
-
-
-def _market_entries(file: TextIO, kind: str) -> np.ndarray[Any, Any]:
-    """The lines of a Matrix Market file behind its header: row, column (both counted from 1), real[, imaginary]."""
-    number = "i8" if kind == "integer" else "f8"
-    fields = [("row", "i8"), ("column", "i8"), ("real", number)]
-    fields += [("imaginary", number)] if kind == "complex" else []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="loadtxt: input contained no data")
-        return np.loadtxt(file, dtype=np.dtype(fields), comments=None, ndmin=1)
-
-
-_READERS = {
-    ".npz": _read_npz,
-    ".npy": _read_npy,
-    ".safetensors": _read_safetensors,
-    ".pt": _read_pt,
-    ".mtx": _read_mtx,
-}
 
 
 def _split(starts: Tensor, first: int, entries: int) -> Iterator[tuple[int, int]]:

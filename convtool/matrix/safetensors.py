@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from convtool.errors import OutputError
+from convtool.errors import InputError, OutputError
 from convtool.matrix.contents import RECORD_NAME, Array, Chunk, Contents, Layout, Output
+from convtool.matrix.reading import Raw
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
@@ -106,3 +107,15 @@ def _header(contents: Contents) -> bytes:
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     return len(text).to_bytes(8, "little") + text
+
+
+def read(path: Path) -> Raw:
+    """Arrays and record of a file; InputError where it isn't one of this format, or is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+            return {name: opened.get_tensor(name) for name in opened.keys()}, metadata.get(RECORD_NAME)  # noqa: SIM118
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file, or damaged: {error}") from None

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry, format_sizes
+from convtool.core.slots import AxisSlots, axis_slots
 from convtool.core.taps import PADDED, tap_table
-from convtool.core.toeplitz import AxisSlots, ToeplitzMatrix, axis_slots
+from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import RefusedError, UsageError
 
 

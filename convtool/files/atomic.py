@@ -9,10 +9,11 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 from convtool.errors import OutputError
 
+WRITE_BACK_BYTES = 16 << 20  # written between two nudges to the disk
 TEMPORARY = ".convtool-{}.tmp"  # what an unfinished file is called; one left over (by SIGKILL) can be deleted
 
 
@@ -58,7 +59,7 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with os.fdopen(descriptor, "w+b") as file:
             ours = os.fstat(descriptor)
-            yield file
+            yield cast(BinaryIO, _WrittenBack(file))
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
@@ -74,6 +75,32 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
         raise
     finally:
         discard(temporary)
+
+
+class _WrittenBack:
+    """A file that has the disk work while it is written: the final fsync then has little left to wait for."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._waiting = self._started = 0  # bytes written since the disk was last told, and up to where it was
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        written = self._file.write(data)
+        self._waiting += written
+        if self._waiting >= WRITE_BACK_BYTES:
+            self._start_writing_back()
+        return written
+
+    def _start_writing_back(self) -> None:
+        # To Linux, "not needed" of bytes not on disk yet means to start writing them, without waiting for it.
+        advise, position = getattr(os, "posix_fadvise", None), self._file.tell()
+        if advise is not None and position > self._started:
+            with contextlib.suppress(OSError):  # a file system that takes no advice
+                advise(self._file.fileno(), self._started, position - self._started, os.POSIX_FADV_DONTNEED)
+        self._waiting, self._started = 0, position
 
 
 def discard(path: Path) -> None:

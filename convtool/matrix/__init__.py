@@ -6,9 +6,7 @@ streams it, so that the memory it takes doesn't grow with the matrix.
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -25,8 +23,6 @@ from convtool.matrix.contents import Contents, Layout, Output, bias_array, matri
 from convtool.matrix.reading import Raw
 
 __all__ = ["FORMATS", "Layout", "MatrixFormat", "MatrixPlan", "plan_matrix", "planned_size", "write_matrix"]
-
-WRITE_BACK_BYTES = 16 << 20  # written between two nudges to the disk
 
 
 class MatrixFormat(Protocol):
@@ -199,13 +195,12 @@ def _record_text(record: dict[str, object] | None) -> str | None:
 
 
 class _Sink:
-    """A file that reports how far it has been written, and has that put on disk meanwhile."""
+    """A file that reports how far it has been written."""
 
     def __init__(self, file: BinaryIO, report: Callable[[int], None] | None) -> None:
         self._file = file
         self._report = report
-        self._position = 0
-        self._reported = self._started = 0  # how far; what is written again below that isn't new
+        self._position = self._reported = 0  # what is written again below the latter isn't new
 
     def write(self, data: bytes | memoryview, /) -> int:
         written = self._file.write(data)
@@ -213,24 +208,11 @@ class _Sink:
         if self._report is not None and self._position > self._reported:
             self._report(self._position - self._reported)
             self._reported = self._position
-        if self._position - self._started >= WRITE_BACK_BYTES:
-            self._start_writing_back()
         return written
 
     def seek(self, offset: int, /) -> int:
         self._position = self._file.seek(offset)
         return self._position
-
-    def _start_writing_back(self) -> None:
-        """Have the disk work while the next rows are made: the final fsync then has little left to wait for.
-
-        To Linux, "not needed" of bytes not on disk yet means to start writing them, without waiting for it.
-        """
-        advise = getattr(os, "posix_fadvise", None)
-        if advise is not None:
-            with contextlib.suppress(OSError):  # a file system that takes no advice
-                advise(self._file.fileno(), self._started, self._position - self._started, os.POSIX_FADV_DONTNEED)
-        self._started = self._position
 
 
 def _plan(matrix: ToeplitzMatrix, suffix: str, layout: Layout, rows: tuple[int, int] | None) -> MatrixPlan:

@@ -80,6 +80,25 @@ def test_unfold_without_a_size_writes_w(
 
 
 @pytest.mark.parametrize(
+    ("wanted", "suffix"),
+    [(["widen"], ".npy"), (["widen"], ".npz"), (["widen"], ".pt"), (WIDEN, ".npz"), (WIDEN, ".safetensors")],
+)
+def test_unfold_says_before_it_writes_what_it_will_write(
+    wanted: list[str], suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / f"w{suffix}"
+    arguments = ("unfold", CHAINS, *wanted, "-o", str(out))
+    planned = run(capsys, *arguments, "--dry-run")
+    assert not out.exists()
+    made = run(capsys, *arguments)
+    assert made["bytes"] == out.stat().st_size
+    assert planned == made | {"written": False}
+    assert run(capsys, *arguments, "--dry-run") == planned  # also where there is a file already
+    assert run_app([*arguments, "--dry-run"]) == 0
+    assert f"would write {out}, " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         ([*WIDEN, "-o", "{}/w.npy"], 2, "w.npy: expected a name that ends in .npz, .safetensors"),
@@ -97,6 +116,39 @@ def test_what_unfold_refuses(
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert message in said
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what all three share
+
+
+@pytest.mark.parametrize("command", ["toeplitz", "unfold", "spectrum"])
+def test_a_checkpoint_can_be_read_instead_of_mapped(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+
+    def spy(*arguments: Any, mapped: bool = True) -> Any:
+        opened.append(mapped)
+        return open_checkpoint(*arguments, mapped=mapped)
+
+    open_checkpoint = convtool.checkpoint.open_checkpoint
+    monkeypatch.setattr("convtool.checkpoint.open_checkpoint", spy)
+    out = [] if command == "spectrum" else ["-o", str(tmp_path / "m.npz")]
+    plain = run(capsys, command, CHAINS, *WIDEN, *out)
+    assert run(capsys, command, CHAINS, *WIDEN, *out, *(["-f"] if out else []), "--no-mmap") == plain
+    assert opened == [True, False]
+
+
+def test_every_option_about_a_layer_reaches_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fields = {"stride": "2,1", "padding": "1:0,2:1", "dilation": "1,2", "padding_mode": "reflect"}
+    options = [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", value)]
+    torch.save({"up.weight": torch.ones(2, 3, 3, 2), "down.weight": torch.ones(6, 2, 3, 2)}, tmp_path / "c.pt")
+    document = run(capsys, "spectrum", str(tmp_path / "c.pt"), "down", "--input-size", "6,7", "--groups", "3", *options)
+    expected = {"stride": [2, 1], "padding": [[1, 0], [2, 1]], "dilation": [1, 2], "padding_mode": "reflect"}
+    assert document["fields"] | expected | {"groups": 3} == document["fields"]
+    options = ["--transposed", "--stride", "2", "--output-padding", "1,0"]
+    document = run(capsys, "spectrum", str(tmp_path / "c.pt"), "up", "--input-size", "6,7", *options)
+    assert document["fields"] | {"transposed": True, "output_padding": [1, 0]} == document["fields"]
 
 
 # --- spectrum

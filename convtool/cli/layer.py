@@ -3,15 +3,83 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from convtool.cli.options import check_used, field_sources, parse_input_size, single_layer_fields
+import typer
+
+from convtool.cli import complete
+from convtool.cli.options import (
+    CheckpointPath,
+    Dilation,
+    GeometryFile,
+    Groups,
+    InputSize,
+    Model,
+    ModelArgs,
+    NoMmap,
+    OutputPadding,
+    Padding,
+    PaddingModeOption,
+    Root,
+    Settings,
+    Stride,
+    Transposed,
+    check_used,
+    field_sources,
+    parse_input_size,
+    single_layer_fields,
+)
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
     from convtool.core.conv import Conv
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOptions:
+    """The layer, the size of its input, and what options such as --stride say of it: as typed."""
+
+    checkpoint: CheckpointPath
+    layer: Annotated[
+        str,
+        typer.Argument(
+            metavar="LAYER", help="Module path of the layer.", show_default=False, autocompletion=complete.layers
+        ),
+    ]
+    input_size: InputSize = None
+    stride: Stride = None
+    padding: Padding = None
+    dilation: Dilation = None
+    groups: Groups = None
+    padding_mode: PaddingModeOption = None
+    transposed: Transposed = False
+    output_padding: OutputPadding = None
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """Those of --stride, --padding, ... that were given, parsed; UsageError where one can't be."""
+        return single_layer_fields(
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            padding_mode=self.padding_mode,
+            transposed=self.transposed,
+            output_padding=self.output_padding,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """Where fields may come from besides, and how the checkpoint is opened: as typed."""
+
+    geometry: GeometryFile = None
+    model: Model = None
+    model_args: ModelArgs = None
+    settings: Settings = None
+    root: Root = None
+    no_mmap: NoMmap = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,23 +115,11 @@ class LayerAtSize:
 
 
 def lower_layer(
-    reporter: Reporter,
-    checkpoint: Path,
-    layer: str,
-    *,
-    root: str | None,
-    input_size: str | None,
-    fields: dict[str, Any],
-    geometry: Path | None,
-    settings: list[str] | None,
-    model: str | None,
-    model_args: str | None,
-    needs_size: bool = True,
+    reporter: Reporter, wanted: LayerOptions, given: SourceOptions, *, needs_size: bool = True
 ) -> LayerAtSize:
-    """The layer of that name, and a remark on what was assumed of it.
+    """The layer that is wanted, and a remark on what was assumed of it.
 
     Args:
-        fields: of --stride, --padding, ...: as they were typed.
         needs_size: whether there has to be an --input-size (where the layer has spatial axes).
 
     Raises:
@@ -75,21 +131,26 @@ def lower_layer(
     from convtool.core.fields import geometry_fields
     from convtool.core.verify import split_input_size
 
-    size = parse_input_size(input_size)
-    opened = open_checkpoint(checkpoint, root)
-    found = opened.layer(layer)
-    given = single_layer_fields(**fields)
+    size = parse_input_size(wanted.input_size)
+    opened = open_checkpoint(wanted.checkpoint, given.root, mapped=not given.no_mmap)
+    found = opened.layer(wanted.layer)
+    fields = wanted.fields
     sources = field_sources(
-        geometry, settings, {found.name: given} if given else {}, model_fields(model, model_args, opened, reporter)
+        given.geometry,
+        given.settings,
+        {found.name: fields} if fields else {},
+        model_fields(given.model, given.model_args, opened, reporter),
     )
     check_used(sources, list(opened.layers))
     axes = found.spatial_axes
     if axes is None and found.kind == "batch_norm":
         axes = len(size) - 1 if size is not None else None
     if needs_size and size is None and axes != 0 and found.kind != "linear":
-        raise UsageError(f"{reporter.command} needs --input-size, the spatial sizes of {layer}'s input, such as 32,32")
+        raise UsageError(
+            f"{reporter.command} needs --input-size, the spatial sizes of {wanted.layer}'s input, such as 32,32"
+        )
     channels = size[0] if size is not None and axes is not None and len(size) == axes + 1 else None
-    lowered = lower_chain(opened, [layer], sources, channels, spatial_axes=axes)[0]
+    lowered = lower_chain(opened, [wanted.layer], sources, channels, spatial_axes=axes)[0]
     if lowered.assumed:
         reporter.remark(f"assumed: {lowered.assumed}")
     conv = lowered.conv

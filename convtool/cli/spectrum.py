@@ -6,28 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from convtool.cli import complete
-from convtool.cli.layer import lower_layer
+from convtool.cli.layer import LayerOptions, SourceOptions, lower_layer
 from convtool.cli.options import (
-    CheckpointPath,
-    Dilation,
-    GeometryFile,
-    Groups,
-    InputSize,
     Json,
-    Model,
-    ModelArgs,
-    OutputPadding,
-    Padding,
-    PaddingModeOption,
     Quiet,
-    Root,
-    Settings,
-    Stride,
-    Transposed,
 )
 from convtool.cli.output import Reporter
 from convtool.cli.run import run
+from convtool.cli.signature import grouped
 
 NAME = "spectrum"
 USAGE = "CKPT LAYER"
@@ -47,22 +33,10 @@ METHODS = {
 PROVED = {"largest": "larger", "smallest": "smaller"}
 
 
+@grouped
 def command(
-    checkpoint: CheckpointPath,
-    layer: Annotated[
-        str,
-        typer.Argument(
-            metavar="LAYER", help="Module path of the layer.", show_default=False, autocompletion=complete.layers
-        ),
-    ],
-    input_size: InputSize = None,
-    stride: Stride = None,
-    padding: Padding = None,
-    dilation: Dilation = None,
-    groups: Groups = None,
-    padding_mode: PaddingModeOption = None,
-    transposed: Transposed = False,
-    output_padding: OutputPadding = None,
+    *,
+    wanted: LayerOptions,
     tolerance: Annotated[
         float,
         typer.Option("--tolerance", metavar="T", help="How far off the values may be, relative to the largest."),
@@ -76,11 +50,7 @@ def command(
             show_default=False,
         ),
     ] = None,
-    geometry: GeometryFile = None,
-    settings: Settings = None,
-    model: Model = None,
-    model_args: ModelArgs = None,
-    root: Root = None,
+    sources: SourceOptions,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> int:
@@ -98,30 +68,11 @@ def command(
 
         if steps is not None and steps < 1:
             raise UsageError(f"--steps: expected a number of at least 1, got {steps}")
-        found = lower_layer(
-            reporter,
-            checkpoint,
-            layer,
-            root=root,
-            input_size=input_size,
-            fields={
-                "stride": stride,
-                "padding": padding,
-                "dilation": dilation,
-                "groups": groups,
-                "padding_mode": padding_mode,
-                "transposed": transposed,
-                "output_padding": output_padding,
-            },
-            geometry=geometry,
-            settings=settings,
-            model=model,
-            model_args=model_args,
-        )
+        found = lower_layer(reporter, wanted, sources)
         ends = spectrum(found.conv, found.spatial or (), tolerance=tolerance, steps=steps)
         known = ends.largest.converged and ends.smallest.converged
         document: dict[str, Any] = {
-            "source": str(checkpoint),
+            "source": str(wanted.checkpoint),
             **found.record,
             "shape": list(ends.shape),
             "largest": _value(ends.largest),

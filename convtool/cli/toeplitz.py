@@ -9,33 +9,20 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from convtool.cli import complete
-from convtool.cli.layer import lower_layer
+from convtool.cli.layer import LayerOptions, SourceOptions, lower_layer
 from convtool.cli.options import (
-    CheckpointPath,
-    Dilation,
     DryRun,
     Dtype,
     Force,
-    GeometryFile,
-    Groups,
-    InputSize,
     Json,
-    Model,
-    ModelArgs,
-    OutputPadding,
-    Padding,
-    PaddingModeOption,
     Quiet,
-    Root,
-    Settings,
-    Stride,
-    Transposed,
     check_not_source,
     parse_dtype,
 )
 from convtool.cli.output import Reporter, human_bytes
 from convtool.cli.ranks import launched_ranks, speaks
 from convtool.cli.run import run
+from convtool.cli.signature import grouped
 
 if TYPE_CHECKING:
     from convtool.core.toeplitz import ToeplitzMatrix
@@ -52,14 +39,9 @@ torchrun --nproc-per-node 4 -m convtool toeplitz net.pt conv1 --input-size 3,512
 """
 
 
+@grouped
 def command(
-    checkpoint: CheckpointPath,
-    layer: Annotated[
-        str,
-        typer.Argument(
-            metavar="LAYER", help="Module path of the layer.", show_default=False, autocompletion=complete.layers
-        ),
-    ],
+    *,
     out: Annotated[
         Path,
         typer.Option(
@@ -70,14 +52,7 @@ def command(
             show_default=False,
         ),
     ],
-    input_size: InputSize = None,
-    stride: Stride = None,
-    padding: Padding = None,
-    dilation: Dilation = None,
-    groups: Groups = None,
-    padding_mode: PaddingModeOption = None,
-    transposed: Transposed = False,
-    output_padding: OutputPadding = None,
+    wanted: LayerOptions,
     layout: Annotated[
         str | None,
         typer.Option(
@@ -121,11 +96,7 @@ def command(
         Path | None,
         typer.Option("--plot", metavar="PNG", help="Draw the matrix as well (needs matplotlib).", show_default=False),
     ] = None,
-    geometry: GeometryFile = None,
-    model: Model = None,
-    model_args: ModelArgs = None,
-    settings: Settings = None,
-    root: Root = None,
+    sources: SourceOptions,
     dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
@@ -148,7 +119,7 @@ def command(
         from convtool.matrix.shards import check_shards, index_path, write_shards
 
         value_dtype = parse_dtype(dtype)
-        check_not_source(out, checkpoint)
+        check_not_source(out, wanted.checkpoint)
         if shards is None:
             check_target(out, force=force or dry_run)
         else:
@@ -160,26 +131,7 @@ def command(
 
             check_plot(plot)
             check_target(plot, force=force or dry_run)
-        found = lower_layer(
-            reporter,
-            checkpoint,
-            layer,
-            root=root,
-            input_size=input_size,
-            fields={
-                "stride": stride,
-                "padding": padding,
-                "dilation": dilation,
-                "groups": groups,
-                "padding_mode": padding_mode,
-                "transposed": transposed,
-                "output_padding": output_padding,
-            },
-            geometry=geometry,
-            settings=settings,
-            model=model,
-            model_args=model_args,
-        )
+        found = lower_layer(reporter, wanted, sources)
         conv = found.conv
         if order not in get_args(Order):
             raise UsageError(f"--order: expected CHW or HWC, got {order!r}")
@@ -204,7 +156,7 @@ def command(
             write_plot(matrix, plot, force=force, title=f"{found.name}, {conv.geometry.describe()}")
         missing_bias = conv.bias is not None and not affine and not plan.stores_bias
         document = record | {
-            "source": str(checkpoint),
+            "source": str(wanted.checkpoint),
             "out": str(out if shards is None else index_path(out)),
             "shards": shards,
             "layout": plan.layout,

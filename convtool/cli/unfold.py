@@ -7,32 +7,19 @@ from typing import Annotated, Any
 
 import typer
 
-from convtool.cli import complete
-from convtool.cli.layer import lower_layer
+from convtool.cli.layer import LayerOptions, SourceOptions, lower_layer
 from convtool.cli.options import (
-    CheckpointPath,
-    Dilation,
+    DryRun,
     Dtype,
     Force,
-    GeometryFile,
-    Groups,
-    InputSize,
     Json,
-    Model,
-    ModelArgs,
-    OutputPadding,
-    Padding,
-    PaddingModeOption,
     Quiet,
-    Root,
-    Settings,
-    Stride,
-    Transposed,
     check_not_source,
     parse_dtype,
 )
 from convtool.cli.output import Reporter, human_bytes
 from convtool.cli.run import run
+from convtool.cli.signature import grouped
 
 NAME = "unfold"
 USAGE = "CKPT LAYER -o OUT"
@@ -45,14 +32,9 @@ python -c 'import numpy, scipy.sparse; print(numpy.load("conv1.npz")["weight"].s
 """
 
 
+@grouped
 def command(
-    checkpoint: CheckpointPath,
-    layer: Annotated[
-        str,
-        typer.Argument(
-            metavar="LAYER", help="Module path of the layer.", show_default=False, autocompletion=complete.layers
-        ),
-    ],
+    *,
     out: Annotated[
         Path,
         typer.Option(
@@ -63,20 +45,10 @@ def command(
             show_default=False,
         ),
     ],
-    input_size: InputSize = None,
-    stride: Stride = None,
-    padding: Padding = None,
-    dilation: Dilation = None,
-    groups: Groups = None,
-    padding_mode: PaddingModeOption = None,
-    transposed: Transposed = False,
-    output_padding: OutputPadding = None,
+    wanted: LayerOptions,
     dtype: Dtype = None,
-    geometry: GeometryFile = None,
-    settings: Settings = None,
-    model: Model = None,
-    model_args: ModelArgs = None,
-    root: Root = None,
+    sources: SourceOptions,
+    dry_run: DryRun = False,
     force: Force = False,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -92,51 +64,35 @@ def command(
     def body() -> None:
         from convtool.core.unfold import GatherMatrix
         from convtool.files.atomic import check_target
-        from convtool.matrix.unfolding import unfolding_contents, write_unfolding
+        from convtool.matrix import contents_size, write_contents
+        from convtool.matrix.unfolding import unfolding_contents
 
         value_dtype = parse_dtype(dtype)
-        check_not_source(out, checkpoint)
-        check_target(out, force=force)
-        found = lower_layer(
-            reporter,
-            checkpoint,
-            layer,
-            root=root,
-            input_size=input_size,
-            fields={
-                "stride": stride,
-                "padding": padding,
-                "dilation": dilation,
-                "groups": groups,
-                "padding_mode": padding_mode,
-                "transposed": transposed,
-                "output_padding": output_padding,
-            },
-            geometry=geometry,
-            settings=settings,
-            model=model,
-            model_args=model_args,
-            needs_size=False,
-        )
+        check_not_source(out, wanted.checkpoint)
+        check_target(out, force=force or dry_run)
+        found = lower_layer(reporter, wanted, sources, needs_size=False)
         conv = found.conv
         values = conv.weight.dtype if value_dtype is None else value_dtype
         gather = None
-        if input_size is not None and found.spatial is not None:
+        if wanted.input_size is not None and found.spatial is not None:
             gather = GatherMatrix(conv.geometry, conv.in_channels, found.spatial, values)
         record = found.record | {"form": "unfold"}
         contents = unfolding_contents(conv, gather, out, values, record)
-        with reporter.progress(f"writing {out.name}", sum(array.nbytes for array in contents.arrays)) as advance:
-            write_unfolding(contents, out, force=force, progress=advance)
+        size_in_bytes = contents_size(contents, out)
+        if not dry_run:
+            with reporter.progress(f"writing {out.name}", size_in_bytes) as advance:
+                write_contents(contents, out, force=force, progress=advance)
         arrays = {array.name: list(array.shape) for array in contents.arrays}
         document: dict[str, Any] = found.record | {
-            "source": str(checkpoint),
+            "source": str(wanted.checkpoint),
             "out": str(out),
             "weight": arrays["weight"],
             "gather": None if gather is None else list(gather.shape),
             "nnz": None if gather is None else gather.nnz,
             "dtype": str(values).removeprefix("torch."),
             "bias": None if conv.bias is None else "vector" if "bias" in arrays else "missing",
-            "bytes": out.stat().st_size,
+            "written": not dry_run,
+            "bytes": size_in_bytes,
             "assumed": found.assumed,
         }
         if document["bias"] == "missing":
@@ -153,4 +109,5 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
         rows, columns = document["gather"]
         sizes = ("x".join(map(str, document[name])) for name in ("input_size", "output_size"))
         reporter.line(f"  {' -> '.join(sizes)}: U {rows} x {columns}, {document['nnz']} ones")
-    reporter.line(f"wrote {document['out']}, {human_bytes(document['bytes'])}")
+    verb = "wrote" if document["written"] else "would write"
+    reporter.line(f"{verb} {document['out']}, {human_bytes(document['bytes'])}")

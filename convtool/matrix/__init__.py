@@ -22,7 +22,17 @@ from convtool.matrix import mtx, npy, npz, pt, safetensors
 from convtool.matrix.contents import Contents, Layout, Output, bias_array, matrix_arrays
 from convtool.matrix.reading import Raw
 
-__all__ = ["FORMATS", "Layout", "MatrixFormat", "MatrixPlan", "plan_matrix", "planned_size", "write_matrix"]
+__all__ = [
+    "FORMATS",
+    "Layout",
+    "MatrixFormat",
+    "MatrixPlan",
+    "contents_size",
+    "plan_matrix",
+    "planned_size",
+    "write_contents",
+    "write_matrix",
+]
 
 
 class MatrixFormat(Protocol):
@@ -157,6 +167,11 @@ def write_matrix(
     write_contents(
         contents, path, force=force, progress=progress, advice=lambda size, free: _advice(matrix, plan, size, free)
     )
+
+
+def contents_size(contents: Contents, path: Path) -> int:
+    """The exact size in bytes of the file that `write_contents` would write; makes none of its arrays."""
+    return FORMATS[path.suffix].file_size(contents)
 
 
 def write_contents(

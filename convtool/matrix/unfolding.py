@@ -7,7 +7,6 @@ what `scipy.sparse.load_npz` gives, in .safetensors `indptr`, `indices`, `data` 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,7 +14,7 @@ import torch
 from convtool.core.conv import Conv
 from convtool.core.unfold import GatherMatrix, kernel_matrix
 from convtool.errors import RefusedError, UsageError
-from convtool.matrix import FORMATS, write_contents
+from convtool.matrix import FORMATS
 from convtool.matrix.contents import Contents, matrix_arrays, tensor_array
 
 WITH_GATHER = (".npz", ".safetensors")  # the formats that hold named arrays beside a sparse matrix
@@ -47,14 +46,3 @@ def unfolding_contents(
         return Contents("dense", (kernel.shape[0], kernel.shape[1]), tuple(arrays), text)
     sparse = matrix_arrays(gather, "csr", (0, gather.shape[0]), gather.index_dtype)
     return Contents("csr", gather.shape, (*sparse, *arrays), text)
-
-
-def write_unfolding(
-    contents: Contents, path: Path, *, force: bool, progress: Callable[[int], None] | None = None
-) -> None:
-    """Write the file: wholly and checked, or not at all.
-
-    Raises:
-        OutputError: the file exists (without `force`), wouldn't fit its file system, or could not be written.
-    """
-    write_contents(contents, path, force=force, progress=progress)

@@ -34,6 +34,7 @@ STEPS = {
     "recipes": 3,
     "modules": 3,
     "api": 4,
+    "fusions": 4,  # where recipes meet checkpoints
     "model": 5,
     "cli": 6,
     "__main__": 7,
@@ -114,6 +115,7 @@ def test_imports_run_one_way(path: Path) -> None:
         ("matrix", "from convtool.checkpoint import open_checkpoint"),
         ("recipe", "from convtool.recipes import shipped"),
         ("recipe", "from convtool.model.load import load_model"),
+        ("recipe", "from convtool.fusions import by_recipe"),
         ("api", "from convtool.model.plan import plan"),
         ("model", "from convtool.cli.run import run"),
         ("api", "from convtool.cli.run import run"),

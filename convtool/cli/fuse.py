@@ -2,46 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from math import isfinite, prod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from convtool.cli import complete
+from convtool.cli.fuse_options import FuseOptions
+from convtool.cli.fuse_text import describe, print_lines
 from convtool.cli.options import (
     Dtype,
     Force,
-    GeometryFile,
-    InputSize,
-    Json,
-    Model,
-    ModelArgs,
-    NoMmap,
-    Quiet,
-    Root,
-    Settings,
+    SourceOptions,
+    Speech,
     With,
+    check_used,
+    open_others,
     parse_dtype,
-    parse_input_size,
 )
-from convtool.cli.output import Reporter, human_bytes, tree_text
-from convtool.cli.plan import FixedSize, Measure
+from convtool.cli.output import Reporter, table, tree_text
 from convtool.cli.run import run
+from convtool.cli.signature import grouped
+from convtool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    import torch
 
     from convtool.checkpoint import Checkpoint
     from convtool.checkpoint.fusion import PlannedLayer
-    from convtool.core.tree import LayerRef, Tree
+    from convtool.core.fields import FieldSources
     from convtool.core.verify import EquivalenceReport
     from convtool.model.plan import Plan
-    from convtool.recipe import Known, PlannedFusion, Recipe
+    from convtool.recipe import PlannedFusion, Recipe
 
 NAME = "fuse"
-MOST_LINES = 3  # layers named one by one before the rest is only counted
 USAGE = "CKPT LAYER LAYER... -o OUT"
 EXAMPLES = """
 convtool fuse resnet.safetensors layer1.0.conv1 layer1.0.bn1 -o fused.safetensors --set layer1.0.conv1.padding=1
@@ -58,98 +53,27 @@ convtool fuse net.pt conv1 --normalize mean=.49,.46,.41 std=.23,.22,.23 --input-
 """
 
 
+@grouped
 def command(
     checkpoint: Annotated[
         Path | None,
         typer.Argument(metavar="CKPT", help="A .safetensors or torch (.pt, .pth, .bin) file.", show_default=False),
     ] = None,
-    layers: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="LAYER LAYER...",
-            help="The chain, first to last; also identity(), scale(X), pad(P), avg_pool(K; stride=S; padding=P),"
-            " upsample(N), and flatten(H,W) before a linear layer; a scale per channel by its tensor's full name.",
-            show_default=False,
-            autocompletion=complete.layers,
-        ),
-    ] = None,
+    *,
+    wanted: FuseOptions,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", metavar="OUT", help="The new checkpoint.", show_default=False)
     ] = None,
-    name: Annotated[
-        str | None,
-        typer.Option("--name", help="What the fused layer is called; the first layer's name by default."),
-    ] = None,
-    recipe: Annotated[
-        str | None,
-        typer.Option(
-            "--recipe",
-            metavar="NAME|FILE",
-            help="Fuse by a recipe instead of LAYERs; - for one on stdin.",
-            show_default=False,
-            autocompletion=complete.recipes,
-        ),
-    ] = None,
-    normalize: Annotated[
-        tuple[str, str] | None,
-        typer.Option(
-            "--normalize",
-            metavar="mean=M,M,M std=S,S,S",
-            help="Fold (x - mean) / std of the input into the first layer.",
-            show_default=False,
-        ),
-    ] = None,
-    input_scale: Annotated[
-        str | None,
-        typer.Option(
-            "--input-scale",
-            metavar="X",
-            help="Fold x * X, such as 1/255, into the first layer; before --normalize.",
-            show_default=False,
-        ),
-    ] = None,
+    dtype: Dtype = None,
+    sources: SourceOptions,
+    sources_given: With = None,
     list_recipes: Annotated[bool, typer.Option("--list-recipes", help="List the recipes that ship with it.")] = False,
-    input_size: InputSize = None,
-    allow_border: Annotated[
-        bool, typer.Option("--allow-border", help="Fuse even where outputs near the border would differ.")
-    ] = False,
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Write what was fused without running it against its layers first.")
     ] = False,
-    bias_map: Annotated[
-        bool,
-        typer.Option(
-            "--bias-map",
-            help="Where padding hides a bias, store one for each output (NAME.bias_map): exact at --input-size.",
-        ),
-    ] = False,
-    auto: Annotated[
-        bool,
-        typer.Option("--auto", help="Fuse what `convtool plan` finds; with --model, and --input-size of its input."),
-    ] = False,
-    fixed_size: FixedSize = False,
-    measure: Measure = False,
-    only_if_cheaper: Annotated[
-        bool, typer.Option("--only-if-cheaper", help="Leave alone what would take more multiply-adds fused.")
-    ] = False,
-    dtype: Dtype = None,
-    geometry: GeometryFile = None,
-    model: Model = None,
-    model_args: ModelArgs = None,
-    settings: Settings = None,
-    sources_given: With = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            "--strength", metavar="X", help="How much a LoRA recipe adds: X * alpha / rank.", show_default=False
-        ),
-    ] = None,
-    root: Root = None,
-    no_mmap: NoMmap = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
     force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    speech: Speech,
 ) -> int:
     """Replace chains of linear layers by the one layer that computes the same, and write the checkpoint.
 
@@ -157,93 +81,26 @@ def command(
     recipe, branches that are added do too. A fusion has to be exact for every input size, or for --input-size where
     that is given; otherwise it is refused, with the rows and columns that would differ and the ways out.
     """
-    reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
+    reporter = speech.reporter(NAME)
 
     def body() -> None:
-        from convtool.checkpoint import open_checkpoint
-        from convtool.checkpoint.chain import full_name
         from convtool.checkpoint.edit import Edit
-        from convtool.checkpoint.fusion import check_ties, lower_for, plan_layer
+        from convtool.checkpoint.fusion import check_ties
         from convtool.checkpoint.write import check_output, write_edited
-        from convtool.cli.model import model_fields, plan_for
-        from convtool.cli.options import check_used, field_sources, open_others
         from convtool.core.tree import BASE
-        from convtool.errors import UsageError
 
-        rounded, size = parse_dtype(dtype), parse_input_size(input_size)
-        before = _input_layers(normalize, input_scale)
+        rounded = parse_dtype(dtype)
         if checkpoint is None:
             raise UsageError("expected CKPT, the checkpoint to fuse layers of")
         if out is None:
             raise UsageError("expected -o OUT, the new checkpoint")
-        found = None if recipe is None else _find_recipe(recipe)
-        chain = [*before, *(layers or ())]
-        if found is None and not auto and (len(chain) < 2 or not layers):
-            raise UsageError("expected two layers or more, first to last, a --recipe, or --auto with --model")
-        if auto and (found is not None or chain or name or model is None or allow_border or bias_map):
-            raise UsageError("--auto: fuses what is exact in a --model; no LAYERs, --recipe or --allow-border with it")
-        if (fixed_size or measure) and not auto:
-            raise UsageError(f"{'--fixed-size' if fixed_size else '--measure'}: goes with --auto")
-        if found is not None and (chain or name):
-            raise UsageError("--recipe names the layers; LAYERs, --name and --normalize don't go with it")
-        if strength is not None and (found is None or not isfinite(strength)):
-            raise UsageError("--strength: expected a number, and a --recipe that adds a LoRA")
-        if bias_map and (allow_border or size is None):
-            raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
-        opened = open_checkpoint(checkpoint, root, mapped=not no_mmap)
+        wanted.check(sources.model)
+        recipe = wanted.find_recipe()
+        opened = sources.open(checkpoint)
         checkpoints = {BASE: opened, **open_others(sources_given)}
         check_output(out, force=force or dry_run, source=opened)
-        plan = None
-        if auto and model is not None:
-            plan = plan_for(
-                opened,
-                model,
-                model_args,
-                size,
-                reporter,
-                fixed_size=fixed_size,
-                only_if_cheaper=only_if_cheaper,
-                measure=measure,
-            )
-            size = None  # that of the model's input; each fusion has its own
-        known = model_fields(model, model_args, opened, reporter) if plan is None else plan.geometry
-        sources = field_sources(geometry, settings, {}, known)
-        check_used(sources, [full_name(layer, one) for one, other in checkpoints.items() for layer in other.layers])
-        if found is not None:
-            sources = sources.with_first(found.geometry)
-            for pattern in _without_effect(found, checkpoints):
-                reporter.remark(f"{found.origin}: geometry: {pattern!r} fits no layer")
-        named = (
-            _planned(plan)
-            if plan
-            else _fusions(found, chain, name or "", checkpoints, sources.fields, 1.0 if strength is None else strength)
-        )
-        if size is not None and len(named) > 1:
-            raise UsageError(
-                f"--input-size: is the size of one input, and the recipe makes {len(named)} fusions; leave it out"
-            )
-        fusions = [(one.name, lower_for(checkpoints, one.tree, sources, one.input_size or size)) for one in named]
-        # Before anything is refused: what was assumed may be why.
-        for text in _assumed(tree for _, tree in fusions):
-            reporter.remark(f"assumed: {text}")
-        alone = _left_alone(checkpoints, [one.tree for one in named]) if found is not None or plan else []
-        for text in alone:
-            reporter.remark(f"left alone: {text}")
-        planned = [
-            plan_layer(
-                opened,
-                fused,
-                tree,
-                input_size=one.input_size or size,
-                allow_border=allow_border,
-                bias_map=bias_map,
-                dtype=rounded,
-            )
-            for one, (fused, tree) in zip(named, fusions, strict=True)
-        ]
-        planned, dearer = _by_cost(planned, size, only_if_cheaper and not measure)
-        for text in dearer:
-            reporter.remark(text)
+        found = _find(reporter, wanted, recipe, checkpoints, sources)
+        planned, left_alone = _plan(reporter, wanted, found, checkpoints, rounded)
         edits = [layer.edit for layer in planned]
         check_ties(opened, edits)
         edit = Edit.together(edits)
@@ -262,198 +119,146 @@ def command(
             "written": not dry_run,
             "tensors": len(order),
             "bytes": sum(opened.infos[key].nbytes if new is None else new.nbytes for key, new in order),
-            "fusions": [_describe(layer, size) | _proof(found) for layer, found in zip(planned, reports, strict=True)],
-            "left_alone": alone + (dearer if only_if_cheaper else []),
+            "fusions": [describe(layer, one, found.size) for layer, one in zip(planned, reports, strict=True)],
+            "left_alone": left_alone,
         }
-        reporter.result(document, lambda: _print(reporter, document))
+        reporter.result(document, lambda: print_lines(reporter, document))
 
     return run(reporter, (lambda: _list_recipes(reporter)) if list_recipes else body)
 
 
-def _input_layers(normalize: tuple[str, str] | None, input_scale: str | None) -> list[str]:
-    """--normalize and --input-scale as the layer that they are, in front of the chain."""
-    from convtool.errors import UsageError
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What is to be fused, by name.
 
-    arguments: list[str] = []
-    for text in normalize or ():
-        key, equals, value = text.partition("=")
-        if key not in ("mean", "std") or not equals or any(one.startswith(f"{key}=") for one in arguments):
-            raise UsageError(f"--normalize: expected mean=M,M,M std=S,S,S, got {' '.join(normalize or ())!r}")
-        arguments.append(f"{key}={value}")
-    if input_scale is not None:
-        arguments.append(f"scale={input_scale}")
-    return [f"normalize({'; '.join(arguments)})"] if arguments else []
+    Attributes:
+        fields: where what is known of the layers comes from.
+        size: of each fusion's input, where it was given and is the same for all.
+        surveyed: whether the whole checkpoint was looked through, so that what is left alone is worth saying.
+    """
 
-
-def _find_recipe(text: str) -> Recipe:
-    """A recipe by its name, or by the path of its file."""
-    from convtool.cli.options import STREAM, read_toml
-    from convtool.errors import UsageError, did_you_mean
-    from convtool.recipe import parse_recipe
-    from convtool.recipes import shipped
-
-    known = shipped()
-    if text in known:
-        return known[text]
-    if not text.endswith(".toml") and text != STREAM:
-        near = did_you_mean(text, known, f"; expected one of {', '.join(known)}, or a .toml file")
-        raise UsageError(f"--recipe: no recipe {text!r}{near}")
-    return parse_recipe(read_toml(Path(text)), text)
+    fusions: list[PlannedFusion]
+    fields: FieldSources
+    size: tuple[int, ...] | None
+    surveyed: bool
 
 
-def _fusions(
-    found: Recipe | None,
-    layers: list[str],
-    name: str,
+def _find(
+    reporter: Reporter,
+    wanted: FuseOptions,
+    recipe: Recipe | None,
     checkpoints: Mapping[str, Checkpoint],
-    fields: Any,
-    strength: float,
-) -> list[PlannedFusion]:
-    from convtool.checkpoint.fusion import check_nothing_missed
-    from convtool.core.tree import Chain, LayerRef
-    from convtool.recipe import PlannedFusion, resolve
-
-    if found is None:
-        return [PlannedFusion(name, Chain(tuple(_layer_ref(layer, checkpoints, LayerRef) for layer in layers)))]
-    asked: set[tuple[str, str]] = set()
-    planned = resolve(found, replace(_known(checkpoints, fields, asked), strength=strength))
-    check_nothing_missed(checkpoints, [one.tree for one in planned], asked)
-    return planned
-
-
-def _without_effect(found: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    """Patterns of a user's recipe that state geometry of no layer; those that ship are for many networks."""
+    sources: SourceOptions,
+) -> _Found:
+    """The fusions that are wanted: by a plan of the model, by a recipe, or the one chain that was named."""
     from convtool.checkpoint.chain import full_name
-    from convtool.recipes import shipped
+    from convtool.core.tree import BASE
+    from convtool.fusions import by_recipe, named_chain, without_effect
 
-    if found.origin in {recipe.origin for recipe in shipped().values()}:
-        return []
-    layers = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
-    return [text for text in found.geometry.tables if not any(found.geometry.matches(text, name) for name in layers)]
+    plan = _plan_model(reporter, wanted, checkpoints[BASE], sources) if wanted.auto else None
+    known = sources.of_model(checkpoints[BASE], reporter) if plan is None else plan.geometry
+    fields = sources.fields(known)
+    check_used(fields, [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers])
+    if plan is not None:
+        return _Found(_planned(plan), fields, None, surveyed=True)  # each has an input size of its own
+    if recipe is None:
+        return _Found([named_chain(wanted.chain, wanted.name or "", checkpoints)], fields, wanted.size, surveyed=False)
+    fields = fields.with_first(recipe.geometry)
+    for pattern in without_effect(recipe, checkpoints):
+        reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
+    strength = 1.0 if wanted.strength is None else wanted.strength
+    fusions = by_recipe(recipe, checkpoints, fields.fields, strength)
+    if wanted.size is not None and len(fusions) > 1:
+        raise UsageError(
+            f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"
+        )
+    return _Found(fusions, fields, wanted.size, surveyed=True)
+
+
+def _plan_model(reporter: Reporter, wanted: FuseOptions, opened: Checkpoint, sources: SourceOptions) -> Plan:
+    from convtool.cli.model import plan_for
+
+    assert sources.model is not None  # as `FuseOptions.check` has it
+    plan = plan_for(
+        opened,
+        sources.model,
+        sources.model_args,
+        wanted.size,
+        reporter,
+        fixed_size=wanted.fixed_size,
+        only_if_cheaper=wanted.only_if_cheaper,
+        measure=wanted.measure,
+    )
+    if not plan.fusions:
+        raise RefusedError("--auto: found nothing to fuse; `convtool plan` says what was left alone, and why")
+    return plan
 
 
 def _planned(plan: Plan) -> list[PlannedFusion]:
-    from convtool.errors import RefusedError
     from convtool.model.judge import Exact
     from convtool.recipe import PlannedFusion
 
-    if not plan.fusions:
-        raise RefusedError("--auto: found nothing to fuse; `convtool plan` says what was left alone, and why")
+    pieces = [(one.name, one.piece) for one in plan.fusions]
     return [
-        PlannedFusion(one.name, one.piece.tree, one.piece.input_size if one.piece.exact is Exact.THIS_SIZE else None)
-        for one in plan.fusions
+        PlannedFusion(name, piece.tree, piece.input_size if piece.exact is Exact.THIS_SIZE else None)
+        for name, piece in pieces
     ]
 
 
-def _known(checkpoints: Mapping[str, Checkpoint], fields: Any, asked: set[tuple[str, str]]) -> Known:
-    """What recipes are resolved against; the tensors whose numbers they ask for are added to `asked`."""
+def _plan(
+    reporter: Reporter,
+    wanted: FuseOptions,
+    found: _Found,
+    checkpoints: Mapping[str, Checkpoint],
+    dtype: torch.dtype | None,
+) -> tuple[list[PlannedLayer], list[str]]:
+    """Every fusion as a value, before anything is written; and what was left alone, in words."""
+    from convtool.checkpoint.fusion import lower_for, plan_layer
+    from convtool.checkpoint.remarks import assumed, left_alone
     from convtool.core.tree import BASE
-    from convtool.errors import InputError
-    from convtool.recipe import Known, LayerFacts
 
-    def number(source: str, name: str) -> float | None:
-        asked.add((source, name))
-        info = checkpoints[source].infos.get(name) if source in checkpoints else None
-        if info is None or prod(info.shape) != 1:
-            return None
-        value = float(checkpoints[source].tensor(name))
-        if not isfinite(value):
-            raise InputError(f"{checkpoints[source].path}: {name}: holds {value}; nothing exact can be said of it")
-        return value
-
-    return Known(
-        {
-            source: {
-                layer.name: LayerFacts(layer.kind, layer.tensors["weight"].shape if "weight" in layer.tensors else ())
-                for layer in opened.layers.values()
-            }
-            for source, opened in checkpoints.items()
-        },
-        number,
-        fields,
-        ordered=_keeps_order(checkpoints[BASE]),
-    )
-
-
-def _keeps_order(checkpoint: Checkpoint) -> bool:
-    """Whether a file has its tensors in the model's order: not where they are sorted, as in safetensors files."""
-    weights: dict[str, list[str]] = {}
-    for info in checkpoint.infos.values():
-        if info.name.endswith("weight"):
-            weights.setdefault(info.dtype, []).append(info.name)
-    return checkpoint.format.startswith("torch") and any(names != sorted(names) for names in weights.values())
-
-
-def _assumed(trees: Iterable[Any]) -> list[str]:
-    """What nobody stated, in words; said once where it is the same of many layers."""
-    from convtool.checkpoint.fusion import assumptions
-
-    layers: dict[str, list[str]] = {}
-    for text in dict.fromkeys(text for tree in trees for text in assumptions(tree)):
-        layer, _, what = text.rpartition(": ")
-        layers.setdefault(what, []).append(layer)
-    return [line for what, names in layers.items() for line in _one_or_many(names, what)]
-
-
-def _one_or_many(names: list[str], what: str) -> list[str]:
-    if len(names) <= MOST_LINES:
-        return [f"{name}: {what}" for name in names]
-    return [f"{', '.join(names[:MOST_LINES])} and {len(names) - MOST_LINES} more: {what}"]
-
-
-def _left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]]) -> list[str]:
-    """What a recipe might have been expected to take and didn't: batch norms, and layers of the other checkpoints."""
-    from convtool.checkpoint.chain import full_name
-    from convtool.core.tree import BASE, leaves
-
-    used = {(ref.source, ref.name) for tree in trees for ref in leaves(tree)}
-    around = {(source, name.rpartition(".")[0]) for source, name in used if source}  # hold an alpha, say
-    lines = []
-    for source, opened in checkpoints.items():
-        names = [
-            full_name(layer.name, source)
-            for layer in opened.layers.values()
-            if (layer.kind == "batch_norm" or source != BASE) and (source, layer.name) not in used | around
-        ]
-        kind = "batch norm" if source == BASE else f"layer of {source}"
-        if names:
-            more = f" and {len(names) - MOST_LINES} more" if len(names) > MOST_LINES else ""
-            plural = kind.replace("layer", "layers") if source else f"{kind}s"
-            lines.append(f"{len(names)} {kind if len(names) == 1 else plural}: {', '.join(names[:MOST_LINES])}{more}")
-    return lines
+    trees = [lower_for(checkpoints, one.tree, found.fields, one.input_size or found.size) for one in found.fusions]
+    # Before anything is refused: what was assumed may be why.
+    for text in assumed(trees):
+        reporter.remark(f"assumed: {text}")
+    alone = left_alone(checkpoints, [one.tree for one in found.fusions]) if found.surveyed else []
+    for text in alone:
+        reporter.remark(f"left alone: {text}")
+    planned = [
+        plan_layer(
+            checkpoints[BASE],
+            one.name,
+            tree,
+            input_size=one.input_size or found.size,
+            allow_border=wanted.allow_border,
+            bias_map=wanted.bias_map,
+            dtype=dtype,
+        )
+        for one, tree in zip(found.fusions, trees, strict=True)
+    ]
+    kept, dear = _by_cost(reporter, planned, found.size, wanted.only_if_cheaper and not wanted.measure)
+    return kept, alone + (dear if wanted.only_if_cheaper else [])
 
 
 def _by_cost(
-    planned: list[PlannedLayer], size: tuple[int, ...] | None, only_if_cheaper: bool
+    reporter: Reporter, planned: list[PlannedLayer], size: tuple[int, ...] | None, only_if_cheaper: bool
 ) -> tuple[list[PlannedLayer], list[str]]:
     """The fusions to carry out, and a line for each that takes more multiply-adds than its layers apart."""
-    from convtool.errors import RefusedError
+    from convtool.checkpoint.remarks import dearer
 
-    kept, lines = [], []
-    for layer in planned:
-        before, after = layer.multiply_adds(layer.fusion.verdict.input_size or size)
-        if after <= before:
-            kept.append(layer)
-            continue
-        what = f"{tree_text(layer.record.to_json()['sources'])}: fused it takes {_times(after, before)}"
-        lines.append(f"left alone: {what}" if only_if_cheaper else f"slower: {what}")
-        kept += [] if only_if_cheaper else [layer]
+    found = dearer(planned, size)
+    dear = [id(layer) for layer, _ in found]
+    kept = [layer for layer in planned if not only_if_cheaper or id(layer) not in dear]
+    said = [f"{tree_text(layer.record.to_json()['sources'])}: fused it takes {times}" for layer, times in found]
     if not kept:
-        raise RefusedError(f"nothing is cheaper fused: {lines[0].partition(': ')[2]}")
+        raise RefusedError(f"nothing is cheaper fused: {said[0]}")
+    lines = [f"left alone: {text}" if only_if_cheaper else f"slower: {text}" for text in said]
+    for line in lines:
+        reporter.remark(line)
     return kept, lines
 
 
-def _times(after: float, before: float) -> str:
-    return f"{after / before:.3g} times the multiply-adds" if before else "multiply-adds, and apart none"
-
-
-def _layer_ref(text: str, checkpoints: Mapping[str, Checkpoint], make: Any) -> Any:
-    source, colon, layer = text.partition(":")
-    return make(layer, source) if colon and source in checkpoints and "(" not in source else make(text)
-
-
 def _list_recipes(reporter: Reporter) -> None:
-    from convtool.cli.output import table
     from convtool.recipes import shipped
 
     found = shipped()
@@ -462,7 +267,7 @@ def _list_recipes(reporter: Reporter) -> None:
 
 
 def _verified(
-    reporter: Reporter, planned: list[PlannedLayer], checkpoints: Mapping[str, Checkpoint]
+    reporter: Reporter, planned: Sequence[PlannedLayer], checkpoints: Mapping[str, Checkpoint]
 ) -> list[list[EquivalenceReport]]:
     """Each fusion run against the layers that it stands for, before a file takes its name."""
     from convtool.checkpoint.proof import check_planned
@@ -473,90 +278,3 @@ def _verified(
             found.append(check_planned(layer, checkpoints))
             advance(1)
     return found
-
-
-def _proof(reports: list[EquivalenceReport]) -> dict[str, Any]:
-    if not reports:
-        return {"verified": None}
-    ratio = max(report.interior.ratio for report in reports)
-    return {"verified": {"ratio": ratio, "input_sizes": [list(report.input_size) for report in reports]}}
-
-
-def _describe(layer: PlannedLayer, size: tuple[int, ...] | None) -> dict[str, Any]:
-    verdict = layer.fusion.verdict
-    before, after = layer.parameters
-    at = verdict.input_size or size
-    work_before, work_after = layer.multiply_adds(at)
-    return {
-        **layer.record.to_json(),
-        "layers": [one.layer.name for one in layer.layers],
-        "kernel_size": list(layer.fusion.conv.geometry.kernel_size),
-        "smallest_input": list(verdict.smallest),
-        "differs": None if verdict.exact else verdict.describe_rim(),
-        "assumed": layer.assumed,
-        "edits": layer.module_edits,
-        "bias_map": layer.fusion.conv.has_bias_map,
-        "parameters": {"before": before, "after": after},
-        "multiply_adds": {
-            "before": work_before,
-            "after": work_after,
-            "per": "input position" if at is None else "input",
-        },
-        "tensors": {
-            "removed": sorted(layer.edit.remove - layer.edit.insert.keys()),
-            "written": {key: list(tensor.shape) for key, tensor in layer.edit.insert.items()},
-        },
-    }
-
-
-def _print(reporter: Reporter, document: dict[str, Any]) -> None:
-    for fusion in document["fusions"]:
-        reporter.line(f"{tree_text(fusion['sources'])} -> {fusion['name']}")
-        for line in fusion["edits"]:
-            reporter.line(f"  {line}")
-        reporter.line(f"  {_exactness(fusion)}")
-        if fusion["verified"]:
-            sizes = " and ".join("x".join(map(str, one)) for one in fusion["verified"]["input_sizes"])
-            where = "" if fusion["exact"] else ", the border apart"
-            reporter.line(f"  verified at {sizes}{where}: error/bound {fusion['verified']['ratio']:.3g}")
-        numbers, work = fusion["parameters"], fusion["multiply_adds"]
-        per = " per input position" if work["per"] == "input position" else ""
-        reporter.line(
-            f"  {numbers['before']} -> {numbers['after']} parameters,"
-            f" {_count(work['before'])} -> {_count(work['after'])} multiply-adds{per}, {fusion['dtype']}"
-        )
-        if not document["written"]:
-            _print_tensors(reporter, fusion["tensors"])
-    if len(document["fusions"]) > 1:
-        totals = [sum(fusion["parameters"][key] for fusion in document["fusions"]) for key in ("before", "after")]
-        reporter.line(f"{len(document['fusions'])} fusions, {totals[0]} -> {totals[1]} parameters")
-    verb = "wrote" if document["written"] else "would write"
-    reporter.line(f"{verb} {document['out']}, {document['tensors']} tensors, {human_bytes(document['bytes'])}")
-
-
-def _print_tensors(reporter: Reporter, tensors: dict[str, Any]) -> None:
-    """What a dry run says beyond a run: the tensors that go and come, by name."""
-    for name in tensors["removed"]:
-        reporter.line(f"  - {name}")
-    for name, shape in tensors["written"].items():
-        reporter.line(f"  + {name} {'x'.join(map(str, shape))}")
-
-
-def _exactness(fusion: dict[str, Any]) -> str:
-    if not fusion["exact"]:
-        return f"NOT exact: {fusion['differs']} of the output differ"
-    if fusion["input_size"] is not None:
-        return f"exact at input size {_sizes(fusion['input_size'])}"
-    smallest = fusion["smallest_input"]
-    if fusion["fields"].get("padding_mode", "zeros") != "zeros" and smallest:
-        return f"exact at every input size from {_sizes(smallest)} up"
-    return "exact at every input size"
-
-
-def _count(number: float) -> str:
-    """Whole numbers as they are, others to two places."""
-    return str(int(number)) if number == int(number) else f"{number:.2f}"
-
-
-def _sizes(values: list[int]) -> str:
-    return ",".join(map(str, values))

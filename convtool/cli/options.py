@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from convtool.cli import complete
+from convtool.cli.output import Reporter
 from convtool.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
@@ -123,6 +125,53 @@ OutputPadding = Annotated[
     str | None,
     typer.Option("--output-padding", metavar="N[,N]", help="Of a transposed LAYER.", show_default=False),
 ]
+
+FixedSize = Annotated[
+    bool, typer.Option("--fixed-size", help="Also fuse what is exact for inputs of --input-size only.")
+]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Choose by the time that layers take on this machine, measured.")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Speech:
+    """How a command speaks."""
+
+    as_json: Json = False
+    quiet: Quiet = False
+
+    def reporter(self, command: str) -> Reporter:
+        """Of one run of that command."""
+        return Reporter(command, as_json=self.as_json, quiet=self.quiet)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """Where the fields that a checkpoint doesn't hold come from, and how it is opened: as typed."""
+
+    geometry: GeometryFile = None
+    model: Model = None
+    model_args: ModelArgs = None
+    settings: Settings = None
+    root: Root = None
+    no_mmap: NoMmap = False
+
+    def open(self, path: Path) -> Checkpoint:
+        """The checkpoint at that path."""
+        from convtool.checkpoint import open_checkpoint
+
+        return open_checkpoint(path, self.root, mapped=not self.no_mmap)
+
+    def fields(self, model: FieldSource | None = None, layer_fields: dict[str, Any] | None = None) -> FieldSources:
+        """The places where fields come from, later ones winning; see `field_sources`."""
+        return field_sources(self.geometry, self.settings, layer_fields or {}, model)
+
+    def of_model(self, checkpoint: Checkpoint, reporter: Reporter) -> FieldSource | None:
+        """What --model says of a checkpoint's layers, or None without it; what disagrees is remarked."""
+        from convtool.cli.model import model_fields
+
+        return model_fields(self.model, self.model_args, checkpoint, reporter)
 
 
 def parse_dtype(name: str | None) -> torch.dtype | None:

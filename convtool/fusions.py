@@ -1,0 +1,94 @@
+"""Which layers of a checkpoint are to be fused: as they are named, or as a recipe's patterns find them in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from math import isfinite, prod
+
+from convtool.checkpoint import Checkpoint
+from convtool.checkpoint.chain import full_name
+from convtool.checkpoint.fusion import check_nothing_missed
+from convtool.core.fields import Fields
+from convtool.core.tree import BASE, Chain, LayerRef
+from convtool.errors import InputError
+from convtool.recipe import Known, LayerFacts, PlannedFusion, Recipe, resolve
+from convtool.recipes import shipped
+
+
+def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Checkpoint]) -> PlannedFusion:
+    """One chain of layers by name, first to last; SOURCE:LAYER for those of another checkpoint.
+
+    Args:
+        name: of the fused layer; '' for that of the first one.
+        checkpoints: by what their layers are called after.
+    """
+    return PlannedFusion(name, Chain(tuple(_layer_ref(layer, checkpoints) for layer in layers)))
+
+
+def by_recipe(
+    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], fields: Callable[[str], Fields], strength: float = 1.0
+) -> list[PlannedFusion]:
+    """The fusions that a recipe means for these checkpoints.
+
+    Args:
+        fields: what is stated of a layer's geometry.
+        strength: a factor for what has an alpha.
+
+    Raises:
+        UsageError: the recipe doesn't fit the layers.
+        RefusedError: it would take layers apart from tensors that say how they are meant.
+        InputError: a number that it asks for isn't finite.
+    """
+    asked: set[tuple[str, str]] = set()
+    planned = resolve(recipe, replace(_known(checkpoints, fields, asked), strength=strength))
+    check_nothing_missed(checkpoints, [one.tree for one in planned], asked)
+    return planned
+
+
+def without_effect(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    """Patterns of a user's recipe that state geometry of no layer; those that ship are for many networks."""
+    if recipe.origin in {known.origin for known in shipped().values()}:
+        return []
+    layers = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
+    stated = recipe.geometry
+    return [text for text in stated.tables if not any(stated.matches(text, name) for name in layers)]
+
+
+def _layer_ref(text: str, checkpoints: Mapping[str, Checkpoint]) -> LayerRef:
+    source, colon, layer = text.partition(":")
+    return LayerRef(layer, source) if colon and source in checkpoints and "(" not in source else LayerRef(text)
+
+
+def _known(
+    checkpoints: Mapping[str, Checkpoint], fields: Callable[[str], Fields], asked: set[tuple[str, str]]
+) -> Known:
+    """What recipes are resolved against; the tensors whose numbers they ask for are added to `asked`."""
+
+    def number(source: str, name: str) -> float | None:
+        asked.add((source, name))
+        info = checkpoints[source].infos.get(name) if source in checkpoints else None
+        if info is None or prod(info.shape) != 1:
+            return None
+        value = float(checkpoints[source].tensor(name))
+        if not isfinite(value):
+            raise InputError(f"{checkpoints[source].path}: {name}: holds {value}; nothing exact can be said of it")
+        return value
+
+    facts = {
+        source: {
+            layer.name: LayerFacts(layer.kind, layer.tensors["weight"].shape if "weight" in layer.tensors else ())
+            for layer in opened.layers.values()
+        }
+        for source, opened in checkpoints.items()
+    }
+    return Known(facts, number, fields, ordered=_keeps_order(checkpoints[BASE]))
+
+
+def _keeps_order(checkpoint: Checkpoint) -> bool:
+    """Whether a file has its tensors in the model's order: not where they are sorted, as in safetensors files."""
+    weights: dict[str, list[str]] = {}
+    for info in checkpoint.infos.values():
+        if info.name.endswith("weight"):
+            weights.setdefault(info.dtype, []).append(info.name)
+    return checkpoint.format.startswith("torch") and any(names != sorted(names) for names in weights.values())

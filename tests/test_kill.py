@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +18,13 @@ from checkpoints import files_in, save, small_network
 
 from convtool import open_checkpoint
 from convtool.cli.app import run_app
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
 
 SHARED_MEMORY = Path("/dev/shm")  # without a disk to wait for; what a killed process has written stays all the same
 
@@ -60,9 +68,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out.pt", "out/model.safetensors.index.json"])
 @pytest.mark.parametrize("existing", [True, False])
+@pytest.mark.parametrize("foreseen", [True, False])
 def test_a_full_disk_is_said_and_changes_nothing(
-    small_disk: Path, tmp_path: Path, out: str, existing: bool, capsys: pytest.CaptureFixture[str]
+    small_disk: Path,
+    tmp_path: Path,
+    out: str,
+    existing: bool,
+    foreseen: bool,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Also one that only fills up while it is written to."""
     small = save(small_network(), tmp_path / "small.pt")
     large = save(small_network() | {f"more{n}": torch.rand(2500) for n in range(8)}, tmp_path / "large.pt")
     flags = ["--force", *(["--shard-size", "30KB"] if "/" in out else [])]
@@ -70,7 +86,9 @@ def test_a_full_disk_is_said_and_changes_nothing(
         assert run_app(["convert", str(small), str(small_disk / out), *flags]) == 0
     before = files_in(small_disk)
     capsys.readouterr()
+    if not foreseen:
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(1 << 40, 0, 1 << 40))
     assert run_app(["convert", str(large), str(small_disk / out), *flags]) == 5
-    assert "No space left on device" in capsys.readouterr().err
+    assert ("and its file system has" if foreseen else "No space left on device") in capsys.readouterr().err
     assert files_in(small_disk) == before
     assert not existing or list(open_checkpoint(small_disk / out).infos) == list(small_network())

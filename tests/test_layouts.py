@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from checkpoints import any_bits, same_bits, save, small_network, with_metadata
+from checkpoints import any_bits, files_in, same_bits, save, small_network, with_metadata
 from torch import Tensor
 
 from convtool import open_checkpoint
+from convtool.checkpoint.edit import Edit
+from convtool.checkpoint.record import Record
+from convtool.checkpoint.write import plan_edited
 from convtool.cli.app import run_app
+from convtool.errors import OutputError
 
 STATE = small_network() | {"rest.bits": any_bits(9, torch.bfloat16, 3, 5), "rest.table": torch.arange(6).reshape(2, 3)}
 GEOMETRY = ("--set", "stem.first.stride=2,1", "--set", "stem.first.padding=0:1,1")
@@ -184,6 +189,53 @@ def test_convert_to_another_dtype(run: Run) -> None:
     for name, tensor in run.state(run.out).items():
         if name in STATE:
             assert same_bits(tensor, STATE[name].bfloat16() if tensor.is_floating_point() else STATE[name])
+
+
+@pytest.mark.parametrize("dtype", [None, "float64"])
+@pytest.mark.parametrize("suffix", ["same", ".safetensors", ".pt", "folder"])
+def test_the_size_is_told_before_the_first_byte_and_progress_adds_up_to_it(
+    run: Run, suffix: str, dtype: str | None, tmp_path: Path
+) -> None:
+    out = {"same": run.out, "folder": tmp_path / "folder"}.get(suffix, tmp_path / f"written{suffix}")
+    opened = open_checkpoint(run.path, run.root[1] if run.root else None)
+    first = f"{run.prefix}stem.first.weight"
+    edit = Edit.of([first, f"{run.prefix}stem.bn.bias"], {first: torch.ones(2, 3, 5)}, first)
+    before = set(files_in(tmp_path))
+    plan = plan_edited(
+        opened,
+        edit,
+        out,
+        Record("1.2.3"),
+        force=False,
+        dtype=dtype,
+        state_only=True,
+        shard_size=300 if suffix == "folder" else None,
+    )
+    assert set(files_in(tmp_path)) == before
+    told: list[int] = []
+    plan.write(told.append)
+    written = {name: data for name, data in files_in(tmp_path).items() if name not in before}
+    assert sum(told) == plan.size == sum(map(len, written.values()))
+    assert min(told) >= 0
+
+
+@pytest.mark.parametrize("suffix", ["same", ".safetensors", ".pt", "folder"])
+def test_what_does_not_fit_is_refused_before_the_first_byte(
+    run: Run, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = {"same": run.out, "folder": tmp_path / "folder"}.get(suffix, tmp_path / f"written{suffix}")
+    opened = open_checkpoint(run.path, run.root[1] if run.root else None)
+    size = 300 if suffix == "folder" else None
+    before = files_in(tmp_path)
+    plan = plan_edited(opened, Edit.nothing(), out, None, force=False, state_only=True, shard_size=size)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan.size - 1))
+    with pytest.raises(OutputError, match=r": needs \S+ KiB, and its file system has \S+ KiB free$"):
+        plan.write()
+    assert files_in(tmp_path) == before
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan.size))
+    plan.write()
+    assert set(files_in(tmp_path)) > set(before)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".pt"])

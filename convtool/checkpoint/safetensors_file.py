@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convtool.checkpoint.base import Checkpoint, Place
 from convtool.checkpoint.dtypes import ITEMSIZE, SAFETENSORS, SAFETENSORS_CODES
@@ -21,6 +21,7 @@ from convtool.checkpoint.info import TensorInfo
 from convtool.checkpoint.record import Record, loads
 from convtool.errors import InputError, OutputError, RefusedError
 from convtool.files.source import Source
+from convtool.files.stored_zip import Output
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -191,7 +192,7 @@ def _is_unicode(name: str) -> bool:
     return True
 
 
-def write_safetensors(file: BinaryIO, head: bytes, stored: Sequence[Entry]) -> None:
+def write_safetensors(file: Output, head: bytes, stored: Sequence[Entry]) -> None:
     """Write a file as `plan_safetensors` planned it."""
     file.write(head)
     for entry in stored:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from convtool.checkpoint import pickle_writer
 from convtool.checkpoint.base import Checkpoint, Place
@@ -30,7 +30,7 @@ from convtool.checkpoint.record import Record, loads
 from convtool.checkpoint.torch_container import Contents, Placed, check_crc, read_contents
 from convtool.errors import ConvtoolError, InputError, OutputError, UsageError
 from convtool.files.source import CHUNK, Source
-from convtool.files.stored_zip import Member, write_archive
+from convtool.files.stored_zip import Member
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -201,6 +201,9 @@ def _mark(contents: Contents) -> str:
     return hashlib.sha256(contents.mark).hexdigest()
 
 
+NO_MARK = "0" * 64  # as long as any, for the size of a record whose file isn't written yet
+
+
 def record_text(records: Mapping[str, Record]) -> bytes:
     """Records of files by their marks, as the file beside a torch file holds them, indented for people.
 
@@ -260,14 +263,10 @@ class NewTensor:
         return math.prod(self.shape)
 
 
-def write_torch(
-    file: BinaryIO,
-    value: Any,
-    source: TorchCheckpoint | None,
-    cast: _Cast | None = None,
-    dtype: str | None = None,
-) -> None:
-    """Write a torch zip file of a value, storage by storage.
+def plan_torch(
+    value: Any, source: TorchCheckpoint | None, cast: _Cast | None = None, dtype: str | None = None
+) -> list[Member]:
+    """The members of a torch zip file of a value, a storage each; no storage is read before it is written.
 
     Args:
         value: as `pickled` has it, with torch tensors and `NewTensor`s as well.
@@ -275,7 +274,7 @@ def write_torch(
         cast, dtype: what makes another dtype of a storage of floating-point numbers, and which.
 
     Raises:
-        InputError: a storage's bytes are damaged.
+        InputError: values nested deeper than Python can follow; when written, a storage's bytes are damaged.
         RefusedError: a dtype that torch files don't have.
     """
     writer = _Writer(source, cast, dtype)
@@ -293,7 +292,7 @@ def write_torch(
             _member(name, placed.nbytes, b"", _placed_chunks(source.source, placed))
             for name, placed in source.contents.extras.items()
         ]
-    write_archive(file, members)
+    return members
 
 
 class _Writer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from convtool.checkpoint import torch_file
@@ -10,10 +11,11 @@ from convtool.checkpoint.cast import cast_tensor
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint
-from convtool.checkpoint.write_file import WRITERS, Options, writer_of
-from convtool.checkpoint.write_folder import check_folder, write_folder
+from convtool.checkpoint.write_file import PLANNERS, Options, PlannedFile, planner_of
+from convtool.checkpoint.write_folder import check_folder, index_path, plan_folder
 from convtool.errors import UsageError
 from convtool.files.atomic import check_target
+from convtool.files.room import Progress, check_space
 
 
 def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, shard_size: int | None = None) -> None:
@@ -31,10 +33,79 @@ def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, s
     if is_folder(path, source, shard_size):
         check_folder(path, source, force=force)
         return
-    writer_of(path)
+    planner_of(path)
     check_target(path, force=force)
     if path.suffix != ".safetensors":
         check_target(torch_file.record_path(path), force=force)
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """An edited checkpoint that is to be written; nothing of it is, yet.
+
+    Attributes:
+        path: where to.
+        folder: the one that its files will stand in.
+        size: of all its files in bytes, exactly: the index and the record included.
+    """
+
+    path: Path
+    folder: Path
+    file: PlannedFile
+
+    @property
+    def size(self) -> int:
+        return self.file.size
+
+    def write(self, progress: Progress | None = None) -> None:
+        """Write it, wholly and checked, or not at all.
+
+        Args:
+            progress: called with the number of bytes written since its last call; they add up to `size`.
+
+        Raises:
+            OutputError: it wouldn't fit the file system or could not be written, or something appeared at the path;
+                nothing is left behind.
+            InputError: a tensor's bytes are damaged, or a number is too large for the new dtype.
+        """
+        check_space(self.path, self.folder, self.size)
+        self.file.write(self.path, progress or (lambda count: None))
+
+
+def plan_edited(
+    source: Checkpoint,
+    edit: Edit,
+    path: Path,
+    record: Record | None,
+    *,
+    force: bool,
+    dtype: str | None = None,
+    state_only: bool = False,
+    shard_size: int | None = None,
+) -> WritePlan:
+    """What writing `source` with `edit` applied, and the record of it, will give; nothing is written.
+
+    Args:
+        path: a file, whose suffix chooses the format; or a folder or index, for a checkpoint in several files.
+        record: None for a checkpoint without one.
+        force, dtype, state_only, shard_size: see `Options`.
+
+    Raises:
+        OutputError: something is in the way (`check_output`).
+        RefusedError: the format cannot hold what the source holds.
+        UsageError: no known suffix, or a new name is taken.
+        InputError: a new tensor holds a number that is too large for `dtype`.
+    """
+    options = Options(force, dtype, state_only, shard_size)
+    check_output(path, force=force, source=source, shard_size=shard_size)
+    if dtype is not None:
+        edit = edit.changed(lambda name, tensor: cast_tensor(name, tensor, dtype))
+    if is_folder(path, source, shard_size):
+        file = plan_folder(source, edit, path, record, options)
+        return WritePlan(path, index_path(path, source).parent, file)
+    return WritePlan(
+        path, check_target(path, force=force).parent, planner_of(path)(source, edit, path, record, options)
+    )
 
 
 def write_edited(
@@ -47,31 +118,19 @@ def write_edited(
     dtype: str | None = None,
     state_only: bool = False,
     shard_size: int | None = None,
+    progress: Progress | None = None,
 ) -> None:
-    """Write `source` with `edit` applied and the record of it.
-
-    Args:
-        path: a file, whose suffix chooses the format; or a folder or index, for a checkpoint in several files.
-        record: None for a checkpoint without one.
-        force, dtype, state_only, shard_size: see `Options`.
-
-    Raises:
-        OutputError: the target exists, or could not be written; nothing is left behind.
-        RefusedError: the format cannot hold what the source holds.
-        UsageError: no known suffix, or a new name is taken.
-        InputError: a tensor's bytes are damaged, or a number is too large for `dtype`.
+    """Write `source` with `edit` applied and the record of it: `plan_edited`, then `WritePlan.write`, with the
+    arguments and the errors of both.
     """
-    options = Options(force, dtype, state_only, shard_size)
-    if dtype is not None:
-        edit = edit.changed(lambda name, tensor: cast_tensor(name, tensor, dtype))
-    if is_folder(path, source, shard_size):
-        write_folder(source, edit, path, record, options)
-    else:
-        writer_of(path)(source, edit, path, record, options)
+    plan = plan_edited(
+        source, edit, path, record, force=force, dtype=dtype, state_only=state_only, shard_size=shard_size
+    )
+    plan.write(progress)
 
 
 def is_folder(path: Path, source: Checkpoint | None, shard_size: int | None) -> bool:
     """Whether a checkpoint in several files is what is to be written."""
     if path.name.endswith(INDEX_SUFFIX) or path.is_dir():
         return True
-    return path.suffix not in WRITERS and (isinstance(source, ShardedCheckpoint) or shard_size is not None)
+    return path.suffix not in PLANNERS and (isinstance(source, ShardedCheckpoint) or shard_size is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -21,6 +21,8 @@ from convtool.checkpoint.sharded import ShardedCheckpoint
 from convtool.checkpoint.torch_file import NewTensor, TorchCheckpoint
 from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.files.atomic import check_target, discard, replacing
+from convtool.files.room import Progress, Reported
+from convtool.files.stored_zip import Member, archive_size, write_archive
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,20 +42,38 @@ class Options:
     shard_size: int | None = None
 
 
-def _write_safetensors(source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options) -> None:
+@dataclass(frozen=True, slots=True)
+class PlannedFile:
+    """A file to be written.
+
+    Attributes:
+        size: in bytes, exactly, with what is written beside it.
+        write: writes it at a path, wholly and checked or not at all, and reports the bytes as they are written.
+    """
+
+    size: int
+    write: Callable[[Path, Progress], None]
+
+
+def _plan_safetensors(
+    source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options
+) -> PlannedFile:
     check_flat(source, path, options)
     entries = entries_of(source, edit, options.dtype)
-    write_flat(path, entries, metadata_of(source, record), edit.insert, force=options.force)
+    return plan_flat(entries, metadata_of(source, record), edit.insert, force=options.force)
 
 
-def write_flat(
-    path: Path, entries: list[Entry], metadata: dict[str, str], new: dict[str, Tensor], *, force: bool
-) -> None:
+def plan_flat(entries: list[Entry], metadata: dict[str, str], new: dict[str, Tensor], *, force: bool) -> PlannedFile:
+    """A .safetensors file of these tensors, of which those in `new` are read back bit for bit."""
     head, stored = safetensors_file.plan_safetensors(entries, metadata)
     shapes = {entry.name: entry.shape for entry in stored}
     check = {name: tensor for name, tensor in new.items() if name in shapes}
-    with replacing(path, force=force, check=lambda file: safetensors_file.check_written(file, shapes, check)) as file:
-        safetensors_file.write_safetensors(file, head, stored)
+
+    def write(path: Path, progress: Progress) -> None:
+        with replacing(path, force=force, check=lambda at: safetensors_file.check_written(at, shapes, check)) as file:
+            safetensors_file.write_safetensors(Reported(file, progress), head, stored)
+
+    return PlannedFile(len(head) + sum(entry.nbytes for entry in stored), write)
 
 
 def metadata_of(source: Checkpoint, record: Record | None = None) -> dict[str, str]:
@@ -109,36 +129,32 @@ def _new_entry(name: str, tensor: Tensor, place: tuple[int, int]) -> Entry:
     return Entry(name, dtype, tuple(tensor.shape), tensor.nbytes, chunks, ("new", name), place)
 
 
-def _write_torch(source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options) -> None:
+def _plan_torch(source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options) -> PlannedFile:
     entries = entries_of(source, edit, options.dtype)
     if not isinstance(source, TorchCheckpoint):
         check_flat(source, path, options)
-        write_dict(path, entries, edit.insert, record, force=options.force)
-        return
+        return plan_dict(entries, edit.insert, record, force=options.force)
     if options.dtype is not None:
         _check_castable(source, edit, options.dtype)
-    _write_value(
-        path,
-        lambda file: torch_file.write_torch(file, source.edited(edit), source, cast_chunks, options.dtype),
+    return _plan_value(
+        torch_file.plan_torch(source.edited(edit), source, cast_chunks, options.dtype),
         lambda file: torch_file.check_written(file, _described(entries), edit.insert, source.root),
         record,
         force=options.force,
     )
 
 
-def write_dict(
-    path: Path,
+def plan_dict(
     entries: list[Entry],
     new: Mapping[str, Tensor] | None = None,
     record: Record | None = None,
     *,
     force: bool = False,
-) -> None:
+) -> PlannedFile:
     """A torch file of a plain state dict."""
     value = OrderedItems({entry.name: _torch_value(entry) for entry in entries})
-    _write_value(
-        path,
-        lambda file: torch_file.write_torch(file, value, None),
+    return _plan_value(
+        torch_file.plan_torch(value, None),
         lambda file: torch_file.check_written(file, _described(entries), new or {}, ()),
         record,
         force=force,
@@ -149,27 +165,29 @@ def _described(entries: list[Entry]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {entry.name: (entry.dtype, entry.shape) for entry in entries}
 
 
-def _write_value(
-    path: Path,
-    write: Callable[[BinaryIO], None],
-    check_file: Callable[[Path], str],
-    record: Record | None,
-    *,
-    force: bool,
-) -> None:
+def _plan_value(
+    members: list[Member], check_file: Callable[[Path], str], record: Record | None, *, force: bool
+) -> PlannedFile:
     """A torch file and the record beside it.
 
     Args:
+        members: of the archive that it is.
         check_file: reads the file back, and gives its mark.
     """
-    beside = _RecordBeside(path, record)
-    try:
-        with replacing(path, force=force, check=lambda file: beside.prepare(check_file(file))) as file:
-            write(file)
-    except BaseException:
-        beside.undo()
-        raise
-    beside.finish()
+    recorded = 0 if record is None else len(torch_file.record_text({torch_file.NO_MARK: record}))
+
+    def write(path: Path, progress: Progress) -> None:
+        beside = _RecordBeside(path, record)
+        try:
+            with replacing(path, force=force, check=lambda at: beside.prepare(check_file(at))) as file:
+                write_archive(Reported(file, progress), members)
+        except BaseException:
+            beside.undo()
+            raise
+        beside.finish()
+        progress(recorded)
+
+    return PlannedFile(archive_size(members) + recorded, write)
 
 
 def _torch_value(entry: Entry) -> NewTensor:
@@ -235,19 +253,21 @@ class _RecordBeside:
             file.write(text)
 
 
-WRITERS: dict[str, Callable[[Checkpoint, Edit, Path, Record | None, Options], None]] = {
-    ".safetensors": _write_safetensors,
-    ".pt": _write_torch,
-    ".pth": _write_torch,
-    ".bin": _write_torch,
-    ".ckpt": _write_torch,
+Planner: TypeAlias = Callable[[Checkpoint, Edit, Path, Record | None, Options], PlannedFile]
+PLANNERS: dict[str, Planner] = {
+    ".safetensors": _plan_safetensors,
+    ".pt": _plan_torch,
+    ".pth": _plan_torch,
+    ".bin": _plan_torch,
+    ".ckpt": _plan_torch,
 }
 
 
-def writer_of(path: Path) -> Callable[[Checkpoint, Edit, Path, Record | None, Options], None]:
-    if path.suffix not in WRITERS:
-        raise UsageError(f"{path}: expected a name that ends in {', '.join(WRITERS)}")
-    return WRITERS[path.suffix]
+def planner_of(path: Path) -> Planner:
+    """What plans a file of that name."""
+    if path.suffix not in PLANNERS:
+        raise UsageError(f"{path}: expected a name that ends in {', '.join(PLANNERS)}")
+    return PLANNERS[path.suffix]
 
 
 def check_flat(source: Checkpoint, path: Path, options: Options) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,19 @@ from convtool.checkpoint.record import Record
 from convtool.checkpoint.safetensors_file import Entry, SafetensorsCheckpoint
 from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint, is_plain_name, read_index
 from convtool.checkpoint.torch_file import TorchCheckpoint
-from convtool.checkpoint.write_file import WRITERS, Options, check_flat, entries_of, metadata_of, write_dict, write_flat
+from convtool.checkpoint.write_file import (
+    PLANNERS,
+    Options,
+    PlannedFile,
+    check_flat,
+    entries_of,
+    metadata_of,
+    plan_dict,
+    plan_flat,
+)
 from convtool.errors import InputError, OutputError, UsageError
 from convtool.files.atomic import check_target, discard, replacing
+from convtool.files.room import Progress, Reported
 
 SHARD_SIZE = 5 * 10**9  # bytes of a file, where a folder is written of a single file; huggingface_hub's own
 
@@ -50,41 +60,45 @@ def index_path(path: Path, source: Checkpoint | None) -> Path:
     return path / f"{usual}{INDEX_SUFFIX}"
 
 
-def write_folder(source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options) -> None:
-    """Write the files first, under names that nothing has, then the index that names them; then files go that the old
-    index named and the new one doesn't. Whoever reads the index finds the old checkpoint or the new one, whole.
+def plan_folder(source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options) -> PlannedFile:
+    """The files under names that nothing has, and the index that names them. Written, they come first, then the index,
+    then files go that the old index named and the new one doesn't: whoever reads the index finds the old checkpoint or
+    the new one, whole.
     """
     index = index_path(path, source)
     check_folder(path, source, force=options.force)
-    old = _names_in(index)
-    made_folder = not index.parent.is_dir()
-    names: list[str] = []
-    written: list[Path] = []
+    shards = _kept_shards(source, edit, index, options) or _new_shards(source, edit, index, options)
+    names = _free_names(index, len(shards))
+    homes = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard.names}
+    homes = {name: homes[name] for name, _ in edit.order([*source.infos, *source.unusable])}
+    text = _index_text(source, homes, sum(shard.nbytes for shard in shards), record)
+
+    def write(_: Path, progress: Progress) -> None:
+        _write_folder(index, dict(zip(names, shards, strict=True)), text, progress, force=options.force)
+
+    return PlannedFile(len(text) + sum(shard.file.size for shard in shards), write)
+
+
+def _write_folder(index: Path, shards: Mapping[str, _Shard], text: bytes, progress: Progress, *, force: bool) -> None:
+    folder, old, names = index.parent, _names_in(index), set(shards)
+    made_folder = not folder.is_dir()
+    written: set[str] = set()
     try:
         if made_folder:
-            _make_folder(index.parent)
-        homes: dict[str, str] = {}
-        shards = _kept_shards(source, edit, index, options) or _new_shards(source, edit, index, options)
-        names = _free_names(index, len(shards))
-        total = 0
-        for name, shard in zip(names, shards, strict=True):
-            shard.write(index.parent / name)
-            written.append(index.parent / name)
-            total += shard.nbytes
-            homes.update(dict.fromkeys(shard.names, name))
-        order = [name for name, _ in edit.order([*source.infos, *source.unusable])]
-        homes = {name: homes[name] for name in order}
-        _write_index(source, index, homes, total, record, options)
+            _make_folder(folder)
+        for name, shard in shards.items():
+            shard.file.write(folder / name, progress)
+            written.add(name)
+        with replacing(index, force=force) as file:
+            Reported(file, progress).write(text)
     except BaseException:
-        if names and _names_in(index) == set(names):  # the index has its name already, and its files belong to it
-            _remove(index.parent, old - set(names))
-        else:
-            _remove(index.parent, {path.name for path in written})
+        # Where the index has its name already, its files belong to it.
+        _remove(folder, old - names if _names_in(index) == names else written)
         if made_folder:
             with contextlib.suppress(OSError):  # not empty: the index is there
-                index.parent.rmdir()
+                folder.rmdir()
         raise
-    _remove(index.parent, old - set(names))
+    _remove(folder, old - names)
 
 
 def _make_folder(folder: Path) -> None:
@@ -102,11 +116,11 @@ def _remove(folder: Path, names: set[str]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Shard:
-    """A file of a folder: the tensors in it, and how it is written."""
+    """A file of a folder: the tensors in it, their bytes, and how it is written."""
 
     names: list[str]
     nbytes: int
-    write: Callable[[Path], None]
+    file: PlannedFile
 
 
 def _kept_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -> list[_Shard]:
@@ -117,16 +131,14 @@ def _kept_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) 
     if any((suffix == ".safetensors") != isinstance(shard, SafetensorsCheckpoint) for shard in source.shards.values()):
         return []
     edit.order(source.infos)  # finds a name that is taken, in whichever file
-    return [_kept_shard(shard, _part(edit, shard), suffix, options) for shard in source.shards.values()]
+    options = replace(options, force=False)
+    return [_kept_shard(shard, _part(edit, shard), index, options) for shard in source.shards.values()]
 
 
-def _kept_shard(shard: Checkpoint, edit: Edit, suffix: str, options: Options) -> _Shard:
-    entries = entries_of(shard, edit, options.dtype)
+def _kept_shard(shard: Checkpoint, edit: Edit, index: Path, options: Options) -> _Shard:
     names = [name for name, _ in edit.order([*shard.infos, *shard.unusable])]
-    part = replace(options, force=False)
-    return _Shard(
-        names, sum(entry.nbytes for entry in entries), lambda path: WRITERS[suffix](shard, edit, path, None, part)
-    )
+    nbytes = sum(entry.nbytes for entry in entries_of(shard, edit, options.dtype))
+    return _Shard(names, nbytes, PLANNERS[_shard_suffix(index)](shard, edit, index, None, options))
 
 
 def _part(edit: Edit, shard: Checkpoint) -> Edit:
@@ -157,13 +169,9 @@ def _new_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -
 
 
 def _new_shard(entries: list[Entry], nbytes: int, index: Path, metadata: dict[str, str]) -> _Shard:
-    def write(path: Path) -> None:
-        if _shard_suffix(index) == ".safetensors":
-            write_flat(path, entries, metadata, {}, force=False)
-        else:
-            write_dict(path, entries)
-
-    return _Shard([entry.name for entry in entries], nbytes, write)
+    flat = _shard_suffix(index) == ".safetensors"
+    file = plan_flat(entries, metadata, {}, force=False) if flat else plan_dict(entries)
+    return _Shard([entry.name for entry in entries], nbytes, file)
 
 
 def _shard_suffix(index: Path) -> str:
@@ -192,9 +200,7 @@ def _names_in(index: Path) -> set[str]:
     return {name for name in names if is_plain_name(name) and "/" not in name}
 
 
-def _write_index(
-    source: Checkpoint, path: Path, homes: dict[str, str], total: int, record: Record | None, options: Options
-) -> None:
+def _index_text(source: Checkpoint, homes: dict[str, str], total: int, record: Record | None) -> bytes:
     metadata: dict[str, Any] = {}
     if isinstance(source, ShardedCheckpoint):
         metadata = dict(source.index["metadata"])
@@ -202,6 +208,4 @@ def _write_index(
     metadata.pop(safetensors_file.RECORD_KEY, None)
     if record is not None:
         metadata[safetensors_file.RECORD_KEY] = record.dumps()
-    document = {"metadata": metadata, "weight_map": homes}
-    with replacing(path, force=options.force) as file:
-        file.write((json.dumps(document, indent=2) + "\n").encode())
+    return (json.dumps({"metadata": metadata, "weight_map": homes}, indent=2) + "\n").encode()

@@ -211,11 +211,53 @@ def test_toeplitz_channels_last(widen: convtool.Conv, tmp_path: Path, capsys: py
     found = opened.product(x.reshape(-1, 1))[:, 0] + opened.bias.double()
     expected = convtool.forward(widen, x.movedim(-1, 0)[None])[0].movedim(0, -1)
     torch.testing.assert_close(found.reshape(5, 6, 24), expected)
-    # A comparison with the layer's other matrix would be a wrong verdict.
-    assert run_app(["verify", CHAINS, str(out)]) == 2
-    assert "is for channels-last data (--order HWC)" in capsys.readouterr().err
+    assert run(capsys, "verify", CHAINS, str(out))["matrix"]["form"] == "T @ x, channels last"
     assert run_app(["toeplitz", CHAINS, *WIDEN, "--order", "WHC", "-f", "-o", str(out)]) == 2
     assert "--order: expected CHW or HWC, got 'WHC'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("order", ["CHW", "HWC"])
+@pytest.mark.parametrize("options", [(), ("--rows", "7:200"), ("--affine", "--transpose"), ("--shards", "3")])
+def test_verify_goes_by_the_order_in_the_record(
+    order: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m.safetensors"
+    document = run(capsys, "toeplitz", CHAINS, *WIDEN, "--order", order, *options, "-o", str(out))
+    assert run(capsys, "verify", CHAINS, document["out"])["equivalent"]
+    for file in tmp_path.iterdir():  # the record as it would be had the matrix been written in the other order
+        blob, other = file.read_bytes(), {"CHW": b"HWC", "HWC": b"CHW"}[order]
+        file.write_bytes(blob.replace(order.encode(), other))
+    wrong = run(capsys, "verify", CHAINS, document["out"])
+    assert not wrong["equivalent"]
+    assert not wrong["matrix"]["entries"]["equal"]
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes().replace(other, b"WHC"))
+    error = run(capsys, "verify", CHAINS, document["out"])["error"]
+    assert error["exit_code"] == 3
+    assert "its record is damaged: expected order CHW or HWC, got 'WHC'" in error["message"]
+
+
+@pytest.mark.parametrize("order", ["CHW", "HWC"])
+@pytest.mark.parametrize(("transpose", "form"), [(False, "T @ x"), (True, "x @ B")])
+def test_a_matrix_without_a_record_is_the_one_that_it_is_equal_to(
+    order: str, transpose: bool, form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m.npy"
+    for layer, size in (("narrow", "24,3,4"), ("sharpen", "12,4,5")):  # the latter's, padded, is a square
+        padding = ["--padding", "1"] if layer == "sharpen" else []
+        command = ["toeplitz", CHAINS, layer, "--input-size", size, *padding, "--order", order, "-f", "-o", str(out)]
+        run(capsys, *command, *(["--transpose"] if transpose else []))
+        wanted = ["--before", layer, "--input-size", size, *(["--set", "sharpen.padding=1"] if padding else [])]
+        found = run(capsys, "verify", CHAINS, str(out), *wanted)
+        expected = form + (", channels last" if order == "HWC" else "")
+        assert (found["equivalent"], found["matrix"]["form"]) == (True, expected)
+        assert found["assumed"][-1] == f"{out}: {expected}"
+        matrix = np.load(out)
+        matrix[3, 3] += 1
+        np.save(out, matrix)
+        found = run(capsys, "verify", CHAINS, str(out), *wanted)
+        assert not found["equivalent"]
+        assert "; it isn't " in found["assumed"][-1]
 
 
 def test_toeplitz_draws_in_the_terminal(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 
 import convtool
 from convtool.core.conv import Conv
+from convtool.core.order import MATRICES, Order, matrix_in_order
 from convtool.core.toeplitz import CsrBlock, ToeplitzMatrix
 from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
 from convtool.errors import UsageError
@@ -53,20 +55,31 @@ def layer(case: Case) -> Conv:
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("order", MATRICES)
 @pytest.mark.parametrize(("transpose", "affine"), [(False, False), (True, True)], ids=["T @ x", "x @ B affine"])
-def test_the_matrix_of_every_kind_of_layer(case: Case, transpose: bool, affine: bool) -> None:
+def test_the_matrix_of_every_kind_of_layer(case: Case, transpose: bool, affine: bool, order: Order) -> None:
     conv = layer(case)
-    matrix = ToeplitzMatrix(conv, case.input_size, dtype=torch.float32, transpose=transpose, affine=affine)
+    options: dict[str, Any] = {"transpose": transpose, "affine": affine}
+    matrix = matrix_in_order(order, conv, case.input_size, dtype=torch.float32, **options)
     part = (matrix.shape[0] // 3, max(matrix.shape[0] // 3 + 1, matrix.shape[0] * 2 // 3))
     for rows in (None, part):
         bias = None if affine else matrix.bias
         if bias is not None and rows is not None:
             bias = bias[slice(*rows)]
-        report = verify_matrix(
-            conv, case.input_size, made(matrix, rows), bias=bias, transpose=transpose, affine=affine, rows=rows
-        )
+        report = verify_matrix(conv, case.input_size, made(matrix, rows), bias=bias, rows=rows, order=order, **options)
         assert report.equivalent, (rows, report)
         assert report.products.positions > 0
+
+
+def test_a_matrix_in_one_order_is_not_the_one_in_the_other() -> None:
+    pairs: list[tuple[Order, Order]] = [("CHW", "HWC"), ("HWC", "CHW")]
+    for mine, other in pairs:
+        matrix = MATRICES[mine](CONV, SIZE, dtype=torch.float32)
+        assert verify_matrix(CONV, SIZE, made(matrix), bias=matrix.bias, order=mine).equivalent
+        report = verify_matrix(CONV, SIZE, made(matrix), bias=matrix.bias, order=other)
+        assert not report.entries.equal
+        assert not report.products.equal
+        assert not report.bias.equal
 
 
 CONV = convtool.conv(real_numbers(1, 4, 2, 3, 2), real_numbers(2, 4), padding=[(1, 0), (2, 1)], stride=(2, 1))
@@ -144,7 +157,7 @@ def test_the_products_witness_the_tables(good: Stored, monkeypatch: pytest.Monke
             flipped = Conv(conv.weight.flip(-1), conv.bias, conv.geometry)
             super().__init__(flipped, *args, **options)
 
-    monkeypatch.setattr("convtool.core.verify_matrix.ToeplitzMatrix", Mistaken)
+    monkeypatch.setitem(MATRICES, "CHW", Mistaken)
     report = verify_matrix(CONV, SIZE, made(tables(wrong, SIZE, dtype=torch.float32)), bias=good_bias())
     assert report.entries.equal
     assert not report.products.equal

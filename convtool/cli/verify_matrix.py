@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convtool.cli.output import Reporter, table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
     from convtool.checkpoint import Checkpoint
     from convtool.checkpoint.chain import LoweredLayer
     from convtool.core.fields import FieldSources
+    from convtool.core.order import Order
     from convtool.core.verify_matrix import MatrixReport
     from convtool.matrix.read import MatrixFile
 
@@ -20,6 +24,19 @@ FORMS = {  # (transpose, affine): what the matrix is for
     (True, False): "x @ B",
     (True, True): "x @ B with the bias as its last row",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """Which of a layer's matrices one is."""
+
+    transpose: bool
+    affine: bool
+    order: Order = "CHW"
+    rows: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return FORMS[self.transpose, self.affine] + (", channels last" if self.order == "HWC" else "")
 
 
 def verify_matrix_files(
@@ -57,13 +74,16 @@ def verify_matrix_files(
         name, form = str(before), "entry by entry"
     else:
         lowered, size = _lowered(before, found, layer, sizes, sources)
-        shape = _form(found, lowered, size)
         if lowered.assumed:
             assumed.append(lowered.assumed)
+        forms = _forms(found, lowered, size)
+        reports = ((shape, _verify(found, lowered, size, shape, options)) for shape in forms)
+        tried = list(_until_equivalent(reports))
+        shape, report = tried[-1] if tried[-1][1].equivalent else tried[0]
         if found.record is None:
-            assumed.append(f"{after}: {FORMS[shape['transpose'], shape['affine']]}")
-        report = _verify(found, lowered, size, shape, options)
-        name, form = lowered.layer.name, FORMS[shape["transpose"], shape["affine"]]
+            others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)
+            assumed.append(f"{after}: {shape}{others}")
+        name, form = lowered.layer.name, str(shape)
     for text in assumed:
         reporter.remark(f"assumed: {text}")
     document = _document(before, after, name, form, report, assumed)
@@ -120,35 +140,37 @@ def _fields(record: dict[str, Any], kind: str) -> dict[str, Any]:
     return {key: parse_field(key, value) for key, value in fields.items() if own is None or key in own}
 
 
-def _form(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> dict[str, Any]:
-    """Which of its matrices it is: by the record, else the first one of that shape."""
-    from convtool.core.toeplitz import ToeplitzMatrix
-    from convtool.errors import InputError, UsageError
+def _forms(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> list[_Form]:
+    """Which of the layer's matrices it is: the one that its record says, else all of that shape, likeliest first.
+
+    Without a record, the comparison tells: it is the one that it is equal to, entry by entry.
+    """
+    from convtool.core.order import MATRICES
+    from convtool.errors import InputError
 
     record = found.record
-    if record is not None and record.get("order", "CHW") != "CHW":
-        raise UsageError(
-            f"{found.path}: is for channels-last data (--order {record['order']}), and a layer is compared with a"
-            " matrix of order CHW; write it in that order to verify it"
-        )
     if record is not None:
-        rows = record.get("rows")
+        rows, order = record.get("rows"), record.get("order", "CHW")
         if rows is not None and not (isinstance(rows, list) and len(rows) == 2):
             raise InputError(f"{found.path}: its record is damaged: rows {rows!r}")
-        return {
-            "transpose": bool(record.get("transpose")),
-            "affine": bool(record.get("affine")),
-            "rows": None if rows is None else (int(rows[0]), int(rows[1])),
-        }
-    for transpose, affine in FORMS:
-        matrix = ToeplitzMatrix(lowered.conv, size, transpose=transpose, affine=affine)
-        if tuple(matrix.shape) == found.shape:
-            return {"transpose": transpose, "affine": affine, "rows": None}
-    return {"transpose": False, "affine": False, "rows": None}
+        if order not in MATRICES:
+            raise InputError(f"{found.path}: its record is damaged: expected order CHW or HWC, got {order!r}")
+        span = None if rows is None else (int(rows[0]), int(rows[1]))
+        return [_Form(bool(record.get("transpose")), bool(record.get("affine")), order, span)]
+    shapes = {form: MATRICES["CHW"](lowered.conv, size, transpose=form[0], affine=form[1]).shape for form in FORMS}
+    fitting = [form for form in FORMS if tuple(shapes[form]) == found.shape]
+    return [_Form(*form, order) for form in fitting for order in MATRICES] or [_Form(False, False)]
+
+
+def _until_equivalent(reports: Iterable[tuple[_Form, MatrixReport]]) -> Iterator[tuple[_Form, MatrixReport]]:
+    for form, report in reports:
+        yield form, report
+        if report.equivalent:
+            return
 
 
 def _verify(
-    found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...], form: dict[str, Any], options: dict[str, Any]
+    found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...], form: _Form, options: dict[str, Any]
 ) -> MatrixReport:
     from convtool.core.verify_matrix import verify_matrix
     from convtool.matrix import FORMATS
@@ -157,7 +179,13 @@ def _verify(
     stores_bias = form_of_file is None or form_of_file.STORES_BIAS
     trials = min(options["trials"], 2)  # the entries settle it; products are only to witness the tables
     return verify_matrix(
-        lowered.conv, size, found, bias=found.bias, stores_bias=stores_bias, **form, **(options | {"trials": trials})
+        lowered.conv,
+        size,
+        found,
+        bias=found.bias,
+        stores_bias=stores_bias,
+        **asdict(form),
+        **(options | {"trials": trials}),
     )
 
 

@@ -21,6 +21,7 @@ from convtool.core.bound import U64, fusing_terms, gamma, half_ulp
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.inputs import dense_inputs
+from convtool.core.order import Order, matrix_in_order
 from convtool.core.tally import Region, ratios
 from convtool.core.toeplitz import CsrBlock, ToeplitzMatrix
 from convtool.errors import UsageError
@@ -92,6 +93,7 @@ def verify_matrix(
     stores_bias: bool = True,
     transpose: bool = False,
     affine: bool = False,
+    order: Order = "CHW",
     rows: tuple[int, int] | None = None,
     trials: int = 2,
     seed: int = 0,
@@ -105,7 +107,7 @@ def verify_matrix(
         matrix: what was exported.
         bias: the vector stored with it, or None.
         stores_bias: whether there is room for one where it is stored; else a missing one is no difference.
-        transpose, affine: as in `convtool.core.toeplitz.toeplitz`.
+        transpose, affine, order: as in `convtool.core.order.matrix_in_order`.
         rows: the range A:B that `matrix` holds; all of them where None.
         trials: random inputs to multiply it with.
         seed: of these.
@@ -116,14 +118,14 @@ def verify_matrix(
     if not 0 <= seed < 2**63:
         raise UsageError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
     exact = conv.exact()
-    whole = ToeplitzMatrix(exact, input_size, transpose=transpose, affine=affine)
+    whole = matrix_in_order(order, exact, input_size, transpose=transpose, affine=affine)
     start, stop = (0, whole.shape[0]) if rows is None else rows
     shape = (stop - start, whole.shape[1])
     name = str(matrix.dtype).removeprefix("torch.")
     if tuple(matrix.shape) != shape:
         one, other = (f"{a} x {b}" for a, b in (shape, matrix.shape))
         return MatrixReport(shape, f"the layer's matrix is {one}, and this one is {other}", dtype=name)
-    magnitude = ToeplitzMatrix(_absolute(exact), input_size, transpose=transpose, affine=affine)
+    magnitude = matrix_in_order(order, _absolute(exact), input_size, transpose=transpose, affine=affine)
     taps = math.prod(conv.geometry.kernel_size)
     adding = gamma(taps, torch.finfo(computed_in).eps / 2) + gamma(taps, U64)
 
@@ -133,7 +135,7 @@ def verify_matrix(
         sums = magnitude.values(start + first, start + last) if conv.geometry.padding_mode != "zeros" else block.values
         return block, sums.abs() * adding
 
-    products = _Products(exact, whole, (start, stop), trials, seed, computed_in, _least(matrix.dtype))
+    products = _Products(exact, whole, order, (start, stop), trials, seed, computed_in, _least(matrix.dtype))
     entries = _Worst()
     for first, last in matrix.blocks(BLOCK_ENTRIES):
         found = _canonical(matrix.rows(first, last), whole.shape[1])
@@ -276,23 +278,25 @@ class _Products:
         self,
         conv: Conv,
         whole: ToeplitzMatrix,
+        order: Order,
         rows: tuple[int, int],
         trials: int,
         seed: int,
         computed_in: torch.dtype,
         least: float,
     ) -> None:
-        self.transpose, self.rows = whole.transpose, rows
+        self.transpose, self.order, self.rows = whole.transpose, order, rows
         elements = conv.in_channels * math.prod(whole.input_size)
         inputs = dense_inputs(conv.in_channels, whole.input_size, trials, seed, elements)
         x = torch.cat([x for _, x in inputs]).to(conv.weight.dtype)  # (n, C_in, *input_size)
         one = torch.ones(len(x), 1 if whole.affine else 0, dtype=x.dtype)  # the final 1 that the bias stands at
-        flat = torch.cat([x.flatten(1), one], dim=1)
+        flat = torch.cat([self._flat(x), one], dim=1)
         if whole.transpose:  # x @ B adds up rows: of a part of them, the inputs that stand at these
             kept = torch.zeros(flat.shape[1], dtype=torch.bool)
             kept[slice(*rows)] = True
             flat = torch.where(kept, flat, torch.zeros_like(flat))
-        self.x = flat[:, :elements].reshape(x.shape)
+        self.x = flat[:, :elements].reshape(self._moved(x).shape)
+        self.x = self.x.movedim(-1, 1) if order == "HWC" else self.x
         self.layer = conv if whole.affine and bool(flat[:, elements:].any()) else _without_bias(conv)
         self.flat = flat.T.contiguous()  # (columns of T, n)
         outputs = whole.shape[1] if whole.transpose else rows[1] - rows[0]
@@ -302,6 +306,13 @@ class _Products:
         terms = conv.weight[0].numel() + 2
         self.running = gamma(2 * terms + 8, U64)
         self.computing = gamma(fusing_terms(conv) + terms, torch.finfo(computed_in).eps / 2)
+
+    def _moved(self, x: Tensor) -> Tensor:
+        return x.movedim(1, -1) if self.order == "HWC" else x
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """Each of (n, C, *size) as a vector in the matrix's order."""
+        return self._moved(x).flatten(1)
 
     def add(self, start: int, block: CsrBlock, half: Tensor) -> None:
         """Multiply rows from `start` on, as far as they are this part's."""
@@ -317,8 +328,8 @@ class _Products:
 
     def region(self) -> Region:
         """The products against the convolutions."""
-        expected = forward(self.layer, self.x).flatten(1).T  # (outputs, n)
-        most = forward(_absolute(self.layer), self.x.abs()).flatten(1).T
+        expected = self._flat(forward(self.layer, self.x)).T  # (outputs, n)
+        most = self._flat(forward(_absolute(self.layer), self.x.abs())).T
         if not self.transpose:
             expected, most = expected[slice(*self.rows)], most[slice(*self.rows)]
         elif self.found.shape[0] != expected.shape[0]:

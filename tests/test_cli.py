@@ -17,17 +17,17 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import scipy.sparse
+import shell
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from schemas import validate
+from shell import Cli, Run
 from torch import Tensor
 
 from convtool.cli.app import app, run_app
@@ -36,34 +36,6 @@ from convtool.cli.exit_codes import BROKEN_PIPE, INTERNAL, INTERRUPTED, TERMINAT
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = [command.name for command in app.registered_commands]
 FAR = 1e30  # two such weights multiply beyond float32
-
-
-@dataclass(frozen=True)
-class Run:
-    """What a run of the program did."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """The one JSON document on stdout, which has to be as its schema says."""
-        found = json.loads(self.out)
-        assert isinstance(found, dict)
-        validate(found)
-        return found
-
-    @property
-    def message(self) -> str:
-        """The last line of stderr, which is the only one that isn't a remark."""
-        *remarks, last = self.err.splitlines()
-        assert not any(line.startswith("convtool: ") for line in remarks)
-        assert last.startswith("convtool: ")
-        return last.removeprefix("convtool: ")
-
-
-Cli = Callable[[str], Run]
 
 
 def network() -> dict[str, Tensor]:
@@ -136,15 +108,9 @@ def here(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def cli(here: Path, capsys: pytest.CaptureFixture[str]) -> Cli:
-    """Run a command line as a shell would split it, in the folder of inputs."""
-
-    def run(line: str) -> Run:
-        code = run_app(shlex.split(line))
-        captured = capsys.readouterr()
-        return Run(code, captured.out, captured.err)
-
-    return run
+def cli(here: Path) -> Cli:
+    """Run a command line in the folder of inputs."""
+    return shell.cli
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:

@@ -8,9 +8,9 @@ import os
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
@@ -171,11 +171,19 @@ def test_a_table_is_paragraphs_in_a_window_too_narrow_for_it(monkeypatch: pytest
 
 
 def test_progress_shows_on_a_terminals_stderr_after_a_while_and_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def shown(stream: io.StringIO, unit: Literal["bytes", "items"] = "bytes", patience: float = 0, **more: str) -> str:
+    class Clock(threading.Timer):
+        """Rings at once, or never."""
+
+        def start(self) -> None:
+            if self.interval == 0:
+                self.function()
+
+    def shown(stream: io.StringIO, unit: output.Unit = "bytes", patience: float = 0, **more: str) -> str:
         for name, value in {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", **more}.items():
             monkeypatch.setenv(name, value)
         with monkeypatch.context() as patch:
             patch.setattr(output, "PATIENCE", patience)
+            patch.setattr("convtool.cli.output.threading.Timer", Clock)
             patch.setattr(sys, "stderr", stream)
             with output.Reporter("test").progress("writing [x].npz", 8 << 20, unit) as advance:
                 advance(1 << 20)
@@ -187,6 +195,7 @@ def test_progress_shows_on_a_terminals_stderr_after_a_while_and_vanishes(monkeyp
     assert "/8.0 MiB" in text
     assert text.endswith("\x1b[1A\x1b[2K")  # the bar's line is erased
     assert "/8388608" in shown(Terminal(), "items")
+    assert " 25%" in shown(Terminal(), "share")
     assert shown(Terminal(), patience=60) == ""  # over before anyone wondered
     assert shown(io.StringIO()) == ""
     assert shown(Terminal(), TERM="dumb") == ""

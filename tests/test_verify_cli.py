@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
 import math
-import shlex
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,36 +12,14 @@ import torch
 from cases import real_numbers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from schemas import validate
+from shell import cli
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from convtool.checkpoint.proof import check_planned
-from convtool.cli.app import run_app
 from convtool.cli.verify import split_names
 from convtool.core.conv import Conv
 from convtool.core.rounding import rounded
-
-
-@dataclass(frozen=True)
-class Run:
-    code: int
-    out: str
-    err: str
-
-    @property
-    def document(self) -> dict[str, Any]:
-        """The one JSON document on stdout, as its schema says."""
-        found = json.loads(self.out)
-        assert isinstance(found, dict)
-        validate(found)
-        return found
-
-
-def cli(line: str) -> Run:
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
-        code = run_app(shlex.split(line))
-    return Run(code, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(autouse=True)
@@ -277,6 +250,24 @@ def test_a_converted_layer_by_its_record(net: dict[str, Tensor], options: str, n
     assert cli("verify net.safetensors d.safetensors").code == 1
 
 
+def test_every_usage_error_names_the_option_that_was_typed(net: dict[str, Tensor]) -> None:
+    for option, value in [
+        ("--computed-in", "int8"),
+        ("--computed-in", "complex64"),
+        ("--trials", "0"),
+        ("--seed", "-1"),
+        ("--rtol", "-1"),
+        ("--atol", "nan"),
+        ("--device", "nowhere"),
+        ("--input-size", "5,x"),
+    ]:
+        found = cli(f"verify net.pt net.pt --before first --after first {option} {value}")
+        assert found.code == 2
+        assert found.message.startswith(f"{option}: ")
+    found = cli("verify net.pt net.pt --model-input 3,4,5")
+    assert (found.code, found.message) == (2, "--model-input: goes with --model")
+
+
 def test_names_are_parted_at_commas_outside_of_parentheses() -> None:
     assert split_names("a,b") == ["a", "b"]
     assert split_names("flatten(7,7), head") == ["flatten(7,7)", "head"]
@@ -402,9 +393,9 @@ def test_a_fusion_that_went_wrong_is_not_written(
 def test_a_dry_run_verifies_too(net: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
-    def check(layer: Any, checkpoints: Any) -> Any:
+    def check(layer: Any, checkpoints: Any, progress: Any) -> Any:
         asked.append(layer.name)
-        return check_planned(layer, checkpoints)
+        return check_planned(layer, checkpoints, progress)
 
     monkeypatch.setattr("convtool.checkpoint.proof.check_planned", check)
     assert cli("fuse net.pt first second -o f.pt --dry-run").code == 0
@@ -472,7 +463,7 @@ def test_a_matrix_that_is_not_the_layers(net: dict[str, Tensor]) -> None:
         ("verify net.pt m.npy --before first --input-size 6,7 --input-size 5,7", 2, "one input size"),
         ("verify m.npy net.pt", 2, "the matrix is AFTER"),
         ("verify m.npy m.npy --before first", 2, "BEFORE is a matrix file as well"),
-        ("verify net.pt m.npy --before first --input-size 6,7 --rtol 1", 2, "don't go with a matrix file"),
+        ("verify net.pt m.npy --before first --input-size 6,7 --rtol 1", 2, "--rtol: doesn't go with a matrix"),
         ("verify net.pt missing.npz", 3, "no such file"),
         ("verify net.pt broken.npz", 3, "broken.npz"),
         ("verify net.pt whole.npy --before first --input-size 6,7", 3, "floating-point"),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -229,8 +229,17 @@ def _names_in_chain(item: Tree[SourceLayer]) -> Iterator[Tree[LayerRef]]:
     yield _names(item)
 
 
-def differing_tensors(before: Checkpoint, after: Checkpoint, pairings: Sequence[Pairing]) -> dict[str, str]:
-    """Tensors that no pairing accounts for and that aren't the same: name -> 'changed', 'missing' or 'new'."""
+def differing_tensors(
+    before: Checkpoint,
+    after: Checkpoint,
+    pairings: Sequence[Pairing],
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, str]:
+    """Tensors that no pairing accounts for and that aren't the same: name -> 'changed', 'missing' or 'new'.
+
+    Args:
+        progress: called with the number of bytes of BEFORE that were compared since the last call.
+    """
     used = {
         key
         for pairing in pairings
@@ -245,6 +254,7 @@ def differing_tensors(before: Checkpoint, after: Checkpoint, pairings: Sequence[
             differing[name] = "missing"
         elif not same_bits(before, after, name):
             differing[name] = "changed"
+        progress(before.infos[name].nbytes)
     for name in after.infos.keys() - made - (before.infos.keys() - used):
         differing[name] = "new"
     return dict(sorted(differing.items()))

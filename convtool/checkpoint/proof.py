@@ -8,7 +8,7 @@ layers that its definition names: less the mean, and then times the scale plus t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -85,11 +85,16 @@ def _half(tensor: Tensor) -> Tensor:
     return half_ulp(tensor, tensor.dtype)
 
 
-def check_planned(layer: PlannedLayer, checkpoints: Mapping[str, Checkpoint]) -> list[EquivalenceReport]:
+def check_planned(
+    layer: PlannedLayer,
+    checkpoints: Mapping[str, Checkpoint],
+    progress: Callable[[float], None] = lambda share: None,
+) -> list[EquivalenceReport]:
     """Run a planned layer, as it will be in the file, against the layers that it stands for.
 
     Args:
         checkpoints: by the origin that the layers name.
+        progress: called with the share of the work done since the last call.
 
     Returns:
         A report for each input size that it was run on.
@@ -99,7 +104,14 @@ def check_planned(layer: PlannedLayer, checkpoints: Mapping[str, Checkpoint]) ->
     """
     before, verdict = exact_tree(layer.tree, checkpoints), layer.fusion.verdict
     sizes = default_sizes(before)[:PLAN_SIZES] if verdict.input_size is None else [verdict.input_size]
-    reports = [verify(before, [layer.fusion.conv], size, trials=PLAN_TRIALS, work=PLAN_WORK) for size in sizes]
+
+    def advance(share: float) -> None:
+        progress(share / len(sizes))
+
+    reports = [
+        verify(before, [layer.fusion.conv], size, trials=PLAN_TRIALS, work=PLAN_WORK, progress=advance)
+        for size in sizes
+    ]
     for report in reports:
         if not (report.equivalent if verdict.exact else _equal_inside(report)):
             names = ", ".join(source.name for source in layer.record.sources)

@@ -273,8 +273,7 @@ def _verified(
     from convtool.checkpoint.proof import check_planned
 
     found = []
-    with reporter.progress("verifying", len(planned), "items") as advance:
+    with reporter.progress("verifying", len(planned), "share") as advance:
         for layer in planned:
-            found.append(check_planned(layer, checkpoints))
-            advance(1)
+            found.append(check_planned(layer, checkpoints, advance))
     return found

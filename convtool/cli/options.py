@@ -14,13 +14,16 @@ from convtool.cli.output import Reporter
 from convtool.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
     from convtool.checkpoint import Checkpoint
     from convtool.core.fields import FieldSource, FieldSources
 
 STREAM = "-"  # in place of a file: stdin, or stdout
-DTYPES = ("float64", "float32", "float16", "bfloat16", "complex64", "complex128")
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+DTYPES = (*FLOATS, "complex64", "complex128")
 
 CheckpointPath = Annotated[
     Path,
@@ -174,23 +177,23 @@ class SourceOptions:
         return model_fields(self.model, self.model_args, checkpoint, reporter)
 
 
-def parse_dtype(name: str | None) -> torch.dtype | None:
-    """--dtype as torch's; UsageError for an unknown one."""
+def parse_dtype(name: str | None, option: str = "--dtype", known: Sequence[str] = DTYPES) -> torch.dtype | None:
+    """An option's value as torch's dtype; UsageError for one that isn't known."""
     if name is None:
         return None
-    if name not in DTYPES:
-        raise UsageError(f"--dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
+    if name not in known:
+        raise UsageError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
     import torch
 
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 
 
-def parse_input_size(text: str | None) -> tuple[int, ...] | None:
-    """--input-size as numbers; UsageError where they aren't positive integers."""
+def parse_input_size(text: str | None, option: str = "--input-size") -> tuple[int, ...] | None:
+    """An option's value as sizes; UsageError where they aren't positive integers."""
     from convtool.core.fields import parse_sizes
 
-    return None if text is None else parse_sizes(text, "--input-size")
+    return None if text is None else parse_sizes(text, option)
 
 
 def check_not_source(out: Path, checkpoint: Path) -> None:

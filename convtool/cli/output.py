@@ -8,21 +8,22 @@ import os
 import re
 import sys
 import textwrap
-import time
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 
 from convtool.errors import OutputError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, ProgressColumn
 
 SCHEMA = 1
 PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
 GAP = 2  # blanks between two columns of a table
 NARROWEST = 16  # columns that the last one of a table may be folded to
 
-Advance: TypeAlias = Callable[[int], None]
+Advance: TypeAlias = Callable[[float], None]
+Unit: TypeAlias = Literal["bytes", "items", "share"]
 
 
 class StdoutError(OutputError):
@@ -65,12 +66,13 @@ class Reporter:
         emit(_fitting(printable(text), sys.stdout))
 
     @contextlib.contextmanager
-    def progress(self, what: str, total: int, unit: Literal["bytes", "items"] = "bytes") -> Iterator[Advance]:
+    def progress(self, what: str, total: float | None, unit: Unit = "bytes") -> Iterator[Advance]:
         """A bar with rate and remaining time, on a terminal's stderr, once the work has taken longer than a second.
 
         Args:
             what: is being done, in a word or two.
-            total: how many units there are.
+            total: how many units there are; None where nobody knows.
+            unit: what is counted; a share is of so many pieces of work, and shown in percent.
 
         Yields:
             what to call with the number of units done since the last call.
@@ -88,36 +90,62 @@ class Reporter:
 class _Bar:
     """Appears on stderr when the work turns out to be long, and vanishes when it stops."""
 
-    def __init__(self, what: str, total: int, unit: Literal["bytes", "items"]) -> None:
-        self._what, self._total, self._unit = what, max(total, 1), unit
-        self._started = time.monotonic()
-        self._done = 0
+    def __init__(self, what: str, total: float | None, unit: Unit) -> None:
+        self._what, self._total = what, total or None
+        self._unit: Unit | None = unit
+        self._done = 0.0
         self._shown: Progress | None = None
+        self._changing = threading.Lock()
+        self._waiting = threading.Timer(PATIENCE, self._show)  # whatever the work does meanwhile
+        self._waiting.daemon = True
+        self._waiting.start()
 
-    def advance(self, count: int) -> None:
-        self._done += count
-        if self._shown is None and time.monotonic() - self._started >= PATIENCE:
-            self._shown = _progress(self._unit)
-            self._shown.add_task(self._what, total=self._total, completed=self._done)
-            self._shown.start()
-        elif self._shown is not None:
-            self._shown.advance(self._shown.task_ids[0], count)
+    def advance(self, count: float) -> None:
+        with self._changing:
+            self._done += count
+            if self._shown is not None:
+                self._shown.update(self._shown.task_ids[0], completed=self._done)
 
     def stop(self) -> None:
-        if self._shown is not None:
-            self._shown.stop()
+        self._waiting.cancel()
+        with self._changing:
+            if self._shown is not None:
+                self._shown.stop()
+            self._unit = None
+
+    def _show(self) -> None:
+        with self._changing:
+            if self._unit is not None:
+                self._shown = _progress(self._unit, known=self._total is not None)
+                task = self._shown.add_task(self._what, total=self._total)
+                self._shown.update(task, completed=self._done)
+                self._shown.start()
 
 
-def _progress(unit: Literal["bytes", "items"]) -> Progress:
+def _progress(unit: Unit, *, known: bool) -> Progress:
     """A bar with what is done, how much of it, the rate where it is bytes, and the remaining time."""
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-    from rich.progress import TransferSpeedColumn as Speed
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
 
     console = Console(file=sys.stderr, width=window_columns(), no_color=bool(os.environ.get("NO_COLOR")))
-    counted = (DownloadColumn(binary_units=True), Speed()) if unit == "bytes" else (MofNCompleteColumn(),)
+    counted: dict[Unit, tuple[ProgressColumn, ...]] = {
+        "bytes": (DownloadColumn(binary_units=True), TransferSpeedColumn()),
+        "items": (MofNCompleteColumn(),),
+        "share": (TaskProgressColumn(),),
+    }
     what = TextColumn("{task.description}", markup=False)
-    return Progress(what, BarColumn(20), *counted, TimeRemainingColumn(), console=console, transient=True)
+    columns = (*counted[unit], TimeRemainingColumn()) if known else (TimeElapsedColumn(),)
+    return Progress(what, BarColumn(20), *columns, console=console, transient=True)
 
 
 def emit(text: str, end: str = "\n") -> None:

@@ -192,7 +192,7 @@ def _verify(
 def _document(
     before: Checkpoint | Path, after: Path, name: str, form: str, report: MatrixReport, assumed: list[str]
 ) -> dict[str, Any]:
-    from convtool.cli.verify import region_document
+    from convtool.cli.verify_text import region_document
 
     return {
         "before": str(before if isinstance(before, Path) else before.path),

@@ -184,6 +184,9 @@ class ImpulsePlan:
     chosen: tuple[int, ...]
     border: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
+    def __len__(self) -> int:
+        return len(self.entries) * len(self.chosen) + sum(len(channels) for _, channels in self.border)
+
 
 def plan_impulses(
     trees: Sequence[Expression],
@@ -316,6 +319,11 @@ def dense_inputs(
         yield "normal", normal * scales.reshape(-1, *(1,) * len(shape))
     yield "zero", torch.zeros(1, *shape, dtype=torch.float64)
     yield "constant", torch.ones(1, *shape, dtype=torch.float64)
+
+
+def dense_count(trials: int) -> int:
+    """How many inputs `dense_inputs` makes of so many trials."""
+    return trials + 2
 
 
 def impulse_inputs(plan: ImpulsePlan, size: tuple[int, ...], widest: int) -> Iterator[Impulses]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -28,6 +28,7 @@ from convtool.core.inputs import (
     Impulses,
     Input,
     apply,
+    dense_count,
     dense_inputs,
     impulse_inputs,
     plan_impulses,
@@ -124,6 +125,7 @@ def verify(
     atol: float | None = None,
     work: int = WORK,
     device: torch.device | str = "cpu",
+    progress: Callable[[float], None] = lambda share: None,
 ) -> EquivalenceReport:
     """Run both chains on the same inputs and hold every output element against the bound of `convtool.core.bound`.
 
@@ -141,6 +143,7 @@ def verify(
         rtol, atol: instead of the derived bound, |error| <= atol + rtol * |output|, as numpy's allclose.
         work: multiply-adds to spend on impulses at most; `report.met` says how far that went.
         device: where to run it; the verdict is the same everywhere.
+        progress: called with the share of the inputs that were run since the last call.
 
     Raises:
         UsageError: `before` cannot run on that size; a tolerance or a seed that isn't one; nothing to run.
@@ -173,11 +176,13 @@ def verify(
     widest = max(widest_layer(first, size), widest_layer(kept, size))
     tallies = Tallies(_rim_mask(first, size), make.device)
     counts: dict[str, int] = {}
+    total = dense_count(trials) + len(plan)
 
     def run_inputs(named: Iterator[tuple[str, Tensor | Impulses]], pair: _Pair) -> None:
         for name, x in named:
             counts[name] = counts.get(name, 0) + len(x)
             tallies.add(name, x, *pair.run(x))
+            progress(len(x) / total)
 
     impulses = impulse_inputs(plan, size, widest)
     # cuDNN may sum by other means than adding products up, which the bound isn't about.

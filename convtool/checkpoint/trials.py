@@ -1,0 +1,96 @@
+"""Which layers of two checkpoints are run against each other, on inputs of which sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.chain import lower_chain
+from convtool.checkpoint.compare import Pairing
+from convtool.checkpoint.dtypes import FLOATS
+from convtool.checkpoint.proof import exact_tree, stored_tree
+from convtool.core.bound import Stored
+from convtool.core.expression import Expression, in_channels
+from convtool.core.fields import FieldSources
+from convtool.core.tree import BASE, Chain, Tree, leaves
+from convtool.core.verify import EquivalenceReport, default_sizes, split_input_size, verify
+from convtool.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A pairing at one input size.
+
+    Attributes:
+        before, after: the layers' numbers; those of AFTER with what storing them can have moved them by.
+        size: spatial sizes of the input.
+    """
+
+    pairing: Pairing
+    before: Expression
+    after: Tree[Stored]
+    size: tuple[int, ...]
+
+    def run(self, **options: Any) -> EquivalenceReport:
+        """What `convtool.core.verify.verify` finds; `options` are its own."""
+        between = [_dtype(name, self.pairing) for name in self.pairing.dtypes]
+        return verify(self.before, self.after, self.size, stored_between=between, **options)
+
+
+def _dtype(name: str, pairing: Pairing) -> torch.dtype:
+    """What a record says that a layer was stored in."""
+    if name not in FLOATS | {"complex64", "complex128"}:
+        raise InputError(
+            f"{pairing.path}: its convtool record is damaged: a part of {pairing.name} was stored in {name!r}"
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def trials(
+    pairing: Pairing, before: Mapping[str, Checkpoint], after: Checkpoint, sizes: Sequence[tuple[int, ...]]
+) -> Iterator[Trial]:
+    """A pairing at each size; where none is given, at the one that it was fused for or those that show most.
+
+    Args:
+        before: by the origin that the layers name.
+        sizes: of the input, with or without the channels in front.
+
+    Raises:
+        UsageError: a size doesn't fit the layers.
+        InputError: they were fused for sizes that don't go together.
+    """
+    chain = exact_tree(pairing.before, before)
+    fused = stored_tree(pairing.after, {BASE: after})
+    axes = next(leaves(chain)).spatial_axes
+    chosen = [split_input_size(size, in_channels(chain), axes) for size in sizes]
+    if not chosen:
+        fixed = pairing.input_size()
+        chosen = default_sizes(chain) if fixed is None else [fixed]
+    for size in chosen:
+        yield Trial(pairing, chain, fused, size)
+
+
+def named_pairing(
+    before: Checkpoint,
+    after: Checkpoint,
+    chains: tuple[Sequence[str], Sequence[str]],
+    sources: tuple[FieldSources, FieldSources],
+) -> Pairing:
+    """Two chains of layers by name, for checkpoints without a record.
+
+    Args:
+        chains: first to last, in BEFORE and in AFTER.
+        sources: fields of the layers in either.
+
+    Raises:
+        UsageError: names, fields or channels that don't fit.
+    """
+    first = lower_chain(before, list(chains[0]), sources[0])
+    channels, axes = first[0].conv.in_channels, first[0].conv.spatial_axes
+    second = lower_chain(after, list(chains[1]), sources[1], channels, axes)
+    return Pairing(",".join(chains[1]), Chain(tuple(first)), Chain(tuple(second)))

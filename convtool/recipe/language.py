@@ -1,0 +1,196 @@
+"""Recipes: patterns over layer names, resolved into the fusions of one checkpoint.
+
+A recipe is TOML. Each [[fuse]] table names the fused layer and gives a `chain` or a `sum`; a part is the pattern of a
+layer, a list (a chain), or a table:
+
+    { chain = [...] }  or  { sum = [...] }, and perhaps
+        scale = 0.5          the part's output times a number
+        alpha = "TENSOR"     times that number of a checkpoint over the rank, the output channels of the part's first
+                             layer, as LoRA is scaled; with ? at the end a missing tensor stands for a factor of 1
+    { layer = PATTERN, like = PATTERN }   a layer that has the stride, padding, dilation and padding mode of another
+                                          one, as far as it says nothing of its own
+
+In a pattern
+
+    {block}   stands for whole leading components, and one fusion is made for each value that fits; next to other text
+              within a component (conv{i}) for the rest of the component
+    {i+1}     is the number bound by {i}, plus 1
+    {block|underscored}  is the value of {block} with _ in place of each dot
+    *         stands for one component, the same one throughout a branch; one branch for each match
+    ?         at the end: the layer may be missing; a branch is left out where all its layers are
+    !         at the end: the layers that this fits say what is to be fused, and not those that the others fit
+    @kind     at the very end: only layers of that kind (conv, linear, batch_norm, scale)
+    file:     in front: a layer of the checkpoint given as --with file=PATH
+    name(...) a layer without tensors, such as avg_pool(2): taken as it is, but for kernel(PATTERN), half(PATTERN) and
+              stride(PATTERN) inside of it, which are the kernel size of a layer, half of it, and its stride
+
+A rule with `where = [PATTERN, ...]` is for those values of its variables for which each of these fits a layer, and one
+with `unless` for those for which none does. A rule with `optional = true` may fit nothing. One with `in_order = true`
+refuses layers that stand in the checkpoint in another order than in its chain, where the file keeps the model's order.
+The fusions of one with `input_size = [C, H, W]` have to be exact for inputs of that size only.
+
+A pattern that fits nothing, a branch that is partly there and a layer used twice are errors, never skips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from convtool.core.fields import FieldSource, parse_tables
+from convtool.core.tree import Chain, Sum, Tree, leaves
+from convtool.errors import UsageError
+from convtool.recipe.pattern import Pattern, parse_pattern, variables_of
+
+Plan: TypeAlias = Tree[Pattern]
+
+ALPHA = "alpha"
+_ABOUT = ("optional", "where", "unless", "input_size", "in_order")  # what a rule says besides its layers
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One [[fuse]] table.
+
+    Attributes:
+        name: of the fused layer, with variables.
+        tree: the patterns, in chains and sums.
+        optional: whether it may fit nothing.
+        where: patterns that have to fit something besides.
+        unless: patterns that must not fit anything.
+        input_size: (C, *sizes) for which it has to be exact, or None for every size.
+        in_order: whether the checkpoint has to have the layers in this order.
+    """
+
+    name: str
+    tree: Plan
+    optional: bool = False
+    where: tuple[Pattern, ...] = ()
+    unless: tuple[Pattern, ...] = ()
+    input_size: tuple[int, ...] | None = None
+    in_order: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """A parsed recipe."""
+
+    origin: str
+    about: str
+    rules: tuple[Rule, ...]
+    geometry: FieldSource
+
+
+def parse_recipe(document: Mapping[str, Any], origin: str) -> Recipe:
+    """A recipe from its TOML document; UsageError where it is malformed."""
+    unknown = document.keys() - {"fuse", "geometry", "about"}
+    if unknown:
+        raise UsageError(f"{origin}: unknown key {sorted(unknown)[0]!r}; expected [[fuse]] tables and [geometry]")
+    tables = document.get("fuse", [])
+    if not isinstance(tables, list) or not tables:
+        raise UsageError(f"{origin}: expected at least one [[fuse]] table")
+    geometry = document.get("geometry", {})
+    if not isinstance(geometry, dict):
+        raise UsageError(f"{origin}: geometry: expected a table")
+    rules = tuple(_parse_rule(table, f"{origin}: [[fuse]] {number}") for number, table in enumerate(tables, 1))
+    return Recipe(origin, str(document.get("about", "")), rules, parse_tables(geometry, f"{origin}: [geometry]"))
+
+
+def _parse_rule(table: object, where: str) -> Rule:
+    if not isinstance(table, dict):
+        raise UsageError(f"{where}: expected a table")
+    unknown = table.keys() - {"name", "chain", "sum", "scale", "alpha", *_ABOUT}
+    if unknown:
+        raise UsageError(
+            f"{where}: unknown key {sorted(unknown)[0]!r}; expected name, chain or sum, scale, alpha, optional, where,"
+            " unless, input_size, in_order"
+        )
+    name, optional = table.get("name"), table.get("optional", False)
+    if not isinstance(name, str) or not name:
+        raise UsageError(f"{where}: expected name = the fused layer's name")
+    in_order = table.get("in_order", False)
+    for key, value in (("optional", optional), ("in_order", in_order)):
+        if not isinstance(value, bool):
+            raise UsageError(f"{where}: {key}: expected true or false")
+    body = {key: value for key, value in table.items() if key != "name" and key not in _ABOUT}
+    tree = _parse_part(body, where)
+    where_fits, unless_fits = (_parse_patterns(table.get(key, []), f"{where}: {key}") for key in ("where", "unless"))
+    size = _parse_input_size(table.get("input_size"), where)
+    rule = Rule(name, tree, optional, where_fits, unless_fits, size, in_order)
+    _check_variables(rule, where)
+    return rule
+
+
+def _parse_input_size(value: object, where: str) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or any(type(size) is not int or size < 1 for size in value):
+        raise UsageError(f"{where}: input_size: expected sizes such as [3, 32, 32], got {value!r}")
+    return tuple(value)
+
+
+def _parse_part(part: object, where: str) -> Plan:
+    if isinstance(part, str):
+        return parse_pattern(part, where)
+    if isinstance(part, list):
+        if not part:
+            raise UsageError(f"{where}: expected at least one layer in each chain")
+        return Chain(tuple(_parse_part(item, where) for item in part))
+    if isinstance(part, dict):
+        return _parse_like(part, where) if "layer" in part else _parse_table(part, where)
+    raise UsageError(f"{where}: expected a layer, a list or a table, got {part!r}")
+
+
+def _parse_like(part: Mapping[str, object], where: str) -> Pattern:
+    layer, like = part["layer"], part.get("like", "")
+    if part.keys() - {"layer", "like"} or not isinstance(layer, str) or not isinstance(like, str):
+        raise UsageError(f"{where}: expected {{ layer = PATTERN, like = PATTERN }}, got {sorted(part)}")
+    return parse_pattern(layer, where, like)
+
+
+def _parse_table(part: Mapping[str, object], where: str) -> Plan:
+    keys = [key for key in ("chain", "sum") if key in part]
+    if len(keys) != 1 or part.keys() - {"chain", "sum", "scale", "alpha"}:
+        raise UsageError(f"{where}: expected a table with chain or sum, and perhaps scale, got {sorted(part)}")
+    items = part[keys[0]]
+    if not isinstance(items, list) or not items:
+        raise UsageError(f"{where}: {keys[0]}: expected a list of layers or branches")
+    parts = tuple(_parse_part(item, where) for item in items)
+    tree: Plan = Chain(parts) if keys[0] == "chain" else Sum(parts)
+    if "alpha" in part:
+        tensor = part["alpha"]
+        if not isinstance(tensor, str) or not tensor:
+            raise UsageError(f"{where}: alpha: expected the name of a tensor, got {tensor!r}")
+        tree = Chain((tree, Pattern(f"{ALPHA}({tensor})", written=f"alpha({tensor})")))
+    if "scale" in part:
+        factor = part["scale"]
+        if isinstance(factor, bool) or not isinstance(factor, int | float):
+            raise UsageError(f"{where}: scale: expected a number, got {factor!r}")
+        tree = Chain((tree, Pattern(f"scale({float(factor)!r})")))
+    return tree
+
+
+def _parse_patterns(texts: object, where: str) -> tuple[Pattern, ...]:
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise UsageError(f"{where}: expected a list of patterns")
+    return tuple(parse_pattern(text, where) for text in texts)
+
+
+def _check_variables(rule: Rule, where: str) -> None:
+    """One layer alone has to bind all of a rule's variables, and the name may use no others."""
+    named = [pattern for pattern in leaves(rule.tree) if not pattern.is_function]
+    if not named:
+        raise UsageError(f"{where}: expected the name of a layer")
+    variables = {variable for pattern in named for variable in variables_of(pattern.text)}
+    for text in (rule.name, *(pattern.text for pattern in (*rule.where, *rule.unless))):
+        unbound = sorted(variables_of(text) - variables)
+        if unbound:
+            raise UsageError(f"{where}: {text!r}: {{{unbound[0]}}} is bound by none of the rule's layers")
+    if not any(variables_of(pattern.text) == variables for pattern in anchors_of(rule)):
+        raise UsageError(f"{where}: expected a layer that holds all of {', '.join(sorted(variables))}")
+
+
+def anchors_of(rule: Rule) -> list[Pattern]:
+    named = [pattern for pattern in leaves(rule.tree) if not pattern.is_function]
+    return [pattern for pattern in named if pattern.anchor] or named

@@ -1,0 +1,366 @@
+"""A recipe held against the layers of checkpoints: which layers are to become one, all of them by name."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from convtool.core.fields import Fields
+from convtool.core.functions import is_function
+from convtool.core.geometry import format_sizes
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
+from convtool.errors import UsageError
+from convtool.recipe.language import ALPHA, Plan, Recipe, Rule, anchors_of
+from convtool.recipe.pattern import (
+    VARIABLE,
+    Binding,
+    Pattern,
+    expression,
+    filled,
+    parse_pattern,
+    values_of,
+    variables_of,
+)
+
+Ref: TypeAlias = Tree[LayerRef]
+
+_ASKED = re.compile(r"\b(kernel|half|stride)\(([^()]*)\)")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFusion:
+    """One fusion with every name resolved; `input_size` where it has to be exact for that one only."""
+
+    name: str
+    tree: Ref
+    input_size: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerFacts:
+    """What a recipe asks about a layer: its kind, and the shape of its weight ((C_out, C_in, *kernel); () for none)."""
+
+    kind: str
+    shape: tuple[int, ...] = ()
+
+
+# Layers by the source that they come from, and by name.
+Layers: TypeAlias = Mapping[str, Mapping[str, LayerFacts]]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What a recipe is resolved against.
+
+    Attributes:
+        layers: of every checkpoint.
+        number: the one number that a tensor (source, full name) holds; None where there is no such tensor.
+        fields: what is stated of a layer's geometry.
+        ordered: whether the checkpoint has its layers in the model's order.
+        strength: a factor for every part that has an alpha.
+    """
+
+    layers: Layers
+    number: Callable[[str, str], float | None] = lambda source, name: None
+    fields: Callable[[str], Fields] = lambda name: {}
+    ordered: bool = False
+    strength: float = 1.0
+
+
+def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
+    """The fusions that a recipe means for these layers, in the order of the checkpoint.
+
+    Raises:
+        UsageError: a pattern fits nothing, a branch is only partly there, or two fusions claim one layer.
+    """
+    if known.strength != 1 and not any(_is_alpha(part) for rule in recipe.rules for part in leaves(rule.tree)):
+        raise UsageError(f"{recipe.origin}: nothing in it has an alpha that a strength could go with")
+    planned: list[PlannedFusion] = []
+    for rule in recipe.rules:
+        found = list(_Resolution(rule, known, recipe.origin).fusions())
+        if not found and not rule.optional:
+            raise UsageError(f"{recipe.origin}: {_text(rule.tree)} fits no layer")
+        planned += found
+    if not planned:
+        raise UsageError(f"{recipe.origin}: nothing in it fits any layer")
+    order = {name: number for number, name in enumerate(known.layers[BASE])}
+    planned.sort(key=lambda fusion: min(order.get(ref.name, len(order)) for ref in _base_layers(fusion.tree)))
+    _check_claims(planned, recipe.origin)
+    return planned
+
+
+class _Resolution:
+    """One rule held against the layers of the checkpoints."""
+
+    def __init__(self, rule: Rule, known: Known, origin: str) -> None:
+        self.rule, self.known, self.origin = rule, known, origin
+        self.spellings: dict[str, dict[str, set[str]]] = {}
+        self.numbers = {match[1] for text in self._texts() for match in VARIABLE.finditer(text) if match[2]}
+
+    def fusions(self) -> Iterator[PlannedFusion]:
+        for binding in self._bindings():
+            if not all(self._fits(pattern, binding) for pattern in self.rule.where):
+                continue
+            if any(self._fits(pattern, binding) for pattern in self.rule.unless):
+                continue
+            tree = self._tree(self.rule.tree, binding)
+            if tree is not None:
+                if self.rule.in_order and self.known.ordered:
+                    self._check_order(tree)
+                yield PlannedFusion(filled(self.rule.name, binding), tree, self.rule.input_size)
+
+    def _check_order(self, tree: Ref) -> None:
+        places = {name: number for number, name in enumerate(self.known.layers[BASE])}
+        names = [ref.name for ref in leaves(tree) if ref.source == BASE and ref.name in places]
+        for one, other in itertools.pairwise(names):
+            if places[other] < places[one]:
+                raise UsageError(
+                    f"{self.origin}: {other} stands before {one} in the checkpoint, and so it does in the model, as in"
+                    f" networks that normalise first; where it runs after {one}, name the two by hand"
+                )
+
+    def _texts(self) -> Iterator[str]:
+        yield from (pattern.text for pattern in leaves(self.rule.tree) if not pattern.is_function)
+
+    def _bindings(self) -> list[dict[str, str]]:
+        """Every value of the variables that some anchor fits; one empty binding where there are none."""
+        anchors = anchors_of(self.rule)
+        variables = {variable for text in self._texts() for variable in variables_of(text)}
+        if not variables:
+            return [{}] if any(self._fits(pattern, {}) for pattern in anchors) else []
+        found: dict[tuple[tuple[str, str], ...], None] = {}
+        for pattern in anchors:
+            if variables_of(pattern.text) != variables:
+                continue
+            for name, values in self._fits(pattern, {}):
+                plain = {key: value for key, value in values.items() if key != "*"}
+                found[tuple(sorted(self._with_dots(plain, pattern, name).items()))] = None
+        return [dict(items) for items in found]
+
+    def _with_dots(self, values: Mapping[str, str], pattern: Pattern, name: str) -> dict[str, str]:
+        """Values that were read off a name with underscores, as the names of the checkpoint spell them."""
+        plain = dict(values)
+        for match in VARIABLE.finditer(pattern.text):
+            variable = match[1]
+            if not match[3]:
+                continue
+            spelled = self._spellings(variable).get(values[variable], set())
+            if len(spelled) != 1:
+                where = f"{self.origin}: {pattern.source}:{name}"
+                if not spelled:
+                    raise UsageError(f"{where}: no layer is called {values[variable]!r}, with _ for dots")
+                raise UsageError(f"{where}: {values[variable]!r} could be {' or '.join(sorted(spelled))}")
+            (plain[variable],) = spelled
+        return plain
+
+    def _spellings(self, variable: str) -> dict[str, set[str]]:
+        """Values of a variable, as other layers' names have them, by their form with underscores."""
+        if variable not in self.spellings:
+            found = self.spellings[variable] = {}
+            for pattern in leaves(self.rule.tree):
+                if not pattern.is_function and f"{{{variable}}}" in pattern.text:
+                    for _, values in self._fits(pattern, {}):
+                        found.setdefault(values[variable].replace(".", "_"), set()).add(values[variable])
+        return self.spellings[variable]
+
+    def _tree(self, plan: Plan, binding: Binding) -> Ref | None:
+        """The plan with names filled in; None where all of it is optional and absent."""
+        if isinstance(plan, Pattern):
+            return self._layer(plan, binding)
+        if isinstance(plan, Sum):
+            parts = [part for branch in plan.parts for part in self._branches(branch, binding)]
+            return Sum(tuple(parts)) if parts else None
+        chains = list(self._branches(plan, binding))
+        if len(chains) > 1:
+            raise UsageError(f"{self.origin}: {_text(plan)}: * fits several layers, which only a sum has room for")
+        return chains[0] if chains else None
+
+    def _branches(self, branch: Plan, binding: Binding) -> Iterator[Ref]:
+        """One instance of a branch, or one for each value of its *."""
+        starred = [pattern for pattern in _direct_layers(branch) if "*" in pattern.text and not pattern.is_function]
+        bindings: list[Binding] = [binding]
+        if starred and "*" not in binding:
+            values = {found["*"] for pattern in starred for _, found in self._fits(pattern, binding)}
+            if not values and not all(pattern.optional for pattern in starred):
+                raise UsageError(f"{self.origin}: {_text(branch)}{_where(binding)} fits no layer")
+            bindings = [{**binding, "*": value} for value in sorted(values, key=_natural)]
+        for bound in bindings:
+            if isinstance(branch, Chain):
+                yield from self._chain(branch, bound)
+            else:
+                tree = self._tree(branch, bound)
+                if tree is not None:
+                    yield tree
+
+    def _chain(self, chain: Chain[Pattern], binding: Binding) -> Iterator[Ref]:
+        parts = [(part, self._part(part, binding)) for part in chain.parts]
+        there = [made for part, made in parts if made is not None and not _is_function(part)]
+        missing = [part for part, made in parts if made is None]
+        if not there and missing:
+            return
+        required = [part for part in missing if not _optional(part)]
+        if required:
+            raise UsageError(
+                f"{self.origin}: {_text(chain)}{_where(binding)} is only partly there: {_text(required[0])} is not"
+            )
+        made_parts = [self._scaled(made, there) for _, made in parts if made is not None]
+        yield Chain(tuple(part for part in made_parts if part is not None))
+
+    def _part(self, part: Plan, binding: Binding) -> Ref | None:
+        """A part of a chain; where it is missing altogether the chain says so."""
+        if isinstance(part, Pattern) and not part.is_function:
+            refs = self._layers(part, binding)
+            return refs[0] if refs else None
+        return self._tree(part, binding)
+
+    def _layer(self, pattern: Pattern, binding: Binding) -> LayerRef | None:
+        if pattern.is_function:
+            return LayerRef(self._asked(filled(pattern.text, binding)))
+        refs = self._layers(pattern, binding)
+        if refs:
+            return refs[0]
+        if pattern.optional:
+            return None
+        raise UsageError(
+            f"{self.origin}: {str(pattern)!r}{_where(binding)} fits no layer, though other layers of its fusion are"
+            " there"
+        )
+
+    def _layers(self, pattern: Pattern, binding: Binding) -> list[LayerRef]:
+        names = [name for name, _ in self._fits(pattern, binding)]
+        if len(names) > 1:
+            raise UsageError(
+                f"{self.origin}: {str(pattern)!r}{_where(binding)} fits several layers: {', '.join(names[:4])}"
+            )
+        like = ""
+        if names and pattern.like:
+            liked = self._fits(parse_pattern(pattern.like, self.origin), binding)
+            if len(liked) != 1:
+                raise UsageError(
+                    f"{self.origin}: like = {pattern.like!r}{_where(binding)} fits {len(liked)} layers, expected one"
+                )
+            like = liked[0][0]
+        return [LayerRef(name, pattern.source, like) for name in names]
+
+    def _scaled(self, made: Ref, chain: Sequence[Ref]) -> Ref | None:
+        """alpha(TENSOR) as the factor that it comes to in its chain; everything else as it is."""
+        if not (isinstance(made, LayerRef) and made.name.startswith(f"{ALPHA}(")):
+            return made
+        source, _, tensor = made.name.removeprefix(f"{ALPHA}(").removesuffix(")").rpartition(":")
+        optional = tensor.endswith("?")
+        alpha = self.known.number(source, tensor.removesuffix("?"))
+        if alpha is None and not optional:
+            raise UsageError(f"{self.origin}: alpha: there is no tensor {source}:{tensor} of one number")
+        first = next(ref for part in chain for ref in leaves(part) if not is_function(ref.name))
+        rank = self.known.layers[first.source][first.name].shape[0]
+        # An alpha of 0 is how the trainers that write these files say that none was set.
+        factor = self.known.strength * (alpha / rank if alpha else 1.0)
+        return None if factor == 1 and not alpha else LayerRef(f"scale({factor!r})")
+
+    def _asked(self, text: str) -> str:
+        """kernel(LAYER), half(LAYER) and stride(LAYER) inside of a function's arguments, as numbers."""
+
+        def answer(match: re.Match[str]) -> str:
+            question, name = match.groups()
+            facts = self.known.layers[BASE].get(name)
+            if facts is None or facts.kind != "conv":
+                raise UsageError(f"{self.origin}: {text}: there is no convolution {name}")
+            if question == "stride":
+                stride = self.known.fields(name).get("stride", 1)
+                return str(stride) if isinstance(stride, int) else format_sizes(stride)
+            kernel = facts.shape[2:]
+            return format_sizes(kernel if question == "kernel" else (k // 2 for k in kernel))
+
+        return _ASKED.sub(answer, text)
+
+    def _filled(self, text: str, binding: Binding) -> str:
+        def value(match: re.Match[str]) -> str:
+            bound = binding[match[1]]
+            if match[2]:
+                return str(int(bound) + int(match[2]))
+            return bound.replace(".", "_") if match[3] else bound
+
+        return VARIABLE.sub(value, text)
+
+    def _fits(self, pattern: Pattern, binding: Binding) -> list[tuple[str, dict[str, str]]]:
+        """Layers that a pattern fits under a binding, each with the values of its variables and its *."""
+        if pattern.source not in self.known.layers:
+            raise UsageError(
+                f"{self.origin}: {pattern}: no checkpoint of that name; give one with --with {pattern.source}=FILE"
+            )
+        layers = self.known.layers[pattern.source]
+        if "*" not in pattern.text and variables_of(pattern.text) <= binding.keys():  # one name: no need to search
+            name = filled(pattern.text, binding)
+            fits = name in layers and pattern.kind in ("", layers[name].kind)
+            return [(name, {})] if fits else []
+        regex, shifts = expression(pattern.text, binding, self.numbers)
+        found = []
+        for name, facts in layers.items():
+            if pattern.kind and pattern.kind != facts.kind:
+                continue
+            match = regex.fullmatch(name)
+            values = None if match is None else values_of(match, shifts)
+            if values is not None:
+                found.append((name, values))
+        return found
+
+
+def _direct_layers(plan: Plan) -> list[Pattern]:
+    """The layers of a branch that share its *: those not inside of a sum, whose branches have their own."""
+    if isinstance(plan, Pattern):
+        return [plan]
+    if isinstance(plan, Sum):
+        return []
+    return [pattern for part in plan.parts for pattern in _direct_layers(part)]
+
+
+def _is_alpha(pattern: Pattern) -> bool:
+    return pattern.text.startswith(f"{ALPHA}(")
+
+
+def _is_function(plan: Plan) -> bool:
+    return isinstance(plan, Pattern) and plan.is_function
+
+
+def _optional(plan: Plan) -> bool:
+    return all(pattern.optional for pattern in leaves(plan) if not pattern.is_function)
+
+
+def _base_layers(tree: Ref) -> list[LayerRef]:
+    return [ref for ref in leaves(tree) if ref.source == BASE] or list(leaves(tree))
+
+
+def _check_claims(planned: Sequence[PlannedFusion], origin: str) -> None:
+    owners: dict[tuple[str, str], str] = {}
+    for fusion in planned:
+        for ref in leaves(fusion.tree):
+            if is_function(ref.name):
+                continue
+            owner = owners.setdefault((ref.source, ref.name), "")
+            if owner:
+                both = f"{owner} and {fusion.name}" if owner != fusion.name else f"{fusion.name}, twice"
+                raise UsageError(f"{origin}: {ref.name} is claimed by {both}; a layer can go into one fusion only once")
+            owners[ref.source, ref.name] = fusion.name
+    for one, other in itertools.pairwise(sorted(fusion.name for fusion in planned)):
+        if one == other:
+            raise UsageError(f"{origin}: two fusions would both be called {one}")
+
+
+def _natural(text: str) -> tuple[tuple[int, str], ...]:
+    """Sorts '10' behind '9'."""
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text))
+
+
+def _where(binding: Binding) -> str:
+    values = ", ".join(f"{name} = {value!r}" for name, value in binding.items())
+    return f" ({values})" if values else ""
+
+
+def _text(plan: Plan) -> str:
+    if isinstance(plan, Pattern):
+        return str(plan)
+    inner = ", ".join(_text(part) for part in plan.parts)
+    return f"[{inner}]" if isinstance(plan, Chain) else f"sum[{inner}]"

@@ -91,9 +91,9 @@ if TYPE_CHECKING:
     from convtool.matrix.read import load_matrix as load_matrix
     from convtool.matrix.read import open_matrix as open_matrix
     from convtool.model.layers import geometry_of as geometry_of
-    from convtool.model.plan import Plan as Plan
     from convtool.model.plan import fuse_model as fuse_model
     from convtool.model.plan import plan as plan
+    from convtool.model.planned import Plan as Plan
 
 _HOME = {
     "apply": "convtool.api",
@@ -118,7 +118,7 @@ _HOME = {
     "RefusedError": "convtool.errors",
     "UsageError": "convtool.errors",
     "geometry_of": "convtool.model.layers",
-    "Plan": "convtool.model.plan",
+    "Plan": "convtool.model.planned",
     "fuse_model": "convtool.model.plan",
     "plan": "convtool.model.plan",
     "load_matrix": "convtool.matrix.read",

@@ -1,27 +1,24 @@
-"""The parts of the Python API that are no other module's business: building a Conv by hand, and live modules."""
+"""The parts of the Python API that are no other module's business: a Conv by hand, and fusions put into live models."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.weight_norm import WeightNorm
 
 from convtool.checkpoint import Checkpoint, open_checkpoint
 from convtool.checkpoint.info import FUNCTION, SCALES, unwrap
 from convtool.checkpoint.record import FusionRecord, SourceLayer
 from convtool.core.conv import Conv, lower_conv
-from convtool.core.fields import DEFAULT_EPS
-from convtool.core.geometry import Geometry, Padding, PerAxis, format_sizes
+from convtool.core.geometry import Geometry, Padding, PerAxis
 from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.modules import frozen_eps
+from convtool.modules.difference import difference
+from convtool.modules.live import Zeros, live_module
 
 
 def conv(
@@ -211,7 +208,7 @@ class Applying:
             raise RefusedError(
                 f"{' and '.join(shared)} are one module of the model; replacing it in one place would leave the other"
             )
-        reason = difference(module, source) if self.check else ""
+        reason = difference(module, source.kind, source.fields) if self.check else ""
         if reason:
             raise RefusedError(
                 f"{name}: {reason}; the fused layer would compute something else than the model did. State it with"
@@ -318,149 +315,3 @@ def _holds(tree: Tree[SourceLayer], name: str) -> bool:
 
 def _has_module(tree: Tree[SourceLayer]) -> bool:
     return any(source.kind not in (FUNCTION, "scale") for source in leaves(tree))
-
-
-class Zeros(nn.Module):
-    """Stands where a branch was that a fused layer has taken over: gives zeros of the fused layer's output shape.
-
-    Args:
-        fused: the layer, where this reads the same input; None where it reads what that gave.
-    """
-
-    def __init__(self, fused: Conv | None) -> None:
-        super().__init__()
-        self.channels = None if fused is None else fused.out_channels
-        self.geometry = None if fused is None else fused.geometry
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Zeros (N, C_out, *output_size) that take no memory; or zeros of x's shape."""
-        if self.geometry is None or self.channels is None:
-            return x.new_zeros(()).expand(x.shape)
-        if not self.geometry.kernel_size:
-            return x.new_zeros(()).expand(*x.shape[:-1], self.channels)
-        return x.new_zeros(()).expand(len(x), self.channels, *self.geometry.output_size(x.shape[2:]))
-
-
-def difference(module: nn.Module, source: SourceLayer) -> str:
-    """In what a module isn't the layer that was fused, in words; '' where it is."""
-    if source.kind == "scale":
-        return ""
-    expected = {"conv": _CONVS, "linear": (nn.Linear,), "batch_norm": _NORMS}.get(source.kind, ())
-    kind = next((one for one in expected if isinstance(module, one)), None)
-    what = f"the model has a {type(module).__name__} there"
-    if source.kind == "batch_norm" and kind is None and (eps := frozen_eps(module)) is not None:
-        fused_eps = source.fields.get("eps", DEFAULT_EPS)
-        return "" if eps == fused_eps else f"eps {fused_eps:g} was fused, and the model's code has {eps:g}"
-    if kind is None:
-        return f"{what}, and a {source.kind.replace('_', ' ')} was fused"
-    if any(getattr(type(module), name, None) is not getattr(kind, name, None) for name in _OWN_METHODS):
-        return f"{what}, whose forward isn't that of nn.{kind.__name__}"
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if any(not isinstance(hook, _PadInput | _CropOutput | _AddBiasMap | WeightNorm) for hook in hooks):
-        return f"{what} with forward hooks, which would be lost"
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        eps = source.fields.get("eps", DEFAULT_EPS)
-        return "" if module.eps == eps else f"eps {eps:g} was fused, and the model has {module.eps:g}"
-    if isinstance(module, nn.modules.conv._ConvNd):
-        own = module_geometry(module)
-        fused = Geometry.of(own.kernel_size, **source.fields)
-        return "" if own == fused else f"a layer of {fused.describe()} was fused, and the model's has {own.describe()}"
-    return ""
-
-
-def module_geometry(module: nn.modules.conv._ConvNd) -> Geometry:
-    """The geometry of an nn.Conv or nn.ConvTranspose."""
-    padding: Padding = 0 if module.padding == "valid" else module.padding
-    return Geometry.of(
-        module.kernel_size,
-        stride=module.stride,
-        padding=padding,
-        dilation=module.dilation,
-        groups=module.groups,
-        padding_mode=module.padding_mode,
-        transposed=module.transposed,
-        output_padding=module.output_padding,
-    )
-
-
-def live_module(conv: Conv) -> nn.Module:
-    """An nn.Conv, nn.ConvTranspose or nn.Linear of the layer's shape and geometry, its numbers not yet loaded.
-
-    Padding that torch's module cannot say by itself is done by a hook, and so is a bias map, which is a parameter.
-
-    Raises:
-        RefusedError: torch has no module of that form.
-    """
-    geometry, axes = conv.geometry, conv.spatial_axes
-    plain_bias = conv.bias is not None and not conv.has_bias_map
-    if axes == 0 and geometry.groups == 1:
-        return nn.Linear(conv.in_channels, conv.out_channels, plain_bias, dtype=conv.weight.dtype)
-    if not 1 <= axes <= 3:
-        raise RefusedError(f"cannot make a live module of a layer of {axes} spatial axes with {geometry.describe()}")
-    if any(p >= max(s, d) for p, s, d in zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True)):
-        raise RefusedError(f"torch's transposed convolutions don't know an output padding of {geometry.output_padding}")
-    even = all(before == after for before, after in geometry.padding)
-    fields: dict[str, Any] = {
-        "stride": geometry.stride,
-        "padding": tuple(before if even else 0 for before, _ in geometry.padding),
-        "dilation": geometry.dilation,
-        "groups": geometry.groups,
-        "bias": plain_bias,
-        "dtype": conv.weight.dtype,
-    }
-    if geometry.transposed:
-        fields["output_padding"] = geometry.output_padding
-    elif even:
-        fields["padding_mode"] = geometry.padding_mode
-    kind: Any = _CONVS[axes - 1 + (3 if geometry.transposed else 0)]
-    module: nn.Module = kind(conv.in_channels, conv.out_channels, geometry.kernel_size, **fields)
-    if not even and geometry.transposed:
-        module.register_forward_hook(_CropOutput(geometry.padding))
-    elif not even:
-        module.register_forward_pre_hook(_PadInput(geometry.padding, geometry.padding_mode))
-    if conv.bias is not None and conv.has_bias_map:
-        module.register_parameter("bias_map", nn.Parameter(torch.empty(conv.bias.shape, dtype=conv.bias.dtype)))
-        module.register_forward_hook(_AddBiasMap())
-    return module
-
-
-@dataclass(frozen=True)
-class _PadInput:
-    """Pads each side by its own amount before a layer runs, which nn.Conv cannot do by itself."""
-
-    sides: tuple[tuple[int, int], ...]
-    padding_mode: str
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> Tensor:
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        return F.pad(inputs[0], [side for pair in reversed(self.sides) for side in pair], mode=mode)
-
-
-@dataclass(frozen=True)
-class _CropOutput:
-    """Cuts each side by its own amount after a transposed layer ran, whose padding that is."""
-
-    sides: tuple[tuple[int, int], ...]
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return F.pad(output, [-side for pair in reversed(self.sides) for side in pair])
-
-
-@dataclass(frozen=True)
-class _AddBiasMap:
-    """Adds a bias of its own to each output."""
-
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        bias_map = module.bias_map
-        assert isinstance(bias_map, Tensor)
-        if output.shape[1:] != bias_map.shape:
-            raise UsageError(
-                f"the output is of size {format_sizes(output.shape[2:])}, and the layer's bias map was made for"
-                f" {format_sizes(bias_map.shape[1:])}"
-            )
-        return output + bias_map
-
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-_OWN_METHODS = ("forward", "_conv_forward")

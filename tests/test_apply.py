@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import convtool
-from convtool.api import live_module
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
 from convtool.errors import InputError, RefusedError, UsageError
+from convtool.modules.live import live_module
 
 SHAPE = (2, 4, 7, 10)
 
@@ -261,6 +261,12 @@ def hooked() -> nn.Module:
     return conv
 
 
+def replaced() -> nn.Module:
+    conv = nn.Conv2d(4, 6, 3)
+    vars(conv)["forward"] = lambda x: conv._conv_forward(x, conv.weight, conv.bias) * 2
+    return conv
+
+
 WRONG: dict[str, tuple[dict[str, nn.Module], str]] = {
     "stride": ({"a": nn.Conv2d(4, 6, 3, 2)}, "a: a layer of kernel 3,3 was fused, and the model's has kernel 3,3, str"),
     "padding": ({"a": nn.Conv2d(4, 6, 3, padding=1)}, "the model's has kernel 3,3, padding 1"),
@@ -271,6 +277,7 @@ WRONG: dict[str, tuple[dict[str, nn.Module], str]] = {
     "kind": ({"b": nn.GroupNorm(2, 6)}, "b: the model has a GroupNorm there, and a batch norm was fused"),
     "forward": ({"a": Doubled(4, 6, 3)}, "a: the model has a Doubled there, whose forward isn't that of nn.Conv2d"),
     "inner forward": ({"a": DoubledInside(4, 6, 3)}, "a: the model has a DoubledInside there, whose forward isn't"),
+    "forward of its own": ({"a": replaced()}, "a: the model has a Conv2d there, whose forward isn't that of nn.Conv2d"),
     "activation": ({"b": Activated(6)}, "b: the model has a Activated there, whose forward isn't that of nn.BatchNorm"),
     "hooks": ({"a": hooked()}, "a: the model has a Conv2d there with forward hooks, which would be lost"),
 }  # fmt: skip

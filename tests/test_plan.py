@@ -29,7 +29,7 @@ from convtool.errors import RefusedError, UsageError
 from convtool.model import trace as tracing
 from convtool.model.judge import Exact
 from convtool.model.names import tree_in_short
-from convtool.model.plan import Plan
+from convtool.model.planned import Plan
 from convtool.model.state import StateCheckpoint
 from convtool.recipe import Known, LayerFacts, parse_recipe, resolve
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from convtool.cli.output import Reporter
     from convtool.core.fields import FieldSource
     from convtool.model.agreement import Agreement
-    from convtool.model.plan import Plan
+    from convtool.model.planned import Plan
 
 
 def load(model: str, arguments: str | None, *, in_memory: bool = False) -> nn.Module:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from convtool.checkpoint.info import SCALES
 from convtool.core.fields import Fields, geometry_fields
-from convtool.core.geometry import Geometry
 from convtool.errors import UsageError
-from convtool.modules import frozen_eps, only_scales, own_tensors
-
-_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+from convtool.modules.observed import frozen_eps, only_scales, own_tensors
+from convtool.modules.own import CONVS, NORMS, module_geometry, own_class
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +64,14 @@ def geometry_of(model: nn.Module) -> dict[str, Fields]:
 
 def _layer(name: str, module: nn.Module) -> ModuleLayer | None:
     if isinstance(module, _ConvNd):
-        foreign = _foreign(module, _CONVS, ("forward", "_conv_forward", "_output_padding"))
-        return ModuleLayer(name, "conv", _conv_fields(module), foreign, _bound(module))
+        fields = geometry_fields(module_geometry(module))
+        return ModuleLayer(name, "conv", fields, _foreign(module, CONVS), _bound(module))
     if isinstance(module, _BatchNorm):
         if module.running_mean is None:  # it normalises by each batch's own statistics
             return None
-        return ModuleLayer(
-            name, "batch_norm", {"eps": float(module.eps)}, _foreign(module, _NORMS, ("forward",)), _bound(module)
-        )
+        return ModuleLayer(name, "batch_norm", {"eps": float(module.eps)}, _foreign(module, NORMS), _bound(module))
     if isinstance(module, nn.Linear):
-        return ModuleLayer(name, "linear", {}, _foreign(module, (nn.Linear,), ("forward",)), _bound(module))
+        return ModuleLayer(name, "linear", {}, _foreign(module, (nn.Linear,)), _bound(module))
     tensors = dict(own_tensors(module))
     eps = frozen_eps(module)
     if eps is not None:
@@ -87,30 +81,9 @@ def _layer(name: str, module: nn.Module) -> ModuleLayer | None:
     return None
 
 
-def _conv_fields(module: _ConvNd) -> Fields:
-    transposed = isinstance(module, _ConvTransposeNd)
-    padding: Any = module.padding
-    geometry = Geometry.of(
-        tuple(module.kernel_size),
-        stride=tuple(module.stride),
-        padding=0 if padding == "valid" else padding if isinstance(padding, str) else tuple(padding),
-        dilation=tuple(module.dilation),
-        groups=module.groups,
-        padding_mode=module.padding_mode,
-        transposed=transposed,
-        output_padding=tuple(module.output_padding) if transposed else 0,
-    )
-    return geometry_fields(geometry)
-
-
-def _foreign(module: nn.Module, own: tuple[type[nn.Module], ...], methods: tuple[str, ...]) -> str:
+def _foreign(module: nn.Module, own: tuple[type[nn.Module], ...]) -> str:
     """Whether a subclass overrides what torch's class computes."""
-    base = next((kind for kind in own if isinstance(module, kind)), None)
-    same = base is not None and all(
-        getattr(type(module), method, None) is getattr(base, method, None) for method in methods
-    )
-    instance = any(method in vars(module) for method in methods)  # model.conv.forward = something
-    return "" if same and not instance else _custom(module)
+    return "" if own_class(module, own) else _custom(module)
 
 
 def _custom(module: nn.Module) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,103 +15,21 @@ from convtool.api import apply_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.fusion import check_ties, lower_for, plan_layer
 from convtool.checkpoint.record import FusionRecord, Record, SourceLayer
-from convtool.core.fields import Fields, FieldSource, FieldSources, field_tables, geometry_fields
+from convtool.core.fields import FieldSource, FieldSources, geometry_fields
 from convtool.core.flow import Flow, Obstacle, find_stretches
 from convtool.core.functions import flatten_size, is_function
 from convtool.core.partition import Cost as Price
 from convtool.core.partition import partition
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, RefusedError, UsageError
 from convtool.model.judge import Cost, Exact, Judge, Piece
 from convtool.model.layers import module_layers
 from convtool.model.measure import Stopwatch
+from convtool.model.planned import LeftAlone, Plan, PlannedPiece
 from convtool.model.rehearse import failures
 from convtool.model.shapes import LayerShape, layer_shapes
 from convtool.model.state import StateCheckpoint
 from convtool.model.trace import example_input, trace
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlannedPiece:
-    """One fusion of a plan.
-
-    Attributes:
-        name: of the fused layer: one of those that it stands for.
-        piece: these, and what the fused one costs.
-        seconds: before and after on this machine, where measured.
-    """
-
-    name: str
-    piece: Piece
-    seconds: tuple[float, float] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LeftAlone:
-    """Layers with nothing in between that stay apart, and why."""
-
-    layers: tuple[str, ...]
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """What can be fused in a model.
-
-    Attributes:
-        fusions: in the order in which they run.
-        left_alone: what may have been expected and isn't among them.
-        fields: geometry and eps of every layer in the fusions.
-        total: cost of all convolutions, linear layers, batch norms and scales of the run, as they are.
-        tracer: what followed the model's run.
-        remarks: what to know of that.
-    """
-
-    fusions: tuple[PlannedPiece, ...]
-    left_alone: tuple[LeftAlone, ...]
-    fields: Mapping[str, Fields]
-    total: Cost
-    tracer: str
-    remarks: tuple[str, ...]
-
-    @property
-    def geometry(self) -> FieldSource:
-        """The same as a source of fields."""
-        return FieldSource("the plan", self.fields, exact_names=True)
-
-    @property
-    def total_after(self) -> Cost:
-        """The same with the fusions carried out."""
-        saved = [(one.piece.before, one.piece.after) for one in self.fusions]
-        return Cost(
-            self.total.parameters - sum(before.parameters - after.parameters for before, after in saved),
-            self.total.multiply_adds - sum(before.multiply_adds - after.multiply_adds for before, after in saved),
-        )
-
-    def renamed(self, names: Mapping[str, str]) -> Plan:
-        """The same for a checkpoint that calls the layers otherwise; fields and fusions are by its names."""
-
-        def ref(leaf: LayerRef) -> LayerRef:
-            return replace(leaf, name=names.get(leaf.name, leaf.name))
-
-        fusions = tuple(
-            replace(
-                one, name=names.get(one.name, one.name), piece=replace(one.piece, tree=map_leaves(ref, one.piece.tree))
-            )
-            for one in self.fusions
-        )
-        return replace(
-            self, fusions=fusions, fields={names.get(name, name): fields for name, fields in self.fields.items()}
-        )
-
-    def recipe(self) -> str:
-        """The plan as a recipe in TOML, all of its names spelled out."""
-        lines = ["# Written by `convtool plan`; for `convtool fuse CKPT --recipe THIS_FILE -o OUT`."]
-        for one in self.fusions:
-            lines += ["", "[[fuse]]", f"name = {json.dumps(one.name)}", *_rule(one.piece)]
-        used = {leaf.name for one in self.fusions for leaf in leaves(one.piece.tree)}
-        lines += ["", "[geometry]", *field_tables({name: f for name, f in self.fields.items() if name in used})]
-        return "\n".join(lines) + "\n"
 
 
 def plan(
@@ -413,25 +330,3 @@ def _obstacle(obstacle: Obstacle) -> LeftAlone:
 
 def _dtype(model: nn.Module) -> torch.dtype:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-
-
-# --- TOML
-
-
-def _rule(piece: Piece) -> Iterator[str]:
-    tree = piece.tree
-    if isinstance(tree, Sum):
-        yield f"sum = [{', '.join(_part(part) for part in tree.parts)}]"
-    else:
-        parts = tree.parts if isinstance(tree, Chain) else (tree,)
-        yield f"chain = [{', '.join(_part(part) for part in parts)}]"
-    if piece.exact is Exact.THIS_SIZE:
-        yield f"input_size = {list(piece.input_size)}"
-
-
-def _part(tree: Tree[LayerRef]) -> str:
-    if isinstance(tree, Chain):
-        return f"[{', '.join(_part(part) for part in tree.parts)}]"
-    if isinstance(tree, Sum):
-        return f"{{ sum = [{', '.join(_part(part) for part in tree.parts)}] }}"
-    return json.dumps(tree.name)

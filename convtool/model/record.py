@@ -18,9 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from convtool.core.flow import Op, Step
 from convtool.errors import RefusedError
 from convtool.model.layers import ModuleLayer
-
-Classify = Callable[[str, Sequence[tuple[int, ...]], tuple[int, ...], Sequence[Any], Mapping[str, Any]], Op]
-Axes = Callable[[ModuleLayer, nn.Module, int], int | None]
+from convtool.model.operations import classify, layer_axes
 
 # Operations that hand a tensor's numbers to Python, which may go another way for others.
 _DECIDING = frozenset({"_local_scalar_dense.default", "equal.default", "nonzero.default", "is_nonzero.default"})
@@ -31,15 +29,12 @@ def record_run(
     model: nn.Module,
     inputs: Sequence[Any],
     layers: Mapping[str, ModuleLayer],
-    classify: Classify,
-    axes: Axes,
 ) -> tuple[list[Step], frozenset[int], dict[str, str]]:
     """Run it once.
 
     Args:
         run: what to call: the model, or a graph of it that calls the same modules.
         layers: of the model, those that are one step each.
-        classify, axes: what an operation is, and the spatial axes of a layer.
 
     Returns:
         The steps, the numbers of those whose values are the run's outputs or are kept somewhere, and the layers whose
@@ -48,7 +43,7 @@ def record_run(
     Raises:
         RefusedError: its control flow depends on values.
     """
-    recorder = _Recorder(model, layers, classify, axes)
+    recorder = _Recorder(model, layers)
     recorder.begin(inputs)
     with recorder.hooked(), recorder:
         output = run(*inputs)
@@ -56,14 +51,12 @@ def record_run(
     return recorder.steps, recorder.leaving(output) | recorder.still_alive(), recorder.read_outside
 
 
-def kept_layers(
-    model: nn.Module, inputs: Sequence[Any], layers: Mapping[str, ModuleLayer], classify: Classify, axes: Axes
-) -> set[str]:
+def kept_layers(model: nn.Module, inputs: Sequence[Any], layers: Mapping[str, ModuleLayer]) -> set[str]:
     """The layers whose values are still held after a run, by the model's own code or by hooks, once its output is gone.
 
     Also those whose values went into such a one with nothing but copies, additions and flattens in between.
     """
-    recorder = _Recorder(model, layers, classify, axes)
+    recorder = _Recorder(model, layers)
     recorder.begin(inputs)
     with recorder.hooked(), recorder:
         model(*inputs)
@@ -80,9 +73,9 @@ def kept_layers(
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module, layers: Mapping[str, ModuleLayer], classify: Classify, axes: Axes) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[str, ModuleLayer]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.layers, self.classify, self.axes = model, layers, classify, axes
+        self.model, self.layers = model, layers
         self.steps: list[Step] = []
         self.alive: list[Tensor] = []  # every value, so that no memory is used twice while the run lasts
         self.values: dict[int, int] = {}  # the step that made a tensor object
@@ -121,7 +114,7 @@ class _Recorder(TorchDispatchMode):
         reads = self.pending
         axes = None
         if len(reads) == 1 and isinstance(output, Tensor):
-            axes = self.axes(self.layers[name], self.model.get_submodule(name), reads[0].dim())
+            axes = layer_axes(self.layers[name], self.model.get_submodule(name), reads[0].dim())
         op = Op.OTHER if axes is None else Op.LAYER
         flattens = self.layers[name].kind == "linear"
         tensors = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
@@ -155,7 +148,7 @@ class _Recorder(TorchDispatchMode):
         )
         shape = tuple(made[0].shape)
         plain = {key: value for key, value in kwargs.items() if not isinstance(value, Tensor)}
-        op = Op.OTHER if writes else self.classify(name, [tuple(v.shape) for v in read], shape, args, plain)
+        op = Op.OTHER if writes else classify(name, [tuple(v.shape) for v in read], shape, args, plain)
         step = self.new(Step(op, name, self._reads(read), shape), made)
         if writes:
             for value in read:

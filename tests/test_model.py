@@ -347,7 +347,7 @@ def test_what_goes_with_a_model_is_refused_without_one(folder: Path) -> None:
     for words, part in (
         (("fuse", checkpoint, "--auto", "-o", out), "--auto"),
         (("fuse", checkpoint, "a", "b", "--auto", *model, "-o", out), "--auto"),
-        (("fuse", checkpoint, "--auto", *model, "-o", out), "expected --input-size"),
+        (("fuse", checkpoint, "--auto", *model, "-o", out), "and --input-size"),
         (("fuse", checkpoint, "a", "b", "--measure", "-o", out), "goes with --auto"),
         (("plan", checkpoint, "--input-size", "1,8,8"), "expected --model"),
         (("plan", checkpoint, *model), "expected --input-size"),

@@ -589,13 +589,52 @@ def test_a_dry_run_says_what_a_run_would_write(cli: Cli, here: Path) -> None:
     fused = torch.load(here / "f.pt")
     assert {name: list(fused[name].shape) for name in tensors["written"]} == tensors["written"]
     assert tensors["removed"] == sorted(network().keys() - fused.keys())
-    assert (done["tensors"], done["bytes"]) == (len(fused), sum(tensor.nbytes for tensor in fused.values()))
+    assert done["tensors"] == len(fused)
+    assert done["files"] == {name: (here / name).stat().st_size for name in ("f.pt", "f.pt.convtool.json")}
+    assert done["bytes"] == sum(done["files"].values())
     shown = cli("fuse net.pt first second norm -o g.pt --dry-run --quiet").out.splitlines()
     assert [line for line in shown if line[:4] in ("  - ", "  + ")] == [
         *(f"  - {name}" for name in tensors["removed"]),
         *("  + first.weight 5x3x4x4", "  + first.bias 5"),
     ]
-    assert shown[-1].startswith(f"would write g.pt, {len(fused)} tensors, ")
+    assert shown[-3:] == [
+        f"would write g.pt, {len(fused)} tensors, {done['bytes']} bytes",
+        f"  g.pt, {done['files']['f.pt']} bytes",
+        f"  g.pt.convtool.json, {done['files']['f.pt.convtool.json']} bytes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "out"),
+    [
+        ("fuse net.safetensors first second -o f.safetensors", "f.safetensors"),
+        ("fuse net.pt first second -o f.safetensors", "f.safetensors"),
+        ("convert net.safetensors f.pt", "f.pt"),
+        ("convert net.pt there.safetensors --dtype bfloat16 --force", "there.safetensors"),
+        ("convert net.pt f.pt --as-toeplitz first=4,5", "f.pt"),
+        ("convert net.pt parts --shard-size 300", "parts"),
+        ("convert net.safetensors parts --dtype bfloat16 --shard-size 300B", "parts"),
+        ("plan --model model.py:Net --input-size 3,9,8 -o p.toml", "p.toml"),
+    ],
+)
+def test_a_dry_run_tells_every_file_and_its_bytes_and_touches_none(line: str, out: str, cli: Cli, here: Path) -> None:
+    before = snapshot(here)
+    dry = cli(f"{line} --dry-run --json").document
+    assert snapshot(here) == before
+    shown = cli(f"{line} --dry-run").out.splitlines()
+    assert snapshot(here) == before
+    done = cli(f"{line} --json").document
+    assert (dry.pop("written"), done.pop("written")) == (False, True)
+    assert dry == done
+    changed = {name: text for name, text in snapshot(here).items() if text is not None and before.get(name) != text}
+    files = {name: len(text) for name, text in changed.items() if text is not None}
+    assert files
+    assert done.get("files", {out: done["bytes"]}) == files
+    assert done["bytes"] == sum(files.values())
+    last = next(text for text in shown if text.startswith(f"would write {out}, "))
+    assert last.endswith(f", {done['bytes']} bytes")
+    if len(files) > 1:
+        assert shown[-len(files) :] == [f"  {name}, {size} bytes" for name, size in done["files"].items()]
 
 
 def test_verify_of_named_layers_and_one_sided_fields(cli: Cli, here: Path) -> None:

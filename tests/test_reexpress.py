@@ -252,7 +252,7 @@ def test_a_weight_that_is_no_convolution_is_refused_with_the_residual(
         (["--as-conv", "head=40"], 2, "--as-conv head=40: expected C,H,W/KH,KW"),
         (["--as-conv", "head=2,4,4"], 2, "head: takes 40 numbers, and an input of 2,4,4 has 32"),
         (["--as-conv", "embed=3,2,3"], 2, "embed: is a conv, not a linear layer"),
-        (["--set", "conv.padding=1"], 2, "--set is for layers that are re-expressed"),
+        (["--set", "conv.padding=1"], 2, "--set: is for layers that are re-expressed"),
         (["--as-toeplitz", "conv=9999,9999"], 4, "more than the memory free; `convtool toeplitz` writes it sparse"),
     ],
 )

@@ -46,16 +46,24 @@ class WritePlan:
     Attributes:
         path: where to.
         folder: the one that its files will stand in.
+        main: the file that is opened to read it: the one at `path`, or the index of the folder there.
         size: of all its files in bytes, exactly: the index and the record included.
     """
 
     path: Path
     folder: Path
+    main: Path
     file: PlannedFile
 
     @property
     def size(self) -> int:
         return self.file.size
+
+    @property
+    def files(self) -> dict[Path, int]:
+        """Every file that will be written, and its bytes; a folder's index first."""
+        beside = {self.main.with_name(name): size for name, size in self.file.beside.items()}
+        return {self.main: self.size - sum(beside.values())} | beside
 
     def write(self, progress: Progress | None = None) -> None:
         """Write it, wholly and checked, or not at all.
@@ -101,11 +109,10 @@ def plan_edited(
     if dtype is not None:
         edit = edit.changed(lambda name, tensor: cast_tensor(name, tensor, dtype))
     if is_folder(path, source, shard_size):
-        file = plan_folder(source, edit, path, record, options)
-        return WritePlan(path, index_path(path, source).parent, file)
-    return WritePlan(
-        path, check_target(path, force=force).parent, planner_of(path)(source, edit, path, record, options)
-    )
+        index = index_path(path, source)
+        return WritePlan(path, index.parent, index, plan_folder(source, edit, path, record, options))
+    file = planner_of(path)(source, edit, path, record, options)
+    return WritePlan(path, check_target(path, force=force).parent, path, file)
 
 
 def write_edited(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -49,10 +49,12 @@ class PlannedFile:
     Attributes:
         size: in bytes, exactly, with what is written beside it.
         write: writes it at a path, wholly and checked or not at all, and reports the bytes as they are written.
+        beside: the files that are written beside it, by name, and their bytes.
     """
 
     size: int
     write: Callable[[Path, Progress], None]
+    beside: Mapping[str, int] = field(default_factory=dict)
 
 
 def _plan_safetensors(
@@ -133,15 +135,18 @@ def _plan_torch(source: Checkpoint, edit: Edit, path: Path, record: Record | Non
     entries = entries_of(source, edit, options.dtype)
     if not isinstance(source, TorchCheckpoint):
         check_flat(source, path, options)
-        return plan_dict(entries, edit.insert, record, force=options.force)
-    if options.dtype is not None:
-        _check_castable(source, edit, options.dtype)
-    return _plan_value(
-        torch_file.plan_torch(source.edited(edit), source, cast_chunks, options.dtype),
-        lambda file: torch_file.check_written(file, _described(entries), edit.insert, source.root),
-        record,
-        force=options.force,
-    )
+        planned = plan_dict(entries, edit.insert, record, force=options.force)
+    else:
+        if options.dtype is not None:
+            _check_castable(source, edit, options.dtype)
+        planned = _plan_value(
+            torch_file.plan_torch(source.edited(edit), source, cast_chunks, options.dtype),
+            lambda file: torch_file.check_written(file, _described(entries), edit.insert, source.root),
+            record,
+            force=options.force,
+        )
+    recorded = _record_size(record)
+    return replace(planned, beside={torch_file.record_path(path).name: recorded}) if recorded else planned
 
 
 def plan_dict(
@@ -161,6 +166,10 @@ def plan_dict(
     )
 
 
+def _record_size(record: Record | None) -> int:
+    return 0 if record is None else len(torch_file.record_text({torch_file.NO_MARK: record}))
+
+
 def _described(entries: list[Entry]) -> dict[str, tuple[str, tuple[int, ...]]]:
     return {entry.name: (entry.dtype, entry.shape) for entry in entries}
 
@@ -174,7 +183,7 @@ def _plan_value(
         members: of the archive that it is.
         check_file: reads the file back, and gives its mark.
     """
-    recorded = 0 if record is None else len(torch_file.record_text({torch_file.NO_MARK: record}))
+    recorded = _record_size(record)
 
     def write(path: Path, progress: Progress) -> None:
         beside = _RecordBeside(path, record)

@@ -76,7 +76,8 @@ def plan_folder(source: Checkpoint, edit: Edit, path: Path, record: Record | Non
     def write(_: Path, progress: Progress) -> None:
         _write_folder(index, dict(zip(names, shards, strict=True)), text, progress, force=options.force)
 
-    return PlannedFile(len(text) + sum(shard.file.size for shard in shards), write)
+    sizes = {name: shard.file.size for name, shard in zip(names, shards, strict=True)}
+    return PlannedFile(len(text) + sum(sizes.values()), write, sizes)
 
 
 def _write_folder(index: Path, shards: Mapping[str, _Shard], text: bytes, progress: Progress, *, force: bool) -> None:

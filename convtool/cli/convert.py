@@ -7,24 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convtool.cli import complete
-from convtool.cli.options import (
-    CheckpointPath,
-    Force,
-    GeometryFile,
-    Json,
-    Model,
-    ModelArgs,
-    NoMmap,
-    Quiet,
-    Root,
-    Settings,
-)
-from convtool.cli.output import Reporter, human_bytes
+from convtool.cli.options import FLOATS, CheckpointPath, DryRun, Force, SourceOptions, Speech, parse_dtype
+from convtool.cli.output import Reporter
+from convtool.cli.reexpress import Wanted, change_document, record_of, reexpressions
 from convtool.cli.run import run
+from convtool.cli.signature import grouped
+from convtool.cli.written import print_tensors, print_written, write, written_document
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from collections.abc import Iterable
 
     from convtool.checkpoint import TensorInfo
 
@@ -47,6 +38,7 @@ convtool convert net.safetensors fc.safetensors --as-toeplitz conv1=3,8,8 --set 
 """
 
 
+@grouped
 def command(
     checkpoint: CheckpointPath,
     out: Annotated[
@@ -75,91 +67,52 @@ def command(
             show_default=False,
         ),
     ] = None,
-    as_linear: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--as-linear",
-            metavar="LAYER",
-            help="Write a patch convolution (kernel = stride) as the linear layer that it is on a patch. Repeatable.",
-            show_default=False,
-            autocompletion=complete.layers,
-        ),
-    ] = None,
-    as_toeplitz: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--as-toeplitz",
-            metavar="LAYER=[C,]H,W",
-            help="Write a convolution as the linear layer that it is at one input size. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    as_conv: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--as-conv",
-            metavar="LAYER=C,H,W[/KH,KW]",
-            help="Write a linear layer as the convolution that its weight is the matrix of, for an input of that size"
-            " and that kernel (as large as the input by default); stride, padding, ... by --set. Repeatable.",
-            show_default=False,
-        ),
-    ] = None,
-    geometry: GeometryFile = None,
-    model: Model = None,
-    model_args: ModelArgs = None,
-    settings: Settings = None,
-    root: Root = None,
-    no_mmap: NoMmap = False,
+    *,
+    wanted: Wanted,
+    sources: SourceOptions,
+    dry_run: DryRun = False,
     force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    speech: Speech,
 ) -> int:
     """Write a checkpoint in another format or dtype, or with layers in another form.
 
     Tensors keep their names, order and, without --dtype, every bit; tied tensors stay tied. What the new format has no
     room for is refused, except what --root leaves out on purpose.
     """
-    reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
+    reporter = speech.reporter(NAME)
 
     def body() -> None:
-        from convtool.checkpoint import open_checkpoint
-        from convtool.checkpoint.dtypes import FLOATS
         from convtool.checkpoint.edit import Edit
-        from convtool.checkpoint.write import check_output, is_folder, write_edited
-        from convtool.cli.model import model_fields
-        from convtool.cli.reexpress import Wanted, change_document, record_of, reexpressions
+        from convtool.checkpoint.write import check_output, is_folder, plan_edited
 
-        _check_dtype(dtype)
+        parse_dtype(dtype, "--dtype", FLOATS)
         size = None if shard_size is None else _parse_size(shard_size)
-        opened = open_checkpoint(checkpoint, root, mapped=not no_mmap)
-        check_output(out, force=force, source=opened, shard_size=size)
+        opened = sources.open(checkpoint)
+        check_output(out, force=force or dry_run, source=opened, shard_size=size)
         flat = out.suffix == ".safetensors" or is_folder(out, opened, size)
-        left_out = opened.left_out if root is not None and flat else []
-        wanted = Wanted(as_linear or [], as_toeplitz or [], as_conv or [])
-        known = model_fields(model, model_args, opened, reporter)
-        changes = reexpressions(reporter, opened, wanted, geometry, settings, known)
+        left_out = opened.left_out if sources.root is not None and flat else []
+        changes = reexpressions(reporter, opened, wanted, sources)
         edit = Edit.together([change.edit for change in changes])
-        write_edited(
+        plan = plan_edited(
             opened,
             edit,
             out,
             record_of(opened.record, changes),
-            force=force,
+            force=force or dry_run,
             dtype=dtype,
-            state_only=root is not None,
+            state_only=sources.root is not None,
             shard_size=size,
         )
-        cast = [] if dtype is None else [i.name for i in opened.infos.values() if i.dtype in FLOATS - {dtype}]
-        document: dict[str, Any] = {
-            "source": str(checkpoint),
-            "out": str(out),
-            "tensors": len(edit.order(opened.infos)),
+        if not dry_run:
+            write(reporter, plan)
+        elif dtype is not None:
+            reporter.remark(f"not looked at: whether every number has its place in {dtype}; that is found when writing")
+        document = {
+            **written_document(opened, edit, plan, dry_run=dry_run),
             "dtype": dtype,
-            "cast": cast,
+            "cast": [] if dtype is None else _cast(opened.infos.values(), dtype),
             "left_out": left_out,
             "reexpressed": [change_document(change) for change in changes],
-            "bytes": sum(_bytes(info, dtype) for name, info in opened.infos.items() if name not in edit.remove)
-            + sum(_tensor_bytes(tensor, dtype) for tensor in edit.insert.values()),
         }
         if left_out:
             reporter.remark(f"left out, beside the state dict: {_some(left_out)}")
@@ -168,27 +121,11 @@ def command(
     return run(reporter, body)
 
 
-def _check_dtype(name: str | None) -> None:
-    from convtool.checkpoint.dtypes import FLOATS
-    from convtool.errors import UsageError
+def _cast(infos: Iterable[TensorInfo], dtype: str) -> list[str]:
+    """The tensors that are rounded."""
+    from convtool.checkpoint.dtypes import FLOATS as CASTABLE
 
-    if name is not None and name not in FLOATS:
-        raise UsageError(f"--dtype: expected one of {', '.join(sorted(FLOATS))}, got {name!r}")
-
-
-def _bytes(info: TensorInfo, dtype: str | None) -> int:
-    """Of a tensor as it is written."""
-    from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE
-
-    return info.nbytes if dtype is None or info.dtype not in FLOATS else info.count * ITEMSIZE[dtype]
-
-
-def _tensor_bytes(tensor: Tensor, dtype: str | None) -> int:
-    """Of a new one as it is written."""
-    from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE
-
-    name = str(tensor.dtype).removeprefix("torch.")
-    return tensor.numel() * (ITEMSIZE[dtype] if dtype is not None and name in FLOATS else tensor.element_size())
+    return [info.name for info in infos if info.dtype in CASTABLE - {dtype}]
 
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -216,8 +153,10 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
         residual = change["residual"]
         near = "" if residual is None else f"; residual {residual['largest']:.3g}, {residual['relative']:.3g} relative"
         reporter.line(f"  the same on inputs of {at}{near}")
+        if not document["written"]:
+            print_tensors(reporter, change["tensors"])
         if residual is not None and residual["unmet"]:
             reporter.line(f"  {residual['unmet']} kernel entries that no such input meets are zero")
     if document["dtype"] is not None:
         reporter.line(f"{len(document['cast'])} of {document['tensors']} tensors rounded to {document['dtype']}")
-    reporter.line(f"wrote {document['out']}, {document['tensors']} tensors, {human_bytes(document['bytes'])}")
+    print_written(reporter, document)

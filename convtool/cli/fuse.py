@@ -12,6 +12,7 @@ import typer
 from convtool.cli.fuse_options import FuseOptions
 from convtool.cli.fuse_text import describe, print_lines
 from convtool.cli.options import (
+    DryRun,
     Dtype,
     Force,
     SourceOptions,
@@ -24,6 +25,7 @@ from convtool.cli.options import (
 from convtool.cli.output import Reporter, table, tree_text
 from convtool.cli.run import run
 from convtool.cli.signature import grouped
+from convtool.cli.written import write, written_document
 from convtool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint.fusion import PlannedLayer
     from convtool.core.fields import FieldSources
     from convtool.core.verify import EquivalenceReport
-    from convtool.model.plan import Plan
+    from convtool.model.planned import Plan
     from convtool.recipe import PlannedFusion, Recipe
 
 NAME = "fuse"
@@ -71,7 +73,7 @@ def command(
     no_verify: Annotated[
         bool, typer.Option("--no-verify", help="Write what was fused without running it against its layers first.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")] = False,
+    dry_run: DryRun = False,
     force: Force = False,
     speech: Speech,
 ) -> int:
@@ -84,9 +86,11 @@ def command(
     reporter = speech.reporter(NAME)
 
     def body() -> None:
+        from convtool import __version__
         from convtool.checkpoint.edit import Edit
         from convtool.checkpoint.fusion import check_ties
-        from convtool.checkpoint.write import check_output, write_edited
+        from convtool.checkpoint.record import Record
+        from convtool.checkpoint.write import check_output, plan_edited
         from convtool.core.tree import BASE
 
         rounded = parse_dtype(dtype)
@@ -104,21 +108,14 @@ def command(
         edits = [layer.edit for layer in planned]
         check_ties(opened, edits)
         edit = Edit.together(edits)
-        order = edit.order(opened.infos)  # finds a name that is taken before anything is written
+        history = opened.record or Record(__version__)
+        record = history.appended(__version__, [layer.record for layer in planned])
+        plan = plan_edited(opened, edit, out, record, force=force or dry_run)
         reports = [[] for _ in planned] if no_verify else _verified(reporter, planned, checkpoints)
         if not dry_run:
-            from convtool import __version__
-            from convtool.checkpoint.record import Record
-
-            history = opened.record or Record(__version__)
-            record = history.appended(__version__, [layer.record for layer in planned])
-            write_edited(opened, edit, out, record, force=force)
+            write(reporter, plan)
         document = {
-            "source": str(opened.path),
-            "out": str(out),
-            "written": not dry_run,
-            "tensors": len(order),
-            "bytes": sum(opened.infos[key].nbytes if new is None else new.nbytes for key, new in order),
+            **written_document(opened, edit, plan, dry_run=dry_run),
             "fusions": [describe(layer, one, found.size) for layer, one in zip(planned, reports, strict=True)],
             "left_alone": left_alone,
         }

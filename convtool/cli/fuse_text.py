@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from convtool.cli.output import Reporter, human_bytes, tree_text
+from convtool.cli.output import Reporter, tree_text
+from convtool.cli.written import print_tensors, print_written, tensors_document
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -39,10 +40,7 @@ def describe(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tu
             "after": work_after,
             "per": "input position" if at is None else "input",
         },
-        "tensors": {
-            "removed": sorted(layer.edit.remove - layer.edit.insert.keys()),
-            "written": {key: list(tensor.shape) for key, tensor in layer.edit.insert.items()},
-        },
+        "tensors": tensors_document(layer.edit),
         "verified": _proof(reports),
     }
 
@@ -72,20 +70,11 @@ def print_lines(reporter: Reporter, document: dict[str, Any]) -> None:
             f" {_count(work['before'])} -> {_count(work['after'])} multiply-adds{per}, {fusion['dtype']}"
         )
         if not document["written"]:
-            _print_tensors(reporter, fusion["tensors"])
+            print_tensors(reporter, fusion["tensors"])
     if len(document["fusions"]) > 1:
         totals = [sum(fusion["parameters"][key] for fusion in document["fusions"]) for key in ("before", "after")]
         reporter.line(f"{len(document['fusions'])} fusions, {totals[0]} -> {totals[1]} parameters")
-    verb = "wrote" if document["written"] else "would write"
-    reporter.line(f"{verb} {document['out']}, {document['tensors']} tensors, {human_bytes(document['bytes'])}")
-
-
-def _print_tensors(reporter: Reporter, tensors: dict[str, Any]) -> None:
-    """What a dry run says beyond a run: the tensors that go and come, by name."""
-    for name in tensors["removed"]:
-        reporter.line(f"  - {name}")
-    for name, shape in tensors["written"].items():
-        reporter.line(f"  + {name} {'x'.join(map(str, shape))}")
+    print_written(reporter, document)
 
 
 def _exactness(fusion: dict[str, Any]) -> str:

@@ -8,20 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from convtool.cli import complete
-from convtool.cli.options import (
-    CheckpointPath,
-    Force,
-    GeometryFile,
-    Json,
-    Model,
-    ModelArgs,
-    NoMmap,
-    Quiet,
-    Root,
-    Settings,
-)
+from convtool.cli.options import CheckpointPath, Force, SourceOptions, Speech, check_used, parse_input_size
 from convtool.cli.output import Reporter, human_bytes, table, tree_text
 from convtool.cli.run import run
+from convtool.cli.signature import grouped
+from convtool.errors import UsageError
 
 if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint, Layer
@@ -36,6 +27,7 @@ convtool inspect model.pt --json | jq -r '.layers[].name'
 """
 
 
+@grouped
 def command(
     checkpoint: CheckpointPath,
     pattern: Annotated[
@@ -47,9 +39,7 @@ def command(
         ),
     ] = None,
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    geometry: GeometryFile = None,
-    model: Model = None,
-    model_args: ModelArgs = None,
+    *,
     input_size: Annotated[
         str | None,
         typer.Option(
@@ -68,31 +58,25 @@ def command(
             show_default=False,
         ),
     ] = None,
+    sources: SourceOptions,
     force: Force = False,
-    settings: Settings = None,
-    root: Root = None,
-    no_mmap: NoMmap = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    speech: Speech,
 ) -> int:
     """List a checkpoint's layers: kind, shapes, dtype, bytes, and the geometry where it is known."""
-    reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
+    reporter = speech.reporter(NAME)
 
     def body() -> None:
         from fnmatch import fnmatchcase
 
-        from convtool.checkpoint import open_checkpoint
         from convtool.cli.model import read_model, runs_of_layers
-        from convtool.cli.options import check_used, field_sources, parse_input_size
         from convtool.core.fields import FieldSource
-        from convtool.errors import UsageError
 
-        opened = open_checkpoint(checkpoint, root, mapped=not no_mmap)
+        opened = sources.open(checkpoint)
         record = opened.record
-        found = read_model(model, model_args, opened, reporter)
-        sources = field_sources(geometry, settings, {}, None if found is None else found[1].geometry)
-        check_used(sources, list(opened.layers))
-        sources = sources.with_first(FieldSource("record", record.fields() if record else {}, exact_names=True))
+        found = read_model(sources.model, sources.model_args, opened, reporter)
+        fields = sources.fields(None if found is None else found[1].geometry)
+        check_used(fields, list(opened.layers))
+        fields = fields.with_first(FieldSource("record", record.fields() if record else {}, exact_names=True))
         layers = [
             layer
             for layer in opened.layers.values()
@@ -100,8 +84,8 @@ def command(
         ]
         if pattern is not None and not layers:
             raise UsageError(f"{checkpoint}: no layer matches {pattern!r}; without a pattern all are listed")
-        described = [_describe(opened, layer, sources.fields(layer.name), tensors) for layer in layers]
-        runs = runs_of_layers(model, found, parse_input_size(input_size))
+        described = [_describe(opened, layer, fields.fields(layer.name), tensors) for layer in layers]
+        runs = runs_of_layers(sources.model, found, parse_input_size(input_size))
         if input_size is not None:
             for one in described:
                 one["runs"] = runs.get(one["name"], [])
@@ -122,7 +106,6 @@ def command(
 
 def _write_geometry(path: Path, geometry: dict[str, dict[str, Any] | None], force: bool) -> None:
     from convtool.core.fields import geometry_toml
-    from convtool.errors import UsageError
     from convtool.files.atomic import replacing
 
     known = {name: fields for name, fields in geometry.items() if fields}

@@ -7,13 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from convtool.cli.options import STREAM, Force, Json, ModelArgs, Quiet, Root, parse_input_size
+from convtool.cli.options import (
+    STREAM,
+    DryRun,
+    FixedSize,
+    Force,
+    Measure,
+    ModelArgs,
+    Root,
+    Speech,
+    parse_input_size,
+)
 from convtool.cli.output import Reporter, emit, table
 from convtool.cli.run import run
+from convtool.cli.signature import grouped
+from convtool.errors import UsageError
 
 if TYPE_CHECKING:
     from convtool.core.tree import LayerRef, Tree
-    from convtool.model.plan import Plan, PlannedPiece
+    from convtool.model.planned import Plan, PlannedPiece
 
 NAME = "plan"
 USAGE = "[CKPT] --model CODE --input-size C,H,W"
@@ -35,14 +47,9 @@ ModelInput = Annotated[
         show_default=False,
     ),
 ]
-FixedSize = Annotated[
-    bool, typer.Option("--fixed-size", help="Also fuse what is exact for inputs of --input-size only.")
-]
-Measure = Annotated[
-    bool, typer.Option("--measure", help="Choose by the time that layers take on this machine, measured.")
-]
 
 
+@grouped
 def command(
     checkpoint: Annotated[
         Path | None,
@@ -52,6 +59,7 @@ def command(
             show_default=False,
         ),
     ] = None,
+    *,
     model: Annotated[
         str | None,
         typer.Option(
@@ -77,9 +85,9 @@ def command(
     ] = False,
     measure: Measure = False,
     root: Root = None,
+    dry_run: DryRun = False,
     force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    speech: Speech,
 ) -> int:
     """Find every exact fusion in a model, and what each saves.
 
@@ -87,22 +95,21 @@ def command(
     with nothing in between, branches that are added, and what comes behind a flatten. What is exact for every input
     size is listed, and written as a recipe with -o; what was left alone, and why, is listed after it.
     """
-    reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
+    reporter = speech.reporter(NAME)
 
     def body() -> None:
         from convtool.checkpoint import open_checkpoint
         from convtool.cli.model import plan_for
-        from convtool.errors import UsageError
         from convtool.files.atomic import check_target, replacing
 
         size = parse_input_size(input_size)
         if model is None:
             raise UsageError("expected --model, the code that builds the model: pkg.mod:callable or file.py:callable")
         piped = out is not None and str(out) == STREAM
-        if piped and as_json:
-            raise UsageError("-o -: stdout holds the recipe or the document of --json; name a file for one of them")
+        if piped and reporter.as_json:
+            raise UsageError("--out -: stdout holds the recipe or the document of --json; name a file for one of them")
         if out is not None and not piped:
-            check_target(out, force=force)
+            check_target(out, force=force or dry_run)
         opened = None if checkpoint is None else open_checkpoint(checkpoint, root)
         found = plan_for(
             opened,
@@ -114,11 +121,17 @@ def command(
             only_if_cheaper=only_if_cheaper,
             measure=measure,
         )
-        document = describe(found, None if checkpoint is None else str(checkpoint))
-        if out is not None and found.fusions and not piped:
+        recipe = found.recipe().encode() if out is not None and found.fusions else None
+        written = False
+        if out is not None and recipe is not None and not piped and not dry_run:
             with replacing(out, force=force) as file:
-                file.write(found.recipe().encode())
-        document["out"] = None if out is None or not found.fusions else str(out)
+                file.write(recipe)
+            written = True
+        document = describe(found, None if checkpoint is None else str(checkpoint)) | {
+            "out": None if recipe is None else str(out),
+            "written": written,
+            "bytes": None if recipe is None else len(recipe),
+        }
         reporter.result(document, lambda: emit(found.recipe(), end="") if piped else _print(reporter, document, found))
 
     return run(reporter, body)
@@ -192,8 +205,10 @@ def _print(reporter: Reporter, document: dict[str, Any], plan: Plan) -> None:
         f" {_change(before['parameters'], after['parameters'])} parameters,"
         f" {_change(before['multiply_adds'], after['multiply_adds'])} multiply-adds"
     )
-    if document["out"]:
+    if document["written"]:
         reporter.line(f"wrote {document['out']}")
+    elif document["out"]:
+        reporter.line(f"would write {document['out']}, {document['bytes']} bytes")
 
 
 def _grouped(left_alone: list[dict[str, Any]]) -> list[tuple[str, str]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from convtool.cli.options import check_used, field_sources
+import typer
+
+from convtool.cli import complete
+from convtool.cli.options import SourceOptions, check_used
 from convtool.cli.output import Reporter
+from convtool.cli.written import tensors_document
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,26 +18,45 @@ if TYPE_CHECKING:
     from convtool.checkpoint.chain import LoweredLayer
     from convtool.checkpoint.record import FusionRecord, Record
     from convtool.checkpoint.reexpress import Reexpression
-    from convtool.core.fields import FieldSource, FieldSources
+    from convtool.core.fields import FieldSources
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """The options' values, as typed."""
+    """The layers that are to be written in another form: as typed."""
 
-    as_linear: list[str]
-    as_toeplitz: list[str]
-    as_conv: list[str]
+    as_linear: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as-linear",
+            metavar="LAYER",
+            help="Write a patch convolution (kernel = stride) as the linear layer that it is on a patch. Repeatable.",
+            show_default=False,
+            autocompletion=complete.layers,
+        ),
+    ] = None
+    as_toeplitz: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as-toeplitz",
+            metavar="LAYER=[C,]H,W",
+            help="Write a convolution as the linear layer that it is at one input size. Repeatable.",
+            show_default=False,
+        ),
+    ] = None
+    as_conv: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--as-conv",
+            metavar="LAYER=C,H,W[/KH,KW]",
+            help="Write a linear layer as the convolution that its weight is the matrix of, for an input of that size"
+            " and that kernel (as large as the input by default); stride, padding, ... by --set. Repeatable.",
+            show_default=False,
+        ),
+    ] = None
 
 
-def reexpressions(
-    reporter: Reporter,
-    opened: Checkpoint,
-    wanted: Wanted,
-    geometry: Path | None,
-    settings: list[str] | None,
-    model: FieldSource | None = None,
-) -> list[Reexpression]:
+def reexpressions(reporter: Reporter, opened: Checkpoint, wanted: Wanted, given: SourceOptions) -> list[Reexpression]:
     """The changes that the options ask for; what was assumed is remarked.
 
     Raises:
@@ -43,15 +65,15 @@ def reexpressions(
     """
     from convtool.checkpoint.reexpress import as_linear, as_toeplitz
 
-    sources = field_sources(geometry, settings, {}, model)
+    sources = given.fields(given.of_model(opened, reporter))
     check_used(sources, list(opened.layers))
-    changes = [as_linear(_lowered(reporter, opened, name, sources)) for name in wanted.as_linear]
-    for text in wanted.as_toeplitz:
+    changes = [as_linear(_lowered(reporter, opened, name, sources)) for name in wanted.as_linear or ()]
+    for text in wanted.as_toeplitz or ():
         name, sizes = _split(text, "--as-toeplitz", "LAYER=[C,]H,W")
         changes.append(_toeplitz(reporter, opened, name, sizes, sources, as_toeplitz))
-    changes += [_conv(reporter, opened, text, sources) for text in wanted.as_conv]
-    if settings and not changes:
-        raise UsageError("--set is for layers that are re-expressed: --as-linear, --as-toeplitz or --as-conv")
+    changes += [_conv(reporter, opened, text, sources) for text in wanted.as_conv or ()]
+    if given.settings and not changes:
+        raise UsageError("--set: is for layers that are re-expressed: --as-linear, --as-toeplitz or --as-conv")
     return changes
 
 
@@ -73,6 +95,7 @@ def change_document(change: Reexpression) -> dict[str, Any]:
         "module": change.module,
         "input_size": list(change.record.input_size or ()),
         "fields": change.record.fields,
+        "tensors": tensors_document(change.edit),
         "residual": None
         if residual is None
         else {"largest": residual.largest, "relative": residual.relative, "unmet": residual.unmet},

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import convtool
 from convtool.core import order as order_module
+from convtool.core import tiles as tiles_module
 from convtool.core import toeplitz as module
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
@@ -238,13 +239,21 @@ def test_laws_for_random_layers(law: Law, layer: tuple[Conv, Size]) -> None:
 # --- tiles: which rows are made together must not show. Real tiles are larger than any matrix of the table.
 
 
-@pytest.mark.parametrize(("entries", "templates"), [(4, 100), (30, 2)])  # so few that they are thrown away
+def small_tiles(patch: pytest.MonkeyPatch, tile: int, run: int, templates: int) -> None:
+    """Tiles and runs of so many entries at most, as far as positions allow."""
+    patch.setattr(tiles_module, "TILE_ENTRIES", tile)
+    patch.setattr(tiles_module, "TEMPLATES", templates)
+    for one in (tiles_module, module):
+        patch.setattr(one, "RUN_ENTRIES", run)
+
+
+# Tiles within runs, tiles as runs, runs without end; templates so few that they are thrown away.
+@pytest.mark.parametrize(("tile", "run", "templates"), [(4, 25, 100), (30, 30, 2), (4, 10**6, 100)])
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_laws_over_the_table_in_small_tiles(
-    case: Case, entries: int, templates: int, monkeypatch: pytest.MonkeyPatch
+    case: Case, tile: int, run: int, templates: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "TILE_ENTRIES", entries)
-    monkeypatch.setattr(module, "TEMPLATES", templates)
+    small_tiles(monkeypatch, tile, run, templates)
     conv = case.conv()
     it_is_what_the_layer_makes_of_each_basis_vector(conv, case.input_size)
     any_range_of_rows_is_a_slice_of_the_whole(conv, case.input_size)
@@ -252,11 +261,10 @@ def test_laws_over_the_table_in_small_tiles(
 
 
 @settings(max_examples=80)
-@given(layer=layers_with_sizes(), entries=st.sampled_from((3, 10, 30, 100)))
-def test_random_layers_in_small_tiles(entries: int, layer: tuple[Conv, Size]) -> None:
+@given(layer=layers_with_sizes(), tile=st.sampled_from((3, 10, 30)), tiles=st.sampled_from((1, 3, 10)))
+def test_random_layers_in_small_tiles(tile: int, tiles: int, layer: tuple[Conv, Size]) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TILE_ENTRIES", entries)
-        patch.setattr(module, "TEMPLATES", 6)
+        small_tiles(patch, tile, tile * tiles, templates=6)
         it_is_what_the_layer_makes_of_each_basis_vector(*layer)
         stretches_cover_the_rows_and_tell_what_is_equal(*layer)
 
@@ -264,8 +272,8 @@ def test_random_layers_in_small_tiles(entries: int, layer: tuple[Conv, Size]) ->
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_laws_over_the_table_in_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    for name, number in {"PART_ENTRIES": 1, "TILE_ENTRIES": 20, "TEMPLATES": 2}.items():
-        monkeypatch.setattr(module, name, number)
+    monkeypatch.setattr(module, "PART_ENTRIES", 1)
+    small_tiles(monkeypatch, 20, 100, templates=2)
     it_is_what_the_layer_makes_of_each_basis_vector(case.conv(), case.input_size)
     any_range_of_rows_is_a_slice_of_the_whole(case.conv(), case.input_size)
 
@@ -283,7 +291,7 @@ def test_laws_over_the_table_in_threads(case: Case, monkeypatch: pytest.MonkeyPa
 def test_a_matrix_of_several_whole_tiles(geometry: Geometry, size: Size, form: Form) -> None:
     conv = make_conv(geometry, 8, 6)
     matrix = toeplitz(conv, size, **form)
-    assert matrix.nnz // conv.in_channels > module.TILE_ENTRIES // 8 + 1
+    assert matrix.nnz > 2 * tiles_module.RUN_ENTRIES
     x = make_inputs(conv, size, batch=1)
     expected = forward(conv, x).flatten().numpy()
     sparse = matrix.to_scipy().T if form["transpose"] else matrix.to_scipy()
@@ -340,7 +348,7 @@ def check_channels_last(conv: Conv, size: Size) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_channels_last(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(order_module, "TILE_ENTRIES", 100)  # some positions at a time
+    monkeypatch.setattr(order_module, "SORTED_ENTRIES", 100)  # some positions at a time
     check_channels_last(case.conv(), case.input_size)
 
 
@@ -438,7 +446,7 @@ def test_a_bias_map_is_the_bias(name: str, form: Form) -> None:
     # What is said to be equal is: with a map, the rows of two positions are not.
     made: dict[Any, Tensor] = {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "TILE_ENTRIES", 10)
+        small_tiles(patch, 4, 10, templates=6)
         pieces = toeplitz(conv, case.input_size, **form)
         for stretch in pieces.stretches(0, pieces.shape[0]):
             values = pieces.values(stretch.start, stretch.stop)

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from convtool.core.conv import Conv
-from convtool.core.toeplitz import BLOCK_ENTRIES, TILE_ENTRIES, WORDS, CsrBlock, Stretch, ToeplitzMatrix
+from convtool.core.toeplitz import BLOCK_ENTRIES, WORDS, CsrBlock, Stretch, ToeplitzMatrix
 from convtool.errors import UsageError
 
 Order: TypeAlias = Literal["CHW", "HWC"]
+
+SORTED_ENTRIES = 1 << 17  # entries that are put in order at a time
 
 
 class ChannelsLastMatrix(ToeplitzMatrix):
@@ -58,15 +60,15 @@ class ChannelsLastMatrix(ToeplitzMatrix):
 
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
         """Ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
-        step = max(1, entries // max(1, self._longest_row))
+        step = max(1, entries // max(1, self._channel.longest))
         yield from ((at, min(at + step, self._plain_rows)) for at in range(0, self._plain_rows, step))
         if self.shape[0] > self._plain_rows:
             yield self._plain_rows, self.shape[0]
 
     def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
-        """Rows start:stop cut into stretches of about `TILE_ENTRIES` entries (one row at least), each by itself."""
+        """Rows start:stop cut into stretches of about `SORTED_ENTRIES` entries (one row at least), each by itself."""
         self._check_rows(start, stop)
-        step, end = max(1, TILE_ENTRIES // max(1, self._longest_row)), min(stop, self._plain_rows)
+        step, end = max(1, SORTED_ENTRIES // max(1, self._channel.longest)), min(stop, self._plain_rows)
         for first in range(start, end, step):
             last = min(first + step, end)
             yield Stretch(first, last, (first, last), (first, last))
@@ -126,7 +128,7 @@ class ChannelsLastMatrix(ToeplitzMatrix):
         if start >= stop:
             return
         channels = self._row_channels
-        step = max(1, TILE_ENTRIES // max(1, self._longest_row * channels))
+        step = max(1, SORTED_ENTRIES // max(1, self._channel.longest * channels))
         for first in range(start // channels, -(-stop // channels), step):
             last = min(first + step, -(-stop // channels))
             counts = self._plain.row_counts(first, last).numpy()

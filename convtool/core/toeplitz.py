@@ -1,17 +1,16 @@
 """The Toeplitz matrix of a convolution: T @ x.reshape(-1) == conv(x).reshape(-1), less the bias.
 
 Rows are (output channel, output position), columns (input channel, input position), both row-major, which is
-nn.Linear.weight's layout. Nothing about a matrix depends on the numbers but its values: which columns a row has is
-read off the tap tables, an axis at a time, and is the same for every output channel of a group. And away from the
-borders it is the same at every position, up to a shift. So a channel's positions are cut into tiles, a few templates
-serve all tiles of all channels, and any range of rows can be made by itself.
+nn.Linear.weight's layout. Which columns a row has is read off the tap tables, an axis at a time, and is the same for
+every output channel of a group; `convtool.core.tiles` has the rows of one channel as runs of a few templates. Here they
+get their values and become a matrix, of which any range of rows can be made by itself. Most of it is copies of what
+was made before, so it is made about as fast as memory is filled.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -25,7 +24,8 @@ from torch import Tensor
 
 from convtool.core.conv import Conv, _swap_channels
 from convtool.core.slots import axis_slots
-from convtool.core.taps import PADDED, tap_table
+from convtool.core.taps import tap_table
+from convtool.core.tiles import RUN_ENTRIES, ChannelRows, Run
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -44,12 +44,6 @@ BLOCK_ENTRIES = 1 << 20
 
 # Entries for each thread at least: below, starting threads takes longer than they save.
 PART_ENTRIES = 1 << 19
-
-# Entries in a tile: its template (12 bytes an entry) and what is made from it stay in a core's own cache.
-TILE_ENTRIES = 1 << 17
-
-# Templates kept, 18 MiB at most. A tile is at the start of an axis, inside or at its end: nine kinds for two axes.
-TEMPLATES = 12
 
 
 def _words(tensor: Tensor) -> npt.NDArray[Any]:
@@ -84,40 +78,13 @@ class Stretch(NamedTuple):
     same_values: Hashable
 
 
-class _Tile(NamedTuple):
-    """A range of positions of a channel, and the template that it shares with all tiles that look like it."""
-
-    start: int
-    stop: int
-    pattern: tuple[int, ...]
-    shift: int  # of its columns against the template's
-
-
-class _Template(NamedTuple):
-    """What a tile looks like in every output channel of the first group."""
-
-    starts: npt.NDArray[np.int64]  # (positions + 1,) where each position's entries begin
-    columns: npt.NDArray[Any]  # (entries,) of the matrix's index dtype, less the tile's shift
-    sources: npt.NDArray[np.int64]  # (entries,) where in `ToeplitzMatrix._values`, of its channel, each value stands
-
-    def part(self, start: int, stop: int) -> slice:
-        """The entries of its positions start:stop."""
-        return slice(int(self.starts[start]), int(self.starts[stop]))
-
-    def ends(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Where in that part the last entry of each position stands."""
-        ends: npt.NDArray[np.int64] = self.starts[start + 1 : stop + 1] - 1 - self.starts[start]
-        return ends
-
-
-class _Piece(NamedTuple):
-    """Row channels first:last at the same positions, which are all of one tile."""
+class _Band(NamedTuple):
+    """Row channels first:last at the same positions."""
 
     first: int
     last: int
     start: int
     stop: int
-    tile: _Tile
 
 
 class ToeplitzMatrix:
@@ -169,16 +136,16 @@ class ToeplitzMatrix:
         self._positions = math.prod(row_size)
         self._weight = weight
         self._column_step = weight.shape[1] * math.prod(column_size)  # columns of one group
-        self._templates: dict[tuple[object, ...], _Template] = {}
-        self._tiles: dict[int, _Tile] = {}
-        self._patterns: dict[object, int] = {}
+        # A transposed layer reads in the rhythm of its stride, and so does the transpose of a plain one.
+        stride = conv.geometry.stride
+        periods = stride if conv.geometry.transposed != transpose else (1,) * len(stride)
+        bias_column = affine and not transpose
+        self._channel = ChannelRows(slots, row_size, column_size, weight.shape[1], periods, bias_column=bias_column)
         self._channel_values: tuple[tuple[int, int], npt.NDArray[Any]] | None = None
-        self._lock = threading.Lock()  # of what threads find and keep: tiles, patterns, templates
         rows = weight.shape[0] * self._positions
         columns = self._column_step * conv.geometry.groups
-        live = weight.shape[0] * weight.shape[1] * self._live_positions
         self._plain_rows, self._plain_columns = rows, columns
-        self.nnz = live + (conv.out_channels * math.prod(self.output_size) if affine else 0)
+        self.nnz = weight.shape[0] * self._channel.entries + (columns if affine and transpose else 0)
         self.shape = (rows + (affine and transpose), columns + (affine and not transpose))
 
     @property
@@ -199,9 +166,9 @@ class ToeplitzMatrix:
 
     def indptr(self) -> Tensor:
         """(rows + 1,) the start of each row among all entries."""
-        pointer = torch.zeros(self.shape[0] + 1, dtype=torch.int64)
-        torch.cumsum(self.row_counts(0, self.shape[0]), 0, out=pointer[1:])
-        return pointer.to(self.index_dtype)
+        pointer = np.zeros(self.shape[0] + 1, dtype=_NUMPY_INDEX[self.index_dtype])
+        np.cumsum(self.row_counts(0, self.shape[0]).numpy(), out=pointer[1:])
+        return torch.from_numpy(pointer)
 
     def entries(self, start: int, stop: int) -> int:
         """The number of entries in rows start:stop, without making them."""
@@ -210,7 +177,7 @@ class ToeplitzMatrix:
 
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
         """Ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
-        longest = max(1, self._longest_row)
+        longest = max(1, self._channel.longest)
         per_channel = max(1, self.nnz // max(1, self._weight.shape[0]))
         if per_channel <= entries:
             step = self._positions * max(1, entries // per_channel)
@@ -226,16 +193,16 @@ class ToeplitzMatrix:
             yield self._plain_rows, self.shape[0]
 
     def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
-        """Rows start:stop cut into stretches of about `TILE_ENTRIES` entries (one row at least)."""
+        """Rows start:stop cut into stretches of about `RUN_ENTRIES` entries (one row at least)."""
         self._check_rows(start, stop)
-        per_channel = max(1, self.nnz // max(1, self._weight.shape[0]))
-        for first, last, begin, end, tile in self._pieces(start, stop, max(1, TILE_ENTRIES // per_channel)):
+        for (first, last, begin, end), runs in self._pieces(start, stop):
             groups = first // self._per_group, (last - 1) // self._per_group
-            part = (*tile.pattern, begin - tile.start, end - tile.start)
             place = (*groups, last - first, first if groups[0] < groups[1] else None)
-            rows = first * self._positions + begin, (last - 1) * self._positions + end
+            columns = tuple((run.tile.shift, run.step, run.tiles, *run.look) for run in runs)
+            looks = tuple((run.tiles, *run.look) for run in runs)
             bias = begin if self._has_bias_column and self.conv.has_bias_map else None
-            yield Stretch(*rows, (tile.shift, *place, *part), (first, last, bias, *part))
+            rows = first * self._positions + begin, (last - 1) * self._positions + end
+            yield Stretch(*rows, (*place, *columns), (first, last, bias, *looks))
         if start < stop and stop > self._plain_rows:
             yield Stretch(self._plain_rows, stop, None, None)
 
@@ -248,20 +215,13 @@ class ToeplitzMatrix:
         self._check_rows(start, stop)
         end = min(stop, self._plain_rows)
         if end - start > self._positions:  # every channel is like the first
-            channel = self._position_counts(np.arange(self._positions))
+            channel = self._channel.counts(np.arange(self._positions))
             counts = np.resize(np.roll(channel, -(start % self._positions)), end - start)
         else:
-            counts = self._position_counts(np.arange(start, end, dtype=np.int64) % self._positions)
+            counts = self._channel.counts(np.arange(start, end, dtype=np.int64) % self._positions)
         if start < stop and stop > self._plain_rows:
             counts = np.append(counts, self._plain_columns)
         return torch.from_numpy(counts)
-
-    def _position_counts(self, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """(positions,) number of entries in the rows of these positions, in any channel."""
-        counts = np.full(len(position), self._weight.shape[1], dtype=np.int64)
-        for axis, where in zip(self._slots, self._unravel(position), strict=True):
-            counts *= axis.counts[where]
-        return counts + 1 if self._has_bias_column else counts
 
     def indices(self, start: int, stop: int) -> Tensor:
         """(entries,) the columns of rows start:stop, those of each row ascending and unique."""
@@ -314,41 +274,61 @@ class ToeplitzMatrix:
                 part_done.result()
 
     def _fill_indices(self, start: int, stop: int, out: npt.NDArray[Any]) -> None:
-        done = 0
-        for first, last, begin, end, tile in self._pieces(start, stop):
-            template = self._template(tile)
-            columns = template.columns[template.part(begin - tile.start, end - tile.start)]
-            channels = last - first
-            target = out[done : done + channels * len(columns)].reshape(channels, len(columns))
-            group = np.arange(first, last)[:, None] // self._per_group  # (channels, 1)
-            np.add(columns, (tile.shift + group * self._column_step).astype(out.dtype), out=target)
+        for band, target in self._targets(start, stop, out):
+            offset = np.arange(band.first, band.last) // self._per_group * self._column_step  # (channels,)
+            further = (offset[1:, None] - offset[0]).astype(out.dtype)
+            done = 0
+            for run in self._channel.runs(band.start, band.stop):
+                columns = self._channel.template(run, out.dtype).columns
+                block = target[:, done : done + run.entries]  # (channels, entries)
+                shift = (offset[0] + run.tile.shift + run.step * np.arange(run.tiles)).astype(out.dtype)
+                np.add(columns, shift[:, None], out=block[0].reshape(run.tiles, -1))
+                if further.any():
+                    np.add(block[0], further, out=block[1:])
+                else:
+                    np.copyto(block[1:], block[0])
+                done += run.entries
             if self._has_bias_column:
-                target[:, template.ends(begin - tile.start, end - tile.start)] = self._plain_columns
-            done += target.size
-        if start < stop and stop > self._plain_rows:
-            out[done:] = np.arange(self._plain_columns, dtype=out.dtype)  # the bias under a transposed matrix, in full
+                target[:, self._row_ends(band)] = self._plain_columns
+        if start < stop and stop > self._plain_rows:  # the bias under a transposed matrix, in full
+            out[len(out) - self._plain_columns :] = np.arange(self._plain_columns, dtype=out.dtype)
 
     def _fill_values(self, start: int, stop: int, out: npt.NDArray[Any]) -> None:
-        made: dict[tuple[int, ...], npt.NDArray[Any]] = {}  # the current channels', by what they look like
-        done, channels = 0, (-1, -1)
-        for first, last, begin, end, tile in self._pieces(start, stop):
-            if (first, last) != channels:
-                made, channels, values = {}, (first, last), self._values(first, last)
-            template = self._template(tile)
-            part = template.part(begin - tile.start, end - tile.start)
-            sources = template.sources[part]
-            target = out[done : done + (last - first) * len(sources)].reshape(last - first, len(sources))
-            key = (*tile.pattern, part.start, part.stop)
-            if key in made:
-                np.copyto(target, made[key])
+        index = _NUMPY_INDEX[self.index_dtype]
+        for band, target in self._targets(start, stop, out):
+            values, runs = self._values(band.first, band.last), self._channel.runs(band.start, band.stop)
+            if len(runs) == runs[0].tiles == 1:  # small channels, in one go
+                np.take(values, self._channel.template(runs[0], index).sources, axis=1, out=target, mode="clip")
             else:
-                made[key] = np.take(values, sources, axis=1, out=target, mode="clip")
+                for channel, row in zip(values, target, strict=True):
+                    self._fill_channel(runs, channel, row)
             if self._has_bias_column:
-                bias = _words(self._bias_rows[first:last, begin:end].to(self.dtype))
-                target[:, template.ends(begin - tile.start, end - tile.start)] = bias
-            done += target.size
+                bias = self._bias_rows[band.first : band.last, band.start : band.stop]
+                target[:, self._row_ends(band)] = _words(bias.to(self.dtype))
         if start < stop and stop > self._plain_rows:
-            out[done:] = _words(self._bias_rows.to(self.dtype)).reshape(-1)
+            out[len(out) - self._plain_columns :] = _words(self._bias_rows.to(self.dtype)).reshape(-1)
+
+    def _fill_channel(self, runs: list[Run], values: npt.NDArray[Any], out: npt.NDArray[Any]) -> None:
+        """The values of a channel's runs: each tile gathered when it first comes up, and copied from then on."""
+        made: dict[tuple[int, ...], npt.NDArray[Any]] = {}  # the longest run of each look
+        start = 0
+        for run in runs:
+            target = out[start : start + run.entries]
+            start += run.entries
+            before = made.get(run.look)
+            if before is None:
+                done = run.entries // run.tiles
+                sources = self._channel.template(run, _NUMPY_INDEX[self.index_dtype]).sources
+                np.take(values, sources, out=target[:done], mode="clip")
+            else:
+                done = min(len(before), run.entries)
+                np.copyto(target[:done], before[:done])
+            while done < run.entries:
+                more = min(done, run.entries - done)
+                np.copyto(target[done : done + more], target[:more])
+                done += more
+            if before is None or len(before) < run.entries:
+                made[run.look] = target
 
     def to_sparse_csr(self) -> Tensor:
         """The whole matrix as a torch sparse CSR tensor."""
@@ -413,151 +393,51 @@ class ToeplitzMatrix:
             bias = torch.zeros((), dtype=self.dtype).expand(self.conv.out_channels, *self.output_size)
         return bias.reshape(self.conv.out_channels, math.prod(self.output_size))
 
-    @cached_property
-    def _longest_row(self) -> int:
-        return self._weight.shape[1] * math.prod(int(axis.counts.max(initial=0)) for axis in self._slots) + self.affine
-
-    def _unravel(self, position: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-        """Positions of a channel as one index per axis."""
-        return np.unravel_index(position, self._row_size) if self._row_size else ()
-
     def _entries_before(self, row: int) -> int:
         """The number of entries in all rows before this one."""
         channel, position = divmod(min(row, self._plain_rows), self._positions)
-        # Positions before this one agree with it on some leading axes, are smaller on the next, and any on the rest.
-        before, agree, inner, rest = 0, 1, self._positions, position
-        for size, starts, below in zip(self._row_size, self._counts_before, self._totals_below, strict=True):
-            inner //= size
-            index, rest = divmod(rest, inner)
-            before += agree * int(starts[index]) * below
-            agree *= int(starts[index + 1] - starts[index])
-        live = self._weight.shape[1] * (channel * self._live_positions + before)
-        if self.affine and self.transpose:
-            return live + (self._plain_columns if row > self._plain_rows else 0)
-        return live + (row if self.affine else 0)
+        live = channel * self._channel.entries + self._channel.entries_before(position)
+        return live + (self._plain_columns if row > self._plain_rows else 0)
 
-    @cached_property
-    def _counts_before(self) -> list[npt.NDArray[np.int64]]:
-        """For each axis the slots in use before each of its positions, and behind the last."""
-        return [np.concatenate([[0], np.cumsum(axis.counts)]) for axis in self._slots]
-
-    @cached_property
-    def _totals_below(self) -> list[int]:
-        """For each axis the slots in use of all axes after it, multiplied."""
-        totals = [int(starts[-1]) for starts in self._counts_before]
-        return [math.prod(totals[number + 1 :]) for number in range(len(totals))]
-
-    @cached_property
-    def _live_positions(self) -> int:
-        """Slots in use of all axes, multiplied: a channel's entries for each of its input channels."""
-        return math.prod(int(starts[-1]) for starts in self._counts_before)
-
-    @cached_property
-    def _tiling(self) -> tuple[int, int, int]:
-        """(axis, step, inner): a tile is `step` positions of that axis, all `inner` ones of the axes after it.
-
-        Axes before it have one position in a tile.
-        """
-        limit, inner = max(1, TILE_ENTRIES // max(1, self._longest_row)), 1
-        for number, size in reversed(list(enumerate(self._row_size))):
-            if inner * size > limit or number == 0:
-                tiles = math.ceil(size / max(1, limit // inner))
-                return number, math.ceil(size / tiles), inner
-            inner *= size
-        return 0, 1, 1
-
-    def _tile(self, position: int) -> _Tile:
-        """The tile that a position is in."""
-        if not self._row_size:
-            return _Tile(0, 1, (), 0)
-        number, step, inner = self._tiling
-        line, rest = divmod(position, self._row_size[number] * inner)
-        place = rest // (step * inner)
-        key = line * self._row_size[number] + place
-        with self._lock:
-            if key not in self._tiles:
-                self._tiles[key] = self._make_tile(line, place * step)
-            return self._tiles[key]
-
-    def _make_tile(self, line: int, begin: int) -> _Tile:
-        number, step, inner = self._tiling
-        end = min(begin + step, self._row_size[number])
-        leading = np.unravel_index(line, self._row_size[:number]) if number else ()
-        ranges = [(int(index), int(index) + 1) for index in leading]
-        ranges += [(begin, end), *((0, size) for size in self._row_size[number + 1 :])]
-        pattern, shift, column_step = [], 0, math.prod(self._column_size)
-        for axis, size, (start, stop) in zip(self._slots, self._column_size, ranges, strict=True):
-            column_step //= size
-            columns, subsets = axis.columns[start:stop], axis.subsets[start:stop]
-            live = columns != PADDED
-            lowest = int(columns[live].min(initial=size - 1))
-            shape = np.where(live, columns - lowest, PADDED).tobytes(), np.where(live, subsets, 0).tobytes()
-            pattern.append(self._patterns.setdefault((column_step, shape), len(self._patterns)))
-            shift += lowest * column_step
-        offset = line * self._row_size[number]
-        return _Tile((offset + begin) * inner, (offset + end) * inner, tuple(pattern), shift)
-
-    def _pieces(self, start: int, stop: int, channels: int | None = None) -> Iterator[_Piece]:
-        """Rows start:stop, as far as they are channels', cut at tiles; whole channels together where a tile is one."""
+    def _bands(self, start: int, stop: int) -> Iterator[_Band]:
+        """Rows start:stop, as far as they are channels': what is left of the first channel, whole ones, the rest."""
         row, end = start, min(stop, self._plain_rows)
         while row < end:
             channel, position = divmod(row, self._positions)
-            tile = self._tile(position)
-            upto = min(tile.stop, end - channel * self._positions)
-            last = channel + 1
-            if position == 0 and upto == self._positions:
-                whole = (end - row) // self._positions
-                last = channel + (whole if channels is None else min(whole, channels))
-            yield _Piece(channel, last, position, upto, tile)
+            whole = 0 if position else (end - row) // self._positions
+            last = channel + max(1, whole)
+            upto = self._positions if whole else min(self._positions, end - channel * self._positions)
+            yield _Band(channel, last, position, upto)
             row = (last - 1) * self._positions + upto
 
-    def _template(self, tile: _Tile) -> _Template:
-        key = (self.index_dtype, *tile.pattern)
-        with self._lock:
-            if key not in self._templates:
-                if len(self._templates) >= TEMPLATES:
-                    self._templates.pop(next(iter(self._templates)))
-                self._templates[key] = self._make_template(tile.start, tile.stop, tile.shift)
-            return self._templates[key]
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[_Band, list[Run]]]:
+        """The same cut at runs, and with them: a few runs of one channel, or all runs of a few."""
+        for band in self._bands(start, stop):
+            runs = self._channel.runs(band.start, band.stop)
+            together = RUN_ENTRIES // max(1, self._width(band.start, band.stop))  # channels
+            for first in range(band.first, band.last, max(1, together)):
+                if together:
+                    yield band._replace(first=first, last=min(first + together, band.last)), runs
+                    continue
+                for run in runs:
+                    yield _Band(first, first + 1, run.start, run.stop), [run]
 
-    def _make_template(self, start: int, stop: int, shift: int) -> _Template:
-        """Columns and value sources of positions start:stop, in order, for the first channel of the first group."""
-        positions = stop - start
-        where = self._unravel(np.arange(start, stop))
-        axes = len(self._slots)
-        channels = self._weight.shape[1]
-        subsets = math.prod(len(axis.members) for axis in self._slots)
-        index = np.arange(channels, dtype=np.int64)
-        # Index expressions over (positions, channels, slots of axis 0, slots of axis 1, ...), kept broadcastable.
-        columns = (index * math.prod(self._column_size)).reshape(1, channels, *(1,) * axes)
-        sources = (index * subsets).reshape(1, channels, *(1,) * axes)
-        live = np.ones((1,) * (axes + 2), dtype=bool)
-        column_step, source_step = math.prod(self._column_size), subsets
-        counts = np.full(positions, channels, dtype=np.int64)
-        for number, (axis, size, row) in enumerate(zip(self._slots, self._column_size, where, strict=True)):
-            column_step //= size
-            source_step //= len(axis.members)
-            shape = [positions, 1, *(1,) * axes]
-            shape[number + 2] = axis.columns.shape[1]
-            columns = columns + (axis.columns[row] * column_step).reshape(shape)
-            sources = sources + (axis.subsets[row] * source_step).reshape(shape)
-            live = live & (axis.columns[row] != PADDED).reshape(shape)
-            counts *= axis.counts[row]
-        full = np.broadcast_shapes(columns.shape, live.shape, (positions, channels, *(1,) * axes))
-        chosen = np.broadcast_to(live, full)
-        flat_columns = np.broadcast_to(columns, full)[chosen] - shift
-        flat_sources = np.broadcast_to(sources, full)[chosen]
-        if self._has_bias_column:
-            ends = np.cumsum(counts)  # the bias goes behind the last entry of each row
-            flat_columns = np.insert(flat_columns, ends, 0)  # its column is filled in where it is known
-            flat_sources = np.insert(flat_sources, ends, channels * subsets)  # as is its value
-            counts = counts + 1
-        starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts)])
-        return _Template(
-            starts,
-            flat_columns.astype(_NUMPY_INDEX[self.index_dtype]),
-            flat_sources,
-        )
+    def _targets(self, start: int, stop: int, out: npt.NDArray[Any]) -> Iterator[tuple[_Band, npt.NDArray[Any]]]:
+        """The bands of rows start:stop, and where in `out` each is to be, (channels, entries)."""
+        done = 0
+        for band in self._bands(start, stop):
+            channels, width = band.last - band.first, self._width(band.start, band.stop)
+            yield band, out[done : done + channels * width].reshape(channels, width)
+            done += channels * width
+
+    def _width(self, start: int, stop: int) -> int:
+        """Entries of positions start:stop in one channel."""
+        return self._channel.entries_before(stop) - self._channel.entries_before(start)
+
+    def _row_ends(self, band: _Band) -> npt.NDArray[np.int64]:
+        """Where in a channel of a band the last entry of each row is."""
+        ends: npt.NDArray[np.int64] = np.cumsum(self._channel.counts(np.arange(band.start, band.stop))) - 1
+        return ends
 
 
 def toeplitz(

@@ -35,7 +35,7 @@ from convtool.cli.app import run_app
 from convtool.cli.output import Reporter
 from convtool.cli.run import run
 
-CALLS = ("fsync", "fchmod", "link", "replace", "rename", "unlink", "remove", "mkdir", "rmdir")
+CALLS = ("sendfile", "fsync", "fchmod", "link", "replace", "rename", "unlink", "remove", "mkdir", "rmdir")
 REMOVALS = ("unlink", "remove", "rmdir")  # which no disk is too full for
 ROUNDS = 100  # of random kills; a 25th of that, of each race
 UNTOUCHED = 77  # the exit code of a run that had fewer steps than the one at which something was to happen
@@ -138,7 +138,7 @@ class Steps:
                 return steps.watched(super().write)(data)  # type: ignore[no-any-return]
 
         os.open = watched_open
-        os.fdopen = lambda descriptor, mode: io.BufferedRandom(WatchedFile(descriptor, "r+"))  # type: ignore[assignment]
+        io.FileIO = WatchedFile  # type: ignore[misc]
 
 
 def raise_full() -> None:

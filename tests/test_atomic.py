@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from convtool.errors import OutputError
+from convtool.errors import InputError, OutputError
 from convtool.files.atomic import check_target, replacing
+from convtool.files.room import Reported
+from convtool.files.source import Source
 
 NOBODY = 65534
 
@@ -275,3 +277,58 @@ def test_a_read_only_folder_is_refused_with_the_reason(read_only_folder: Path) -
             write(read_only_folder / name, force=True)
     assert left_in(read_only_folder) == {"old"}
     assert (read_only_folder / "old").read_bytes() == b"old"
+
+
+def sent(count: int | None) -> Callable[[int, int, int, int], int]:
+    """os.sendfile as systems have it: at most so many bytes at a time, then an error; None for one that can't."""
+    left = [0] if count is None else [count] * 3
+
+    def sendfile(target: int, source: int, start: int, wanted: int) -> int:
+        if not left:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        asked = min(wanted, left.pop())
+        if not asked:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return real(target, source, start, asked)
+
+    real = os.sendfile
+    return sendfile
+
+
+@pytest.mark.parametrize("system", ["as it is", "7 bytes at a time", "one that can't", "one without"])
+def test_bytes_copied_within_the_kernel_are_the_same_as_those_read_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, system: str
+) -> None:
+    data = bytes(range(256)) * 5
+    (tmp_path / "in").write_bytes(data)
+    if system == "one without":
+        monkeypatch.delattr(os, "sendfile")
+    elif system != "as it is":
+        monkeypatch.setattr(os, "sendfile", sent(7 if system.startswith("7") else None))
+    told: list[int] = []
+    with replacing(tmp_path / "out", force=False) as opened:
+        source, file = Source(tmp_path / "in"), Reported(opened, told.append)
+        file.write(b"head")
+        source.copy_to(file, 3, 1000)
+        file.write(b"between")
+        source.copy_to(file, 900, 900)
+        source.copy_to(file, 0, len(data))
+        file.seek(1)
+        file.write(b"E")
+        file.seek(4 + 997 + 7 + len(data))
+        file.write(b"tail")
+    written = b"hEad" + data[3:1000] + b"between" + data + b"tail"
+    assert (tmp_path / "out").read_bytes() == written
+    assert sum(told) == len(written)
+
+
+def test_a_source_that_becomes_shorter_while_it_is_copied_is_said(tmp_path: Path) -> None:
+    (tmp_path / "in").write_bytes(bytes(100))
+    source = Source(tmp_path / "in")
+    os.truncate(tmp_path / "in", 60)
+    with (
+        pytest.raises(InputError, match="became shorter while it was read"),
+        replacing(tmp_path / "out", force=False) as file,
+    ):
+        source.copy_to(file, 0, 100)
+    assert left_in(tmp_path) == {"in"}

@@ -15,6 +15,8 @@ from convtool.errors import InputError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from convtool.files.source import Receiver
+
 INDEX_SUFFIX = ".index.json"
 RECORD_KEY = "convtool"
 MAX_INDEX = 100_000_000  # bytes, as of a safetensors header
@@ -65,6 +67,9 @@ class ShardedCheckpoint(Checkpoint):
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         return self._home(name).chunks(name)
+
+    def copy_to(self, name: str, file: Receiver) -> None:
+        self._home(name).copy_to(name, file)
 
     def memory(self, name: str) -> Hashable:
         return self._homes[name], self._home(name).memory(name)

@@ -112,7 +112,8 @@ def _places(source: Checkpoint, edit: Edit) -> dict[str, tuple[int, int]]:
 def _kept_entry(source: Checkpoint, name: str, dtype: str | None, place: tuple[int, int]) -> Entry:
     info = source.infos[name]
     if dtype is None or info.dtype not in FLOATS - {dtype}:
-        return Entry(name, info.dtype, info.shape, info.nbytes, lambda: source.chunks(name), source.memory(name), place)
+        chunks, copy = lambda: source.chunks(name), lambda file: source.copy_to(name, file)
+        return Entry(name, info.dtype, info.shape, info.nbytes, chunks, source.memory(name), place, copy)
     nbytes = info.nbytes // ITEMSIZE[info.dtype] * ITEMSIZE[dtype]
     return Entry(
         name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import os
 import sys
@@ -22,4 +23,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = run_app(list(sys.argv[1:] if arguments is None else arguments))
     except KeyboardInterrupt:  # while it was still starting
         code = 130
+    gc.freeze()  # Python looks through all that is alive once more at exit, which takes half a second with torch
     sys.exit(code)

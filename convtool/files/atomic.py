@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import TYPE_CHECKING
 
 from convtool.errors import OutputError
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 WRITE_BACK_BYTES = 16 << 20  # written between two nudges to the disk
 TEMPORARY = ".convtool-{}.tmp"  # what an unfinished file is called; one left over (by SIGKILL) can be deleted
@@ -41,7 +45,7 @@ def check_target(path: Path, *, force: bool) -> Path:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None = None) -> Iterator[BinaryIO]:
+def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None = None) -> Iterator[Written]:
     """A binary file, open for writing and reading, that becomes `path` when the block ends well, and vanishes if not.
 
     It is written beside the target, synced, handed to `check` (which re-reads it and raises where it is not what it
@@ -57,9 +61,9 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
     try:
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-        with os.fdopen(descriptor, "w+b") as file:
+        with Written(descriptor) as file:
             ours = os.fstat(descriptor)
-            yield cast(BinaryIO, _WrittenBack(file))
+            yield file
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
@@ -77,18 +81,38 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
         discard(temporary)
 
 
-class _WrittenBack:
-    """A file that has the disk work while it is written: the final fsync then has little left to wait for."""
+class Written(io.BufferedRandom):
+    """A file that has the disk work while it is written: the final fsync then has little left to wait for.
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    Args:
+        descriptor: of the file, open for reading and writing; closed with it.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__(io.FileIO(descriptor, "r+"))
         self._waiting = self._started = 0  # bytes written since the disk was last told, and up to where it was
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    def write(self, data: Buffer, /) -> int:
+        return self._counted(super().write(data))
 
-    def write(self, data: bytes | memoryview, /) -> int:
-        written = self._file.write(data)
+    def send(self, descriptor: int, start: int, count: int, /) -> int:
+        """Write up to `count` bytes of another file from `start`, copied within the kernel.
+
+        Returns:
+            how many bytes were written; 0 where the systems of the two files can't, or at the end of the other one.
+        """
+        if not hasattr(os, "sendfile"):
+            return 0
+        self.flush()
+        position = self.tell()
+        try:
+            sent = os.sendfile(self.fileno(), descriptor, start, count)
+        except OSError:
+            sent = 0
+        self.seek(position + sent)  # the kernel has moved on without telling
+        return self._counted(sent)
+
+    def _counted(self, written: int) -> int:
         self._waiting += written
         if self._waiting >= WRITE_BACK_BYTES:
             self._start_writing_back()
@@ -96,10 +120,10 @@ class _WrittenBack:
 
     def _start_writing_back(self) -> None:
         # To Linux, "not needed" of bytes not on disk yet means to start writing them, without waiting for it.
-        advise, position = getattr(os, "posix_fadvise", None), self._file.tell()
+        advise, position = getattr(os, "posix_fadvise", None), self.tell()
         if advise is not None and position > self._started:
             with contextlib.suppress(OSError):  # a file system that takes no advice
-                advise(self._file.fileno(), self._started, position - self._started, os.POSIX_FADV_DONTNEED)
+                advise(self.fileno(), self._started, position - self._started, os.POSIX_FADV_DONTNEED)
         self._waiting, self._started = 0, position
 
 

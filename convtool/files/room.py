@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO, TypeAlias
+from typing import TypeAlias
 
 from convtool.errors import OutputError
+from convtool.files.atomic import Written
 
 Progress: TypeAlias = Callable[[int], None]
 
@@ -40,22 +41,28 @@ class Reported:
             seek back, counts once.
     """
 
-    def __init__(self, file: BinaryIO, report: Progress | None) -> None:
+    def __init__(self, file: Written, report: Progress | None) -> None:
         self._file = file
         self._report = report
         self._position = self._reported = 0
 
     def write(self, data: bytes | memoryview, /) -> int:
-        written = self._file.write(data)
+        return self._counted(self._file.write(data))
+
+    def send(self, descriptor: int, start: int, count: int, /) -> int:
+        """See `Written.send`."""
+        return self._counted(self._file.send(descriptor, start, count))
+
+    def seek(self, offset: int, /) -> int:
+        self._position = self._file.seek(offset)
+        return self._position
+
+    def _counted(self, written: int) -> int:
         self._position += written
         if self._report is not None and self._position > self._reported:
             self._report(self._position - self._reported)
             self._reported = self._position
         return written
-
-    def seek(self, offset: int, /) -> int:
-        self._position = self._file.seek(offset)
-        return self._position
 
 
 def readable(count: int) -> str:

@@ -8,11 +8,22 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 from convtool.errors import InputError
 
 CHUNK = 1 << 22  # bytes that stand in memory at a time while a file is copied
+SENT = 1 << 24  # bytes that the kernel copies at a time; a signal is heard between two of these
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # <asm-generic/mman.h>; the mmap module lacks it until 3.13
+
+
+class Receiver(Protocol):
+    """A file that is written."""
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+    def send(self, descriptor: int, start: int, count: int, /) -> int:
+        """Write up to `count` bytes of another file, copied within the kernel; how many were, 0 where it can't."""
 
 
 class Source:
@@ -58,6 +69,18 @@ class Source:
             piece = buffer[: min(CHUNK, stop - position)]
             self._read_into(piece, position)
             yield piece
+
+    def copy_to(self, file: Receiver, start: int, stop: int) -> None:
+        """Write bytes start to stop to a file, past this process's memory where the systems of both files can.
+
+        Raises:
+            InputError: they can't be read, or the file became shorter.
+        """
+        position = start
+        while position < stop and (sent := file.send(self._file, position, min(SENT, stop - position))):
+            position += sent
+        for piece in self.chunks(position, stop):  # says what is wrong, where something is
+            file.write(piece)
 
     def _mapped(self) -> mmap.mmap | None:
         try:

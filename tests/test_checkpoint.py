@@ -25,7 +25,8 @@ from convtool import open_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.info import group_layers
 from convtool.checkpoint.record import FusionRecord, Record, SourceLayer, loads
-from convtool.checkpoint.torch_file import TorchCheckpoint, record_path
+from convtool.checkpoint.torch_file import TorchCheckpoint
+from convtool.checkpoint.torch_record import record_path
 from convtool.checkpoint.write import write_edited
 from convtool.cli.app import run_app
 from convtool.core.names import unwrap

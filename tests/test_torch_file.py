@@ -460,6 +460,9 @@ def test_extra_files_in_the_archive_stay(tmp_path: Path) -> None:
     with zipfile.ZipFile(out) as archive:
         assert archive.testzip() is None
         assert archive.read("archive/extra/notes.txt") == b"hello"
+    path.write_bytes(path.read_bytes().replace(b"hello", b"hallo"))
+    with pytest.raises(InputError, match=r"damaged: the checksum of extra/notes\.txt"):
+        write_edited(open_checkpoint(path), Edit.nothing(), out, None, force=True)
 
 
 def test_equal_inputs_give_equal_files(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from convtool.checkpoint.base import Checkpoint, Place
 from convtool.checkpoint.dtypes import ITEMSIZE, SAFETENSORS, SAFETENSORS_CODES
 from convtool.checkpoint.info import TensorInfo
 from convtool.checkpoint.record import Record, loads
+from convtool.checkpoint.tensor_bytes import tensor_bits
 from convtool.errors import InputError, OutputError, RefusedError
 from convtool.files.source import Receiver, Source
 
@@ -227,17 +228,11 @@ def check_written(path: Path, expected: Mapping[str, tuple[int, ...]], new: Mapp
             if shapes != dict(expected):
                 raise OutputError("the file read back holds other tensors than were written; nothing was changed")
             for name, tensor in new.items():
-                back = opened.get_tensor(name).contiguous()
-                if not torch.equal(_bits(back), _bits(tensor.detach().cpu().contiguous())):
+                back = opened.get_tensor(name)
+                if not torch.equal(tensor_bits(back), tensor_bits(tensor)):
                     raise OutputError(f"{name} read back differs from what was written; nothing was changed")
     except SafetensorError as error:
         raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    import torch
-
-    return tensor.reshape(-1).view(torch.uint8)
 
 
 def _read_header(source: Source) -> tuple[dict[str, Any], int]:

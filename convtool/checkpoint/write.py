@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from convtool.checkpoint import torch_file
 from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.cast import cast_tensor
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint
+from convtool.checkpoint.torch_record import record_path
 from convtool.checkpoint.write_file import PLANNERS, Options, PlannedFile, planner_of
 from convtool.checkpoint.write_folder import check_folder, index_path, plan_folder
 from convtool.errors import UsageError
@@ -36,7 +36,7 @@ def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, s
     planner_of(path)
     check_target(path, force=force)
     if path.suffix != ".safetensors":
-        check_target(torch_file.record_path(path), force=force)
+        check_target(record_path(path), force=force)
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from convtool.checkpoint import safetensors_file, torch_file
+from convtool.checkpoint import safetensors_file, torch_writer
 from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.cast import cast_chunks
 from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE
@@ -18,9 +18,12 @@ from convtool.checkpoint.pickled import OrderedItems
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.safetensors_file import Entry, SafetensorsCheckpoint
 from convtool.checkpoint.sharded import ShardedCheckpoint
-from convtool.checkpoint.torch_file import NewTensor, TorchCheckpoint
-from convtool.errors import OutputError, RefusedError, UsageError
-from convtool.files.atomic import check_target, discard, replacing
+from convtool.checkpoint.tensor_bytes import tensor_chunks
+from convtool.checkpoint.torch_file import TorchCheckpoint
+from convtool.checkpoint.torch_record import RecordBeside, record_path, record_size
+from convtool.checkpoint.torch_writer import NewTensor, castable
+from convtool.errors import RefusedError, UsageError
+from convtool.files.atomic import replacing
 from convtool.files.room import Progress, Reported
 from convtool.files.stored_zip import Member, archive_size, write_archive
 
@@ -128,7 +131,7 @@ def _kept_entry(source: Checkpoint, name: str, dtype: str | None, place: tuple[i
 
 def _new_entry(name: str, tensor: Tensor, place: tuple[int, int]) -> Entry:
     dtype = str(tensor.dtype).removeprefix("torch.")
-    chunks = lambda: torch_file.tensor_chunks(tensor)  # noqa: E731
+    chunks = lambda: tensor_chunks(tensor)  # noqa: E731
     return Entry(name, dtype, tuple(tensor.shape), tensor.nbytes, chunks, ("new", name), place)
 
 
@@ -141,13 +144,13 @@ def _plan_torch(source: Checkpoint, edit: Edit, path: Path, record: Record | Non
         if options.dtype is not None:
             _check_castable(source, edit, options.dtype)
         planned = _plan_value(
-            torch_file.plan_torch(source.edited(edit), source, cast_chunks, options.dtype),
-            lambda file: torch_file.check_written(file, _described(entries), edit.insert, source.root),
+            torch_writer.plan_torch(source.edited(edit), source, cast_chunks, options.dtype),
+            lambda file: torch_writer.check_written(file, _described(entries), edit.insert, source.root),
             record,
             force=options.force,
         )
-    recorded = _record_size(record)
-    return replace(planned, beside={torch_file.record_path(path).name: recorded}) if recorded else planned
+    recorded = record_size(record)
+    return replace(planned, beside={record_path(path).name: recorded}) if recorded else planned
 
 
 def plan_dict(
@@ -160,15 +163,11 @@ def plan_dict(
     """A torch file of a plain state dict."""
     value = OrderedItems({entry.name: _torch_value(entry) for entry in entries})
     return _plan_value(
-        torch_file.plan_torch(value, None),
-        lambda file: torch_file.check_written(file, _described(entries), new or {}, ()),
+        torch_writer.plan_torch(value, None),
+        lambda file: torch_writer.check_written(file, _described(entries), new or {}, ()),
         record,
         force=force,
     )
-
-
-def _record_size(record: Record | None) -> int:
-    return 0 if record is None else len(torch_file.record_text({torch_file.NO_MARK: record}))
 
 
 def _described(entries: list[Entry]) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -184,10 +183,10 @@ def _plan_value(
         members: of the archive that it is.
         check_file: reads the file back, and gives its mark.
     """
-    recorded = _record_size(record)
+    recorded = record_size(record)
 
     def write(path: Path, progress: Progress) -> None:
-        beside = _RecordBeside(path, record)
+        beside = RecordBeside(path, record)
         try:
             with replacing(path, force=force, check=lambda at: beside.prepare(check_file(at))) as file:
                 write_archive(Reported(file, progress), members)
@@ -206,61 +205,10 @@ def _torch_value(entry: Entry) -> NewTensor:
 
 def _check_castable(source: TorchCheckpoint, edit: Edit, dtype: str) -> None:
     """Whether every tensor that is to be cast lies in a storage that can be."""
-    castable = torch_file.castable(source, dtype)
+    storages = castable(source, dtype)
     for name, ref in source.tensors.items():
-        if ref.dtype in FLOATS - {dtype} and name not in edit.remove and ref.storage.key not in castable:
+        if ref.dtype in FLOATS - {dtype} and name not in edit.remove and ref.storage.key not in storages:
             raise RefusedError(f"{name} shares its memory with a tensor of another dtype, and cannot be cast alone")
-
-
-class _RecordBeside:
-    """The record beside a torch file, replaced so that the file that is there always has its own.
-
-    The new record is there before the file takes its name, together with that of the file that is replaced; that one
-    goes once the file has.
-    """
-
-    def __init__(self, path: Path, record: Record | None) -> None:
-        self.checkpoint = path
-        self.path = torch_file.record_path(path)
-        self.record = record
-        try:
-            self.old = self.path.read_bytes() if check_target(self.path, force=True).exists() else None
-        except OSError as error:
-            raise OutputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
-        self.before = torch_file.record_and_mark(path) if self.old is not None else None
-        self.mark = ""
-        self.prepared = False
-
-    def prepare(self, mark: str) -> None:
-        self.mark = mark
-        if self.record is None:
-            return
-        records = {mark: self.record}
-        if self.before is not None:
-            records.setdefault(*self.before)
-        self.prepared = True
-        self._write(torch_file.record_text(records))
-
-    def undo(self) -> None:
-        """Put back what was there; where the file has taken its name already, the new record is its own and stays."""
-        if not self.prepared:
-            return
-        if torch_file.mark_of(self.checkpoint) == self.mark:
-            self.finish()
-        elif self.old is None:
-            discard(self.path)
-        else:
-            self._write(self.old)
-
-    def finish(self) -> None:
-        if self.record is None:
-            discard(self.path)
-        elif self.before is not None:
-            self._write(torch_file.record_text({self.mark: self.record}))
-
-    def _write(self, text: bytes) -> None:
-        with replacing(self.path, force=True) as file:
-            file.write(text)
 
 
 Planner: TypeAlias = Callable[[Checkpoint, Edit, Path, Record | None, Options], PlannedFile]

@@ -10,12 +10,8 @@ import secrets
 import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from convtool.errors import OutputError
-
-if TYPE_CHECKING:
-    from typing_extensions import Buffer
 
 WRITE_BACK_BYTES = 16 << 20  # written between two nudges to the disk
 TEMPORARY = ".convtool-{}.tmp"  # what an unfinished file is called; one left over (by SIGKILL) can be deleted
@@ -92,7 +88,7 @@ class Written(io.BufferedRandom):
         super().__init__(io.FileIO(descriptor, "r+"))
         self._waiting = self._started = 0  # bytes written since the disk was last told, and up to where it was
 
-    def write(self, data: Buffer, /) -> int:
+    def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override]  # Buffer is 3.12's
         return self._counted(super().write(data))
 
     def send(self, descriptor: int, start: int, count: int, /) -> int:

@@ -171,7 +171,7 @@ def test_spectrum_does_not_claim_what_it_does_not_know(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("convtool.core.spectrum.DENSE_SIDE", 0)
-    monkeypatch.setattr("convtool.core.gram.FACTOR_ELEMENTS", 0)
+    monkeypatch.setattr("convtool.core.gram.FACTOR_WORK", 0)
     document = run(capsys, "spectrum", CHAINS, *WIDEN, "--steps", "5")
     assert document["condition"] is None
     assert not document["smallest"]["converged"]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.sparse
 import torch
 from cases import CASES, IDS, Case, make_conv, real_numbers
 from hypothesis import given, settings
@@ -18,10 +19,12 @@ from strategies import layers_with_sizes
 
 import convtool
 from convtool.core import gram as gram_module
+from convtool.core import krylov as krylov_module
 from convtool.core import spectrum as module
 from convtool.core.conv import Conv
+from convtool.core.dissection import dissect
 from convtool.core.geometry import Geometry
-from convtool.core.gram import banded_gram
+from convtool.core.gram import gram
 from convtool.core.spectrum import SingularValue, Spectrum, spectrum
 from convtool.errors import InputError, UsageError
 
@@ -48,15 +51,16 @@ def check(found: Spectrum, conv: Conv, size: Sequence[int]) -> None:
 
 @pytest.fixture
 def factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No matrix is small enough for a dense SVD."""
+    """No matrix is small enough for a dense SVD, and pieces of a factorisation are small."""
     monkeypatch.setattr(module, "DENSE_SIDE", 0)
+    monkeypatch.setattr(gram_module, "LEAST", 6)
 
 
 @pytest.fixture
 def iterate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is any band small enough to factor."""
+    """Nor is any Gram matrix small enough to factor."""
     monkeypatch.setattr(module, "DENSE_SIDE", 0)
-    monkeypatch.setattr(gram_module, "FACTOR_ELEMENTS", 0)
+    monkeypatch.setattr(gram_module, "FACTOR_WORK", 0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -76,13 +80,14 @@ def test_by_cholesky_over_the_table(case: Case) -> None:
     check(spectrum(case.conv(), case.input_size), case.conv(), case.input_size)
 
 
-@pytest.mark.parametrize("elements", [0, 1 << 20])
+@pytest.mark.parametrize("work", [0, 1 << 40])
 @settings(max_examples=75)
 @given(layer=layers_with_sizes())
-def test_by_iteration_for_random_layers(elements: int, layer: tuple[Conv, tuple[int, ...]]) -> None:
+def test_by_iteration_for_random_layers(work: int, layer: tuple[Conv, tuple[int, ...]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "DENSE_SIDE", 0)
-        patch.setattr(gram_module, "FACTOR_ELEMENTS", elements)
+        patch.setattr(gram_module, "LEAST", 6)
+        patch.setattr(gram_module, "FACTOR_WORK", work)
         check(spectrum(*layer), *layer)
 
 
@@ -117,6 +122,36 @@ def test_what_is_too_large_for_a_dense_svd_is_known_and_proved(name: str, monkey
     assert abs(found.condition - high / low) <= found.condition_error
 
 
+@pytest.mark.parametrize("name", LARGE)
+def test_a_factor_in_single_precision_serves_as_well(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner, outer, kernel, size, fields = LARGE[name]
+    monkeypatch.setattr(module, "DENSE_SIDE", 0)
+    monkeypatch.setattr(gram_module, "EXACT_BYTES", 0)
+    conv = Conv(real_numbers(1, outer, inner, *kernel), None, Geometry.of(kernel, **fields))
+    product = gram(conv, size)
+    assert product is not None
+    assert product.kept_dtype == torch.float32
+    found = spectrum(conv, size)
+    assert found.smallest.proved
+    check(found, conv, size)
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 4)])
+def test_depthwise_layers_are_factored_together(kernel: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "DENSE_SIDE", 0)
+    monkeypatch.setattr(gram_module, "LEAST", 8)
+    weight = real_numbers(2, 24, 1, *kernel) * torch.logspace(-1, 1, 12).repeat_interleave(2).reshape(24, 1, 1, 1)
+    conv = Conv(weight, None, Geometry.of(kernel, padding=1, groups=12))  # two outputs for each input
+    product = gram(conv, (9, 10))
+    assert product is not None
+    assert product.size == 12 * 90
+    found = spectrum(conv, (9, 10))
+    assert found.methods == ("cholesky",)
+    assert found.largest.proved
+    assert found.smallest.proved
+    check(found, conv, (9, 10))
+
+
 @pytest.mark.usefixtures("factor")
 @pytest.mark.parametrize("outer", [2, 4, 7])
 def test_a_rank_deficient_layer_has_smallest_zero(outer: int) -> None:
@@ -145,11 +180,11 @@ def test_singular_values_that_are_small_but_not_zero_are_told_from_zero() -> Non
     assert math.isclose(found.condition, high / low, rel_tol=1e-3)
 
 
-@pytest.mark.parametrize("elements", [0, 1 << 20])
+@pytest.mark.parametrize("work", [0, 1 << 40])
 @pytest.mark.parametrize("exponent", [-900, 900])
-def test_weights_whose_squares_are_no_numbers(exponent: int, elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_whose_squares_are_no_numbers(exponent: int, work: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DENSE_SIDE", 0)
-    monkeypatch.setattr(gram_module, "FACTOR_ELEMENTS", elements)
+    monkeypatch.setattr(gram_module, "FACTOR_WORK", work)
     weight = real_numbers(0, 2, 3, 3)
     plain, scaled = (Conv(weight * 2.0**power, None, Geometry.of(3, padding=1)) for power in (0, exponent))
     there, here = spectrum(scaled, (20,)), spectrum(plain, (20,))
@@ -171,58 +206,57 @@ def test_complex_layers() -> None:
     assert abs(found.smallest.value - float(values[-1])) <= found.smallest.error
 
 
-# --- the Gram matrix as a band
+# --- the Gram matrix
 
 
+@pytest.mark.usefixtures("factor")
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_a_factor_exists_where_all_eigenvalues_are_on_its_side(case: Case) -> None:
     conv = case.conv()
-    if conv.geometry.groups > 1:
-        conv = Conv(conv.weight, None, replace(conv.geometry, groups=1))
-    gram = banded_gram(conv, case.input_size)
-    assert gram is not None
+    product = gram(conv, case.input_size)
+    assert product is not None
     dense = dense_toeplitz(conv, case.input_size)
     dense = dense @ dense.T if dense.shape[0] < dense.shape[1] else dense.T @ dense
     eigenvalues = np.linalg.eigvalsh(dense)
     low, high = float(eigenvalues[0]), float(eigenvalues[-1])
-    assert gram.size == len(dense)
-    assert high <= gram.norm
+    assert product.size == len(dense)
+    assert high <= product.norm
     margin = 1e-6 * high
-    assert gram.factor(low + margin) is None
-    assert gram.factor(high - margin, -1) is None
-    assert gram.factor(high + margin, -1) is not None
-    factor = gram.factor(low - margin)
+    assert product.factor(low + margin) is None
+    assert product.factor(high - margin, -1) is None
+    assert product.factor(high + margin, -1) is not None
+    factor = product.factor(low - margin, keep=torch.float64)
     assert factor is not None
-    assert 0 < factor.rounding < gram.rounding < margin
-    x = np.linspace(1, 2, gram.size)
+    assert 0 < factor.rounding < product.rounding < margin
+    x = np.stack([np.linspace(1, 2, product.size), np.linspace(-1, 1, product.size) ** 3], 1)
     right = torch.from_numpy(dense @ x - (low - margin) * x)
-    np.testing.assert_allclose(factor.solve(right).numpy(), x, rtol=1e-5)
+    np.testing.assert_allclose(factor.solve(right).numpy(), x, rtol=1e-5, atol=1e-5)
 
 
 def test_what_is_not_the_last_is_not_called_so() -> None:
     conv = Conv(real_numbers(0, 3, 3, 3), None, Geometry.of(3, padding=1))
-    gram = banded_gram(conv, (30,))
-    assert gram is not None
+    product = gram(conv, (30,))
+    assert product is not None
     values = np.linalg.svd(dense_toeplitz(conv, (30,)), compute_uv=False)
     second = SingularValue(float(values[1]), 1e-12, True)
-    assert not module._nothing_above(gram, second, 1e-6).converged
-    assert module._nothing_above(gram, replace(second, value=float(values[0])), 1e-6).proved
+    assert not module._nothing_above(product, second, 1e-6).converged
+    assert module._nothing_above(product, replace(second, value=float(values[0])), 1e-6).proved
     second = SingularValue(float(values[-2]), 1e-12, False)
-    assert module._nothing_below(gram, second, 1e-6 * float(values[0]), 1e-12) is None
-    last = module._nothing_below(gram, replace(second, value=float(values[-1])), 1e-6 * float(values[0]), 1e-12)
+    assert module._nothing_below(product, second, 1e-6 * float(values[0]), 1e-12) is None
+    last = module._nothing_below(product, replace(second, value=float(values[-1])), 1e-6 * float(values[0]), 1e-12)
     assert last is not None
     assert last.proved
 
 
-def test_a_band_that_would_not_fit_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    conv = Conv(real_numbers(0, 64, 64, 3, 3), None, Geometry.of((3, 3), padding=1))
-    assert banded_gram(conv, (56, 56)) is None
+def test_a_factor_that_would_not_fit_is_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = Conv(real_numbers(0, 128, 128, 3, 3), None, Geometry.of((3, 3), padding=1))
+    assert gram(conv, (56, 56)) is None
     small = Conv(real_numbers(0, 2, 2, 3, 3), None, Geometry.of((3, 3), padding=1))
-    assert banded_gram(small, (6, 7)) is not None
-    for limit in ("FACTOR_ELEMENTS", "FACTOR_WORK", "GRAM_WORK"):
+    assert gram(small, (6, 7)) is not None
+    for limit in ("FACTOR_BYTES", "FACTOR_WORK", "MEETINGS"):
         with monkeypatch.context() as patch:
             patch.setattr(gram_module, limit, 1000)
-            assert banded_gram(small, (6, 7)) is None
+            assert gram(small, (6, 7)) is None
 
 
 @pytest.mark.usefixtures("factor")
@@ -230,6 +264,57 @@ def test_large_layers_need_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(UsageError, match=r"this large need scipy: pip install 'convtool\[scipy\]'"):
         spectrum(Conv(real_numbers(0, 2, 2, 3), None, Geometry.of(3, padding=1)), (9,))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "reach", "wrapped"),
+    [
+        ((23,), 2, False),
+        ((23,), 2, True),
+        ((9, 14), 2, False),
+        ((12, 11), 1, True),
+        ((5, 6, 7), 1, False),
+        ((), 0, False),
+    ],
+)
+def test_a_dissection_is_what_a_factorisation_needs(lengths: tuple[int, ...], reach: int, wrapped: bool) -> None:
+    places = np.indices(lengths).reshape(len(lengths), math.prod(lengths))
+    apart = np.abs(places[:, :, None] - places[:, None, :])
+    if wrapped:
+        apart = np.minimum(apart, np.array(lengths)[:, None, None] - apart)
+    connected = (apart <= reach).all(0)
+    found = dissect(scipy.sparse.csr_array(connected.astype(float)), lengths, 5)
+    assert sorted(found.order) == list(range(len(connected)))
+    connected = connected[np.ix_(found.order, found.order)]
+    end, parents = 0, [child for front in found.fronts for child in front.children]
+    assert sorted(parents) == list(range(len(found.fronts) - 1))  # all but the last
+    for number, front in enumerate(found.fronts):
+        assert front.start == end <= front.stop
+        end = front.stop
+        assert list(front.boundary) == sorted(set(front.boundary))
+        for node in range(front.start, front.stop):  # what it meets and is left is here
+            assert set(np.nonzero(connected[node])[0]) - set(range(front.start)) <= set(front.nodes)
+            connected[np.ix_(front.nodes, front.nodes)] = True  # as eliminating it fills in
+        for child in front.children:
+            assert child < number
+            assert set(found.fronts[child].boundary) <= set(front.nodes)
+    assert end == len(connected)
+    assert not len(found.fronts[-1].boundary)
+    assert len(found.fronts) == 1 or max(sum(front.sizes) for front in found.fronts) < len(connected)
+
+
+def test_what_a_factor_takes_is_known_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gram_module, "LEAST", 8)
+    conv = Conv(real_numbers(0, 4, 4, 3, 3), None, Geometry.of((3, 3), padding=1, groups=1))
+    product = gram(conv, (12, 11))
+    assert product is not None
+    factor = product.factor(-1.0, keep=torch.float64)
+    assert factor is not None
+    plan = product._pieces.dissection
+    assert sum(upper.numel() + below.numel() for upper, below in factor._kept) == plan.kept(4)
+    dense = product.size**3 / 6
+    assert dense / 30 < product.work < dense / 3
+    assert plan.in_flight(4) < product.size**2
 
 
 CIRCULAR: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
@@ -275,8 +360,8 @@ def test_what_is_not_known_within_the_steps_is_not_called_known() -> None:
 @pytest.mark.usefixtures("iterate")
 @pytest.mark.parametrize("inner", [4, 7])
 def test_the_largest_is_taken_further_than_vectors_fit(inner: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "STEPS", 15)
-    monkeypatch.setattr(module, "BASIS", 20)
+    monkeypatch.setattr(krylov_module, "STEPS", 15)
+    monkeypatch.setattr(krylov_module, "BASIS", 20)
     conv = Conv(real_numbers(0, 5, inner, 3, 3), None, Geometry.of((3, 3), padding=1))
     found, (high, low) = spectrum(conv, (9, 10)), dense_ends(conv, (9, 10))
     assert found.methods == ("lanczos",)
@@ -316,10 +401,10 @@ def test_groups_are_taken_together() -> None:
     check(spectrum(scaled, (4, 5)), scaled, (4, 5))
 
 
-@pytest.mark.parametrize("elements", [0, 1 << 20])
-def test_an_orthogonal_layer_and_a_zero_one(elements: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("work", [0, 1 << 40])
+def test_an_orthogonal_layer_and_a_zero_one(work: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "DENSE_SIDE", 0)
-    monkeypatch.setattr(gram_module, "FACTOR_ELEMENTS", elements)
+    monkeypatch.setattr(gram_module, "FACTOR_WORK", work)
     delta = torch.zeros(3, 3, 3)
     delta[torch.arange(3), torch.arange(3), 1] = 2.0
     conv = Conv(delta, None, Geometry.of(3, padding=1))

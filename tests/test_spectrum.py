@@ -314,7 +314,7 @@ def test_what_a_factor_takes_is_known_before(monkeypatch: pytest.MonkeyPatch) ->
     assert sum(upper.numel() + below.numel() for upper, below in factor._kept) == plan.kept(4)
     dense = product.size**3 / 6
     assert dense / 30 < product.work < dense / 3
-    assert plan.in_flight(4) < product.size**2
+    assert plan.in_flight(4) < 2 * product.size**2
 
 
 CIRCULAR: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [

@@ -77,7 +77,7 @@ class Dissection:
         most, waiting = 0, dict[int, int]()
         for number, front in enumerate(self.fronts):
             here, left = front.sizes
-            most = max(most, sum(waiting.values()) + (here + left) ** 2 + left**2)
+            most = max(most, sum(waiting.values()) + 2 * (here + left) ** 2)  # a front, and what is made of it
             for child in front.children:
                 del waiting[child]
             waiting[number] = left**2

@@ -32,7 +32,7 @@ from convtool.errors import UsageError
 
 Numbers = npt.NDArray[Any]
 
-FACTOR_BYTES = 5 << 30  # of a kept factor and what is in flight while it is made
+FACTOR_BYTES = 6 << 30  # of a kept factor and what is in flight while it is made
 EXACT_BYTES = 1 << 30  # of a factor that is kept in float64; a larger one is kept in float32
 FACTOR_WORK = 1 << 42  # multiply-adds of a factorisation: a minute or two on two cores
 MEETINGS = 1 << 25  # pairs of taps that meet

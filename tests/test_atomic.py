@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import tempfile
@@ -332,3 +333,53 @@ def test_a_source_that_becomes_shorter_while_it_is_copied_is_said(tmp_path: Path
     ):
         source.copy_to(file, 0, 100)
     assert left_in(tmp_path) == {"in"}
+
+
+def left_over(path: Path, *, old: bool = True) -> Path:
+    path.write_bytes(b"half of it")
+    if old:
+        os.utime(path, (0, 0))
+    return path
+
+
+def test_what_a_killed_write_left_is_removed_by_a_later_one_and_nothing_else_is(tmp_path: Path) -> None:
+    left_over(tmp_path / ".convtool-0123.tmp")
+    left_over(tmp_path / ".convtool-4567.tmp", old=False)  # somebody may be about to write to it
+    held = left_over(tmp_path / ".convtool-89ab.tmp")  # by a process that is stopped
+    left_over(tmp_path / "convtool-0123.tmp")
+    left_over(tmp_path / "elsewhere")
+    (tmp_path / ".convtool-link.tmp").symlink_to("elsewhere")
+    (tmp_path / ".convtool-folder.tmp").mkdir()
+    before = left_in(tmp_path)
+    with held.open("rb") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        write(tmp_path / "out")
+    assert left_in(tmp_path) == before - {".convtool-0123.tmp"} | {"out"}
+    write(tmp_path / "again")
+    assert not held.exists()
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_a_file_is_held_from_its_first_byte_until_it_has_its_name(tmp_path: Path, force: bool) -> None:
+    """However slow the write is, another one in the folder leaves it alone."""
+
+    def other(path: Path | None = None) -> None:
+        for temporary in tmp_path.glob(".convtool-*.tmp"):
+            os.utime(temporary, (0, 0))
+        write(tmp_path / "other", force=True)
+
+    with replacing(tmp_path / "out", force=force, check=other) as file:
+        other()
+        file.write(b"slow")
+        other()
+    assert files_of(tmp_path) == {"out": b"slow", "other": b"new"}
+
+
+def test_a_file_system_without_locks_keeps_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*arguments: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    left_over(tmp_path / ".convtool-0123.tmp")
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    write(tmp_path / "out")
+    assert left_in(tmp_path) == {".convtool-0123.tmp", "out"}

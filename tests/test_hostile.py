@@ -400,6 +400,7 @@ OTHER_FILES: dict[str, tuple[bytes, str]] = {
     "HDF5": (b"\x89HDF\r\n\x1a\n" + bytes(100), "an HDF5 file"),
     "GGUF": (b"GGUF\x03\0\0\0" + bytes(100), "a GGUF file"),
     "gzip": (zlib.compress(b"x") and b"\x1f\x8b\x08" + bytes(100), "compressed by gzip"),
+    "a tar archive": (b"sys_info".ljust(257, b"\0") + b"ustar\x0000" + bytes(1000), "a tar archive.*torch before 0.2"),
     "noise": (Random(0).randbytes(5000), "neither|header|damaged"),
     "a zip of something else": (b"", "torch.save didn't write"),
     "a pickle of something else": (pickle.dumps({"a": 1}), "torch.save didn't write"),

@@ -16,6 +16,7 @@ from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.sharded import ShardedCheckpoint, is_plain_name
 from convtool.checkpoint.write import check_output, write_edited
+from convtool.cli.app import run_app
 from convtool.errors import ConvtoolError, InputError, OutputError, RefusedError, UsageError
 
 KINDS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
@@ -300,6 +301,25 @@ def test_entries_that_a_folder_has_no_room_for_are_refused(tmp_path: Path) -> No
             open_checkpoint(tmp_path / "in.pt"), Edit.nothing(), tmp_path / "o", None, force=False, shard_size=9
         )
     assert not (tmp_path / "o").exists()
+
+
+def test_a_folder_written_of_a_folder_says_what_it_leaves_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = sharded(tmp_path / "in")
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / ".gitattributes").write_text("")
+    (folder / "onnx").mkdir()
+    assert run_app(["convert", str(folder), str(tmp_path / "out")]) == 0
+    said = "left where they were: config.json, tokenizer.json; copy those that fit the new checkpoint too\n"
+    assert said in capsys.readouterr().err
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".safetensors", ".json"}
+    (tmp_path / "out" / "config.json").write_text("{}")
+    assert run_app(["convert", str(folder), str(tmp_path / "out"), "--force"]) == 0
+    assert "left where they were: tokenizer.json; copy" in capsys.readouterr().err
+    for out in (folder, tmp_path / "one.safetensors"):  # nothing is missing there; a file has nothing beside it
+        assert run_app(["convert", str(folder), str(out), "--force"]) == 0
+        assert "left where" not in capsys.readouterr().err
 
 
 def test_root_and_index_do_not_go_together(tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ _NOT_A_CHECKPOINT = (
     (b"\x1f\x8b", "compressed by gzip; unpack it first"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it first"),
 )
+_TAR_AT = 257  # where a tar archive says "ustar"
 _TEXT = frozenset(range(32, 127)) | set(b"\t\r\n\f")
 
 
@@ -93,6 +94,7 @@ def _open_file(path: Path, root: str | None, mapped: bool) -> Checkpoint:
             raise InputError(f"{path}: is not a regular file")
         with path.open("rb") as file:
             start = file.read(64)
+            tar = file.seek(_TAR_AT) == _TAR_AT and file.read(5) == b"ustar"
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
@@ -100,6 +102,11 @@ def _open_file(path: Path, root: str | None, mapped: bool) -> Checkpoint:
     for beginning, what in _NOT_A_CHECKPOINT:
         if start[: len(beginning)].lower() == beginning.lower():
             raise InputError(f"{path}: is {what}")
+    if tar:
+        raise InputError(
+            f"{path}: is a tar archive, which convtool doesn't read; if torch before 0.2 saved it, and you trust it,"
+            " load it with torch.load(PATH, weights_only=False) and save its state dict again; else unpack it first"
+        )
     if not start:
         raise InputError(f"{path}: is empty")
     if not start.strip(b"\0"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from convtool.checkpoint.base import Checkpoint
@@ -12,7 +12,7 @@ from convtool.checkpoint.record import Record
 from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint
 from convtool.checkpoint.torch_record import record_path
 from convtool.checkpoint.write_file import PLANNERS, Options, PlannedFile, planner_of
-from convtool.checkpoint.write_folder import check_folder, index_path, plan_folder
+from convtool.checkpoint.write_folder import check_folder, index_path, left_behind, plan_folder
 from convtool.errors import UsageError
 from convtool.files.atomic import check_target
 from convtool.files.room import Progress, check_space
@@ -48,12 +48,14 @@ class WritePlan:
         folder: the one that its files will stand in.
         main: the file that is opened to read it: the one at `path`, or the index of the folder there.
         size: of all its files in bytes, exactly: the index and the record included.
+        left_behind: files beside the source that a folder written of it will not have; none where a file is written.
     """
 
     path: Path
     folder: Path
     main: Path
     file: PlannedFile
+    left_behind: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -110,7 +112,8 @@ def plan_edited(
         edit = edit.changed(lambda name, tensor: cast_tensor(name, tensor, dtype))
     if is_folder(path, source, shard_size):
         index = index_path(path, source)
-        return WritePlan(path, index.parent, index, plan_folder(source, edit, path, record, options))
+        file = plan_folder(source, edit, path, record, options)
+        return WritePlan(path, index.parent, index, file, left_behind(source, index.parent))
     file = planner_of(path)(source, edit, path, record, options)
     return WritePlan(path, check_target(path, force=force).parent, path, file)
 

@@ -17,6 +17,7 @@ from convtool.checkpoint.record import Record
 from convtool.checkpoint.safetensors_file import Entry, SafetensorsCheckpoint
 from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint, is_plain_name, read_index
 from convtool.checkpoint.torch_file import TorchCheckpoint
+from convtool.checkpoint.torch_record import RECORD_SUFFIX
 from convtool.checkpoint.write_file import (
     PLANNERS,
     Options,
@@ -58,6 +59,19 @@ def index_path(path: Path, source: Checkpoint | None) -> Path:
         return path / source.path.name
     usual = "pytorch_model.bin" if isinstance(source, TorchCheckpoint) else "model.safetensors"
     return path / f"{usual}{INDEX_SUFFIX}"
+
+
+def left_behind(source: Checkpoint, folder: Path) -> list[str]:
+    """Files beside the source that a folder has not: a configuration, a tokenizer, whatever isn't a checkpoint's.
+
+    They aren't copied: a configuration tells of layers and dtypes that an edit may have changed.
+    """
+    try:
+        names = sorted(path.name for path in source.path.parent.iterdir() if path.is_file())
+    except OSError:
+        return []
+    ours = (*PLANNERS, INDEX_SUFFIX, RECORD_SUFFIX)
+    return [name for name in names if not (name.endswith(ours) or name[0] == "." or (folder / name).exists())]
 
 
 def plan_folder(source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options) -> PlannedFile:

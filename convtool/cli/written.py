@@ -16,6 +16,9 @@ def write(reporter: Reporter, plan: WritePlan) -> None:
     """Write it, with a bar where that takes long."""
     with reporter.progress(f"writing {plan.path.name}", plan.size) as advance:
         plan.write(advance)
+    if plan.left_behind:
+        names = ", ".join(plan.left_behind[:5]) + (" ..." if len(plan.left_behind) > 5 else "")
+        reporter.remark(f"left where they were: {names}; copy those that fit the new checkpoint too")
 
 
 def written_document(opened: Checkpoint, edit: Edit, plan: WritePlan, *, dry_run: bool) -> dict[str, Any]:

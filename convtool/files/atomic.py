@@ -8,13 +8,19 @@ import io
 import os
 import secrets
 import stat
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from convtool.errors import OutputError
 
+if sys.platform != "win32":
+    import fcntl
+
 WRITE_BACK_BYTES = 16 << 20  # written between two nudges to the disk
 TEMPORARY = ".convtool-{}.tmp"  # what an unfinished file is called; one left over (by SIGKILL) can be deleted
+STALE = 3600  # seconds; some network file systems keep locks to one machine, but tell all when a file was written to
 
 
 def check_target(path: Path, *, force: bool) -> Path:
@@ -52,13 +58,17 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
         OutputError: `check_target`'s reasons, or the write failed (full disk, no permission, ...).
     """
     target = check_target(path, force=force)
+    _remove_stale(target.parent)
     temporary = target.with_name(TEMPORARY.format(secrets.token_hex(8)))
     ours: os.stat_result | None = None
+    lock: int | None = None
     try:
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with Written(descriptor) as file:
             ours = os.fstat(descriptor)
+            lock = os.dup(descriptor)  # holds it until the file has its name
+            _locked(lock)
             yield file
             file.flush()
             os.fchmod(file.fileno(), mode)
@@ -75,6 +85,38 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
         raise
     finally:
         discard(temporary)
+        if lock is not None:
+            os.close(lock)
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock a file for as long as its descriptor, or a copy of it, is open; False where another process has."""
+    if sys.platform == "win32":
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # or a file system without locks
+        return False
+    return True
+
+
+def _remove_stale(folder: Path) -> None:
+    """Remove what writes that were killed have left in a folder: nobody holds it, nor has written to it for long."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(TEMPORARY.format("*")):
+            with contextlib.suppress(OSError):
+                _remove_if_stale(path)
+
+
+def _remove_if_stale(path: Path) -> None:
+    if not stat.S_ISREG(path.lstat().st_mode) or time.time() - path.lstat().st_mtime < STALE:
+        return
+    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+    try:
+        if _locked(descriptor):
+            path.unlink()
+    finally:
+        os.close(descriptor)
 
 
 class Written(io.BufferedRandom):

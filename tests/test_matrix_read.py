@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zipfile
 from pathlib import Path
@@ -28,7 +29,7 @@ from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
 from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
-from convtool.matrix import Layout
+from convtool.matrix import Layout, market, plan_matrix, write_matrix
 from convtool.matrix.read import MatrixFile, load_matrix, open_matrix
 
 each_kind = pytest.mark.parametrize(("suffix", "layout"), KINDS, ids=KIND_IDS)
@@ -215,6 +216,80 @@ def test_matrix_market_files_that_scipy_writes(tmp_path: Path) -> None:
         path.write_text(f"%%MatrixMarket matrix coordinate real general\n2 2 2\n{text}")
         with pytest.raises(InputError, match=r"m\.mtx: (the matrix is )?(damaged|not a Matrix Market file)"):
             load_matrix(path)
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize("block", [1, 64, 1 << 20])
+def test_text_is_read_in_blocks_of_lines(ordered: bool, block: int, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(market, "BLOCK_BYTES", block)
+    rng = np.random.default_rng(2)
+    dense = np.where(rng.random((23, 6)) < 0.5, rng.standard_normal((23, 6)), 0)
+    dense[[0, 3, 4, 22]] = 0
+    dense[7] = 1.5  # a row over several blocks
+    entries = scipy.sparse.coo_array(dense)
+    order = np.argsort(entries.coords[0], kind="stable") if ordered else rng.permutation(entries.nnz)
+    lines = [f"{entries.coords[0][k] + 1} {entries.coords[1][k] + 1} {entries.data[k]:.17g}\n" for k in order]
+    head = f"%%MatrixMarket matrix coordinate real general\n% words\n\n23 6 {len(lines)}\n"
+    (tmp_path / "m.mtx").write_text(head + "\n".join(lines))  # with a blank line between
+    opened = open_matrix(tmp_path / "m.mtx")
+    assert isinstance(opened, market.TextMatrix) == ordered
+    assert (opened.nnz, opened.dtype) == (entries.nnz, torch.float64)
+    for start, stop in [(0, 23), (0, 0), (3, 5), (7, 8), (6, 20), (22, 23)]:
+        assert torch.equal(opened.dense_rows(start, stop), torch.from_numpy(dense[start:stop]))
+    for limit in (1, 9, 1000):
+        blocks = list(opened.blocks(limit))
+        assert [start for start, _ in blocks] == [0, *(stop for _, stop in blocks[:-1])]
+        assert blocks[-1][1] == 23
+    x = torch.from_numpy(rng.standard_normal((6, 2)))
+    torch.testing.assert_close(opened.product(x), torch.from_numpy(dense) @ x)
+    assert np.array_equal(opened.to_scipy().toarray(), dense)
+    assert torch.equal(opened.to_torch().to_dense(), torch.from_numpy(dense))
+    with pytest.raises(UsageError, match="rows: expected 0 <= A <= B <= 23"):
+        opened.rows(3, 24)
+
+
+def test_text_takes_memory_for_a_block_and_not_for_the_file(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(market, "BLOCK_BYTES", 1 << 14)
+    path = tmp_path / "m.mtx"
+    conv = convtool.conv(torch.ones(8, 8, 3, 3), padding=1)
+    matrix = convtool.toeplitz(conv, (14, 15))
+    write_matrix(matrix, plan_matrix(matrix, path), path, force=False, record={"dtype": "float32"})
+    assert path.stat().st_size > 2_900_000
+    tracemalloc.start()
+    opened = open_matrix(path)
+    assert all(len(opened.rows(start, stop).counts) for start, stop in opened.blocks(1000))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 400_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "line", "expected"),
+    [
+        ("real", "1 2", "row column value, within 3 x 4"),
+        ("real", "1 2 3 4", "row column value, within 3 x 4"),
+        ("real", "1 2 x", "row column value, within 3 x 4"),
+        ("real", "1.5 2 3", "row column value, within 3 x 4"),
+        ("real", "4 2 3", "row column value, within 3 x 4"),
+        ("real", "2 0 3", "row column value, within 3 x 4"),
+        ("real", "2 9999999999999999999999 3", "row column value, within 3 x 4"),
+        ("real", "% 2 3", "row column value, within 3 x 4"),
+        ("integer", "2 3 1.5", "row column integer, within 3 x 4"),
+        ("integer", "2 3 99999999999999999999", "row column integer, within 3 x 4"),
+        ("complex", "2 3 1.5", "row column real imaginary, within 3 x 4"),
+    ],
+)
+@pytest.mark.parametrize("block", [8, 1 << 20])
+def test_a_malformed_line_is_named(
+    kind: str, line: str, expected: str, block: int, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(market, "BLOCK_BYTES", block)
+    good = "1 1 5 6" if kind == "complex" else "1 1 5"
+    text = f"%%MatrixMarket matrix coordinate {kind} general\n3 4 4\n{good}\n\n{good}\n{line}\n{good}\n"
+    (tmp_path / "m.mtx").write_text(text)
+    with pytest.raises(InputError) as caught:
+        open_matrix(tmp_path / "m.mtx")
+    assert str(caught.value) == f"{tmp_path / 'm.mtx'}: damaged: line 6: expected {expected}; got {line!r}"
 
 
 # --- what is no matrix, or a damaged one

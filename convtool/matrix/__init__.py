@@ -20,6 +20,7 @@ from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.files.atomic import check_target, replacing
 from convtool.matrix import mtx, npy, npz, pt, safetensors
 from convtool.matrix.contents import Contents, Layout, Output, bias_array, matrix_arrays
+from convtool.matrix.file import MatrixFile
 from convtool.matrix.reading import Raw
 
 __all__ = [
@@ -61,8 +62,8 @@ class MatrixFormat(Protocol):
     def check(self, path: Path, contents: Contents, /) -> None:
         """Open what was written with an independent reader; OutputError where it is not what was to be written."""
 
-    def read(self, path: Path, /) -> Raw:
-        """Arrays and record of a file; InputError where it isn't one of this format, or is damaged."""
+    def read(self, path: Path, /) -> Raw | MatrixFile:
+        """Arrays and record of a file, or its matrix; InputError where it isn't one of this format, or is damaged."""
 
 
 FORMATS: dict[str, MatrixFormat] = {

@@ -8,43 +8,24 @@ record stands in comment lines, `%convtool_matrix` in front of each.
 
 from __future__ import annotations
 
-import json
-import os
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
-from convtool.errors import InputError, OutputError
-from convtool.matrix.contents import RECORD_NAME, Array, Contents, Layout, Output
+from convtool.errors import OutputError
+from convtool.matrix.contents import Array, Contents, Layout, Output
+from convtool.matrix.market import COMMENT, FIELDS, TextMatrix, read_market
 from convtool.matrix.reading import Raw
 
 LAYOUTS: tuple[Layout, ...] = ("coo",)
 STORES_BIAS = False
 
-COMMENT = f"%{RECORD_NAME} "
 COMMENT_WIDTH = 1000  # the format allows lines of 1024 characters
 LINES = 1 << 14  # entries made into text together
-
-# How each dtype is written: what the header calls it, the format of one number, and its width.
-FIELDS = {
-    torch.float64: ("real", "%.17g", 24),
-    torch.float32: ("real", "%.9g", 16),
-    torch.float16: ("real", "%.9g", 16),
-    torch.bfloat16: ("real", "%.9g", 16),
-    torch.complex128: ("complex", "%.17g", 24),
-    torch.complex64: ("complex", "%.9g", 16),
-    torch.int64: ("integer", "%d", 20),
-    torch.int32: ("integer", "%d", 11),
-    torch.int16: ("integer", "%d", 6),
-    torch.int8: ("integer", "%d", 4),
-    torch.uint8: ("integer", "%d", 3),
-}
 
 Text = npt.NDArray[np.uint8]
 
@@ -153,66 +134,6 @@ def _lines(fields: list[Text]) -> Text:
     return np.ascontiguousarray(np.hstack([*parts[:-1], end]))
 
 
-def read(path: Path) -> Raw:
-    """Arrays and record of a file; InputError where it isn't one of this format, or is damaged."""
-    try:
-        with path.open(encoding="ascii", errors="strict") as file:
-            kind = file.readline().split()
-            if kind[:3] != ["%%MatrixMarket", "matrix", "coordinate"] or kind[3:] not in _MARKET_KINDS:
-                raise InputError(
-                    f"{path}: expected '%%MatrixMarket matrix coordinate' with real, integer or complex numbers,"
-                    f" 'general', in the first line; got {' '.join(kind)[:80]!r}"
-                )
-            comments, line = list[str](), file.readline()
-            while line.startswith("%") or line.isspace():
-                comments.append(line)
-                line = file.readline()
-            rows, columns, entries = map(int, line.split())
-            body = _market_entries(file, kind[3])
-        with path.open("rb") as ended:
-            ended.seek(-1, os.SEEK_END)
-            if ended.read() != b"\n":  # a number that was cut short would still be one
-                raise InputError(f"{path}: damaged: ends in the middle of a line")
-    except InputError:
-        raise
-    except (ValueError, OverflowError) as error:
-        raise InputError(f"{path}: not a Matrix Market file, or damaged: {error}") from None
-    if len(body) != entries or min(rows, columns) < 0:
-        raise InputError(f"{path}: damaged: announces {entries} entries and holds {len(body)}")
-    record = "".join(line.removeprefix(COMMENT).rstrip("\n") for line in comments if line.startswith(COMMENT))
-    values = body["real"] + 1j * body["imaginary"] if kind[3] == "complex" else body["real"]
-    parts = {"row": body["row"] - 1, "col": body["column"] - 1, "data": values, "shape": np.array([rows, columns])}
-    tensors = {name: torch.from_numpy(np.ascontiguousarray(part)) for name, part in parts.items()}
-    tensors["data"] = _in_written_dtype(path, tensors["data"], record)
-    return tensors, record or None
-
-
-def _in_written_dtype(path: Path, values: Tensor, record: str) -> Tensor:
-    """The values in the dtype that the record says they were written from, where it says so."""
-    try:
-        name = json.loads(record)["dtype"]
-    except (ValueError, TypeError, KeyError):
-        return values
-    dtype = next((dtype for dtype in FIELDS if str(dtype) == f"torch.{name}"), None)
-    if dtype is None:
-        return values
-    # The digits that `write` makes bring each number back; what moves by more than they leave open wasn't that dtype.
-    back = values.to(dtype)
-    kind = dtype.is_complex, dtype.is_floating_point
-    moved = (back.to(values.dtype) - values).abs() > values.abs() * 1e-8
-    if kind != (values.is_complex(), values.is_floating_point()) or bool(moved.any()):
-        raise InputError(f"{path}: damaged: its record calls its numbers {name}, which they aren't")
-    return back
-
-
-_MARKET_KINDS = (["real", "general"], ["integer", "general"], ["complex", "general"])
-
-
-def _market_entries(file: TextIO, kind: str) -> np.ndarray[Any, Any]:
-    """The lines of a Matrix Market file behind its header: row, column (both counted from 1), real[, imaginary]."""
-    number = "i8" if kind == "integer" else "f8"
-    fields = [("row", "i8"), ("column", "i8"), ("real", number)]
-    fields += [("imaginary", number)] if kind == "complex" else []
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="loadtxt: input contained no data")
-        return np.loadtxt(file, dtype=np.dtype(fields), comments=None, ndmin=1)
+def read(path: Path) -> Raw | TextMatrix:
+    """The matrix in a file; InputError where it isn't one of this format, or is damaged."""
+    return read_market(path)

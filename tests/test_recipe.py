@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping
+from typing import cast
 
 import pytest
 
+from convtool.core.functions import make_function
 from convtool.core.tree import Chain, LayerRef, Sum, Tree
-from convtool.errors import UsageError
+from convtool.errors import InputError, UsageError
+from convtool.files.toml import parse_toml
 from convtool.recipe import Known, LayerFacts, parse_recipe, resolve
+from convtool.recipe.names import Effort, Names
+from convtool.recipe.pattern import parse_pattern
 from convtool.recipes import shipped
 
 CONV = LayerFacts("conv", (8, 4, 3, 5))
@@ -396,8 +401,8 @@ def test_geometry_goes_by_pattern() -> None:
         ('fuse = [{ name = "x", sum = [3] }]', "expected a layer, a list or a table, got 3"),
         ('fuse = [{ name = "x", sum = [{ scale = 2 }] }]', "expected a table with chain or sum, and perhaps scale"),
         ('fuse = [{ name = "x", sum = [{ chain = ["a"], weight = 2 }] }]', "expected a table with chain or sum"),
-        ('fuse = [{ name = "x", sum = [{ chain = ["a"], scale = "2" }] }]', "scale: expected a number, got '2'"),
-        ('fuse = [{ name = "x", sum = [{ chain = ["a"], scale = true }] }]', "scale: expected a number, got True"),
+        ('fuse = [{ name = "x", sum = [{ chain = ["a"], scale = "2" }] }]', "scale: expected a finite number, got '2'"),
+        ('fuse = [{ name = "x", sum = [{ chain = ["a"], scale = true }] }]', "expected a finite number, got True"),
         ('fuse = [{ name = "x", sum = [{ chain = ["a"], alpha = 2 }] }]', "alpha: expected the name of a tensor"),
         ('fuse = [{ name = "x", chain = ["a"], optional = 1 }]', "optional: expected true or false"),
         ('fuse = [{ name = "x", chain = ["a"], in_order = "yes" }]', "in_order: expected true or false"),
@@ -431,6 +436,213 @@ def test_a_pattern_that_fits_several_layers_is_an_error() -> None:
     text = 'fuse = [{ name = "{b}.o", chain = ["{b}.d!", { layer = "{b}.e", like = "{b}.x.*" }] }]'
     layers = {"p.d": CONV, "p.e": CONV, "p.x.1": CONV, "p.x.2": CONV}
     assert "like = '{b}.x.*' (b = 'p') fits 2 layers, expected one" in refused(text, known(layers))
+
+
+# --- recipes that nobody means
+
+
+def pattern(text: str) -> dict[str, object]:
+    return {"fuse": [{"name": "x", "chain": [text, "head"]}]}
+
+
+def nested(depth: int) -> object:
+    inner: object = "a"
+    for _ in range(depth):
+        inner = [inner]
+    return {"fuse": [{"name": "x", "chain": [inner]}]}
+
+
+def scaled(factor: object) -> dict[str, object]:
+    return {"fuse": [{"name": "x", "sum": [{"chain": ["head"], "scale": factor}]}]}
+
+
+def named(name: str) -> dict[str, object]:
+    return {"fuse": [{"name": name, "chain": ["{a}.conv0"]}]}
+
+
+ABSURD: dict[str, tuple[object, str]] = {
+    "thousands of stars": (pattern("*" * 5000), "***...: expected at most 1000 characters, got 5000"),
+    "nearly as many stars as there may be": (pattern("*" * 997), "fits no layer"),
+    "stars and dots": (pattern("*." * 499 + "*"), "fits no layer"),
+    "a variable twice": (pattern("{block}{block}"), "fits no layer"),
+    "variables in a row": (pattern("".join(f"{{v{i}}}" for i in range(100))), "in too many ways to try"),
+    "variables with dots": (pattern(".".join(f"{{{v}}}" for v in "abcdefghijklmnop")), "in too many ways to try"),
+    "variables within a component": (pattern("".join(f"c{{v{i}}}" for i in range(30))), "in too many ways to try"),
+    "any text": (pattern("".join(f"{{{v}|underscored}}" for v in "abcdefgh")), "in too many ways to try"),
+    "rules without end": (
+        {"fuse": [{"name": "x", "chain": ["{p}{i}.x@linear", "b"], "optional": True}] * 3000},
+        "in too many ways to try",
+    ),
+    "lists in lists": (nested(100), "lists and tables more than 32 deep"),
+    "more lists than Python can follow": (nested(100_000), "lists and tables more than 32 deep"),
+    "a layer without end": ({"fuse": [{"name": "x", "chain": ["a?"] * 10**5}]}, "100000 layers in one fusion"),
+    "a huge number": (scaled(10**400), "scale: expected a finite number, got 1000"),
+    "a number of thousands of digits": (scaled(10**5000), "got a number of thousands of digits"),
+    "nan": (scaled(float("nan")), "scale: expected a finite number, got nan"),
+    "infinity": (scaled(float("inf")), "scale: expected a finite number, got inf"),
+    "a large shift": (pattern("{i}.{i+99999999999}"), "expected variables as {block}, {i+1}"),
+    "a digit as a variable": (pattern("{0}"), "expected variables as {block}, {i+1}"),
+    "a variable that is none": (pattern("{_star}.*"), "expected variables as {block}, {i+1}"),
+    "an unknown form": (pattern("{a|upper}"), "expected variables as {block}, {i+1}"),
+    "a size": (
+        {"fuse": [{"name": "x", "chain": ["head"], "input_size": [3, 2**40]}]},
+        "input_size: expected sizes from 1 to 2147483647 such as [3, 32, 32], got [3, 1099511627776]",
+    ),
+    "a NUL": (named("{a}.\0"), "'{a}.\\x00': expected a name without control characters"),
+    "an escape": (pattern("a\x1b[31m"), "'a\\x1b[31m': expected a name without control characters"),
+    "a line break": (pattern("a\nb"), "'a\\nb': expected a name without control characters"),
+    "a star in the name": (named("{a}.*"), "* stands for several; expected a name for one layer"),
+    "a function of what is unbound": (
+        {"fuse": [{"name": "x", "chain": ["head", "scale({b})"]}]},
+        "'scale({b})': {b} is bound by none",
+    ),
+    "an alpha of what is unbound": (
+        {"fuse": [{"name": "x", "sum": [{"chain": ["head"], "alpha": "{b}.alpha"}]}]},
+        "{b} is bound by none of the rule's layers",
+    ),
+    "geometry like that of what is unbound": (
+        {"fuse": [{"name": "x", "chain": [{"layer": "head", "like": "{b}"}]}]},
+        "{b} is bound by none of the rule's layers",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def many() -> Known:
+    """Layers of a large network, and some whose names nobody would give."""
+    ordinary = {f"stage{i}.{j}.conv{k}": CONV for i in range(10) for j in range(12) for k in range(10)}
+    strange = [".".join("a" * 3000), "a" * 9_999, "." * 19_999, "c" * 200, "7" * 5000, "\u00b2.x"]
+    return known({**ordinary, **dict.fromkeys(strange, CONV), "head": LINEAR})
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_an_absurd_recipe_is_refused_in_a_line(case: str, many: Known) -> None:
+    document, message = ABSURD[case]
+    with pytest.raises(UsageError) as caught:
+        resolve(parse_recipe(cast(dict[str, object], document), "r.toml"), many)
+    assert message in str(caught.value)
+    assert len(str(caught.value)) < 600
+    assert str(caught.value).isprintable()
+
+
+def test_how_long_matching_may_take_is_counted_before_it_starts() -> None:
+    """With an effort of so many steps, what would take more isn't begun: nothing here depends on a clock."""
+    names = Names({".".join("a" * 200): CONV, **{f"b{i}.conv": CONV for i in range(100)}})
+    free = parse_pattern("{block}.conv", "r.toml")
+    assert len(names.fits(free, {}, (), Effort(1_000_000))) == 100
+    for text in ("{a}.{b}.{c}.{d}.{e}.{f}.x", "{a}b{b}", "{block}.conv"):
+        effort = Effort(10_000)
+        with pytest.raises(UsageError, match="in too many ways"):
+            names.fits(parse_pattern(text, "r.toml"), {}, (), effort)
+    bound = Effort(20_000)
+    assert names.fits(parse_pattern("{block}.*", "r.toml"), {"block": "b7"}, (), bound) == [("b7.conv", {"*": "conv"})]
+    assert bound.left > 14_000  # names that begin otherwise weren't looked at
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("x = " + "[" * 100_000 + "]" * 100_000, "too many lists and tables inside of each other"),
+        ("x = " + "{a=" * 3000 + "1" + "}" * 3000, "too many lists and tables inside of each other"),
+        (".".join("a" * 20_000) + " = 1", "keys of too many parts"),
+        ("x = { " + ".".join(["'a'"] * 20_000) + " = 1 }", "keys of too many parts"),
+        ("x = " + "9" * 5000, "a number of thousands of digits"),
+        ("#" * (5 << 20), "5242880 characters are too many"),
+        ('x = "' + '\\"' * 300_000, "is not TOML: "),
+        ("x = nothing", "is not TOML: "),
+    ],
+    ids=["lists", "tables", "dots", "quoted dots", "digits", "size", "an open string", "a word"],
+)  # fmt: skip
+def test_toml_that_would_take_gigabytes_or_minutes_is_refused_before_it_is_read(text: str, message: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse_toml(text, "r.toml")
+    assert str(caught.value).startswith("r.toml: ")
+    assert message in str(caught.value)
+
+
+def test_toml_of_many_names_with_dots_is_read() -> None:
+    names = [f"layer{i}.block.{i}.conv.weight.and.more" for i in range(300)]
+    assert parse_toml(f"a.b.c = {names}  # {'.' * 2000}", "r.toml") == {"a": {"b": {"c": names}}}
+
+
+@pytest.mark.parametrize("text", ["avg_pool(1000000)", "upsample(100000)", "unflatten(200,200)"])
+def test_a_layer_without_tensors_isnt_built_where_it_would_take_gigabytes(text: str) -> None:
+    with pytest.raises(UsageError, match="numbers is more than the 268435456 that are built"):
+        make_function(text, 200 * 200, 2)
+
+
+# --- names as wrappers leave them
+
+
+@pytest.mark.parametrize(
+    ("prefix", "inner"),
+    [
+        ("module.", ""),
+        ("_orig_mod.", ""),
+        ("module._orig_mod.", ""),
+        ("net.", "_fsdp_wrapped_module."),
+        ("", "module."),
+    ],
+)
+def test_patterns_see_through_wrappers_and_names_are_written_back(prefix: str, inner: str) -> None:
+    network = {"stem.conv": CONV, "stem.bn": NORM, "head.0": LINEAR, "head.1": LINEAR}
+
+    def written(name: str) -> str:
+        first, _, rest = name.partition(".")
+        return f"{prefix}{first}.{inner}{rest}"
+
+    layers = known({written(name): facts for name, facts in network.items()})
+    within = prefix if prefix == "net." else ""
+    pair = f"{written('stem.conv')} + {written('stem.bn')}"
+    for text, name in (
+        (f'{{ name = "{within}stem.rep", chain = ["{within}stem.conv", "{within}stem.bn"] }}', written("stem.rep")),
+        ('{ name = "{b}.rep", chain = ["{b}.conv", "{b}.bn"] }', written("stem.rep")),
+        ('{ name = "{b}.conv", chain = ["{b}.conv", "{b}.bn"] }', written("stem.conv")),
+        (f'{{ name = "{within}all", chain = ["{within}*.conv", "{within}*.bn"] }}', f"{prefix}all"),
+        ('{ name = "module.{b}.conv", chain = ["module.{b}.conv", "{b}.module.bn"] }', written("stem.conv")),
+    ):
+        assert fusions(f"fuse = [{text}]", layers) == {name: pair}, text
+    linear = '[[fuse]]\nname = "{b}"\nchain = ["{b}.{i}@linear", "{b}.{i+1}!@linear"]'
+    assert fusions(linear, layers) == {f"{prefix}head": f"{written('head.0')} + {written('head.1')}"}
+
+
+def test_a_layer_that_is_wrapped_by_itself_is_seen_through() -> None:
+    layers = known({"a._checkpoint_wrapped_module.conv._orig_mod": CONV, "a._checkpoint_wrapped_module.bn": NORM})
+    pair = "a._checkpoint_wrapped_module.conv._orig_mod + a._checkpoint_wrapped_module.bn"
+    assert fusions(PAIR, layers) == {"a._checkpoint_wrapped_module.conv._orig_mod": pair}
+    other = PAIR.replace('name = "{block}.conv"', 'name = "{block}.rep"')
+    assert fusions(other, layers) == {"a._checkpoint_wrapped_module.rep": pair}
+
+
+def test_names_that_only_wrappers_tell_apart_are_taken_as_they_are_written() -> None:
+    both = {"conv": CONV, "module.conv": CONV, "bn": NORM, "module.bn": NORM}
+    text = 'fuse = [{ name = "module.conv", chain = ["module.conv", "module.bn"] }]'
+    assert "fits several layers" not in str(fusions(text.replace("module.", ""), known(both)))
+    assert fusions(text, known(both)) == {"module.conv": "module.conv + module.bn"}
+    assert fusions(text.replace("module.", ""), known(both)) == {"conv": "conv + bn"}
+
+
+def test_numbers_kernels_and_geometry_are_found_through_wrappers() -> None:
+    text = """
+    [[fuse]]
+    name = "{b}"
+    sum = [
+      ["pad(half({b}))", "{b}"],
+      { chain = [{ layer = "{b}.down!", like = "{b}" }, "{b}.up"], alpha = "{b}.down.alpha" },
+    ]
+    """
+    names = {f"module.c{part}": LayerFacts("conv", (4, 4, 3, 5)) for part in ("", ".down", ".up")}
+    layers = known(names, {"module.c.down.alpha": 2.0})
+    assert fusions(text, layers) == {
+        "module.c": "(pad(1,2) + module.c | module.c.down~module.c + module.c.up + scale(0.5))"
+    }
+
+
+@pytest.mark.parametrize(("shape", "chain"), [((), '["n"]'), ((), '["identity()"]')], ids=["no shape", "no layer"])
+def test_an_alpha_without_a_rank_is_an_error(shape: tuple[int, ...], chain: str) -> None:
+    text = f'fuse = [{{ name = "x", sum = [["c"], {{ chain = {chain}, alpha = "t" }}] }}]'
+    layers = known({"c": CONV, "n": LayerFacts("batch_norm", shape)}, {"t": 2.0})
+    assert "alpha: t goes with no layer whose output channels are known" in refused(text, layers)
 
 
 @pytest.mark.parametrize("name", list(shipped()))

@@ -271,16 +271,18 @@ def _geometry_file(path: Path) -> Any:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file, or stdin for '-'; InputError where it is missing or isn't one."""
-    import tomllib
+    from convtool.files.toml import LARGEST, parse_toml
 
     try:
         if str(path) == STREAM:
-            return tomllib.loads(sys.stdin.buffer.read().decode())
-        with path.open("rb") as file:
-            return tomllib.load(file)
+            data = sys.stdin.buffer.read(4 * LARGEST + 1)
+        else:
+            with path.open("rb") as file:
+                data = file.read(4 * LARGEST + 1)
+        return parse_toml(data.decode(), str(path))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not TOML: {error}") from None

@@ -12,7 +12,7 @@ import torch
 from convtool.core.conv import Conv
 from convtool.core.fields import parse_field
 from convtool.core.geometry import Geometry, format_sizes
-from convtool.core.layers import average_pool, identity, nearest_upsample, zero_pad
+from convtool.core.layers import average_pool, check_numbers, identity, nearest_upsample, zero_pad
 from convtool.core.layers import scale as per_channel
 from convtool.errors import RefusedError, UsageError
 
@@ -140,6 +140,7 @@ def _unflatten(channels: int, axes: int, size: Sequence[int]) -> Conv:
     positions = math.prod(size)
     if len(size) != axes or channels % positions:
         raise UsageError(f"unflatten({format_sizes(size)}): {channels} numbers don't make channels of that size")
+    check_numbers(positions**2, f"unflatten({format_sizes(size)})")
     kernel = torch.eye(positions, dtype=torch.float64).reshape(1, positions, *size)
     geometry = Geometry.of(tuple(size), groups=channels // positions, transposed=True)
     return Conv(kernel.expand(channels // positions, -1, *(-1,) * axes), None, geometry)

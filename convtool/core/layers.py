@@ -12,6 +12,8 @@ from convtool.core.conv import Conv, pointwise
 from convtool.core.geometry import Geometry, Padding, PerAxis, per_axis
 from convtool.errors import RefusedError, UsageError
 
+MOST_NUMBERS = 1 << 28  # of a kernel that is written in a few characters and stored nowhere: 2 GiB in float64
+
 
 def identity(channels: int, axes: int) -> Conv:
     """The layer that changes nothing."""
@@ -51,6 +53,7 @@ def average_pool(
             "an average pooling with padding and count_include_pad=False divides by less at the border, which no"
             " convolution does"
         )
+    check_numbers(channels * math.prod(kernel), "avg_pool")
     weight = torch.full((channels, 1, *kernel), 1.0 / math.prod(kernel), dtype=torch.float64)
     return Conv(weight, None, geometry)
 
@@ -59,6 +62,7 @@ def nearest_upsample(channels: int, axes: int, factor: PerAxis) -> Conv:
     """nn.Upsample(mode='nearest') by whole factors: a transposed depthwise convolution of ones, kernel = stride."""
     factors = per_axis("factor", factor, axes, least=1)
     geometry = Geometry.of(factors, stride=factors, groups=channels, transposed=True)
+    check_numbers(channels * math.prod(factors), "upsample")
     return Conv(torch.ones(channels, 1, *factors, dtype=torch.float64), None, geometry)
 
 
@@ -66,6 +70,12 @@ def zero_pad(channels: int, axes: int, padding: Padding) -> Conv:
     """nn.ZeroPad (F.pad with zeros): an identity that pads."""
     geometry = Geometry.of((1,) * axes, padding=padding, groups=channels)
     return Conv(torch.ones(channels, 1, *(1,) * axes, dtype=torch.float64), None, geometry)
+
+
+def check_numbers(count: int, layer: str) -> None:
+    """UsageError where a layer without tensors would need a kernel of more numbers than anyone means."""
+    if count > MOST_NUMBERS:
+        raise UsageError(f"{layer}: a kernel of {count} numbers is more than the {MOST_NUMBERS} that are built")
 
 
 def linear_after_flatten(weight: Tensor, bias: Tensor | None, size: Sequence[int]) -> Conv:

@@ -34,18 +34,22 @@ A pattern that fits nothing, a branch that is partly there and a layer used twic
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from convtool.core.fields import FieldSource, parse_tables
+from convtool.core.geometry import LARGEST
 from convtool.core.tree import Chain, Sum, Tree, leaves
 from convtool.errors import UsageError
-from convtool.recipe.pattern import Pattern, parse_pattern, variables_of
+from convtool.recipe.pattern import Pattern, check_text, parse_pattern, shortened, shown, variables_of
 
 Plan: TypeAlias = Tree[Pattern]
 
 ALPHA = "alpha"
+DEEPEST = 32  # lists and tables inside of each other
+MOST_LAYERS = 1000  # of one fusion
 _ABOUT = ("optional", "where", "unless", "input_size", "in_order")  # what a rule says besides its layers
 
 
@@ -86,7 +90,9 @@ def parse_recipe(document: Mapping[str, Any], origin: str) -> Recipe:
     """A recipe from its TOML document; UsageError where it is malformed."""
     unknown = document.keys() - {"fuse", "geometry", "about"}
     if unknown:
-        raise UsageError(f"{origin}: unknown key {sorted(unknown)[0]!r}; expected [[fuse]] tables and [geometry]")
+        raise UsageError(
+            f"{origin}: unknown key {shortened(sorted(unknown)[0])!r}; expected [[fuse]] tables and [geometry]"
+        )
     tables = document.get("fuse", [])
     if not isinstance(tables, list) or not tables:
         raise UsageError(f"{origin}: expected at least one [[fuse]] table")
@@ -103,12 +109,15 @@ def _parse_rule(table: object, where: str) -> Rule:
     unknown = table.keys() - {"name", "chain", "sum", "scale", "alpha", *_ABOUT}
     if unknown:
         raise UsageError(
-            f"{where}: unknown key {sorted(unknown)[0]!r}; expected name, chain or sum, scale, alpha, optional, where,"
-            " unless, input_size, in_order"
+            f"{where}: unknown key {shortened(sorted(unknown)[0])!r}; expected name, chain or sum, scale, alpha,"
+            f" {', '.join(_ABOUT)}"
         )
     name, optional = table.get("name"), table.get("optional", False)
     if not isinstance(name, str) or not name:
         raise UsageError(f"{where}: expected name = the fused layer's name")
+    check_text(name, f"{where}: name")
+    if "*" in name:
+        raise UsageError(f"{where}: name: {shortened(name)}: * stands for several; expected a name for one layer")
     in_order = table.get("in_order", False)
     for key, value in (("optional", optional), ("in_order", in_order)):
         if not isinstance(value, bool):
@@ -125,50 +134,66 @@ def _parse_rule(table: object, where: str) -> Rule:
 def _parse_input_size(value: object, where: str) -> tuple[int, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or not value or any(type(size) is not int or size < 1 for size in value):
-        raise UsageError(f"{where}: input_size: expected sizes such as [3, 32, 32], got {value!r}")
+    if not isinstance(value, list) or not value or not all(map(_is_size, value)):
+        got = shown(value)
+        raise UsageError(f"{where}: input_size: expected sizes from 1 to {LARGEST} such as [3, 32, 32], got {got}")
     return tuple(value)
 
 
-def _parse_part(part: object, where: str) -> Plan:
+def _is_size(value: object) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST
+
+
+def _parse_part(part: object, where: str, depth: int = 0) -> Plan:
+    if depth > DEEPEST:
+        raise UsageError(f"{where}: lists and tables more than {DEEPEST} deep inside of each other")
     if isinstance(part, str):
         return parse_pattern(part, where)
     if isinstance(part, list):
         if not part:
             raise UsageError(f"{where}: expected at least one layer in each chain")
-        return Chain(tuple(_parse_part(item, where) for item in part))
+        return Chain(tuple(_parse_part(item, where, depth + 1) for item in part))
     if isinstance(part, dict):
-        return _parse_like(part, where) if "layer" in part else _parse_table(part, where)
-    raise UsageError(f"{where}: expected a layer, a list or a table, got {part!r}")
+        return _parse_like(part, where) if "layer" in part else _parse_table(part, where, depth)
+    raise UsageError(f"{where}: expected a layer, a list or a table, got {shown(part)}")
 
 
 def _parse_like(part: Mapping[str, object], where: str) -> Pattern:
     layer, like = part["layer"], part.get("like", "")
     if part.keys() - {"layer", "like"} or not isinstance(layer, str) or not isinstance(like, str):
-        raise UsageError(f"{where}: expected {{ layer = PATTERN, like = PATTERN }}, got {sorted(part)}")
-    return parse_pattern(layer, where, like)
+        raise UsageError(f"{where}: expected {{ layer = PATTERN, like = PATTERN }}, got {_keys(part)}")
+    return parse_pattern(layer, where, parse_pattern(like, where) if "like" in part else None)
 
 
-def _parse_table(part: Mapping[str, object], where: str) -> Plan:
+def _parse_table(part: Mapping[str, object], where: str, depth: int) -> Plan:
     keys = [key for key in ("chain", "sum") if key in part]
     if len(keys) != 1 or part.keys() - {"chain", "sum", "scale", "alpha"}:
-        raise UsageError(f"{where}: expected a table with chain or sum, and perhaps scale, got {sorted(part)}")
+        raise UsageError(f"{where}: expected a table with chain or sum, and perhaps scale, got {_keys(part)}")
     items = part[keys[0]]
     if not isinstance(items, list) or not items:
         raise UsageError(f"{where}: {keys[0]}: expected a list of layers or branches")
-    parts = tuple(_parse_part(item, where) for item in items)
+    parts = tuple(_parse_part(item, where, depth + 1) for item in items)
     tree: Plan = Chain(parts) if keys[0] == "chain" else Sum(parts)
     if "alpha" in part:
         tensor = part["alpha"]
         if not isinstance(tensor, str) or not tensor:
-            raise UsageError(f"{where}: alpha: expected the name of a tensor, got {tensor!r}")
+            raise UsageError(f"{where}: alpha: expected the name of a tensor, got {shown(tensor)}")
+        check_text(tensor, f"{where}: alpha")
         tree = Chain((tree, Pattern(f"{ALPHA}({tensor})", written=f"alpha({tensor})")))
     if "scale" in part:
-        factor = part["scale"]
-        if isinstance(factor, bool) or not isinstance(factor, int | float):
-            raise UsageError(f"{where}: scale: expected a number, got {factor!r}")
-        tree = Chain((tree, Pattern(f"scale({float(factor)!r})")))
+        tree = Chain((tree, Pattern(f"scale({_factor(part['scale'], where)!r})")))
     return tree
+
+
+def _factor(value: object, where: str) -> float:
+    """A finite number of float64."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
+        return float(value)
+    raise UsageError(f"{where}: scale: expected a finite number, got {shown(value)}")
+
+
+def _keys(part: Mapping[str, object]) -> str:
+    return shortened(", ".join(sorted(part)))
 
 
 def _parse_patterns(texts: object, where: str) -> tuple[Pattern, ...]:
@@ -179,18 +204,29 @@ def _parse_patterns(texts: object, where: str) -> tuple[Pattern, ...]:
 
 def _check_variables(rule: Rule, where: str) -> None:
     """One layer alone has to bind all of a rule's variables, and the name may use no others."""
-    named = [pattern for pattern in leaves(rule.tree) if not pattern.is_function]
+    layers = list(leaves(rule.tree))
+    if len(layers) > MOST_LAYERS:
+        raise UsageError(f"{where}: {len(layers)} layers in one fusion; expected at most {MOST_LAYERS}")
+    named = [pattern for pattern in layers if not pattern.is_function]
     if not named:
         raise UsageError(f"{where}: expected the name of a layer")
     variables = {variable for pattern in named for variable in variables_of(pattern.text)}
-    for text in (rule.name, *(pattern.text for pattern in (*rule.where, *rule.unless))):
+    for text in texts_of(rule):
         unbound = sorted(variables_of(text) - variables)
         if unbound:
-            raise UsageError(f"{where}: {text!r}: {{{unbound[0]}}} is bound by none of the rule's layers")
+            raise UsageError(f"{where}: {shortened(text)!r}: {{{unbound[0]}}} is bound by none of the rule's layers")
     if not any(variables_of(pattern.text) == variables for pattern in anchors_of(rule)):
         raise UsageError(f"{where}: expected a layer that holds all of {', '.join(sorted(variables))}")
 
 
+def texts_of(rule: Rule) -> list[str]:
+    """Everything in a rule that may hold variables."""
+    patterns = [*leaves(rule.tree), *rule.where, *rule.unless]
+    liked = [pattern.like.text for pattern in patterns if pattern.like is not None]
+    return [rule.name, *(pattern.text for pattern in patterns), *liked]
+
+
 def anchors_of(rule: Rule) -> list[Pattern]:
+    """The layers that say what is to be fused."""
     named = [pattern for pattern in leaves(rule.tree) if not pattern.is_function]
     return [pattern for pattern in named if pattern.anchor] or named

@@ -1,9 +1,9 @@
-"""One pattern of a recipe: how it is written, and which names it fits with which values of its variables."""
+"""One pattern of a recipe as it is written: the layer's name with variables, and its marks."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,9 +14,10 @@ from convtool.errors import UsageError
 Binding: TypeAlias = Mapping[str, str]
 
 KINDS = ("conv", "linear", "batch_norm", "scale")
-VARIABLE = re.compile(r"\{(\w+)(?:\+(\d+)|\|(\w+))?\}")
-_TOKEN = re.compile(r"\{(\w+)(?:\+(\d+)|\|(\w+))?\}|(\*)|([^{*]+)|(\{)")
+LONGEST = 1000  # characters of a pattern or a name
+VARIABLE = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)(?:\+([0-9]{1,9})|\|(underscored))?\}")
 _MARKS = re.compile(r"(?P<text>.*?)(?P<marks>[?!]*)(?:@(?P<kind>\w+))?", re.DOTALL)
+_SHOWN = 100  # characters of what a recipe says that a message repeats
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class Pattern:
         kind: of the layers that it fits; '' for any.
         optional: marked with ?.
         anchor: marked with !.
-        like: the pattern of the layer whose geometry it takes, or ''.
+        like: the layer whose geometry it takes, or None.
         written: as it stands in the recipe.
     """
 
@@ -38,7 +39,7 @@ class Pattern:
     kind: str = ""
     optional: bool = False
     anchor: bool = False
-    like: str = ""
+    like: Pattern | None = None
     written: str = ""
 
     @property
@@ -46,11 +47,13 @@ class Pattern:
         return is_function(self.text)
 
     def __str__(self) -> str:
-        return self.written or self.text
+        return shortened(self.written or self.text)
 
 
-def parse_pattern(text: str, where: str, like: str = "") -> Pattern:
+def parse_pattern(text: str, where: str, like: Pattern | None = None) -> Pattern:
+    """A pattern from its text; UsageError, which begins with `where`, where it is malformed."""
     if is_function(text):
+        check_text(text, where)
         return Pattern(text)
     match = _MARKS.fullmatch(text)
     assert match is not None
@@ -58,17 +61,48 @@ def parse_pattern(text: str, where: str, like: str = "") -> Pattern:
     source, colon, name = name.rpartition(":")
     if not name:
         raise UsageError(f"{where}: expected the name of a layer, got {text!r}" if text else f"{where}: an empty name")
+    check_text(text, where)
     if kind and kind not in KINDS:
-        raise UsageError(f"{where}: {text}: expected a kind of {', '.join(KINDS)}, got {kind!r}")
-    if len(set(marks)) < len(marks) or len(marks) > 1:
-        raise UsageError(f"{where}: {text}: expected one ? or ! at most")
-    if "{" in VARIABLE.sub("", name) or "}" in VARIABLE.sub("", name):
-        raise UsageError(f"{where}: {text}: expected variables as {{block}}, {{i+1}} or {{block|underscored}}")
+        raise UsageError(f"{where}: {shortened(text)}: expected a kind of {', '.join(KINDS)}, got {shortened(kind)!r}")
+    if len(marks) > 1:
+        raise UsageError(f"{where}: {shortened(text)}: expected one ? or ! at most")
     return Pattern(name, source if colon else BASE, kind, "?" in marks, "!" in marks, like, text)
 
 
+def check_text(text: str, where: str) -> None:
+    """UsageError where a name or a pattern is too long, holds what no name does, or has malformed variables."""
+    if len(text) > LONGEST:
+        raise UsageError(f"{where}: {shortened(text)}: expected at most {LONGEST} characters, got {len(text)}")
+    if not text.isprintable():
+        raise UsageError(f"{where}: {shortened(text)!r}: expected a name without control characters")
+    plain = VARIABLE.sub("", text)
+    if "{" in plain or "}" in plain:
+        raise UsageError(
+            f"{where}: {shortened(text)}: expected variables as {{block}}, {{i+1}} or {{block|underscored}}"
+        )
+
+
+def shortened(text: str) -> str:
+    """The text, or its beginning and '...' where a message would be all of it."""
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def shown(value: object) -> str:
+    """A value of a recipe as a message repeats it."""
+    try:
+        return shortened(repr(value))
+    except ValueError:  # an integer of thousands of digits
+        return "a number of thousands of digits"
+
+
 def variables_of(text: str) -> set[str]:
+    """The variables in a text."""
     return {match[1] for match in VARIABLE.finditer(text)}
+
+
+def counted_in(text: str) -> set[str]:
+    """Those of them that are numbers, as something is added to them."""
+    return {match[1] for match in VARIABLE.finditer(text) if match[2]}
 
 
 def filled(text: str, binding: Binding) -> str:
@@ -81,53 +115,3 @@ def filled(text: str, binding: Binding) -> str:
         return bound.replace(".", "_") if match[3] else bound
 
     return VARIABLE.sub(value, text)
-
-
-def values_of(match: re.Match[str], shifts: Sequence[tuple[str, int]]) -> dict[str, str] | None:
-    """The variables' values in a match; None where {i+1} doesn't go with {i}."""
-    values = {"*" if key == "_star" else key: value for key, value in match.groupdict().items()}
-    for variable, shift in shifts:
-        number = int(values.pop(f"_{shift}_{variable}")) - shift
-        if number < 0 or values.setdefault(variable, str(number)) != str(number):
-            return None
-    return values
-
-
-def expression(text: str, binding: Binding, numbers: set[str]) -> tuple[re.Pattern[str], list[tuple[str, int]]]:
-    """The pattern as a regular expression with a group per unbound variable, and the variables met with an offset."""
-    parts: list[str] = []
-    seen: set[str] = set()
-    shifts: list[tuple[str, int]] = []
-    for match in _TOKEN.finditer(text):
-        variable, shift, form, star, literal, brace = match.groups()
-        if literal is not None or brace is not None:
-            parts.append(re.escape(literal or brace))
-        elif star:
-            parts.append(_group("_star", "[^.]+", seen) if "*" not in binding else re.escape(binding["*"]))
-        elif variable in binding:
-            value = binding[variable]
-            value = str(int(value) + int(shift)) if shift else value.replace(".", "_") if form else value
-            parts.append(re.escape(value))
-        elif shift:
-            parts.append(_group(f"_{int(shift)}_{variable}", r"\d+", seen))
-            shifts.append((variable, int(shift)))
-        else:
-            inner = r"\d+" if variable in numbers else ".+" if form else _stands_for(text, match)
-            parts.append(_group(variable, inner, seen))
-    return re.compile("".join(parts), re.DOTALL), shifts
-
-
-def _stands_for(text: str, match: re.Match[str]) -> str:
-    """What a variable can be, by what stands beside it."""
-    before, after = text[: match.start()][-1:], text[match.end() :][:1]
-    if before not in ("", "."):
-        return "[^.]*"  # the rest of a component: conv{i}
-    # Whole components; where text follows directly, perhaps none, and then without the dot that goes with them.
-    return ".+" if after in ("", ".") else r"(?:.+\.)?"
-
-
-def _group(name: str, inner: str, seen: set[str]) -> str:
-    if name in seen:
-        return f"(?P={name})"
-    seen.add(name)
-    return f"(?P<{name}>{inner})"

@@ -13,20 +13,13 @@ from convtool.core.functions import is_function
 from convtool.core.geometry import format_sizes
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import UsageError
-from convtool.recipe.language import ALPHA, Plan, Recipe, Rule, anchors_of
-from convtool.recipe.pattern import (
-    VARIABLE,
-    Binding,
-    Pattern,
-    expression,
-    filled,
-    parse_pattern,
-    values_of,
-    variables_of,
-)
+from convtool.recipe.language import ALPHA, Plan, Recipe, Rule, anchors_of, texts_of
+from convtool.recipe.names import Effort, Layers, Names
+from convtool.recipe.pattern import VARIABLE, Binding, Pattern, counted_in, filled, shortened, shown, variables_of
 
 Ref: TypeAlias = Tree[LayerRef]
 
+_SHOWN = 8  # parts of a chain or a sum that a message repeats
 _ASKED = re.compile(r"\b(kernel|half|stride)\(([^()]*)\)")
 
 
@@ -37,18 +30,6 @@ class PlannedFusion:
     name: str
     tree: Ref
     input_size: tuple[int, ...] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LayerFacts:
-    """What a recipe asks about a layer: its kind, and the shape of its weight ((C_out, C_in, *kernel); () for none)."""
-
-    kind: str
-    shape: tuple[int, ...] = ()
-
-
-# Layers by the source that they come from, and by name.
-Layers: TypeAlias = Mapping[str, Mapping[str, LayerFacts]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +60,9 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
     if known.strength != 1 and not any(_is_alpha(part) for rule in recipe.rules for part in leaves(rule.tree)):
         raise UsageError(f"{recipe.origin}: nothing in it has an alpha that a strength could go with")
     planned: list[PlannedFusion] = []
+    names, effort = {source: Names(layers) for source, layers in known.layers.items()}, Effort()
     for rule in recipe.rules:
-        found = list(_Resolution(rule, known, recipe.origin).fusions())
+        found = list(_Resolution(rule, known, recipe.origin, names, effort).fusions())
         if not found and not rule.optional:
             raise UsageError(f"{recipe.origin}: {_text(rule.tree)} fits no layer")
         planned += found
@@ -95,10 +77,11 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
 class _Resolution:
     """One rule held against the layers of the checkpoints."""
 
-    def __init__(self, rule: Rule, known: Known, origin: str) -> None:
-        self.rule, self.known, self.origin = rule, known, origin
+    def __init__(self, rule: Rule, known: Known, origin: str, names: Mapping[str, Names], effort: Effort) -> None:
+        self.rule, self.known, self.origin, self.names, self.effort = rule, known, origin, names, effort
         self.spellings: dict[str, dict[str, set[str]]] = {}
-        self.numbers = {match[1] for text in self._texts() for match in VARIABLE.finditer(text) if match[2]}
+        self.numbers = {variable for text in texts_of(rule) for variable in counted_in(text)}
+        self.places = {name: number for number, name in enumerate(known.layers[BASE])}
 
     def fusions(self) -> Iterator[PlannedFusion]:
         for binding in self._bindings():
@@ -110,10 +93,12 @@ class _Resolution:
             if tree is not None:
                 if self.rule.in_order and self.known.ordered:
                     self._check_order(tree)
-                yield PlannedFusion(filled(self.rule.name, binding), tree, self.rule.input_size)
+                near = (ref.name for ref in leaves(tree) if ref.source == BASE and not is_function(ref.name))
+                name = self.names[BASE].write(filled(self.rule.name, binding), near)
+                yield PlannedFusion(name, tree, self.rule.input_size)
 
     def _check_order(self, tree: Ref) -> None:
-        places = {name: number for number, name in enumerate(self.known.layers[BASE])}
+        places = self.places
         names = [ref.name for ref in leaves(tree) if ref.source == BASE and ref.name in places]
         for one, other in itertools.pairwise(names):
             if places[other] < places[one]:
@@ -149,10 +134,10 @@ class _Resolution:
                 continue
             spelled = self._spellings(variable).get(values[variable], set())
             if len(spelled) != 1:
-                where = f"{self.origin}: {pattern.source}:{name}"
+                where = f"{self.origin}: {shortened(f'{pattern.source}:{name}'.removeprefix(':'))}"
                 if not spelled:
-                    raise UsageError(f"{where}: no layer is called {values[variable]!r}, with _ for dots")
-                raise UsageError(f"{where}: {values[variable]!r} could be {' or '.join(sorted(spelled))}")
+                    raise UsageError(f"{where}: no layer is called {shown(values[variable])}, with _ for dots")
+                raise UsageError(f"{where}: {shown(values[variable])} could be {' or '.join(sorted(spelled))}")
             (plain[variable],) = spelled
         return plain
 
@@ -237,10 +222,11 @@ class _Resolution:
             )
         like = ""
         if names and pattern.like:
-            liked = self._fits(parse_pattern(pattern.like, self.origin), binding)
+            liked = self._fits(pattern.like, binding)
             if len(liked) != 1:
                 raise UsageError(
-                    f"{self.origin}: like = {pattern.like!r}{_where(binding)} fits {len(liked)} layers, expected one"
+                    f"{self.origin}: like = {str(pattern.like)!r}{_where(binding)} fits {len(liked)} layers,"
+                    " expected one"
                 )
             like = liked[0][0]
         return [LayerRef(name, pattern.source, like) for name in names]
@@ -251,61 +237,51 @@ class _Resolution:
             return made
         source, _, tensor = made.name.removeprefix(f"{ALPHA}(").removesuffix(")").rpartition(":")
         optional = tensor.endswith("?")
-        alpha = self.known.number(source, tensor.removesuffix("?"))
+        alpha = self.known.number(source, self._tensor(source, tensor.removesuffix("?")))
         if alpha is None and not optional:
             raise UsageError(f"{self.origin}: alpha: there is no tensor {source}:{tensor} of one number")
-        first = next(ref for part in chain for ref in leaves(part) if not is_function(ref.name))
-        rank = self.known.layers[first.source][first.name].shape[0]
+        layers = (ref for part in chain for ref in leaves(part) if not is_function(ref.name))
+        shapes = (self.known.layers[ref.source][ref.name].shape for ref in layers)
+        rank = next((shape[0] for shape in shapes if shape), 0)
+        if not rank:
+            raise UsageError(f"{self.origin}: alpha: {tensor} goes with no layer whose output channels are known")
         # An alpha of 0 is how the trainers that write these files say that none was set.
         factor = self.known.strength * (alpha / rank if alpha else 1.0)
         return None if factor == 1 and not alpha else LayerRef(f"scale({factor!r})")
+
+    def _tensor(self, source: str, name: str) -> str:
+        """A tensor's full name as the checkpoint writes it."""
+        layer, _, last = name.rpartition(".")
+        written = self.names[source].find(layer) if source in self.names else None
+        return name if written is None else f"{written}.{last}" if written else last
 
     def _asked(self, text: str) -> str:
         """kernel(LAYER), half(LAYER) and stride(LAYER) inside of a function's arguments, as numbers."""
 
         def answer(match: re.Match[str]) -> str:
             question, name = match.groups()
-            facts = self.known.layers[BASE].get(name)
-            if facts is None or facts.kind != "conv":
-                raise UsageError(f"{self.origin}: {text}: there is no convolution {name}")
+            layer = self.names[BASE].find(name)
+            if layer is None or self.known.layers[BASE][layer].kind != "conv":
+                raise UsageError(f"{self.origin}: {shortened(text)}: there is no convolution {shortened(name)}")
             if question == "stride":
-                stride = self.known.fields(name).get("stride", 1)
+                stride = self.known.fields(layer).get("stride", 1)
                 return str(stride) if isinstance(stride, int) else format_sizes(stride)
-            kernel = facts.shape[2:]
+            kernel = self.known.layers[BASE][layer].shape[2:]
             return format_sizes(kernel if question == "kernel" else (k // 2 for k in kernel))
 
         return _ASKED.sub(answer, text)
 
-    def _filled(self, text: str, binding: Binding) -> str:
-        def value(match: re.Match[str]) -> str:
-            bound = binding[match[1]]
-            if match[2]:
-                return str(int(bound) + int(match[2]))
-            return bound.replace(".", "_") if match[3] else bound
-
-        return VARIABLE.sub(value, text)
-
     def _fits(self, pattern: Pattern, binding: Binding) -> list[tuple[str, dict[str, str]]]:
         """Layers that a pattern fits under a binding, each with the values of its variables and its *."""
-        if pattern.source not in self.known.layers:
+        if pattern.source not in self.names:
+            source = shortened(pattern.source)
             raise UsageError(
-                f"{self.origin}: {pattern}: no checkpoint of that name; give one with --with {pattern.source}=FILE"
+                f"{self.origin}: {pattern}: no checkpoint of that name; give one with --with {source}=FILE"
             )
-        layers = self.known.layers[pattern.source]
-        if "*" not in pattern.text and variables_of(pattern.text) <= binding.keys():  # one name: no need to search
-            name = filled(pattern.text, binding)
-            fits = name in layers and pattern.kind in ("", layers[name].kind)
-            return [(name, {})] if fits else []
-        regex, shifts = expression(pattern.text, binding, self.numbers)
-        found = []
-        for name, facts in layers.items():
-            if pattern.kind and pattern.kind != facts.kind:
-                continue
-            match = regex.fullmatch(name)
-            values = None if match is None else values_of(match, shifts)
-            if values is not None:
-                found.append((name, values))
-        return found
+        try:
+            return self.names[pattern.source].fits(pattern, binding, self.numbers, self.effort)
+        except UsageError as error:
+            raise UsageError(f"{self.origin}: {error}") from None
 
 
 def _direct_layers(plan: Plan) -> list[Pattern]:
@@ -351,16 +327,22 @@ def _check_claims(planned: Sequence[PlannedFusion], origin: str) -> None:
 
 def _natural(text: str) -> tuple[tuple[int, str], ...]:
     """Sorts '10' behind '9'."""
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", text))
+    parts = re.split(r"([0-9]+)", text)
+    # Numbers by their length first, so that none has to be made of a thousand digits.
+    return tuple(
+        (len(part.lstrip("0")), part.lstrip("0")) if part.isascii() and part.isdigit() else (-1, part) for part in parts
+    )
 
 
 def _where(binding: Binding) -> str:
-    values = ", ".join(f"{name} = {value!r}" for name, value in binding.items())
+    values = ", ".join(f"{name} = {shown(value)}" for name, value in binding.items())
     return f" ({values})" if values else ""
 
 
 def _text(plan: Plan) -> str:
+    """A part of a recipe in words: all of it, or its beginning."""
     if isinstance(plan, Pattern):
         return str(plan)
-    inner = ", ".join(_text(part) for part in plan.parts)
-    return f"[{inner}]" if isinstance(plan, Chain) else f"sum[{inner}]"
+    inner = ", ".join(_text(part) for part in plan.parts[:_SHOWN])
+    more = ", ..." if len(plan.parts) > _SHOWN else ""
+    return f"{'' if isinstance(plan, Chain) else 'sum'}[{inner}{more}]"

@@ -1,0 +1,30 @@
+"""TOML from anyone: what would take tomllib gigabytes or minutes is told before it is read."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any
+
+from convtool.errors import InputError
+
+LARGEST = 4 << 20  # characters of a file; tomllib reads some 500,000 in a second
+_DOTS = 1_000_000  # dots of a line, squared and summed: a key of n parts takes tomllib n**2 / 2 steps, and places
+# Strings and comments; what isn't closed counts to the end of its line, so that no character is looked at twice.
+_APART = re.compile(r'"(?:[^"\\\n]|\\.)*+"?|\'[^\'\n]*+\'?|#[^\n]*+')
+
+
+def parse_toml(text: str, where: str) -> dict[str, Any]:
+    """The document; InputError, which begins with `where`, where it is none, or is larger or deeper than is read."""
+    if len(text) > LARGEST:
+        raise InputError(f"{where}: {len(text)} characters are too many for a recipe or a geometry file")
+    if sum(line.count(".") ** 2 for line in _APART.sub("", text).splitlines()) > _DOTS:
+        raise InputError(f"{where}: has keys of too many parts")
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise InputError(f"{where}: has too many lists and tables inside of each other") from None
+    except tomllib.TOMLDecodeError as error:
+        raise InputError(f"{where}: is not TOML: {error}") from None
+    except ValueError:  # Python reads no integer of more than 4300 digits
+        raise InputError(f"{where}: has a number of thousands of digits") from None

@@ -178,15 +178,20 @@ def test_progress_shows_on_a_terminals_stderr_after_a_while_and_vanishes(monkeyp
             if self.interval == 0:
                 self.function()
 
-    def shown(stream: io.StringIO, unit: output.Unit = "bytes", patience: float = 0, **more: str) -> str:
+    stdout = sys.stdout
+
+    def shown(
+        stream: io.StringIO, unit: output.Unit = "bytes", patience: float = 0, total: int | None = 8 << 20, **more: str
+    ) -> str:
         for name, value in {"COLUMNS": "80", "TERM": "xterm", "NO_COLOR": "1", **more}.items():
             monkeypatch.setenv(name, value)
         with monkeypatch.context() as patch:
             patch.setattr(output, "PATIENCE", patience)
             patch.setattr("convtool.cli.output.threading.Timer", Clock)
             patch.setattr(sys, "stderr", stream)
-            with output.Reporter("test").progress("writing [x].npz", 8 << 20, unit) as advance:
+            with output.Reporter("test").progress("writing [x].npz", total, unit) as advance:
                 advance(1 << 20)
+                assert (sys.stdout, sys.stderr) == (stdout, stream)  # others may be replacing them meanwhile
                 advance(1 << 20)
         return stream.getvalue()
 
@@ -194,6 +199,7 @@ def test_progress_shows_on_a_terminals_stderr_after_a_while_and_vanishes(monkeyp
     assert "writing [x].npz" in text
     assert "/8.0 MiB" in text
     assert text.endswith("\x1b[1A\x1b[2K")  # the bar's line is erased
+    assert "writing [x].npz" in shown(Terminal(), total=None)
     assert "/8388608" in shown(Terminal(), "items")
     assert " 25%" in shown(Terminal(), "share")
     assert shown(Terminal(), patience=60) == ""  # over before anyone wondered

@@ -87,7 +87,7 @@ def command(
 
         parse_dtype(dtype, "--dtype", FLOATS)
         size = None if shard_size is None else _parse_size(shard_size)
-        opened = sources.open(checkpoint)
+        opened = sources.open(checkpoint, reporter)
         check_output(out, force=force or dry_run, source=opened, shard_size=size)
         flat = out.suffix == ".safetensors" or is_folder(out, opened, size)
         left_out = opened.left_out if sources.root is not None and flat else []

@@ -100,8 +100,8 @@ def command(
             raise UsageError("expected -o OUT, the new checkpoint")
         wanted.check(sources.model)
         recipe = wanted.find_recipe()
-        opened = sources.open(checkpoint)
-        checkpoints = {BASE: opened, **open_others(sources_given)}
+        opened = sources.open(checkpoint, reporter)
+        checkpoints = {BASE: opened, **open_others(reporter, sources_given, mapped=not sources.no_mmap)}
         check_output(out, force=force or dry_run, source=opened)
         found = _find(reporter, wanted, recipe, checkpoints, sources)
         planned, left_alone = _plan(reporter, wanted, found, checkpoints, rounded)

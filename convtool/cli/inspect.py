@@ -71,7 +71,7 @@ def command(
         from convtool.cli.model import read_model, runs_of_layers
         from convtool.core.fields import FieldSource
 
-        opened = sources.open(checkpoint)
+        opened = sources.open(checkpoint, reporter)
         record = opened.record
         found = read_model(sources.model, sources.model_args, opened, reporter)
         fields = sources.fields(None if found is None else found[1].geometry)

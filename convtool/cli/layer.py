@@ -11,21 +11,15 @@ from convtool.cli import complete
 from convtool.cli.options import (
     CheckpointPath,
     Dilation,
-    GeometryFile,
     Groups,
     InputSize,
-    Model,
-    ModelArgs,
-    NoMmap,
     OutputPadding,
     Padding,
     PaddingModeOption,
-    Root,
-    Settings,
+    SourceOptions,
     Stride,
     Transposed,
     check_used,
-    field_sources,
     parse_input_size,
     single_layer_fields,
 )
@@ -71,18 +65,6 @@ class LayerOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class SourceOptions:
-    """Where fields may come from besides, and how the checkpoint is opened: as typed."""
-
-    geometry: GeometryFile = None
-    model: Model = None
-    model_args: ModelArgs = None
-    settings: Settings = None
-    root: Root = None
-    no_mmap: NoMmap = False
-
-
-@dataclass(frozen=True, slots=True)
 class LayerAtSize:
     """A layer and the size of its input.
 
@@ -125,22 +107,15 @@ def lower_layer(
     Raises:
         UsageError, InputError: what opening a checkpoint and lowering a layer raise; or an input size is missing.
     """
-    from convtool.checkpoint import open_checkpoint
     from convtool.checkpoint.chain import lower_chain
-    from convtool.cli.model import model_fields
     from convtool.core.fields import geometry_fields
     from convtool.core.verify import split_input_size
 
     size = parse_input_size(wanted.input_size)
-    opened = open_checkpoint(wanted.checkpoint, given.root, mapped=not given.no_mmap)
+    opened = given.open(wanted.checkpoint, reporter)
     found = opened.layer(wanted.layer)
     fields = wanted.fields
-    sources = field_sources(
-        given.geometry,
-        given.settings,
-        {found.name: fields} if fields else {},
-        model_fields(given.model, given.model_args, opened, reporter),
-    )
+    sources = given.fields(given.of_model(opened, reporter), {found.name: fields} if fields else {})
     check_used(sources, list(opened.layers))
     axes = found.spatial_axes
     if axes is None and found.kind == "batch_norm":

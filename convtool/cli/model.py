@@ -134,7 +134,7 @@ def plan_for(
         bias = checkpoint.layer(found.names[name]).tensors.get("bias") if name in found.names else None
         return bias is None or bool(checkpoint.tensor(bias.name).count_nonzero())
 
-    with contextlib.redirect_stdout(sys.stderr):
+    with reporter.progress("following the model", None), contextlib.redirect_stdout(sys.stderr):
         made = plan(
             model,
             input_size,
@@ -156,6 +156,7 @@ def whole_model(
     before: Checkpoint,
     after: Checkpoint,
     seed: int,
+    reporter: Reporter,
 ) -> dict[str, Any] | None:
     """Both networks' outputs held against each other, as a JSON document; None where nobody asked for it.
 
@@ -168,7 +169,7 @@ def whole_model(
         raise UsageError("--model-input: goes with --model")
     from convtool.model.whole import MOST, compare_whole
 
-    with contextlib.redirect_stdout(sys.stderr):
+    with reporter.progress("running the model", None), contextlib.redirect_stdout(sys.stderr):
         report = compare_whole(lambda: load(model, arguments, in_memory=True), before, after, input_size, seed=seed)
     return {
         "input_size": list(report.input_size),

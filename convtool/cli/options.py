@@ -160,11 +160,9 @@ class SourceOptions:
     root: Root = None
     no_mmap: NoMmap = False
 
-    def open(self, path: Path) -> Checkpoint:
+    def open(self, path: Path, reporter: Reporter) -> Checkpoint:
         """The checkpoint at that path."""
-        from convtool.checkpoint import open_checkpoint
-
-        return open_checkpoint(path, self.root, mapped=not self.no_mmap)
+        return open_reporting(reporter, path, self.root, mapped=not self.no_mmap)
 
     def fields(self, model: FieldSource | None = None, layer_fields: dict[str, Any] | None = None) -> FieldSources:
         """The places where fields come from, later ones winning; see `field_sources`."""
@@ -230,16 +228,22 @@ def field_sources(
     return FieldSources(tuple(sources))
 
 
-def open_others(given: list[str] | None) -> dict[str, Checkpoint]:
-    """The checkpoints of --with by name; UsageError where one is malformed or given twice."""
+def open_reporting(reporter: Reporter, path: Path, root: str | None = None, *, mapped: bool = True) -> Checkpoint:
+    """`convtool.checkpoint.open_checkpoint`, with a bar where the names of very many tensors take long to read."""
     from convtool.checkpoint import open_checkpoint
 
+    with reporter.progress(f"reading {path.name}", None):
+        return open_checkpoint(path, root, mapped=mapped)
+
+
+def open_others(reporter: Reporter, given: list[str] | None, *, mapped: bool = True) -> dict[str, Checkpoint]:
+    """The checkpoints of --with by name; UsageError where one is malformed or given twice."""
     opened: dict[str, Checkpoint] = {}
     for text in given or ():
         name, equals, path = text.partition("=")
         if not (name and equals and path) or ":" in name or name in opened:
             raise UsageError(f"--with: expected NAME=FILE, each name once, got {text!r}")
-        opened[name] = open_checkpoint(path)
+        opened[name] = open_reporting(reporter, Path(path), mapped=mapped)
     return opened
 
 

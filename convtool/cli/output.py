@@ -145,7 +145,16 @@ def _progress(unit: Unit, *, known: bool) -> Progress:
     }
     what = TextColumn("{task.description}", markup=False)
     columns = (*counted[unit], TimeRemainingColumn()) if known else (TimeElapsedColumn(),)
-    return Progress(what, BarColumn(20), *columns, console=console, transient=True)
+    # What else is printed meanwhile goes its own way: the streams are nobody's to replace in the midst of a run.
+    return Progress(
+        what,
+        BarColumn(20),
+        *columns,
+        console=console,
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
 
 
 def emit(text: str, end: str = "\n") -> None:

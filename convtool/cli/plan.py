@@ -16,6 +16,7 @@ from convtool.cli.options import (
     ModelArgs,
     Root,
     Speech,
+    open_reporting,
     parse_input_size,
 )
 from convtool.cli.output import Reporter, emit, table
@@ -98,7 +99,6 @@ def command(
     reporter = speech.reporter(NAME)
 
     def body() -> None:
-        from convtool.checkpoint import open_checkpoint
         from convtool.cli.model import plan_for
         from convtool.files.atomic import check_target, replacing
 
@@ -110,7 +110,7 @@ def command(
             raise UsageError("--out -: stdout holds the recipe or the document of --json; name a file for one of them")
         if out is not None and not piped:
             check_target(out, force=force or dry_run)
-        opened = None if checkpoint is None else open_checkpoint(checkpoint, root)
+        opened = None if checkpoint is None else open_reporting(reporter, checkpoint, root)
         found = plan_for(
             opened,
             model,

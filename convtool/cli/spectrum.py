@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
-from convtool.cli.layer import LayerOptions, SourceOptions, lower_layer
+from convtool.cli.layer import LayerOptions, lower_layer
 from convtool.cli.options import (
-    Json,
-    Quiet,
+    SourceOptions,
+    Speech,
 )
 from convtool.cli.output import Reporter
 from convtool.cli.run import run
@@ -51,8 +51,7 @@ def command(
         ),
     ] = None,
     sources: SourceOptions,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    speech: Speech,
 ) -> int:
     """The largest and the smallest singular value of a layer's matrix, and its condition number.
 
@@ -61,7 +60,7 @@ def command(
     minutes. Each value is given with how far off it may be; where one isn't settled, it says so and gives what it is at
     least or at most.
     """
-    reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
+    reporter = speech.reporter(NAME)
 
     def body() -> None:
         from convtool.core.spectrum import spectrum
@@ -70,7 +69,8 @@ def command(
         if steps is not None and steps < 1:
             raise UsageError(f"--steps: expected a number of at least 1, got {steps}")
         found = lower_layer(reporter, wanted, sources)
-        ends = spectrum(found.conv, found.spatial or (), tolerance=tolerance, steps=steps)
+        with reporter.progress("computing singular values", None):
+            ends = spectrum(found.conv, found.spatial or (), tolerance=tolerance, steps=steps)
         known = ends.largest.converged and ends.smallest.converged
         document: dict[str, Any] = {
             "source": str(wanted.checkpoint),

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 import typer
 
 from convtool.cli import complete
-from convtool.cli.layer import LayerOptions, SourceOptions, lower_layer
+from convtool.cli.layer import LayerOptions, lower_layer
 from convtool.cli.options import (
     DryRun,
     Dtype,
     Force,
-    Json,
-    Quiet,
+    SourceOptions,
+    Speech,
     check_not_source,
     parse_dtype,
 )
@@ -99,15 +99,14 @@ def command(
     sources: SourceOptions,
     dry_run: DryRun = False,
     force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    speech: Speech,
 ) -> int:
     """Write the matrix T of a layer, so that T @ x.reshape(-1) is the layer's output, less the bias.
 
     Rows are (output channel, output position), columns (input channel, input position), row-major: the layout of
     nn.Linear.weight. The bias is stored beside it as its own vector, except in .npy, which has no room for one.
     """
-    reporter = Reporter(NAME, as_json=as_json and speaks(), quiet=quiet or not speaks())
+    reporter = speech.reporter(NAME) if speaks() else Reporter(NAME, quiet=True)
 
     def body() -> None:
         import torch

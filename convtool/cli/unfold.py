@@ -7,13 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-from convtool.cli.layer import LayerOptions, SourceOptions, lower_layer
+from convtool.cli.layer import LayerOptions, lower_layer
 from convtool.cli.options import (
     DryRun,
     Dtype,
     Force,
-    Json,
-    Quiet,
+    SourceOptions,
+    Speech,
     check_not_source,
     parse_dtype,
 )
@@ -50,8 +50,7 @@ def command(
     sources: SourceOptions,
     dry_run: DryRun = False,
     force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    speech: Speech,
 ) -> int:
     """Write a layer as im2col has it: its kernel as a matrix W, and what each tap reads as a gather matrix U.
 
@@ -59,7 +58,7 @@ def command(
     (input channel, tap, output position): the layer's matrix is T = kron(W, I) @ U, I the identity over the output
     positions, and U @ x.reshape(-1) is what torch.nn.functional.unfold gives.
     """
-    reporter = Reporter(NAME, as_json=as_json, quiet=quiet)
+    reporter = speech.reporter(NAME)
 
     def body() -> None:
         from convtool.core.unfold import GatherMatrix

@@ -17,6 +17,7 @@ from convtool.cli.options import (
     check_used,
     field_sources,
     open_others,
+    open_reporting,
     parse_dtype,
     parse_input_size,
 )
@@ -248,11 +249,12 @@ class _Sides:
 
 
 def _open(reporter: Reporter, before: Path, after: Path, sources: _Sources, sources_given: list[str] | None) -> _Sides:
-    from convtool.checkpoint import is_flat, open_checkpoint
+    from convtool.checkpoint import is_flat
 
-    one = sources.open(before)
-    other = open_checkpoint(after, None if is_flat(after) else sources.root, mapped=not sources.no_mmap)
-    others = open_others(sources_given)
+    one = sources.open(before, reporter)
+    mapped = not sources.no_mmap
+    other = open_reporting(reporter, after, None if is_flat(after) else sources.root, mapped=mapped)
+    others = open_others(reporter, sources_given, mapped=mapped)
     fields = sources.of_both(sources.of_model(one, reporter))
     known = [name for opened in (one, other, *others.values()) for name in opened.layers]
     for each in fields:
@@ -273,7 +275,7 @@ def _matrices(
     from convtool.cli.verify_matrix import verify_matrix_files
     from convtool.matrix.read import is_matrix_file
 
-    one = None if is_matrix_file(before) else sources.open(before)
+    one = None if is_matrix_file(before) else sources.open(before, reporter)
     fields, _ = sources.of_both(None if one is None else sources.of_model(one, reporter))
     if one is not None:
         check_used(fields, list(one.layers))
@@ -349,4 +351,4 @@ def _whole_model(
     from convtool.cli.model import whole_model
 
     size = parse_input_size(model_input, "--model-input")
-    return whole_model(sources.model, sources.model_args, size, sides.before, sides.after, seed)
+    return whole_model(sources.model, sources.model_args, size, sides.before, sides.after, seed, reporter)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from convtool.core.verify_matrix import MatrixReport
     from convtool.matrix.read import MatrixFile
 
+COMPARING = "comparing matrices"
 FORMS = {  # (transpose, affine): what the matrix is for
     (False, False): "T @ x",
     (False, True): "T @ x with the bias as its last column",
@@ -70,7 +71,8 @@ def verify_matrix_files(
         if layer is not None or sizes:
             raise UsageError("--before and --input-size are for a layer; BEFORE is a matrix file as well")
         other = _checked(open_matrix(before))
-        report = verify_matrices(other, found, bias_before=other.bias, bias_after=found.bias)
+        with reporter.progress(COMPARING, None):
+            report = verify_matrices(other, found, bias_before=other.bias, bias_after=found.bias)
         name, form = str(before), "entry by entry"
     else:
         lowered, size = _lowered(before, found, layer, sizes, sources)
@@ -78,7 +80,8 @@ def verify_matrix_files(
             assumed.append(lowered.assumed)
         forms = _forms(found, lowered, size)
         reports = ((shape, _verify(found, lowered, size, shape, options)) for shape in forms)
-        tried = list(_until_equivalent(reports))
+        with reporter.progress(COMPARING, None):
+            tried = list(_until_equivalent(reports))
         shape, report = tried[-1] if tried[-1][1].equivalent else tried[0]
         if found.record is None:
             others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)

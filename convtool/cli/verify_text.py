@@ -56,12 +56,18 @@ def hints(results: list[tuple[Pairing, EquivalenceReport]], sizes: bool, compute
 
 def narrowed(results: list[tuple[Pairing, EquivalenceReport]]) -> str:
     """What is said of one input size only, since the record knows of no other."""
-    narrow = {pairing.name: report.input_size[1:] for pairing, report in results if pairing.input_size() is not None}
-    if not narrow:
+    said = {pairing.name: size for pairing, _ in results if (size := pairing.input_size()) is not None}
+    if not said:
         return ""
-    sizes = dict.fromkeys(",".join(map(str, size)) for size in narrow.values())
-    which = "" if len(narrow) == len({pairing.name for pairing, _ in results}) else f"{', '.join(narrow)} "
-    return f"; {which}at input size {' or '.join(sizes)} only, as the record says"
+    which = "" if len(said) == len({pairing.name for pairing, _ in results}) else f"{', '.join(said)} "
+    words = f"; {which}at input size {' or '.join(dict.fromkeys(map(_comma, said.values())))} only, as the record says"
+    run = [report.input_size[1:] for pairing, report in results if pairing.name in said]
+    smaller = dict.fromkeys(_comma(size) for size in run if size not in said.values())
+    return f"{words}, run at {' or '.join(smaller)}, where the borders are the same" if smaller else words
+
+
+def _comma(size: tuple[int, ...]) -> str:
+    return ",".join(map(str, size))
 
 
 def describe(pairing: Pairing, report: EquivalenceReport) -> dict[str, Any]:

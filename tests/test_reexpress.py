@@ -210,6 +210,95 @@ def test_patches_there_and_back_by_the_record(
     assert equivalent(capsys, checkpoint, back)
 
 
+# name: weight, input size, kernel, fields
+FORMS: dict[str, tuple[tuple[int, ...], str, str, tuple[str, ...]]] = {
+    "1-D": ((4, 3, 3), "3,9", "3", ("stride=2", "padding=2:1", "dilation=2")),
+    "strided": ((4, 2, 3, 2), "2,7,8", "3,2", ("stride=2,3",)),
+    "padded": ((3, 2, 2, 3), "2,4,5", "2,3", ("padding=1:0,2:1",)),
+    "grouped": ((6, 2, 3, 2), "4,5,4", "3,2", ("groups=2", "padding=1")),
+    "depthwise": ((8, 1, 3, 3), "4,6,5", "3,3", ("groups=4", "padding=1", "stride=2,1")),
+    "dilated": ((2, 3, 2, 3), "3,6,7", "2,3", ("dilation=3,2", "padding=1,2")),
+    "wrapped": ((2, 2, 4, 3), "2,6,5", "4,3", ("padding=2:1,0:2", "padding_mode=circular")),
+    "3-D": ((2, 2, 2, 3, 2), "2,4,5,3", "2,3,2", ("padding=1,0,1", "stride=1,2,1")),
+}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("name", FORMS)
+def test_every_kind_of_layer_goes_there_and_back(
+    name: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shape, size, kernel, fields = FORMS[name]
+    tensors = {"layer.weight": real_numbers(0, *shape).float(), "layer.bias": real_numbers(1, shape[0]).float()}
+    start, there, back = (tmp_path / f"{stem}{suffix}" for stem in ("start", "there", "back"))
+    (save_file if suffix == ".safetensors" else torch.save)(tensors, start)
+    options = [word for field in fields for word in ("--set", f"layer.{field}")]
+    convert(capsys, str(start), str(there), "--as-toeplitz", f"layer={size}", *options)
+    document = convert(capsys, str(there), str(back), "--as-conv", f"layer={size}/{kernel}", *options)
+    assert document["reexpressed"][0]["residual"]["largest"] == 0
+    found = load_file(back) if suffix == ".safetensors" else torch.load(back)
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    assert equivalent(capsys, start, there)
+    assert equivalent(capsys, there, back)
+    assert equivalent(capsys, start, back)
+
+
+def test_a_matrix_is_fused_with_the_linear_layers_behind_it(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(checkpoint)
+    tensors |= {"fc.weight": real_numbers(5, 7, 60).float(), "fc.bias": real_numbers(6, 7).float()}
+    tensors |= {"last.weight": real_numbers(7, 3, 7).float()}
+    save_file(tensors, checkpoint)
+    there, fused, back = (tmp_path / f"{stem}.safetensors" for stem in ("fc", "fused", "back"))
+    convert(capsys, str(checkpoint), str(there), "--as-toeplitz", "conv=4,5,7", *CONV)
+    assert run_app(["fuse", str(there), "conv", "fc", "last", "-o", str(fused)]) == 0
+    assert load_file(fused)["conv.weight"].shape == (3, 140)
+    x = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    exact = {name: tensor.double() for name, tensor in tensors.items()}
+    conv = nn.functional.conv2d(x, exact["conv.weight"], exact["conv.bias"], (1, 2), (1, 0), groups=2)
+    expected = nn.functional.linear(conv.flatten(1), exact["fc.weight"], exact["fc.bias"]) @ exact["last.weight"].T
+    made = load_file(fused)
+    torch.testing.assert_close(
+        x.flatten(1) @ made["conv.weight"].double().T + made["conv.bias"], expected, rtol=0, atol=1e-5
+    )
+    capsys.readouterr()
+    convert(capsys, str(fused), str(back), "--as-conv", "conv=4,5,7")
+    # Against the original: the flatten isn't in the checkpoint, so it is named.
+    chain = ["--before", "conv,flatten(5,3),fc,last", "--input-size", "4,5,7"]
+    fields = [word.replace("conv.", "before:conv.") for word in CONV]
+    for after, layer in ((fused, ["flatten(5,7),conv"]), (back, ["conv", "--set", "after:conv.stride=5,7"])):
+        command = ["verify", str(checkpoint), str(after), *chain, "--after", *layer, *fields, "--exhaustive"]
+        assert run_app(command) == 0, capsys.readouterr()
+        wrong = [word.replace("stride=1,2", "padding=0,0") for word in command]
+        assert run_app(wrong) != 0
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+@pytest.mark.parametrize("kernel", [(3,), (2, 3), (2, 3, 4)])
+def test_patches_of_any_rank_come_back_to_the_bit(
+    kernel: tuple[int, ...], suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {"embed.weight": real_numbers(0, 5, 3, *kernel).half(), "embed.bias": real_numbers(1, 5).half()}
+    start, there, back = (tmp_path / f"{stem}{suffix}" for stem in ("start", "there", "back"))
+    (save_file if suffix == ".safetensors" else torch.save)(tensors, start)
+    convert(
+        capsys,
+        str(start),
+        str(there),
+        *("--as-linear", "embed", "--set", f"embed.stride={','.join(map(str, kernel))}"),
+    )
+    convert(capsys, str(there), str(back), "--as-conv", "embed")
+    for file, shape in ((there, (5, -1)), (back, (5, 3, *kernel))):
+        found = load_file(file) if suffix == ".safetensors" else torch.load(file)
+        assert list(found) == list(tensors)
+        assert torch.equal(found["embed.weight"], tensors["embed.weight"].reshape(shape))
+        assert torch.equal(found["embed.bias"], tensors["embed.bias"])
+        assert found["embed.weight"].dtype == torch.float16
+    assert equivalent(capsys, start, there)
+    assert equivalent(capsys, start, back)
+
+
 def test_verify_sees_a_matrix_that_is_not_the_layers(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -238,29 +239,54 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
     middle = first.out_channels // pieces
     rows, columns = second.out_channels // g2, first.in_channels // g1
     k1 = first.geometry.kernel_size
-    piece = torch.arange(pieces)
     left = second.weight.reshape(g2, rows, pieces // g2, middle, -1)  # (g2, rows, pieces/g2, middle, taps2)
     left = left.permute(4, 0, 2, 1, 3).reshape(-1, pieces, rows, middle)  # (taps2, pieces, rows, middle)
-    right = first.weight.reshape(pieces, middle, columns, -1)
-    right = right.transpose(2, 3).reshape(pieces, middle, -1)  # (pieces, middle, taps1 * columns)
-    total = right.new_zeros(pieces, rows, *geometry.kernel_size, columns)
+    right = first.weight.reshape(pieces, middle, columns, *k1).movedim(2, -1)  # (pieces, middle, *k1, columns)
     plan = [
         compose_axis(a, b, geometry.padding_mode)
         for a, b in zip(first.geometry.axes, second.geometry.axes, strict=True)
     ]
     backwards = [number + 2 for number, axis in enumerate(plan) if axis.step1 < 0]
-    if backwards:
-        right = right.reshape(pieces, middle, *k1, columns).flip(backwards).reshape(right.shape)
+    right = right.flip(backwards).contiguous() if backwards else right.contiguous()
+    total = _zeros((pieces, rows, *geometry.kernel_size, columns), right.dtype)
     for tap, place in enumerate(itertools.product(*(range(k) for k in second.geometry.kernel_size))):
-        product = torch.bmm(left[tap], right).reshape(pieces, rows, *k1, columns)
         landing = tuple(_landing(axis, k, t) for axis, k, t in zip(plan, k1, place, strict=True))
-        total[(slice(None), slice(None), *landing)] += product
+        _add_products(total[(slice(None), slice(None), *landing)], left[tap], right)
     # Group h2 of the second and h1 of the first meet in the rows of h2 and the columns of h1.
-    h1, h2 = piece * g1 // pieces, piece * g2 // pieces
-    blocks = total.new_zeros(g2 * (g1 // g), rows, *geometry.kernel_size, columns)
+    blocks = total.reshape(g2, g1 // g, *total.shape[1:]) if pieces == max(g1, g2) else _meet(total, g1, g2)
+    weight = blocks.movedim(1, -2)  # (g2, rows, *kernel, g1/g, columns)
+    weight = weight.flatten(-2).flatten(0, 1).movedim(-1, 1)  # (C_out, C_in/groups, *kernel)
+    return _zeros(tuple(weight.shape), weight.dtype).copy_(weight)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros in float64 or complex128, by numpy: it asks the system for large pages, which come faster."""
+    return torch.from_numpy(np.zeros(shape, dtype=np.complex128 if dtype.is_complex else np.float64))
+
+
+def _add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add the products of a tap of the second layer and all taps of the first where they land, in place.
+
+    Args:
+        total: (pieces, rows, *k1, columns) a view.
+        left: (pieces, rows, middle)
+        right: (pieces, middle, *k1, columns)
+    """
+    number = total.dim() - 1  # from this axis on, numbers lie side by side in both: they are of one product
+    while number > 2 and total.stride(number - 1) == math.prod(total.shape[number:]):
+        number -= 1
+    for place in itertools.product(*(range(size) for size in total.shape[2:number])):
+        here: tuple[slice | int, ...] = (slice(None), slice(None), *place)
+        total[here].view(*total.shape[:2], -1).baddbmm_(left, right[here].flatten(2))
+
+
+def _meet(total: Tensor, g1: int, g2: int) -> Tensor:
+    """The pieces (pieces, ...) added where they meet: (g2, g1/g, ...), zeros where none does."""
+    g, piece = math.gcd(g1, g2), torch.arange(len(total))
+    h1, h2 = piece * g1 // len(total), piece * g2 // len(total)
+    blocks = total.new_zeros(g2 * (g1 // g), *total.shape[1:])
     blocks.index_add_(0, h2 * (g1 // g) + h1 % (g1 // g), total)
-    weight = blocks.reshape(g2, g1 // g, *blocks.shape[1:]).movedim(1, -2)  # (g2, rows, *kernel, g1/g, columns)
-    return weight.flatten(-2).flatten(0, 1).movedim(-1, 1).contiguous()  # (C_out, C_in/groups, *kernel)
+    return blocks.reshape(g2, g1 // g, *total.shape[1:])
 
 
 def _landing(plan: AxisComposition, taps: int, tap: int) -> slice:

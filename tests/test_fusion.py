@@ -669,6 +669,16 @@ def test_a_fusion_for_one_size_stays_so_when_it_is_fused_further(
     assert [found["input_size"] for found in document["fusions"]] == [[6, 12, 20]]
     assert document["statement"].endswith("; at input size 12,20 only, as the record says")
     assert run("verify", two, three)[1]["statement"] == "every kernel entry met by itself"  # exact at every size
+    large = tmp_path / "large.safetensors"
+    done("fuse", one, "b", "c", "-o", large, *stated, "--input-size", "1200,2002")
+    document = done("verify", one, large)
+    ((channels, *smaller),) = (found["input_size"] for found in document["fusions"])
+    assert (channels, [n % 4 for n in smaller]) == (6, [0, 2])
+    assert max(smaller) < 40  # with the same borders, and not in minutes
+    assert document["statement"].endswith(
+        f"at input size 1200,2002 only, as the record says, run at {smaller[0]},{smaller[1]}, where the borders are the"
+        " same"
+    )
     assert run_app(["verify", str(one), str(three), "--input-size", "15,20"]) == 1
     assert "b: by the record it was fused for input size 12,20 only" in capsys.readouterr().err
     # Behind a layer of stride 2, the size is that of its input.

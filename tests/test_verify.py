@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,8 +31,8 @@ from convtool.core.inputs import Impulses, apply, dense_inputs, impulse_inputs, 
 from convtool.core.rounding import rounded
 from convtool.core.tally import ratios
 from convtool.core.tree import Chain, Sum
-from convtool.core.verify import EquivalenceReport, default_sizes, split_input_size, verify
-from convtool.errors import RefusedError, UsageError
+from convtool.core.verify import EquivalenceReport, alike_size, default_sizes, split_input_size, verify
+from convtool.errors import ConvtoolError, RefusedError, UsageError
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -325,6 +326,57 @@ def test_default_sizes_run_differ_by_axis_and_leave_remainders(chain: list[Conv]
     if not any(conv.geometry.transposed for conv in chain):
         assert len(found) == min(4, stride)
         assert stride == 1 or any(n % stride for size in found for n in size)
+
+
+def test_a_smaller_size_that_is_run_in_place_of_a_large_one_shows_the_same_at_either_border(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which outputs a chain and the layer fused from it differ in, at both sizes: all padding modes, strides to 4."""
+    monkeypatch.setattr("convtool.core.verify.COMFORTABLE_INPUT", 0)
+    choose = random.Random(0)
+
+    def one(seed: int, shape: tuple[int, int]) -> Conv:
+        geometry: dict[str, Any] = {
+            "stride": choose.choice((1, 1, 2, 3, 4)),
+            "padding": [(choose.randrange(4), choose.randrange(4))],
+            "dilation": choose.choice((1, 1, 2)),
+            "padding_mode": choose.choice(("zeros", "zeros", "circular", "reflect", "replicate")),
+        }
+        return layer(seed, (*shape, choose.randint(1, 4)), bias=choose.random() < 0.5, **geometry)
+
+    def differing(chain: Chain[Conv], fused: Conv, size: int) -> Tensor:
+        x = real_numbers(7, 1, 1, size)
+        return ((run(chain, x) - run(fused, x)).abs() > 1e-9)[0, 0]
+
+    compared = inexact = 0
+    for seed in range(400):
+        layers, size = (one(seed, (2, 1)), one(seed + 1000, (1, 2))), choose.randrange(160, 220)
+        chain = Chain(layers)
+        try:
+            fused = convtool.compose(*layers)
+            (smaller,) = alike_size((chain, fused), (size,))
+            large, small = differing(chain, fused, size), differing(chain, fused, smaller)
+        except ConvtoolError:  # padding modes that don't compose
+            continue
+        assert smaller < size
+        half = len(small) // 2
+        assert torch.equal(large[:half], small[:half])
+        assert torch.equal(large[len(large) - half :], small[len(small) - half :])
+        assert bool(large.any()) == bool(small.any())
+        compared, inexact = compared + 1, inexact + bool(large.any())
+    assert compared > 120
+    assert 40 < inexact < compared - 40
+
+
+def test_a_size_is_kept_where_it_is_small_or_a_bias_map_or_a_whole_kernel_ties_a_layer_to_it() -> None:
+    conv = layer(1, (3, 2, 3, 5), padding=1)
+    assert alike_size((conv,), (30, 41)) == (30, 41)
+    large = (900, 1001)
+    assert max(alike_size((conv,), large)) < 40
+    mapped = Conv(conv.weight, torch.zeros(3, 900, 999, dtype=torch.float64), conv.geometry)
+    assert alike_size((conv, mapped), large) == large
+    whole = layer(2, (3, 1, 900, 1001))
+    assert alike_size((whole,), large) == large
 
 
 def test_input_sizes_with_and_without_channels() -> None:

@@ -20,7 +20,7 @@ from convtool.core.bound import Stored, half_ulp, stored
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression
 from convtool.core.tree import Chain, Sum, Tree, fold, map_leaves
-from convtool.core.verify import EquivalenceReport, default_sizes, verify
+from convtool.core.verify import EquivalenceReport, alike_size, default_sizes, verify
 
 PLAN_TRIALS = 2  # random inputs for each fusion that is checked before it is written
 PLAN_SIZES = 2  # and input sizes: one, and one that the stride doesn't divide
@@ -103,7 +103,10 @@ def check_planned(
         AssertionError: it differs, and not only where it was said to: a mistake in convtool.
     """
     before, verdict = exact_tree(layer.tree, checkpoints), layer.fusion.verdict
-    sizes = default_sizes(before)[:PLAN_SIZES] if verdict.input_size is None else [verdict.input_size]
+    if verdict.input_size is None:
+        sizes = default_sizes(before)[:PLAN_SIZES]
+    else:
+        sizes = [alike_size((before, layer.fusion.conv), verdict.input_size)]
 
     def advance(share: float) -> None:
         progress(share / len(sizes))

@@ -16,8 +16,8 @@ from convtool.checkpoint.proof import exact_tree, stored_tree
 from convtool.core.bound import Stored
 from convtool.core.expression import Expression, in_channels
 from convtool.core.fields import FieldSources
-from convtool.core.tree import BASE, Chain, Tree, leaves
-from convtool.core.verify import EquivalenceReport, default_sizes, split_input_size, verify
+from convtool.core.tree import BASE, Chain, Tree, leaves, map_leaves
+from convtool.core.verify import EquivalenceReport, alike_size, default_sizes, split_input_size, verify
 from convtool.errors import InputError
 
 
@@ -70,7 +70,8 @@ def trials(
     chosen = [split_input_size(size, in_channels(chain), axes) for size in sizes]
     if not chosen:
         fixed = pairing.input_size()
-        chosen = default_sizes(chain) if fixed is None else [fixed]
+        kept = map_leaves(lambda leaf: leaf.conv, fused)
+        chosen = default_sizes(chain) if fixed is None else [alike_size((chain, kept), fixed)]
     for size in chosen:
         yield Trial(pairing, chain, fused, size)
 

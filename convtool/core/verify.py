@@ -41,6 +41,7 @@ from convtool.errors import ConvtoolError, UsageError
 
 WORK = 40_000_000_000  # multiply-adds that may be spent on impulses at one size: some seconds
 LARGEST_INPUT = 1 << 27  # numbers of one input in the widest layer: 1 GiB in float64, several times over
+COMFORTABLE_INPUT = 1 << 18  # the same of an input that takes a second or few
 STORED_WORK = 200_000_000  # multiply-adds that running the layers once in their own dtype may take
 
 
@@ -389,6 +390,33 @@ def default_sizes(tree: Sequence[Conv] | Expression) -> list[tuple[int, ...]]:
         least = 1 + r + 2 * s
         smallest.append(next(n for n in itertools.count(least) if n not in smallest))
     return [tuple(n + step for n in smallest) for step in range(min(4, max(stride)))]
+
+
+def alike_size(trees: Sequence[Expression], size: tuple[int, ...]) -> tuple[int, ...]:
+    """A size to run in place of a large one: what is equal at the one is equal at the other.
+
+    Every output of a large input has its like in the smaller one. The smaller is long enough for both borders and a
+    whole period of the strides in between, and leaves the same remainder by the strides, so that every layer meets
+    either border at the same step. What is padded or wrapped around, and what of it is read by which entry of a
+    kernel, then follows from the distance to the borders alone.
+
+    Returns:
+        The size itself where running it is no matter, or a bias map or a flatten ties a layer to it.
+    """
+    if max(widest_layer(tree, size) for tree in trees) <= COMFORTABLE_INPUT:
+        return size
+    if any(conv.has_bias_map for tree in trees for conv in leaves(tree)):
+        return size
+    found = [_reach(tree, len(size)) for tree in trees]
+    alike: list[int] = []
+    for axis, n in enumerate(size):
+        step = math.lcm(*(stride[axis] for _, stride in found))
+        least = 1 + 2 * max(reach[axis] for reach, _ in found) + 2 * step
+        smaller = least + (n - least) % step
+        while smaller in alike:  # height and width stay apart
+            smaller += step
+        alike.append(min(n, smaller))
+    return tuple(alike)
 
 
 def _reach(tree: Expression, axes: int) -> tuple[list[int], list[int]]:

@@ -16,7 +16,9 @@ from schemas import validate
 
 import convtool
 from convtool.cli.app import run_app
+from convtool.core.order import MATRICES, Order
 from convtool.core.unfold import kernel_matrix
+from convtool.matrix import plot
 
 CHAINS = str(Path(__file__).resolve().parent.parent / "sample_models" / "chains.safetensors")
 WIDEN = ["widen", "--input-size", "16,5,6", "--padding", "1,2"]
@@ -272,6 +274,49 @@ def test_toeplitz_draws_in_the_terminal(
     assert len(lines) == 24
     assert all(1 <= len(line.strip()) <= 7 for line in lines)
     assert [line.index(line.strip()) < 6 for line in lines[::4]] == [True] * 6
+
+
+@pytest.mark.parametrize("order", ["CHW", "HWC"])
+def test_a_picture_shows_the_largest_entry_of_each_bin(order: Order, widen: convtool.Conv) -> None:
+    matrix = MATRICES[order](widen, (5, 6), affine=True)
+    dense = matrix.dense_rows(0, matrix.shape[0]).numpy()
+    for part in ((0, 720), (100, 347), (719, 720)):
+        expected = np.zeros((min(part[1] - part[0], 50), 40))
+        for row, line in enumerate(dense[slice(*part)]):
+            for column, value in enumerate(line):
+                place = row * len(expected) // (part[1] - part[0]), column * 40 // 481
+                if (abs(value), value) > (abs(expected[place]), expected[place]):
+                    expected[place] = value
+        np.testing.assert_array_equal(plot._binned(matrix, part, 50, 40).numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    ("layer", "size", "options", "lines"),
+    [
+        (["reduce", "--groups", "1"], "1,1,1", ["--rows", "2:3"], 1),  # 1 x 1
+        (["narrow"], "24,1,1", ["--rows", "0:1"], 1),  # one row
+        (["narrow"], "24,1,1", ["--transpose", "--affine"], 20),  # 25 x 12
+        (["reduce"], "1,60000,60000", ["--rows", "7000000000:7000000003"], 1),  # three of 21.6 billion
+    ],
+)
+def test_pictures_of_tiny_and_of_huge_matrices(
+    layer: list[str],
+    size: str,
+    options: list[str],
+    lines: int,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "26")
+    out, picture = tmp_path / "m.npz", tmp_path / "m.png"
+    command = ["toeplitz", CHAINS, *layer, "--input-size", size, *options, "--show", "--plot", str(picture)]
+    assert run_app([*command, "-o", str(out)]) == 0
+    shown = capsys.readouterr().out.splitlines()[2:-1]
+    assert len(shown) <= lines
+    assert any(line.strip() for line in shown)
+    assert picture.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_toeplitz_says_what_64_bit_indices_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -152,7 +152,7 @@ def command(
         if plot is not None and not dry_run:
             from convtool.matrix.plot import write_plot
 
-            write_plot(matrix, plot, force=force, title=f"{found.name}, {conv.geometry.describe()}")
+            write_plot(matrix, plot, force=force, title=f"{found.name}, {conv.geometry.describe()}", rows=plan.rows)
         missing_bias = conv.bias is not None and not affine and not plan.stores_bias
         document = record | {
             "source": str(wanted.checkpoint),
@@ -175,7 +175,7 @@ def command(
                 " (spsolve, splu) take int32 alone"
             )
         if speaks():
-            reporter.result(document, lambda: _print(reporter, document, _drawing(matrix) if show else []))
+            reporter.result(document, lambda: _print(reporter, document, _drawing(matrix, plan.rows) if show else []))
 
     return run(reporter, body)
 
@@ -199,11 +199,11 @@ def _rows(text: str | None) -> tuple[int, int] | None:
     return int(start), int(stop)
 
 
-def _drawing(matrix: ToeplitzMatrix) -> list[str]:
+def _drawing(matrix: ToeplitzMatrix, rows: tuple[int, int] | None) -> list[str]:
     from convtool.matrix.plot import drawn
 
     columns, lines = shutil.get_terminal_size()
-    return drawn(matrix, columns - 1, max(10, lines - 6))
+    return drawn(matrix, columns - 1, max(10, lines - 6), rows)
 
 
 def _print(reporter: Reporter, document: dict[str, Any], drawing: list[str]) -> None:

@@ -29,8 +29,10 @@ def check_plot(path: Path) -> None:
         raise UsageError("--plot needs matplotlib: pip install 'convtool[plot]'") from None
 
 
-def write_plot(matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str) -> None:
-    """Draw the matrix as a PNG.
+def write_plot(
+    matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str, rows: tuple[int, int] | None = None
+) -> None:
+    """Draw the matrix, or rows A:B of it, as a PNG.
 
     Raises:
         UsageError: matplotlib isn't installed, or the name doesn't end in .png.
@@ -40,9 +42,10 @@ def write_plot(matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str) -
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    picture = _binned(matrix)
+    start, stop = (0, matrix.shape[0]) if rows is None else rows
+    picture = _binned(matrix, (start, stop))
     largest = float(picture.abs().max()) or 1.0
-    height = max(3.0, min(12.0, 8.0 * matrix.shape[0] / matrix.shape[1]))
+    height = max(3.0, min(12.0, 8.0 * (stop - start) / matrix.shape[1]))
     figure = Figure(figsize=(8.0, height + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -52,7 +55,7 @@ def write_plot(matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str) -
         vmin=-largest,
         vmax=largest,
         interpolation="nearest",
-        extent=(0, matrix.shape[1], matrix.shape[0], 0),
+        extent=(0, matrix.shape[1], stop, start),
         aspect="auto",
     )
     axes.set_title(title)
@@ -63,15 +66,16 @@ def write_plot(matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str) -
         figure.savefig(file, format="png", metadata={"Software": None})  # no version: equal inputs, equal files
 
 
-def drawn(matrix: ToeplitzMatrix, width: int, height: int) -> list[str]:
-    """The matrix as lines of text of at most `width` characters and about `height` lines, darker where it is larger.
+def drawn(matrix: ToeplitzMatrix, width: int, height: int, part: tuple[int, int] | None = None) -> list[str]:
+    """The matrix, or rows A:B of it, as lines of text, darker where it is larger.
 
-    A character is about twice as high as wide, so a square matrix gets half as many lines as columns.
+    They have at most `width` characters, and there are about `height` of them. A character is about twice as high as wide, so a square matrix gets half as many lines as columns.
     """
-    rows, columns = matrix.shape
+    start, stop = (0, matrix.shape[0]) if part is None else part
+    rows, columns = stop - start, matrix.shape[1]
     wide = min(columns, width)
     high = max(1, min(rows, height, round(wide * rows / columns / 2)))
-    picture = _binned(matrix, high, wide).abs()
+    picture = _binned(matrix, (start, stop), high, wide).abs()
     largest = float(picture.max())
     if not largest:
         return [" " * wide] * high
@@ -80,15 +84,17 @@ def drawn(matrix: ToeplitzMatrix, width: int, height: int) -> list[str]:
     return ["".join(SHADES[shade] for shade in line) for line in shades.tolist()]
 
 
-def _binned(matrix: ToeplitzMatrix, most_rows: int = PIXELS, most_columns: int = PIXELS) -> Tensor:
+def _binned(
+    matrix: ToeplitzMatrix, part: tuple[int, int], most_rows: int = PIXELS, most_columns: int = PIXELS
+) -> Tensor:
     """(at most most_rows, most_columns) float64: the entry of largest magnitude in each bin, 0 where there is none."""
-    rows, columns = matrix.shape
+    rows, columns = part[1] - part[0], matrix.shape[1]
     height, width = min(rows, most_rows), min(columns, most_columns)
     high = torch.zeros(height * width, dtype=torch.float64)
     low = torch.zeros_like(high)
-    for start, stop in matrix.blocks():
+    for start, stop, _, _ in matrix.stretches(*part):
         block = matrix.rows(start, stop)
-        row = torch.repeat_interleave(torch.arange(start, stop), block.counts)
+        row = torch.repeat_interleave(torch.arange(start, stop) - part[0], block.counts)
         place = row * height // rows * width + block.indices.long() * width // columns
         values = block.values.real if block.values.is_complex() else block.values
         high.scatter_reduce_(0, place, values.double(), "amax")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,7 +23,13 @@ from convtool import open_checkpoint
 from convtool.checkpoint.torch_file import TorchCheckpoint
 from convtool.errors import InputError, OutputError, RefusedError, UsageError
 
-SUFFIXES = {"safetensors": ".safetensors", "zip": ".pt", "legacy": ".pt"}
+SUFFIXES = {
+    "safetensors": ".safetensors",
+    "zip": ".pt",
+    "legacy": ".pt",
+    "index": ".safetensors.index.json",
+    "bin index": ".bin.index.json",
+}
 
 
 def small_state() -> dict[str, Tensor]:
@@ -30,8 +37,28 @@ def small_state() -> dict[str, Tensor]:
     return state | {"half": torch.tensor([1.5, -2.0]).bfloat16(), "tied": state["stem.bn.weight"]}
 
 
+def parts(form: str) -> dict[str, dict[str, Tensor]]:
+    """The files that an index of that form names, and what is in each."""
+    suffix = ".safetensors" if form == "index" else ".bin"
+    state = small_state()
+    state = {name: tensor.clone() for name, tensor in state.items()}
+    names = list(state)
+    return {f"part-{n}{suffix}": {name: state[name] for name in names[n::2]} for n in range(2)}
+
+
+def write_parts(folder: Path) -> None:
+    """The good files that damaged indexes stand beside."""
+    for name, part in parts("index").items():
+        safetensors.torch.save_file(part, folder / name)
+    for name, part in parts("bin index").items():
+        torch.save(part, folder / name)
+
+
 def good_file(form: str) -> bytes:
     """The bytes of a good file."""
+    if form.endswith("index"):
+        homes = {name: home for home, part in parts(form).items() for name in part}
+        return json.dumps({"metadata": {"total_size": 123}, "weight_map": homes}, indent=2).encode()
     if form == "safetensors":
         state = {name: tensor for name, tensor in small_state().items() if name != "tied"}
         return safetensors.torch.save(state, {"format": "pt", "tied": "stem.bn.weight"})
@@ -117,7 +144,8 @@ def verdict(path: Path, form: str) -> str:
         AssertionError: it is neither.
     """
     try:
-        opened = open_checkpoint(path, "model" if form != "safetensors" and b"model" in path.read_bytes() else None)
+        nested = form in ("zip", "legacy") and b"model" in path.read_bytes()
+        opened = open_checkpoint(path, "model" if nested else None)
         found = {name: opened.tensor(name) for name in opened.infos}
         for name in found:
             assert b"".join(opened.chunks(name)) == bytes(opened.bits(name).tolist())
@@ -141,7 +169,13 @@ def verdict(path: Path, form: str) -> str:
 
 def read_by_its_package(path: Path, form: str, root: Sequence[str]) -> Any:
     """The state dict as safetensors or torch reads it."""
-    if form == "safetensors":
+    if form.endswith("index"):
+        homes = json.loads(path.read_text())["weight_map"]
+        files = {
+            home: read_by_its_package(path.with_name(home), form.removesuffix("index"), ()) for home in homes.values()
+        }
+        return {name: files[home][name] for name, home in homes.items()}
+    if path.suffix == ".safetensors":
         with safetensors.safe_open(path, "pt") as opened:
             state = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
             for name, kept in (opened.metadata() or {}).items():

@@ -18,7 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from damage import SUFFIXES, damaged, good_file, verdict
+from damage import SUFFIXES, damaged, good_file, verdict, write_parts
 
 import convtool
 
@@ -67,6 +67,7 @@ def main(seconds: float, seed: int) -> int:
     findings = 0
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
+        write_parts(Path(folder))
         while time.monotonic() < end:
             form = random.choice(list(SUFFIXES))
             data = damaged(random.choice(corpus[form]), random)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -19,15 +20,17 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import files_in, raw_safetensors, save, small_network
-from damage import SUFFIXES, damaged, good_file, verdict
+from damage import SUFFIXES, damaged, good_file, verdict, write_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convtool import open_checkpoint
+from convtool.checkpoint import safetensors_file, sharded
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.write import write_edited
 from convtool.cli.app import run_app
 from convtool.errors import InputError
+from convtool.files.stored_zip import Member, archive_size, write_archive
 
 
 def archive(path: Path, pickled: bytes, storages: dict[str, bytes] | None = None) -> Path:
@@ -345,6 +348,7 @@ def test_a_member_twice_is_refused(tmp_path: Path) -> None:
 def test_a_file_cut_anywhere_is_refused(tmp_path: Path, form: str) -> None:
     data = good_file(form)
     path = tmp_path / f"cut{SUFFIXES[form]}"
+    write_parts(tmp_path)
     for length in {*range(0, len(data), 7), *range(len(data) - 60, len(data))}:
         path.write_bytes(data[:length])
         with pytest.raises(InputError):
@@ -355,7 +359,7 @@ def test_a_file_cut_anywhere_is_refused(tmp_path: Path, form: str) -> None:
 @given(seed=st.integers(0, 2**32))
 @settings(max_examples=800)
 def test_a_damaged_file_is_refused_or_is_what_it_says(form: str, seed: int) -> None:
-    path = FUZZED.with_suffix(SUFFIXES[form])
+    path = FUZZED / f"file{SUFFIXES[form]}"
     path.write_bytes(damaged(GOOD[form], Random(seed)))
     verdict(path, form)
 
@@ -366,9 +370,10 @@ FUZZED = (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")) 
 
 @pytest.fixture(scope="module", autouse=True)
 def _no_fuzzed_files() -> Any:
+    FUZZED.mkdir()
+    write_parts(FUZZED)
     yield
-    for suffix in SUFFIXES.values():
-        FUZZED.with_suffix(suffix).unlink(missing_ok=True)
+    shutil.rmtree(FUZZED)
 
 
 def test_every_flipped_bit_of_a_storage_of_torch_is_found(tmp_path: Path) -> None:
@@ -512,8 +517,11 @@ def test_headers_of_many_tensors_take_memory_in_proportion(tmp_path: Path) -> No
         (b'{"a":[' + b"0," * 10_000_000 + b"0]}", "malformed"),
         (b'{"__metadata__":{"a":"' + b"x" * 20_000_000 + b'"}}', 0),
         (b" " * 20_000_000, "not a JSON object"),
+        (b'{"a":' * 4_000_000, "not JSON"),
+        (b'{"a":' + b"9" * 20_000_000 + b"}", "not JSON"),
+        (b'{"a":{"dtype":"U8","data_offsets":[0,0],"shape":[0' + b",1" * 5_000_000 + b"]}}", "malformed"),
     ],
-    ids=["nested", "numbers", "metadata", "blanks"],
+    ids=["nested", "numbers", "metadata", "blanks", "nested objects", "digits", "axes"],
 )
 def test_large_headers_take_memory_in_proportion(tmp_path: Path, text: bytes, message: Any) -> None:
     path = tmp_path / "large.safetensors"
@@ -521,6 +529,64 @@ def test_large_headers_take_memory_in_proportion(tmp_path: Path, text: bytes, me
     grown, found = peak_memory(path)
     assert found == message or message in found
     assert grown < 12 * len(text)
+
+
+@pytest.mark.parametrize("length", [99, 100, 101])
+def test_a_header_may_be_as_long_as_the_format_says_and_no_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    monkeypatch.setattr(safetensors_file, "MAX_HEADER", 100)
+    text = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(raw_safetensors(text.ljust(length), b"x"))
+    if length <= 100:
+        assert list(open_checkpoint(path).infos) == ["a"]
+        return
+    with pytest.raises(InputError, match="declares a header of 101 bytes, more than the format's 100"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"[" * 20_000_000, "not JSON$"),
+        (b'{"weight_map":{"a":' + b"9" * 20_000_000 + b"}}", "not JSON$"),
+        (b'{"weight_map":{"a":"b","' + b"x" * 20_000_000 + b'":"a","a":"c"}}', "the key 'a' twice$"),
+    ],
+    ids=["nested", "digits", "twice"],
+)
+def test_large_indexes_take_memory_in_proportion(tmp_path: Path, text: bytes, message: str) -> None:
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_bytes(text)
+    grown, found = peak_memory(path)
+    assert re.search(message, found)
+    assert grown < 6 * len(text)
+
+
+def test_an_index_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sharded, "MAX_INDEX", 20)
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_bytes(b" " * 21)
+    with pytest.raises(InputError, match="larger than any index"):
+        open_checkpoint(path)
+
+
+def test_tensors_of_more_axes_than_anything_has_are_damage(tmp_path: Path) -> None:
+    path = archive(tmp_path / "a.pt", inside(tensor(shape=(4,) + (1,) * 64, stride=(1,) * 65)), FOUR)
+    with pytest.raises(InputError, match="a tensor of 65 axes"):
+        open_checkpoint(path)
+    path = archive(tmp_path / "b.pt", inside(tensor(shape=(4,) + (1,) * 63, stride=(1,) * 64)), FOUR)
+    assert open_checkpoint(path).tensor("w").dim() == 64
+
+
+def test_an_archive_of_more_members_than_a_short_count_holds_is_written_and_read(tmp_path: Path) -> None:
+    members = [Member(f"m{number}", 0, b"", lambda: iter(())) for number in range(1 << 16)]
+    path = tmp_path / "many.zip"
+    with path.open("wb") as file:
+        write_archive(file, members)
+    assert path.stat().st_size == archive_size(members)
+    with zipfile.ZipFile(path) as read:
+        assert read.namelist() == [member.name for member in members]
 
 
 # Options

@@ -197,7 +197,7 @@ BAD_INDEXES: list[tuple[str, Any, str]] = [
     ("weight map of numbers", {"weight_map": {"a": 1}}, "not an index"),
     ("empty", {"weight_map": {}}, "names no tensors"),
     ("metadata of another kind", {"weight_map": {"a": "b"}, "metadata": 3}, "metadata is not a table"),
-    ("a key twice", '{"weight_map": {"a": "x", "a": "y"}}', "a key twice"),
+    ("a key twice", '{"weight_map": {"a": "x", "a": "y"}}', "the key 'a' twice"),
     ("a missing file", {"weight_map": {"a": "missing.safetensors"}}, "missing.safetensors: no such file"),
     ("nested without end", "[" * 200_000, "not JSON"),
 ]

@@ -69,3 +69,5 @@ STORAGES = {
 STORAGE_CLASSES = {name: cls for cls, name in STORAGES.items()}
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
+
+MOST_AXES = 64  # of a tensor, as of an array of numpy; a hostile header could have millions

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol, cast
 
-from convtool.checkpoint.dtypes import ITEMSIZE, STORAGES
+from convtool.checkpoint.dtypes import ITEMSIZE, MOST_AXES, STORAGES
 from convtool.errors import ConvtoolError, InputError, RefusedError
 
 QUANTIZED = {"QInt8Storage": "int8", "QUInt8Storage": "uint8", "QInt32Storage": "int32"}  # classes, by what they hold
@@ -407,6 +407,8 @@ def _tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
     if not isinstance(storage, StorageRef):
         raise PickleError("its pickle makes a tensor of something that isn't a storage")
     shape, stride = (tuple(_numbers(value)) for value in (shape, stride))
+    if len(shape) > MOST_AXES:
+        raise PickleError(f"its pickle holds a tensor of {len(shape)} axes")
     if not _is_size(offset) or len(shape) != len(stride) or not all(map(_is_size, (*shape, *stride))):
         raise PickleError("its pickle holds a tensor whose offset, shape or strides make no sense")
     least = {"_rebuild_tensor": 0, "_rebuild_tensor_v2": 2, "_rebuild_tensor_v3": 3}[function]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convtool.checkpoint.base import Checkpoint, Place
-from convtool.checkpoint.dtypes import ITEMSIZE, SAFETENSORS, SAFETENSORS_CODES
+from convtool.checkpoint.dtypes import ITEMSIZE, MOST_AXES, SAFETENSORS, SAFETENSORS_CODES
 from convtool.checkpoint.info import TensorInfo
 from convtool.checkpoint.record import Record, loads
 from convtool.checkpoint.tensor_bytes import tensor_bits
@@ -301,7 +301,7 @@ def _entry(pairs: dict[str, Any]) -> _Entry | None:
         code, shape, (start, stop) = pairs["dtype"], pairs["shape"], pairs["data_offsets"]
     except (KeyError, TypeError, ValueError):
         return None
-    if not (isinstance(code, str) and isinstance(shape, list)):
+    if not (isinstance(code, str) and isinstance(shape, list) and len(shape) <= MOST_AXES):
         return None
     if any(type(n) is not int or not 0 <= n <= LARGEST for n in (*shape, start, stop)):
         return None

@@ -121,8 +121,10 @@ def read_index(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: is damaged: it is not JSON, or has a key twice ({str(error)[:100]})") from None
+    except _TwiceError as error:
+        raise InputError(f"{path}: is damaged: it has the key {error.args[0]!r:.100} twice") from None
+    except (ValueError, RecursionError):
+        raise InputError(f"{path}: is damaged: it is not JSON") from None
     homes = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(homes, dict) or not all(isinstance(home, str) for home in homes.values()):
         raise InputError(f"{path}: is not an index: expected a weight_map from names of tensors to names of files")
@@ -133,10 +135,15 @@ def read_index(path: Path) -> dict[str, Any]:
     return index
 
 
+class _TwiceError(Exception):
+    pass
+
+
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a key twice")
+        seen: set[str] = set()
+        raise _TwiceError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
     return found
 
 

@@ -113,7 +113,7 @@ def write_archive(file: Output, members: Sequence[Member]) -> None:
     Raises:
         RuntimeError: a member's chunks don't add up to its size.
     """
-    central = b""
+    central: list[bytes] = []
     end = 0
     for member, place in zip(members, _place(members), strict=True):
         file.write(place.local(0))
@@ -129,9 +129,10 @@ def write_archive(file: Output, members: Sequence[Member]) -> None:
         file.seek(place.offset)
         file.write(place.local(crc))
         file.seek(end)
-        central += place.central(crc)
-    file.write(central)
-    file.write(_end(len(members), end, len(central)))
+        central.append(place.central(crc))
+    directory = b"".join(central)
+    file.write(directory)
+    file.write(_end(len(members), end, len(directory)))
 
 
 def combine_crc(first: int, second: int, length: int) -> int:
@@ -176,7 +177,7 @@ def _place(members: Sequence[Member]) -> list[_Placed]:
 
 def _end(count: int, offset: int, size: int) -> bytes:
     """The end of the archive, after a central directory of this size at this offset."""
-    if offset < LIMIT and size < LIMIT:
+    if offset < LIMIT and size < LIMIT and count < _FULL_COUNT:
         return struct.pack("<L4H2LH", _END, 0, 0, count, count, size, offset, 0)
     offset, end = min(offset, _WIDEST), min(offset + size, _WIDEST)
     wide = struct.pack("<LQ2H2L4Q", _END64, 44, 45, 45, 0, 0, count, count, size, offset)

@@ -65,17 +65,23 @@ class RepVGG(nn.Module):
     """A block under the names of its authors or of timm."""
 
     def __init__(
-        self, names: tuple[str, str, str, str], inner: int, outer: int, stride: int, groups: int, deploy: bool
+        self,
+        names: tuple[str, str, str, str],
+        inner: int,
+        outer: int,
+        stride: int,
+        groups: int,
+        deploy: bool,
+        parts: tuple[str, str] = ("conv", "bn"),
     ) -> None:
         super().__init__()
-        self.names, self.deploy = names, deploy
         dense, point, identity, fused = names
         if deploy:
             self.add_module(fused, nn.Conv2d(inner, outer, 3, stride, 1, groups=groups))
             return
         for name, kernel in ((dense, 3), (point, 1)):
             conv = nn.Conv2d(inner, outer, kernel, stride, kernel // 2, groups=groups, bias=False)
-            self.add_module(name, nn.Sequential(OrderedDict(conv=conv, bn=norm(outer))))
+            self.add_module(name, nn.Sequential(OrderedDict(zip(parts, (conv, norm(outer)), strict=True))))
         if inner == outer and stride == 1:
             self.add_module(identity, norm(outer))
 
@@ -87,6 +93,7 @@ class RepVGG(nn.Module):
 REPVGG = {
     "repvgg": ("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam"),
     "repvgg-timm": ("conv_kxk", "conv_1x1", "identity", "reparam_conv"),
+    "repconv-yolov7": ("rbr_dense", "rbr_1x1", "rbr_identity", "rbr_reparam"),
 }
 
 
@@ -94,16 +101,16 @@ REPVGG = {
 def test_repvgg(recipe: str, tmp_path: Path) -> None:
     def network(deploy: bool) -> nn.Module:
         blocks = [(3, 8, 2, 1), (8, 8, 1, 1), (8, 8, 1, 2), (8, 12, 2, 4)]
-        return nn.Sequential(
-            OrderedDict((f"stage{n}", RepVGG(REPVGG[recipe], *block, deploy)) for n, block in enumerate(blocks))
-        )
+        named = ((f"stage{n}", RepVGG(REPVGG[recipe], *block, deploy, (conv, bn))) for n, block in enumerate(blocks))
+        return nn.Sequential(OrderedDict(named))
 
+    conv, bn = ("0", "1") if recipe == "repconv-yolov7" else ("conv", "bn")
     dense = REPVGG[recipe][0]
     fields: dict[str, dict[str, object]] = {
-        "*.bn": {"eps": EPS},
+        f"*.{bn}": {"eps": EPS},
         "stage[12].*identity": {"eps": EPS},
-        f"stage[03].{dense}.conv": {"stride": 2},  # the other branch has it too, without being told
-        f"stage3.{dense}.conv": {"stride": 2, "groups": 4},
+        f"stage[03].{dense}.{conv}": {"stride": 2},  # the other branch has it too, without being told
+        f"stage3.{dense}.{conv}": {"stride": 2, "groups": 4},
     }
     train, deploy = network(deploy=False), network(deploy=True)
     document = converted(train, deploy, recipe, tmp_path, fields)

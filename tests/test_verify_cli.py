@@ -264,6 +264,11 @@ def test_every_usage_error_names_the_option_that_was_typed(net: dict[str, Tensor
         found = cli(f"verify net.pt net.pt --before first --after first {option} {value}")
         assert found.code == 2
         assert found.message.startswith(f"{option}: ")
+    found = cli("verify net.pt net.pt --before first --after second")
+    assert (found.code, found.message) == (
+        2,
+        "channels don't fit: second takes 4 channels, and the chain in BEFORE gives 3",
+    )
     found = cli("verify net.pt net.pt --model-input 3,4,5")
     assert (found.code, found.message) == (2, "--model-input: goes with --model")
 

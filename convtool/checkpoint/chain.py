@@ -91,10 +91,11 @@ def lower_chain(
     sources: FieldSources,
     input_channels: int | None = None,
     spatial_axes: int | None = None,
+    channels_from: str = "--input-size",
 ) -> list[LoweredLayer]:
     """The named layers of one checkpoint, first to last; see `lower_tree`."""
     tree = Chain(tuple(LayerRef(name) for name in names))
-    return list(leaves(lower_tree({BASE: checkpoint}, tree, sources, input_channels, spatial_axes)))
+    return list(leaves(lower_tree({BASE: checkpoint}, tree, sources, input_channels, spatial_axes, channels_from)))
 
 
 def lower_tree(
@@ -103,6 +104,7 @@ def lower_tree(
     sources: FieldSources,
     input_channels: int | None = None,
     spatial_axes: int | None = None,
+    channels_from: str = "--input-size",
 ) -> Tree[LoweredLayer]:
     """A tree of names, lowered, with the fields from `sources` (the checkpoint's record comes before them).
 
@@ -110,13 +112,14 @@ def lower_tree(
         checkpoints: by the source that the names give; BASE is the one that is changed.
         input_channels: of the tree's input, where the user gave them; settles groups that nobody stated.
         spatial_axes: of the tree's input, for one without a convolution or a linear layer.
+        channels_from: what says so of the channels, for messages.
 
     Raises:
         UsageError: an unknown layer, one named twice, fields or channels that don't fit.
         InputError: a layer that isn't linear, or holds inf or NaN.
         RefusedError: layers that cannot be chained here.
     """
-    return _TreeLowering(checkpoints, tree, sources, spatial_axes).lower(input_channels)
+    return _TreeLowering(checkpoints, tree, sources, spatial_axes).lower(input_channels, channels_from)
 
 
 class _TreeLowering:
@@ -145,8 +148,8 @@ class _TreeLowering:
         flattened = next((len(size) for ref in self.layers if (size := flatten_size(ref.name)) is not None), None)
         self.axes = _spatial_axes(list(self.layers.values()), flattened, spatial_axes)
 
-    def lower(self, channels: int | None) -> Tree[LoweredLayer]:
-        return self._lower(self.tree, channels, "--input-size")[0]
+    def lower(self, channels: int | None, known_from: str) -> Tree[LoweredLayer]:
+        return self._lower(self.tree, channels, known_from)[0]
 
     def _find(self, ref: LayerRef) -> Layer:
         if is_function(ref.name):

@@ -93,5 +93,5 @@ def named_pairing(
     """
     first = lower_chain(before, list(chains[0]), sources[0])
     channels, axes = first[0].conv.in_channels, first[0].conv.spatial_axes
-    second = lower_chain(after, list(chains[1]), sources[1], channels, axes)
+    second = lower_chain(after, list(chains[1]), sources[1], channels, axes, "the chain in BEFORE")
     return Pairing(",".join(chains[1]), Chain(tuple(first)), Chain(tuple(second)))

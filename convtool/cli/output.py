@@ -137,7 +137,8 @@ def _progress(unit: Unit, *, known: bool) -> Progress:
         TransferSpeedColumn,
     )
 
-    console = Console(file=sys.stderr, width=window_columns(), no_color=bool(os.environ.get("NO_COLOR")))
+    # Without colours, none of which shows on every background.
+    console = Console(file=sys.stderr, width=window_columns(), no_color=True)
     counted: dict[Unit, tuple[ProgressColumn, ...]] = {
         "bytes": (DownloadColumn(binary_units=True), TransferSpeedColumn()),
         "items": (MofNCompleteColumn(),),

@@ -93,7 +93,7 @@ bn2 = { eps = 1e-3 }
 
 def comparisons(short: bool) -> Iterator[Comparison]:
     """The rows about fusions."""
-    yield composing(64 if short else 512)
+    yield composing(256 if short else 512)
     with tempfile.TemporaryDirectory(dir=OUTPUT) as name:
         folder = Path(name)
         (folder / "conv_bn.toml").write_text(CONV_BN)

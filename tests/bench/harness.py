@@ -166,6 +166,12 @@ def anonymous_peak(job: Callable[[], object]) -> int:
     return max(most, anonymous_bytes()) - before
 
 
+def environment(**more: str) -> dict[str, str]:
+    """That of a process which imports what the benchmarks do."""
+    tests = Path(__file__).resolve().parent.parent
+    return {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent / 'sample_models'}", **more}
+
+
 def anonymous_mib_of(code: str, *arguments: str) -> Callable[[], float]:
     """MiB of anonymous memory that code takes above its start-up, in a process of its own.
 
@@ -176,8 +182,7 @@ def anonymous_mib_of(code: str, *arguments: str) -> Callable[[], float]:
 
     def measure() -> float:
         command = [sys.executable, "-c", script, *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
-        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+        done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment())
         return int(done.stdout.split()[-1]) / (1 << 20)
 
     return measure

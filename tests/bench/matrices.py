@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.io
 import scipy.linalg
 import scipy.sparse
@@ -16,13 +19,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import OUTPUT, Candidate, Comparison, anonymous_mib_of, timed, touch_memory
+from bench.harness import OUTPUT, Candidate, Comparison, anonymous_mib_of, environment, timed, touch_memory
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.matrix import plan_matrix, write_matrix
 
-VECTORS = 64  # of the identity that is sent through the layer: the whole of it would take ten minutes
+
+def filled(count: int, dtype: npt.DTypeLike) -> Tensor:
+    """Ones by torch's threads, in memory of the kind that matrices have: in large pages, if the system has them."""
+    return torch.from_numpy(np.empty(count, dtype)).fill_(1)
 
 
 def layer(channels: int, seed: int = 0) -> Conv:
@@ -37,6 +43,8 @@ def comparisons(short: bool) -> Iterator[Comparison]:
     channels, size = (16, (56, 56)) if short else (64, (56, 56))
     with tempfile.TemporaryDirectory(dir=OUTPUT) as folder:
         yield csr(channels, size)
+        yield csr_reused(channels, size)
+        yield small()
         yield dense()
         yield export(channels, size, Path(folder))
         yield export_memory(channels, size, Path(folder))
@@ -52,18 +60,13 @@ def csr(channels: int, size: tuple[int, int]) -> Comparison:
     count, rows = matrix.nnz, matrix.shape[0]
 
     def fill() -> Any:
-        return (
-            torch.empty(count, dtype=torch.int32).fill_(1),
-            torch.empty(count).fill_(1.0),
-            torch.empty(rows + 1, dtype=torch.int32).fill_(1),
-        )
+        return filled(count, np.int32), filled(count, np.float32), filled(rows + 1, np.int32)
 
     def ours() -> Any:
         fresh = ToeplitzMatrix(conv, size)
         return fresh.rows(0, rows), fresh.indptr()
 
     touch_memory(12 * count)
-    inputs = channels * size[0] * size[1]
     return Comparison(
         f"CSR of {channels} to {channels}, 3x3, padding 1 at {size[0]}x{size[1]}: {count / 1e6:.1f}M entries",
         [
@@ -71,11 +74,65 @@ def csr(channels: int, size: tuple[int, int]) -> Comparison:
             Candidate("convtool", timed(ours)),
             Candidate("scipy.sparse.block_array of a matrix per channel pair", timed(lambda: blocks(conv, size)), 1),
             Candidate("sum over taps of scipy.sparse.kron", timed(lambda: krons(conv, size)), 1),
-            Candidate("conv2d of an identity", lambda: identity(conv, size) * inputs / VECTORS, 1),
         ],
         "convtool",
         1.5,
-        note=f"Allocation included. The identity is scaled up from {VECTORS} of its {inputs} vectors.",
+        note="Allocation included.",
+    )
+
+
+REUSED = """
+import sys, time
+import numpy as np
+import torch
+from bench.matrices import layer
+from convtool.core.toeplitz import ToeplitzMatrix
+
+channels, height, width = (int(word) for word in sys.argv[1:4])
+conv = layer(channels)
+matrix = ToeplitzMatrix(conv, (height, width))
+
+def fill():
+    parts = np.empty(matrix.nnz, np.int32), np.empty(matrix.nnz, np.float32)
+    return [torch.from_numpy(part).fill_(1) for part in parts]
+
+def convtool():
+    fresh = ToeplitzMatrix(conv, (height, width))
+    return fresh.rows(0, fresh.shape[0]), fresh.indptr()
+
+for _ in range(2):
+    made = globals()[sys.argv[4]]()
+    del made
+times = []
+for _ in range(5):
+    start = time.perf_counter()
+    made = globals()[sys.argv[4]]()
+    times.append(time.perf_counter() - start)
+    del made
+print(min(times))
+"""
+
+
+def csr_reused(channels: int, size: tuple[int, int]) -> Comparison:
+    """The same in memory that the process had before, so that the time goes into writing it alone."""
+
+    def taken(how: str) -> Callable[[], float]:
+        # The process keeps what it frees: nothing is given back to the system, or taken from it again.
+        kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 20)}
+        command = [sys.executable, "-c", REUSED, str(channels), *map(str, size), how]
+
+        def measure() -> float:
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment(**kept))
+            return float(done.stdout.split()[-1])
+
+        return measure
+
+    return Comparison(
+        f"CSR of {channels} to {channels}, 3x3, padding 1 at {size[0]}x{size[1]}, in memory that was used before",
+        [Candidate("filling the same bytes", taken("fill")), Candidate("convtool", taken("convtool"))],
+        "convtool",
+        1.5,
+        note="Each figure is the least of five in a process of its own.",
     )
 
 
@@ -113,17 +170,38 @@ def krons(conv: Conv, size: tuple[int, int]) -> Any:
     return total
 
 
-def identity(conv: Conv, size: tuple[int, int]) -> float:
-    """Seconds for `VECTORS` basis vectors: what the layer makes of them, their entries collected."""
-    inputs = conv.in_channels * size[0] * size[1]
+# --- what takes an evaluation of the layer for each column
 
-    def some() -> Any:
-        basis = torch.zeros(VECTORS, inputs)
-        basis.fill_diagonal_(1.0)
-        columns = F.conv2d(basis.view(VECTORS, conv.in_channels, *size), conv.weight, padding=1)
-        return scipy.sparse.csr_array(columns.flatten(1).numpy())
 
-    return timed(some)()
+def small() -> Comparison:
+    """4 to 4, 3x3, padding 1 at 28x28: what the others can do in a while."""
+    conv, size = layer(4), (28, 28)
+    matrix = ToeplitzMatrix(conv, size)
+    inputs = 4 * 28 * 28
+
+    def apply(x: Tensor) -> Tensor:
+        return F.conv2d(x.view(-1, 4, *size), conv.weight, padding=1).flatten(1)
+
+    def identity() -> Any:
+        return scipy.sparse.csr_array(apply(torch.eye(inputs)).T.numpy())
+
+    def jacobian() -> Any:
+        return scipy.sparse.csr_array(torch.func.jacrev(lambda x: apply(x)[0])(torch.zeros(inputs)).numpy())
+
+    def ours() -> Any:
+        fresh = ToeplitzMatrix(conv, size)
+        return fresh.rows(0, inputs), fresh.indptr()
+
+    return Comparison(
+        f"CSR of 4 to 4, 3x3, padding 1 at 28x28: {matrix.nnz / 1e3:.0f}K entries",
+        [
+            Candidate("convtool", timed(ours)),
+            Candidate("conv2d of an identity", timed(identity), 3),
+            Candidate("torch.func.jacrev", timed(jacobian), 2),
+        ],
+        "convtool",
+        note="As large as the others take seconds for: they evaluate the layer for each column or row, densely.",
+    )
 
 
 # --- dense
@@ -162,7 +240,7 @@ def dense() -> Comparison:
     return Comparison(
         f"dense matrix of 3 to 16, 3x3 at 32x32: {shape[0]} x {shape[1]}",
         [
-            Candidate("filling the same bytes", timed(lambda: torch.empty(shape).fill_(1.0))),
+            Candidate("filling the same bytes", timed(lambda: filled(shape[0] * shape[1], np.float32))),
             Candidate("convtool", timed(lambda: ToeplitzMatrix(conv, (32, 32)).to_dense())),
             Candidate("scipy.linalg.toeplitz in loops", timed(by_toeplitz), 2),
             Candidate("torch.func.jacrev", timed(by_jacobian), 2),

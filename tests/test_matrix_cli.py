@@ -277,6 +277,26 @@ def test_toeplitz_draws_in_the_terminal(
 
 
 @pytest.mark.parametrize("order", ["CHW", "HWC"])
+@pytest.mark.parametrize("suffix", [".npz", ".mtx", ".safetensors"])
+def test_rows_of_a_matrix_of_billions_are_verified_entry_by_entry(
+    order: str, suffix: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / f"m{suffix}"
+    command = ["toeplitz", CHAINS, "reduce", "--input-size", "1,60000,60000", "--rows", "7000000000:7000000123"]
+    assert run(capsys, *command, "--order", order, "-o", str(out))["shape"] == [123, 3_600_000_000]
+    found = run(capsys, "verify", CHAINS, str(out))
+    assert found["equivalent"]
+    assert found["matrix"]["entries"]["positions"] == 123
+    assert found["matrix"]["products"] is None  # neither its input nor its output fits into memory
+    x, _ = convtool.load_matrix(out, "scipy").nonzero()
+    assert len(x) == 123
+    if suffix == ".mtx":
+        text = out.read_text()
+        out.write_text(text.replace("\n123 ", "\n122 "))  # one row further up
+        assert not run(capsys, "verify", CHAINS, str(out))["equivalent"]
+
+
+@pytest.mark.parametrize("order", ["CHW", "HWC"])
 def test_a_picture_shows_the_largest_entry_of_each_bin(order: Order, widen: convtool.Conv) -> None:
     matrix = MATRICES[order](widen, (5, 6), affine=True)
     dense = matrix.dense_rows(0, matrix.shape[0]).numpy()

@@ -80,8 +80,9 @@ class ChannelsLastMatrix(ToeplitzMatrix):
         self._check_rows(start, stop)
         channels = max(1, self._row_channels)
         end = min(stop, self._plain_rows)
-        position = torch.arange(min(start, end), end) // channels
-        counts = self._plain.row_counts(0, self._positions)[position]
+        first = min(start, end) // channels  # position
+        position = torch.arange(min(start, end), end) // channels - first
+        counts = self._plain.row_counts(first, -(-end // channels))[position]
         if start < stop and stop > self._plain_rows:
             counts = torch.cat([counts, torch.tensor([self._plain_columns])])
         return counts

@@ -27,6 +27,7 @@ from convtool.core.toeplitz import CsrBlock, ToeplitzMatrix
 from convtool.errors import UsageError
 
 BLOCK_ENTRIES = 1 << 17  # entries of a matrix in flight
+MOST_NUMBERS = 1 << 27  # of an input and its output: 1 GiB; larger layers aren't run, only their entries compared
 
 
 class Rows(Protocol):
@@ -56,7 +57,8 @@ class MatrixReport:
         mismatch: why the two cannot be compared number by number; else ''.
         entries: the comparison of matrix entries; `where` is (row, column), and `positions` and `differing` count
             entries. Entries that are stored on neither side are zero on both.
-        products: that of the matrix's products with inputs, held against torch's convolution; empty for two matrices.
+        products: that of the matrix's products with inputs, held against torch's convolution; empty for two matrices,
+            and for a layer whose input and output are more than `MOST_NUMBERS`.
         bias: that of the bias vectors; `where` is (output,).
         bias_missing: the layer has a bias, and the file has no room for one: the rest was compared.
         dtype: of the matrix that was compared.
@@ -135,22 +137,26 @@ def verify_matrix(
         sums = magnitude.values(start + first, start + last) if conv.geometry.padding_mode != "zeros" else block.values
         return block, sums.abs() * adding
 
-    products = _Products(exact, whole, order, (start, stop), trials, seed, computed_in, _least(matrix.dtype))
+    inputs, outputs = (math.prod(size) for size in (whole.input_size, whole.output_size))
+    products = None
+    if conv.in_channels * inputs + conv.out_channels * outputs <= MOST_NUMBERS:
+        products = _Products(exact, whole, order, (start, stop), trials, seed, computed_in, _least(matrix.dtype))
     entries = _Worst()
     for first, last in matrix.blocks(BLOCK_ENTRIES):
         found = _canonical(matrix.rows(first, last), whole.shape[1])
         half = half_ulp(found.values, matrix.dtype)
         _compare_entries(entries, first, *expect(first, last), found, half, whole.shape[1])
-        products.add(first, found, half)
+        if products is not None:
+            products.add(first, found, half)
     vector, missing = Region(), False
     if not affine:
-        outputs = conv.out_channels * math.prod(whole.output_size)
-        part = (start, stop) if rows is not None and not transpose else (0, outputs)
-        vector, missing = _compare_bias(whole.bias, bias, part, stores_bias)
+        part = (start, stop) if rows is not None and not transpose else (0, conv.out_channels * outputs)
+        expected = None if conv.bias is None else whole.bias_part(*part)
+        vector, missing = _compare_bias(expected, bias, part[1] - part[0], stores_bias)
     return MatrixReport(
         shape,
         entries=entries.region("entry"),
-        products=products.region(),
+        products=Region() if products is None else products.region(),
         bias=vector,
         bias_missing=missing,
         dtype=name,
@@ -174,7 +180,7 @@ def verify_matrices(
         slack, half = torch.zeros_like(exact.values.abs()), half_ulp(found.values, after.dtype)
         _compare_entries(entries, start, exact, slack, found, half, shape[1])
     size = max(0 if bias is None else len(bias) for bias in (bias_before, bias_after))
-    vector, _ = _compare_bias(bias_before, bias_after, (0, size), True)
+    vector, _ = _compare_bias(bias_before, bias_after, size, True)
     return MatrixReport(shape, entries=entries.region("entry"), bias=vector, dtype=name)
 
 
@@ -357,16 +363,13 @@ def _without_bias(conv: Conv) -> Conv:
     return Conv(conv.weight, None, conv.geometry)
 
 
-def _compare_bias(
-    expected: Tensor | None, found: Tensor | None, part: tuple[int, int], stored: bool
-) -> tuple[Region, bool]:
+def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int, stored: bool) -> tuple[Region, bool]:
     """The bias vectors, and whether one is missing that there was no room for."""
     if expected is None and found is None:
         return Region(), False
     if found is None and not stored:
         return Region(), True
-    size = part[1] - part[0]
-    wanted = torch.zeros(size, dtype=torch.float64) if expected is None else _widened(expected)[slice(*part)]
+    wanted = torch.zeros(size, dtype=torch.float64) if expected is None else _widened(expected)
     have = torch.zeros(size, dtype=torch.float64) if found is None else found
     if have.shape != wanted.shape:
         return Region(elements=1, ratio=math.inf, error=math.inf, kind="bias", differing=1, positions=1), False

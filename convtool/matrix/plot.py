@@ -69,7 +69,8 @@ def write_plot(
 def drawn(matrix: ToeplitzMatrix, width: int, height: int, part: tuple[int, int] | None = None) -> list[str]:
     """The matrix, or rows A:B of it, as lines of text, darker where it is larger.
 
-    They have at most `width` characters, and there are about `height` of them. A character is about twice as high as wide, so a square matrix gets half as many lines as columns.
+    They have at most `width` characters, and there are about `height` of them. A character is about twice as high as
+    wide, so a square matrix gets half as many lines as columns.
     """
     start, stop = (0, matrix.shape[0]) if part is None else part
     rows, columns = stop - start, matrix.shape[1]

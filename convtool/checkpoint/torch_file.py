@@ -160,7 +160,11 @@ class TorchCheckpoint(Checkpoint):
 
     def user(self, key: str) -> str:
         """The first tensor that a storage belongs to."""
-        return next((name for name, ref in self.tensors.items() if ref.storage.key == key), "the saved object")
+        return self._users.get(key, "the saved object")
+
+    @cached_property
+    def _users(self) -> dict[str, str]:
+        return {ref.storage.key: name for name, ref in reversed(self.tensors.items())}
 
 
 def _with_metadata(tensor: Tensor, metadata: Any, where: str) -> Tensor:

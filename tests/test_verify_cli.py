@@ -259,6 +259,7 @@ def test_every_usage_error_names_the_option_that_was_typed(net: dict[str, Tensor
         ("--rtol", "-1"),
         ("--atol", "nan"),
         ("--device", "nowhere"),
+        ("--device", "meta"),
         ("--input-size", "5,x"),
     ]:
         found = cli(f"verify net.pt net.pt --before first --after first {option} {value}")

@@ -288,7 +288,7 @@ def _device(name: str) -> torch.device:
 
     try:
         device = torch.device(name)
-        torch.zeros(1, dtype=torch.float64, device=device)
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # 'meta' has no numbers
     except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"--device: torch cannot compute in float64 on {name!r} here ({reason})") from None

@@ -99,7 +99,7 @@ def fusing(path: Path, count: int, short: bool) -> Comparison:
         [
             Candidate("cp and fsync", timed(copy, remove), 3),
             Candidate(WITHIN, within, 3),
-            Candidate(PROCESS, process(*command), 3),
+            Candidate(PROCESS, process(*command), 1 if short else 3),
             Candidate("safetensors.load_file and save_file", process(*in_memory), 1),
         ],
         WITHIN if short else PROCESS,
@@ -115,7 +115,7 @@ def fusing_memory(path: Path, count: int) -> Comparison:
         f"anonymous memory of fusing a pair in a checkpoint of {count / 1e9:.1f} GB, above start-up",
         [
             Candidate("safetensors.load_file and save_file", anonymous_mib_of(IN_MEMORY, *arguments), 1),
-            Candidate("convtool fuse", anonymous_mib_of(FUSING, *arguments), 2),
+            Candidate("convtool fuse", anonymous_mib_of(FUSING, *arguments), 1),
         ],
         "convtool fuse",
         300,

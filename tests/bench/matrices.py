@@ -129,7 +129,7 @@ def csr_reused(channels: int, size: tuple[int, int]) -> Comparison:
 
     return Comparison(
         f"CSR of {channels} to {channels}, 3x3, padding 1 at {size[0]}x{size[1]}, in memory that was used before",
-        [Candidate("filling the same bytes", taken("fill")), Candidate("convtool", taken("convtool"))],
+        [Candidate("filling the same bytes", taken("fill"), 3), Candidate("convtool", taken("convtool"), 3)],
         "convtool",
         1.5,
         note="Each figure is the least of five in a process of its own.",

@@ -54,6 +54,37 @@ def pair(dtype: torch.dtype = torch.float32) -> list[Conv]:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_power_of_two_and_its_neighbours_are_told_apart(dtype: torch.dtype, sign: float) -> None:
+    """Each of them stored in place of each other is found, though the two below lie half as far apart."""
+    zero, most = torch.tensor(0.0, dtype=dtype), torch.tensor(math.inf, dtype=dtype)
+    for power in (0.25, 1.0, 64.0):
+        middle = torch.tensor(power, dtype=dtype)
+        numbers = [torch.nextafter(middle, zero), middle, torch.nextafter(middle, most)]
+        for one, other in itertools.product(range(3), repeat=2):
+            # The numbers stand among others in a kernel of three taps, each of which an impulse meets by itself.
+            weights = [torch.stack([zero + 3, numbers[n], zero - 5]).mul(sign).reshape(1, 1, 3) for n in (one, other)]
+            before, after = (convtool.conv(weight) for weight in weights)
+            report = verify([before], [after], (9,), trials=1)
+            if dtype is torch.float64:  # the rounding of running both is as much
+                assert report.equivalent
+            else:
+                assert report.equivalent == (one == other), (power, one, other, report.ratio)
+
+
+@pytest.mark.parametrize("dtype", FLOATS[1:])
+def test_what_rounds_to_a_power_of_two_passes_on_either_side(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    for share in (-0.2499, -0.1, 0.2, 0.4999):
+        exact = torch.tensor([[[2.0, -2.0, 0.5]]], dtype=torch.float64) * (1 + share * eps)
+        after = convtool.conv(rounded(exact, dtype))
+        assert torch.equal(after.weight.double(), torch.tensor([[[2.0, -2.0, 0.5]]], dtype=torch.float64))
+        report = verify([convtool.conv(exact)], [after], (8,), trials=1)
+        assert report.equivalent
+        assert report.ratio > 0.15
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
 def test_half_an_ulp_is_half_the_way_to_the_next_number(dtype: torch.dtype) -> None:
     info = torch.finfo(dtype)
     tiny = info.smallest_normal * info.eps
@@ -110,7 +141,7 @@ def test_terms_of_a_fusion_by_hand() -> None:
 def test_the_bound_of_one_layer_is_half_an_ulp_of_each_number_and_little_else() -> None:
     conv = layer(1, (3, 2, 2, 3), torch.bfloat16)
     x = real_numbers(2, 4, 2, 5, 6)
-    bound = Bound(conv.exact(), _exact(stored(conv)), torch.float64).of(x, torch.zeros(1))
+    bound = Bound(conv.exact(), _exact(stored(conv)), torch.float64).of(x, torch.zeros(1), torch.zeros(1))
     errors = stored(conv)
     assert errors.bias_error is not None
     storing = forward(Conv(errors.weight_error, errors.bias_error, conv.geometry), x.abs())
@@ -161,8 +192,8 @@ def test_adding_branches_adds_what_storing_can_do() -> None:
     branches = [layer(seed, (3, 2, 3, 2), torch.float16) for seed in (1, 2)]
     kept = Sum(tuple(stored(conv) for conv in branches))
     x = real_numbers(1, 2, 2, 4, 5)
-    both = Bound(Sum(tuple(conv.exact() for conv in branches)), _exact_sum(kept), torch.float64).of(x, x)
-    apart = [Bound(conv.exact(), _exact(stored(conv)), torch.float64).of(x, x) for conv in branches]
+    both = Bound(Sum(tuple(conv.exact() for conv in branches)), _exact_sum(kept), torch.float64).of(x, x, x)
+    apart = [Bound(conv.exact(), _exact(stored(conv)), torch.float64).of(x, x, x) for conv in branches]
     torch.testing.assert_close(both, apart[0] + apart[1], rtol=1e-9, atol=0)
 
 
@@ -515,7 +546,9 @@ def test_a_tolerance_of_ones_own() -> None:
         for name in ("rtol", "atol"):
             with pytest.raises(UsageError, match=f"--{name}: expected a finite number of at least 0"):
                 verify([conv], [conv], (5, 6), **{name: wrong})  # type: ignore[arg-type]
-    assert torch.equal(Tolerance(0.5, 1.0).of(torch.zeros(1), torch.tensor([-2.0])), torch.tensor([2.0]))
+    assert torch.equal(
+        Tolerance(0.5, 1.0).of(torch.zeros(1), torch.tensor([-2.0]), torch.zeros(1)), torch.tensor([2.0])
+    )
 
 
 def test_taps_that_no_output_reads_are_said_to_be_unknown() -> None:

@@ -39,8 +39,10 @@ eta, underflow in float64: half of 2^-1074 for each product, carried through the
 
 There is no tolerance to choose: a ratio of error to bound of at most 1 is what rounding can do, and more is a
 difference. An impulse meets one kernel entry at a time, and then the bound is h of that entry and little else: an entry
-one unit in the last place off is found, whatever the size of its neighbours. (Numbers just below a power of two lie
-half as far apart as those above: a power of two stored in place of its neighbour below is half its own unit off: h.)
+one unit in the last place off is found, whatever the size of its neighbours. Numbers just below a power of two lie half
+as far apart as those above, so what was rounded to one lies within h beyond it and h/2 towards zero. Where A is one
+real layer, impulses (which are never negative) are held to that, by the sign of the error: else a power of two in place
+of its neighbour below, half its own unit off, would pass.
 """
 
 from __future__ import annotations
@@ -58,7 +60,7 @@ from convtool.core.compose import add_geometry, compose_geometry
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, in_channels
 from convtool.core.geometry import Geometry
-from convtool.core.inputs import Input, apply, respond
+from convtool.core.inputs import Impulses, Input, apply, respond
 from convtool.core.tree import Chain, Sum, Tree, fold, map_leaves
 from convtool.errors import ConvtoolError, UsageError
 
@@ -76,11 +78,13 @@ class Stored:
         conv: with the numbers as they are stored.
         weight_error: as the weight; the most that storing moved each entry.
         bias_error: the same of the bias; None where there is none.
+        less_inwards: as the weight; by how much less it can have been towards zero. None where it can be as much.
     """
 
     conv: Conv
     weight_error: Tensor
     bias_error: Tensor | None
+    less_inwards: Tensor | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -95,7 +99,21 @@ def stored(conv: Conv, dtype: torch.dtype | None = None) -> Stored:
         conv,
         half_ulp(conv.weight, dtype or conv.weight.dtype),
         None if bias is None else half_ulp(bias, dtype or bias.dtype),
+        less_inwards(conv.weight, dtype or conv.weight.dtype),
     )
+
+
+def less_inwards(numbers: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """By how much nearer to each number is what was rounded to it from the side of zero: only to powers of two.
+
+    None where there is no power of two, and for complex numbers.
+    """
+    if numbers.is_complex() or dtype.is_complex:
+        return None
+    info = torch.finfo(dtype)
+    size = numbers.to(torch.float64).abs()
+    powers = (torch.frexp(size).mantissa == 0.5) & (size > info.smallest_normal)
+    return torch.where(powers, size * (info.eps / 4), 0.0) if bool(powers.any()) else None
 
 
 def half_ulp(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,7 +137,7 @@ def half_ulp(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 class BoundOf(Protocol):
     """What a comparison holds errors against."""
 
-    def of(self, x: Input, expected: Tensor) -> Tensor:
+    def of(self, x: Input, expected: Tensor, found: Tensor) -> Tensor:
         """The most that each output may be off, of the shape of `expected`, (N, C_out, *output_size)."""
 
 
@@ -147,11 +165,15 @@ class Bound:
         self.computing = gamma(fusing, torch.finfo(computed_in).eps / 2) + stored_between
         self.running = gamma(running + fusing, U64)
         self.underflow = _underflow(before) + _underflow(kept)
+        self.less = _less_inwards(after)
 
-    def of(self, x: Input, expected: Tensor) -> Tensor:
+    def of(self, x: Input, expected: Tensor, found: Tensor) -> Tensor:
         """The most that rounding can do to each output, (N, C_out, *output_size)."""
         size = x.abs()
         before, (after, lost) = apply(self.before, size), _storing(self.after, size, None)
+        if self.less is not None and isinstance(x, Impulses):
+            up, down = (respond(less, x) for less in self.less)
+            lost = lost - torch.where(expected > found, up, down)
         bound = lost + self.computing * before + self.running * (before + after) + self.underflow
         return bound * (1 + self.running)
 
@@ -165,7 +187,7 @@ class Tolerance:
                 raise UsageError(f"--{name}: expected a finite number of at least 0, got {value:g}")
         self.rtol, self.atol = rtol, atol
 
-    def of(self, x: Input, expected: Tensor) -> Tensor:
+    def of(self, x: Input, expected: Tensor, found: Tensor) -> Tensor:
         return self.atol + self.rtol * expected.abs()
 
 
@@ -246,6 +268,18 @@ def _absolute_stored(leaf: Stored) -> Stored:
     more = leaf.conv.weight[0].numel() * TINY64 if leaf.conv.weight.numel() else 0.0
     bias_error = None if leaf.bias_error is None else leaf.bias_error + more
     return Stored(_absolute(leaf.conv), leaf.weight_error + more, bias_error)
+
+
+def _less_inwards(after: Tree[Stored]) -> tuple[Conv, Conv] | None:
+    """What to take off for an impulse where outputs should be larger, and where smaller; None where nothing."""
+    while isinstance(after, Chain | Sum) and len(after.parts) == 1:
+        after = after.parts[0]
+    if isinstance(after, Chain | Sum) or after.less_inwards is None:
+        return None
+    weight, less = after.conv.weight, after.less_inwards
+    sides = (weight < 0, weight > 0)  # those numbers that are nearer to zero where they are larger; smaller
+    up, down = (Conv(torch.where(side, less, 0.0), None, after.conv.geometry) for side in sides)
+    return up, down
 
 
 def _storing(tree: Tree[Stored], x: Input, lost: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -221,6 +221,7 @@ class _Comparison:
                 _moved(leaf.conv, exact, self.device),
                 leaf.weight_error.to(self.device),
                 None if leaf.bias_error is None else leaf.bias_error.to(self.device),
+                None if leaf.less_inwards is None else leaf.less_inwards.to(self.device),
             ),
             after,
         )
@@ -244,7 +245,7 @@ class _Pair:
         x = x.to(self.device)
         given = x.to(self.dtype) if isinstance(x, Tensor) else x
         expected, found = apply(self.before, given), apply(self.after, given)
-        return expected, found, self.bound.of(x, expected)
+        return expected, found, self.bound.of(x, expected, found)
 
 
 def _stored_tree(after: Sequence[Conv] | Expression | Tree[Stored], dtype: torch.dtype | None) -> Tree[Stored]:
@@ -344,7 +345,7 @@ def _linear(conv: Conv) -> Conv:
 
 
 def _linear_stored(leaf: Stored) -> Stored:
-    return Stored(_linear(leaf.conv), leaf.weight_error, None)
+    return Stored(_linear(leaf.conv), leaf.weight_error, None, leaf.less_inwards)
 
 
 def _stored_error(

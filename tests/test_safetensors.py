@@ -273,3 +273,12 @@ def test_names_of_any_kind_survive(tmp_path: Path) -> None:
     assert {name: tensor.tolist() for name, tensor in back.items()} == {
         name: tensor.tolist() for name, tensor in state.items()
     }
+
+
+@pytest.mark.parametrize("name", ["convtool", "format"])
+def test_a_tied_tensor_whose_name_the_metadata_need_is_refused(tmp_path: Path, name: str) -> None:
+    shared = torch.arange(6.0).reshape(2, 3)
+    torch.save({"a": shared, name: shared}, tmp_path / "in.pt")
+    opened = open_checkpoint(tmp_path / "in.pt")
+    with pytest.raises(RefusedError, match=f"{name} shares the memory of a, and the metadata have another use"):
+        write_edited(opened, Edit.nothing(), tmp_path / "out.safetensors", None, force=False)

@@ -155,7 +155,7 @@ def plan_safetensors(entries: Sequence[Entry], metadata: Mapping[str, str]) -> t
             raise RefusedError(f"safetensors has no room for a tensor named {entry.name!r}; write a .pt file instead")
         first = kept.setdefault(entry.memory, entry)
         if first is not entry:
-            if entry.name in metadata and metadata[entry.name] != first.name:
+            if entry.name == RECORD_KEY or metadata.get(entry.name, first.name) != first.name:
                 raise RefusedError(
                     f"{entry.name} shares the memory of {first.name}, and the metadata have another use of its name"
                 )

@@ -203,6 +203,95 @@ def test_mobileone(recipe: str, tmp_path: Path) -> None:
     assert_same_outputs(train, deploy, [(2, 3, 13, 16), (1, 3, 12, 19)])
 
 
+# --- FastViT
+
+
+def reparam(inner: int, outer: int, kernel: int, stride: int, groups: int) -> nn.Conv2d:
+    return nn.Conv2d(inner, outer, kernel, stride, kernel // 2, groups=groups)
+
+
+def conv_norm(inner: int, outer: int, kernel: int, stride: int, groups: int) -> nn.Sequential:
+    conv = nn.Conv2d(inner, outer, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, bn=norm(outer)))
+
+
+class RepMixer(nn.Module):
+    """x + layer_scale(mixer(x) - norm(x))."""
+
+    def __init__(self, channels: int, kernel: int, scaled: bool, deploy: bool) -> None:
+        super().__init__()
+        if deploy:
+            self.reparam_conv = reparam(channels, channels, kernel, 1, channels)
+            return
+        names = MOBILEONE["mobileone-timm"]
+        self.mixer = MobileOne(names, (channels, channels), kernel, 1, channels, 1, deploy=False)
+        self.mixer.act = nn.Identity()
+        self.norm = nn.Module()
+        self.norm.identity = norm(channels)
+        self.layer_scale = LayerScale2d(channels) if scaled else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "reparam_conv"):
+            y: Tensor = self.reparam_conv(x)
+            return y
+        mixed: Tensor = self.layer_scale(self.mixer(x) - self.norm.get_submodule("identity")(x))
+        return x + mixed
+
+
+class LayerScale2d(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class LargeKernel(nn.Module):
+    def __init__(self, inner: int, outer: int, kernel: int, small: int, stride: int, groups: int, deploy: bool) -> None:
+        super().__init__()
+        if deploy:
+            self.reparam_conv = reparam(inner, outer, kernel, stride, groups)
+        else:
+            self.large_conv = conv_norm(inner, outer, kernel, stride, groups)
+            self.small_conv = conv_norm(inner, outer, small, stride, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = sum(branch(x) for branch in self.children())
+        return F.gelu(y)
+
+
+def test_fastvit(tmp_path: Path) -> None:
+    def network(deploy: bool) -> nn.Module:
+        names = MOBILEONE["mobileone-timm"]
+
+        def block(inner: int, outer: int, kernel: int, stride: int, groups: int) -> nn.Module:
+            return MobileOne(names, (inner, outer), kernel, stride, groups, 1, deploy)
+
+        layers: dict[str, nn.Module] = {
+            "stem": nn.Sequential(block(3, 4, 3, 2, 1), block(4, 4, 3, 1, 4), block(4, 4, 1, 1, 1)),
+            "mixers": nn.Sequential(RepMixer(4, 3, True, deploy), RepMixer(4, 5, False, deploy)),
+            "proj": nn.Sequential(LargeKernel(4, 8, 7, 3, 2, 4, deploy), block(8, 8, 1, 1, 1)),
+            "final_conv": block(8, 16, 3, 1, 8),
+        }
+        return nn.Sequential(OrderedDict(layers))
+
+    fields: dict[str, dict[str, object]] = {
+        "*.bn": {"eps": EPS},
+        "*.identity": {"eps": EPS},
+        "stem.0.conv_kxk.0.conv": {"stride": 2},
+        "stem.1.conv_*.conv": {"groups": 4},
+        "proj.0.large_conv.conv": {"stride": 2, "groups": 4},
+        "proj.0.small_conv.conv": {"groups": 4},
+        "mixers.*.conv": {"groups": 4},
+        "final_conv.conv_*.conv": {"groups": 8},
+    }
+    train, deploy = network(deploy=False), network(deploy=True)
+    document = converted(train, deploy, "fastvit-timm", tmp_path, fields)
+    assert len(document["fusions"]) == 8
+    assert_same_outputs(train, deploy, [(2, 3, 21, 26), (1, 3, 18, 31)])
+
+
 # --- ACNet
 
 

@@ -126,6 +126,12 @@ MISTAKES = [
     ("unfold net.safetensors first --input-size 5,7 -o net.safetensors -f", 2, "is the checkpoint itself"),
     ("fuse net.pt first second -o ''", 2, "expected the name of a file or a folder as OUT"),
     ("convert net.pt ''", 2, "expected the name of a file or a folder as OUT"),
+    # --- the option that was typed
+    ("convert net.pt o.safetensors --shard-size 1KB", 2, "^--shard-size: o.safetensors is one file; name a folder"),
+    ("convert net.pt o.pt --as-toeplitz first=4,5 --as-toeplitz first=5,5", 2, "^first: is to be written in two forms"),
+    ("inspect net.pt --set first.stride=", 2, "^--set first.stride=: stride: expected an integer"),
+    ("toeplitz net.pt first --input-size 5,7 --stride '' -o t.npz", 2, "^--stride: expected an integer"),
+    ("spectrum net.pt first --input-size 5,7 --tolerance nan", 2, "^--tolerance: expected a number between 0 and 1"),
     # --- layers
     ("toeplitz net.safetensors frist --input-size 5,7 -o t.npz", 2, r"no layer 'frist'; did you mean first\?"),
     ("toeplitz net.pt first.wieght --input-size 5,7 -o t.npz", 2, r"no layer 'first.wieght'; did you mean .*first"),
@@ -231,7 +237,7 @@ MISTAKES = [
     ("toeplitz net.pt first --input-size 5,7 --rows 3 -o t.npz", 2, "--rows: expected A:B"),
     ("toeplitz net.pt first --input-size 5,7 --rows 3:9999 -o t.npz", 2, "--rows: expected A:B .* got 3:9999"),
     ("toeplitz net.pt first --input-size 5,7 --layout csc -o t.npz", 2, "--layout: expected .* got 'csc'"),
-    ("toeplitz net.pt first --input-size 5,7 --padding-mode mirror -o t.npz", 2, "padding_mode: expected one of"),
+    ("toeplitz net.pt first --input-size 5,7 --padding-mode mirror -o t.npz", 2, "^--padding-mode: expected one of"),
     ("fuse net.pt --recipe nope -o f.pt", 2, "no recipe 'nope'; expected one of acnet, "),
     ("fuse net.pt --recipe repvg -o f.pt", 2, r"no recipe 'repvg'; did you mean repvgg"),
     ("fuse net.pt first second --recipe repvgg -o f.pt", 2, "--recipe names the layers"),

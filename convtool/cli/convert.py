@@ -13,6 +13,7 @@ from convtool.cli.reexpress import Wanted, change_document, record_of, reexpress
 from convtool.cli.run import run
 from convtool.cli.signature import grouped
 from convtool.cli.written import print_tensors, print_written, write, written_document
+from convtool.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -89,6 +90,8 @@ def command(
         size = None if shard_size is None else _parse_size(shard_size)
         opened = sources.open(checkpoint, reporter)
         check_output(out, force=force or dry_run, source=opened, shard_size=size)
+        if size is not None and not is_folder(out, opened, size):
+            raise UsageError(f"--shard-size: {out} is one file; name a folder, or an index, for several")
         flat = out.suffix == ".safetensors" or is_folder(out, opened, size)
         left_out = opened.left_out if sources.root is not None and flat else []
         changes = reexpressions(reporter, opened, wanted, sources)
@@ -133,8 +136,6 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def _parse_size(text: str) -> int:
     """'500MB' as a number of bytes."""
-    from convtool.errors import UsageError
-
     number = text.rstrip("BKMGIbkmgi")
     unit = text[len(number) :].upper()
     if not number.isdecimal() or unit not in _UNITS or len(number) > 15 or int(number) == 0:

@@ -214,18 +214,28 @@ def field_sources(
         layer_fields: by layer name, what options such as --stride say.
         model: what --model says (convtool.cli.model).
     """
-    from convtool.core.fields import FieldSource, FieldSources, parse_setting
+    from convtool.core.fields import FieldSource, FieldSources
 
     sources = [] if model is None else [model]
     if geometry is not None:
         sources.append(_geometry_file(geometry))
     set_tables: dict[str, Any] = {}
     for text in settings or ():
-        layer, field, value = parse_setting(text)
+        layer, field, value = _setting(text)
         set_tables.setdefault(layer, {})[field] = value
     sources.append(FieldSource("--set", set_tables))
     sources.append(FieldSource("options", layer_fields, exact_names=True))
     return FieldSources(tuple(sources))
+
+
+def _setting(text: str) -> tuple[str, str, Any]:
+    """A --set as (layer, field, value); UsageError, with what was typed, where it is none."""
+    from convtool.core.fields import parse_setting
+
+    try:
+        return parse_setting(text)
+    except UsageError as error:
+        raise UsageError(str(error) if str(error).startswith("--set") else f"--set {text}: {error}") from None
 
 
 def open_reporting(reporter: Reporter, path: Path, root: str | None = None, *, mapped: bool = True) -> Checkpoint:
@@ -264,7 +274,15 @@ def single_layer_fields(**given: object) -> dict[str, Any]:
     """Fields from --stride, --padding, ...: those that were given, parsed."""
     from convtool.core.fields import parse_field
 
-    return {name: parse_field(name, value) for name, value in given.items() if value not in (None, False)}
+    fields = {}
+    for name, value in given.items():
+        if value not in (None, False):
+            try:
+                fields[name] = parse_field(name, value)
+            except UsageError as error:
+                option = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{option}: {str(error).removeprefix(f'{name}: ')}") from None
+    return fields
 
 
 def _geometry_file(path: Path) -> Any:

@@ -72,6 +72,9 @@ def reexpressions(reporter: Reporter, opened: Checkpoint, wanted: Wanted, given:
         name, sizes = _split(text, "--as-toeplitz", "LAYER=[C,]H,W")
         changes.append(_toeplitz(reporter, opened, name, sizes, sources, as_toeplitz))
     changes += [_conv(reporter, opened, text, sources) for text in wanted.as_conv or ()]
+    for number, change in enumerate(changes):
+        if change.name in {other.name for other in changes[:number]}:
+            raise UsageError(f"{change.name}: is to be written in two forms; a layer has one")
     if given.settings and not changes:
         raise UsageError("--set: is for layers that are re-expressed: --as-linear, --as-toeplitz or --as-conv")
     return changes

@@ -66,6 +66,8 @@ def command(
         from convtool.core.spectrum import spectrum
         from convtool.errors import UsageError
 
+        if not 0 < tolerance < 1:
+            raise UsageError(f"--tolerance: expected a number between 0 and 1, got {tolerance:g}")
         if steps is not None and steps < 1:
             raise UsageError(f"--steps: expected a number of at least 1, got {steps}")
         found = lower_layer(reporter, wanted, sources)

@@ -20,6 +20,15 @@ True
 >>> tuple(convtool.unfold(x, first.geometry).shape)
 (1, 6, 20)
 
+>>> convtool.operator(first, (4, 5)).shape
+(60, 40)
+>>> ends = convtool.spectrum(first, (4, 5))
+>>> ends.largest.value >= ends.smallest.value >= 0
+True
+>>> convtool.load_matrix("sample_models/none.npz")
+Traceback (most recent call last):
+convtool.errors.InputError: sample_models/none.npz: no such file
+
 Layers one after the other, or side by side and added up, become one; `fuse` does it where that is exact, and refuses
 with the reason where it isn't. `verify` holds both against each other, and against what rounding can do at most.
 
@@ -48,6 +57,10 @@ Of a live nn.Module, `geometry_of` reads what its checkpoint doesn't hold, `plan
 Of a live model `geometry_of` tells the fields, `plan` finds every exact fusion, and `fuse_model` carries them out.
 
 >>> model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, (3, 1)), torch.nn.BatchNorm2d(3), torch.nn.ReLU())
+>>> convtool.geometry_of(model)["1"]
+{'eps': 1e-05}
+>>> [fusion.name for fusion in convtool.plan(model, (2, 6, 5)).fusions]
+['0']
 >>> convtool.fuse_model(model, (2, 6, 5))
 Sequential(
   (0): Conv2d(2, 3, kernel_size=(3, 1), stride=(1, 1))

@@ -7,17 +7,17 @@ streams it, so that the memory it takes doesn't grow with the matrix.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Protocol, get_args
+from typing import Protocol, get_args
 
 import torch
 
 from convtool.core.toeplitz import ToeplitzMatrix, index_dtype
 from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.files.atomic import check_target, replacing
+from convtool.files.room import Reported, check_space, readable
 from convtool.matrix import mtx, npy, npz, pt, safetensors
 from convtool.matrix.contents import Contents, Layout, Output, bias_array, matrix_arrays
 from convtool.matrix.file import MatrixFile
@@ -195,7 +195,7 @@ def write_contents(
     target = check_target(path, force=force)
     form = FORMATS[path.suffix]
     size = form.file_size(contents)
-    _check_space(path, target, size, advice)
+    check_space(path, target.parent, size, advice)
 
     def check(written: Path) -> None:
         if written.stat().st_size != size:
@@ -203,32 +203,11 @@ def write_contents(
         form.check(written, contents)
 
     with replacing(path, force=force, check=check) as file:
-        form.write(_Sink(file, progress), contents)
+        form.write(Reported(file, progress), contents)
 
 
 def _record_text(record: dict[str, object] | None) -> str | None:
     return None if record is None else json.dumps(record, separators=(",", ":"))
-
-
-class _Sink:
-    """A file that reports how far it has been written."""
-
-    def __init__(self, file: BinaryIO, report: Callable[[int], None] | None) -> None:
-        self._file = file
-        self._report = report
-        self._position = self._reported = 0  # what is written again below the latter isn't new
-
-    def write(self, data: bytes | memoryview, /) -> int:
-        written = self._file.write(data)
-        self._position += written
-        if self._report is not None and self._position > self._reported:
-            self._report(self._position - self._reported)
-            self._reported = self._position
-        return written
-
-    def seek(self, offset: int, /) -> int:
-        self._position = self._file.seek(offset)
-        return self._position
 
 
 def _plan(matrix: ToeplitzMatrix, suffix: str, layout: Layout, rows: tuple[int, int] | None) -> MatrixPlan:
@@ -251,16 +230,6 @@ def _contents(matrix: ToeplitzMatrix, plan: MatrixPlan, record: str | None) -> C
     return Contents(plan.layout, plan.shape, arrays if bias is None else (*arrays, bias), record)
 
 
-def _check_space(path: Path, target: Path, size: int, advice: Callable[[int, int], str]) -> None:
-    try:
-        free = shutil.disk_usage(target.parent).free
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
-    if size > free:
-        needs = f"{path}: needs {_readable(size)}, and its file system has {_readable(free)} free"
-        raise OutputError(needs + advice(size, free))
-
-
 def _advice(matrix: ToeplitzMatrix, plan: MatrixPlan, size: int, free: int) -> str:
     """The smallest file that holds as much, where that is worth saying."""
     others = [
@@ -274,14 +243,4 @@ def _advice(matrix: ToeplitzMatrix, plan: MatrixPlan, size: int, free: int) -> s
     if smallest.size >= 0.95 * size:  # it would be advice for the sake of a header
         return part
     fits = "" if smallest.size <= free else ", which is too much as well"
-    return f"; a {smallest.format} file with --layout {smallest.layout} takes {_readable(smallest.size)}{fits}{part}"
-
-
-def _readable(count: int) -> str:
-    """1536 as '1.5 KiB'."""
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
+    return f"; a {smallest.format} file with --layout {smallest.layout} takes {readable(smallest.size)}{fits}{part}"

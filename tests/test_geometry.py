@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import tomllib
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from oracles import axis_taps
 from strategies import MODES, axes, geometries, runs, smallest_size
 
+from convtool.core.fields import geometry_toml
 from convtool.core.geometry import LARGEST, PADDING_MODES, Axis, Geometry, format_sizes, per_axis
 from convtool.errors import UsageError
 
@@ -262,3 +264,12 @@ def test_describe(geometry: Geometry, text: str) -> None:
 def test_format_sizes() -> None:
     assert format_sizes((3, 32, 40)) == "3,32,40"
     assert format_sizes(()) == ""
+
+
+# --- written down
+
+
+@pytest.mark.parametrize("name", ["conv1", "layer.0", 'quo"ted', "back\\slash", "tab\tdel\x7f", "ünï", "a.\U0001f98a"])
+def test_a_layer_of_any_name_is_read_back_from_the_geometry_that_is_written(name: str) -> None:
+    text = geometry_toml({name: {"stride": [2, 3]}})
+    assert tomllib.loads(text) == {name: {"stride": [2, 3]}}

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 from convtool.core.geometry import LARGEST, PADDING_MODES, Geometry
-from convtool.core.names import unwrap
+from convtool.core.names import toml_string, unwrap
 from convtool.errors import UsageError, did_you_mean
 
 Fields: TypeAlias = dict[str, Any]
@@ -79,7 +79,7 @@ def field_tables(fields: Mapping[str, Fields]) -> list[str]:
     for name, table in fields.items():
         stated = {key: value for key, value in table.items() if key != "output_padding" or table.get("transposed")}
         entries = ", ".join(f"{key} = {_toml_value(value)}" for key, value in stated.items())
-        lines.append(f"{json.dumps(name)} = {{ {entries} }}")
+        lines.append(f"{toml_string(name)} = {{ {entries} }}")
     return lines
 
 

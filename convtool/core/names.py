@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 # Containers around a network or a part of it: DataParallel and DDP, torch.compile, Lightning Fabric, FSDP, activation
 # checkpointing.
 WRAPPERS = frozenset(
@@ -15,3 +17,8 @@ WRAPPERS = frozenset(
 def unwrap(name: str) -> str:
     """The name without wrappers' components, at whatever depth they stand."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
+
+
+def toml_string(text: str) -> str:
+    """A string in TOML: as in JSON, but with characters beyond U+FFFF as they are, and U+007F escaped."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

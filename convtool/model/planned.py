@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from convtool.core.fields import Fields, FieldSource, field_tables
+from convtool.core.names import toml_string
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.model.judge import Cost, Exact, Piece
 
@@ -88,7 +88,7 @@ class Plan:
         """The plan as a recipe in TOML, all of its names spelled out."""
         lines = ["# Written by `convtool plan`; for `convtool fuse CKPT --recipe THIS_FILE -o OUT`."]
         for one in self.fusions:
-            lines += ["", "[[fuse]]", f"name = {json.dumps(one.name)}", *_rule(one.piece)]
+            lines += ["", "[[fuse]]", f"name = {toml_string(one.name)}", *_rule(one.piece)]
         used = {leaf.name for one in self.fusions for leaf in leaves(one.piece.tree)}
         lines += ["", "[geometry]", *field_tables({name: f for name, f in self.fields.items() if name in used})]
         return "\n".join(lines) + "\n"
@@ -110,4 +110,4 @@ def _part(tree: Tree[LayerRef]) -> str:
         return f"[{', '.join(_part(part) for part in tree.parts)}]"
     if isinstance(tree, Sum):
         return f"{{ sum = [{', '.join(_part(part) for part in tree.parts)}] }}"
-    return json.dumps(tree.name)
+    return toml_string(tree.name)

@@ -119,6 +119,17 @@ def test_repvgg(recipe: str, tmp_path: Path) -> None:
     assert_same_outputs(train, deploy, [(2, 3, 17, 20), (1, 3, 18, 15)])
 
 
+def test_repconv_of_yolov7_has_the_eps_that_its_model_gives_it(tmp_path: Path) -> None:
+    block = RepVGG(REPVGG["repconv-yolov7"], 5, 5, 1, 1, deploy=False, parts=("0", "1"))
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = 1e-3
+    train, deploy = nn.Sequential(block), nn.Sequential(RepVGG(REPVGG["repconv-yolov7"], 5, 5, 1, 1, deploy=True))
+    document = converted(train, deploy, "repconv-yolov7", tmp_path)
+    assert not [text for fusion in document["fusions"] for text in fusion["assumed"] if "eps" in text]
+    assert_same_outputs(train, deploy, [(2, 5, 7, 10)])
+
+
 def test_repvgg_with_a_branch_that_lost_its_batch_norm(tmp_path: Path) -> None:
     train = filled(RepVGG(REPVGG["repvgg"], 4, 6, 1, 1, deploy=False))
     state = {f"block.{name}": tensor for name, tensor in train.state_dict().items() if "1x1.bn" not in name}
@@ -261,6 +272,19 @@ class LargeKernel(nn.Module):
         return F.gelu(y)
 
 
+class PositionalEncoding(nn.Module):
+    """x + pos_enc(x), depthwise, which the weight alone doesn't tell but the sum does."""
+
+    def __init__(self, channels: int, deploy: bool) -> None:
+        super().__init__()
+        self.add_module("reparam_conv" if deploy else "pos_enc", reparam(channels, channels, 7, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        (conv,) = self.children()
+        y: Tensor = conv(x)
+        return y if hasattr(self, "reparam_conv") else y + x
+
+
 def test_fastvit(tmp_path: Path) -> None:
     def network(deploy: bool) -> nn.Module:
         names = MOBILEONE["mobileone-timm"]
@@ -272,6 +296,7 @@ def test_fastvit(tmp_path: Path) -> None:
             "stem": nn.Sequential(block(3, 4, 3, 2, 1), block(4, 4, 3, 1, 4), block(4, 4, 1, 1, 1)),
             "mixers": nn.Sequential(RepMixer(4, 3, True, deploy), RepMixer(4, 5, False, deploy)),
             "proj": nn.Sequential(LargeKernel(4, 8, 7, 3, 2, 4, deploy), block(8, 8, 1, 1, 1)),
+            "pos_emb": PositionalEncoding(8, deploy),
             "final_conv": block(8, 16, 3, 1, 8),
         }
         return nn.Sequential(OrderedDict(layers))
@@ -288,7 +313,7 @@ def test_fastvit(tmp_path: Path) -> None:
     }
     train, deploy = network(deploy=False), network(deploy=True)
     document = converted(train, deploy, "fastvit-timm", tmp_path, fields)
-    assert len(document["fusions"]) == 8
+    assert len(document["fusions"]) == 9
     assert_same_outputs(train, deploy, [(2, 3, 21, 26), (1, 3, 18, 31)])
 
 

@@ -262,7 +262,10 @@ class _TreeLowering:
                     break
             return None, ""
         if isinstance(tree, Sum):
-            return next((found for part in tree.parts if (found := self._settled(part))[0] is not None), (None, ""))
+            found = next((found for part in tree.parts if (found := self._settled(part))[0] is not None), (None, ""))
+            if found[0] is None and any(str(part).startswith("identity(") for part in tree.parts):
+                return self._given(tree)  # what is added to its own input has as many channels
+            return found
         layer = self.layers[tree]
         if layer.kind == FUNCTION:
             return function_channels(tree.name), tree.name
@@ -279,6 +282,17 @@ class _TreeLowering:
         if layer.kind == "conv" and groups is not None:
             return layer.tensors["weight"].shape[1] * groups, layer.name
         return None, ""
+
+    def _given(self, tree: Tree[LayerRef]) -> tuple[int | None, str]:
+        """Channels of a tree's output where its last layer settles them, and that layer's name."""
+        if isinstance(tree, Chain):
+            return self._given(tree.parts[-1])
+        if isinstance(tree, Sum):
+            return next((found for part in tree.parts if (found := self._given(part))[0] is not None), (None, ""))
+        layer = self.layers[tree]
+        if layer.kind in ("conv", "linear") and not self._fields(tree).get("transposed"):
+            return layer.tensors["weight"].shape[0], layer.name
+        return (None, "") if layer.kind in ("conv", "linear") else self._settled(tree)
 
     def _is_function(self, tree: Tree[LayerRef]) -> bool:
         return isinstance(tree, LayerRef) and self.layers[tree].kind == FUNCTION

@@ -292,6 +292,33 @@ def test_a_malformed_line_is_named(
     assert str(caught.value) == f"{tmp_path / 'm.mtx'}: damaged: line 6: expected {expected}; got {line!r}"
 
 
+def test_a_place_between_rows_is_refused_where_numpy_only_warns_of_it(tmp_path: Path, monkeypatch: Any) -> None:
+    loadtxt = np.loadtxt
+
+    def of_before_2_4(file: io.StringIO, dtype: Any, **how: Any) -> Any:
+        warnings.warn("loadtxt(): Parsing an integer via a float is deprecated.", DeprecationWarning, stacklevel=2)
+        return loadtxt(io.StringIO(file.read().replace("1.9", "1")), dtype, **how)
+
+    monkeypatch.setattr(np, "loadtxt", of_before_2_4)
+    (tmp_path / "m.mtx").write_text("%%MatrixMarket matrix coordinate real general\n3 3 1\n1.9 2 3\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(InputError, match=r"line 3: expected row column value, within 3 x 3; got '1\.9 2 3'"):
+            open_matrix(tmp_path / "m.mtx")
+
+
+def test_both_parts_of_complex_text_are_as_written(tmp_path: Path) -> None:
+    path, head = tmp_path / "m.mtx", "%%MatrixMarket matrix coordinate complex general\n"
+    path.write_text(f"{head}1 3 3\n1 1 1 inf\n1 2 -0 2\n1 3 nan 3\n")
+    values = open_matrix(path).rows(0, 1).values
+    assert values.real.tolist()[:2] == [1, 0]
+    assert bool(values.real.signbit()[1])
+    assert values.imag.tolist() == [np.inf, 2, 3]
+    path.write_text(f'{head}%convtool_matrix {{"dtype":"float32"}}\n1 1 1\n1 1 1 2\n')
+    with pytest.raises(InputError, match="its record calls its numbers float32, which they aren't"):
+        open_matrix(path)
+
+
 # --- what is no matrix, or a damaged one
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from convtool import open_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.sharded import ShardedCheckpoint, is_plain_name
-from convtool.checkpoint.write import check_output, write_edited
+from convtool.checkpoint.write import check_output, plan_edited, write_edited
 from convtool.cli.app import run_app
 from convtool.errors import ConvtoolError, InputError, OutputError, RefusedError, UsageError
 
@@ -88,6 +91,36 @@ def test_an_edit_keeps_the_files_and_what_it_does_not_touch(tmp_path: Path, kind
             assert opened.metadata() == {"format": "pt", "part": name}
     else:
         assert not list((tmp_path / "out").glob("*.convtool.json"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_that_an_edit_leaves_empty_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder = sharded(tmp_path / "in", kind)
+    homes = json.loads((folder / f"{KINDS[kind]}.index.json").read_text())["weight_map"]
+    third = [name for name, home in homes.items() if "-00003-" in home]
+    edit = Edit(frozenset(third), {})
+    plan = plan_edited(open_checkpoint(folder), edit, folder, None, force=True)
+    assert [path.name for path in plan.files][1:] == [
+        f"{KINDS[kind].split('.')[0]}-0000{n}-of-00002.{kind}" for n in (1, 2)
+    ]
+    real = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode) and not (folder / "written").exists():
+            index = json.loads(plan.main.read_text())
+            if set(index["weight_map"]) == kept.keys():
+                (folder / "written").touch()
+                raise OSError(errno.EIO, os.strerror(errno.EIO))  # the index has its name already
+        real(descriptor)
+
+    kept = {name: tensor for name, tensor in state_of(folder).items() if name not in third}
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(OutputError, match="could not be synced"):
+        plan.write()
+    assert same_state(state_of(folder), kept)
+    assert set(files_in(folder)) == {path.name for path in plan.files} | {"config.json", "written"}
 
 
 @pytest.mark.parametrize("kind", KINDS)

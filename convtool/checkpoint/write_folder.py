@@ -147,7 +147,8 @@ def _kept_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) 
         return []
     edit.order(source.infos)  # finds a name that is taken, in whichever file
     options = replace(options, force=False)
-    return [_kept_shard(shard, _part(edit, shard), index, options) for shard in source.shards.values()]
+    shards = [_kept_shard(shard, _part(edit, shard), index, options) for shard in source.shards.values()]
+    return [shard for shard in shards if shard.names]  # no index would name a file that the edit leaves empty
 
 
 def _kept_shard(shard: Checkpoint, edit: Edit, index: Path, options: Options) -> _Shard:

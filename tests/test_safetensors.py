@@ -258,6 +258,25 @@ def test_what_the_format_has_no_room_for_is_refused(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"in.safetensors"}
 
 
+def test_metadata_that_would_tie_a_name_to_a_new_tensor_are_refused_and_the_format_ties_none(tmp_path: Path) -> None:
+    state = {"head.weight": torch.ones(2), "pt": torch.ones(3)}
+    opened = open_checkpoint(save(state, tmp_path / "in.safetensors", {"format": "pt", "note": "head.bias"}))
+    assert list(opened.infos) == ["head.weight", "pt"]
+    edit = Edit.of(["head.weight"], {"head.bias": torch.zeros(2)}, "head.weight")
+    with pytest.raises(RefusedError, match=r"head\.bias: the metadata give this name to 'note'"):
+        write_edited(opened, edit, tmp_path / "out.safetensors", None, force=False)
+    write_edited(opened, Edit.nothing(), tmp_path / "out.safetensors", None, force=False)
+    assert (tmp_path / "out.safetensors").read_bytes() == (tmp_path / "in.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("metadata", [{"a": "\ud800"}, {"\udfff": "a"}])
+def test_half_a_character_in_the_metadata_is_damage(tmp_path: Path, metadata: dict[str, str]) -> None:
+    text = json.dumps({"__metadata__": metadata}).encode()
+    (tmp_path / "in.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    with pytest.raises(InputError, match="half a character"):
+        open_checkpoint(tmp_path / "in.safetensors")
+
+
 def test_root_is_for_nested_files() -> None:
     with pytest.raises(UsageError, match="a safetensors file is flat"):
         open_checkpoint(SAMPLES / "chains.safetensors", "model")

@@ -7,6 +7,7 @@ What has been written is opened again with the package, as an independent reader
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 # The safetensors package's own limit; a longer header is damage or an attack.
 MAX_HEADER = 100_000_000
 RECORD_KEY = "convtool"
+OWN_KEYS = (RECORD_KEY, "format")  # of the metadata, never a tied tensor's name
 LARGEST = 2**63 - 1  # what torch counts with
 
 
@@ -59,7 +61,9 @@ class SafetensorsCheckpoint(Checkpoint):
         self.metadata = _metadata(header, path)
         self.spans, self.infos = _table(header, data_start, self.source.size, path)
         self.aliases = {
-            name: kept for name, kept in sorted(self.metadata.items()) if kept in self.spans and name not in self.spans
+            name: kept
+            for name, kept in sorted(self.metadata.items())
+            if kept in self.spans and name not in self.spans and name not in OWN_KEYS
         }
         for name, kept in self.aliases.items():
             info = self.infos[kept]
@@ -155,7 +159,7 @@ def plan_safetensors(entries: Sequence[Entry], metadata: Mapping[str, str]) -> t
             raise RefusedError(f"safetensors has no room for a tensor named {entry.name!r}; write a .pt file instead")
         first = kept.setdefault(entry.memory, entry)
         if first is not entry:
-            if entry.name == RECORD_KEY or metadata.get(entry.name, first.name) != first.name:
+            if entry.name in OWN_KEYS or metadata.get(entry.name, first.name) != first.name:
                 raise RefusedError(
                     f"{entry.name} shares the memory of {first.name}, and the metadata have another use of its name"
                 )
@@ -166,6 +170,13 @@ def plan_safetensors(entries: Sequence[Entry], metadata: Mapping[str, str]) -> t
         # Readers map tensors where they stand, so that larger numbers come first where they would stand crooked.
         stored = sorted(stored, key=lambda entry: (-ITEMSIZE.get(entry.dtype, 1), entry.place))
         offsets = _offsets(stored)
+    known = {entry.name for entry in entries}
+    for key, value in metadata.items():
+        if value in offsets and key not in known and key not in OWN_KEYS:
+            raise RefusedError(
+                f"{value}: the metadata give this name to {key!r}, which would be read as a tensor tied to it; choose"
+                " another name with --name"
+            )
     texts = {name: text for name, text in metadata.items() if not (text in offsets and name in aliases)} | aliases
     header: dict[str, Any] = {"__metadata__": texts} if texts else {}
     for entry in entries:
@@ -283,6 +294,8 @@ def _metadata(header: dict[str, Any], path: Path) -> dict[str, str]:
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError(f"{path}: is damaged: its __metadata__ is not a table of strings")
+    if not all(map(_is_unicode, itertools.chain.from_iterable(metadata.items()))):
+        raise InputError(f"{path}: is damaged: its __metadata__ holds half a character (a surrogate)")
     return metadata
 
 

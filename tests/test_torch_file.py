@@ -14,7 +14,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from checkpoints import DTYPES, SAMPLE_NAMES, SAMPLES, any_bits, same_bits, save, small_network, with_metadata
+from checkpoints import (
+    DTYPES,
+    SAMPLE_NAMES,
+    SAMPLES,
+    any_bits,
+    files_in,
+    raw_safetensors,
+    same_bits,
+    save,
+    small_network,
+    with_metadata,
+)
 from torch import Tensor, nn
 
 from convtool import open_checkpoint
@@ -365,6 +376,39 @@ def test_a_state_dict_of_counters_alone_is_one(tmp_path: Path) -> None:
     assert open_checkpoint(path).infos["steps"].shape == ()
 
 
+def test_a_nested_state_dict_that_keeps_counters_alone_opens_again(tmp_path: Path) -> None:
+    path = saved({"model": {"bn.weight": torch.ones(3), "bn.steps": torch.tensor(3)}, "epoch": 2}, tmp_path / "in.pt")
+    write_edited(open_checkpoint(path), Edit(frozenset(["bn.weight"]), {}), tmp_path / "out.pt", None, force=False)
+    for root in (None, "model"):
+        assert list(open_checkpoint(tmp_path / "out.pt", root).infos) == ["bn.steps"]
+    path = saved({"model": {"steps": torch.tensor(3)}, "ema": {"w": torch.ones(2)}}, tmp_path / "both.pt")
+    assert list(open_checkpoint(path).infos) == ["w"]
+    assert list(open_checkpoint(path, "model").infos) == ["steps"]  # where it is asked for
+    path = saved({"a": {"steps": torch.tensor(3)}, "b": {"steps": torch.tensor(4)}}, tmp_path / "two.pt")
+    with pytest.raises(UsageError, match=r"several state dicts \(a, b\)"):
+        open_checkpoint(path)
+
+
+def test_a_storage_of_any_key_keeps_its_numbers_beside_new_tensors(tmp_path: Path) -> None:
+    path = save({"a": torch.ones(3), "b": torch.full((3,), 2.0)}, tmp_path / "in.pt")
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(tmp_path / "keyed.pt", "w") as keyed:
+        for member in archive.namelist():
+            data = archive.read(member).replace(b"X\1\0\0\x001q", b"X\5\0\0\0new/0q")
+            keyed.writestr(member.replace("data/1", "data/new/0"), data)
+    edit = Edit.of(["a"], {"a": torch.full((3,), 5.0)}, "a")
+    back = rewritten(tmp_path / "keyed.pt", edit)
+    assert {name: tensor.tolist() for name, tensor in back.items()} == {"a": [5.0] * 3, "b": [2.0] * 3}
+
+
+@pytest.mark.parametrize("code", ["F4", "QQ"])
+def test_a_dtype_that_torch_lacks_is_refused_in_a_torch_file(tmp_path: Path, code: str) -> None:
+    entry = {"dtype": code, "shape": [2, 8], "data_offsets": [0, 8]}
+    (tmp_path / "in.safetensors").write_bytes(raw_safetensors({"w": entry}, b"12345678"))
+    with pytest.raises(RefusedError, match=f"w: torch has no dtype {code}; write a .safetensors file"):
+        write_edited(open_checkpoint(tmp_path / "in.safetensors"), Edit.nothing(), tmp_path / "o.pt", None, force=False)
+    assert files_in(tmp_path).keys() == {"in.safetensors"}
+
+
 def quantized() -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -455,12 +499,19 @@ def test_extra_files_in_the_archive_stay(tmp_path: Path) -> None:
     path = save(small_network(), tmp_path / "in.pt")
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr("in/extra/notes.txt", "hello")
+        archive.writestr("in/extra/ünï", "more")
     out = tmp_path / "out.pt"
     write_edited(open_checkpoint(path), Edit.nothing(), out, None, force=False)
     with zipfile.ZipFile(out) as archive:
         assert archive.testzip() is None
         assert archive.read("archive/extra/notes.txt") == b"hello"
-    path.write_bytes(path.read_bytes().replace(b"hello", b"hallo"))
+        assert archive.read("archive/extra/ünï") == b"more"
+    assert_same(loaded(out), loaded(path))
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"in/{'x' * 65530}", "")  # torch writes it under archive/, which is longer
+    with pytest.raises(RefusedError, match="too long to be written"):
+        write_edited(open_checkpoint(path), Edit.nothing(), out, None, force=True)
+    path.write_bytes(out.read_bytes().replace(b"hello", b"hallo"))
     with pytest.raises(InputError, match=r"damaged: the checksum of extra/notes\.txt"):
         write_edited(open_checkpoint(path), Edit.nothing(), out, None, force=True)
 

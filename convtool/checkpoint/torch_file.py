@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -188,8 +188,15 @@ def _is_state(value: object) -> bool:
     return any((plain is not None and plain.shape) or why is not None for plain, why in tensors)
 
 
-def _candidates(top: object) -> list[tuple[str, ...]]:
-    """The keys that lead to each state dict, each dict looked at once."""
+def _only_numbers(value: object) -> bool:
+    """Whether a dict holds tensors by name, though it be numbers alone."""
+    return isinstance(value, dict) and any(
+        isinstance(name, str) and plain_tensor(item) is not None for name, item in value.items()
+    )
+
+
+def _candidates(top: object, is_one: Callable[[object], bool]) -> list[tuple[str, ...]]:
+    """The keys that lead to each dict that is one, each dict looked at once."""
     found: list[tuple[str, ...]] = []
     seen: set[int] = set()
     level: list[tuple[tuple[str, ...], object]] = [((), top)]
@@ -199,7 +206,7 @@ def _candidates(top: object) -> list[tuple[str, ...]]:
             if not isinstance(value, dict) or id(value) in seen:
                 continue
             seen.add(id(value))
-            if _is_state(value):
+            if is_one(value):
                 found.append(keys)
             following += [((*keys, name), item) for name, item in value.items() if isinstance(name, str)]
         level = following
@@ -207,26 +214,22 @@ def _candidates(top: object) -> list[tuple[str, ...]]:
 
 
 def _find_root(top: object, root: str | None, path: Path) -> tuple[str, ...]:
-    found = _candidates(top)
-    if not found and root is None and _only_numbers(top):
-        found = [()]
+    found = _candidates(top, _is_state)
+    if not found:
+        found = [()] if root is None and _only_numbers(top) else _candidates(top, _only_numbers)
     names = [_dotted(keys) for keys in found]
     if root is not None:
-        if names.count(root) != 1:
+        named = [keys for keys in _candidates(top, _only_numbers) if _dotted(keys) == root]
+        named = [keys for keys in found if _dotted(keys) == root] or named
+        if len(named) != 1:
             known = ", ".join(names) or "none"
             raise UsageError(f"{path}: --root {root}: there is no such state dict; state dicts found: {known}")
-        return found[names.index(root)]
+        return named[0]
     if not found:
         raise InputError(f"{path}: holds no state dict (a dict of tensors by name), but {_kind(top)}")
     if len(found) > 1:
         raise UsageError(f"{path}: holds several state dicts ({', '.join(names)}); choose one with --root")
     return found[0]
-
-
-def _only_numbers(top: object) -> bool:
-    return isinstance(top, dict) and any(
-        isinstance(name, str) and plain_tensor(item) is not None for name, item in top.items()
-    )
 
 
 def _dotted(keys: tuple[str, ...]) -> str:

@@ -13,8 +13,8 @@ from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE, STORAGE_CLASSES
 from convtool.checkpoint.pickled import StorageRef, TensorRef
 from convtool.checkpoint.tensor_bytes import Piece, tensor_bits, tensor_chunks
 from convtool.checkpoint.torch_file import TorchCheckpoint
-from convtool.errors import ConvtoolError, OutputError
-from convtool.files.stored_zip import Member
+from convtool.errors import ConvtoolError, OutputError, RefusedError
+from convtool.files.stored_zip import LONGEST_NAME, Member
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,7 @@ def plan_torch(
 
     Raises:
         InputError: values nested deeper than Python can follow; when written, a storage's bytes are damaged.
-        RefusedError: a dtype that torch files don't have.
+        RefusedError: the name of a member of the source is too long for the folder that torch gives all of them.
     """
     writer = _Writer(source, cast, dtype)
     pickled = writer.pickle(value)
@@ -68,6 +68,9 @@ def plan_torch(
     ]
     if source is not None:
         extras = source.contents.extras
+        for name in extras:
+            if len(f"{FOLDER}/{name}".encode()) > LONGEST_NAME:
+                raise RefusedError(f"{source.path}: the name of a member, {name[:32]!r}..., is too long to be written")
         members += [_member(name, extras[name].nbytes, pieces=_extra(source, name)) for name in extras]
     return members
 
@@ -85,7 +88,8 @@ class _Writer:
         self.cast = cast
         self.dtype = dtype
         self.storages: list[tuple[StorageRef, _Pieces]] = []
-        self.known: dict[Hashable, StorageRef] = {}
+        self.known: dict[Hashable, StorageRef] = {}  # by the source's key, or ("new", memory)
+        self.new: set[int] = set()  # the storages of new tensors, by identity: the source may have any string as a key
         self.refs: dict[int, TensorRef] = {}
         self.casts = castable(source, dtype) if source is not None and dtype is not None else set()
 
@@ -94,6 +98,8 @@ class _Writer:
 
     def storage(self, ref: StorageRef) -> StorageRef:
         """The storage as it is to be written; of a new tensor, as it is."""
+        if id(ref) in self.new:
+            return ref
         found = self.known.get(ref.key)
         if found is not None:
             return found
@@ -132,11 +138,10 @@ class _Writer:
         new = value if isinstance(value, NewTensor) else _new_tensor(value)
         key = ("new", new.memory)
         if key not in self.known:
-            self.known[key] = replace(self.add(new.dtype, new.count, new.chunks))
-        storage = self.known[key]
-        self.known[storage_key := f"new/{storage.key}"] = storage
+            self.known[key] = self.add(new.dtype, new.count, new.chunks)
+            self.new.add(id(self.known[key]))
         strides = [math.prod(new.shape[axis + 1 :]) for axis in range(len(new.shape))]
-        ref = TensorRef(replace(storage, key=storage_key), new.dtype, 0, new.shape, tuple(strides))
+        ref = TensorRef(self.known[key], new.dtype, 0, new.shape, tuple(strides))
         self.refs[id(value)] = ref
         return ref
 

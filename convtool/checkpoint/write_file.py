@@ -160,7 +160,10 @@ def plan_dict(
     *,
     force: bool = False,
 ) -> PlannedFile:
-    """A torch file of a plain state dict."""
+    """A torch file of a plain state dict; RefusedError for a dtype that torch doesn't have."""
+    for entry in entries:
+        if entry.dtype not in ITEMSIZE:
+            raise RefusedError(f"{entry.name}: torch has no dtype {entry.dtype}; write a .safetensors file instead")
     value = OrderedItems({entry.name: _torch_value(entry) for entry in entries})
     return _plan_value(
         torch_writer.plan_torch(value, None),

@@ -15,10 +15,12 @@ from typing import NamedTuple, Protocol
 
 ALIGNMENT = 64  # of each member's data: what torch and numpy map
 
+LONGEST_NAME = 0xFFFF  # of a member, in bytes
 LIMIT = 0xFFFFFFFF  # sizes and offsets from here on take the zip64 fields
 
 _FULL = 0xFFFFFFFF  # in a short field: look in the zip64 one
 _FULL_COUNT = 0xFFFF
+_UTF8 = 1 << 11  # a flag: how the name is encoded
 _WIDEST = (1 << 64) - 1  # what a zip64 field holds; archives beyond are planned, to say their size, and never written
 _DATE = (1 << 5) | 1  # 1 January 1980, the format's first day, so that equal contents give equal files
 _PADDING_ID = 0x4246  # "FB": torch's own, for the same purpose
@@ -82,7 +84,7 @@ class _Placed(NamedTuple):
     def local(self, crc: int) -> bytes:
         size = _FULL if self.big else self.size
         extra = self.extra + self.padding
-        fixed = (_LOCAL, self.version, 0, 0, 0, _DATE, crc, size, size, len(self.name), len(extra))
+        fixed = (_LOCAL, self.version, self.flags, 0, 0, _DATE, crc, size, size, len(self.name), len(extra))
         return struct.pack("<L5H3L2H", *fixed) + self.name + extra
 
     def central(self, crc: int) -> bytes:
@@ -91,8 +93,29 @@ class _Placed(NamedTuple):
         extra = struct.pack(f"<HH{len(wide)}Q", _ZIP64_ID, 8 * len(wide), *wide) if wide else b""
         size, offset = (_FULL if number >= LIMIT else number for number in (self.size, self.offset))
         version = 45 if wide else 20
-        fixed = (_CENTRAL, version, version, 0, 0, 0, _DATE, crc, size, size, len(self.name), len(extra), 0, 0, 0, 0)
+        fixed = (
+            _CENTRAL,
+            version,
+            version,
+            self.flags,
+            0,
+            0,
+            _DATE,
+            crc,
+            size,
+            size,
+            len(self.name),
+            len(extra),
+            0,
+            0,
+            0,
+            0,
+        )
         return struct.pack("<L6H3L5H2L", *fixed, offset) + self.name + extra
+
+    @property
+    def flags(self) -> int:
+        return 0 if self.name.isascii() else _UTF8
 
     @property
     def version(self) -> int:
@@ -170,7 +193,7 @@ def _place(members: Sequence[Member]) -> list[_Placed]:
     placed: list[_Placed] = []
     offset = 0
     for member in members:
-        placed.append(_Placed(member.name.encode("ascii"), member.size, offset))
+        placed.append(_Placed(member.name.encode(), member.size, offset))
         offset = placed[-1].data_offset + member.size
     return placed
 

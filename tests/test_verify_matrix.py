@@ -193,9 +193,41 @@ def test_taps_that_were_added_up_in_lower_precision_pass_with_computed_in() -> N
     exact = Conv(conv.weight.float(), None, conv.geometry)
     stored = made(ToeplitzMatrix(exact, size))
     assert verify_matrix(exact, size, stored).equivalent
-    rough = replace(stored, values=stored.values * (1 + 2.0**-22))
+    several = ToeplitzMatrix(Conv(torch.ones_like(exact.weight), None, conv.geometry), size).values(0, 144) > 1
+    assert several.any()
+    assert not several.all()
+    off = stored.values * (1 + 2.0**-22)
+    rough = replace(stored, values=torch.where(several, off, stored.values))
     assert not verify_matrix(exact, size, rough).equivalent
     assert verify_matrix(exact, size, rough, computed_in=torch.float32).equivalent
+    single = replace(stored, values=torch.where(several, stored.values, off))
+    assert not verify_matrix(exact, size, single, computed_in=torch.float32).equivalent
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("outwards", [True, False])
+def test_one_number_one_unit_in_its_last_place_off_is_found(dtype: torch.dtype, outwards: bool) -> None:
+    below_one = 1 - torch.finfo(dtype).eps / 2
+    weight = torch.tensor([[[[below_one, 0.3], [-1.0, -0.7], [-below_one, 3e-5]]]], dtype=torch.float64).to(dtype)
+    conv = Conv(weight, weight.flatten()[:1], CONV.geometry)
+    conv = replace(conv, geometry=replace(conv.geometry, padding=((0, 0), (0, 0)), stride=(1, 1)))
+    matrix = ToeplitzMatrix(conv, SIZE)
+    good, bias = made(matrix), matrix.bias
+    assert verify_matrix(conv, SIZE, good, bias=bias).equivalent
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    step = 1 if outwards else -1  # of the magnitude
+    for entry in range(6):  # each number of the kernel
+        off = good.values.clone()
+        off.view(words)[entry] += step
+        changed = replace(good, values=off)
+        report = verify_matrix(conv, SIZE, changed, bias=bias)
+        assert not report.equivalent, weight.flatten()[entry]
+        assert report.entries.differing == 1
+        assert not verify_matrices(good, changed).equivalent
+    assert bias is not None
+    off = bias.clone()
+    off.view(words)[3] += step
+    assert not verify_matrix(conv, SIZE, good, bias=off).equivalent
 
 
 def test_two_matrices_of_which_one_is_the_other_rounded() -> None:

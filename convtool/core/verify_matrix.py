@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from convtool.core.bound import U64, fusing_terms, gamma, half_ulp
+from convtool.core.bound import U64, fusing_terms, gamma, half_ulp, less_inwards
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.inputs import dense_inputs
@@ -127,15 +127,21 @@ def verify_matrix(
     if tuple(matrix.shape) != shape:
         one, other = (f"{a} x {b}" for a, b in (shape, matrix.shape))
         return MatrixReport(shape, f"the layer's matrix is {one}, and this one is {other}", dtype=name)
-    magnitude = matrix_in_order(order, _absolute(exact), input_size, transpose=transpose, affine=affine)
+    merging = conv.geometry.padding_mode != "zeros"
+    magnitude, count = (
+        matrix_in_order(order, alike(exact), input_size, transpose=transpose, affine=affine) if merging else whole
+        for alike in (_absolute, _ones)
+    )
     taps = math.prod(conv.geometry.kernel_size)
     adding = gamma(taps, torch.finfo(computed_in).eps / 2) + gamma(taps, U64)
 
     def expect(first: int, last: int) -> tuple[CsrBlock, Tensor]:
-        block = whole.rows(start + first, start + last)
+        part = start + first, start + last
+        block = whole.rows(*part)
         # One tap to an entry is stored as it is; sums of several have been rounded on the way.
-        sums = magnitude.values(start + first, start + last) if conv.geometry.padding_mode != "zeros" else block.values
-        return block, sums.abs() * adding
+        if not merging:
+            return block, torch.zeros(len(block.values), dtype=torch.float64)
+        return block, torch.where(count.values(*part) > 1, magnitude.values(*part) * adding, 0.0)
 
     inputs, outputs = (math.prod(size) for size in (whole.input_size, whole.output_size))
     products = None
@@ -186,6 +192,12 @@ def verify_matrices(
 
 def _absolute(conv: Conv) -> Conv:
     return Conv(conv.weight.abs(), None if conv.bias is None else conv.bias.abs(), conv.geometry)
+
+
+def _ones(conv: Conv) -> Conv:
+    """The layer whose matrix has the number of taps in each place."""
+    bias = None if conv.bias is None else torch.ones(conv.bias.shape, dtype=torch.float64)
+    return Conv(torch.ones(conv.weight.shape, dtype=torch.float64), bias, conv.geometry)
 
 
 def _widened(values: Tensor) -> Tensor:
@@ -264,7 +276,14 @@ def _compare_entries(
         wanted, slack = spread(own, wanted), spread(own, slack)
         # What isn't stored is a zero, which half of the smallest subnormal is rounded to as well.
         have, half, key = spread(key, have), spread(key, half, _least(have.dtype)), places
-    worst.add(wanted, have, half + slack, lambda at: (start + int(key[at]) // columns, int(key[at]) % columns))
+    bound = _towards(wanted, have, half) + slack
+    worst.add(wanted, have, bound, lambda at: (start + int(key[at]) // columns, int(key[at]) % columns))
+
+
+def _towards(wanted: Tensor, have: Tensor, half: Tensor) -> Tensor:
+    """What storing may have moved each number by, on the side that it is off to: to powers of two less inwards."""
+    less = less_inwards(have, have.dtype)
+    return half if less is None else half - torch.where(wanted.abs() < have.abs(), less, 0.0)
 
 
 def _least(dtype: torch.dtype) -> float:
@@ -375,5 +394,5 @@ def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int, stor
         return Region(elements=1, ratio=math.inf, error=math.inf, kind="bias", differing=1, positions=1), False
     half = torch.zeros(size, dtype=torch.float64) if found is None else half_ulp(found, found.dtype)
     worst = _Worst()
-    worst.add(wanted, have, half, lambda at: (at,))
+    worst.add(wanted, have, _towards(wanted, have, half), lambda at: (at,))
     return worst.region("bias"), False

@@ -343,18 +343,19 @@ def left_over(path: Path, *, old: bool = True) -> Path:
 
 
 def test_what_a_killed_write_left_is_removed_by_a_later_one_and_nothing_else_is(tmp_path: Path) -> None:
-    left_over(tmp_path / ".convtool-0123.tmp")
-    left_over(tmp_path / ".convtool-4567.tmp", old=False)  # somebody may be about to write to it
-    held = left_over(tmp_path / ".convtool-89ab.tmp")  # by a process that is stopped
-    left_over(tmp_path / "convtool-0123.tmp")
+    left_over(tmp_path / ".convtool-0123456789abcdef.tmp")
+    left_over(tmp_path / ".convtool-456789abcdef0123.tmp", old=False)  # somebody may be about to write to it
+    held = left_over(tmp_path / ".convtool-89abcdef01234567.tmp")  # by a process that is stopped
+    for name in ("convtool-0123456789abcdef.tmp", ".convtool-notes.tmp", ".convtool-0123456789ABCDEF.tmp"):
+        left_over(tmp_path / name)
     left_over(tmp_path / "elsewhere")
-    (tmp_path / ".convtool-link.tmp").symlink_to("elsewhere")
-    (tmp_path / ".convtool-folder.tmp").mkdir()
+    (tmp_path / ".convtool-00000000000000aa.tmp").symlink_to("elsewhere")
+    (tmp_path / ".convtool-00000000000000bb.tmp").mkdir()
     before = left_in(tmp_path)
     with held.open("rb") as holder:
         fcntl.flock(holder, fcntl.LOCK_EX)
         write(tmp_path / "out")
-    assert left_in(tmp_path) == before - {".convtool-0123.tmp"} | {"out"}
+    assert left_in(tmp_path) == before - {".convtool-0123456789abcdef.tmp"} | {"out"}
     write(tmp_path / "again")
     assert not held.exists()
 
@@ -379,7 +380,7 @@ def test_a_file_system_without_locks_keeps_what_was_left(tmp_path: Path, monkeyp
     def no_locks(*arguments: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    left_over(tmp_path / ".convtool-0123.tmp")
+    left_over(tmp_path / ".convtool-0123456789abcdef.tmp")
     monkeypatch.setattr(fcntl, "flock", no_locks)
     write(tmp_path / "out")
-    assert left_in(tmp_path) == {".convtool-0123.tmp", "out"}
+    assert left_in(tmp_path) == {".convtool-0123456789abcdef.tmp", "out"}

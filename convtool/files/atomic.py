@@ -20,6 +20,7 @@ if sys.platform != "win32":
 
 WRITE_BACK_BYTES = 16 << 20  # written between two nudges to the disk
 TEMPORARY = ".convtool-{}.tmp"  # what an unfinished file is called; one left over (by SIGKILL) can be deleted
+RANDOM_BYTES = 8  # in its name, as hexadecimal digits
 STALE = 3600  # seconds; some network file systems keep locks to one machine, but tell all when a file was written to
 
 
@@ -59,7 +60,7 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
     """
     target = check_target(path, force=force)
     _remove_stale(target.parent)
-    temporary = target.with_name(TEMPORARY.format(secrets.token_hex(8)))
+    temporary = target.with_name(TEMPORARY.format(secrets.token_hex(RANDOM_BYTES)))
     ours: os.stat_result | None = None
     lock: int | None = None
     try:
@@ -103,7 +104,7 @@ def _locked(descriptor: int) -> bool:
 def _remove_stale(folder: Path) -> None:
     """Remove what writes that were killed have left in a folder: nobody holds it, nor has written to it for long."""
     with contextlib.suppress(OSError):
-        for path in folder.glob(TEMPORARY.format("*")):
+        for path in folder.glob(TEMPORARY.format("[0-9a-f]" * 2 * RANDOM_BYTES)):  # not what others name alike
             with contextlib.suppress(OSError):
                 _remove_if_stale(path)
 

@@ -236,7 +236,37 @@ def test_verify_goes_by_the_order_in_the_record(
         file.write_bytes(file.read_bytes().replace(other, b"WHC"))
     error = run(capsys, "verify", CHAINS, document["out"])["error"]
     assert error["exit_code"] == 3
-    assert "its record is damaged: expected order CHW or HWC, got 'WHC'" in error["message"]
+    assert "its record is damaged: order 'WHC'" in error["message"]
+
+
+NO_NUMBERS: list[Any] = [True, 5, 1.5, "x", [True], ["a", 1], [None, None], [-1, 2], [[1, 2], [3]], {"a": 1}]
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("layer", [5, ["a"], {}]),
+        ("fields", [5, "x", [1, 2], {"stride": None}, {"padding": [[1], 2]}, {"a": 1}]),
+        ("input_size", NO_NUMBERS),
+        ("rows", [*NO_NUMBERS, [1], [1, 2, 3]]),
+        ("order", [5, [], ["CHW"], {}, None]),
+        ("transpose", [0, None, "false", []]),
+        ("affine", [1, "", {}]),
+    ],
+)
+def test_a_record_that_says_nothing_sensible_is_damage(
+    name: str, values: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "m.npz"
+    run(capsys, "toeplitz", CHAINS, *WIDEN, "-o", str(out))
+    with np.load(out) as file:
+        arrays = dict(file)
+    record = json.loads(arrays["convtool_matrix"].item())
+    for value in values:
+        np.savez(out, **(arrays | {"convtool_matrix": np.array(json.dumps(record | {name: value}))}))
+        error = run(capsys, "verify", CHAINS, str(out))["error"]
+        assert error["exit_code"] == 3, value
+        assert error["message"].startswith(f"{out}: its record is damaged: "), value
 
 
 @pytest.mark.parametrize("order", ["CHW", "HWC"])

@@ -111,7 +111,7 @@ def _lowered(
     from convtool.core.verify import split_input_size
     from convtool.errors import InputError, UsageError
 
-    record = found.record or {}
+    record = _record(found)
     name = layer or record.get("layer")
     if name is None:
         raise UsageError(f"{found.path}: doesn't say which layer it is of; name it with --before")
@@ -124,7 +124,7 @@ def _lowered(
         axes = len(size) - 1 if named.kind == "batch_norm" else 0
     if not size and axes != 0 and named.kind != "linear":
         raise UsageError(f"{found.path}: doesn't say its input size; give --input-size, such as 32,32")
-    fields = _fields(record, named.kind)
+    fields = _fields(found.path, record, named.kind)
     known = FieldSource("record", {named.name: fields}, exact_names=True)
     channels = size[0] if axes is not None and len(size) == axes + 1 else None
     try:
@@ -134,13 +134,42 @@ def _lowered(
     return lowered, split_input_size(size or (), lowered.conv.in_channels, lowered.conv.spatial_axes)
 
 
-def _fields(record: dict[str, Any], kind: str) -> dict[str, Any]:
+def _record(found: MatrixFile) -> dict[str, Any]:
+    """What the file says of its matrix, nothing if it doesn't; InputError where it isn't what convtool writes."""
+    from convtool.core.order import MATRICES
+    from convtool.errors import InputError
+
+    record = found.record or {}
+    layer, fields, size, rows = (record.get(name) for name in ("layer", "fields", "input_size", "rows"))
+    sound = {
+        "layer": layer is None or isinstance(layer, str),
+        "fields": fields is None or isinstance(fields, dict),
+        "input_size": size is None or _are_counts(size),
+        "rows": rows is None or (_are_counts(rows) and len(rows) == 2),
+        "order": record.get("order", "CHW") in tuple(MATRICES),
+        **{flag: isinstance(record.get(flag, False), bool) for flag in ("transpose", "affine")},
+    }
+    wrong = next((name for name, good in sound.items() if not good), None)
+    if wrong is not None:
+        raise InputError(f"{found.path}: its record is damaged: {wrong} {str(record[wrong])[:80]!r}")
+    return record
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _fields(path: Path, record: dict[str, Any], kind: str) -> dict[str, Any]:
     """The fields of a record that its layer's kind has."""
     from convtool.core.fields import parse_field
+    from convtool.errors import InputError, UsageError
 
     own = {"batch_norm": {"eps"}, "linear": {"flatten"}, "scale": set[str]()}.get(kind)
     fields = record.get("fields") or {}
-    return {key: parse_field(key, value) for key, value in fields.items() if own is None or key in own}
+    try:
+        return {key: parse_field(key, value) for key, value in fields.items() if own is None or key in own}
+    except UsageError as error:
+        raise InputError(f"{path}: its record is damaged: {error}") from None
 
 
 def _forms(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> list[_Form]:
@@ -149,17 +178,11 @@ def _forms(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> l
     Without a record, the comparison tells: it is the one that it is equal to, entry by entry.
     """
     from convtool.core.order import MATRICES
-    from convtool.errors import InputError
 
-    record = found.record
-    if record is not None:
-        rows, order = record.get("rows"), record.get("order", "CHW")
-        if rows is not None and not (isinstance(rows, list) and len(rows) == 2):
-            raise InputError(f"{found.path}: its record is damaged: rows {rows!r}")
-        if order not in MATRICES:
-            raise InputError(f"{found.path}: its record is damaged: expected order CHW or HWC, got {order!r}")
-        span = None if rows is None else (int(rows[0]), int(rows[1]))
-        return [_Form(bool(record.get("transpose")), bool(record.get("affine")), order, span)]
+    if found.record is not None:
+        record = _record(found)
+        span = None if record.get("rows") is None else (record["rows"][0], record["rows"][1])
+        return [_Form(record.get("transpose", False), record.get("affine", False), record.get("order", "CHW"), span)]
     shapes = {form: MATRICES["CHW"](lowered.conv, size, transpose=form[0], affine=form[1]).shape for form in FORMS}
     fitting = [form for form in FORMS if tuple(shapes[form]) == found.shape]
     return [_Form(*form, order) for form in fitting for order in MATRICES] or [_Form(False, False)]

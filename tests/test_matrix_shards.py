@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -206,6 +207,11 @@ def damaged_indices(index: dict[str, Any]) -> list[object]:
         index | {"shards": [shards[0] | {"rows": [0, 46]}, shards[1]]},
         index | {"shards": [shards[0] | {"file": "missing.safetensors"}, shards[1]]},
         index | {"shards": [shards[0] | {"file": "../m-00001-of-00002.safetensors"}, shards[1]]},
+        *(
+            index | {"shards": [shards[0] | {"file": name}, shards[1]]}
+            for name in ("", "..", ".safetensors", "a\0.safetensors", "m.safetensors.index.json", "m.npz")
+        ),
+        index | {"shape": [math.inf, 80]},
         index | {"shards": "none"},
     ]
 

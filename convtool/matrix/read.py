@@ -108,13 +108,13 @@ def _open_index(path: Path) -> ShardedMatrix:
         raise InputError(f"{path}: no such file; without its index a matrix in shards isn't whole") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
+    except (ValueError, OverflowError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
         raise InputError(f"{path}: isn't the index of a matrix in shards, or is damaged") from None
     shards = []
     end = 0
     for name, first, last in named:
-        if Path(name).name != name:
-            raise InputError(f"{path}: names {name!r}, which isn't a file beside it")
+        if Path(name).name != name or Path(name).suffix != ".safetensors" or "\0" in name:
+            raise InputError(f"{path}: names {name!r}, which isn't a .safetensors file beside it")
         shard = open_matrix(path.with_name(name))
         if (first, last) != (end, end + shard.shape[0]) or shard.shape[1] != shape[1]:
             raise InputError(f"{path}: {name} isn't rows {first}:{last} of a matrix of shape {shape}")

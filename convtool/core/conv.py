@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from convtool.core.geometry import Geometry, format_sizes
-from convtool.core.rounding import rounded
+from convtool.core.rounding import check_room, rounded
 from convtool.errors import InputError, UsageError
 
 
@@ -85,7 +85,8 @@ class Conv:
         return self.bias.reshape(-1, *(1,) * self.spatial_axes).expand(-1, *output_size)
 
     def to(self, dtype: torch.dtype) -> Conv:
-        """The same layer with its numbers rounded to `dtype`."""
+        """The same layer with its numbers rounded to `dtype`; RefusedError for complex numbers in a real dtype."""
+        check_room(self.weight.dtype, dtype)
         bias = None if self.bias is None else rounded(self.bias, dtype)
         return Conv(rounded(self.weight, dtype), bias, self.geometry)
 

@@ -5,6 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from convtool.errors import RefusedError
+
+
+def check_room(stored: torch.dtype, wanted: torch.dtype) -> None:
+    """RefusedError where numbers of the one dtype have no room in the other: complex ones in a real one.
+
+    torch would drop the imaginary parts.
+    """
+    if stored.is_complex and not wanted.is_complex:
+        name = str(wanted).removeprefix("torch.")
+        raise RefusedError(f"the numbers are complex, and {name} has no room for imaginary parts; use a complex dtype")
+
 
 def rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     """The numbers in another dtype, each the nearest there is (of two as near, the one with the even last bit).

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convtool.core.conv import Conv, _swap_channels
+from convtool.core.rounding import check_room
 from convtool.core.slots import axis_slots
 from convtool.core.taps import tap_table
 from convtool.core.tiles import RUN_ENTRIES, ChannelRows, Run
@@ -104,6 +105,7 @@ class ToeplitzMatrix:
 
     Raises:
         UsageError: the layer cannot run on that input size.
+        RefusedError: its numbers are complex and `dtype` isn't.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class ToeplitzMatrix:
         self.input_size = tuple(input_size)
         self.output_size = conv.output_size(input_size)
         self.dtype = conv.weight.dtype if dtype is None else dtype
+        check_room(conv.weight.dtype, self.dtype)
         self.transpose = transpose
         self.affine = affine
         slots = [

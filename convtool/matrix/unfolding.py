@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from convtool.core.conv import Conv
+from convtool.core.rounding import check_room
 from convtool.core.unfold import GatherMatrix, kernel_matrix
 from convtool.errors import RefusedError, UsageError
 from convtool.matrix import FORMATS
@@ -27,7 +28,7 @@ def unfolding_contents(
 
     Raises:
         UsageError: a suffix of no format, or of one that has no room for all of it.
-        RefusedError: a dtype that the format can't hold.
+        RefusedError: a dtype that the format can't hold, or that has no room for the layer's complex numbers.
     """
     if path.suffix not in FORMATS or (gather is not None and path.suffix not in WITH_GATHER):
         allowed = FORMATS if gather is None else WITH_GATHER
@@ -37,6 +38,7 @@ def unfolding_contents(
     refusal = FORMATS[path.suffix].refusal(dtype, "dense" if gather is None else "csr")
     if refusal is not None:
         raise RefusedError(f"{path}: {refusal}")
+    check_room(conv.weight.dtype, dtype)
     kernel = kernel_matrix(conv).to(dtype)
     text = None if record is None else json.dumps(record, separators=(",", ":"))
     arrays = [tensor_array("weight", kernel)]

@@ -10,6 +10,7 @@ from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.chain import full_name
 from convtool.checkpoint.fusion import check_nothing_missed
 from convtool.core.fields import Fields
+from convtool.core.functions import check_closed
 from convtool.core.tree import BASE, Chain, LayerRef
 from convtool.errors import InputError
 from convtool.recipe import Known, LayerFacts, PlannedFusion, Recipe, resolve
@@ -22,7 +23,13 @@ def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Chec
     Args:
         name: of the fused layer; '' for that of the first one.
         checkpoints: by what their layers are called after.
+
+    Raises:
+        UsageError: a layer without tensors that isn't written to its end.
     """
+    for layer in layers:
+        if layer not in checkpoints[BASE].layers:
+            check_closed(layer)
     return PlannedFusion(name, Chain(tuple(_layer_ref(layer, checkpoints) for layer in layers)))
 
 

@@ -82,6 +82,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file(network(), folder / "net.safetensors")
     torch.save(network(), folder / "net.pt")
     torch.save({"model": network(), "ema": network()}, folder / "two.pt")
+    waves = {"wave.weight": torch.full((4, 3, 3, 2), 1 - 2j), "mix.weight": torch.full((5, 4, 2, 1), 2 + 1j)}
+    torch.save(waves, folder / "complex.pt")
     for name, keep in (("net.safetensors", 0.9), ("net.pt", 0.5)):
         whole = (folder / name).read_bytes()
         (folder / f"cut.{name}").write_bytes(whole[: int(len(whole) * keep)])
@@ -124,13 +126,52 @@ MISTAKES = [
     # --- what would be lost, or spilled where nobody looks
     ("toeplitz net.safetensors first --input-size 5,7 -o net.safetensors -f", 2, "is the checkpoint itself"),
     ("unfold net.safetensors first --input-size 5,7 -o net.safetensors -f", 2, "is the checkpoint itself"),
-    ("fuse net.pt first second -o ''", 2, "expected the name of a file or a folder as OUT"),
-    ("convert net.pt ''", 2, "expected the name of a file or a folder as OUT"),
+    ("convert net.pt .", 2, "expected the name of a file or a folder as OUT"),
+    # --- what is empty, and would be the current folder as a path
+    *[
+        (line, 2, rf"^{words}, got an empty string \(see `convtool")
+        for line, words in (
+            ("inspect ''", "expected CKPT"),
+            ("verify net.pt ''", "expected AFTER"),
+            ("convert net.pt ''", "expected OUT"),
+            ("plan '' --model model.py:Net --input-size 3,9,8", "expected CKPT"),
+            ("inspect net.pt --model ''", "--model: expected CODE"),
+            ("inspect net.pt --geometry ''", "--geometry: expected FILE"),
+            ("fuse net.pt first second -o ''", "--out: expected OUT"),
+            ("fuse net.pt first second --name '' -o f.pt", "--name: expected NAME"),
+            ("verify net.pt net.pt --root ''", "--root: expected KEYS"),
+            ("toeplitz net.pt first --input-size 5,7 --stride '' -o t.npz", r"--stride: expected N\[,N"),
+        )
+    ],
+    ("toeplitz net.pt '' --input-size 5,7 -o t.npz", 2, "no layer ''"),  # which a bare module's is called
     # --- the option that was typed
     ("convert net.pt o.safetensors --shard-size 1KB", 2, "^--shard-size: o.safetensors is one file; name a folder"),
     ("convert net.pt o.pt --as-toeplitz first=4,5 --as-toeplitz first=5,5", 2, "^first: is to be written in two forms"),
     ("inspect net.pt --set first.stride=", 2, "^--set first.stride=: stride: expected an integer"),
-    ("toeplitz net.pt first --input-size 5,7 --stride '' -o t.npz", 2, "^--stride: expected an integer"),
+    ("toeplitz net.pt first --input-size 5,7 --stride x -o t.npz", 2, "^--stride: expected an integer"),
+    ("convert net.pt c.pt --as-conv head=", 2, "such as head=3,32,32/5,5$"),
+    ("fuse --list-recipes net.pt", 2, "^--list-recipes: .* nothing else goes with it"),
+    ("fuse --list-recipes --recipe repvgg", 2, "^--list-recipes: .* nothing else goes with it"),
+    # --- layers without tensors
+    ("fuse net.pt first 'avg_pool(2' -o f.pt", 2, r"^avg_pool\(2: expected avg_pool\(...\)"),
+    ("fuse net.pt first 'avg_pool()' -o f.pt", 2, r"^avg_pool\(\): .* needs the first of them"),
+    ("fuse net.pt first 'avg_pool(0)' -o f.pt", 2, r"^avg_pool\(0\): kernel_size: expected integers of at least 1"),
+    ("fuse net.pt first 'avg_pool(2; stride=2; stride=3)' -o f.pt", 2, "stride is given twice"),
+    ("fuse net.pt first --input-scale '2; mean=3' -o f.pt", 2, "^--input-scale: expected a number"),
+    ("fuse net.pt first --input-scale 1/0 -o f.pt", 2, "scale: expected a finite number, got '1/0'"),
+    ("fuse net.pt first --normalize 'mean=1; std=2' std=3 -o f.pt", 2, "^--normalize: expected mean=M,M,M std=S,S,S"),
+    ("fuse net.pt --recipe conv-bn-timm --strength nan -o f.pt", 2, "^--strength: expected a number"),
+    # --- complex numbers have no room in real ones
+    *[
+        (f"{line} --dtype {dtype}", 4, f"{dtype} has no room for imaginary parts; use a complex dtype")
+        for line in (
+            "toeplitz complex.pt wave --input-size 5,7 -o t.npz",
+            "toeplitz complex.pt wave --input-size 5,7 --order HWC -o t.npz --dry-run",
+            "unfold complex.pt wave -o u.npz",
+            "fuse complex.pt wave mix -o f.pt",
+        )
+        for dtype in ("float32", "float64")
+    ],
     ("spectrum net.pt first --input-size 5,7 --tolerance nan", 2, "^--tolerance: expected a number between 0 and 1"),
     # --- layers
     ("toeplitz net.safetensors frist --input-size 5,7 -o t.npz", 2, r"no layer 'frist'; did you mean first\?"),

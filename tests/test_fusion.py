@@ -498,7 +498,7 @@ def test_a_layer_with_a_bias_map_is_not_fused_further(tmp_path: Path) -> None:
         (["--normalize", "mean=1,2,3", "var=1,2,3"], "--normalize: expected mean=M,M,M std=S,S,S"),
         (["--normalize", "1,2,3", "4,5,6"], "--normalize: expected mean=M,M,M std=S,S,S"),
         (["--normalize", "mean=1,2", "std=1"], "channels don't fit: conv1 takes 3 channels, and normalize(mean=1,2"),
-        (["--normalize", "mean=0", "std=0"], "normalize: std: expected numbers above 0"),
+        (["--normalize", "mean=0", "std=0"], "normalize(mean=0; std=0): std: expected numbers above 0"),
         (["--input-scale", "x"], "scale: expected a finite number, got 'x'"),
     ],
 )

@@ -80,6 +80,11 @@ def _value(ctx: typer.Context, param: Any, given: Any, wanted: Any) -> Any:
         if param.required:
             ctx.fail(f"expected {name}: {param.help}")
         return None
+    said = given if isinstance(given, list | tuple) else (given,)
+    if "" in said and (param.param_type_name == "option" or wanted in (Path, Path | None)):
+        # As a path it would be the current folder, and what else it should mean nobody can tell.
+        form = (param.metavar or param.name.upper()).strip("[]")
+        ctx.fail(f"{f'{name}: ' if param.param_type_name == 'option' else ''}expected {form}, got an empty string")
     if get_origin(wanted) in (Union, types.UnionType):
         wanted = next(one for one in get_args(wanted) if one is not type(None))
     if get_origin(wanted) is list:

@@ -121,7 +121,13 @@ def command(
         }
         reporter.result(document, lambda: print_lines(reporter, document))
 
-    return run(reporter, (lambda: _list_recipes(reporter)) if list_recipes else body)
+    def listing() -> None:
+        others = (checkpoint, out, dtype, sources_given, no_verify, dry_run, force)
+        if any(others) or wanted != FuseOptions() or sources != SourceOptions():
+            raise UsageError("--list-recipes: lists what there is, and fuses nothing; nothing else goes with it")
+        _list_recipes(reporter)
+
+    return run(reporter, listing if list_recipes else body)
 
 
 @dataclass(frozen=True, slots=True)

@@ -155,10 +155,13 @@ class FuseOptions:
         arguments: list[str] = []
         for text in self.normalize or ():
             key, equals, value = text.partition("=")
-            if key not in ("mean", "std") or not equals or any(one.startswith(f"{key}=") for one in arguments):
+            again = any(one.startswith(f"{key}=") for one in arguments)
+            if key not in ("mean", "std") or not equals or ";" in value or again:
                 given = " ".join(self.normalize or ())
                 raise UsageError(f"--normalize: expected mean=M,M,M std=S,S,S, got {given!r}")
             arguments.append(f"{key}={value}")
         if self.input_scale is not None:
+            if ";" in self.input_scale:  # would go on as another argument of the layer
+                raise UsageError(f"--input-scale: expected a number, such as 1/255, got {self.input_scale!r}")
             arguments.append(f"scale={self.input_scale}")
         return [f"normalize({'; '.join(arguments)})"] if arguments else []

@@ -102,7 +102,7 @@ Dtype = Annotated[
     str | None,
     typer.Option(
         "--dtype",
-        help="float64, float32, float16 or bfloat16.",
+        help="float64, float32, float16, bfloat16, complex64 or complex128.",
         show_default=False,
         autocompletion=complete.one_of(*DTYPES),
     ),

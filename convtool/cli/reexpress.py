@@ -151,7 +151,7 @@ def _conv(reporter: Reporter, opened: Checkpoint, text: str, sources: FieldSourc
     else:
         raise UsageError(
             f"--as-conv {text}: expected LAYER=C,H,W/KH,KW, the size of what is flattened and the kernel, such as"
-            f" {text}=3,32,32/5,5"
+            f" {layer.name}=3,32,32/5,5"
         )
     if len(size) < 2 or len(kernel) != len(size) - 1:
         raise UsageError(f"--as-conv {text}: expected C,H,W/KH,KW, as many kernel sizes as spatial ones, got {given!r}")

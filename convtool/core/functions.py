@@ -24,6 +24,13 @@ def is_function(name: str) -> bool:
     return _CALL.fullmatch(name) is not None
 
 
+def check_closed(text: str) -> None:
+    """UsageError for what begins as one of these layers does and lacks its end: 'avg_pool(2'."""
+    name, opened, _ = text.partition("(")
+    if opened and name in {*FUNCTIONS, "flatten"} and not is_function(text):
+        raise UsageError(f"{text}: expected {name}(...), which ends in a parenthesis; quote it for the shell")
+
+
 def make_function(text: str, channels: int, axes: int) -> Conv:
     """The layer that the text describes, for an input of `channels` channels and `axes` spatial axes.
 
@@ -42,7 +49,9 @@ def make_function(text: str, channels: int, axes: int) -> Conv:
     try:
         return build(channels, axes, **arguments)
     except TypeError:
-        raise UsageError(f"{text}: {name} takes {', '.join(fields)}") from None
+        raise UsageError(f"{text}: {name} takes {', '.join(fields)}, and needs the first of them") from None
+    except UsageError as error:
+        raise UsageError(f"{text}: {str(error).removeprefix(f'{name}: ').removeprefix(f'{text}: ')}") from None
 
 
 def function_channels(text: str) -> int | None:
@@ -85,6 +94,8 @@ def _parse(text: str) -> tuple[str, dict[str, Any]]:
         if key not in FUNCTIONS[name][0]:
             takes = ", ".join(FUNCTIONS[name][0]) or "nothing"
             raise UsageError(f"{text}: {name} takes {takes}, got {part!r}")
+        if key in arguments:
+            raise UsageError(f"{text}: {key} is given twice")
         arguments[key] = _value(key, value, text)
     return name, arguments
 

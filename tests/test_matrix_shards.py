@@ -25,7 +25,7 @@ from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import ConvtoolError, InputError, OutputError, UsageError
 from convtool.matrix import Layout, plan_matrix, write_matrix
 from convtool.matrix.read import load_matrix, open_matrix
-from convtool.matrix.shards import index_path, shard_path, shard_rows, write_shards
+from convtool.matrix.shards import index_path, plan_shards, shard_path, shard_rows, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 
@@ -81,18 +81,19 @@ def test_processes_write_what_one_alone_would(layout: Layout, shards: int, ranks
     alone, together = tmp_path / "alone", tmp_path / "together"
     for folder in (alone, together):
         folder.mkdir()
-    size = write_shards(matrix(), alone / "m.safetensors", shards, layout=layout, force=False, record=RECORD)
+    planned = [
+        plan_shards(matrix(), folder / "m.safetensors", shards, layout=layout, record=RECORD)
+        for folder in (alone, together)
+    ]
+    write_shards(matrix(), planned[0], force=False)
+    assert planned[0].files == {path: path.stat().st_size for path in alone.iterdir()}
 
     def job(rank: Together) -> None:
-        found = write_shards(
-            matrix(), together / "m.safetensors", shards, layout=layout, force=False, record=RECORD, ranks=rank
-        )
-        assert found == size
+        write_shards(matrix(), planned[1], force=False, ranks=rank)
 
     assert run_together(ranks, job) == [None] * ranks
     assert files(alone) == files(together)
     assert len(files(alone)) == shards + 1
-    assert size == sum(len(data) for name, data in files(alone).items() if not name.endswith(".json"))
 
 
 @pytest.mark.parametrize("layout", ["csr", "coo", "dense"])
@@ -100,7 +101,7 @@ def test_processes_write_what_one_alone_would(layout: Layout, shards: int, ranks
 @pytest.mark.parametrize("shards", [1, 4])
 def test_shards_are_the_matrix(layout: Layout, form: dict[str, bool], shards: int, tmp_path: Path) -> None:
     whole, path = matrix(**form), tmp_path / "m.safetensors"
-    write_shards(whole, path, shards, layout=layout, force=False, record={**RECORD, **form})
+    write_shards(whole, plan_shards(whole, path, shards, layout=layout, record={**RECORD, **form}), force=False)
     opened, dense = open_matrix(index_path(path)), whole.to_dense()
     assert (opened.shape, opened.layout, opened.dtype) == (whole.shape, layout, torch.float64)
     assert opened.nnz == (whole.nnz if layout != "dense" else dense.numel())
@@ -129,7 +130,7 @@ def test_shards_are_the_matrix(layout: Layout, form: dict[str, bool], shards: in
 
 def test_a_shard_is_what_its_rows_alone_would_be(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(matrix(), path, 4, force=False, record=RECORD)
+    write_shards(matrix(), plan_shards(matrix(), path, 4, record=RECORD), force=False)
     for number in range(4):
         span = shard_rows(90, number, 4)
         alone = tmp_path / "rows.safetensors"
@@ -147,14 +148,16 @@ class Broken(BaseException):
 
 def test_a_rank_that_ends_midway_leaves_no_index(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(matrix(), path, 4, force=False)  # an older matrix, of which nothing may pass for the new one
+    write_shards(
+        matrix(), plan_shards(matrix(), path, 4), force=False
+    )  # an older matrix, of which nothing may pass for the new one
 
     def job(rank: Together) -> None:
         def progress(count: int) -> None:
             if rank.rank == 1:
                 raise Broken
 
-        write_shards(matrix(), path, 4, force=True, ranks=rank, progress=progress)
+        write_shards(matrix(), plan_shards(matrix(), path, 4), force=True, ranks=rank, progress=progress)
 
     first, second = run_together(2, job)
     assert isinstance(first, OutputError)
@@ -167,16 +170,16 @@ def test_a_rank_that_ends_midway_leaves_no_index(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(matrix(), path, 2, force=False)
+    write_shards(matrix(), plan_shards(matrix(), path, 2), force=False)
     before = files(tmp_path)
     for count in (2, 3):
         with pytest.raises(OutputError, match="exists already"):
-            write_shards(matrix(), path, count, force=False)
+            write_shards(matrix(), plan_shards(matrix(), path, count), force=False)
     assert files(tmp_path) == before
     index_path(path).unlink()  # what a process that was killed leaves
     with pytest.raises(OutputError, match=r"m-00001-of-00002\.safetensors: exists already"):
-        write_shards(matrix(), path, 2, force=False)
-    write_shards(matrix(), path, 2, force=True)
+        write_shards(matrix(), plan_shards(matrix(), path, 2), force=False)
+    write_shards(matrix(), plan_shards(matrix(), path, 2), force=True)
     assert files(tmp_path) == before
 
 
@@ -190,7 +193,7 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
 )
 def test_names_and_numbers_that_do_not_do(name: str, shards: int, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        write_shards(matrix(), tmp_path / name, shards, force=False)
+        write_shards(matrix(), plan_shards(matrix(), tmp_path / name, shards), force=False)
     assert files(tmp_path) == {}
 
 
@@ -218,7 +221,7 @@ def damaged_indices(index: dict[str, Any]) -> list[object]:
 
 def test_an_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(matrix(), path, 2, force=False)
+    write_shards(matrix(), plan_shards(matrix(), path, 2), force=False)
     index = json.loads(index_path(path).read_bytes())
     open_matrix(index_path(path))
     for damaged in damaged_indices(index):
@@ -236,11 +239,22 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
 
 def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "m.safetensors"
-    assert run_app(["toeplitz", CHAINS, *WIDEN, "-o", str(out), "--shards", "3", "--json"]) == 0
+    arguments = ["toeplitz", CHAINS, *WIDEN, "-o", str(out), "--shards"]
+    assert run_app([*arguments, "999", "--dry-run"]) == 2  # more than there are rows
+    assert capsys.readouterr().err.endswith("expected at most 720, the number of rows, got 999\n")
+    assert run_app([*arguments, "3", "--dry-run"]) == 0
+    planned = capsys.readouterr().out
+    assert files(tmp_path) == {}
+    assert run_app([*arguments, "3", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     validate(document)
     assert (document["shards"], document["out"]) == (3, str(index_path(out)))
-    assert document["bytes"] == sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert document["files"] == {str(path): path.stat().st_size for path in tmp_path.iterdir()}
+    assert document["bytes"] == sum(document["files"].values())
+    assert planned.splitlines()[-5:] == [
+        f"would write {index_path(out)} and 3 shards, {document['bytes']} bytes",
+        *(f"  {path}, {size} bytes" for path, size in document["files"].items()),
+    ]
     assert run_app(["verify", CHAINS, str(index_path(out))]) == 0
     assert run_app(["toeplitz", CHAINS, *WIDEN, "-o", str(out), "--shards", "3", "--rows", "0:5", "-f"]) == 2
     assert "--shards cuts all rows into parts; it doesn't go with --rows" in capsys.readouterr().err

@@ -19,10 +19,11 @@ from convtool.cli.options import (
     check_not_source,
     parse_dtype,
 )
-from convtool.cli.output import Reporter, human_bytes
+from convtool.cli.output import Reporter
 from convtool.cli.ranks import launched_ranks, speaks
 from convtool.cli.run import run
 from convtool.cli.signature import grouped
+from convtool.cli.written import print_files
 
 if TYPE_CHECKING:
     from convtool.core.toeplitz import ToeplitzMatrix
@@ -115,7 +116,7 @@ def command(
         from convtool.errors import UsageError
         from convtool.files.atomic import check_target
         from convtool.matrix import plan_matrix, planned_size, write_matrix
-        from convtool.matrix.shards import check_shards, index_path, write_shards
+        from convtool.matrix.shards import check_shards, index_path, plan_shards, write_shards
 
         value_dtype = parse_dtype(dtype)
         check_not_source(out, wanted.checkpoint)
@@ -140,15 +141,19 @@ def command(
         rows_written = None if plan.rows is None else list(plan.rows)
         record = found.record | {"transpose": transpose, "affine": affine, "order": order, "rows": rows_written}
         record["dtype"] = str(matrix.dtype).removeprefix("torch.")  # which a text file wouldn't tell
-        size_in_bytes = planned_size(matrix, plan, record)
-        if shards is not None and not dry_run:
-            with launched_ranks() as ranks, reporter.progress(f"writing {out.name}", size_in_bytes) as advance:
-                size_in_bytes = write_shards(
-                    matrix, out, shards, layout=plan.layout, force=force, record=record, ranks=ranks, progress=advance
-                )
-        elif not dry_run:
-            with reporter.progress(f"writing {out.name}", size_in_bytes) as advance:
-                write_matrix(matrix, plan, out, force=force, record=record, progress=advance)
+        if shards is None:
+            files = {out: planned_size(matrix, plan, record)}
+            if not dry_run:
+                with reporter.progress(f"writing {out.name}", files[out]) as advance:
+                    write_matrix(matrix, plan, out, force=force, record=record, progress=advance)
+        else:
+            parts = plan_shards(matrix, out, shards, layout=plan.layout, record=record)
+            files = dict(parts.files)
+            if not dry_run:
+                with launched_ranks() as ranks:
+                    share = [files[path] for path in parts.shards][ranks.rank :: ranks.count]
+                    with reporter.progress(f"writing {out.name}", sum(share)) as advance:
+                        write_shards(matrix, parts, force=force, ranks=ranks, progress=advance)
         if plot is not None and not dry_run:
             from convtool.matrix.plot import write_plot
 
@@ -163,7 +168,9 @@ def command(
             "nnz": plan.nnz,
             "dtype": str(plan.dtype).removeprefix("torch."),
             "written": not dry_run,
-            "bytes": size_in_bytes,
+            "bytes": sum(files.values()),
+            "files": {str(path): size for path, size in files.items()},
+            "plot": None if plot is None else str(plot),
             "bias": "column" if affine else "missing" if missing_bias else "vector" if conv.bias is not None else None,
             "assumed": found.assumed,
         }
@@ -218,6 +225,5 @@ def _print(reporter: Reporter, document: dict[str, Any], drawing: list[str]) -> 
     )
     for line in drawing:
         reporter.line(line.rstrip())
-    verb = "wrote" if document["written"] else "would write"
     parts = "" if document["shards"] is None else f" and {document['shards']} shards"
-    reporter.line(f"{verb} {document['out']}{parts}, {human_bytes(document['bytes'])}")
+    print_files(reporter, document, parts)

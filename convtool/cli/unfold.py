@@ -17,9 +17,10 @@ from convtool.cli.options import (
     check_not_source,
     parse_dtype,
 )
-from convtool.cli.output import Reporter, human_bytes
+from convtool.cli.output import Reporter
 from convtool.cli.run import run
 from convtool.cli.signature import grouped
+from convtool.cli.written import print_files
 
 NAME = "unfold"
 USAGE = "CKPT LAYER -o OUT"
@@ -92,6 +93,7 @@ def command(
             "bias": None if conv.bias is None else "vector" if "bias" in arrays else "missing",
             "written": not dry_run,
             "bytes": size_in_bytes,
+            "files": {str(out): size_in_bytes},
             "assumed": found.assumed,
         }
         if document["bias"] == "missing":
@@ -108,5 +110,4 @@ def _print(reporter: Reporter, document: dict[str, Any]) -> None:
         rows, columns = document["gather"]
         sizes = ("x".join(map(str, document[name])) for name in ("input_size", "output_size"))
         reporter.line(f"  {' -> '.join(sizes)}: U {rows} x {columns}, {document['nnz']} ones")
-    verb = "wrote" if document["written"] else "would write"
-    reporter.line(f"{verb} {document['out']}, {human_bytes(document['bytes'])}")
+    print_files(reporter, document)

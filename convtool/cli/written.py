@@ -50,12 +50,20 @@ def print_tensors(reporter: Reporter, tensors: dict[str, Any]) -> None:
 
 
 def print_written(reporter: Reporter, document: dict[str, Any]) -> None:
-    """The last line; a dry run's says bytes as they would be, and of each file where there are several."""
-    tensors = f"{document['tensors']} tensors"
+    """The last line of what a command says of a checkpoint."""
+    print_files(reporter, document, f", {document['tensors']} tensors")
+
+
+def print_files(reporter: Reporter, document: dict[str, Any], made_of: str = "") -> None:
+    """What was written, of what and how large; a dry run says bytes as they would be, of each file where there are
+    several, and what would be drawn.
+    """
     if document["written"]:
-        reporter.line(f"wrote {document['out']}, {tensors}, {human_bytes(document['bytes'])}")
+        reporter.line(f"wrote {document['out']}{made_of}, {human_bytes(document['bytes'])}")
         return
-    reporter.line(f"would write {document['out']}, {tensors}, {document['bytes']} bytes")
+    reporter.line(f"would write {document['out']}{made_of}, {document['bytes']} bytes")
     if len(document["files"]) > 1:
         for path, size in document["files"].items():
             reporter.line(f"  {path}, {size} bytes")
+    if document.get("plot") is not None:
+        reporter.line(f"would draw {document['plot']}")

@@ -8,14 +8,15 @@ being when all of them are there, and goes before any of them is replaced: witho
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import OutputError, UsageError
 from convtool.files.atomic import check_target, replacing, sync_folder
-from convtool.matrix import plan_matrix, planned_size, write_matrix
+from convtool.matrix import MatrixPlan, plan_matrix, planned_size, write_matrix
 from convtool.matrix.contents import RECORD_NAME, Layout
 
 SUFFIX = ".safetensors"
@@ -78,72 +79,98 @@ def check_shards(path: Path, count: int, *, force: bool) -> None:
         check_target(target, force=force)
 
 
-def write_shards(
+@dataclass(frozen=True, slots=True)
+class ShardsPlan:
+    """What a matrix in shards will be made of.
+
+    Attributes:
+        path: OUT.safetensors, which the files are named after.
+        shards: what each holds, by its file.
+        records: what each notes of what was done, by its file.
+        files: size in bytes, exactly, of the index and of each shard.
+        index: what the index will hold.
+    """
+
+    path: Path
+    shards: Mapping[Path, MatrixPlan]
+    records: Mapping[Path, dict[str, object] | None]
+    files: Mapping[Path, int]
+    index: bytes
+
+
+def plan_shards(
     matrix: ToeplitzMatrix,
     path: Path,
     count: int,
     *,
     layout: Layout | None = None,
-    force: bool,
     record: dict[str, object] | None = None,
-    ranks: Ranks | None = None,
-    progress: Callable[[int], None] | None = None,
-) -> int:
-    """Write this process's shards, and the index when all have written theirs.
+) -> ShardsPlan:
+    """What writing `count` shards and their index will give; nothing is made or written.
 
     Args:
-        path: OUT.safetensors; nothing is written under that name itself.
-        count: how many shards.
         record: as of `write_matrix`; each shard's has its own `rows`.
-        progress: called with the number of bytes that this process has written since the last call.
-
-    Returns:
-        The size of all shards in bytes.
 
     Raises:
-        UsageError: more shards than rows, or a name or layout that doesn't do.
+        UsageError: more shards than rows, or a layout that doesn't do.
+    """
+    rows = matrix.shape[0]
+    if count > rows:
+        raise UsageError(f"--shards: expected at most {rows}, the number of rows, got {count}")
+    spans = {shard_path(path, number, count): shard_rows(rows, number, count) for number in range(count)}
+    shards = {target: plan_matrix(matrix, target, layout=layout, rows=span) for target, span in spans.items()}
+    records = {target: None if record is None else record | {"rows": list(span)} for target, span in spans.items()}
+    sizes = {target: planned_size(matrix, plan, records[target]) for target, plan in shards.items()}
+    document = {
+        "metadata": {"total_size": sum(sizes.values()), "format": "convtool matrix"},
+        "schema": SCHEMA,
+        "shape": list(matrix.shape),
+        "nnz": matrix.nnz,
+        "shards": [{"file": target.name, "rows": list(span), "bytes": sizes[target]} for target, span in spans.items()],
+        RECORD_NAME: record,
+    }
+    index = json.dumps(document, indent=1).encode("ascii") + b"\n"
+    return ShardsPlan(path, shards, records, {index_path(path): len(index), **sizes}, index)
+
+
+def write_shards(
+    matrix: ToeplitzMatrix,
+    plan: ShardsPlan,
+    *,
+    force: bool,
+    ranks: Ranks | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Write this process's shards as planned, and the index when all have written theirs.
+
+    Args:
+        plan: `plan_shards`'s, for this matrix. Nothing is written under the name OUT.safetensors itself.
+        progress: called with the number of bytes that this process has written since the last call.
+
+    Raises:
+        UsageError: a name or a number that doesn't do.
         OutputError: a file exists (without `force`) or couldn't be written, here or by another process; the shards that
             are there by then are without an index.
     """
     ranks = Alone() if ranks is None else ranks
-    check_shards(path, count, force=force)
-    rows = matrix.shape[0]
-    if count > rows:
-        raise UsageError(f"--shards: expected at most {rows}, the number of rows, got {count}")
+    check_shards(plan.path, len(plan.shards), force=force)
     ranks.wait()  # until nobody will see files that another one has begun to write
     if ranks.rank == 0:
-        index_path(path).unlink(missing_ok=True)
-        sync_folder(path.parent)
+        index_path(plan.path).unlink(missing_ok=True)
+        sync_folder(plan.path.parent)
     ranks.wait()
-    shards: list[dict[str, Any]] = []
-    for number in range(count):
-        span, target = shard_rows(rows, number, count), shard_path(path, number, count)
-        plan = plan_matrix(matrix, target, layout=layout, rows=span)
-        own = None if record is None else record | {"rows": list(span)}
-        shards.append({"file": target.name, "rows": list(span), "bytes": planned_size(matrix, plan, own)})
+    for number, (target, shard) in enumerate(plan.shards.items()):
         if number % ranks.count == ranks.rank:
-            write_matrix(matrix, plan, target, force=force, record=own, progress=progress)
+            write_matrix(matrix, shard, target, force=force, record=plan.records[target], progress=progress)
     ranks.wait()
     if ranks.rank == 0:
-        _write_index(matrix, path, shards, record, force=force)
+        _write_index(plan, force=force)
     ranks.wait()
-    return sum(int(shard["bytes"]) for shard in shards)
 
 
-def _write_index(
-    matrix: ToeplitzMatrix, path: Path, shards: list[dict[str, Any]], record: dict[str, object] | None, *, force: bool
-) -> None:
-    for shard in shards:
-        there = path.with_name(shard["file"])
-        if not there.is_file() or there.stat().st_size != shard["bytes"]:
-            raise OutputError(f"{there}: isn't there as it was written; no index was written")
-    document = {
-        "metadata": {"total_size": sum(shard["bytes"] for shard in shards), "format": "convtool matrix"},
-        "schema": SCHEMA,
-        "shape": list(matrix.shape),
-        "nnz": matrix.nnz,
-        "shards": shards,
-        RECORD_NAME: record,
-    }
-    with replacing(index_path(path), force=force) as file:
-        file.write(json.dumps(document, indent=1).encode("ascii") + b"\n")
+def _write_index(plan: ShardsPlan, *, force: bool) -> None:
+    for target in plan.shards:
+        if not target.is_file() or target.stat().st_size != plan.files[target]:
+            raise OutputError(f"{target}: isn't there as it was written; no index was written")
+    with replacing(index_path(plan.path), force=force) as file:
+        file.write(plan.index)

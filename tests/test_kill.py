@@ -38,7 +38,7 @@ def fast_folder(tmp_path: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-@pytest.mark.parametrize(("how", "least"), [("kill", 150), ("term", 150), ("fail", 80), ("random", 100), ("race", 16)])
+@pytest.mark.parametrize(("how", "least"), [("kill", 150), ("term", 150), ("fail", 80), ("random", 100), ("race", 24)])
 def test_interrupted_writes_leave_the_old_or_the_new(how: str, least: int, fast_folder: Path) -> None:
     """See `interruptions`; the number of interruptions is there so that none of them can quietly stop happening."""
     script = Path(__file__).with_name("interruptions.py")

@@ -15,12 +15,14 @@ import torch
 from checkpoints import SAMPLES, any_bits, files_in, same_bits, save, small_network
 
 from convtool import open_checkpoint
+from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.sharded import ShardedCheckpoint, is_plain_name
 from convtool.checkpoint.write import check_output, plan_edited, write_edited
 from convtool.cli.app import run_app
 from convtool.errors import ConvtoolError, InputError, OutputError, RefusedError, UsageError
+from convtool.files.atomic import alone_in
 
 KINDS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
 
@@ -353,6 +355,36 @@ def test_a_folder_written_of_a_folder_says_what_it_leaves_behind(
     for out in (folder, tmp_path / "one.safetensors"):  # nothing is missing there; a file has nothing beside it
         assert run_app(["convert", str(folder), str(out), "--force"]) == 0
         assert "left where" not in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_writes_to_is_left_to_it(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "in")
+    before = files_in(folder)
+    plan = plan_edited(open_checkpoint(folder), EDIT, folder, None, force=True)
+    with alone_in(folder), pytest.raises(OutputError, match="another process is writing to it; nothing was changed"):
+        plan.write()
+    assert files_in(folder) == before
+    write_edited(open_checkpoint(folder), Edit.nothing(), folder, None, force=True)
+    before = files_in(folder)
+    with pytest.raises(OutputError, match="another process has written to it meanwhile; nothing was changed"):
+        plan.write()  # under names that were free then
+    assert files_in(folder) == before
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_a_folder_that_is_replaced_while_it_is_opened_is_not_read_in_part(tmp_path: Path, missing: bool) -> None:
+    index = sharded(tmp_path / "in") / "model.safetensors.index.json"
+
+    def open_then(path: Path) -> Checkpoint:
+        opened = open_checkpoint(path)
+        (tmp_path / "new").write_bytes(index.read_bytes())
+        (tmp_path / "new").replace(index)
+        if missing:
+            raise InputError(f"{path}: no such file")
+        return opened
+
+    with pytest.raises(InputError, match="was replaced while its files were opened; try again"):
+        ShardedCheckpoint(index, open_then)
 
 
 def test_root_and_index_do_not_go_together(tmp_path: Path) -> None:

@@ -44,8 +44,13 @@ class ShardedCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, open_file: _Opener) -> None:
         super().__init__(path)
+        before = _version(path)
         self.index = read_index(path)
-        self.shards = {name: open_file(_inside(path.parent, name, path)) for name in self.shard_names}
+        try:
+            self.shards = {name: open_file(_inside(path.parent, name, path)) for name in self.shard_names}
+        finally:
+            if _version(path) != before:  # files of the one and of the other would be taken together
+                raise InputError(f"{path}: was replaced while its files were opened; try again")
         self._homes: Mapping[str, str] = self.index["weight_map"]
         self._check()
         self.infos = {name: self._home(name).infos[name] for name in self._homes}
@@ -105,6 +110,15 @@ class ShardedCheckpoint(Checkpoint):
                     raise InputError(
                         f"{self.path}: is damaged: {home} holds {name!r}, which the index doesn't have there"
                     )
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """What differs once a file has been replaced; nothing of one that can't be looked at."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from convtool.checkpoint.dtypes import ITEMSIZE
 from convtool.checkpoint.pickled import PickleError, PickleFile, StorageRef, TensorRef, loads, storage_ref
@@ -103,7 +103,7 @@ def _members(source: Source) -> tuple[dict[str, Placed], bytes]:
     """Every member's place, all of the archive's bookkeeping checked; and its directory's bytes."""
     where = source.path
     try:
-        with where.open("rb") as file, zipfile.ZipFile(cast(BinaryIO, file)) as archive:
+        with source.opened() as file, zipfile.ZipFile(file) as archive:
             listed = archive.infolist()
             start = archive.start_dir
     except OSError as error:
@@ -171,7 +171,7 @@ LEGACY_PROTOCOL = 1001
 def _read_legacy(source: Source) -> Contents:
     """A row of pickles (magic number, version, machine, object, keys of storages), then each storage: count, bytes."""
     where = str(source.path)
-    with source.path.open("rb") as opened:
+    with source.opened() as opened:
         file = _Bounded(opened, source.size)
         magic = _plain(file, where)
         if magic != LEGACY_MAGIC:

@@ -29,7 +29,7 @@ from convtool.checkpoint.write_file import (
     plan_flat,
 )
 from convtool.errors import InputError, OutputError, UsageError
-from convtool.files.atomic import check_target, discard, replacing
+from convtool.files.atomic import alone_in, check_target, discard, replacing
 from convtool.files.room import Progress, Reported
 
 SHARD_SIZE = 5 * 10**9  # bytes of a file, where a folder is written of a single file; huggingface_hub's own
@@ -95,12 +95,26 @@ def plan_folder(source: Checkpoint, edit: Edit, path: Path, record: Record | Non
 
 
 def _write_folder(index: Path, shards: Mapping[str, _Shard], text: bytes, progress: Progress, *, force: bool) -> None:
-    folder, old, names = index.parent, _names_in(index), set(shards)
+    folder = index.parent
     made_folder = not folder.is_dir()
-    written: set[str] = set()
     try:
         if made_folder:
             _make_folder(folder)
+        with alone_in(folder):
+            _write_files(index, shards, text, progress, force=force)
+    except BaseException:
+        if made_folder:
+            with contextlib.suppress(OSError):  # not empty: the index is there
+                folder.rmdir()
+        raise
+
+
+def _write_files(index: Path, shards: Mapping[str, _Shard], text: bytes, progress: Progress, *, force: bool) -> None:
+    folder, old, names = index.parent, _names_in(index), set(shards)
+    if not all(_is_free(folder / name) for name in names):
+        raise OutputError(f"{folder}: another process has written to it meanwhile; nothing was changed")
+    written: set[str] = set()
+    try:
         for name, shard in shards.items():
             shard.file.write(folder / name, progress)
             written.add(name)
@@ -109,9 +123,6 @@ def _write_folder(index: Path, shards: Mapping[str, _Shard], text: bytes, progre
     except BaseException:
         # Where the index has its name already, its files belong to it.
         _remove(folder, old - names if _names_in(index) == names else written)
-        if made_folder:
-            with contextlib.suppress(OSError):  # not empty: the index is there
-                folder.rmdir()
         raise
     _remove(folder, old - names)
 
@@ -200,9 +211,13 @@ def _free_names(index: Path, count: int) -> list[str]:
     for generation in itertools.count(1):
         more = "" if generation == 1 else f"-{generation}"
         names = [f"{stem}-{number:05}-of-{count:05}{more}{suffix}" for number in range(1, count + 1)]
-        if not any((index.parent / name).exists() or (index.parent / name).is_symlink() for name in names):
+        if all(_is_free(index.parent / name) for name in names):
             return names
     raise AssertionError
+
+
+def _is_free(path: Path) -> bool:
+    return not (path.exists() or path.is_symlink())
 
 
 def _names_in(index: Path) -> set[str]:

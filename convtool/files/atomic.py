@@ -101,6 +101,31 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """A folder in which no other process replaces several files at once meanwhile; not so on systems without locks.
+
+    Raises:
+        OutputError: another process does already.
+    """
+    if sys.platform == "win32":
+        yield
+        return
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {_reason(error)}; nothing was changed") from None
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise OutputError(f"{folder}: another process is writing to it; nothing was changed") from None
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _remove_stale(folder: Path) -> None:
     """Remove what writes that were killed have left in a folder: nobody holds it, nor has written to it for long."""
     with contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from convtool.errors import InputError
 
@@ -49,6 +49,12 @@ class Source:
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
         self._map = self._mapped() if mapped and self.size else None
+
+    def opened(self) -> BinaryIO:
+        """The same file once more, to be read from its beginning, whatever has its name by now."""
+        file = os.fdopen(os.dup(self._file), "rb")
+        file.seek(0)
+        return file
 
     def view(self, start: int, stop: int) -> memoryview:
         """Bytes start to stop, writable memory though nothing written to it reaches the file."""

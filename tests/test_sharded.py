@@ -357,6 +357,19 @@ def test_a_folder_written_of_a_folder_says_what_it_leaves_behind(
         assert "left where" not in capsys.readouterr().err
 
 
+def test_a_file_among_others_leaves_nothing_behind_and_one_of_a_model_its_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save(small_network(), tmp_path / "in.safetensors")
+    (tmp_path / "notes.txt").write_text("about something else")
+    options = ["--shard-size", "100", "--force"]
+    assert run_app(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "out"), *options]) == 0
+    assert "left where" not in capsys.readouterr().err
+    (tmp_path / "config.json").write_text("{}")
+    assert run_app(["convert", str(tmp_path / "in.safetensors"), str(tmp_path / "out"), *options]) == 0
+    assert "left where they were: config.json, notes.txt; copy" in capsys.readouterr().err
+
+
 def test_a_folder_that_another_process_writes_to_is_left_to_it(tmp_path: Path) -> None:
     folder = sharded(tmp_path / "in")
     before = files_in(folder)

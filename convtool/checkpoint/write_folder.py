@@ -33,6 +33,7 @@ from convtool.files.atomic import alone_in, check_target, discard, replacing
 from convtool.files.room import Progress, Reported
 
 SHARD_SIZE = 5 * 10**9  # bytes of a file, where a folder is written of a single file; huggingface_hub's own
+CONFIGURATION = "config.json"  # of a model that a folder is all about
 
 
 def check_folder(path: Path, source: Checkpoint | None, *, force: bool) -> None:
@@ -62,7 +63,7 @@ def index_path(path: Path, source: Checkpoint | None) -> Path:
 
 
 def left_behind(source: Checkpoint, folder: Path) -> list[str]:
-    """Files beside the source that a folder has not: a configuration, a tokenizer, whatever isn't a checkpoint's.
+    """Files of the source's model that a folder has not: a configuration, a tokenizer, whatever isn't a checkpoint's.
 
     They aren't copied: a configuration tells of layers and dtypes that an edit may have changed.
     """
@@ -70,6 +71,8 @@ def left_behind(source: Checkpoint, folder: Path) -> list[str]:
         names = sorted(path.name for path in source.path.parent.iterdir() if path.is_file())
     except OSError:
         return []
+    if not isinstance(source, ShardedCheckpoint) and CONFIGURATION not in names:
+        return []  # a file among others that have nothing to do with it
     ours = (*PLANNERS, INDEX_SUFFIX, RECORD_SUFFIX)
     return [name for name in names if not (name.endswith(ours) or name[0] == "." or (folder / name).exists())]
 

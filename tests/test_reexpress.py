@@ -57,6 +57,13 @@ def test_random_matrices_give_their_kernels_back(layer: tuple[Conv, tuple[int, .
     check(*layer)
 
 
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_a_complex_matrix_gives_its_kernel_back(mode: str) -> None:
+    geometry = Geometry.of((3, 2), padding=(1, 1), padding_mode=mode)
+    weight, bias = (torch.complex(real_numbers(1, *shape), real_numbers(2, *shape)) for shape in ((2, 3, 3, 2), (2,)))
+    check(Conv(weight, bias, geometry), (4, 5))
+
+
 def test_the_nearest_kernel_of_what_is_no_matrix_of_one() -> None:
     conv = make_conv(Geometry.of((2, 3), padding=(1, 0)), 2, 3)
     dense = toeplitz(conv, (4, 5)).to_dense()
@@ -241,6 +248,20 @@ def test_every_kind_of_layer_goes_there_and_back(
     assert equivalent(capsys, start, there)
     assert equivalent(capsys, there, back)
     assert equivalent(capsys, start, back)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_a_layer_of_one_output_channel_gets_its_bias_back(suffix: str, tmp_path: Path) -> None:
+    first, matrix, again = (str(tmp_path / name) + suffix for name in ("first", "matrix", "again"))
+    apart = real_numbers(2, 6)[::5][:1]  # one number, and a stride that isn't 1
+    torch.save({"c.weight": real_numbers(1, 1, 2, 3, 2), "c.bias": apart}, tmp_path / "m.pt")
+    assert run_app(["convert", str(tmp_path / "m.pt"), first]) == 0
+    assert run_app(["convert", str(tmp_path / "m.pt"), matrix, "--as-toeplitz", "c=5,4"]) == 0
+    assert run_app(["convert", matrix, again, "--as-conv", "c=2,5,4/3,2", "--set", "c.stride=1"]) == 0
+    assert run_app(["verify", first, again]) == 0
+    assert run_app(["verify", str(tmp_path / "m.pt"), first]) == 0
+    assert run_app(["unfold", first, "c", "-o", str(tmp_path / "w.npz")]) == 0
+    assert run_app(["unfold", str(tmp_path / "m.pt"), "c", "-o", str(tmp_path / "v.npz")]) == 0
 
 
 def test_a_matrix_is_fused_with_the_linear_layers_behind_it(

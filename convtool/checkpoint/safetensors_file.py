@@ -20,7 +20,7 @@ from convtool.checkpoint.base import Checkpoint, Place
 from convtool.checkpoint.dtypes import ITEMSIZE, MOST_AXES, SAFETENSORS, SAFETENSORS_CODES
 from convtool.checkpoint.info import TensorInfo
 from convtool.checkpoint.record import Record, loads
-from convtool.checkpoint.tensor_bytes import tensor_bits
+from convtool.core.flat import tensor_bits
 from convtool.errors import InputError, OutputError, RefusedError
 from convtool.files.source import Receiver, Source
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from convtool.core.flat import tensor_bits
 from convtool.files.source import CHUNK
 
 if TYPE_CHECKING:
@@ -27,18 +28,9 @@ class Piece:
 
 def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """A tensor's bytes in pieces."""
-    import torch
-
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
     if tensor.nbytes > CHUNK and tensor.dim() > 0 and not tensor.is_contiguous():
         yield from itertools.chain.from_iterable(map(tensor_chunks, tensor))
     elif tensor.numel():
-        view = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        view = tensor_bits(tensor).numpy().data
         yield from (view[start : start + CHUNK] for start in range(0, len(view), CHUNK))
-
-
-def tensor_bits(tensor: Tensor) -> Tensor:
-    """A tensor's bytes as a flat uint8 tensor."""
-    import torch
-
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

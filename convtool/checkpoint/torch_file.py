@@ -17,6 +17,7 @@ from convtool.checkpoint.record import Record
 from convtool.checkpoint.tensor_bytes import Piece, tensor_chunks
 from convtool.checkpoint.torch_container import Placed, check_crc, read_contents
 from convtool.checkpoint.torch_record import mark_of_contents, record_of, record_path
+from convtool.core.flat import tensor_bits
 from convtool.errors import InputError, UsageError
 from convtool.files.source import Source
 from convtool.files.stored_zip import combine_crc
@@ -79,10 +80,7 @@ class TorchCheckpoint(Checkpoint):
         return _with_metadata(flat.as_strided(ref.shape, ref.stride), ref.metadata, f"{self.path}: {name}")
 
     def bits(self, name: str) -> Tensor:
-        import torch
-
-        flat = self.stored_tensor(name).resolve_conj().resolve_neg().contiguous().reshape(-1)
-        return flat.view(torch.uint8) if flat.numel() else flat.new_empty(0, dtype=torch.uint8)
+        return tensor_bits(self.stored_tensor(name))
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         ref = self.tensors[name]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from convtool.checkpoint import pickle_writer
 from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE, STORAGE_CLASSES
 from convtool.checkpoint.pickled import StorageRef, TensorRef
-from convtool.checkpoint.tensor_bytes import Piece, tensor_bits, tensor_chunks
+from convtool.checkpoint.tensor_bytes import Piece, tensor_chunks
 from convtool.checkpoint.torch_file import TorchCheckpoint
+from convtool.core.flat import tensor_bits
 from convtool.errors import ConvtoolError, OutputError, RefusedError
 from convtool.files.stored_zip import LONGEST_NAME, Member
 

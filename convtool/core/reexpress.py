@@ -133,7 +133,7 @@ def _gather_axis(entries: Tensor, number: int, axes: int, axis: AxisSlots) -> Te
     picked = moved[output, column]  # (slots in use, ...)
     members = torch.from_numpy(axis.members).to(entries.dtype)  # (subsets, kernel)
     totals = torch.zeros(len(members), *picked.shape[1:], dtype=entries.dtype).index_add_(0, subset, picked)
-    counts = torch.bincount(subset, minlength=len(members)).to(entries.dtype)
+    counts = torch.bincount(subset, minlength=len(members))
     if axis.merges:
         gram = members.T @ (counts[:, None] * members)  # (kernel, kernel)
         solved = torch.tensordot(torch.linalg.pinv(gram, hermitian=True) @ members.T, totals, dims=1)

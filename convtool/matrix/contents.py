@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convtool.core.flat import tensor_bits
 from convtool.core.toeplitz import Stretch, ToeplitzMatrix
 
 Layout: TypeAlias = Literal["csr", "coo", "dense"]
@@ -215,8 +216,6 @@ class _Kept:
 
 def _little_endian(tensor: Tensor) -> memoryview:
     """A tensor's bytes, row-major. By integers of its size, since numpy has no bfloat16."""
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    flat = torch.view_as_real(flat).reshape(-1) if flat.is_complex() else flat
-    size = flat.dtype.itemsize
-    words = flat.view(torch.uint8).numpy() if flat.numel() else np.empty(0, dtype=np.uint8)
+    size = tensor.dtype.itemsize // (2 if tensor.is_complex() else 1)
+    words = tensor_bits(tensor).numpy()
     return words.view(f"u{size}").astype(f"<u{size}", copy=False).view(np.uint8).data

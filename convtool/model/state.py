@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from convtool.checkpoint import Checkpoint, TensorInfo
 from convtool.checkpoint.record import Record
+from convtool.core.flat import tensor_bits
 
 
 class StateCheckpoint(Checkpoint):
@@ -37,7 +37,7 @@ class StateCheckpoint(Checkpoint):
         return self._tensors[name]
 
     def bits(self, name: str) -> Tensor:
-        return self._tensors[name].contiguous().cpu().reshape(-1).view(torch.uint8)
+        return tensor_bits(self._tensors[name])
 
     def chunks(self, name: str) -> Iterator[memoryview]:
         yield memoryview(self.bits(name).numpy().tobytes())

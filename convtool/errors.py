@@ -35,3 +35,13 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str = "", cutoff: 
 
     near = difflib.get_close_matches(given, list(known), n=3, cutoff=cutoff)
     return f"; did you mean {' or '.join(near)}?" if near else otherwise
+
+
+def human_bytes(count: float) -> str:
+    """1536 as '1.5 KiB'."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} TiB"

@@ -9,10 +9,10 @@ import typer
 
 from convtool.cli import complete
 from convtool.cli.options import CheckpointPath, Force, SourceOptions, Speech, check_used, parse_input_size
-from convtool.cli.output import Reporter, human_bytes, table, tree_text
+from convtool.cli.output import Reporter, table, tree_text
 from convtool.cli.run import run
 from convtool.cli.signature import grouped
-from convtool.errors import UsageError
+from convtool.errors import UsageError, human_bytes
 
 if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint, Layer

@@ -294,16 +294,6 @@ def bold(text: str, styled: bool) -> str:
     return f"\x1b[1m{text}\x1b[0m" if styled else text
 
 
-def human_bytes(count: float) -> str:
-    """1536 as '1.5 KiB'."""
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _finite(item) for key, item in value.items()}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from convtool.cli.output import Reporter, human_bytes
+from convtool.cli.output import Reporter
+from convtool.errors import human_bytes
 
 if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint

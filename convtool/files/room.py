@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeAlias
 
-from convtool.errors import OutputError
+from convtool.errors import OutputError, human_bytes
 from convtool.files.atomic import Written
 
 Progress: TypeAlias = Callable[[int], None]
@@ -29,7 +29,7 @@ def check_space(path: Path, folder: Path, size: int, advice: Callable[[int, int]
     except OSError as error:
         raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
     if usage.total and size > usage.free:
-        needs = f"{path}: needs {readable(size)}, and its file system has {readable(usage.free)} free"
+        needs = f"{path}: needs {human_bytes(size)}, and its file system has {human_bytes(usage.free)} free"
         raise OutputError(needs + advice(size, usage.free))
 
 
@@ -63,13 +63,3 @@ class Reported:
             self._report(self._position - self._reported)
             self._reported = self._position
         return written
-
-
-def readable(count: int) -> str:
-    """1536 as '1.5 KiB'."""
-    size = float(count)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "bytes" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} TiB"

@@ -15,9 +15,9 @@ from typing import Protocol, get_args
 import torch
 
 from convtool.core.toeplitz import ToeplitzMatrix, index_dtype
-from convtool.errors import OutputError, RefusedError, UsageError
+from convtool.errors import OutputError, RefusedError, UsageError, human_bytes
 from convtool.files.atomic import check_target, replacing
-from convtool.files.room import Reported, check_space, readable
+from convtool.files.room import Reported, check_space
 from convtool.matrix import mtx, npy, npz, pt, safetensors
 from convtool.matrix.contents import Contents, Layout, Output, bias_array, matrix_arrays
 from convtool.matrix.file import MatrixFile
@@ -243,4 +243,4 @@ def _advice(matrix: ToeplitzMatrix, plan: MatrixPlan, size: int, free: int) -> s
     if smallest.size >= 0.95 * size:  # it would be advice for the sake of a header
         return part
     fits = "" if smallest.size <= free else ", which is too much as well"
-    return f"; a {smallest.format} file with --layout {smallest.layout} takes {readable(smallest.size)}{fits}{part}"
+    return f"; a {smallest.format} file with --layout {smallest.layout} takes {human_bytes(smallest.size)}{fits}{part}"

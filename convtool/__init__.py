@@ -47,14 +47,13 @@ Traceback (most recent call last):
 convtool.errors.RefusedError: ...
 
 Checkpoints are opened with `open_checkpoint`; `apply` puts the fusions that a checkpoint records into a live nn.Module.
-Of a live nn.Module, `geometry_of` reads what its checkpoint doesn't hold, `plan` finds every exact fusion in it, and
-`fuse_model` carries them out.
 
 >>> checkpoint = convtool.open_checkpoint("sample_models/chains.safetensors")
 >>> checkpoint.conv("widen", padding=(1, 2)).geometry.output_size((4, 6))
 (4, 6)
 
-Of a live model `geometry_of` tells the fields, `plan` finds every exact fusion, and `fuse_model` carries them out.
+Of a live nn.Module `geometry_of` reads what its checkpoint doesn't hold, `plan` finds every exact fusion, and
+`fuse_model` carries them out.
 
 >>> model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, (3, 1)), torch.nn.BatchNorm2d(3), torch.nn.ReLU())
 >>> convtool.geometry_of(model)["1"]

@@ -79,6 +79,25 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
         UsageError: the model has no layer of a recorded name.
         RefusedError: a layer of the model isn't what was fused, is used under two names, or torch has no module of
             the fused layer's form.
+
+    >>> import tempfile, convtool
+    >>> from convtool.cli.app import run_app
+    >>> model = nn.Sequential(nn.Conv2d(2, 3, (3, 1)), nn.BatchNorm2d(3), nn.ReLU()).eval()
+    >>> x = torch.randn(1, 2, 5, 4)
+    >>> before = model(x)
+    >>> with tempfile.TemporaryDirectory() as folder:  # doctest: +ELLIPSIS
+    ...     torch.save(model.state_dict(), f"{folder}/net.pt")
+    ...     code = run_app(["fuse", f"{folder}/net.pt", "0", "1", "-o", f"{folder}/fused.pt"])
+    ...     convtool.apply(model, f"{folder}/fused.pt")
+    0 + 1 -> 0
+    ...
+    Sequential(
+      (0): Conv2d(2, 3, kernel_size=(3, 1), stride=(1, 1))
+      (1): Identity()
+      (2): ReLU()
+    )
+    >>> torch.allclose(model(x), before, atol=1e-6)
+    True
     """
     return apply_checkpoint(model, open_checkpoint(path, root), check=check)
 
@@ -123,8 +142,11 @@ class Applying:
         silent: dict[str, nn.Module] = {}
         if f"{fusion.name}.weight" in self.checkpoint.infos:  # else it was fused further, and a later record has it
             fused = self.checkpoint.conv(fusion.name)
-            with torch.device(self._device(sources[0])):
+            near = self._near(sources[0])
+            with torch.device("cpu" if near is None else near.device):
                 module = live_module(fused)
+            if near is not None:  # the model may have been cast, as what else is loaded into it then is
+                module = module.to(near.dtype)
             self._set(self._place(fusion.name, places), module.train(self.model.training))
             self.made.add(fusion.name)
             silent = dict(_silenced(fusion.tree, fusion.name, fused))
@@ -232,11 +254,13 @@ class Applying:
         else:
             self._set(self._names()[unwrap(path)], nn.Identity())
 
-    def _device(self, source: SourceLayer) -> torch.device:
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+    def _near(self, source: SourceLayer) -> Tensor | None:
+        """A tensor of the model that has the device and the dtype that a layer in place of `source` is to have."""
         near = self._module(source.name.rpartition(".")[0] if self._is_tensor(source) else source.name)
-        first = next(itertools.chain(near.parameters(), near.buffers(), tensors), None)
-        return torch.device("cpu") if first is None else first.device
+        tensors = itertools.chain(
+            *(one for module in (near, self.model) for one in (module.parameters(), module.buffers()))
+        )
+        return next((one for one in tensors if one.is_floating_point() or one.is_complex()), None)
 
     def _touch(self, module: nn.Module) -> None:
         self.touched.setdefault(id(module), (module, dict(module._modules), dict(module._parameters)))

@@ -38,6 +38,13 @@ def open_matrix(path: str | Path) -> MatrixFile:
     Raises:
         InputError: the file is missing, damaged, or holds no matrix.
         UsageError: a suffix of none of these.
+
+    >>> import tempfile, numpy, convtool
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     numpy.save(f"{folder}/matrix.npy", numpy.array([[1.0, 0.0, 2.0], [0.0, 3.0, 0.0]]))
+    ...     matrix = convtool.open_matrix(f"{folder}/matrix.npy")
+    ...     matrix.shape, matrix.layout, matrix.bias, matrix.rows(0, 1).indices
+    ((2, 3), 'dense', None, tensor([0, 2]))
     """
     path = Path(path)
     if path.name.endswith(INDEX_SUFFIX):

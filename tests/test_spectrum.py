@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import tracemalloc
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -390,6 +391,17 @@ def test_many_groups_take_no_longer_than_one_large_matrix(monkeypatch: pytest.Mo
     found = spectrum(conv, (8, 9))  # 72 a side, and eight of them
     assert found.methods == ("cholesky",)
     check(found, conv, (8, 9))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_groups_are_told_apart_without_an_object_for_each_number(groups: int) -> None:
+    conv = convtool.conv(real_numbers(1, 200, 300 // groups, 1), groups=groups)
+    spectrum(conv, (1,))  # what is made once
+    tracemalloc.start()
+    spectrum(conv, (1,))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4 * conv.weight.nbytes
 
 
 def test_groups_are_taken_together() -> None:

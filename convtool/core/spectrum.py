@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from convtool.core.conv import Conv
+from convtool.core.flat import tensor_bits
 from convtool.core.gram import Factor, Gram, gram
 from convtool.core.krylov import BLOCK, LARGEST_STEPS, Descent, Krylov, ShortSide, bidiagonalise, climb
 from convtool.core.operator import ConvOperator
@@ -130,7 +131,8 @@ def spectrum(
 def _distinct(conv: Conv) -> Conv:
     """The layer without those groups that have the same weights as an earlier one."""
     groups = conv.geometry.groups
-    weights = list({tuple(part.flatten().tolist()): part for part in conv.weight.chunk(groups)}.values())
+    parts = conv.weight.chunk(groups)
+    weights = parts if groups == 1 else tuple({tensor_bits(part).numpy().tobytes(): part for part in parts}.values())
     if len(weights) == groups:
         return Conv(conv.weight, None, conv.geometry)
     return Conv(torch.cat(weights), None, replace(conv.geometry, groups=len(weights)))

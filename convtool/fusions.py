@@ -11,9 +11,10 @@ from convtool.checkpoint.chain import full_name
 from convtool.checkpoint.fusion import check_nothing_missed
 from convtool.core.fields import Fields
 from convtool.core.functions import check_closed
+from convtool.core.names import unwrap
 from convtool.core.tree import BASE, Chain, LayerRef
 from convtool.errors import InputError
-from convtool.recipe import Known, LayerFacts, PlannedFusion, Recipe, resolve
+from convtool.recipe import Known, LayerFacts, Names, PlannedFusion, Recipe, resolve
 from convtool.recipes import shipped
 
 
@@ -21,7 +22,7 @@ def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Chec
     """One chain of layers by name, first to last; SOURCE:LAYER for those of another checkpoint.
 
     Args:
-        name: of the fused layer; '' for that of the first one.
+        name: of the fused layer, written as the checkpoint writes names; '' for that of the first one.
         checkpoints: by what their layers are called after.
 
     Raises:
@@ -30,7 +31,12 @@ def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Chec
     for layer in layers:
         if layer not in checkpoints[BASE].layers:
             check_closed(layer)
-    return PlannedFusion(name, Chain(tuple(_layer_ref(layer, checkpoints) for layer in layers)))
+    refs = tuple(_layer_ref(layer, checkpoints) for layer in layers)
+    if name:
+        bare = {unwrap(ref.name) for ref in refs if ref.source == BASE}
+        near = (layer for layer in checkpoints[BASE].layers if unwrap(layer) in bare)
+        name = Names(_facts(checkpoints[BASE])).write(name, near)
+    return PlannedFusion(name, Chain(refs))
 
 
 def by_recipe(
@@ -82,14 +88,15 @@ def _known(
             raise InputError(f"{checkpoints[source].path}: {name}: holds {value}; nothing exact can be said of it")
         return value
 
-    facts = {
-        source: {
-            layer.name: LayerFacts(layer.kind, layer.tensors["weight"].shape if "weight" in layer.tensors else ())
-            for layer in opened.layers.values()
-        }
-        for source, opened in checkpoints.items()
-    }
+    facts = {source: _facts(opened) for source, opened in checkpoints.items()}
     return Known(facts, number, fields, ordered=_keeps_order(checkpoints[BASE]))
+
+
+def _facts(checkpoint: Checkpoint) -> dict[str, LayerFacts]:
+    return {
+        layer.name: LayerFacts(layer.kind, layer.tensors["weight"].shape if "weight" in layer.tensors else ())
+        for layer in checkpoint.layers.values()
+    }
 
 
 def _keeps_order(checkpoint: Checkpoint) -> bool:

@@ -13,6 +13,7 @@ import torch
 from live import CLOSE, done, filled, geometry_of, inputs, load, relative_difference, run, save, settings
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrize import register_parametrization
 
 import convtool
 from convtool.core.conv import Conv
@@ -205,6 +206,18 @@ def test_wrappers_are_seen_through(tmp_path: Path) -> None:
     assert relative_difference(outputs(model), outputs(wrapped["module"])) < CLOSE
 
 
+@pytest.mark.parametrize("name", ["b", "new", "module.b", "_orig_mod.new"])
+@pytest.mark.parametrize("wrapper", ["module", "_orig_mod", ""])
+def test_a_name_is_written_as_the_checkpoint_writes_names(name: str, wrapper: str, tmp_path: Path) -> None:
+    model = chain(a=nn.Conv2d(4, 6, 3), b=nn.BatchNorm2d(6))
+    wrapped = nn.Sequential(OrderedDict({wrapper: model})) if wrapper else model
+    out = fuse(filled(wrapped), ["a", "b", "--name", name], tmp_path)
+    parts = (wrapper, name.removeprefix("module.").removeprefix("_orig_mod."))
+    assert set(load(out)) == {".".join(filter(None, (*parts, what))) for what in ("weight", "bias")}
+    live = convtool.apply(copy.deepcopy(wrapped), out)
+    assert relative_difference(outputs(wrapped), outputs(live)) < CLOSE
+
+
 def test_a_state_dict_among_several(tmp_path: Path) -> None:
     model, words = CHAINS["convolution"]
     state = filled(model).state_dict()
@@ -225,6 +238,15 @@ def test_dtype_and_mode_are_kept(tmp_path: Path) -> None:
     convtool.apply(live, out)
     assert all(module.training for module in live.modules())
     assert {parameter.dtype for parameter in live.parameters()} == {torch.float64}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_was_cast_runs_on(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = filled(chain(a=nn.Conv2d(4, 6, 3), b=nn.BatchNorm2d(6), c=nn.Conv2d(6, 2, 1))).float().eval()
+    live = convtool.apply(copy.deepcopy(model).to(dtype), fuse(model, ["a", "b"], tmp_path))
+    assert {parameter.dtype for parameter in live.parameters()} == {dtype}
+    x = torch.randn(2, 4, 5, 7, generator=torch.Generator().manual_seed(0))
+    assert live(x.to(dtype)).dtype == dtype
 
 
 def test_layers_with_a_weight_norm_are_replaced_whole(tmp_path: Path) -> None:
@@ -267,6 +289,17 @@ def replaced() -> nn.Module:
     return conv
 
 
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 2
+
+
+def parametrized() -> nn.Module:
+    conv = nn.Conv2d(4, 6, 3)
+    register_parametrization(conv, "weight", Twice())
+    return conv
+
+
 WRONG: dict[str, tuple[dict[str, nn.Module], str]] = {
     "stride": ({"a": nn.Conv2d(4, 6, 3, 2)}, "a: a layer of kernel 3,3 was fused, and the model's has kernel 3,3, str"),
     "padding": ({"a": nn.Conv2d(4, 6, 3, padding=1)}, "the model's has kernel 3,3, padding 1"),
@@ -279,6 +312,8 @@ WRONG: dict[str, tuple[dict[str, nn.Module], str]] = {
     "inner forward": ({"a": DoubledInside(4, 6, 3)}, "a: the model has a DoubledInside there, whose forward isn't"),
     "forward of its own": ({"a": replaced()}, "a: the model has a Conv2d there, whose forward isn't that of nn.Conv2d"),
     "activation": ({"b": Activated(6)}, "b: the model has a Activated there, whose forward isn't that of nn.BatchNorm"),
+    "batch statistics": ({"b": nn.BatchNorm2d(6, track_running_stats=False)}, "that keeps no statistics and goes by"),
+    "parametrized": ({"a": parametrized()}, "with a parametrization of its weight, which would be lost"),
     "hooks": ({"a": hooked()}, "a: the model has a Conv2d there with forward hooks, which would be lost"),
 }  # fmt: skip
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.parametrize import is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
 from convtool.core.fields import DEFAULT_EPS, Fields
@@ -35,7 +39,12 @@ def difference(module: nn.Module, kind: str, fields: Fields) -> str:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if any(not isinstance(hook, (*HOOKS, WeightNorm)) for hook in hooks):
         return f"{what} with forward hooks, which would be lost"
+    other = next((name for name, one in _parametrizations(module) if not isinstance(one, _WeightNorm)), "")
+    if other:
+        return f"{what} with a parametrization of its {other}, which would be lost"
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if module.running_mean is None:
+            return f"{what} that keeps no statistics and goes by those of each batch"
         eps = fields.get("eps", DEFAULT_EPS)
         return "" if module.eps == eps else f"eps {eps:g} was fused, and the model has {module.eps:g}"
     if isinstance(module, nn.modules.conv._ConvNd):
@@ -43,3 +52,10 @@ def difference(module: nn.Module, kind: str, fields: Fields) -> str:
         fused = Geometry.of(own.kernel_size, **fields)
         return "" if own == fused else f"a layer of {fused.describe()} was fused, and the model's has {own.describe()}"
     return ""
+
+
+def _parametrizations(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Each with the name of the tensor that it makes."""
+    if is_parametrized(module):
+        for name, listed in module.get_submodule("parametrizations").named_children():
+            yield from ((name, one) for one in listed.children())

@@ -115,6 +115,8 @@ class Names:
         known, bare = self.find(name), unwrap(name)
         if known is not None:
             return known
+        if name.rpartition(".")[2] in WRAPPERS:  # it is about the wrapper
+            return name
         parent, _, last = bare.rpartition(".")
         beside = self._starting_with(f"{parent}." if parent else "")
         for written in (*near, *(self._written[key] for key in beside)):

@@ -203,6 +203,9 @@ def test_progress_shows_on_a_terminals_stderr_after_a_while_and_vanishes(monkeyp
     assert "/8388608" in shown(Terminal(), "items")
     assert " 25%" in shown(Terminal(), "share")
     assert shown(Terminal(), patience=60) == ""  # over before anyone wondered
+    narrow = STYLE.sub("", shown(Terminal(), COLUMNS="40")).replace("\r", "\n").split("\n")
+    assert any("writing [x].npz" in line and "25%" in line for line in narrow)
+    assert max(len(re.sub(r"\x1b\[[^a-zA-Z]*[a-zA-Z]", "", line)) for line in narrow) <= 40
     assert shown(io.StringIO()) == ""
     assert shown(Terminal(), TERM="dumb") == ""
 

@@ -12,7 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 
-from convtool.errors import OutputError
+from convtool.errors import OutputError, human_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
 GAP = 2  # blanks between two columns of a table
+NARROW = 64  # columns that a bar with all that it tells takes; below, it is percent and time
 NARROWEST = 16  # columns that the last one of a table may be folded to
 
 Advance: TypeAlias = Callable[[float], None]
@@ -123,33 +124,48 @@ class _Bar:
 
 
 def _progress(unit: Unit, *, known: bool) -> Progress:
-    """A bar with what is done, how much of it, the rate where it is bytes, and the remaining time."""
+    """A bar with what is done, how much of it, the rate where it is bytes, and the remaining time.
+
+    In a narrow window what is done, percent and time.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
         MofNCompleteColumn,
         Progress,
+        ProgressColumn,
+        Task,
         TaskProgressColumn,
         TextColumn,
         TimeElapsedColumn,
         TimeRemainingColumn,
-        TransferSpeedColumn,
     )
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        """In the units that sizes are given in, which rich's own column doesn't do."""
+
+        def render(self, task: Task) -> Text:
+            speed = task.finished_speed or task.speed
+            return Text("" if speed is None else f"{human_bytes(speed)}/s")
 
     # Without colours, none of which shows on every background.
-    console = Console(file=sys.stderr, width=window_columns(), no_color=True)
+    console = Console(file=sys.stderr, width=(window := window_columns()), no_color=True)
     counted: dict[Unit, tuple[ProgressColumn, ...]] = {
-        "bytes": (DownloadColumn(binary_units=True), TransferSpeedColumn()),
+        "bytes": (DownloadColumn(binary_units=True), Rate()),
         "items": (MofNCompleteColumn(),),
         "share": (TaskProgressColumn(),),
     }
     what = TextColumn("{task.description}", markup=False)
-    columns = (*counted[unit], TimeRemainingColumn()) if known else (TimeElapsedColumn(),)
+    columns: tuple[ProgressColumn, ...]
+    if window < NARROW:
+        columns = (TaskProgressColumn(), TimeRemainingColumn()) if known else (TimeElapsedColumn(),)
+    else:
+        columns = (BarColumn(20), *((*counted[unit], TimeRemainingColumn()) if known else (TimeElapsedColumn(),)))
     # What else is printed meanwhile goes its own way: the streams are nobody's to replace in the midst of a run.
     return Progress(
         what,
-        BarColumn(20),
         *columns,
         console=console,
         transient=True,

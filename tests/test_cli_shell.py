@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from convtool.cli import output
 from convtool.cli.app import run_app
@@ -75,6 +77,39 @@ def test_completion_knows_commands_options_layers_and_fields(
     complete: Complete, line: str, expected: list[str]
 ) -> None:
     assert complete(line) == expected
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish", "powershell"])
+def test_names_that_a_shell_would_carry_out_are_not_completed(
+    shell: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = [
+        "$(touch${IFS}x)",
+        "\\$(id>x)",
+        "`id`",
+        ";id",
+        "&id",
+        "|id",
+        "{a,b}",
+        "~",
+        "!!",
+        "--force",
+        "=ls",
+        "a*",
+        "#",
+    ]
+    save_file({f"{name}.weight": torch.zeros(3, 2, 1, 2) for name in (*hostile, "plain.0")}, tmp_path / "n.safetensors")
+    line = f"convtool toeplitz {tmp_path / 'n.safetensors'} "
+    for name, value in (("COMP_WORDS", line), ("COMP_CWORD", "3"), ("_TYPER_COMPLETE_ARGS", line)):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("_TYPER_COMPLETE_WORD_TO_COMPLETE", "")
+    monkeypatch.setenv("_TYPER_COMPLETE_FISH_ACTION", "get-args")
+    monkeypatch.setenv("_CONVTOOL_COMPLETE", f"complete_{shell}")
+    assert run_app([]) == 0
+    shown = capsys.readouterr().out
+    assert "plain.0" in shown
+    assert [name for name in hostile if name.strip("~#=") and name in shown] == []
+    assert not set(shown) & set("$`;&|~!#") - set("|" if shell == "powershell" else "")
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish", "powershell"])

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
 
 Completion = Callable[[typer.Context, list[str], str], list[str]]
+SHELL = frozenset(" '\"\\$`;&|<>()*?![]{}~#^")  # characters that mean something in bash, zsh or fish
 CHECKPOINTS = ("checkpoint", "before", "after")  # what commands call the checkpoints that they take
 
 
@@ -53,9 +54,12 @@ def one_of(*choices: str) -> Completion:
 
 
 def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
-    # A name with blanks or control characters would be taken apart, or would steer the terminal.
+    # What is completed goes into a command line as it is, and zsh has it run through eval: a name with what a shell
+    # takes apart or carries out, or that would pass for an option, is for the user to type and quote.
     return [
-        name for name in names if name.startswith(incomplete) and name.isprintable() and not set(name) & set(" '\"")
+        name
+        for name in names
+        if name.startswith(incomplete) and name.isprintable() and not set(name) & SHELL and name[:1] not in ("-", "=")
     ]
 
 

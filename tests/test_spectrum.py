@@ -181,6 +181,21 @@ def test_singular_values_that_are_small_but_not_zero_are_told_from_zero() -> Non
     assert math.isclose(found.condition, high / low, rel_tol=1e-3)
 
 
+def test_an_input_that_is_cut_off_makes_the_smallest_zero() -> None:
+    geometry = Geometry.of(1, padding=[(1, 0)], dilation=2, transposed=True, output_padding=1)
+    conv = make_conv(geometry, 3, 4)
+    assert conv.output_size((6,)) == (6,)
+    found = spectrum(conv, (6,))
+    assert found.smallest.value <= found.smallest.error < 1e-9
+    check(found, conv, (6,))
+
+
+def test_singular_values_beyond_float64_are_an_error() -> None:
+    conv = convtool.conv(torch.full((2, 2, 3), 1.5e308, dtype=torch.float64), padding=1)
+    with pytest.raises(InputError, match=r"as large as 1\.5e\+308 have singular values beyond what float64 holds"):
+        spectrum(conv, (5,))
+
+
 @pytest.mark.parametrize("work", [0, 1 << 40])
 @pytest.mark.parametrize("exponent", [-900, 900])
 def test_weights_whose_squares_are_no_numbers(exponent: int, work: int, monkeypatch: pytest.MonkeyPatch) -> None:

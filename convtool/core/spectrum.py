@@ -139,6 +139,18 @@ def _distinct(conv: Conv) -> Conv:
 
 
 def _ends(conv: Conv, size: tuple[int, ...], tolerance: float, steps: int | None, seed: int) -> Spectrum:
+    # Squares are formed on the way, and sums: of numbers near 1, whatever the weights.
+    exact = conv.exact().weight
+    most = float(exact.abs().max())
+    scale = 2.0 ** max(math.frexp(most)[1] - 1, -1000) if most > 0 else 1.0
+    found = _ends_near_one(Conv(exact / scale, None, conv.geometry), size, tolerance, steps, seed)
+    largest, smallest = _times(found.largest, scale), _times(found.smallest, scale)
+    if math.isinf(largest.value):
+        raise InputError(f"weights as large as {most:.3g} have singular values beyond what float64 holds, 1.8e308")
+    return replace(found, largest=largest, smallest=smallest)
+
+
+def _ends_near_one(conv: Conv, size: tuple[int, ...], tolerance: float, steps: int | None, seed: int) -> Spectrum:
     shape, groups = ConvOperator(conv, size).shape, conv.geometry.groups
     if _is_circulant(conv, size):
         return _known(_by_frequency(conv, size), shape, "fourier", tolerance)
@@ -147,17 +159,10 @@ def _ends(conv: Conv, size: tuple[int, ...], tolerance: float, steps: int | None
     if min(rows, columns) <= int(DENSE_SIDE / groups ** (1 / 3)) and rows * columns <= DENSE_ELEMENTS:
         values = [torch.linalg.svdvals(ToeplitzMatrix(part, size).to_dense()) for part in _parts(conv)]
         return _known(torch.cat(values), shape, "dense", tolerance)
-    # Squares are formed from here on: of numbers near 1, whatever the weights.
-    exact = conv.exact().weight
-    most = float(exact.abs().max())
-    scale = 2.0 ** max(math.frexp(most)[1] - 1, -1000) if most > 0 else 1.0
-    near_one = Conv(exact / scale, None, conv.geometry)
-    matrix, product = ConvOperator(near_one, size), gram(near_one, size)
+    matrix, product = ConvOperator(conv, size), gram(conv, size)
     if product is not None:
-        found = _by_cholesky(matrix, product, tolerance, steps, seed)
-    else:
-        found = _by_lanczos(matrix, tolerance, steps, seed)
-    return replace(found, largest=_times(found.largest, scale), smallest=_times(found.smallest, scale))
+        return _by_cholesky(matrix, product, tolerance, steps, seed)
+    return _by_lanczos(matrix, tolerance, steps, seed)
 
 
 def _parts(conv: Conv) -> Iterator[Conv]:
@@ -180,7 +185,9 @@ def _known(values: Tensor, shape: tuple[int, int], method: Method, tolerance: fl
 def _is_circulant(conv: Conv, size: tuple[int, ...]) -> bool:
     geometry = conv.geometry
     whole = conv.output_size(size) == size and all(stride == 1 for stride in geometry.stride)
-    return bool(size) and whole and (geometry.padding_mode == "circular" or geometry.kernel_size == (1,) * len(size))
+    # A transposed layer can have taken from one end what it added at the other.
+    pointwise = geometry.kernel_size == (1,) * len(size) and not geometry.padded
+    return bool(size) and whole and (geometry.padding_mode == "circular" or pointwise)
 
 
 def _by_frequency(conv: Conv, size: tuple[int, ...]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import pickletools
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -521,6 +522,18 @@ def test_equal_inputs_give_equal_files(tmp_path: Path) -> None:
         path = saved(with_metadata(small_network()), tmp_path / "in.pt")
         write_edited(open_checkpoint(path), Edit.nothing(), tmp_path / f"{name}.pt", None, force=False)
     assert (tmp_path / "one.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
+
+
+def test_a_pickle_remembers_of_each_tensor_its_name_and_itself(tmp_path: Path) -> None:
+    """What is remembered stays in memory for as long as the pickle is written, and read."""
+    counts = []
+    for number in (100, 300):
+        path = save({f"t{n}": torch.ones(2, 3) for n in range(number)}, tmp_path / "in.pt")
+        write_edited(open_checkpoint(path), Edit.nothing(), tmp_path / "out.pt", None, force=True)
+        with zipfile.ZipFile(tmp_path / "out.pt") as archive:
+            operations = pickletools.genops(archive.read("archive/data.pkl"))
+        counts.append(sum("PUT" in operation.name for operation, _, _ in operations))
+    assert counts[1] - counts[0] == 2 * 200
 
 
 def test_opening_reads_no_storage(tmp_path: Path) -> None:

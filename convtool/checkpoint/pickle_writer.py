@@ -73,15 +73,24 @@ class _Writer:
             self.out.write(data)
 
     def text(self, value: str) -> None:
+        self.characters(value)
+        self.remember(value)
+
+    def characters(self, value: str) -> None:
         data = value.encode("utf-8", "surrogatepass")
         self.out.write(b"X" + struct.pack("<I", len(data)) + data)
-        self.remember(value)
 
     def found(self, value: Global) -> None:
         self.out.write(f"c{value.module}\n{value.name}\n".encode())
         self.remember(value)
 
     def tuple_of(self, value: tuple[Any, ...]) -> None:
+        self.items_of(value)
+        if value:
+            self.remember(value)
+
+    def items_of(self, value: tuple[Any, ...]) -> None:
+        """A tuple that nothing refers to again: with a million tensors, remembering theirs would take gigabytes."""
         if not value:
             self.out.write(b")")
             return
@@ -90,7 +99,6 @@ class _Writer:
         for item in value:
             self.save(item)
         self.out.write({1: b"\x85", 2: b"\x86", 3: b"\x87"}.get(len(value), b"t"))
-        self.remember(value)
 
     def list_of(self, value: list[Any]) -> None:
         self.out.write(b"]")
@@ -132,7 +140,7 @@ class _Writer:
     def made(self, value: Any, function: Global, *arguments: Any) -> None:
         """Something that a call makes, known afterwards as `value`."""
         self.found_or_known(function)
-        self.save(arguments)
+        self.items_of(arguments)
         self.out.write(b"R")
         self.remember(value)
 
@@ -147,18 +155,36 @@ class _Writer:
     def storage_of(self, value: StorageRef) -> None:
         written = self.storage(value)
         cls = Global("torch", written.cls) if written.cls else Global("torch.storage", "UntypedStorage")
-        self.save(("storage", cls, written.key, written.location, written.count))
+        self.out.write(b"(")
+        self.save("storage")
+        self.save(cls)
+        self.characters(written.key)
+        self.save(written.location)
+        self.save(written.count)
+        self.out.write(b"t")
         self.out.write(b"Q")
 
     def tensor_of(self, value: TensorRef) -> None:
+        typed = value.storage.typed
+        self.found_or_known(Global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"))
+        self.out.write(b"(")
+        self.save(value.storage)
+        self.save(value.offset)
+        self.items_of(value.shape)
+        self.items_of(value.stride)
+        self.save(value.requires_grad)
         hooks = OrderedItems() if value.hooks is None else value.hooks
-        numbers = (value.offset, value.shape, value.stride, value.requires_grad, hooks)
-        extra = () if value.metadata is None else (value.metadata,)
-        if value.storage.typed:
-            self.made(value, Global("torch._utils", "_rebuild_tensor_v2"), value.storage, *numbers, *extra)
+        if isinstance(hooks, OrderedItems) and not hooks and hooks.state is None:
+            self.found_or_known(_ORDERED)
+            self.out.write(b")R")
         else:
-            dtype = Global("torch", value.dtype)
-            self.made(value, Global("torch._utils", "_rebuild_tensor_v3"), value.storage, *numbers, dtype, *extra)
+            self.save(hooks)
+        if not typed:
+            self.save(Global("torch", value.dtype))
+        if value.metadata is not None:
+            self.save(value.metadata)
+        self.out.write(b"tR")
+        self.remember(value)
 
 
 def _write(make: Callable[[Any], bytes]) -> Callable[[_Writer, Any], None]:

@@ -696,3 +696,14 @@ def test_a_layer_runs_where_its_formula_says(mode: str, data: st.DataObject, mor
     fused = compose_geometry(geometry_of([first]), geometry_of([second])).axes[0]
     size = smallest_size([first, second]) + more
     assert fused.runs_on(size) == runs(fused, size)
+
+
+@pytest.mark.parametrize("channels", [(0, 3, 2), (3, 0, 2), (3, 2, 0)])
+def test_layers_without_channels_compose_to_zeros(channels: tuple[int, int, int]) -> None:
+    inner, middle, outer = channels
+    first = Conv(torch.ones(middle, inner, 3, 2), torch.ones(middle), Geometry.of((3, 2)))
+    second = Conv(torch.ones(outer, middle, 2, 4), torch.full((outer,), 2.0), Geometry.of((2, 4)))
+    fused = compose(first, second)
+    assert fused.weight.shape == (outer, inner, 4, 5)
+    assert fused.bias is not None
+    assert fused.bias.tolist() == [2.0 + 8 * middle] * outer

@@ -246,8 +246,9 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
         compose_axis(a, b, geometry.padding_mode)
         for a, b in zip(first.geometry.axes, second.geometry.axes, strict=True)
     ] or [_NOWHERE]
-    left = second.weight.reshape(g2, rows, pieces // g2, middle, k2[0], -1)
-    left = left.permute(5, 0, 2, 1, 4, 3).reshape(-1, pieces, rows, k2[0], middle)  # (taps2 of other axes, ...)
+    others = math.prod(k2[1:])  # said, as without channels it follows from nothing else
+    left = second.weight.reshape(g2, rows, pieces // g2, middle, k2[0], others)
+    left = left.permute(5, 0, 2, 1, 4, 3).reshape(others, pieces, rows, k2[0], middle)  # (taps2 of other axes, ...)
     if plan[0].step1 * plan[0].step2 > 0:  # where one layer's taps ascend, the other's that land there too descend
         left = left.flip(3)
     right = first.weight.reshape(pieces, middle, columns, k1[0], *k1[1:]).movedim((3, 2), (1, -1))
@@ -303,7 +304,8 @@ def _add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
         number -= 1
     for place in itertools.product(*(range(size) for size in total.shape[2:number])):
         here: tuple[slice | int, ...] = (slice(None), slice(None), *place)
-        target, factor = total[here].view(*total.shape[:2], -1), right[here].flatten(2)
+        factor = right[here].flatten(2)
+        target = total[here].view(*total.shape[:2], factor.shape[2])
         if len(target) == 1:
             target[0].addmm_(left[0], factor[0])  # which uses threads better than a batch of one
         else:
@@ -330,8 +332,8 @@ def _compose_biases(first: Conv, second: Conv) -> Tensor | None:
     if first.bias is None:
         return second.bias
     groups = second.geometry.groups
-    per_group = second.weight.shape[1]
-    gain = second.weight.reshape(groups, -1, per_group, math.prod(second.geometry.kernel_size)).sum(3)
+    rows, per_group = second.out_channels // groups, second.weight.shape[1]
+    gain = second.weight.reshape(groups, rows, per_group, math.prod(second.geometry.kernel_size)).sum(3)
     # gain: (g2, C_out/g2, C_mid/g2)
     carried = (gain @ first.bias.reshape(groups, per_group, 1)).flatten()  # (C_out,)
     return carried if second.bias is None else carried + second.bias

@@ -171,6 +171,10 @@ WRONG_TENSORS: dict[str, tuple[bytes, str]] = {
     "a storage of another class": (tensor(cls="Tensor"), "storage of class torch.Tensor"),
     "a persistent id of another kind": (b"X\x01\0\0\0xQ", "isn't a storage"),
     "a rebuilt list": (b"ctorch._utils\n_rebuild_tensor_v2\n(]K\x00))\x89NtR", "isn't a storage"),
+    "numbers of another dtype than their storage": (
+        tensor().replace(b"tensor_v2", b"tensor_v3")[:-2] + b"ctorch\nint32\ntR",
+        "reads a storage of float32 as int32",
+    ),
     "too few arguments": (b"ctorch._utils\n_rebuild_tensor_v2\n)R", "cannot be read"),
 }
 

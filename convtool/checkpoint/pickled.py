@@ -422,6 +422,8 @@ def _tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
         if not (isinstance(given, Global) and given.module == "torch" and given.name in ITEMSIZE):
             raise PickleError(f"its pickle holds a tensor of dtype {given}, which is not known")
         dtype = given.name
+        if storage.typed and dtype != storage.dtype:  # torch reads storages without a dtype so, and no others
+            raise PickleError(f"its pickle reads a storage of {storage.dtype} as {dtype}")
     elif not storage.typed:
         raise PickleError("its pickle holds a tensor without a dtype")
     if not storage.typed and function != "_rebuild_tensor_v3":

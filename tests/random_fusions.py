@@ -22,8 +22,9 @@ from convtool.core.expression import Expression
 from convtool.core.fuse import NamedConv, fuse_tree
 from convtool.core.geometry import PADDING_MODES, Geometry
 from convtool.core.rounding import rounded
+from convtool.core.sizes import default_sizes
 from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
-from convtool.core.verify import EquivalenceReport, default_sizes, verify
+from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError, RefusedError, UsageError
 
 AXES = (0, *(1,) * 7, *(2,) * 9, *(3,) * 2, 4)  # how often each number of axes comes up

@@ -728,7 +728,7 @@ DAMAGED: dict[
     "input size": (
         "input_size",
         [10**9, 10**9],
-        "input size 1000000000,1000000000, which is too large to run",
+        "input size 1000000000,1000000000, which is too large to run",  # as no smaller one has the same borders
     ),
     "an input too small": ("input_size", [1, 1], "fused for input size 1,1, which doesn't fit its layers"),
 }
@@ -749,9 +749,23 @@ def test_a_record_that_does_not_fit_its_tensors_is_said_to_be_wrong(name: str, t
         (source if key == "source fields" else fusion)["fields"] |= value
     else:
         fusion[key] = value
+        source["fields"]["dilation"] = [10**8, 10**8] if value == [10**9, 10**9] else [1, 1]
     save_file(load(after), after, {"convtool": json.dumps(record)})
     code, found = error("verify", before, after)
     assert (code, message in found, str(after) in found) == (3, True, True), found
+
+
+def test_what_was_fused_for_an_input_too_large_to_run_is_verified_at_a_small_one(tmp_path: Path) -> None:
+    padding: dict[str, Any] = {"padding": 1, "padding_mode": "circular"}
+    model = chain(a=nn.Conv2d(3, 4, 3, 2, **padding), b=nn.Conv2d(4, 5, (3, 1), **padding))
+    _, before, after = fused(model, ["a", "b", "--input-size", "3,9000,8998"], tmp_path)
+    (found,) = done("verify", before, after)["fusions"]
+    assert found["equivalent"]
+    tensors = load_file(after)
+    tensors["a.weight"][2, 1, 0, 2] *= 1.01
+    with safe_open(after, "pt") as opened:
+        save_file(tensors, after, opened.metadata())
+    assert run("verify", before, after)[0] == 1
 
 
 def test_files_without_a_record_that_hold_the_same_are_the_same(tmp_path: Path) -> None:

@@ -29,9 +29,10 @@ from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
 from convtool.core.inputs import Impulses, apply, dense_inputs, impulse_inputs, plan_impulses, respond
 from convtool.core.rounding import rounded
+from convtool.core.sizes import alike_size, default_sizes, split_input_size
 from convtool.core.tally import ratios
 from convtool.core.tree import Chain, Sum
-from convtool.core.verify import EquivalenceReport, alike_size, default_sizes, split_input_size, verify
+from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import ConvtoolError, RefusedError, UsageError
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -363,7 +364,7 @@ def test_a_smaller_size_that_is_run_in_place_of_a_large_one_shows_the_same_at_ei
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Which outputs a chain and the layer fused from it differ in, at both sizes: all padding modes, strides to 4."""
-    monkeypatch.setattr("convtool.core.verify.COMFORTABLE_INPUT", 0)
+    monkeypatch.setattr("convtool.core.sizes.COMFORTABLE_INPUT", 0)
     choose = random.Random(0)
 
     def one(seed: int, shape: tuple[int, int]) -> Conv:

@@ -17,8 +17,9 @@ from convtool.core.fields import FieldSource, FieldSources
 from convtool.core.functions import is_function
 from convtool.core.geometry import LARGEST, format_sizes
 from convtool.core.inputs import widest_layer
+from convtool.core.sizes import alike_size, split_input_size
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
-from convtool.core.verify import LARGEST_INPUT, split_input_size
+from convtool.core.verify import LARGEST_INPUT
 from convtool.errors import InputError, UsageError
 
 CHUNK = 1 << 24  # bytes compared at a time
@@ -67,7 +68,7 @@ class Pairing:
             output_size(tree, smallest)
         except UsageError as error:
             raise InputError(f"{where} {said}, which doesn't fit its layers: {error}") from None
-        if widest_layer(tree, smallest) > LARGEST_INPUT:
+        if widest_layer(tree, alike_size((tree,), smallest)) > LARGEST_INPUT:
             raise InputError(
                 f"{where} {said}, which is too large to run here; give a smaller --input-size to compare at"
             )

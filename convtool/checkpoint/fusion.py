@@ -18,8 +18,8 @@ from convtool.core.fields import FieldSources, geometry_fields
 from convtool.core.functions import flatten_size, is_function
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.geometry import format_sizes
+from convtool.core.sizes import split_input_size
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, first_leaves, has_sum, leaves, map_leaves
-from convtool.core.verify import split_input_size
 from convtool.errors import RefusedError, UsageError
 
 

@@ -19,8 +19,9 @@ from convtool.checkpoint.fusion import PlannedLayer
 from convtool.core.bound import Stored, half_ulp, stored
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression
+from convtool.core.sizes import alike_size, default_sizes
 from convtool.core.tree import Chain, Sum, Tree, fold, map_leaves
-from convtool.core.verify import EquivalenceReport, alike_size, default_sizes, verify
+from convtool.core.verify import EquivalenceReport, verify
 
 PLAN_TRIALS = 2  # random inputs for each fusion that is checked before it is written
 PLAN_SIZES = 2  # and input sizes: one, and one that the stride doesn't divide

@@ -16,8 +16,9 @@ from convtool.checkpoint.proof import exact_tree, stored_tree
 from convtool.core.bound import Stored
 from convtool.core.expression import Expression, in_channels
 from convtool.core.fields import FieldSources
+from convtool.core.sizes import alike_size, default_sizes, split_input_size
 from convtool.core.tree import BASE, Chain, Tree, leaves, map_leaves
-from convtool.core.verify import EquivalenceReport, alike_size, default_sizes, split_input_size, verify
+from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError
 
 

@@ -109,7 +109,7 @@ def lower_layer(
     """
     from convtool.checkpoint.chain import lower_chain
     from convtool.core.fields import geometry_fields
-    from convtool.core.verify import split_input_size
+    from convtool.core.sizes import split_input_size
 
     size = parse_input_size(wanted.input_size)
     opened = given.open(wanted.checkpoint, reporter)

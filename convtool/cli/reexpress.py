@@ -123,7 +123,7 @@ def _toeplitz(
     reporter: Reporter, opened: Checkpoint, name: str, sizes: str, sources: FieldSources, make: Any
 ) -> Reexpression:
     from convtool.core.fields import parse_sizes
-    from convtool.core.verify import split_input_size
+    from convtool.core.sizes import split_input_size
 
     size = parse_sizes(sizes, "--as-toeplitz")
     axes = opened.layer(name).spatial_axes

@@ -108,7 +108,7 @@ def _lowered(
     """The layer that the matrix is of, and the spatial size of its input, by the file's record or as given."""
     from convtool.checkpoint.chain import lower_chain
     from convtool.core.fields import FieldSource
-    from convtool.core.verify import split_input_size
+    from convtool.core.sizes import split_input_size
     from convtool.errors import InputError, UsageError
 
     record = _record(found)

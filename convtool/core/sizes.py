@@ -1,0 +1,105 @@
+"""Input sizes: as users give them, those at which a tree of layers shows all that it does, a small one for a large."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+from convtool.core.conv import Conv
+from convtool.core.expression import Expression
+from convtool.core.geometry import format_sizes
+from convtool.core.inputs import widest_layer
+from convtool.core.tree import Chain, Sum, leaves
+from convtool.errors import UsageError
+
+COMFORTABLE_INPUT = 1 << 18  # numbers of one input in the widest layer that take a second or few
+
+
+def split_input_size(input_size: Sequence[int], channels: int, axes: int) -> tuple[int, ...]:
+    """The spatial part of an input size given with or without the channels in front.
+
+    Raises:
+        UsageError: a wrong number of sizes, or other channels than the layer takes.
+    """
+    if len(input_size) == axes:
+        return tuple(input_size)
+    if len(input_size) == axes + 1:
+        if input_size[0] != channels:
+            raise UsageError(
+                f"input size {format_sizes(input_size)}: the layer takes {channels} channels, not {input_size[0]}"
+            )
+        return tuple(input_size[1:])
+    raise UsageError(
+        f"input size {format_sizes(input_size)}: expected {axes} spatial sizes, with or without the {channels}"
+        " channels in front"
+    )
+
+
+def default_sizes(tree: Sequence[Conv] | Expression) -> list[tuple[int, ...]]:
+    """Input sizes at which a tree shows its border on every side and an interior, one per remainder of its stride.
+
+    The first is the smallest comfortable one; the axes differ, so that height and width cannot be mixed up; at most
+    four sizes.
+    """
+    tree = Chain(tuple(tree)) if isinstance(tree, Sequence) else tree
+    axes = next(leaves(tree)).spatial_axes
+    if axes == 0:
+        return [()]
+    reach, stride = _reach(tree, axes)
+    smallest: list[int] = []
+    for r, s in zip(reach, stride, strict=True):
+        least = 1 + r + 2 * s
+        smallest.append(next(n for n in itertools.count(least) if n not in smallest))
+    return [tuple(n + step for n in smallest) for step in range(min(4, max(stride)))]
+
+
+def alike_size(trees: Sequence[Expression], size: tuple[int, ...]) -> tuple[int, ...]:
+    """A size to run in place of a large one: what is equal at the one is equal at the other.
+
+    Every output of a large input has its like in the smaller one. The smaller is long enough for both borders and a
+    whole period of the strides in between, and leaves the same remainder by the strides, so that every layer meets
+    either border at the same step. What is padded or wrapped around, and what of it is read by which entry of a
+    kernel, then follows from the distance to the borders alone.
+
+    Returns:
+        The size itself where running it is no matter, or a bias map or a flatten ties a layer to it.
+    """
+    if max(widest_layer(tree, size) for tree in trees) <= COMFORTABLE_INPUT:
+        return size
+    if any(conv.has_bias_map for tree in trees for conv in leaves(tree)):
+        return size
+    found = [_reach(tree, len(size)) for tree in trees]
+    alike: list[int] = []
+    for axis, n in enumerate(size):
+        step = math.lcm(*(stride[axis] for _, stride in found))
+        least = 1 + 2 * max(reach[axis] for reach, _ in found) + 2 * step
+        smaller = least + (n - least) % step
+        while smaller in alike:  # height and width stay apart
+            smaller += step
+        alike.append(min(n, smaller))
+    return tuple(alike)
+
+
+def _reach(tree: Expression, axes: int) -> tuple[list[int], list[int]]:
+    """Per axis, how far one output sees including padding, in input positions at most, and the stride."""
+    if isinstance(tree, Sum):
+        reaches, strides = zip(*(_reach(part, axes) for part in tree.parts), strict=True)
+        # A branch that strides and then spreads again has a longer period than its output tells.
+        return [max(each) for each in zip(*reaches, strict=True)], [
+            math.lcm(*each) for each in zip(*strides, strict=True)
+        ]
+    if isinstance(tree, Chain):
+        reach, stride = [0] * axes, [1] * axes
+        for part in tree.parts:
+            inner, step = _reach(part, axes)
+            reach = [r + s * i for r, s, i in zip(reach, stride, inner, strict=True)]
+            stride = [s * t for s, t in zip(stride, step, strict=True)]
+        return reach, stride
+    return (
+        [
+            (math.ceil(axis.reach / axis.stride) if axis.transposed else axis.reach) + axis.before + axis.after
+            for axis in tree.geometry.axes
+        ],
+        [1 if axis.transposed else axis.stride for axis in tree.geometry.axes],
+    )

@@ -357,6 +357,13 @@ def test_a_folder_written_of_a_folder_says_what_it_leaves_behind(
         assert "left where" not in capsys.readouterr().err
 
 
+def test_a_folder_without_tensors_is_refused(tmp_path: Path) -> None:
+    for source in (save({}, tmp_path / "in.safetensors"), sharded(tmp_path / "in")):
+        opened = open_checkpoint(source)
+        with pytest.raises(RefusedError, match="no tensors for an index to name"):
+            plan_edited(opened, Edit(frozenset(opened.infos), {}), tmp_path / "out", None, force=False, shard_size=9)
+
+
 def test_a_file_among_others_leaves_nothing_behind_and_one_of_a_model_its_configuration(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,7 +28,7 @@ from convtool.checkpoint.write_file import (
     plan_dict,
     plan_flat,
 )
-from convtool.errors import InputError, OutputError, UsageError
+from convtool.errors import InputError, OutputError, RefusedError, UsageError
 from convtool.files.atomic import alone_in, check_target, discard, replacing
 from convtool.files.room import Progress, Reported
 
@@ -85,6 +85,8 @@ def plan_folder(source: Checkpoint, edit: Edit, path: Path, record: Record | Non
     index = index_path(path, source)
     check_folder(path, source, force=options.force)
     shards = _kept_shards(source, edit, index, options) or _new_shards(source, edit, index, options)
+    if not any(shard.names for shard in shards):
+        raise RefusedError(f"{path}: there are no tensors for an index to name; write a single file instead")
     names = _free_names(index, len(shards))
     homes = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard.names}
     homes = {name: homes[name] for name, _ in edit.order([*source.infos, *source.unusable])}

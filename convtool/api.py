@@ -144,9 +144,8 @@ class Applying:
             fused = self.checkpoint.conv(fusion.name)
             near = self._near(sources[0])
             with torch.device("cpu" if near is None else near.device):
-                module = live_module(fused)
-            if near is not None:  # the model may have been cast, as what else is loaded into it then is
-                module = module.to(near.dtype)
+                # The model may have been cast, as what else is loaded into it then is.
+                module = live_module(fused, fused.weight.dtype if near is None else near.dtype)
             self._set(self._place(fusion.name, places), module.train(self.model.training))
             self.made.add(fusion.name)
             silent = dict(_silenced(fusion.tree, fusion.name, fused))

@@ -411,7 +411,7 @@ def test_a_live_module_computes_what_the_layer_does(fields: dict[str, Any]) -> N
     weight = inputs(6, 4 // geometry.groups, *geometry.kernel_size)
     conv = Conv(weight, inputs(6, seed=1), geometry)
     x = inputs(2, 4, *(5, 7, 6)[: conv.spatial_axes])
-    module = live_module(conv)
+    module = live_module(conv, conv.weight.dtype)
     module.load_state_dict({"weight": conv.torch_weight(), "bias": conv.bias})
     with torch.no_grad():
         assert relative_difference(forward(conv, x), module(x)) < CLOSE
@@ -419,4 +419,4 @@ def test_a_live_module_computes_what_the_layer_does(fields: dict[str, Any]) -> N
 
 def test_layers_that_torch_has_no_module_for() -> None:
     with pytest.raises(RefusedError, match="cannot make a live module of a layer of 4 spatial axes"):
-        live_module(Conv(inputs(2, 2, 1, 1, 1, 1), None, Geometry.of((1, 1, 1, 1))))
+        live_module(Conv(inputs(2, 2, 1, 1, 1, 1), None, Geometry.of((1, 1, 1, 1))), torch.float32)

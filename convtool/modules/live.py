@@ -15,18 +15,22 @@ from convtool.errors import RefusedError, UsageError
 from convtool.modules.own import CONVS
 
 
-def live_module(conv: Conv) -> nn.Module:
+def live_module(conv: Conv, dtype: torch.dtype) -> nn.Module:
     """An nn.Conv, nn.ConvTranspose or nn.Linear of the layer's shape and geometry, its numbers not yet loaded.
 
     Padding that torch's module cannot say by itself is done by a hook, and so is a bias map, which is a parameter.
+
+    Args:
+        dtype: of the module, where it has room for the layer's numbers; a complex layer's own otherwise.
 
     Raises:
         RefusedError: torch has no module of that form.
     """
     geometry, axes = conv.geometry, conv.spatial_axes
+    dtype = conv.weight.dtype if conv.weight.is_complex() and not dtype.is_complex else dtype
     plain_bias = conv.bias is not None and not conv.has_bias_map
     if axes == 0 and geometry.groups == 1:
-        return nn.Linear(conv.in_channels, conv.out_channels, plain_bias, dtype=conv.weight.dtype)
+        return nn.Linear(conv.in_channels, conv.out_channels, plain_bias, dtype=dtype)
     if not 1 <= axes <= 3:
         raise RefusedError(f"cannot make a live module of a layer of {axes} spatial axes with {geometry.describe()}")
     if any(p >= max(s, d) for p, s, d in zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True)):
@@ -38,7 +42,7 @@ def live_module(conv: Conv) -> nn.Module:
         "dilation": geometry.dilation,
         "groups": geometry.groups,
         "bias": plain_bias,
-        "dtype": conv.weight.dtype,
+        "dtype": dtype,
     }
     if geometry.transposed:
         fields["output_padding"] = geometry.output_padding
@@ -51,7 +55,7 @@ def live_module(conv: Conv) -> nn.Module:
     elif not even:
         module.register_forward_pre_hook(PadInput(geometry.padding, geometry.padding_mode))
     if conv.bias is not None and conv.has_bias_map:
-        module.register_parameter("bias_map", nn.Parameter(torch.empty(conv.bias.shape, dtype=conv.bias.dtype)))
+        module.register_parameter("bias_map", nn.Parameter(torch.empty(conv.bias.shape, dtype=dtype)))
         module.register_forward_hook(AddBiasMap())
     return module
 

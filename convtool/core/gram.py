@@ -34,7 +34,7 @@ Numbers = npt.NDArray[Any]
 
 FACTOR_BYTES = 6 << 30  # of a kept factor and what is in flight while it is made
 EXACT_BYTES = 1 << 30  # of a factor that is kept in float64; a larger one is kept in float32
-FACTOR_WORK = 1 << 42  # multiply-adds of a factorisation: a minute or two on two cores
+FACTOR_WORK = 1 << 40  # multiply-adds of a factorisation: half a minute or so on two cores, and a few are made
 MEETINGS = 1 << 25  # pairs of taps that meet
 LEAST = 256  # rows of a piece that isn't cut any further
 PANEL = 1024  # columns of a product of which only the lower half is wanted

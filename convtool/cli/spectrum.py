@@ -55,9 +55,9 @@ def command(
 ) -> int:
     """The largest and the smallest singular value of a layer's matrix, and its condition number.
 
-    A large matrix isn't built. Where the product with its transpose can be factored in a few minutes (64 to 64 channels,
-    3x3, up to about 28x28), that is done, which finds the smallest and proves the answers. Each value is given with how
-    far off it may be; where one isn't settled, it says so and gives what it is at least or at most.
+    A large matrix isn't built. Where the product with its transpose can be factored in a few minutes (64 to 64
+    channels, 3x3, up to about 28x28), that is done, which finds the smallest and proves the answers. Each value is
+    given with how far off it may be; where one isn't settled, it says so and gives what it is at least or at most.
     """
     reporter = speech.reporter(NAME)
 

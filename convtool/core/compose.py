@@ -253,7 +253,7 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
         left = left.flip(3)
     right = first.weight.reshape(pieces, middle, columns, k1[0], *k1[1:]).movedim((3, 2), (1, -1))
     backwards = [number + 3 for number, axis in enumerate(plan[1:]) if axis.step1 < 0]
-    right = right.flip(backwards).contiguous() if backwards else right.contiguous()
+    right = _laid_out(right.flip(backwards) if backwards else right)
     # right: (pieces, k1[0], middle, *k1[1:], columns)
     total = _zeros((pieces, rows, *k, columns), right.dtype)
     for tap, place in enumerate(itertools.product(*(range(size) for size in k2[1:]))):
@@ -265,12 +265,17 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
     blocks = total.reshape(g2, g1 // g, *total.shape[1:]) if pieces == max(g1, g2) else _meet(total, g1, g2)
     weight = blocks.movedim(1, -2)  # (g2, rows, *k, g1/g, columns)
     weight = weight.flatten(-2).flatten(0, 1).movedim(-1, 1)  # (C_out, C_in/groups, *k)
-    return _zeros(tuple(weight.shape), weight.dtype).copy_(weight).reshape(*weight.shape[:2], *geometry.kernel_size)
+    return _laid_out(weight).reshape(*weight.shape[:2], *geometry.kernel_size)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros in float64 or complex128, by numpy: it asks the system for large pages, which come faster."""
     return torch.from_numpy(np.zeros(shape, dtype=np.complex128 if dtype.is_complex else np.float64))
+
+
+def _laid_out(numbers: Tensor) -> Tensor:
+    """A copy whose elements lie in the order of its axes."""
+    return _zeros(tuple(numbers.shape), numbers.dtype).copy_(numbers)
 
 
 def _meetings(plan: AxisComposition, k1: int, k2: int) -> Iterator[tuple[int, slice, slice]]:

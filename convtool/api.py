@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from convtool.checkpoint import Checkpoint, open_checkpoint
-from convtool.checkpoint.info import FUNCTION, SCALES, unwrap
 from convtool.checkpoint.record import FusionRecord, SourceLayer
 from convtool.core.conv import Conv, lower_conv
 from convtool.core.geometry import Geometry, Padding, PerAxis
+from convtool.core.names import unwrap
 from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.modules.difference import difference
 from convtool.modules.live import Zeros, live_module
+from convtool.modules.own import difference
 
 
 def conv(
@@ -127,7 +127,7 @@ class Applying:
 
     def put(self, fusion: FusionRecord) -> None:
         """Replace the layers of one fusion."""
-        sources = [source for source in fusion.sources if source.origin == BASE and source.kind != FUNCTION]
+        sources = [source for source in fusion.sources if source.origin == BASE and not source.written]
         for source in sources:
             self._check(source)
         again = [] if fusion.name not in {source.name for source in sources} else list(_done_by_the_model(fusion.tree))
@@ -155,7 +155,7 @@ class Applying:
                 continue
             if source.name in silent and stays:
                 self._set(places[unwrap(source.name)], silent[source.name])
-            elif source.kind == "scale":
+            elif source.kind.parameter:
                 self._drop_scale(source)
             elif branches and stays:
                 self._set(places[unwrap(source.name)], nn.Identity())
@@ -238,14 +238,14 @@ class Applying:
 
     def _is_tensor(self, source: SourceLayer) -> bool:
         """Whether a scale is named by its tensor and not by its module."""
-        return source.kind == "scale" and unwrap(source.name) not in self._names()
+        return source.kind.parameter and unwrap(source.name) not in self._names()
 
     def _drop_scale(self, source: SourceLayer) -> None:
         if self._is_tensor(source):
             path, _, parameter = source.name.rpartition(".")
         else:
             path = source.name
-            parameter = next(name for name in SCALES if name in self._module(path)._parameters)
+            parameter = next(name for name in source.kind.tensors if name in self._module(path)._parameters)
         module = self._module(path)
         if any(True for _ in module.children()) or len(module._parameters) > 1:
             self._touch(module)
@@ -294,17 +294,17 @@ def _done_by_the_model(tree: Tree[SourceLayer]) -> Iterator[str]:
 def _functions_of_the_model(tree: Tree[SourceLayer], in_front: bool) -> Iterator[str]:
     """See `_done_by_the_model`; `in_front` where the tree's first layers are those that the whole input goes into."""
     sources: list[SourceLayer] = list(leaves(tree))
-    ours = any(source.origin == BASE and source.kind != FUNCTION for source in sources)
+    ours = any(source.origin == BASE and not source.written for source in sources)
     for number, part in enumerate(() if isinstance(tree, SourceLayer) else tree.parts):
         first = in_front and (number == 0 or not isinstance(tree, Chain))
         if not isinstance(part, SourceLayer):
             yield from _functions_of_the_model(part, first)
-        elif isinstance(tree, Chain) and ours and part.kind == FUNCTION and not _is_not_the_models(part, first):
+        elif isinstance(tree, Chain) and ours and part.written and not _is_not_the_models(part, first):
             yield part.name
 
 
 def _is_not_the_models(source: SourceLayer, first: bool) -> bool:
-    return source.name.startswith("identity(") or (first and source.name.startswith("normalize("))
+    return source.kind.code == "nowhere" or (first and source.kind.code == "input")
 
 
 def _silenced(
@@ -317,7 +317,7 @@ def _silenced(
         counts: whether the tree's value does; that of a branch to be silenced doesn't.
     """
     if isinstance(tree, SourceLayer):
-        if not counts and tree.kind == "scale":
+        if not counts and tree.kind.parameter and not tree.written:
             raise RefusedError(f"{tree.name} is all of a branch, which can only be taken out of the model's code")
         if not counts:
             yield tree.name, Zeros(fused)
@@ -337,4 +337,4 @@ def _holds(tree: Tree[SourceLayer], name: str) -> bool:
 
 
 def _has_module(tree: Tree[SourceLayer]) -> bool:
-    return any(source.kind not in (FUNCTION, "scale") for source in leaves(tree))
+    return any(not source.written and not source.kind.parameter for source in leaves(tree))

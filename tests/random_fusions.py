@@ -15,9 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from layers import lower_batch_norm
 from torch import Tensor
 
-from convtool.core.conv import Conv, lower_batch_norm
+from convtool.core.conv import Conv
 from convtool.core.expression import Expression
 from convtool.core.fuse import NamedConv, fuse_tree
 from convtool.core.geometry import PADDING_MODES, Geometry

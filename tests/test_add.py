@@ -11,6 +11,7 @@ import torch
 from cases import CASES, IDS, Case, make_conv, make_inputs, whole_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import average_pool, identity
 from strategies import MODES, geometry_of, runs, smallest_size
 
 from convtool.core.compose import add, add_geometry
@@ -18,7 +19,6 @@ from convtool.core.conv import Conv
 from convtool.core.fields import geometry_fields
 from convtool.core.forward import forward
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
-from convtool.core.layers import average_pool, identity
 from convtool.core.toeplitz import toeplitz
 from convtool.errors import RefusedError, UsageError
 

@@ -12,6 +12,7 @@ import torch
 from cases import make_conv, whole_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import identity, scale
 from strategies import SEEDS, chains, sizes_that_run
 
 from convtool.core.compose import add, compose
@@ -20,7 +21,6 @@ from convtool.core.expression import Expression, in_channels, output_size, run
 from convtool.core.forward import forward
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.geometry import Geometry
-from convtool.core.layers import identity, scale
 from convtool.core.toeplitz import toeplitz
 from convtool.core.tree import Chain, Sum, Tree, map_leaves
 from convtool.errors import RefusedError

@@ -301,12 +301,12 @@ def parametrized() -> nn.Module:
 
 
 WRONG: dict[str, tuple[dict[str, nn.Module], str]] = {
-    "stride": ({"a": nn.Conv2d(4, 6, 3, 2)}, "a: a layer of kernel 3,3 was fused, and the model's has kernel 3,3, str"),
-    "padding": ({"a": nn.Conv2d(4, 6, 3, padding=1)}, "the model's has kernel 3,3, padding 1"),
+    "stride": ({"a": nn.Conv2d(4, 6, 3, 2)}, "a: kernel 3,3 was fused, and the model has kernel 3,3, str"),
+    "padding": ({"a": nn.Conv2d(4, 6, 3, padding=1)}, "the model has kernel 3,3, padding 1"),
     "padding mode": ({"a": nn.Conv2d(4, 6, 3, padding="same", padding_mode="circular")}, "padding 1, circular"),
-    "kernel": ({"a": nn.Conv2d(4, 6, 3, dilation=2)}, "the model's has kernel 3,3, dilation 2"),
-    "transposed": ({"a": nn.ConvTranspose2d(4, 6, 3)}, "the model's has kernel 3,3, transposed"),
-    "eps": ({"b": nn.BatchNorm2d(6, eps=1e-3)}, "b: eps 1e-05 was fused, and the model has 0.001"),
+    "kernel": ({"a": nn.Conv2d(4, 6, 3, dilation=2)}, "the model has kernel 3,3, dilation 2"),
+    "transposed": ({"a": nn.ConvTranspose2d(4, 6, 3)}, "the model has kernel 3,3, transposed"),
+    "eps": ({"b": nn.BatchNorm2d(6, eps=1e-3)}, "b: eps 1e-05 was fused, and the model has eps 0.001"),
     "kind": ({"b": nn.GroupNorm(2, 6)}, "b: the model has a GroupNorm there, and a batch norm was fused"),
     "forward": ({"a": Doubled(4, 6, 3)}, "a: the model has a Doubled there, whose forward isn't that of nn.Conv2d"),
     "inner forward": ({"a": DoubledInside(4, 6, 3)}, "a: the model has a DoubledInside there, whose forward isn't"),

@@ -20,6 +20,7 @@ import torch
 from cases import make_conv, make_inputs, whole_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import average_pool, make
 from oracles import NOTHING, axis_taps
 from strategies import chain_runs, chains, geometry_of, geometry_runs, mixed_chains, runs, sizes_that_run
 
@@ -29,7 +30,6 @@ from convtool.core.conv import Conv
 from convtool.core.forward import forward, run_chain
 from convtool.core.fuse import explain, fuse
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
-from convtool.core.layers import average_pool, nearest_upsample
 from convtool.errors import RefusedError, UsageError
 
 Layers: TypeAlias = tuple[Axis, ...]
@@ -491,12 +491,12 @@ def test_pooling_and_upsampling() -> None:
     conv = make_conv(Geometry.of((3, 3), padding=1), 2, 2)
     assert verdict_of(conv, average_pool(2, 2, 2)).exact
     assert not verdict_of(average_pool(2, 2, 2), conv).exact
-    assert not verdict_of(conv, nearest_upsample(2, 2, 2)).exact
+    assert not verdict_of(conv, make("upsample", 2, 2, factor=2)).exact
     point = make_conv(Geometry.of((1, 1)), 2, 2, bias=False)
-    assert verdict_of(point, nearest_upsample(2, 2, 2)).exact
-    assert verdict_of(nearest_upsample(2, 2, 2), point).exact
+    assert verdict_of(point, make("upsample", 2, 2, factor=2)).exact
+    assert verdict_of(make("upsample", 2, 2, factor=2), point).exact
     # what is cut off of the upsampling's output cannot be brought back, but nothing is
-    assert verdict_of(nearest_upsample(2, 2, 2), conv).exact
+    assert verdict_of(make("upsample", 2, 2, factor=2), conv).exact
 
 
 def test_every_axis_has_to_be_exact() -> None:

@@ -18,12 +18,12 @@ import torch
 from checkpoints import SAMPLES, any_bits, same_bits, save, small_network
 from hypothesis import given
 from hypothesis import strategies as st
+from layers import kind
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
 from convtool import open_checkpoint
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.info import group_layers
 from convtool.checkpoint.record import FusionRecord, Record, SourceLayer, loads
 from convtool.checkpoint.torch_file import TorchCheckpoint
 from convtool.checkpoint.torch_record import record_path
@@ -32,6 +32,7 @@ from convtool.cli.app import run_app
 from convtool.core.names import unwrap
 from convtool.core.tree import Chain, Sum, map_leaves
 from convtool.errors import InputError, OutputError, RefusedError, UsageError
+from convtool.kinds.found import group_layers
 
 SUFFIXES = (".safetensors", ".pt")
 
@@ -48,7 +49,7 @@ def test_layers_are_known_by_their_tensors_names_and_shapes(tmp_path: Path, suff
         "bare": torch.ones(3, 2, 1),
     }
     opened = open_checkpoint(save(state, tmp_path / f"in{suffix}"))
-    kinds = {name: layer.kind for name, layer in opened.layers.items()}
+    kinds = {name: layer.kind.name for name, layer in opened.layers.items()}
     assert kinds == {
         "stem.first": "conv",
         "stem.second": "conv",
@@ -156,7 +157,7 @@ def test_a_weight_norm_is_the_weight_that_it_makes(
     layer(torch.zeros(INPUTS[kind], dtype=torch.float64))  # the old form makes its weight when it runs
     weight: Tensor = layer.weight.detach()
     found = opened.layer("net.layer")
-    assert found.kind == ("linear" if kind == "linear" else "conv")
+    assert found.kind.name == ("linear" if kind == "linear" else "conv")
     assert found.tensors["weight"].shape == tuple(weight.shape)
     made = opened.tensor("net.layer.weight")
     assert torch.allclose(made, weight, rtol=1e-14, atol=0)
@@ -240,10 +241,10 @@ def test_weights_that_are_not_what_they_seem_are_refused_by_name(tmp_path: Path,
 # Records
 
 SOURCES = (
-    SourceLayer("a", "conv", {"stride": [2], "padding": [(0, 1)], "groups": 1}),
-    SourceLayer("b.c", "batch_norm", {"eps": 1e-3}),
-    SourceLayer("avg_pool(2)", "function", {}),
-    SourceLayer("d", "conv", {"padding": "half"}, origin="other"),
+    SourceLayer("a", kind("conv"), {"stride": [2], "padding": [(0, 1)], "groups": 1}),
+    SourceLayer("b.c", kind("batch_norm"), {"eps": 1e-3}),
+    SourceLayer("avg_pool(2)", kind("avg_pool"), {}),
+    SourceLayer("d", kind("conv"), {"padding": "half"}, origin="other"),
 )
 TREES = st.recursive(
     st.sampled_from(SOURCES),
@@ -269,7 +270,7 @@ def sound(fusions: list[FusionRecord]) -> tuple[FusionRecord, ...]:
     numbers = itertools.count()
 
     def named(source: SourceLayer) -> SourceLayer:
-        return source if source.kind == "function" else replace(source, name=f"{next(numbers)}.{source.name}")
+        return source if source.written else replace(source, name=f"{next(numbers)}.{source.name}")
 
     return tuple(
         replace(fusion, name=f"{next(numbers)}.{fusion.name}", tree=map_leaves(named, Chain((SOURCES[0], fusion.tree))))
@@ -299,8 +300,8 @@ DAMAGE: dict[str, tuple[dict[str, Any], str]] = {
     "a stride of 0": ({"fields": {"stride": [0, 1]}}, "stride: expected integers of at least 1, got 0,1"),
     "padding beyond all": ({"fields": {"padding": [[2**31, 0], [0, 0]]}}, "padding: expected integers of at least 0"),
     "one dilation": ({"fields": {"dilation": [1]}}, "dilation: expected one value or 2 values"),
-    "eps of a convolution": ({"fields": {"eps": 1}}, "a convolution has no eps"),
-    "no layers": ({"sources": {"chain": [{"name": "avg_pool(2)", "kind": "function", "fields": {}}]}}, "no layer of"),
+    "eps of a convolution": ({"fields": {"eps": 1}}, "a fused layer has no eps"),
+    "no layers": ({"sources": {"chain": [{"name": "avg_pool(2)", "kind": "avg_pool", "fields": {}}]}}, "no layer of"),
     "a layer twice": (
         {"sources": {"chain": [{"name": "a", "kind": "conv", "fields": {}}] * 2}},
         "'a' goes into 'a' after it went into a fusion already",
@@ -323,11 +324,11 @@ def test_what_no_fusion_could_have_left_is_a_damaged_record(name: str) -> None:
 
 def test_a_layer_goes_into_one_fusion_only() -> None:
     one = FusionRecord("f", Chain(SOURCES[:2]), {}, "float32", True, None, ())
-    made = SourceLayer("f", "conv", {})
+    made = SourceLayer("f", kind("conv"), {})
     again = [
         replace(one, name="g"),  # takes a and b.c once more
         one,
-        replace(one, tree=Chain((SourceLayer("x", "conv", {}),))),  # takes a name that is there
+        replace(one, tree=Chain((SourceLayer("x", kind("conv"), {}),))),  # takes a name that is there
     ]
     for second in again:
         with pytest.raises(InputError, match=r"after it went into a fusion already|two fusions are called"):
@@ -410,7 +411,7 @@ def test_a_record_of_two_files_serves_both(tmp_path: Path) -> None:
     old, new = tmp_path / "old.pt", tmp_path / "new.pt"
     opened = open_checkpoint(save(small_network(), tmp_path / "in.pt"))
     write_edited(opened, Edit.nothing(), old, RECORD, force=False)
-    newer = RECORD.appended("2", [replace(RECORD.fusions[0], name="d", tree=SourceLayer("d", "conv", {}))])
+    newer = RECORD.appended("2", [replace(RECORD.fusions[0], name="d", tree=SourceLayer("d", kind("conv"), {}))])
     write_edited(opened, Edit.of(["head.weight"], {}, ""), new, newer, force=False)
     both = {"files": [json.loads(record_path(path).read_text()) for path in (new, old)]}
     for path, record in ((old, RECORD), (new, newer)):
@@ -490,7 +491,7 @@ def test_a_pipe_and_a_device_are_not_opened(tmp_path: Path) -> None:
 
 
 def test_grouping_knows_parametrizations_as_part_of_their_layer() -> None:
-    from convtool.checkpoint.info import TensorInfo
+    from convtool.kinds.kind import TensorInfo
 
     names = ["a.parametrizations.weight.original", "a.bias", "parametrizations.weight.original0", "x.parametrizations"]
     layers = group_layers(TensorInfo(name, "float32", (2,), 8) for name in names)

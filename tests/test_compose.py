@@ -19,6 +19,7 @@ import torch
 from cases import CASES, IDS, Case, make_conv, make_inputs, real_numbers, whole_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from layers import identity
 from oracles import NOTHING, axis_taps, run_layers
 from strategies import (
     axes,
@@ -40,7 +41,6 @@ from convtool.core.fields import geometry_fields
 from convtool.core.forward import forward, run_chain
 from convtool.core.fuse import NamedConv, fuse_chain, fuse_tree
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
-from convtool.core.layers import identity
 from convtool.core.toeplitz import toeplitz
 from convtool.core.tree import Chain, Sum
 from convtool.errors import InputError, RefusedError, UsageError

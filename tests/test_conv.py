@@ -11,15 +11,17 @@ import torch.nn.functional as F
 from cases import CASES, IDS, Case, make_inputs, real_numbers, whole_numbers
 from hypothesis import given
 from hypothesis import strategies as st
+from layers import average_pool, identity, lower_batch_norm, lower_linear, make, scale
 from oracles import Array, batch_norm
 from torch import Tensor
 
 import convtool
-from convtool.core.conv import Conv, lower_batch_norm, lower_conv, lower_linear, pointwise
+from convtool.core.compose import compose
+from convtool.core.conv import Conv, lower_conv, pointwise
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
-from convtool.core.layers import average_pool, identity, linear_after_flatten, nearest_upsample, scale, zero_pad
 from convtool.errors import InputError, RefusedError, UsageError
+from convtool.kinds.written import make_written
 
 # --- the value
 
@@ -159,19 +161,16 @@ def test_lowering_a_linear_layer(axes: int) -> None:
         lower_linear(torch.zeros(2, 3, 1), None)
 
 
-@pytest.mark.parametrize("size", [(), (4,), (3, 4), (2, 3, 4)])
+@pytest.mark.parametrize("size", [(4,), (3, 4), (2, 3, 4)])
 def test_lowering_a_linear_layer_behind_a_flatten(size: tuple[int, ...]) -> None:
     x = real_numbers(2, 2, 5, *size)
     weight, bias = real_numbers(0, 3, x[0].numel()), real_numbers(1, 3)
-    conv = linear_after_flatten(weight, bias, size)
+    flatten = make_written(f"flatten({','.join(map(str, size))})", 5, len(size))
+    conv = compose(flatten, lower_linear(weight, bias, len(size)))
     assert conv.in_channels == 5
+    assert torch.equal(conv.weight.flatten(), weight.flatten())  # nothing is computed, only read another way
     expected = F.linear(x.flatten(1), weight, bias)
     torch.testing.assert_close(forward(conv, x).flatten(1), expected, rtol=0, atol=1e-13)
-
-
-def test_a_linear_layer_that_follows_no_flatten() -> None:
-    with pytest.raises(UsageError, match=r"\(3, 10\) doesn't follow the flattening of a feature map of 4 positions"):
-        linear_after_flatten(torch.zeros(3, 10), None, (2, 2))
 
 
 # --- batch norm
@@ -265,12 +264,12 @@ def test_average_pooling_that_does_not_count_its_padding() -> None:
 def test_nearest_upsampling(factor: Any, size: tuple[int, ...]) -> None:
     x = whole_numbers(0, 2, 3, *size)
     expected = F.interpolate(x, scale_factor=factor, mode="nearest")
-    assert torch.equal(forward(nearest_upsample(3, len(size), factor), x), expected)
+    assert torch.equal(forward(make("upsample", 3, len(size), factor=factor), x), expected)
 
 
 def test_zero_padding() -> None:
     x = whole_numbers(0, 2, 3, 4, 5)
-    assert torch.equal(forward(zero_pad(3, 2, [(1, 2), (3, 0)]), x), F.pad(x, (3, 0, 1, 2)))
+    assert torch.equal(forward(make("pad", 3, 2, padding=[(1, 2), (3, 0)]), x), F.pad(x, (3, 0, 1, 2)))
 
 
 # --- convtool.conv

@@ -8,20 +8,17 @@ import torch.nn.functional as F
 from cases import real_numbers, whole_numbers
 from torch import Tensor
 
-from convtool.core.conv import Conv
-from convtool.core.expression import Expression, multiply_adds, work_per_position
+from convtool.core.compose import compose
+from convtool.core.conv import Conv, Selection
+from convtool.core.expression import Expression, joined, multiply_adds, work_per_position
 from convtool.core.forward import forward
-from convtool.core.functions import (
-    FUNCTIONS,
-    NOT_LINEAR,
-    flatten_size,
-    function_channels,
-    is_function,
-    make_function,
-)
+from convtool.core.fuse import NamedConv
 from convtool.core.geometry import Geometry
-from convtool.core.tree import Chain, Sum
+from convtool.core.names import is_written
+from convtool.core.tree import Chain, Sum, Tree, leaves
 from convtool.errors import RefusedError, UsageError
+from convtool.kinds import KINDS
+from convtool.kinds.written import NOT_LINEAR, make_written, read_layer
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -57,15 +54,15 @@ def channel(values: tuple[float, ...]) -> Tensor:
 def test_what_they_compute(text: str, expected: object) -> None:
     x = real_numbers(4, 2, 3, 6, 9)
     assert callable(expected)
-    assert is_function(text)
-    torch.testing.assert_close(forward(make_function(text, 3, 2), x), expected(x), rtol=1e-14, atol=1e-14)
+    assert is_written(text)
+    torch.testing.assert_close(forward(make_written(text, 3, 2), x), expected(x), rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", sorted(NOT_LINEAR))
 def test_what_is_not_linear_is_refused_by_name(name: str) -> None:
     for text in (f"{name}()", f"{name}(2)", f"{name}(anything at=all)"):
         with pytest.raises(RefusedError, match=rf"{name} is not linear; nothing can be fused across it"):
-            make_function(text, 3, 2)
+            make_written(text, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -87,50 +84,95 @@ def test_what_is_not_linear_is_refused_by_name(name: str) -> None:
         ("pad(-1)", "padding: expected integers of at least 0"),
         ("normalize(mean=1,2)", "mean: expected 1 or 3 numbers, one per channel, got 2"),
         ("normalize(std=0)", "std: expected numbers above 0, got 0.0"),
-        ("normalize(mean=a)", "mean: expected a finite number, got 'a'"),
+        ("normalize(mean=a)", "mean: expected finite numbers, such as 0.5,0.4, got 'a'"),
     ],
 )  # fmt: skip
 def test_mistakes(text: str, message: str) -> None:
     with pytest.raises(UsageError) as caught:
-        make_function(text, 3, 2)
+        make_written(text, 3, 2)
     assert message in str(caught.value)
 
 
 def test_padding_that_does_not_count_is_refused() -> None:
     with pytest.raises(RefusedError, match="divides by less at the border"):
-        make_function("avg_pool(3; padding=1; count_include_pad=false)", 3, 2)
+        make_written("avg_pool(3; padding=1; count_include_pad=false)", 3, 2)
 
 
 def test_flatten_sizes() -> None:
-    assert flatten_size("flatten(7,5)") == (7, 5)
-    assert flatten_size("flatten(7)") == (7,)
-    assert flatten_size("avg_pool(7)") is None
-    assert flatten_size("flatten") is None
-    for text in ("flatten()", "flatten(a)", "flatten(0,3)"):
-        with pytest.raises(UsageError, match="expected the spatial sizes of what is flattened"):
-            flatten_size(text)
+    assert read_layer("flatten(7,5)").fields == {"size": [7, 5]}
+    assert read_layer("flatten(7)").axes() == 1
+    for text in ("flatten(a)", "flatten(0,3)"):
+        with pytest.raises(UsageError, match="size: expected spatial sizes, such as 7,7"):
+            read_layer(text)
+    with pytest.raises(UsageError, match="flatten takes size, and needs the first of them"):
+        read_layer("flatten()")
+
+
+def test_a_flatten_is_a_convolution_whose_weight_is_made_only_when_asked_for() -> None:
+    x = real_numbers(4, 2, 3, 4, 5)
+    conv = make_written("flatten(4,5)", 3, 2)
+    assert torch.equal(forward(conv, x), x.reshape(2, 60, 1, 1))
+    large = make_written("flatten(56,56)", 64, 2)  # 5 GB, were it made
+    assert (large.in_channels, large.out_channels, large.output_size((56, 56))) == (64, 64 * 56 * 56, (1, 1))
+    with pytest.raises(UsageError, match="too many numbers"):
+        _ = large.weight
+
+
+def test_what_follows_a_flatten_is_read_through_it() -> None:
+    x = real_numbers(4, 2, 3, 4, 5)
+    flatten, weight = make_written("flatten(4,5)", 3, 2), real_numbers(1, 7, 60, 1, 1)
+    linear = Conv(weight, real_numbers(2, 7), Geometry.of((1, 1)))
+    chain: Tree[NamedConv] = Chain((NamedConv("flatten(4,5)", flatten), NamedConv("fc", linear)))
+    (one,) = leaves(joined(chain))
+    assert one.name == "fc"
+    assert one.conv.weight.data_ptr() == weight.data_ptr()  # read another way, not copied
+    torch.testing.assert_close(forward(one.conv, x), forward(linear, forward(flatten, x)), rtol=1e-13, atol=1e-13)
+    norm = Conv(real_numbers(3, 60, 1, 1, 1), None, Geometry.of((1, 1), groups=60))  # which has no such short way
+    apart: Tree[NamedConv] = Chain((NamedConv("flatten(4,5)", flatten), NamedConv("norm", norm)))
+    assert [leaf.name for leaf in leaves(joined(apart))] == ["flatten(4,5)", "norm"]
+    both = compose(flatten, norm)
+    torch.testing.assert_close(forward(both, x), forward(norm, forward(flatten, x)), rtol=1e-13, atol=1e-13)
+
+
+def test_a_selection_reads_entries_in_any_order_and_as_often_as_it_likes() -> None:
+    x, linear = real_numbers(4, 2, 2, 5, 6), Conv(real_numbers(1, 4, 5, 1, 1), None, Geometry.of((1, 1)))
+    for picked in ([3, 0, 1, 5, 2], [0, 0, 7, 7, 7]):
+        selection = Selection(torch.tensor(picked), 2, Geometry.of((2, 2), stride=(1, 2)))
+        expected = forward(linear, forward(selection, x))
+        torch.testing.assert_close(forward(compose(selection, linear), x), expected, rtol=1e-13, atol=1e-13)
 
 
 def test_unflattening() -> None:
     x = real_numbers(4, 2, 6, 1, 1)
-    found = forward(make_function("unflatten(3,1)", 6, 2), x)
+    found = forward(make_written("unflatten(3,1)", 6, 2), x)
     assert torch.equal(found, x.reshape(2, 2, 3, 1))
     with pytest.raises(UsageError, match="6 numbers don't make channels of that size"):
-        make_function("unflatten(4,1)", 6, 2)
+        make_written("unflatten(4,1)", 6, 2)
+
+
+def takes(text: str, gives: int | None) -> int | None:
+    layer = read_layer(text)
+    return layer.kind.takes({}, layer.fields, gives)
 
 
 def test_channels_that_arguments_tell() -> None:
-    assert function_channels("normalize(mean=0.1,0.2; std=1)") == 2
-    assert function_channels("normalize(mean=0.1; std=1)") is None
-    assert function_channels("normalize(mean=0.1,0.2; std=1,2,3)") is None
-    assert function_channels("scale(2)") is None
+    assert takes("normalize(mean=0.1,0.2; std=1)", None) == 2
+    assert takes("normalize(mean=0.1; std=1)", None) is None
+    assert takes("normalize(mean=0.1,0.2; std=1,2,3)", None) is None
+    assert takes("scale(2)", None) is None
+    assert takes("scale(2)", 5) == 5
+    assert takes("unflatten(2,2)", 3) == 12
+    assert takes("flatten(2,2)", 12) == 3
+    assert takes("flatten(2,2)", 13) is None
 
 
-def test_every_function_works_along_one_and_three_axes() -> None:
+def test_every_written_layer_works_along_one_and_three_axes() -> None:
     argument = {"identity": "", "normalize": "std=2"}
-    for name in FUNCTIONS.keys() - {"unflatten"}:
+    for kind in KINDS:
+        if not kind.written or kind.reshapes:
+            continue
         for axes in (1, 3):
-            conv = make_function(f"{name}({argument.get(name, '2')})", 3, axes)
+            conv = make_written(f"{kind.name}({argument.get(kind.name, '2')})", 3, axes)
             assert (conv.in_channels, conv.out_channels, conv.spatial_axes) == (3, 3, axes)
 
 
@@ -154,10 +196,10 @@ def test_multiply_adds_of_one_input() -> None:
 
 def test_copying_costs_nothing() -> None:
     for text in ("identity()", "pad(1)", "upsample(2)"):
-        assert multiply_adds(make_function(text, 3, 2), (5, 7)) == 0
-        assert work_per_position(make_function(text, 3, 2)) == 0
-    assert multiply_adds(make_function("scale(2)", 3, 2), (5, 7)) == 3 * 35
-    assert multiply_adds(make_function("avg_pool(2)", 3, 2), (4, 6)) == 3 * 4 * 6
+        assert multiply_adds(make_written(text, 3, 2), (5, 7)) == 0
+        assert work_per_position(make_written(text, 3, 2)) == 0
+    assert multiply_adds(make_written("scale(2)", 3, 2), (5, 7)) == 3 * 35
+    assert multiply_adds(make_written("avg_pool(2)", 3, 2), (4, 6)) == 3 * 4 * 6
 
 
 def test_work_per_position_is_that_of_large_inputs() -> None:

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from oracles import axis_taps
 from strategies import MODES, axes, geometries, runs, smallest_size
 
-from convtool.core.fields import geometry_toml
 from convtool.core.geometry import LARGEST, PADDING_MODES, Axis, Geometry, format_sizes, per_axis
 from convtool.errors import UsageError
+from convtool.kinds.stated import geometry_toml
 
 SMALL_AXES = [
     Axis(kernel, stride, before, after, dilation, mode)

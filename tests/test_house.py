@@ -17,30 +17,32 @@ from pathlib import Path
 import pytest
 
 import convtool
+from convtool.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "convtool"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-# errors <- core <- files <- {checkpoint, matrix, recipe} <- api <- model <- cli: a module imports only what stands
-# lower, and its own part. What stands on one step knows nothing of its neighbours.
+# errors <- core <- kinds <- {checkpoint, matrix} <- fusing <- live <- cli: a module imports only what stands lower, and
+# its own part. What stands on one step knows nothing of its neighbours.
 STEPS = {
     "errors": 0,
     "core": 1,
     "files": 2,
+    "formats": 2,
+    "kinds": 2,
     "checkpoint": 3,
     "matrix": 3,
-    "recipe": 3,
-    "recipes": 3,
     "modules": 3,
-    "api": 4,
-    "fusions": 4,  # where recipes meet checkpoints
-    "model": 5,
-    "cli": 6,
-    "__main__": 7,
-    "__init__": 7,  # the names of the public API, which it imports on first use
+    "fusing": 4,
+    "recipes": 4,
+    "api": 5,
+    "model": 6,
+    "cli": 7,
+    "__main__": 8,
+    "__init__": 8,  # the names of the public API, which it imports on first use
 }
-OWN = {"recipes": {"recipe"}}  # the shipped recipes are of the same part as what reads them
+OWN = {"recipes": {"fusing"}, "fusing": {"recipes"}}  # the shipped recipes are of the same part as what reads them
 
 CORE_IMPORTS = {
     *("__future__", "collections", "concurrent", "contextlib", "dataclasses", "enum", "fnmatch", "fractions"),
@@ -113,9 +115,9 @@ def test_imports_run_one_way(path: Path) -> None:
         ("files", "from convtool import checkpoint"),
         ("checkpoint", "from convtool.matrix import plan_matrix"),
         ("matrix", "from convtool.checkpoint import open_checkpoint"),
-        ("recipe", "from convtool.recipes import shipped"),
-        ("recipe", "from convtool.model.load import load_model"),
-        ("recipe", "from convtool.fusions import by_recipe"),
+        ("kinds", "from convtool.checkpoint import open_checkpoint"),
+        ("checkpoint", "from convtool.fusing.lowering import lower_tree"),
+        ("fusing", "from convtool.model.load import load_model"),
         ("api", "from convtool.model.plan import plan"),
         ("model", "from convtool.cli.run import run"),
         ("api", "from convtool.cli.run import run"),
@@ -124,6 +126,48 @@ def test_imports_run_one_way(path: Path) -> None:
 )
 def test_an_import_the_other_way_would_be_seen(part: str, line: str) -> None:
     assert wrong_imports(part, ast.parse(line))
+
+
+def compared_kinds(tree: ast.AST) -> list[str]:
+    """Return where a file asks which kind a layer is: by a kind's name, by its module, or by its class."""
+    names, modules = {kind.name for kind in KINDS}, {type(kind).__module__ for kind in KINDS}
+    found = [f"line {line}: {name}" for name, line in imports(tree) if name.rpartition(".")[0] in modules]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            words = {str(one.value) for one in ast.walk(node) if isinstance(one, ast.Constant)}
+            found += [f"line {node.lineno}: {word}" for word in words & names if "kind" in ast.unparse(node)]
+        if isinstance(node, ast.Call) and re.match(r"isinstance\(.*\bkind[,.]", ast.unparse(node)):
+            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_only_kinds_know_one_kind_from_another(path: Path) -> None:
+    if part_of(path) != "kinds":
+        assert compared_kinds(parsed(path)) == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "if layer.kind.name == 'conv': pass",
+        "chosen = kind in ('linear', 'batch_norm')",
+        "from convtool.kinds.scale import SCALE",
+        "if isinstance(layer.kind, BatchNorm): pass",
+    ],
+)
+def test_a_comparison_of_kinds_would_be_seen(line: str) -> None:
+    assert compared_kinds(ast.parse(line))
+
+
+def test_no_two_modules_import_each_other() -> None:
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in SOURCES}
+    known: dict[str, set[str]] = {}
+    for name, path in names.items():
+        # `from a.b import c` is of a.b.c where that is a module, and else of a.b.
+        found = {target if target in names else target.rpartition(".")[0] for target, _ in imports(parsed(path))}
+        known[name] = found & names.keys() - {name, "convtool"}
+    assert [(one, other) for one, others in known.items() for other in others if one in known[other]] == []
 
 
 def effects(tree: ast.AST) -> list[str]:

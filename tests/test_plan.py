@@ -21,17 +21,17 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import convtool
-from convtool.core.fields import FieldSources
 from convtool.core.flow import Flow, Op, Step, find_stretches
 from convtool.core.partition import Cost, partition
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import RefusedError, UsageError
+from convtool.fusing.recipe import Known, parse_recipe, resolve
+from convtool.kinds.stated import FieldSources
 from convtool.model import trace as tracing
 from convtool.model.judge import Exact
 from convtool.model.names import tree_in_short
 from convtool.model.planned import Plan
 from convtool.model.state import StateCheckpoint
-from convtool.recipe import Known, LayerFacts, parse_recipe, resolve
 
 # --- cutting a sequence
 
@@ -296,9 +296,7 @@ def test_a_plan_as_a_recipe_makes_the_same_fusions(name: str) -> None:
     found = case(name)
     recipe = parse_recipe(tomllib.loads(found.plan.recipe()), "plan.toml")
     state = StateCheckpoint.of(found.model)
-    facts = {
-        name: LayerFacts(layer.kind, next(iter(layer.tensors.values())).shape) for name, layer in state.layers.items()
-    }
+    facts = state.layers
     resolved = resolve(recipe, Known({BASE: facts}))
     ours = {one.name: one.piece.tree for one in found.plan.fusions}
     assert {one.name: set(leaves(one.tree)) for one in resolved} == {k: set(leaves(v)) for k, v in ours.items()}

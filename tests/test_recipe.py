@@ -7,28 +7,30 @@ from collections.abc import Mapping
 from typing import cast
 
 import pytest
+from layers import found
 
-from convtool.core.functions import make_function
 from convtool.core.tree import Chain, LayerRef, Sum, Tree
 from convtool.errors import InputError, UsageError
 from convtool.files.toml import parse_toml
-from convtool.recipe import Known, LayerFacts, parse_recipe, resolve
-from convtool.recipe.names import Effort, Names
-from convtool.recipe.pattern import parse_pattern
+from convtool.fusing.recipe import Known, parse_recipe, resolve
+from convtool.fusing.recipe.names import Effort, Names
+from convtool.fusing.recipe.pattern import parse_pattern
+from convtool.kinds.kind import Layer
+from convtool.kinds.written import make_written
 from convtool.recipes import shipped
 
-CONV = LayerFacts("conv", (8, 4, 3, 5))
-POINT = LayerFacts("conv", (8, 4, 1, 1))
-NORM = LayerFacts("batch_norm")
-LINEAR = LayerFacts("linear", (6, 10))
-SCALE = LayerFacts("scale")
+CONV = found("conv", (8, 4, 3, 5))
+POINT = found("conv", (8, 4, 1, 1))
+NORM = found("batch_norm")
+LINEAR = found("linear", (6, 10))
+SCALE = found("scale")
 
 
 def known(
-    base: Mapping[str, LayerFacts],
+    base: Mapping[str, Layer],
     numbers: Mapping[str, float] | None = None,
     fields: Mapping[str, dict[str, object]] | None = None,
-    **others: Mapping[str, LayerFacts],
+    **others: Mapping[str, Layer],
 ) -> Known:
     """Layers of the checkpoint and of others, tensors of one number ('lora:x.alpha'), and stated fields."""
     return Known(
@@ -155,7 +157,7 @@ def test_a_star_gives_one_branch_for_each_component_in_the_order_of_numbers() ->
 
 
 def test_optional_branches_are_there_where_a_block_has_them() -> None:
-    def block(name: str, *more: str) -> dict[str, LayerFacts]:
+    def block(name: str, *more: str) -> dict[str, Layer]:
         own = [f"{name}.many.0.conv", f"{name}.many.0.bn", *more]
         return {layer: NORM if layer.endswith(("bn", "same")) else CONV for layer in own}
 
@@ -268,13 +270,13 @@ sum = ["{l}", { chain = ["lora:{l}.down!", "lora:{l}.up"], alpha = "lora:{l}.alp
 
 
 def test_alpha_over_rank() -> None:
-    lora = {"a.down": LayerFacts("conv", (4, 8, 3, 3)), "a.up": LayerFacts("conv", (8, 4, 1, 1))}
+    lora = {"a.down": found("conv", (4, 8, 3, 3)), "a.up": found("conv", (8, 4, 1, 1))}
     layers = known({"a": CONV, "b": CONV}, {"lora:a.alpha": 2.0}, lora=lora)
     assert fusions(ALPHA, layers) == {"a": "(a | lora:a.down + lora:a.up + scale(0.5))"}
 
 
 def test_an_alpha_that_is_missing_is_an_error_or_a_factor_of_one() -> None:
-    lora = {"a.down": LayerFacts("linear", (4, 8)), "a.up": LayerFacts("linear", (8, 4))}
+    lora = {"a.down": found("linear", (4, 8)), "a.up": found("linear", (8, 4))}
     assert "alpha: there is no tensor lora:a.alpha of one number" in refused(ALPHA, known({"a": LINEAR}, lora=lora))
     text = ALPHA.replace('alpha"', 'alpha?"')
     for numbers in ({}, {"lora:a.alpha": 0.0}):
@@ -568,7 +570,7 @@ def test_toml_of_many_names_with_dots_is_read() -> None:
 @pytest.mark.parametrize("text", ["avg_pool(1000000)", "upsample(100000)", "unflatten(200,200)"])
 def test_a_layer_without_tensors_isnt_built_where_it_would_take_gigabytes(text: str) -> None:
     with pytest.raises(UsageError, match="numbers is more than the 268435456 that are built"):
-        make_function(text, 200 * 200, 2)
+        make_written(text, 200 * 200, 2)
 
 
 # --- names as wrappers leave them
@@ -631,7 +633,7 @@ def test_numbers_kernels_and_geometry_are_found_through_wrappers() -> None:
       { chain = [{ layer = "{b}.down!", like = "{b}" }, "{b}.up"], alpha = "{b}.down.alpha" },
     ]
     """
-    names = {f"module.c{part}": LayerFacts("conv", (4, 4, 3, 5)) for part in ("", ".down", ".up")}
+    names = {f"module.c{part}": found("conv", (4, 4, 3, 5)) for part in ("", ".down", ".up")}
     layers = known(names, {"module.c.down.alpha": 2.0})
     assert fusions(text, layers) == {
         "module.c": "(pad(1,2) + module.c | module.c.down~module.c + module.c.up + scale(0.5))"
@@ -641,7 +643,7 @@ def test_numbers_kernels_and_geometry_are_found_through_wrappers() -> None:
 @pytest.mark.parametrize(("shape", "chain"), [((), '["n"]'), ((), '["identity()"]')], ids=["no shape", "no layer"])
 def test_an_alpha_without_a_rank_is_an_error(shape: tuple[int, ...], chain: str) -> None:
     text = f'fuse = [{{ name = "x", sum = [["c"], {{ chain = {chain}, alpha = "t" }}] }}]'
-    layers = known({"c": CONV, "n": LayerFacts("batch_norm", shape)}, {"t": 2.0})
+    layers = known({"c": CONV, "n": found("batch_norm", shape)}, {"t": 2.0})
     assert "alpha: t goes with no layer whose output channels are known" in refused(text, layers)
 
 

@@ -18,11 +18,11 @@ from torch import nn
 from convtool.cli.app import run_app
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
-from convtool.core.functions import make_function
 from convtool.core.geometry import Geometry
 from convtool.core.reexpress import matrix_to_conv, patches_to_linear
 from convtool.core.toeplitz import toeplitz
 from convtool.errors import RefusedError, UsageError
+from convtool.kinds.written import make_written
 
 # --- a matrix gives its kernel again
 
@@ -132,9 +132,9 @@ def test_what_is_no_patch_convolution(geometry: Geometry, message: str) -> None:
 def test_unflatten_is_torchs() -> None:
     x = whole_numbers(0, 2, 3 * 4 * 5, 1, 1)
     expected = nn.Unflatten(1, (3, 4, 5))(x.flatten(1))
-    assert torch.equal(forward(make_function("unflatten(4,5)", 60, 2), x), expected)
+    assert torch.equal(forward(make_written("unflatten(4,5)", 60, 2), x), expected)
     with pytest.raises(UsageError, match=r"unflatten\(4,5\): 61 numbers don't make channels of that size"):
-        make_function("unflatten(4,5)", 61, 2)
+        make_written("unflatten(4,5)", 61, 2)
 
 
 # --- checkpoints

@@ -16,10 +16,10 @@ from shell import cli
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from convtool.checkpoint.proof import check_planned
 from convtool.cli.verify import split_names
 from convtool.core.conv import Conv
 from convtool.core.rounding import rounded
+from convtool.fusing.proof import check_planned
 
 
 @pytest.fixture(autouse=True)

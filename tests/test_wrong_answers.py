@@ -16,12 +16,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import real_numbers, whole_numbers
+from layers import lower_batch_norm
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import convtool
 from convtool.cli.app import run_app
-from convtool.core.conv import Conv, lower_batch_norm
+from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
 from convtool.errors import RefusedError, UsageError
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TypeAlias
 
 from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.info import Layer, TensorInfo
 from convtool.checkpoint.safetensors_file import SafetensorsCheckpoint, looks_like_safetensors
 from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint, find_in_folder
 from convtool.errors import InputError, UsageError
+from convtool.kinds.kind import Layer, TensorInfo
 
 __all__ = ["Checkpoint", "Layer", "TensorInfo", "is_flat", "open_checkpoint"]
 

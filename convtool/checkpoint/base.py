@@ -8,14 +8,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from convtool.checkpoint.info import Layer, TensorInfo, find_layer, group_layers
-from convtool.errors import InputError
+from convtool.checkpoint.find import find_layer, named_part
+from convtool.errors import ConvtoolError, InputError
+from convtool.kinds.found import group_layers, why_not_plain
+from convtool.kinds.kind import Layer, TensorInfo, to_conv
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from convtool.checkpoint.record import Record
     from convtool.core.conv import Conv
+    from convtool.core.fields import Fields
     from convtool.core.geometry import Padding, PerAxis
     from convtool.files.source import Receiver
 
@@ -138,7 +141,7 @@ class Checkpoint(abc.ABC):
         return group_layers(self.infos.values())
 
     def layer(self, name: str) -> Layer:
-        """The layer of that name.
+        """Return the layer of that name.
 
         Raises:
             UsageError: there is none; the nearest names are suggested.
@@ -176,8 +179,6 @@ class Checkpoint(abc.ABC):
             UsageError: no such layer, or the fields don't fit it.
             InputError: the layer is of a kind that isn't linear or can't be read.
         """
-        from convtool.checkpoint.lower import lower_layer
-
         given = {
             "stride": stride,
             "padding": padding,
@@ -191,9 +192,28 @@ class Checkpoint(abc.ABC):
         layer = self.layer(name)
         recorded = self.record.fields().get(layer.name, {}) if self.record else {}
         fields = recorded | {field: value for field, value in given.items() if value is not None}
-        if spatial_axes is None:
-            spatial_axes = {"batch_norm": 2}.get(layer.kind, 0)
-        return lower_layer(self, layer, fields, spatial_axes)
+        return self.lower(layer, fields, layer.kind.usual_axes if spatial_axes is None else spatial_axes)
+
+    def part(self, name: str) -> Layer:
+        """Return the layer of that name; of a tensor's full name, where it can be a scale per channel, that alone.
+
+        Raises:
+            UsageError, InputError: as `layer`.
+            RefusedError: it may be a norm that only looks like a scale.
+        """
+        return named_part(self.layer(name), name)
+
+    def tensors_of(self, layer: Layer) -> dict[str, Tensor]:
+        """Return a layer's tensors by parameter name, those computed from others included."""
+        return {name: self.tensor(info.name) for name, info in layer.tensors.items()}
+
+    def lower(self, layer: Layer, fields: Fields, axes: int) -> Conv:
+        """Return a layer of this checkpoint, with the given fields, as a `Conv`; see `convtool.kinds.kind.to_conv`."""
+        where = f"{self.path}: {layer.name or 'the bare module'}"
+        try:
+            return to_conv(layer, self.tensors_of(layer), fields, axes, why_not=why_not_plain(layer.tensors))
+        except ConvtoolError as error:
+            raise type(error)(f"{where}: {error}") from None
 
 
 def weight_of_norm(magnitude: Tensor, direction: Tensor) -> Tensor:

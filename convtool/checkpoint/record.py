@@ -11,14 +11,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from convtool.checkpoint.info import FUNCTION
-from convtool.core.fields import Fields, parse_field
+from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import LARGEST, Geometry
+from convtool.core.names import is_written
 from convtool.core.tree import BASE, Chain, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, InputError, UsageError
+from convtool.kinds import kind_named, parse_field
+from convtool.kinds.kind import Kind
 
 SCHEMA = 1
-KINDS = frozenset({"conv", "linear", "batch_norm", "scale", FUNCTION})  # what can go into a fusion
 Path = tuple[int, ...]  # of a tree's part: which part of it, which part of that, and so on
 
 
@@ -28,18 +29,22 @@ class SourceLayer:
 
     Attributes:
         name: its module path; of a layer without tensors, what was written in its place ('avg_pool(2)').
-        kind: as in `convtool.checkpoint.info`.
-        fields: every field that its checkpoint doesn't hold.
+        fields: every field that its checkpoint doesn't hold; of a layer without tensors, its text says all.
         origin: the other checkpoint that it came from, by the name it was given; BASE for the one that was changed.
     """
 
     name: str
-    kind: str
+    kind: Kind
     fields: Fields
     origin: str = BASE
 
+    @property
+    def written(self) -> bool:
+        """Return whether it is a layer without tensors."""
+        return is_written(self.name)
+
     def to_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = {"name": self.name, "kind": self.kind, "fields": self.fields}
+        document: dict[str, Any] = {"name": self.name, "kind": self.kind.name, "fields": self.fields}
         return document | ({"origin": self.origin} if self.origin else {})
 
 
@@ -54,8 +59,8 @@ class FusionRecord:
         dtype: of its tensors.
         exact: whether it equals the sources (at `input_size`, or at every size where that is None).
         rim: where not: per axis, how many rows at the start and at the end differ.
-        flatten, unflatten: where a linear layer stands for layers with spatial axes: the sizes of the feature map that
-            it takes flattened, and of the one that it gives flattened; None where there is none.
+        before, after: the layers without tensors that stand before and behind the fused one for it to equal its
+            sources: a flatten and an unflatten around a linear layer that stands for a convolution; '' for none.
     """
 
     name: str
@@ -65,8 +70,8 @@ class FusionRecord:
     exact: bool
     input_size: tuple[int, ...] | None
     rim: tuple[tuple[int, int], ...]
-    flatten: tuple[int, ...] | None = None
-    unflatten: tuple[int, ...] | None = None
+    before: str = ""
+    after: str = ""
 
     @property
     def sources(self) -> tuple[SourceLayer, ...]:
@@ -74,7 +79,7 @@ class FusionRecord:
         return tuple(leaves(self.tree))
 
     def to_json(self) -> dict[str, Any]:
-        around = {"flatten": self.flatten, "unflatten": self.unflatten}
+        around = {"before": self.before, "after": self.after}
         return {
             "name": self.name,
             "sources": _tree_to_json(self.tree),
@@ -83,7 +88,7 @@ class FusionRecord:
             "exact": self.exact,
             "input_size": None if self.input_size is None else list(self.input_size),
             "rim": [list(sides) for sides in self.rim],
-        } | {name: list(size) for name, size in around.items() if size is not None}
+        } | {key: name for key, name in around.items() if name}
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,29 +146,31 @@ def spelled_out(fusions: Sequence[FusionRecord]) -> dict[str, Spelled]:
     """What each layer that the fusions left behind stands for."""
     made: dict[str, Spelled] = {}
     stored: dict[str, str] = {}  # by layer, the dtype that it was fused in
-    unflattens: dict[str, str] = {}  # by layer, what puts its output into the form that its sources give
+    around: dict[str, tuple[str, str]] = {}  # by layer, what gives input and output the form that its sources have
     for fusion in fusions:
         before = {source.name for source in fusion.sources if source.origin == BASE and source.name in made}
-        found = _spell_out(fusion.tree, made, unflattens)
+        found = _spell_out(fusion.tree, made, around)
         own: tuple[tuple[Path, tuple[int, ...]], ...] = (((), fusion.input_size),) if fusion.input_size else ()
         dtypes = found.dtypes + tuple(stored[name] for name in sorted(before))
         made[fusion.name] = Spelled(found.tree, own + found.sizes, dtypes)
         stored[fusion.name] = fusion.dtype
-        unflattens[fusion.name] = f"unflatten({','.join(map(str, fusion.unflatten))})" if fusion.unflatten else ""
+        around[fusion.name] = (fusion.before, fusion.after)
     return made
 
 
-def _spell_out(tree: Tree[SourceLayer], made: dict[str, Spelled], unflattens: dict[str, str]) -> Spelled:
+def _spell_out(tree: Tree[SourceLayer], made: dict[str, Spelled], around: dict[str, tuple[str, str]]) -> Spelled:
     if isinstance(tree, Chain):
-        parts = [
-            part
-            for before, part in zip((None, *tree.parts), tree.parts, strict=False)
-            if not (_is_base(before, made) and _name(part) == unflattens.get(_name(before)))
-        ]
-        found = [_spell_out(part, made, unflattens) for part in parts]
+        # What stands around a fused layer only for the form of its tensors isn't there around its sources.
+        spare: set[int] = set()
+        for number, part in enumerate(tree.parts):
+            before, after = around.get(_name(part), ("", "")) if _is_base(part, made) else ("", "")
+            spare |= {number - 1} if before and number and _name(tree.parts[number - 1]) == before else set()
+            spare |= {number + 1} if after and _name(next(iter(tree.parts[number + 1 :]), None)) == after else set()
+        parts = [part for number, part in enumerate(tree.parts) if number not in spare]
+        found = [_spell_out(part, made, around) for part in parts]
         return _together(Chain(tuple(one.tree for one in found)), found)
     if isinstance(tree, Sum):
-        found = [_spell_out(part, made, unflattens) for part in tree.parts]
+        found = [_spell_out(part, made, around) for part in tree.parts]
         return _together(Sum(tuple(one.tree for one in found)), found)
     return made.pop(tree.name, Spelled(tree)) if tree.origin == BASE else Spelled(tree)
 
@@ -195,12 +202,12 @@ def _tree_from_json(item: dict[str, Any]) -> Tree[SourceLayer]:
         return Chain(tuple(_tree_from_json(part) for part in item["chain"]))
     if "sum" in item:
         return Sum(tuple(_tree_from_json(part) for part in item["sum"]))
-    if item["kind"] not in KINDS:
+    kind = kind_named(item["kind"])
+    if kind is None:
         raise UsageError(f"{item['name']}: unknown kind {item['kind']!r}")
     fields = _fields(item["fields"])
-    if item["kind"] == "conv":
-        _check_geometry(fields)
-    return SourceLayer(str(item["name"]), item["kind"], fields, str(item.get("origin", BASE)))
+    kind.check_fields(fields)
+    return SourceLayer(str(item["name"]), kind, fields, str(item.get("origin", BASE)))
 
 
 def loads(text: str, where: str) -> Record:
@@ -231,23 +238,18 @@ def _fusion(item: dict[str, Any]) -> FusionRecord:
         exact=bool(item["exact"]),
         input_size=_sizes("input_size", item["input_size"]),
         rim=tuple((_integer("rim", start, 0), _integer("rim", end, 0)) for start, end in item["rim"]),
-        flatten=_sizes("flatten", item.get("flatten")),
-        unflatten=_sizes("unflatten", item.get("unflatten")),
+        before=_written("before", item.get("before", "")),
+        after=_written("after", item.get("after", "")),
     )
     axes = len(fusion.rim)
-    _check_geometry(fusion.fields, axes)
+    if others := fusion.fields.keys() - geometry_fields(Geometry.of((1,))).keys():
+        raise UsageError(f"a fused layer has no {', '.join(sorted(others))}")
+    counts = (len(value) for value in fusion.fields.values() if isinstance(value, list | tuple))
+    Geometry.of((1,) * (axes or next(counts, 1)), **fusion.fields)
     # What was converted has no rim, and its size has the channels in front.
     if fusion.rim and fusion.input_size is not None and len(fusion.input_size) != axes:
         raise UsageError(f"input_size: expected {axes} sizes, got {list(fusion.input_size)}")
     return fusion
-
-
-def _check_geometry(fields: Fields, axes: int = 0) -> None:
-    """UsageError where no kernel could have these fields; what fits a layer's own kernel is known where that is."""
-    if others := fields.keys() & {"eps", "flatten"}:
-        raise UsageError(f"a convolution has no {', '.join(sorted(others))}")
-    counts = (len(value) for value in fields.values() if isinstance(value, list | tuple))
-    Geometry.of((1,) * (axes or next(counts, 1)), **fields)
 
 
 def _check_history(fusions: Sequence[FusionRecord]) -> None:
@@ -255,7 +257,7 @@ def _check_history(fusions: Sequence[FusionRecord]) -> None:
     gone: set[str] = set()
     made: set[str] = set()
     for fusion in fusions:
-        own = [source.name for source in fusion.sources if source.origin == BASE and source.kind != FUNCTION]
+        own = [source.name for source in fusion.sources if source.origin == BASE and not source.written]
         if not own:
             raise UsageError(f"no layer of the checkpoint went into {fusion.name!r}")
         again = [name for number, name in enumerate(own) if name in gone or name in own[:number]]
@@ -265,6 +267,12 @@ def _check_history(fusions: Sequence[FusionRecord]) -> None:
             raise UsageError(f"two fusions are called {fusion.name!r}")
         gone = gone.union(own) - {fusion.name}
         made = made.difference(own) | {fusion.name}
+
+
+def _written(what: str, value: object) -> str:
+    if not isinstance(value, str) or (value and not is_written(value)):
+        raise UsageError(f"{what}: expected a layer without tensors, got {value!r}")
+    return value
 
 
 def _sizes(what: str, value: object) -> tuple[int, ...] | None:

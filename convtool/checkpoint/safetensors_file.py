@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convtool.checkpoint.base import Checkpoint, Place
 from convtool.checkpoint.dtypes import ITEMSIZE, MOST_AXES, SAFETENSORS, SAFETENSORS_CODES
-from convtool.checkpoint.info import TensorInfo
 from convtool.checkpoint.record import Record, loads
 from convtool.core.flat import tensor_bits
 from convtool.errors import InputError, OutputError, RefusedError
 from convtool.files.source import Receiver, Source
+from convtool.kinds.kind import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from convtool.checkpoint.base import Checkpoint, Place
 from convtool.checkpoint.dtypes import ITEMSIZE
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.info import TensorInfo
 from convtool.checkpoint.pickled import OrderedItems, plain_tensor, why_unusable
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.tensor_bytes import Piece, tensor_chunks
@@ -21,6 +20,7 @@ from convtool.core.flat import tensor_bits
 from convtool.errors import InputError, UsageError
 from convtool.files.source import Source
 from convtool.files.stored_zip import combine_crc
+from convtool.kinds.kind import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -36,9 +36,9 @@ def chain_of(checkpoint: str) -> Completion:
 
 def settings(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:
     """LAYER.FIELD= of the line's first checkpoint."""
-    from convtool.core.fields import FIELDS
+    from convtool.kinds import field_types
 
-    return _beginning(incomplete, (f"{name}.{field}=" for name in _layers(ctx, CHECKPOINTS) for field in FIELDS))
+    return _beginning(incomplete, (f"{name}.{field}=" for name in _layers(ctx, CHECKPOINTS) for field in field_types()))
 
 
 def recipes(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:

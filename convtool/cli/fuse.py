@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     import torch
 
     from convtool.checkpoint import Checkpoint
-    from convtool.checkpoint.fusion import PlannedLayer
-    from convtool.core.fields import FieldSources
     from convtool.core.verify import EquivalenceReport
+    from convtool.fusing.fusion import PlannedLayer
+    from convtool.fusing.recipe import PlannedFusion, Recipe
+    from convtool.kinds.stated import FieldSources
     from convtool.model.planned import Plan
-    from convtool.recipe import PlannedFusion, Recipe
 
 NAME = "fuse"
 USAGE = "CKPT LAYER LAYER... -o OUT"
@@ -88,10 +88,10 @@ def command(
     def body() -> None:
         from convtool import __version__
         from convtool.checkpoint.edit import Edit
-        from convtool.checkpoint.fusion import check_ties
         from convtool.checkpoint.record import Record
         from convtool.checkpoint.write import check_output, plan_edited
         from convtool.core.tree import BASE
+        from convtool.fusing.fusion import check_ties
 
         rounded = parse_dtype(dtype)
         if checkpoint is None:
@@ -154,9 +154,9 @@ def _find(
     sources: SourceOptions,
 ) -> _Found:
     """The fusions that are wanted: by a plan of the model, by a recipe, or the one chain that was named."""
-    from convtool.checkpoint.chain import full_name
     from convtool.core.tree import BASE
-    from convtool.fusions import by_recipe, named_chain, without_effect
+    from convtool.fusing.lowering import full_name
+    from convtool.fusing.named import by_recipe, named_chain, without_effect
 
     plan = _plan_model(reporter, wanted, checkpoints[BASE], sources) if wanted.auto else None
     known = sources.of_model(checkpoints[BASE], reporter) if plan is None else plan.geometry
@@ -198,8 +198,8 @@ def _plan_model(reporter: Reporter, wanted: FuseOptions, opened: Checkpoint, sou
 
 
 def _planned(plan: Plan) -> list[PlannedFusion]:
+    from convtool.fusing.recipe import PlannedFusion
     from convtool.model.judge import Exact
-    from convtool.recipe import PlannedFusion
 
     pieces = [(one.name, one.piece) for one in plan.fusions]
     return [
@@ -216,11 +216,12 @@ def _plan(
     dtype: torch.dtype | None,
 ) -> tuple[list[PlannedLayer], list[str]]:
     """Every fusion as a value, before anything is written; and what was left alone, in words."""
-    from convtool.checkpoint.fusion import lower_for, plan_layer
-    from convtool.checkpoint.remarks import assumed, left_alone
     from convtool.core.tree import BASE
+    from convtool.fusing.fusion import plan_layer
+    from convtool.fusing.lowering import lower_tree
+    from convtool.fusing.remarks import assumed, left_alone
 
-    trees = [lower_for(checkpoints, one.tree, found.fields, one.input_size or found.size) for one in found.fusions]
+    trees = [lower_tree(checkpoints, one.tree, found.fields, one.input_size or found.size) for one in found.fusions]
     # Before anything is refused: what was assumed may be why.
     for text in assumed(trees):
         reporter.remark(f"assumed: {text}")
@@ -247,7 +248,7 @@ def _by_cost(
     reporter: Reporter, planned: list[PlannedLayer], size: tuple[int, ...] | None, only_if_cheaper: bool
 ) -> tuple[list[PlannedLayer], list[str]]:
     """The fusions to carry out, and a line for each that takes more multiply-adds than its layers apart."""
-    from convtool.checkpoint.remarks import dearer
+    from convtool.fusing.remarks import dearer
 
     found = dearer(planned, size)
     dear = [id(layer) for layer, _ in found]
@@ -273,7 +274,7 @@ def _verified(
     reporter: Reporter, planned: Sequence[PlannedLayer], checkpoints: Mapping[str, Checkpoint]
 ) -> list[list[EquivalenceReport]]:
     """Each fusion run against the layers that it stands for, before a file takes its name."""
-    from convtool.checkpoint.proof import check_planned
+    from convtool.fusing.proof import check_planned
 
     found = []
     with reporter.progress("verifying", len(planned), "share") as advance:

@@ -14,7 +14,7 @@ from convtool.cli.options import STREAM, FixedSize, InputSize, Measure, parse_in
 from convtool.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from convtool.recipe import Recipe
+    from convtool.fusing.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ class FuseOptions:
         """--recipe by its name or the path of its file; None where there is none."""
         if self.recipe is None:
             return None
-        from convtool.recipe import parse_recipe
+        from convtool.fusing.recipe import parse_recipe
         from convtool.recipes import shipped
 
         known = shipped()

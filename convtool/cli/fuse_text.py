@@ -10,8 +10,8 @@ from convtool.cli.written import print_tensors, print_written, tensors_document
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from convtool.checkpoint.fusion import PlannedLayer
     from convtool.core.verify import EquivalenceReport
+    from convtool.fusing.fusion import PlannedLayer
 
 
 def describe(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tuple[int, ...] | None) -> dict[str, Any]:

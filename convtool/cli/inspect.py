@@ -13,6 +13,8 @@ from convtool.cli.output import Reporter, table, tree_text
 from convtool.cli.run import run
 from convtool.cli.signature import grouped
 from convtool.errors import UsageError, human_bytes
+from convtool.kinds import kind_named
+from convtool.kinds.kind import UNKNOWN, Kind
 
 if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint, Layer
@@ -69,7 +71,7 @@ def command(
         from fnmatch import fnmatchcase
 
         from convtool.cli.model import read_model, runs_of_layers
-        from convtool.core.fields import FieldSource
+        from convtool.kinds.stated import FieldSource
 
         opened = sources.open(checkpoint, reporter)
         record = opened.record
@@ -105,8 +107,8 @@ def command(
 
 
 def _write_geometry(path: Path, geometry: dict[str, dict[str, Any] | None], force: bool) -> None:
-    from convtool.core.fields import geometry_toml
     from convtool.files.atomic import replacing
+    from convtool.kinds.stated import geometry_toml
 
     known = {name: fields for name, fields in geometry.items() if fields}
     if not known:
@@ -119,12 +121,12 @@ def _describe(checkpoint: Checkpoint, layer: Layer, fields: dict[str, Any], tens
     weight = layer.tensors.get("weight") or next(iter(layer.tensors.values()))
     described: dict[str, Any] = {
         "name": layer.name,
-        "kind": layer.kind,
+        "kind": layer.kind.name,
         "shape": list(weight.shape),
         "bias": "bias" in layer.tensors,
         "dtype": weight.dtype,
         "bytes": sum(info.nbytes for info in layer.stored()),
-        "geometry": _geometry(layer, fields),
+        "geometry": layer.kind.written_out(fields, layer.shapes) if fields and layer.kind.settable else None,
     }
     if tensors:
         described["tensors"] = [
@@ -132,19 +134,6 @@ def _describe(checkpoint: Checkpoint, layer: Layer, fields: dict[str, Any], tens
             for info in layer.stored()
         ]
     return described
-
-
-def _geometry(layer: Layer, fields: dict[str, Any]) -> dict[str, Any] | None:
-    """What is known of the layer's geometry; None where nothing is, since defaults would be a guess."""
-    if layer.kind == "batch_norm":
-        return fields or None
-    if layer.kind != "conv" or not fields:
-        return None
-    from convtool.core.fields import geometry_fields
-    from convtool.core.geometry import Geometry
-
-    known = geometry_fields(Geometry.of(tuple(layer.tensors["weight"].shape[2:]), **fields))
-    return {name: value for name, value in known.items() if name in fields}
 
 
 def _print(reporter: Reporter, document: dict[str, Any], tensors: bool) -> None:
@@ -166,10 +155,10 @@ def _print(reporter: Reporter, document: dict[str, Any], tensors: bool) -> None:
         (
             layer["name"] or "(bare module)",
             layer["kind"],
-            _shape(layer["shape"]) + (" + bias" if layer["bias"] and layer["kind"] in ("conv", "linear") else ""),
+            _shape(layer["shape"]) + (" + bias" if layer["bias"] and _kind(layer).main else ""),
             layer["dtype"],
             human_bytes(layer["bytes"]),
-            _fields_text(layer["geometry"]) if layer["kind"] in ("conv", "batch_norm") else "",
+            _fields_text(layer["geometry"]) if _kind(layer).settable else "",
         )
         for layer in document["layers"]
     ]
@@ -178,11 +167,15 @@ def _print(reporter: Reporter, document: dict[str, Any], tensors: bool) -> None:
         reporter.remark(f"{fusion['name']} was fused by convtool from {tree_text(fusion['sources'])}")
 
 
+def _kind(layer: dict[str, Any]) -> Kind:
+    return kind_named(layer["kind"]) or UNKNOWN
+
+
 def _print_runs(reporter: Reporter, layers: list[dict[str, Any]]) -> None:
     """A line for each run of a layer, in place of its tensors' sizes."""
     rows = []
     for layer in layers:
-        fields = _fields_text(layer["geometry"]) if layer["kind"] in ("conv", "batch_norm") else ""
+        fields = _fields_text(layer["geometry"]) if _kind(layer).settable else ""
         start = (layer["name"] or "(bare module)", layer["kind"], _shape(layer["shape"]))
         rows += [(*start, *_seen(one), fields) for one in layer["runs"] or [None]]
     columns = ("layer", "kind", "weight", "input", "output", "multiply-adds", "geometry")

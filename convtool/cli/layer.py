@@ -107,9 +107,9 @@ def lower_layer(
     Raises:
         UsageError, InputError: what opening a checkpoint and lowering a layer raise; or an input size is missing.
     """
-    from convtool.checkpoint.chain import lower_chain
     from convtool.core.fields import geometry_fields
     from convtool.core.sizes import split_input_size
+    from convtool.fusing.lowering import lower_chain
 
     size = parse_input_size(wanted.input_size)
     opened = given.open(wanted.checkpoint, reporter)
@@ -117,15 +117,11 @@ def lower_layer(
     fields = wanted.fields
     sources = given.fields(given.of_model(opened, reporter), {found.name: fields} if fields else {})
     check_used(sources, list(opened.layers))
-    axes = found.spatial_axes
-    if axes is None and found.kind == "batch_norm":
-        axes = len(size) - 1 if size is not None else None
-    if needs_size and size is None and axes != 0 and found.kind != "linear":
+    if needs_size and size is None and not found.kind.channels_last:
         raise UsageError(
             f"{reporter.command} needs --input-size, the spatial sizes of {wanted.layer}'s input, such as 32,32"
         )
-    channels = size[0] if size is not None and axes is not None and len(size) == axes + 1 else None
-    lowered = lower_chain(opened, [wanted.layer], sources, channels, spatial_axes=axes)[0]
+    lowered = lower_chain(opened, [wanted.layer], sources, size)[0]
     if lowered.assumed:
         reporter.remark(f"assumed: {lowered.assumed}")
     conv = lowered.conv
@@ -134,7 +130,7 @@ def lower_layer(
         spatial = split_input_size(size or (), conv.in_channels, conv.spatial_axes)
     return LayerAtSize(
         found.name,
-        found.kind,
+        found.kind.name,
         conv,
         geometry_fields(conv.geometry) | lowered.fields,
         spatial,

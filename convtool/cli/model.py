@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from convtool.checkpoint import Checkpoint
     from convtool.cli.output import Reporter
-    from convtool.core.fields import FieldSource
+    from convtool.kinds.stated import FieldSource
     from convtool.model.agreement import Agreement
     from convtool.model.planned import Plan
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from convtool.checkpoint import Checkpoint
-    from convtool.core.fields import FieldSource, FieldSources
+    from convtool.kinds.stated import FieldSource, FieldSources
 
 STREAM = "-"  # in place of a file: stdin, or stdout
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -214,7 +214,7 @@ def field_sources(
         layer_fields: by layer name, what options such as --stride say.
         model: what --model says (convtool.cli.model).
     """
-    from convtool.core.fields import FieldSource, FieldSources
+    from convtool.kinds.stated import FieldSource, FieldSources
 
     sources = [] if model is None else [model]
     if geometry is not None:
@@ -230,7 +230,7 @@ def field_sources(
 
 def _setting(text: str) -> tuple[str, str, Any]:
     """A --set as (layer, field, value); UsageError, with what was typed, where it is none."""
-    from convtool.core.fields import parse_setting
+    from convtool.kinds.stated import parse_setting
 
     try:
         return parse_setting(text)
@@ -272,7 +272,7 @@ def check_used(sources: FieldSources, layers: list[str]) -> None:
 
 def single_layer_fields(**given: object) -> dict[str, Any]:
     """Fields from --stride, --padding, ...: those that were given, parsed."""
-    from convtool.core.fields import parse_field
+    from convtool.kinds import parse_field
 
     fields = {}
     for name, value in given.items():
@@ -286,7 +286,7 @@ def single_layer_fields(**given: object) -> dict[str, Any]:
 
 
 def _geometry_file(path: Path) -> Any:
-    from convtool.core.fields import parse_tables
+    from convtool.kinds.stated import parse_tables
 
     return parse_tables(read_toml(path), str(path))
 

@@ -15,10 +15,10 @@ from convtool.errors import UsageError
 
 if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
-    from convtool.checkpoint.chain import LoweredLayer
     from convtool.checkpoint.record import FusionRecord, Record
-    from convtool.checkpoint.reexpress import Reexpression
-    from convtool.core.fields import FieldSources
+    from convtool.fusing.lowering import LoweredLayer
+    from convtool.fusing.reexpress import Reexpression
+    from convtool.kinds.stated import FieldSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def reexpressions(reporter: Reporter, opened: Checkpoint, wanted: Wanted, given:
         UsageError: values that can't be read, or don't fit the layers; fields of layers that aren't converted.
         RefusedError: a layer that has no such form.
     """
-    from convtool.checkpoint.reexpress import as_linear, as_toeplitz
+    from convtool.fusing.reexpress import as_linear, as_toeplitz
 
     sources = given.fields(given.of_model(opened, reporter))
     check_used(sources, list(opened.layers))
@@ -106,14 +106,14 @@ def change_document(change: Reexpression) -> dict[str, Any]:
 
 
 def _lowered(
-    reporter: Reporter, opened: Checkpoint, name: str, sources: FieldSources, channels: int | None = None
+    reporter: Reporter, opened: Checkpoint, name: str, sources: FieldSources, size: tuple[int, ...] | None = None
 ) -> LoweredLayer:
-    from convtool.checkpoint.chain import lower_chain
+    from convtool.fusing.lowering import lower_chain
 
     layer = opened.layer(name)
-    if layer.kind != "conv":
-        raise UsageError(f"{layer.name}: is a {layer.kind.replace('_', ' ')}, not a convolution; it stays as it is")
-    lowered = lower_chain(opened, [name], sources, channels)[0]
+    if layer.axes() is None:
+        raise UsageError(f"{layer.name}: is a {layer.kind.label}, not a convolution; it stays as it is")
+    lowered = lower_chain(opened, [name], sources, size)[0]
     if lowered.assumed:
         reporter.remark(f"assumed: {lowered.assumed}")
     return lowered
@@ -126,16 +126,14 @@ def _toeplitz(
     from convtool.core.sizes import split_input_size
 
     size = parse_sizes(sizes, "--as-toeplitz")
-    axes = opened.layer(name).spatial_axes
-    channels = size[0] if axes is not None and len(size) == axes + 1 else None
-    lowered = _lowered(reporter, opened, name, sources, channels)
+    lowered = _lowered(reporter, opened, name, sources, size)
     made: Reexpression = make(lowered, split_input_size(size, lowered.conv.in_channels, lowered.conv.spatial_axes))
     return made
 
 
 def _conv(reporter: Reporter, opened: Checkpoint, text: str, sources: FieldSources) -> Reexpression:
-    from convtool.checkpoint.reexpress import as_conv
     from convtool.core.fields import parse_sizes
+    from convtool.fusing.reexpress import as_conv
 
     name, _, given = text.rpartition("=") if "=" in text else (text, "", "")
     layer = opened.layer(name)
@@ -145,8 +143,8 @@ def _conv(reporter: Reporter, opened: Checkpoint, text: str, sources: FieldSourc
         sizes, slash, kernel_text = given.partition("/")
         size = parse_sizes(sizes, "--as-conv")
         kernel = parse_sizes(kernel_text, "--as-conv") if slash else size[1:]
-    elif known is not None and known.flatten is not None and known.unflatten is None and known.input_size is not None:
-        size, kernel = known.input_size, known.flatten  # a patch convolution before convtool made it linear
+    elif known is not None and known.before and not known.after and known.input_size is not None:
+        size, kernel = known.input_size, known.input_size[1:]  # a patch convolution before convtool made it linear
         fields = known.sources[0].fields | fields
     else:
         raise UsageError(

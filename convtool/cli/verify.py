@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     import torch
 
     from convtool.checkpoint import Checkpoint
-    from convtool.checkpoint.compare import Pairing
-    from convtool.core.fields import FieldSource, FieldSources
     from convtool.core.verify import EquivalenceReport
+    from convtool.fusing.compare import Pairing
+    from convtool.kinds.stated import FieldSource, FieldSources
 
 NAME = "verify"
 USAGE = "BEFORE AFTER"
@@ -234,13 +234,13 @@ class _Sides:
 
     def named(self, before: str, after: str) -> Pairing:
         """The chains of --before and --after."""
-        from convtool.checkpoint.trials import named_pairing
+        from convtool.fusing.trials import named_pairing
 
         return named_pairing(self.before, self.after, (split_names(before), split_names(after)), self.fields)
 
     def recorded(self, reporter: Reporter) -> list[Pairing]:
         """The fusions that AFTER records and BEFORE lacks."""
-        from convtool.checkpoint.compare import recorded_pairings
+        from convtool.fusing.compare import recorded_pairings
 
         pairings = recorded_pairings(self.before, self.after, self.fields[0], self.others)
         if not pairings:
@@ -309,8 +309,8 @@ def split_names(text: str) -> list[str]:
 
 def _compare_tensors(reporter: Reporter, sides: _Sides, pairings: list[Pairing]) -> dict[str, Any]:
     """What became of every tensor that went into no fusion."""
-    from convtool.checkpoint.compare import differing_tensors
     from convtool.core.tree import leaves
+    from convtool.fusing.compare import differing_tensors
 
     fused = {
         name
@@ -333,8 +333,8 @@ def _run(
     options: dict[str, Any],
 ) -> list[tuple[Pairing, EquivalenceReport]]:
     """Every pairing at every input size."""
-    from convtool.checkpoint.trials import trials
     from convtool.core.tree import BASE
+    from convtool.fusing.trials import trials
 
     checkpoints = {BASE: sides.before, **sides.others}
     runs = [trial for pairing in pairings for trial in trials(pairing, checkpoints, sides.after, sizes)]

@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from convtool.checkpoint import Checkpoint
-    from convtool.checkpoint.chain import LoweredLayer
-    from convtool.core.fields import FieldSources
     from convtool.core.order import Order
     from convtool.core.verify_matrix import MatrixReport
+    from convtool.fusing.lowering import LoweredLayer
+    from convtool.kinds.kind import Kind
+    from convtool.kinds.stated import FieldSources
     from convtool.matrix.read import MatrixFile
 
 COMPARING = "comparing matrices"
@@ -106,10 +107,10 @@ def _lowered(
     checkpoint: Checkpoint, found: MatrixFile, layer: str | None, sizes: list[tuple[int, ...]], sources: FieldSources
 ) -> tuple[LoweredLayer, tuple[int, ...]]:
     """The layer that the matrix is of, and the spatial size of its input, by the file's record or as given."""
-    from convtool.checkpoint.chain import lower_chain
-    from convtool.core.fields import FieldSource
     from convtool.core.sizes import split_input_size
     from convtool.errors import InputError, UsageError
+    from convtool.fusing.lowering import lower_chain
+    from convtool.kinds.stated import FieldSource
 
     record = _record(found)
     name = layer or record.get("layer")
@@ -119,16 +120,12 @@ def _lowered(
         raise UsageError("--input-size: a matrix is for one input size")
     size = sizes[0] if sizes else tuple(record.get("input_size") or ())
     named = checkpoint.layer(str(name))
-    axes = named.spatial_axes
-    if axes is None and size:
-        axes = len(size) - 1 if named.kind == "batch_norm" else 0
-    if not size and axes != 0 and named.kind != "linear":
+    if not size and not named.kind.channels_last:
         raise UsageError(f"{found.path}: doesn't say its input size; give --input-size, such as 32,32")
     fields = _fields(found.path, record, named.kind)
     known = FieldSource("record", {named.name: fields}, exact_names=True)
-    channels = size[0] if axes is not None and len(size) == axes + 1 else None
     try:
-        lowered = lower_chain(checkpoint, [named.name], sources.with_first(known), channels, axes)[0]
+        lowered = lower_chain(checkpoint, [named.name], sources.with_first(known), size or None)[0]
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{found.path}: its record is damaged: {error}") from None
     return lowered, split_input_size(size or (), lowered.conv.in_channels, lowered.conv.spatial_axes)
@@ -159,15 +156,14 @@ def _are_counts(values: object) -> bool:
     return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
 
 
-def _fields(path: Path, record: dict[str, Any], kind: str) -> dict[str, Any]:
+def _fields(path: Path, record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """The fields of a record that its layer's kind has."""
-    from convtool.core.fields import parse_field
     from convtool.errors import InputError, UsageError
+    from convtool.kinds import parse_field
 
-    own = {"batch_norm": {"eps"}, "linear": {"flatten"}, "scale": set[str]()}.get(kind)
     fields = record.get("fields") or {}
     try:
-        return {key: parse_field(key, value) for key, value in fields.items() if own is None or key in own}
+        return {key: parse_field(key, value) for key, value in fields.items() if key in kind.settable}
     except UsageError as error:
         raise InputError(f"{path}: its record is damaged: {error}") from None
 

@@ -10,9 +10,9 @@ from convtool.cli.output import Reporter, table
 from convtool.core.tree import leaves
 
 if TYPE_CHECKING:
-    from convtool.checkpoint.compare import Pairing
     from convtool.core.tally import Region
     from convtool.core.verify import EquivalenceReport
+    from convtool.fusing.compare import Pairing
 
 KINDS = {"normal": "a random input", "zero": "an input of zeros", "constant": "an input of ones"}
 MOST_NAMES = 20  # tensors named one by one before the rest is only counted

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.rounding import check_room, rounded
-from convtool.errors import InputError, UsageError
+from convtool.errors import UsageError
+
+MOST_NUMBERS = 1 << 28  # of a kernel that is written in a few characters and stored nowhere: 2 GiB in float64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -99,6 +103,76 @@ class Conv:
         return _swap_channels(self.weight, self.geometry.groups) if self.geometry.transposed else self.weight
 
 
+class Selection(Conv):
+    """A layer that only copies: each output channel is one entry of its group's window.
+
+    Its weight is a 0 or 1 for each pair of output channel and entry (5 GB for the flattening of 64 channels at 56x56),
+    and so is made only when it is asked for; `convtool.core.compose` goes by the entries themselves.
+
+    Attributes:
+        picked: (C_out,) the entry that each output channel copies, of C_in/groups * taps, taps running fastest.
+    """
+
+    __slots__ = ("inputs", "picked")
+    inputs: int
+    picked: Tensor
+
+    def __init__(self, picked: Tensor, in_channels: int, geometry: Geometry) -> None:
+        for name, value in (("picked", picked), ("inputs", in_channels), ("bias", None), ("geometry", geometry)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def entries(self) -> int:
+        """Return how many entries a group's window has."""
+        return self.inputs // max(1, self.geometry.groups) * math.prod(self.geometry.kernel_size)
+
+    @property
+    def weight(self) -> Tensor:
+        if self.out_channels * self.entries > MOST_NUMBERS:
+            raise UsageError(f"a layer that copies {self.entries} entries would need a kernel of too many numbers")
+        dense = F.one_hot(self.picked, self.entries).to(torch.float64)
+        return dense.reshape(self.out_channels, -1, *self.geometry.kernel_size)
+
+    @property
+    def out_channels(self) -> int:
+        return len(self.picked)
+
+    @property
+    def in_channels(self) -> int:
+        return self.inputs
+
+    @property
+    def spatial_axes(self) -> int:
+        return len(self.geometry.kernel_size)
+
+    def to(self, dtype: torch.dtype) -> Conv:
+        return self  # zeros and ones are what they are in every dtype
+
+    def exact(self) -> Conv:
+        return self
+
+    def then(self, second: Conv, geometry: Geometry) -> Conv | None:
+        """Return the one layer that does `second` after this one, by moving its numbers; None where that isn't enough.
+
+        Args:
+            second: any layer; a dense 1x1 one is what a flatten is followed by.
+            geometry: of the result.
+        """
+        if second.geometry.groups != 1 or geometry.kernel_size != self.geometry.kernel_size:
+            return None
+        per_group = self.out_channels // max(1, self.geometry.groups)
+        columns = torch.arange(self.out_channels) // max(1, per_group) * self.entries + self.picked
+        width = self.inputs * math.prod(geometry.kernel_size)
+        if torch.equal(columns, torch.arange(width)):  # a flatten: its numbers are in their places already
+            return Conv(second.weight.reshape(-1, self.inputs, *geometry.kernel_size), second.bias, geometry)
+        weight = second.weight.new_zeros(second.out_channels, width)
+        if len(columns.unique()) < len(columns):
+            weight.index_add_(1, columns, second.weight.flatten(1))
+        else:
+            weight.index_copy_(1, columns, second.weight.flatten(1))  # keeps the sign of zeros
+        return Conv(weight.reshape(second.out_channels, -1, *geometry.kernel_size), second.bias, geometry)
+
+
 def lower_conv(weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Conv:
     """A `Conv` from the tensors of an nn.Conv or nn.ConvTranspose.
 
@@ -118,57 +192,6 @@ def lower_conv(weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Conv:
             )
         weight = _swap_channels(weight, geometry.groups)
     return Conv(weight, bias, geometry)
-
-
-def lower_linear(weight: Tensor, bias: Tensor | None, axes: int = 0) -> Conv:
-    """A linear layer as the 1x1 convolution over `axes` spatial axes that it is at every position.
-
-    Args:
-        weight: (C_out, C_in)
-        bias: (C_out,) or None
-    """
-    if weight.dim() != 2:
-        raise UsageError(f"expected a linear layer's weight of 2 axes, got shape {tuple(weight.shape)}")
-    return Conv(weight.reshape(*weight.shape, *(1,) * axes), bias, pointwise(axes))
-
-
-def lower_batch_norm(
-    mean: Tensor,
-    variance: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    axes: int,
-) -> Conv:
-    """A batch norm in eval mode as the depthwise 1x1 convolution that it is.
-
-    y = (x - mean) / sqrt(variance + eps) * weight + bias, a missing weight being 1 and a missing bias 0.
-
-    Args:
-        mean, variance: (C,) running statistics.
-        weight, bias: (C,) or None (affine=False).
-        eps: as the module's, added to the variance.
-        axes: number of spatial axes of the layer's input.
-
-    Returns:
-        float64 Conv with C groups, whatever the dtype of the tensors.
-
-    Raises:
-        InputError: a variance + eps that isn't positive, which no trained batch norm has.
-    """
-    exact = [None if t is None else t.to(torch.float64) for t in (mean, variance, weight, bias)]
-    shift, spread, gain, offset = exact
-    assert shift is not None
-    assert spread is not None
-    lowest = float((spread + eps).min()) if spread.numel() else 1.0
-    if not lowest > 0:
-        raise InputError(
-            f"batch norm: expected running_var + eps above 0, got {lowest:g} (eps {eps:g}); the statistics are damaged"
-        )
-    scale = (torch.ones_like(spread) if gain is None else gain) / torch.sqrt(spread + eps)
-    moved = -shift * scale if offset is None else offset - shift * scale
-    channels = scale.shape[0]
-    return Conv(scale.reshape(channels, 1, *(1,) * axes), moved, pointwise(axes, groups=channels))
 
 
 def pointwise(axes: int, groups: int = 1) -> Geometry:

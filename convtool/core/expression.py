@@ -4,17 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import reduce
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from convtool.core.conv import Conv
+from convtool.core.compose import compose_geometry
+from convtool.core.conv import Conv, Selection
 from convtool.core.forward import forward
-from convtool.core.tree import Chain, Sum, Tree, fold
+from convtool.core.tree import Chain, Leaf, Sum, Tree, flat_parts, fold
 from convtool.errors import UsageError
 
 Expression: TypeAlias = Tree[Conv]
+
+
+def joined(tree: Tree[Leaf]) -> Tree[Leaf]:
+    """Return the tree as it is computed with: what only moves numbers is read through by the layer behind it.
+
+    Args:
+        tree: its leaves are dataclasses with a `conv`.
+    """
+    if isinstance(tree, Sum):
+        return Sum(tuple(map(joined, tree.parts)))
+    if not isinstance(tree, Chain):
+        return tree
+    parts: list[Any] = []
+    for part in map(joined, flat_parts(tree)):
+        moves, conv = getattr(parts[-1] if parts else None, "conv", None), getattr(part, "conv", None)
+        read = None
+        if isinstance(moves, Selection) and conv is not None:
+            read = moves.then(conv, compose_geometry(moves.geometry, conv.geometry))
+        if read is None:
+            parts.append(part)
+        else:
+            parts[-1] = replace(part, conv=read)
+    return Chain(tuple(parts))
 
 
 def run(expression: Expression, x: Tensor) -> Tensor:

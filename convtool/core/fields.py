@@ -1,62 +1,43 @@
-"""Geometry as people write it: 'stride=2', 'padding=0:1,2:2', tables of fields, and where each field came from."""
+"""Values of a layer's fields as people write them: 'stride=2', 'padding=0:1,2:2', from options, TOML and JSON."""
 
 from __future__ import annotations
 
-import json
+import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from convtool.core.geometry import LARGEST, PADDING_MODES, Geometry
-from convtool.core.names import toml_string, unwrap
-from convtool.errors import UsageError, did_you_mean
+from convtool.errors import UsageError
 
 Fields: TypeAlias = dict[str, Any]
 
-DEFAULT_EPS = 1e-5  # nn.BatchNorm's
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
-def parse_sizes(text: str, what: str = "input size") -> tuple[int, ...]:
-    """'3,32,32' as (3, 32, 32); UsageError where it isn't a list of integers from 1 to 2**31 - 1."""
-    try:
-        sizes = tuple(_integer(part) for part in text.split(","))
-    except ValueError:
-        sizes = ()
-    if not sizes or any(not 1 <= size <= LARGEST for size in sizes):
-        raise UsageError(f"{what}: expected integers from 1 to {LARGEST}, such as 32,32, got {text!r}")
-    return sizes
+@dataclass(frozen=True, slots=True)
+class FieldType:
+    """The values that a field takes.
 
-
-def parse_field(name: str, value: object) -> object:
-    """One field, from the text of an option or the value of a TOML or JSON file, as `Geometry.of` takes it.
-
-    Raises:
-        UsageError: an unknown field, or a value of the wrong form. Ranges are checked by `Geometry.of`.
+    Attributes:
+        parse: makes one of an option's text or of what a TOML or JSON file holds; TypeError or ValueError else.
+        expected: what it takes, in words.
     """
-    if name not in _PARSERS:
-        raise UsageError(
-            f"unknown field {name!r}{did_you_mean(name, _PARSERS, '; expected one of ' + ', '.join(_PARSERS))}"
-        )
-    try:
-        return _PARSERS[name](value)
-    except (TypeError, ValueError):
-        raise UsageError(f"{name}: expected {_EXPECTED[name]}, got {value!r}") from None
 
+    parse: Callable[[object], object]
+    expected: str
 
-def parse_setting(text: str) -> tuple[str, str, object]:
-    """'layer1.conv.stride=2' as ('layer1.conv', 'stride', 2)."""
-    target, equals, value = text.partition("=")
-    layer, _, name = target.rpartition(".")
-    if not equals or not name or (not layer and name not in _PARSERS):
-        raise UsageError(f"--set: expected LAYER.FIELD=VALUE such as conv1.stride=2, got {text!r}")
-    return layer, name, parse_field(name, value)
+    def read(self, name: str, value: object) -> object:
+        """Return the value of a field of that name; UsageError where it isn't of this type. Ranges aren't checked."""
+        try:
+            return self.parse(value)
+        except (TypeError, ValueError):
+            raise UsageError(f"{name}: expected {self.expected}, got {value!r}") from None
 
 
 def geometry_fields(geometry: Geometry) -> Fields:
-    """A geometry as plain lists and numbers, for JSON: all that `Geometry.of` takes besides the kernel size."""
+    """Return a geometry as plain lists and numbers, for JSON: all that `Geometry.of` takes besides the kernel size."""
     return {
         "stride": list(geometry.stride),
         "padding": [list(pair) for pair in geometry.padding],
@@ -68,89 +49,15 @@ def geometry_fields(geometry: Geometry) -> Fields:
     }
 
 
-def geometry_toml(fields: Mapping[str, Fields]) -> str:
-    """The fields of layers, as JSON has them, as a TOML file that `parse_tables` reads back."""
-    return "\n".join(["# Geometry of layers, for --geometry FILE.", *field_tables(fields)]) + "\n"
-
-
-def field_tables(fields: Mapping[str, Fields]) -> list[str]:
-    """A line of TOML for each layer."""
-    lines = []
-    for name, table in fields.items():
-        stated = {key: value for key, value in table.items() if key != "output_padding" or table.get("transposed")}
-        entries = ", ".join(f"{key} = {_toml_value(value)}" for key, value in stated.items())
-        lines.append(f"{toml_string(name)} = {{ {entries} }}")
-    return lines
-
-
-def _toml_value(value: object) -> str:
-    """A value in TOML; that of all axes once where they have the same."""
-    if isinstance(value, list | tuple) and value and all(entry == value[0] for entry in value):
-        entry = value[0]
-        if not isinstance(entry, list | tuple):
-            return json.dumps(entry)
-        if entry[0] == entry[1]:
-            return json.dumps(entry[0])
-    return json.dumps(value)
-
-
-@dataclass(frozen=True, slots=True)
-class FieldSource:
-    """Fields from one place, by layer name or pattern (fnmatch: * stands for anything, dots included).
-
-    Unless `exact_names`, wrappers' prefixes may be left out, as everywhere that people name layers.
-    """
-
-    origin: str
-    tables: Mapping[str, Fields]
-    exact_names: bool = False
-
-    def matches(self, pattern: str, layer: str) -> bool:
-        if self.exact_names:
-            return pattern == layer
-        return any(pattern == name or fnmatchcase(name, pattern) for name in (layer, unwrap(layer)))
-
-    def fields(self, layer: str) -> Fields:
-        """What this place says of a layer; a later table that matches wins."""
-        merged: Fields = {}
-        for pattern, fields in self.tables.items():
-            if self.matches(pattern, layer):
-                merged.update(fields)
-        return merged
-
-
-@dataclass(frozen=True, slots=True)
-class FieldSources:
-    """Every place that geometry may come from, later ones winning."""
-
-    sources: tuple[FieldSource, ...] = field(default=())
-
-    def fields(self, layer: str) -> Fields:
-        """What is known of a layer's fields; what isn't here is nobody's word but torch's default."""
-        merged: Fields = {}
-        for source in self.sources:
-            merged.update(source.fields(layer))
-        return merged
-
-    def with_first(self, source: FieldSource) -> FieldSources:
-        """The same with one more place that all the others overrule."""
-        return FieldSources((source, *self.sources))
-
-
-def parse_tables(tables: Mapping[str, object], origin: str) -> FieldSource:
-    """A TOML document of tables, one per layer or pattern, as a source of fields."""
-    parsed: dict[str, Fields] = {}
-    for pattern, table in tables.items():
-        if not isinstance(table, dict):
-            raise UsageError(
-                f'{origin}: expected a table of fields for each layer, such as "conv1" = {{ stride = 2 }},'
-                f" got {pattern} = {table!r}"
-            )
-        try:
-            parsed[pattern] = {name: parse_field(name, value) for name, value in table.items()}
-        except UsageError as error:
-            raise UsageError(f"{origin}: {pattern}: {error}") from None
-    return FieldSource(origin, parsed)
+def parse_sizes(text: str, what: str = "input size") -> tuple[int, ...]:
+    """Return '3,32,32' as (3, 32, 32); UsageError where it isn't a list of integers from 1 to 2**31 - 1."""
+    try:
+        sizes = tuple(_integer(part) for part in text.split(","))
+    except ValueError:
+        sizes = ()
+    if not sizes or any(not 1 <= size <= LARGEST for size in sizes):
+        raise UsageError(f"{what}: expected integers from 1 to {LARGEST}, such as 32,32, got {text!r}")
+    return sizes
 
 
 def _integer(value: object) -> int:
@@ -193,7 +100,10 @@ def _side(value: object) -> int | tuple[int, int]:
 def _flag(value: object) -> bool:
     if isinstance(value, bool):
         return value
-    return {"true": True, "1": True, "false": False, "0": False}[_text(value).lower()]
+    try:
+        return {"true": True, "1": True, "false": False, "0": False}[_text(value).lower()]
+    except KeyError:
+        raise ValueError from None
 
 
 def _mode(value: object) -> str:
@@ -214,7 +124,10 @@ def _eps(value: object) -> float:
 
 def _sizes(value: object) -> list[int]:
     sizes = _integers(value)
-    return [sizes] if isinstance(sizes, int) else sizes
+    sizes = [sizes] if isinstance(sizes, int) else sizes
+    if not sizes or min(sizes) < 1:
+        raise ValueError
+    return sizes
 
 
 def _text(value: object) -> str:
@@ -223,33 +136,30 @@ def _text(value: object) -> str:
     return value
 
 
-def _flag_or_error(value: object) -> bool:
+def _number(value: object) -> float:
+    """Return a number, perhaps given as a fraction: '0.5', '1/255'."""
+    over, slash, under = _text(value).partition("/")
     try:
-        return _flag(value)
-    except KeyError:
+        number = float(over) / float(under) if slash else float(over)
+    except ZeroDivisionError:
         raise ValueError from None
+    if not math.isfinite(number):
+        raise ValueError
+    return number
 
 
-_PARSERS: dict[str, Callable[[object], object]] = {
-    "stride": _integers,
-    "padding": _padding,
-    "dilation": _integers,
-    "groups": _integer,
-    "padding_mode": _mode,
-    "transposed": _flag_or_error,
-    "output_padding": _integers,
-    "eps": _eps,
-    "flatten": _sizes,
-}
-_EXPECTED = {
-    "stride": "an integer or one per axis, such as 2 or 2,1",
-    "padding": "1, one per axis (1,2), before:after (0:1,2:2), 'same' or 'half'",
-    "dilation": "an integer or one per axis, such as 2 or 2,1",
-    "groups": "an integer",
-    "padding_mode": "one of " + ", ".join(PADDING_MODES),
-    "transposed": "true or false",
-    "output_padding": "an integer or one per axis, such as 1 or 1,0",
-    "eps": "a number of at least 0, such as 1e-3",
-    "flatten": "the spatial sizes of what is flattened, such as 7,7",
-}
-FIELDS = tuple(_PARSERS)  # every field that a layer may have
+def _numbers(value: object) -> list[float]:
+    return [_number(part) for part in _text(value).split(",")]
+
+
+INTEGER = FieldType(_integer, "an integer")
+INTEGERS = FieldType(_integers, "an integer or one per axis, such as 2 or 2,1")
+PADDING = FieldType(_padding, "1, one per axis (1,2), before:after (0:1,2:2), 'same' or 'half'")
+MODE = FieldType(_mode, "one of " + ", ".join(PADDING_MODES))
+FLAG = FieldType(_flag, "true or false")
+POSITIVE = FieldType(_eps, "a number of at least 0, such as 1e-3")
+SIZES = FieldType(_sizes, "spatial sizes, such as 7,7")
+NUMBER = FieldType(_number, "a finite number")
+NUMBERS = FieldType(
+    lambda value: [_number(part) for part in _text(value).split(",")], "finite numbers, such as 0.5,0.4"
+)

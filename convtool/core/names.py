@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 # Containers around a network or a part of it: DataParallel and DDP, torch.compile, Lightning Fabric, FSDP, activation
 # checkpointing.
@@ -12,6 +13,12 @@ WRAPPERS = frozenset(
         *("_fsdp_wrapped_module", "_fpw_module", "_checkpoint_wrapped_module", "_mp_wrapped_module"),
     }
 )
+CALL = re.compile(r"(\w+)\((.*)\)", re.DOTALL)  # a layer without tensors, as it is written: 'avg_pool(2)'
+
+
+def is_written(name: str) -> bool:
+    """Return whether the name is that of a layer without tensors."""
+    return CALL.fullmatch(name) is not None
 
 
 def unwrap(name: str) -> str:

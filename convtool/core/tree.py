@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
+from convtool.core.names import is_written
 from convtool.errors import UsageError
 
 BASE = ""  # the checkpoint itself, among several that layers come from
@@ -28,6 +29,11 @@ class LayerRef:
     name: str
     source: str = BASE
     like: str = ""
+
+    @property
+    def written(self) -> bool:
+        """Return whether it is a layer without tensors."""
+        return is_written(self.name)
 
     def __str__(self) -> str:
         return f"{self.source}:{self.name}" if self.source else self.name

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from convtool.checkpoint import Checkpoint, Layer, TensorInfo
-from convtool.checkpoint.info import group_layers, unwrap
-from convtool.core.fields import FieldSource
+from convtool.core.names import unwrap
+from convtool.kinds.found import group_layers
+from convtool.kinds.stated import FieldSource
 from convtool.model.layers import module_layers
 
 MOST_NAMES = 6  # named one by one before the rest is only counted
@@ -65,7 +66,7 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
         *(
             f"{name}: its stride, padding and eps are unknown; it is {layer.foreign}"
             for name, layer in layers.items()
-            if layer.foreign and layer.kind in ("conv", "batch_norm")
+            if layer.foreign and layer.kind.settable
         ),
     ]
     return Agreement(FieldSource(origin, tables, exact_names=True), names, unlike, tuple(differences))

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from convtool.checkpoint.info import TensorInfo, group_layers
 from convtool.core.flow import Flow, Op, Step
+from convtool.kinds.found import group_layers
+from convtool.kinds.kind import TensorInfo
 from convtool.model.layers import ModuleLayer
 from convtool.model.operations import classify, layer_axes
 
@@ -104,7 +105,7 @@ class _ExportedRun:
         inside = set(nodes)
         value = next(value for node in nodes for value in self._values(node) if value not in inside)
         path = self._path(nodes[0])
-        return layer_axes(self.layers[path], self.modules[path], len(_shape(value)))
+        return layer_axes(self.layers[path], len(_shape(value)))
 
     def _take(self, node: fx.Node) -> None:
         nodes = self.groups.get(self._call(node))
@@ -123,7 +124,7 @@ class _ExportedRun:
         read = {value: None for node in nodes for value in self._values(node) if value not in inside}
         layer, axes = self.layers[self._path(nodes[0])], self._axes(nodes)
         assert axes is not None
-        self._add(nodes[-1], Step(Op.LAYER, layer.name, self._numbers(read), (), axes, layer.kind == "linear"))
+        self._add(nodes[-1], Step(Op.LAYER, layer.name, self._numbers(read), (), axes, layer.kind.channels_last))
 
     def _emit(self, node: fx.Node, op: Op, reads: Sequence[fx.Node]) -> None:
         scale = self._scale(node)
@@ -223,7 +224,7 @@ def _held_scales(model: nn.Module) -> dict[str, tuple[str, tuple[int, ...]]]:
     ]
     found = {}
     for layer in group_layers(infos).values():
-        if layer.kind == "scale":
+        if layer.kind.parameter:
             (info,) = layer.tensors.values()
             found[info.name] = (layer.name, info.shape)
     return found

@@ -13,16 +13,18 @@ from enum import Enum
 
 import torch
 
+from convtool.checkpoint import Checkpoint
 from convtool.core.border import Verdict
-from convtool.core.conv import Conv, pointwise
-from convtool.core.expression import multiply_adds
+from convtool.core.conv import Conv
+from convtool.core.expression import joined, multiply_adds
 from convtool.core.flow import Flow, Step
-from convtool.core.functions import flatten_size
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.geometry import Geometry
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.errors import RefusedError
-from convtool.model.shapes import LayerShape
+from convtool.kinds.kind import Layer
+from convtool.kinds.written import make_written
+from convtool.model.layers import ModuleLayer
 
 
 class Exact(Enum):
@@ -80,11 +82,12 @@ class Judge:
     """Judges parts of the stretches of one run.
 
     Args:
-        shapes: of the run's layers.
+        layers: of the run, with the fields of their modules.
+        is_biased: whether a layer's bias has anything but zeros in it.
     """
 
-    def __init__(self, flow: Flow, shapes: Mapping[str, LayerShape]) -> None:
-        self.flow, self.shapes = flow, shapes
+    def __init__(self, flow: Flow, layers: Mapping[str, Layer], is_biased: Callable[[str], bool]) -> None:
+        self.flow, self.layers, self.is_biased = flow, layers, is_biased
         self.steps = {step.name: step for step in flow.calls()}
 
     def judge(self, tree: Tree[LayerRef]) -> Piece:
@@ -96,8 +99,8 @@ class Judge:
         first = self.steps[next(leaves(tree)).name]
         shape = self.flow.input_shape(first)
         size, positions = (shape[2:], 1) if first.axes else ((), math.prod(shape[1:-1]))
-        apart = self._lower(tree, first.axes, _shaped)
-        exact, rim, stand_in = self._exactness(self._lower(tree, first.axes, _stand_in), size)
+        apart = joined(self._lower(tree, first.axes, shape[1] if first.axes else shape[-1])[0])
+        exact, rim, stand_in = self._exactness(map_leaves(self._stand_in, apart), size)
         fused = self._fused(apart, stand_in)
         expression: Tree[Conv] = map_leaves(lambda leaf: leaf.conv, apart)
         return Piece(
@@ -112,13 +115,17 @@ class Judge:
             apart,
         )
 
+    def geometry(self, step: Step) -> Geometry:
+        """Return the geometry of a layer of the run."""
+        return self._leaf(LayerRef(step.name), step.axes, 0).conv.geometry
+
     def cost(self, step: Step) -> Cost:
         """Of one run of a layer; nothing of one whose weight is made of tensors that only its own code knows."""
-        if step.name not in self.shapes:
+        if step.name not in self.layers:
             return Cost(0, 0)
         shape = self.flow.input_shape(step)
         size, positions = (shape[2:], 1) if step.axes else ((), math.prod(shape[1:-1]))
-        conv = self._leaf(LayerRef(step.name), step.axes, _shaped, None).conv
+        conv = self._leaf(LayerRef(step.name), step.axes, 0).conv
         return Cost(_parameters(conv), positions * multiply_adds(conv, size))
 
     def _exactness(self, tree: Tree[NamedConv], size: tuple[int, ...]) -> tuple[Exact, str, Conv]:
@@ -139,63 +146,62 @@ class Judge:
             return Exact.THIS_SIZE, "", here.conv
         return Exact.NOT, _rim(here.verdict), always.conv
 
-    def _lower(self, tree: Tree[LayerRef], axes: int, make: Callable[[LayerShape, Geometry], Conv]) -> Tree[NamedConv]:
+    def _lower(self, tree: Tree[LayerRef], axes: int, channels: int) -> tuple[Tree[NamedConv], int]:
+        """Return the layers, their numbers made up, and the channels of their output."""
         if isinstance(tree, Sum):
-            return Sum(tuple(self._lower(part, axes, make) for part in tree.parts))
+            parts = [self._lower(part, axes, channels) for part in tree.parts]
+            return Sum(tuple(part for part, _ in parts)), parts[0][1]
         if isinstance(tree, Chain):
-            parts: list[Tree[NamedConv]] = []
-            flattened: tuple[int, ...] | None = None
+            chain: list[Tree[NamedConv]] = []
             for part in tree.parts:
-                size = flatten_size(part.name) if isinstance(part, LayerRef) else None
-                if size is not None:
-                    flattened = size
-                elif isinstance(part, LayerRef) and flattened is not None:
-                    parts.append(self._leaf(part, axes, make, flattened))
-                    flattened = None
-                else:
-                    parts.append(self._lower(part, axes, make))
-            return Chain(tuple(parts))
-        return self._leaf(tree, axes, make, None)
+                lowered, channels = self._lower(part, axes, channels)
+                chain.append(lowered)
+            return Chain(tuple(chain)), channels
+        leaf = self._leaf(tree, axes, channels)
+        return leaf, leaf.conv.out_channels
 
-    def _leaf(
-        self,
-        ref: LayerRef,
-        axes: int,
-        make: Callable[[LayerShape, Geometry], Conv],
-        flattened: tuple[int, ...] | None,
-    ) -> NamedConv:
-        shape = self.shapes[ref.name]
-        geometry = shape.geometry or pointwise(axes, shape.groups)
-        if flattened is not None:
-            inputs = shape.weight[1] // math.prod(flattened)
-            shape = replace(shape, weight=(shape.weight[0], inputs, *flattened))
-            geometry = Geometry.of(flattened)
-        return NamedConv(ref.name, make(shape, geometry))
+    def _leaf(self, ref: LayerRef, axes: int, channels: int) -> NamedConv:
+        if ref.written:
+            return NamedConv(ref.name, make_written(ref.name, channels, axes))
+        layer = self.layers[ref.name]
+        numbers = {name: _number(info.dtype).expand(info.shape) for name, info in layer.tensors.items()}
+        return NamedConv(ref.name, layer.kind.lower(numbers, layer.fields, axes, None))
+
+    def _stand_in(self, leaf: NamedConv) -> NamedConv:
+        """Return a layer of one channel, of ones, that is exact where this one is."""
+        one = torch.ones((), dtype=torch.float64)
+        geometry, layer = replace(leaf.conv.geometry, groups=1), self.layers.get(leaf.name)
+        # A batch norm's bias is made of four tensors, and is hardly ever zero throughout.
+        biased = leaf.conv.bias is not None and (layer is None or not layer.kind.main or self.is_biased(leaf.name))
+        return NamedConv(
+            leaf.name, Conv(one.expand(1, 1, *geometry.kernel_size), one.expand(1) if biased else None, geometry)
+        )
 
     def _fused(self, apart: Tree[NamedConv], stand_in: Conv) -> Conv:
         groups = math.gcd(*(leaf.conv.geometry.groups for leaf in leaves(apart)))
         geometry = replace(stand_in.geometry, groups=groups)
         inputs, outputs = _first(apart).conv.in_channels, _last(apart).conv.out_channels
         bias = any(leaf.conv.bias is not None for leaf in leaves(apart))
-        stored = [self.shapes[leaf.name] for leaf in leaves(apart)]
-        dtype = next((shape.dtype for shape in stored if shape.kind in ("conv", "linear")), stored[0].dtype)
-        return _made((outputs, inputs // groups, *geometry.kernel_size), bias, geometry, dtype)
+        stored = [self.layers[leaf.name] for leaf in leaves(apart) if leaf.name in self.layers]
+        main = next((layer for layer in stored if layer.kind.main), stored[0])
+        number = _number(next(iter(main.tensors.values())).dtype)
+        weight = number.expand(outputs, inputs // groups, *geometry.kernel_size)
+        return Conv(weight, number.expand(outputs) if bias else None, geometry)
 
 
-def _shaped(shape: LayerShape, geometry: Geometry) -> Conv:
-    kernel = geometry.kernel_size
-    return _made((*shape.weight[:2], *kernel), shape.stored_bias, geometry, shape.dtype)
+def with_fields(state: Checkpoint, modules: Mapping[str, ModuleLayer]) -> dict[str, Layer]:
+    """Return every layer that a model's state dict shows, with the fields of its module."""
+    found = {}
+    for name, layer in state.layers.items():
+        module = modules.get(name)
+        if layer.kind.parameter or (module is not None and module.kind is layer.kind):
+            found[name] = replace(layer, fields={} if module is None else module.fields)
+    return found
 
 
-def _made(weight: tuple[int, ...], bias: bool, geometry: Geometry, dtype: torch.dtype) -> Conv:
-    number = torch.tensor(0.5, dtype=dtype)  # no 1, which would be taken for an identity
-    return Conv(number.expand(weight), number.expand(weight[0]) if bias else None, geometry)
-
-
-def _stand_in(shape: LayerShape, geometry: Geometry) -> Conv:
-    one = torch.ones((), dtype=torch.float64)
-    kernel = geometry.kernel_size
-    return Conv(one.expand(1, 1, *kernel), one.expand(1) if shape.biased else None, replace(geometry, groups=1))
+def _number(dtype: str) -> torch.Tensor:
+    """Return the number that all made-up tensors consist of: no 1, which would be taken for an identity."""
+    return torch.tensor(0.5, dtype=getattr(torch, dtype))
 
 
 def _rim(verdict: Verdict) -> str:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from convtool.checkpoint.info import SCALES
-from convtool.core.fields import Fields, geometry_fields
-from convtool.errors import UsageError
-from convtool.modules.observed import frozen_eps, only_scales, own_tensors
-from convtool.modules.own import CONVS, NORMS, module_geometry, own_class
+from convtool.core.fields import Fields
+from convtool.errors import RefusedError, UsageError
+from convtool.kinds.kind import UNKNOWN, Kind
+from convtool.modules.own import class_of, computes_as, kind_by_class, observe, own_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +20,17 @@ class ModuleLayer:
 
     Attributes:
         name: module path.
-        kind: 'conv', 'linear', 'batch_norm' or 'scale', as a checkpoint's layers are called.
+        kind: as a checkpoint's layers have it.
         fields: its geometry, or a batch norm's eps: what its checkpoint doesn't hold.
+        axes: its spatial axes, where its tensors tell.
         foreign: why its attributes don't tell what it computes; '' where they do.
         bound: why it cannot be replaced by another layer though its fields are known; '' where it can.
     """
 
     name: str
-    kind: str
+    kind: Kind
     fields: Fields
+    axes: int | None = None
     foreign: str = ""
     bound: str = ""
 
@@ -47,10 +46,7 @@ def module_layers(model: nn.Module) -> dict[str, ModuleLayer]:
             raise UsageError(f"{name} has no shape yet, being that of a lazy module; run the model once before")
     found = {name: layer for name, module in model.named_modules() if (layer := _layer(name, module)) is not None}
     tied = _tied_layers(model)
-    return {
-        name: ModuleLayer(name, layer.kind, layer.fields, layer.foreign, layer.bound or tied.get(name, ""))
-        for name, layer in found.items()
-    }
+    return {name: replace(layer, bound=layer.bound or tied.get(name, "")) for name, layer in found.items()}
 
 
 def geometry_of(model: nn.Module) -> dict[str, Fields]:
@@ -63,27 +59,25 @@ def geometry_of(model: nn.Module) -> dict[str, Fields]:
 
 
 def _layer(name: str, module: nn.Module) -> ModuleLayer | None:
-    if isinstance(module, _ConvNd):
-        fields = geometry_fields(module_geometry(module))
-        return ModuleLayer(name, "conv", fields, _foreign(module, CONVS), _bound(module))
-    if isinstance(module, _BatchNorm):
-        if module.running_mean is None:  # it normalises by each batch's own statistics
+    kind = kind_by_class(module)
+    if kind is not None:
+        known = class_of(module, kind)
+        try:
+            fields = kind.module_fields(module)
+        except RefusedError:
             return None
-        return ModuleLayer(name, "batch_norm", {"eps": float(module.eps)}, _foreign(module, NORMS), _bound(module))
-    if isinstance(module, nn.Linear):
-        return ModuleLayer(name, "linear", {}, _foreign(module, (nn.Linear,)), _bound(module))
-    tensors = dict(own_tensors(module))
-    eps = frozen_eps(module)
-    if eps is not None:
-        return ModuleLayer(name, "batch_norm", {"eps": eps}, "", _bound(module))
-    if len(tensors) == 1 and tensors.keys() <= set(SCALES) and not list(module.children()):
-        return ModuleLayer(name, "scale", {}, "" if only_scales(module) else _custom(module), _bound(module))
-    return None
-
-
-def _foreign(module: nn.Module, own: tuple[type[nn.Module], ...]) -> str:
-    """Whether a subclass overrides what torch's class computes."""
-    return "" if own_class(module, own) else _custom(module)
+        foreign = "" if known is not None and computes_as(module, known) else _custom(module)
+        return ModuleLayer(name, kind, fields, kind.module_axes(module), foreign, _bound(module))
+    if list(module.children()):
+        return None
+    kind = own_layer(module).kind
+    if kind is UNKNOWN:
+        return None
+    observed = observe(module, kind)
+    if observed is None and not kind.parameter:
+        return None
+    foreign = "" if observed is not None else _custom(module)
+    return ModuleLayer(name, kind, observed or {}, None, foreign, _bound(module))
 
 
 def _custom(module: nn.Module) -> str:

@@ -11,26 +11,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convtool.core.conv import Conv
-from convtool.core.forward import forward
 from convtool.core.fuse import NamedConv
 from convtool.core.geometry import Geometry
 from convtool.core.tree import Chain, Sum, Tree
+from convtool.kinds.kind import Kind
 
 LEAST_SECONDS = 0.03  # of measuring each layer, so that one interruption doesn't decide
 LEAST_RUNS = 5
 
-_Key: TypeAlias = tuple[str, tuple[int, ...], bool, Geometry, tuple[int, ...], int]
+_Key: TypeAlias = tuple[Kind | None, tuple[int, ...], bool, Geometry, tuple[int, ...], int]
 
 
 class Stopwatch:
     """Measures layers, each once: layers of one shape on one size of input count as one.
 
     Args:
-        kinds: of layers by name; a batch norm is run as torch runs one, and not as a convolution.
+        kinds: of layers by name; None for what only a convolution computes.
         dtype: to run in.
     """
 
-    def __init__(self, kinds: Callable[[str], str], dtype: torch.dtype) -> None:
+    def __init__(self, kinds: Callable[[str], Kind | None], dtype: torch.dtype) -> None:
         self.kinds, self.dtype = kinds, dtype
         self.known: dict[_Key, float] = {}
 
@@ -51,7 +51,7 @@ class Stopwatch:
             return sum(seconds for seconds, _ in each), each[0][1]
         return self.layer(self.kinds(tree.name), tree.conv, size, positions), tree.conv.output_size(size)
 
-    def layer(self, kind: str, conv: Conv, size: tuple[int, ...], positions: int) -> float:
+    def layer(self, kind: Kind | None, conv: Conv, size: tuple[int, ...], positions: int) -> float:
         """Seconds of one run of a layer: the shortest of several, as whatever else the machine does only adds."""
         key = (kind, tuple(conv.weight.shape), conv.bias is not None, conv.geometry, size, positions)
         if key not in self.known:
@@ -71,7 +71,9 @@ def _shortest(run: Callable[[], Tensor]) -> float:
     return best
 
 
-def _runner(kind: str, conv: Conv, size: tuple[int, ...], positions: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+def _runner(
+    kind: Kind | None, conv: Conv, size: tuple[int, ...], positions: int, dtype: torch.dtype
+) -> Callable[[], Tensor]:
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
@@ -85,7 +87,4 @@ def _runner(kind: str, conv: Conv, size: tuple[int, ...], positions: int, dtype:
             return lambda: x * real.weight[:, 0]
         return lambda: F.linear(x, weight, real.bias)
     x = noise(1, conv.in_channels, *size)
-    if kind == "batch_norm":
-        ones = torch.ones(conv.in_channels, dtype=dtype)
-        return lambda: F.batch_norm(x, ones, ones, ones, ones)
-    return lambda: forward(real, x)
+    return (kind or Kind()).timed(real, x)

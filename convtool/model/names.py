@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from convtool.core.functions import is_function
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves
 
 
 def tree_in_short(tree: Tree[LayerRef]) -> str:
     """'layer1.0: conv1 + bn1' for a chain; '(a | b)' for a sum."""
-    names = [leaf.name for leaf in leaves(tree) if not is_function(leaf.name)]
+    names = [leaf.name for leaf in leaves(tree) if not leaf.written]
     shared = _shared(names)
     text = _text(map_leaves(lambda leaf: LayerRef(leaf.name.removeprefix(shared)), tree))
     return f"{shared.removesuffix('.')}: {text}" if shared else text

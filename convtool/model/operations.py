@@ -6,26 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
-
 from convtool.core.flow import Op
 from convtool.errors import UsageError
 from convtool.model.layers import ModuleLayer
 
 
-def layer_axes(layer: ModuleLayer, module: nn.Module, rank: int) -> int | None:
-    """Spatial axes that a layer moves over in an input of that many axes; None where it reads it another way."""
-    if layer.kind == "conv":
-        axes = len(module.kernel_size)  # type: ignore[arg-type]
-        if rank == axes + 1:
-            raise UsageError(
-                f"{layer.name} reads an input of {rank} axes, which is one without a batch; the input size is that of"
-                " the model's input with the channels in front, such as 3,224,224"
-            )
-        return axes if rank == axes + 2 else None
-    if layer.kind == "batch_norm":
-        return rank - 2 if rank >= 2 else None
-    return 0 if rank >= 2 else None  # linear, scale: the last axis
+def layer_axes(layer: ModuleLayer, rank: int) -> int | None:
+    """Return the spatial axes that a layer moves over in an input of that many axes; None where in another way."""
+    try:
+        return layer.kind.moves_over(rank, layer.axes)
+    except UsageError as error:
+        raise UsageError(f"{layer.name} {error}") from None
 
 
 def classify(

@@ -13,21 +13,23 @@ from torch import nn
 from convtool import __version__
 from convtool.api import apply_checkpoint
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.fusion import check_ties, lower_for, plan_layer
 from convtool.checkpoint.record import FusionRecord, Record, SourceLayer
-from convtool.core.fields import FieldSource, FieldSources, geometry_fields
+from convtool.core.fields import geometry_fields
 from convtool.core.flow import Flow, Obstacle, find_stretches
-from convtool.core.functions import flatten_size, is_function
 from convtool.core.partition import Cost as Price
 from convtool.core.partition import partition
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.errors import ConvtoolError, RefusedError, UsageError
-from convtool.model.judge import Cost, Exact, Judge, Piece
+from convtool.fusing.fusion import check_ties, plan_layer
+from convtool.fusing.lowering import lower_tree
+from convtool.kinds.kind import Kind, Layer
+from convtool.kinds.stated import FieldSource, FieldSources
+from convtool.kinds.written import read_layer
+from convtool.model.judge import Cost, Exact, Judge, Piece, with_fields
 from convtool.model.layers import module_layers
 from convtool.model.measure import Stopwatch
 from convtool.model.planned import LeftAlone, Plan, PlannedPiece
 from convtool.model.rehearse import failures
-from convtool.model.shapes import LayerShape, layer_shapes
 from convtool.model.state import StateCheckpoint
 from convtool.model.trace import example_input, trace
 
@@ -100,7 +102,7 @@ def fuse_model(
     layers = []
     for one in found.fusions:
         size = one.piece.input_size if one.piece.exact is Exact.THIS_SIZE else None
-        lowered = lower_for({BASE: base}, one.piece.tree, sources, size)
+        lowered = lower_tree({BASE: base}, one.piece.tree, sources, size)
         layers.append(plan_layer(base, one.name, lowered, input_size=size))
     edits = [layer.edit for layer in layers]
     check_ties(base, edits)
@@ -126,8 +128,8 @@ class _Planner:
         self.cheaper = only_if_cheaper or measure
         self.layers = module_layers(model)
         self.state = StateCheckpoint.of(model)
-        self.shapes = layer_shapes(self.state, self.layers, is_biased or self._is_biased)
-        self.judge = Judge(flow, self.shapes)
+        self.shapes = with_fields(self.state, self.layers)
+        self.judge = Judge(flow, self.shapes, is_biased or self._is_biased)
         self.flow = replace(flow, apart={**self._resized(), **flow.apart})
         self.watch = Stopwatch(self._kind, _dtype(model)) if measure else None
         self.left_alone: list[LeftAlone] = []
@@ -179,7 +181,7 @@ class _Planner:
         def price(start: int, stop: int) -> Price | None:
             if stop - start == 1:
                 return alone[start][0]
-            if _is_flatten(parts[start]) or _is_flatten(parts[stop - 1]):
+            if _is_written(parts[start]) or _is_written(parts[stop - 1]):
                 return None
             piece = self._allowed(Chain(parts[start:stop]))
             if piece is None:
@@ -194,7 +196,7 @@ class _Planner:
 
     def _say_why(self, parts: Sequence[Tree[LayerRef]], cuts: Sequence[tuple[int, int]]) -> None:
         """For each cut, why what meets there isn't one layer."""
-        solid = [cut for cut in cuts if not (cut[1] - cut[0] == 1 and _is_flatten(parts[cut[0]]))]
+        solid = [cut for cut in cuts if not (cut[1] - cut[0] == 1 and _is_written(parts[cut[0]]))]
         for (start, _), (_, stop) in itertools.pairwise(solid):
             both = Chain(tuple(parts[start:stop]))
             self._leave(both, self._why_apart(both))
@@ -220,12 +222,12 @@ class _Planner:
         return piece if good else None
 
     def _judged(self, tree: Tree[LayerRef]) -> Piece:
-        kinds = {self.shapes[leaf.name].kind for leaf in leaves(tree) if not is_function(leaf.name)}
-        if not kinds & {"conv", "linear"}:
+        named = [leaf.name for leaf in leaves(tree) if not leaf.written]
+        if not any(self.shapes[name].kind.main for name in named):
             raise RefusedError("there is no convolution or linear layer among them that could take the others in")
-        for leaf in leaves(tree):
-            if not is_function(leaf.name) and set(leaf.name) & set("{}*?!@:()[]"):
-                raise RefusedError(f"{leaf.name!r} has a sign in it that means something else in recipes")
+        for name in named:
+            if set(name) & set("{}*?!@:()[]"):
+                raise RefusedError(f"{name!r} has a sign in it that means something else in recipes")
         return self.judge.judge(tree)
 
     # --- prices
@@ -233,11 +235,11 @@ class _Planner:
     def _price(self, piece: Piece) -> Price:
         cost = float(piece.after.multiply_adds)
         if self.watch is not None:
-            cost = self.watch.layer("conv", piece.fused, piece.input_size[1:], piece.positions)
+            cost = self.watch.layer(None, piece.fused, piece.input_size[1:], piece.positions)
         return (cost, 1.0) if self.cheaper else (1.0, cost)
 
     def _price_apart(self, ref: LayerRef) -> Price:
-        if is_function(ref.name):
+        if ref.written:
             return 0.0, 0.0
         piece = self.judge.judge(ref)
         cost = float(piece.before.multiply_adds)
@@ -250,7 +252,7 @@ class _Planner:
             return None
         size = piece.input_size[1:]
         before = self.watch.seconds(piece.apart, size, piece.positions)
-        return before, self.watch.layer("conv", piece.fused, size, piece.positions)
+        return before, self.watch.layer(None, piece.fused, size, piece.positions)
 
     def _cost_in_words(self, piece: Piece) -> tuple[str, str]:
         seconds = self._seconds(piece)
@@ -263,9 +265,9 @@ class _Planner:
         told = {}
         for step in self.flow.calls():
             shape = self.shapes.get(step.name)
-            if shape is None or shape.geometry is None:
+            if shape is None or not shape.axes():
                 continue
-            if step.shape[2:] != shape.geometry.output_size(self.flow.input_shape(step)[2:]):
+            if step.shape[2:] != self.judge.geometry(step).output_size(self.flow.input_shape(step)[2:]):
                 told[step.name] = "the model's code gives it an output size of its own"
         return told
 
@@ -273,7 +275,7 @@ class _Planner:
         bias = self.state.tensor(f"{name}.bias" if name else "bias")
         return bias.is_meta or bool(bias.count_nonzero())
 
-    def _kind(self, name: str) -> str:
+    def _kind(self, name: str) -> Kind:
         return self.shapes[name].kind
 
     def _total(self) -> Cost:
@@ -288,7 +290,7 @@ class _Planner:
     # --- the rest
 
     def _leave(self, tree: Tree[LayerRef], reason: str) -> None:
-        names = tuple(leaf.name for leaf in leaves(tree) if not is_function(leaf.name))
+        names = tuple(leaf.name for leaf in leaves(tree) if not leaf.written)
         self.left_alone.append(LeftAlone(names, reason))
 
     def _record(self, one: PlannedPiece) -> FusionRecord:
@@ -296,7 +298,7 @@ class _Planner:
         size = piece.input_size[1:] if piece.exact is Exact.THIS_SIZE else None
         return FusionRecord(
             one.name,
-            self._sources(piece.tree),
+            map_leaves(self._source, piece.tree),
             geometry_fields(piece.fused.geometry),
             "",
             True,
@@ -304,24 +306,19 @@ class _Planner:
             ((0, 0),) * piece.fused.spatial_axes,
         )
 
-    def _sources(self, tree: Tree[LayerRef]) -> Tree[SourceLayer]:
-        """The layers as a record has them, which knows no flatten: that is the model's own, and stays."""
-        if isinstance(tree, Chain):
-            return Chain(tuple(self._sources(part) for part in tree.parts if not _is_flatten(part)))
-        if isinstance(tree, Sum):
-            return Sum(tuple(self._sources(part) for part in tree.parts))
-        layer = self.layers.get(tree.name)
-        return SourceLayer(tree.name, self.shapes[tree.name].kind, {} if layer is None else layer.fields)
+    def _source(self, leaf: LayerRef) -> SourceLayer:
+        if leaf.written:
+            return SourceLayer(leaf.name, read_layer(leaf.name).kind, {})
+        return SourceLayer(leaf.name, self.shapes[leaf.name].kind, self.shapes[leaf.name].fields)
 
 
-def _name(tree: Tree[LayerRef], shapes: Mapping[str, LayerShape]) -> str:
-    """The layer whose place the fused one takes: the first convolution or linear layer."""
-    names = [leaf.name for leaf in leaves(tree) if not is_function(leaf.name)]
-    return next(name for name in names if shapes[name].kind in ("conv", "linear"))
+def _name(tree: Tree[LayerRef], layers: Mapping[str, Layer]) -> str:
+    """Return the layer whose place the fused one takes: the first main one."""
+    return next(leaf.name for leaf in leaves(tree) if not leaf.written and layers[leaf.name].kind.main)
 
 
-def _is_flatten(part: Tree[LayerRef]) -> bool:
-    return isinstance(part, LayerRef) and flatten_size(part.name) is not None
+def _is_written(part: Tree[LayerRef]) -> bool:
+    return isinstance(part, LayerRef) and part.written
 
 
 def _obstacle(obstacle: Obstacle) -> LeftAlone:

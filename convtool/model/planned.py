@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from convtool.core.fields import Fields, FieldSource, field_tables
+from convtool.core.fields import Fields
 from convtool.core.names import toml_string
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves
+from convtool.kinds.stated import FieldSource, field_tables
 from convtool.model.judge import Cost, Exact, Piece
 
 

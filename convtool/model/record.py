@@ -114,9 +114,9 @@ class _Recorder(TorchDispatchMode):
         reads = self.pending
         axes = None
         if len(reads) == 1 and isinstance(output, Tensor):
-            axes = layer_axes(self.layers[name], self.model.get_submodule(name), reads[0].dim())
+            axes = layer_axes(self.layers[name], reads[0].dim())
         op = Op.OTHER if axes is None else Op.LAYER
-        flattens = self.layers[name].kind == "linear"
+        flattens = self.layers[name].kind.channels_last
         tensors = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
         shape = tuple(tensors[0].shape) if tensors else ()
         self.new(Step(op, name, self._reads(reads), shape, axes or 0, flattens), tensors)

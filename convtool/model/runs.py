@@ -7,9 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from convtool.model.judge import Judge
+from convtool.model.judge import Judge, with_fields
 from convtool.model.layers import module_layers
-from convtool.model.shapes import layer_shapes
 from convtool.model.state import StateCheckpoint
 from convtool.model.trace import example_input, trace
 
@@ -39,7 +38,7 @@ def layer_runs(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[La
         RefusedError: its data flow can't be followed.
     """
     flow = trace(model, (example_input(model, input_size),))
-    judge = Judge(flow, layer_shapes(StateCheckpoint.of(model), module_layers(model), lambda name: True))
+    judge = Judge(flow, with_fields(StateCheckpoint.of(model), module_layers(model)), lambda name: True)
     runs: dict[str, list[LayerRun]] = {}
     for step in flow.calls():
         run = LayerRun(flow.input_shape(step)[1:], step.shape[1:], judge.cost(step).multiply_adds)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from convtool.core.conv import Conv
 from convtool.core.geometry import format_sizes
 from convtool.errors import RefusedError, UsageError
-from convtool.modules.own import CONVS
 
 
 def live_module(conv: Conv, dtype: torch.dtype) -> nn.Module:
@@ -48,7 +47,7 @@ def live_module(conv: Conv, dtype: torch.dtype) -> nn.Module:
         fields["output_padding"] = geometry.output_padding
     elif even:
         fields["padding_mode"] = geometry.padding_mode
-    kind: Any = CONVS[axes - 1 + (3 if geometry.transposed else 0)]
+    kind: Any = getattr(nn, f"Conv{'Transpose' if geometry.transposed else ''}{axes}d")
     module: nn.Module = kind(conv.in_channels, conv.out_channels, geometry.kernel_size, **fields)
     if not even and geometry.transposed:
         module.register_forward_hook(CropOutput(geometry.padding))

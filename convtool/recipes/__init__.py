@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from importlib import resources
 
-from convtool.recipe import Recipe, parse_recipe
+from convtool.fusing.recipe import Recipe, parse_recipe
 
 
 def shipped() -> dict[str, Recipe]:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.chain import LoweredLayer, find_named, full_name, lower_tree
-from convtool.checkpoint.info import FUNCTION
+from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import FusionRecord, Path, SourceLayer, spelled_out
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, output_size
-from convtool.core.fields import FieldSource, FieldSources
-from convtool.core.functions import is_function
 from convtool.core.geometry import LARGEST, format_sizes
 from convtool.core.inputs import widest_layer
 from convtool.core.sizes import alike_size, split_input_size
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.core.verify import LARGEST_INPUT
 from convtool.errors import InputError, UsageError
+from convtool.fusing.lowering import LoweredLayer, full_name, lower_tree
+from convtool.kinds.stated import FieldSource, FieldSources
+from convtool.kinds.written import read_layer
 
 CHUNK = 1 << 24  # bytes compared at a time
 
@@ -144,7 +143,7 @@ def recorded_pairings(
     pairings = []
     for name, spelled in spelled_out(fusions).items():
         tree = spelled.tree
-        chain = [source for source in leaves(tree) if source.kind != FUNCTION and source.origin == BASE]
+        chain = [source for source in leaves(tree) if not source.written and source.origin == BASE]
         missing = [source.name for source in chain if not _has_layer(before, source.name)]
         if missing or name not in after.layers:
             where, which = (before.path, missing[0]) if missing else (after.path, name)
@@ -168,9 +167,10 @@ def _lower_recorded(
     names = {full_name(source.name, source.origin): source for source in leaves(tree)}
     known = FieldSource("record", {name: source.fields for name, source in names.items()}, exact_names=True)
     try:
-        return lower_tree(checkpoints, _names(tree), sources.with_first(known), spatial_axes=axes)
+        refs = map_leaves(lambda source: LayerRef(source.name, source.origin), tree)
+        return lower_tree(checkpoints, refs, sources.with_first(known), axes=axes)
     except UsageError as error:
-        lacking = any(source.kind != FUNCTION and source.origin not in checkpoints for source in names.values())
+        lacking = any(not source.written and source.origin not in checkpoints for source in names.values())
         if lacking or any(sources.fields(name) for name in names):
             raise
         raise _does_not_fit(after, error) from None
@@ -178,15 +178,13 @@ def _lower_recorded(
 
 def _check_kind(source: SourceLayer, checkpoints: Mapping[str, Checkpoint], after: Checkpoint) -> None:
     """InputError where the record takes a layer for what it isn't."""
-    found = FUNCTION
-    if not is_function(source.name):
-        if source.origin not in checkpoints:
-            return  # which is said where it is read
-        found = find_named(checkpoints[source.origin], source.name).kind
-    if source.kind != found:
+    if not source.written and source.origin not in checkpoints:
+        return  # which is said where it is read
+    found = (read_layer(source.name) if source.written else checkpoints[source.origin].part(source.name)).kind
+    if source.kind is not found:
         raise InputError(
-            f"{after.path}: its convtool record is damaged: it calls {source.name!r} a {source.kind.replace('_', ' ')},"
-            f" and it is a {found.replace('_', ' ')}"
+            f"{after.path}: its convtool record is damaged: it calls {source.name!r} a {source.kind.label}, and it is a"
+            f" {found.label}"
         )
 
 
@@ -196,38 +194,16 @@ def _does_not_fit(after: Checkpoint, error: UsageError) -> InputError:
 
 
 def _stands(fusion: FusionRecord) -> Tree[LayerRef]:
-    """What stands in AFTER: the layer, between a flatten and an unflatten where it is linear and its sources aren't."""
-    around = [(name, size) for name, size in (("flatten", fusion.flatten), ("unflatten", fusion.unflatten)) if size]
-    if not around:
-        return LayerRef(fusion.name)
-    before, after = (
-        [LayerRef(f"{name}({format_sizes(size)})") for name, size in around if name == wanted]
-        for wanted in ("flatten", "unflatten")
-    )
-    return Chain((*before, LayerRef(fusion.name), *after))
+    """Return what stands in AFTER for the sources: the layer, between what gives and takes the form of its tensors."""
+    return Chain(tuple(LayerRef(name) for name in (fusion.before, fusion.name, fusion.after) if name))
 
 
 def _has_layer(checkpoint: Checkpoint, name: str) -> bool:
     """Whether there is a layer of exactly that name, or a tensor of it that went into a fusion as a scale."""
     try:
-        return find_named(checkpoint, name).name == name
+        return checkpoint.part(name).name == name
     except UsageError:
         return False
-
-
-def _names(tree: Tree[SourceLayer]) -> Tree[LayerRef]:
-    """The names of recorded layers, a flatten put back before the linear layer that it was recorded with."""
-    if isinstance(tree, Chain):
-        return Chain(tuple(part for item in tree.parts for part in _names_in_chain(item)))
-    if isinstance(tree, Sum):
-        return Sum(tuple(_names(part) for part in tree.parts))
-    return LayerRef(tree.name, tree.origin)
-
-
-def _names_in_chain(item: Tree[SourceLayer]) -> Iterator[Tree[LayerRef]]:
-    if isinstance(item, SourceLayer) and "flatten" in item.fields:
-        yield LayerRef(f"flatten({format_sizes(item.fields['flatten'])})")
-    yield _names(item)
 
 
 def differing_tensors(

@@ -1,27 +1,17 @@
-"""Lowered layers as they are held against each other: batch norms step by step, and how far storing moved each number.
-
-A batch norm lowered to one layer has one bias, offset - mean * scale, which may be small where its two parts aren't.
-The bound on what another program's arithmetic can have done to it goes by the parts, so here a batch norm is the two
-layers that its definition names: less the mean, and then times the scale plus the offset.
-"""
+"""Lowered layers as they are held against each other, and the check of a fusion before it is written."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
-import torch
-from torch import Tensor
-
-from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.chain import LoweredLayer
-from convtool.checkpoint.fusion import PlannedLayer
-from convtool.core.bound import Stored, half_ulp, stored
-from convtool.core.conv import Conv
-from convtool.core.expression import Expression
+from convtool.checkpoint import Checkpoint
+from convtool.core.bound import Stored
+from convtool.core.expression import Expression, joined
 from convtool.core.sizes import alike_size, default_sizes
 from convtool.core.tree import Chain, Sum, Tree, fold, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
+from convtool.fusing.fusion import PlannedLayer
+from convtool.fusing.lowering import LoweredLayer
 
 PLAN_TRIALS = 2  # random inputs for each fusion that is checked before it is written
 PLAN_SIZES = 2  # and input sizes: one, and one that the stride doesn't divide
@@ -41,9 +31,8 @@ def stored_tree(tree: Tree[LoweredLayer], checkpoints: Mapping[str, Checkpoint])
     """The layers of AFTER, each number with what rounding it when it was stored can have moved it by."""
 
     def one(leaf: LoweredLayer) -> Tree[Stored]:
-        if leaf.layer.kind == "batch_norm":
-            return _batch_norm(leaf, checkpoints[leaf.origin])
-        return stored(leaf.conv)
+        tensors = checkpoints[leaf.origin].tensors_of(leaf.layer) if leaf.layer.tensors else {}
+        return leaf.layer.kind.stored(leaf.conv, tensors, leaf.fields)
 
     def chain(parts: list[Tree[Stored]]) -> Tree[Stored]:
         return Chain(tuple(parts))
@@ -51,39 +40,7 @@ def stored_tree(tree: Tree[LoweredLayer], checkpoints: Mapping[str, Checkpoint])
     def total(parts: list[Tree[Stored]]) -> Tree[Stored]:
         return Sum(tuple(parts))
 
-    return fold(tree, one, chain, total)
-
-
-def _batch_norm(lowered: LoweredLayer, checkpoint: Checkpoint) -> Chain[Stored]:
-    """Less the mean, and then times weight / sqrt(variance + eps), plus the bias."""
-    tensors = {name: checkpoint.tensor(info.name) for name, info in lowered.layer.tensors.items()}
-    mean, bias = tensors["running_mean"], tensors.get("bias")
-    geometry, scale = lowered.conv.geometry, lowered.conv.weight  # (C, 1, ...)
-    error = _scale_error(scale.flatten(), tensors, lowered.fields["eps"]).reshape(scale.shape)
-    moved = Conv(torch.ones_like(scale), -mean.to(torch.float64), geometry)
-    scaled = Conv(scale, None if bias is None else bias.to(torch.float64), geometry)
-    return Chain(
-        (
-            Stored(moved, torch.zeros_like(scale), _half(mean)),
-            Stored(scaled, error, None if bias is None else _half(bias)),
-        )
-    )
-
-
-def _scale_error(scale: Tensor, tensors: Mapping[str, Tensor], eps: float) -> Tensor:
-    """(C,) the most that storing weight and variance moved the scale by.
-
-    d(scale)/scale = d(weight)/weight - d(variance)/(2 variance), and for steps of some size a little more.
-    """
-    variance = tensors["running_var"].to(torch.float64) + eps
-    step = _half(tensors["running_var"]) / variance
-    relative = torch.where(step < 0.5, step / 2 / (1 - step), math.inf)
-    error = scale.abs() * relative
-    return error if "weight" not in tensors else error + _half(tensors["weight"]) / variance.sqrt() * (1 + relative)
-
-
-def _half(tensor: Tensor) -> Tensor:
-    return half_ulp(tensor, tensor.dtype)
+    return fold(joined(tree), one, chain, total)
 
 
 def check_planned(

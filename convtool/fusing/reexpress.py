@@ -10,12 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.chain import LoweredLayer
+from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.fusion import module_text
-from convtool.checkpoint.info import FUNCTION, Layer
-from convtool.checkpoint.lower import lower_layer
 from convtool.checkpoint.record import FusionRecord, SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.fields import Fields, geometry_fields
@@ -24,6 +20,10 @@ from convtool.core.reexpress import Residual, matrix_to_conv, patches_to_linear
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.tree import Chain
 from convtool.errors import RefusedError, UsageError
+from convtool.fusing.fusion import module_text
+from convtool.fusing.lowering import LoweredLayer
+from convtool.kinds.kind import Layer
+from convtool.kinds.written import read_layer
 
 # Of the weight's own rounding steps, relative to its largest entry: a matrix whose taps padding summed up gives its
 # kernel back by a small linear system, not to the last bit.
@@ -61,7 +61,8 @@ def as_linear(lowered: LoweredLayer) -> Reexpression:
     except RefusedError as error:
         raise RefusedError(f"{layer.name}: {error}") from None
     kernel = conv.geometry.kernel_size
-    record = _record(layer.name, Chain((lowered.source(),)), {}, weight, (conv.in_channels, *kernel), flatten=kernel)
+    sizes = (conv.in_channels, *kernel)
+    record = _record(layer.name, Chain((lowered.source(),)), {}, weight, sizes, before=_text("flatten", kernel))
     return Reexpression(layer.name, _edit(layer, weight, conv.bias), record, _linear_text(weight, conv.bias))
 
 
@@ -90,8 +91,8 @@ def as_toeplitz(lowered: LoweredLayer, size: Sequence[int]) -> Reexpression:
         {},
         weight,
         sizes,
-        flatten=matrix.input_size,
-        unflatten=matrix.output_size,
+        before=_text("flatten", matrix.input_size),
+        after=_text("unflatten", matrix.output_size),
     )
     return Reexpression(layer.name, _edit(layer, weight, bias), record, _linear_text(weight, bias))
 
@@ -110,9 +111,9 @@ def as_conv(
         RefusedError: the weight isn't the matrix of such a convolution; the message says how far it is from one.
         UsageError: it isn't a linear layer, or the sizes don't fit.
     """
-    if layer.kind != "linear":
-        raise UsageError(f"{layer.name}: is a {layer.kind.replace('_', ' ')}, not a linear layer; it stays as it is")
-    lower_layer(checkpoint, layer, {}, 0)  # finite numbers, and tensors that fit each other
+    if not layer.kind.channels_last:
+        raise UsageError(f"{layer.name}: is a {layer.kind.label}, not a linear layer; it stays as it is")
+    checkpoint.lower(layer, {}, 0)  # finite numbers, and tensors that fit each other
     weight, bias = checkpoint.tensor(layer.tensors["weight"].name), layer.tensors.get("bias")
     channels, *size = input_size
     if weight.shape[1] != channels * math.prod(size):
@@ -135,10 +136,10 @@ def as_conv(
             f" (row {row}, column {column}); other sizes, or another geometry?"
         )
     output_size = geometry.output_size(size)
-    source = [SourceLayer(layer.name, layer.kind, {"flatten": tuple(size)})]
+    sources = [_written("flatten", size), SourceLayer(layer.name, layer.kind, {})]
     if math.prod(output_size) > 1:
-        source.append(SourceLayer(f"unflatten({format_sizes(output_size)})", FUNCTION, {}))
-    record = _record(layer.name, Chain(tuple(source)), geometry_fields(geometry), conv.weight, tuple(input_size))
+        sources.append(_written("unflatten", output_size))
+    record = _record(layer.name, Chain(tuple(sources)), geometry_fields(geometry), conv.weight, tuple(input_size))
     return Reexpression(layer.name, _conv_edit(layer, conv), record, module_text(conv), residual)
 
 
@@ -148,11 +149,20 @@ def _record(
     fields: Fields,
     weight: Tensor,
     input_size: tuple[int, ...],
-    flatten: tuple[int, ...] | None = None,
-    unflatten: tuple[int, ...] | None = None,
+    before: str = "",
+    after: str = "",
 ) -> FusionRecord:
     dtype = str(weight.dtype).removeprefix("torch.")
-    return FusionRecord(name, tree, fields, dtype, True, input_size, (), flatten, unflatten)
+    return FusionRecord(name, tree, fields, dtype, True, input_size, (), before, after)
+
+
+def _text(kind: str, size: Sequence[int]) -> str:
+    return f"{kind}({format_sizes(size)})"
+
+
+def _written(kind: str, size: Sequence[int]) -> SourceLayer:
+    layer = read_layer(_text(kind, size))
+    return SourceLayer(layer.name, layer.kind, {})
 
 
 def _edit(layer: Layer, weight: Tensor, bias: Tensor | None) -> Edit:

@@ -7,14 +7,14 @@ from dataclasses import replace
 from math import isfinite, prod
 
 from convtool.checkpoint import Checkpoint
-from convtool.checkpoint.chain import full_name
-from convtool.checkpoint.fusion import check_nothing_missed
 from convtool.core.fields import Fields
-from convtool.core.functions import check_closed
 from convtool.core.names import unwrap
 from convtool.core.tree import BASE, Chain, LayerRef
 from convtool.errors import InputError
-from convtool.recipe import Known, LayerFacts, Names, PlannedFusion, Recipe, resolve
+from convtool.fusing.fusion import check_nothing_missed
+from convtool.fusing.lowering import full_name
+from convtool.fusing.recipe import Known, Names, PlannedFusion, Recipe, resolve
+from convtool.kinds.written import check_closed
 from convtool.recipes import shipped
 
 
@@ -35,7 +35,7 @@ def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Chec
     if name:
         bare = {unwrap(ref.name) for ref in refs if ref.source == BASE}
         near = (layer for layer in checkpoints[BASE].layers if unwrap(layer) in bare)
-        name = Names(_facts(checkpoints[BASE])).write(name, near)
+        name = Names(checkpoints[BASE].layers).write(name, near)
     return PlannedFusion(name, Chain(refs))
 
 
@@ -88,15 +88,8 @@ def _known(
             raise InputError(f"{checkpoints[source].path}: {name}: holds {value}; nothing exact can be said of it")
         return value
 
-    facts = {source: _facts(opened) for source, opened in checkpoints.items()}
-    return Known(facts, number, fields, ordered=_keeps_order(checkpoints[BASE]))
-
-
-def _facts(checkpoint: Checkpoint) -> dict[str, LayerFacts]:
-    return {
-        layer.name: LayerFacts(layer.kind, layer.tensors["weight"].shape if "weight" in layer.tensors else ())
-        for layer in checkpoint.layers.values()
-    }
+    layers = {source: opened.layers for source, opened in checkpoints.items()}
+    return Known(layers, number, fields, ordered=_keeps_order(checkpoints[BASE]))
 
 
 def _keeps_order(checkpoint: Checkpoint) -> bool:

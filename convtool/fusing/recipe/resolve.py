@@ -9,13 +9,21 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from convtool.core.fields import Fields
-from convtool.core.functions import is_function
 from convtool.core.geometry import format_sizes
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import UsageError
-from convtool.recipe.language import ALPHA, Plan, Recipe, Rule, anchors_of, texts_of
-from convtool.recipe.names import Effort, Layers, Names
-from convtool.recipe.pattern import VARIABLE, Binding, Pattern, counted_in, filled, shortened, shown, variables_of
+from convtool.fusing.recipe.language import ALPHA, Plan, Recipe, Rule, anchors_of, texts_of
+from convtool.fusing.recipe.names import Effort, Layers, Names
+from convtool.fusing.recipe.pattern import (
+    VARIABLE,
+    Binding,
+    Pattern,
+    counted_in,
+    filled,
+    shortened,
+    shown,
+    variables_of,
+)
 
 Ref: TypeAlias = Tree[LayerRef]
 
@@ -93,7 +101,7 @@ class _Resolution:
             if tree is not None:
                 if self.rule.in_order and self.known.ordered:
                     self._check_order(tree)
-                near = (ref.name for ref in leaves(tree) if ref.source == BASE and not is_function(ref.name))
+                near = (ref.name for ref in leaves(tree) if ref.source == BASE and not ref.written)
                 name = self.names[BASE].write(filled(self.rule.name, binding), near)
                 yield PlannedFusion(name, tree, self.rule.input_size)
 
@@ -240,8 +248,8 @@ class _Resolution:
         alpha = self.known.number(source, self._tensor(source, tensor.removesuffix("?")))
         if alpha is None and not optional:
             raise UsageError(f"{self.origin}: alpha: there is no tensor {source}:{tensor} of one number")
-        layers = (ref for part in chain for ref in leaves(part) if not is_function(ref.name))
-        shapes = (self.known.layers[ref.source][ref.name].shape for ref in layers)
+        layers = (ref for part in chain for ref in leaves(part) if not ref.written)
+        shapes = (self.known.layers[ref.source][ref.name].shapes.get("weight") for ref in layers)
         rank = next((shape[0] for shape in shapes if shape), 0)
         if not rank:
             raise UsageError(f"{self.origin}: alpha: {tensor} goes with no layer whose output channels are known")
@@ -261,12 +269,12 @@ class _Resolution:
         def answer(match: re.Match[str]) -> str:
             question, name = match.groups()
             layer = self.names[BASE].find(name)
-            if layer is None or self.known.layers[BASE][layer].kind != "conv":
+            if layer is None or not (axes := self.known.layers[BASE][layer].axes()):
                 raise UsageError(f"{self.origin}: {shortened(text)}: there is no convolution {shortened(name)}")
             if question == "stride":
                 stride = self.known.fields(layer).get("stride", 1)
                 return str(stride) if isinstance(stride, int) else format_sizes(stride)
-            kernel = self.known.layers[BASE][layer].shape[2:]
+            kernel = self.known.layers[BASE][layer].shapes["weight"][-axes:]
             return format_sizes(kernel if question == "kernel" else (k // 2 for k in kernel))
 
         return _ASKED.sub(answer, text)
@@ -313,7 +321,7 @@ def _check_claims(planned: Sequence[PlannedFusion], origin: str) -> None:
     owners: dict[tuple[str, str], str] = {}
     for fusion in planned:
         for ref in leaves(fusion.tree):
-            if is_function(ref.name):
+            if ref.written:
                 continue
             owner = owners.setdefault((ref.source, ref.name), "")
             if owner:

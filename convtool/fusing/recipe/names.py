@@ -11,12 +11,12 @@ import re
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 
 from convtool.core.names import WRAPPERS, unwrap
 from convtool.errors import UsageError
-from convtool.recipe.pattern import VARIABLE, Binding, Pattern, filled, variables_of
+from convtool.fusing.recipe.pattern import VARIABLE, Binding, Pattern, filled, variables_of
+from convtool.kinds.kind import Layer
 
 EFFORT = 200_000_000  # steps of matching that resolving a recipe may take at most: seconds
 _COMPILING = 5000  # steps that making a regular expression takes as long as
@@ -31,16 +31,8 @@ _NUMBER = "[0-9]{1,18}"
 _ANY = ".+"
 
 
-@dataclass(frozen=True, slots=True)
-class LayerFacts:
-    """What a recipe asks about a layer: its kind, and the shape of its weight ((C_out, C_in, *kernel); () for none)."""
-
-    kind: str
-    shape: tuple[int, ...] = ()
-
-
 # Layers by the source that they come from, and by name.
-Layers: TypeAlias = Mapping[str, Mapping[str, LayerFacts]]
+Layers: TypeAlias = Mapping[str, Mapping[str, Layer]]
 
 
 class Effort:
@@ -62,12 +54,12 @@ class Effort:
 class Names:
     """The names of one checkpoint's layers."""
 
-    def __init__(self, layers: Mapping[str, LayerFacts]) -> None:
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
         bare = {name: unwrap(name) for name in layers}
         times = Counter(bare.values())
         # Two names that only wrappers tell apart stay as they are written.
         self._written = {short if times[short] == 1 else name: name for name, short in bare.items()}
-        self._facts = {short: layers[name] for short, name in self._written.items()}
+        self._layers = {short: layers[name] for short, name in self._written.items()}
         self._place = {short: number for number, short in enumerate(self._written)}
         self._sorted = sorted(self._written)
 
@@ -90,7 +82,7 @@ class Names:
         if "*" not in pattern.text and variables_of(pattern.text) <= binding.keys():  # one name: no need to search
             name = filled(pattern.text, binding)
             key = self._key(name)
-            fits = key is not None and pattern.kind in ("", self._facts[key].kind)
+            fits = key is not None and pattern.kind in ("", self._layers[key].kind.name)
             return [(self._written[key], {})] if key is not None and fits else []
         found: dict[str, dict[str, str]] = {}
         for text in dict.fromkeys((unwrap(pattern.text), pattern.text)):
@@ -98,7 +90,7 @@ class Names:
             effort.spend(_COMPILING, pattern)
             for key in self._starting_with(expression.beginning):
                 effort.spend(_LOOKING, pattern)
-                if pattern.kind not in ("", self._facts[key].kind):
+                if pattern.kind not in ("", self._layers[key].kind.name):
                     continue
                 effort.spend(expression.ways(key), pattern)
                 values = expression.values(key)

@@ -4,23 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 import torch
 
-from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.chain import LoweredLayer, find_named, lower_tree, stored_dtype
+from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import FusionRecord
 from convtool.core.compose import compose
 from convtool.core.conv import Conv, pointwise
-from convtool.core.expression import multiply_adds, work_per_position
-from convtool.core.fields import FieldSources, geometry_fields
-from convtool.core.functions import flatten_size, is_function
+from convtool.core.expression import joined, multiply_adds, work_per_position
+from convtool.core.fields import geometry_fields
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
-from convtool.core.geometry import format_sizes
 from convtool.core.sizes import split_input_size
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, first_leaves, has_sum, leaves, map_leaves
 from convtool.errors import RefusedError, UsageError
+from convtool.fusing.lowering import LoweredLayer, stored_dtype
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +72,7 @@ class PlannedLayer:
 
     def multiply_adds(self, input_size: Sequence[int] | None) -> tuple[float, float]:
         """Before and after: for one input of that size, or where None for each position of a large input."""
-        tree: Tree[Conv] = map_leaves(lambda layer: layer.conv, self.tree)
+        tree: Tree[Conv] = map_leaves(lambda layer: layer.conv, joined(self.tree))
         conv = self.fusion.conv
         if input_size is None:
             return work_per_position(tree), work_per_position(conv)
@@ -87,11 +86,11 @@ class PlannedLayer:
         if self.fusion.conv.has_bias_map:
             lines.append(f"y = {self.name}(x) + bias_map  # that of the checkpoint, in place of {self.name}(x)")
         lines += self._normalizations()
-        gone = [layer.layer for layer in self.layers if layer.layer.tensors and layer.origin == BASE]
+        gone = [layer.layer for layer in self.layers if layer.own]
         stays = any(layer.name == self.name for layer in gone)  # then the model goes on to call all of the branches
         silent = []
         for layer in gone:
-            if layer.kind == "scale" and (layer.name in self.blocks or layer.name in layer.tensor_names()):
+            if layer.kind.parameter and (layer.name in self.blocks or layer.name in layer.tensor_names()):
                 lines += [f"{name} = None" for name in layer.tensor_names()]
             elif layer.name != self.name and stays and has_sum(self.tree):
                 silent.append(layer.name)
@@ -111,28 +110,9 @@ class PlannedLayer:
             if any(layer is one for one in in_front)
             else f"take {layer.layer.name} out of the model's code, as {self.name} does it"
             for layer in self.layers
-            if layer.layer.name.startswith("normalize(")
+            if layer.layer.kind.code == "input"
         ]
         return list(dict.fromkeys(lines))
-
-
-def lower_for(
-    checkpoints: Mapping[str, Checkpoint],
-    tree: Tree[LayerRef],
-    sources: FieldSources,
-    input_size: Sequence[int] | None,
-) -> Tree[LoweredLayer]:
-    """The layers of a tree, lowered; the channels in front of `input_size`, where it has them, settle groups.
-
-    Raises:
-        UsageError: names, fields or channels that don't fit.
-        InputError: a layer that isn't linear, or numbers that aren't finite.
-    """
-    axes = _axes(checkpoints, tree)
-    if axes is None and input_size is not None:  # then the size has to tell, with the channels in front
-        axes = len(input_size) - 1
-    channels = input_size[0] if input_size is not None and len(input_size) - 1 == axes else None
-    return lower_tree(checkpoints, tree, sources, channels, axes)
 
 
 def plan_layer(
@@ -163,12 +143,12 @@ def plan_layer(
     layers = list(leaves(tree))
     first = layers[0].conv
     size = None if input_size is None else split_input_size(input_size, first.in_channels, first.spatial_axes)
-    own = [layer.layer for layer in layers if layer.origin == BASE and layer.layer.tensors]
+    own = [layer.layer for layer in layers if layer.own]
     if not own:
         raise UsageError("expected at least one layer of the checkpoint in the fusion")
     if size is not None:
-        _check_flattened(tree, size)
-    named = map_leaves(lambda layer: NamedConv(layer.full_name, layer.conv), tree)
+        _check_inputs(tree, size)
+    named = map_leaves(lambda layer: NamedConv(layer.full_name, layer.conv), joined(tree))
     fusion = fuse_tree(
         named,
         input_size=size,
@@ -178,7 +158,7 @@ def plan_layer(
     )
     if not fusion.conv.spatial_axes and fusion.conv.geometry.groups > 1:
         fusion = replace(fusion, conv=_without_groups(fusion.conv))
-    fused_name = name or next((layer.name for layer in own if layer.kind != "scale"), own[0].name)
+    fused_name = name or next((layer.name for layer in own if not layer.kind.parameter), own[0].name)
     prefix = f"{fused_name}." if fused_name else ""
     insert = {f"{prefix}weight": fusion.conv.torch_weight().contiguous()}
     if fusion.conv.bias is not None:
@@ -188,21 +168,16 @@ def plan_layer(
     return PlannedLayer(fused_name, tree, fusion, Edit.of(remove, insert, remove[0]), frozenset(blocks))
 
 
-def _check_flattened(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> tuple[int, ...]:
-    """The output size of a tree; UsageError where what is flattened in it hasn't the size that was said."""
+def _check_inputs(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the output size of a tree; UsageError where a layer doesn't get the size that its own fields say."""
     if isinstance(tree, Chain):
-        for part in tree.parts:
-            size = _check_flattened(part, size)
-        return size
+        return reduce(lambda at, part: _check_inputs(part, at), tree.parts, size)
     if isinstance(tree, Sum):
-        *_, last = (_check_flattened(part, size) for part in tree.parts)
-        return last
-    said = tuple(tree.fields.get("flatten", size))
-    if said != size:
-        raise UsageError(
-            f"{tree.full_name} reads a flattened feature map of {format_sizes(said)}, and of this input size it is"
-            f" {format_sizes(size)}"
-        )
+        return [_check_inputs(part, size) for part in tree.parts][-1]
+    try:
+        tree.layer.kind.check_input(tree.layer.fields, size)
+    except UsageError as error:
+        raise UsageError(f"{tree.full_name}: {error}") from None
     return tree.conv.output_size(size)
 
 
@@ -286,22 +261,6 @@ def check_ties(base: Checkpoint, edits: Sequence[Edit]) -> None:
                 f"{one} is one tensor with {other} (tied weights), and the fusion would change it in one place only;"
                 " leave the layer out, or untie the two before saving, with tensor.clone()"
             )
-
-
-def _axes(checkpoints: Mapping[str, Checkpoint], tree: Tree[LayerRef]) -> int | None:
-    """The number of spatial axes of a tree's input, where a convolution, a flatten or a linear layer tells."""
-    linear = None
-    for ref in leaves(tree):
-        if is_function(ref.name):
-            size = flatten_size(ref.name)
-            if size is not None:
-                return len(size)
-        elif ref.source in checkpoints:
-            layer = find_named(checkpoints[ref.source], ref.name)
-            if layer.spatial_axes is not None:
-                return layer.spatial_axes
-            linear = 0 if layer.kind == "linear" else linear
-    return linear
 
 
 def _parameters(conv: Conv) -> int:

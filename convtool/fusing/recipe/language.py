@@ -39,11 +39,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from convtool.core.fields import FieldSource, parse_tables
 from convtool.core.geometry import LARGEST
 from convtool.core.tree import Chain, Sum, Tree, leaves
 from convtool.errors import UsageError
-from convtool.recipe.pattern import Pattern, check_text, parse_pattern, shortened, shown, variables_of
+from convtool.fusing.recipe.pattern import Pattern, check_text, parse_pattern, shortened, shown, variables_of
+from convtool.kinds.stated import FieldSource, parse_tables
 
 Plan: TypeAlias = Tree[Pattern]
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.chain import LoweredLayer, full_name
-from convtool.checkpoint.fusion import PlannedLayer, assumptions
+from convtool.checkpoint import Checkpoint
 from convtool.core.tree import BASE, LayerRef, Tree, leaves
+from convtool.fusing.fusion import PlannedLayer, assumptions
+from convtool.fusing.lowering import LoweredLayer, full_name
 
 MOST_NAMES = 3  # layers named one by one before the rest is only counted
 
@@ -36,7 +36,7 @@ def left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[Layer
         names = [
             full_name(layer.name, source)
             for layer in opened.layers.values()
-            if (layer.kind == "batch_norm" or source != BASE) and (source, layer.name) not in used | around
+            if (layer.kind.spare or source != BASE) and (source, layer.name) not in used | around
         ]
         one, many = ("batch norm", "batch norms") if source == BASE else (f"layer of {source}", f"layers of {source}")
         if names:

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from convtool.core.functions import is_function
+from convtool.core.names import is_written
 from convtool.core.tree import BASE
 from convtool.errors import UsageError
+from convtool.kinds import names_of, stored_kinds
 
 Binding: TypeAlias = Mapping[str, str]
 
-KINDS = ("conv", "linear", "batch_norm", "scale")
 LONGEST = 1000  # characters of a pattern or a name
 VARIABLE = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)(?:\+([0-9]{1,9})|\|(underscored))?\}")
 _MARKS = re.compile(r"(?P<text>.*?)(?P<marks>[?!]*)(?:@(?P<kind>\w+))?", re.DOTALL)
@@ -44,7 +44,7 @@ class Pattern:
 
     @property
     def is_function(self) -> bool:
-        return is_function(self.text)
+        return is_written(self.text)
 
     def __str__(self) -> str:
         return shortened(self.written or self.text)
@@ -52,7 +52,7 @@ class Pattern:
 
 def parse_pattern(text: str, where: str, like: Pattern | None = None) -> Pattern:
     """A pattern from its text; UsageError, which begins with `where`, where it is malformed."""
-    if is_function(text):
+    if is_written(text):
         check_text(text, where)
         return Pattern(text)
     match = _MARKS.fullmatch(text)
@@ -62,8 +62,10 @@ def parse_pattern(text: str, where: str, like: Pattern | None = None) -> Pattern
     if not name:
         raise UsageError(f"{where}: expected the name of a layer, got {text!r}" if text else f"{where}: an empty name")
     check_text(text, where)
-    if kind and kind not in KINDS:
-        raise UsageError(f"{where}: {shortened(text)}: expected a kind of {', '.join(KINDS)}, got {shortened(kind)!r}")
+    if kind and kind not in (one.name for one in stored_kinds()):
+        raise UsageError(
+            f"{where}: {shortened(text)}: expected a kind of {names_of(stored_kinds())}, got {shortened(kind)!r}"
+        )
     if len(marks) > 1:
         raise UsageError(f"{where}: {shortened(text)}: expected one ? or ! at most")
     return Pattern(name, source if colon else BASE, kind, "?" in marks, "!" in marks, like, text)

@@ -8,18 +8,18 @@ from typing import Any
 
 import torch
 
-from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.chain import lower_chain
-from convtool.checkpoint.compare import Pairing
+from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.dtypes import FLOATS
-from convtool.checkpoint.proof import exact_tree, stored_tree
 from convtool.core.bound import Stored
 from convtool.core.expression import Expression, in_channels
-from convtool.core.fields import FieldSources
 from convtool.core.sizes import alike_size, default_sizes, split_input_size
-from convtool.core.tree import BASE, Chain, Tree, leaves, map_leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError
+from convtool.fusing.compare import Pairing
+from convtool.fusing.lowering import lower_tree
+from convtool.fusing.proof import exact_tree, stored_tree
+from convtool.kinds.stated import FieldSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,15 @@ def named_pairing(
     Raises:
         UsageError: names, fields or channels that don't fit.
     """
-    first = lower_chain(before, list(chains[0]), sources[0])
-    channels, axes = first[0].conv.in_channels, first[0].conv.spatial_axes
-    second = lower_chain(after, list(chains[1]), sources[1], channels, axes, "the chain in BEFORE")
-    return Pairing(",".join(chains[1]), Chain(tuple(first)), Chain(tuple(second)))
+    refs = [Chain(tuple(map(LayerRef, chain))) for chain in chains]
+    first = lower_tree({BASE: before}, refs[0], sources[0])
+    conv = next(leaves(first)).conv
+    second = lower_tree(
+        {BASE: after},
+        refs[1],
+        sources[1],
+        axes=conv.spatial_axes,
+        channels=conv.in_channels,
+        channels_from="the chain in BEFORE",
+    )
+    return Pairing(",".join(chains[1]), first, second)

@@ -1,0 +1,287 @@
+"""Trees of named layers, lowered: fields gathered from every source, the rest settled, or assumed and said so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+
+from convtool.checkpoint import Checkpoint
+from convtool.checkpoint.record import SourceLayer
+from convtool.core.conv import Conv
+from convtool.core.fields import Fields
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
+from convtool.errors import RefusedError, UsageError
+from convtool.kinds.kind import Layer
+from convtool.kinds.stated import FieldSource, FieldSources
+from convtool.kinds.written import make_written, read_layer
+
+SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a layer takes from the one that it is like
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoweredLayer:
+    """One layer of a tree.
+
+    Attributes:
+        layer: as found in the checkpoint, or written.
+        conv: what it was lowered to.
+        fields: all of its fields, the assumed ones too.
+        assumed: what nobody stated, in words; '' where everything was stated.
+        origin: the checkpoint that it is from, BASE for the one that is changed.
+    """
+
+    layer: Layer
+    conv: Conv
+    fields: Fields
+    assumed: str
+    origin: str = BASE
+
+    @property
+    def full_name(self) -> str:
+        """Return the name, with the checkpoint in front where it isn't the one that is changed."""
+        return full_name(self.layer.name, self.origin)
+
+    @property
+    def own(self) -> bool:
+        """Return whether it is a layer of the checkpoint that is changed."""
+        return bool(self.layer.tensors) and self.origin == BASE
+
+    def source(self) -> SourceLayer:
+        """Return what a record says of it."""
+        return SourceLayer(self.layer.name, self.layer.kind, self.fields if self.layer.tensors else {}, self.origin)
+
+
+def full_name(name: str, origin: str) -> str:
+    """Return a layer's name as fields and messages call it: that of another checkpoint with NAME: in front."""
+    return str(LayerRef(name, origin))
+
+
+def recorded(checkpoint: Checkpoint, origin: str = BASE) -> FieldSource:
+    """Return what convtool wrote down about the layers of a checkpoint that it made itself."""
+    record = checkpoint.record
+    tables = {full_name(name, origin): fields for name, fields in record.fields().items()} if record else {}
+    return FieldSource("record", tables, exact_names=True)
+
+
+def lower_chain(
+    checkpoint: Checkpoint,
+    names: Sequence[str],
+    sources: FieldSources,
+    input_size: Sequence[int] | None = None,
+) -> list[LoweredLayer]:
+    """Lower the named layers of one checkpoint, first to last; see `lower_tree`."""
+    tree = Chain(tuple(LayerRef(name) for name in names))
+    return list(leaves(lower_tree({BASE: checkpoint}, tree, sources, input_size)))
+
+
+def lower_tree(
+    checkpoints: Mapping[str, Checkpoint],
+    tree: Tree[LayerRef],
+    sources: FieldSources,
+    input_size: Sequence[int] | None = None,
+    *,
+    axes: int | None = None,
+    channels: int | None = None,
+    channels_from: str = "--input-size",
+) -> Tree[LoweredLayer]:
+    """Lower a tree of names, with the fields from `sources` (the checkpoint's record comes before them).
+
+    Args:
+        checkpoints: by the source that the names give; BASE is the one that is changed.
+        input_size: of the tree's input, with or without the channels in front. With them it settles groups that nobody
+            stated, and tells the spatial axes of layers that don't.
+        axes, channels: of the tree's input, where something else than its size tells.
+        channels_from: what says so of the channels, for messages.
+
+    Raises:
+        UsageError: an unknown layer, one named twice, fields or channels that don't fit.
+        InputError: a layer that isn't linear, or holds inf or NaN.
+        RefusedError: layers that cannot be chained here.
+    """
+    lowering = _TreeLowering(checkpoints, tree, sources, axes, input_size)
+    if input_size is not None and len(input_size) == lowering.axes + 1:
+        channels = input_size[0]
+    return lowering.lower(tree, _Channels(channels, channels_from))[0]
+
+
+class _Channels(NamedTuple):
+    """A number of channels, where it is known, and the layer that says so."""
+
+    channels: int | None
+    origin: str = ""
+
+
+class _TreeLowering:
+    """The layers of one tree, found and lowered; channels are passed along from layer to layer."""
+
+    def __init__(
+        self,
+        checkpoints: Mapping[str, Checkpoint],
+        tree: Tree[LayerRef],
+        sources: FieldSources,
+        axes: int | None,
+        input_size: Sequence[int] | None,
+    ) -> None:
+        self.checkpoints = checkpoints
+        self.sources = sources
+        self.layers: dict[LayerRef, Layer] = {}
+        used: set[str] = set()
+        for ref in leaves(tree):
+            layer = self.layers[ref] = self._find(ref)
+            names = {full_name(name, ref.source) for name in layer.tensor_names()}
+            if names & used:
+                raise UsageError(f"{layer.name} is named twice; a fusion runs through each layer once")
+            used |= names
+        self.axes = _spatial_axes(list(self.layers.values()), axes, input_size)
+
+    def lower(self, tree: Tree[LayerRef], into: _Channels) -> tuple[Tree[LoweredLayer], _Channels]:
+        """Return the lowered tree, and the channels of its output."""
+        if isinstance(tree, Chain):
+            return self._lower_chain(tree, into)
+        if isinstance(tree, Sum):
+            if into.channels is None:
+                into = self._takes(tree, _Channels(None))
+            # For layers without tensors beside ones that don't settle it either; those go on to assume one group.
+            guess = self._takes(tree, _Channels(None), guess=True) if into.channels is None else into
+            lowered = [self.lower(part, guess if _is_written(part) else into) for part in tree.parts]
+            return Sum(tuple(part for part, _ in lowered)), lowered[0][1]
+        leaf = self._lower_leaf(tree, into)
+        return leaf, _Channels(leaf.conv.out_channels, leaf.layer.name)
+
+    def _find(self, ref: LayerRef) -> Layer:
+        if ref.written:
+            return read_layer(ref.name)
+        if ref.source not in self.checkpoints:
+            raise UsageError(f"{ref}: no checkpoint is called {ref.source!r}; give it with --with {ref.source}=FILE")
+        return self.checkpoints[ref.source].part(ref.name)
+
+    def _fields(self, ref: LayerRef) -> Fields:
+        """Return what is stated of a layer, by itself or by the one that it is like."""
+        layer = self.layers[ref]
+        if not layer.tensors:
+            return layer.fields
+        sources = self.sources.with_first(recorded(self.checkpoints[ref.source], ref.source))
+        own = sources.fields(full_name(layer.name, ref.source))
+        if not ref.like:
+            return own
+        like = self.sources.with_first(recorded(self.checkpoints[BASE])).fields(ref.like)
+        return {field: like[field] for field in SHARED_FIELDS if field in like} | own
+
+    def _lower_chain(self, chain: Chain[LayerRef], into: _Channels) -> tuple[Tree[LoweredLayer], _Channels]:
+        parts: list[Tree[LoweredLayer]] = []
+        for number, part in enumerate(chain.parts):
+            guessed = into.channels is None and isinstance(part, LayerRef) and part.written
+            if guessed:
+                # What is only guessed for a layer without tensors is nothing for the next one to infer groups from.
+                rest: Chain[LayerRef] = Chain(chain.parts[number:])
+                known = self._takes(rest, _Channels(None))
+                guess = known if known.channels is not None else self._takes(rest, _Channels(None), guess=True)
+                parts.append(self.lower(part, guess)[0])
+                into = self._gives(part, _Channels(None))
+            else:
+                lowered, into = self.lower(part, into)
+                parts.append(lowered)
+        return Chain(tuple(parts)), into
+
+    def _lower_leaf(self, ref: LayerRef, into: _Channels) -> LoweredLayer:
+        layer = self.layers[ref]
+        if not layer.tensors:
+            if into.channels is None:
+                raise UsageError(
+                    f"{ref}: the number of channels isn't known here; give --input-size with the channels in front"
+                )
+            return LoweredLayer(layer, make_written(ref.name, into.channels, self.axes), layer.fields, "")
+        fields, assumed = layer.kind.settle(layer.shapes, self._fields(ref), into.channels, into.origin)
+        conv = self.checkpoints[ref.source].lower(layer, fields, self.axes)
+        if into.channels is not None and conv.in_channels != into.channels:
+            raise UsageError(
+                f"channels don't fit: {layer.name} takes {conv.in_channels} channels, and {into.origin} gives"
+                f" {into.channels}{self._other_reading(layer, into, conv.in_channels)}"
+            )
+        full = layer.kind.full_fields(conv, fields)
+        said = f"{full_name(layer.name, ref.source)}: {', '.join(assumed)}" if assumed else ""
+        return LoweredLayer(layer, conv, full, said, ref.source)
+
+    def _other_reading(self, layer: Layer, into: _Channels, takes: int) -> str:
+        """Return a hint for channels that would fit, were one of the two layers read in another way; else ''."""
+        for reading in layer.kind.other_readings(layer.shapes):
+            if reading.takes == into.channels:
+                return f"; they would if {layer.name} is {reading.what}: --set {layer.name}.{reading.setting}"
+        for before in self.layers.values():
+            for reading in before.kind.other_readings(before.shapes) if before.name == into.origin else ():
+                if reading.gives == takes:
+                    return f"; they would if {before.name} is {reading.what}: --set {before.name}.{reading.setting}"
+        return ""
+
+    def _takes(self, tree: Tree[LayerRef], gives: _Channels, guess: bool = False) -> _Channels:
+        """Return the channels of a tree's input, as far as its layers or the output's channels settle them.
+
+        Args:
+            guess: take one group for convolutions of which nobody states any, which is what they are then assumed to
+                have.
+        """
+        if isinstance(tree, Chain):
+            return reduce(lambda known, part: self._takes(part, known, guess), reversed(tree.parts), gives)
+        if isinstance(tree, Sum):
+            if gives.channels is None:  # what is added to something has as many channels
+                gives = self._first(self._gives(part, _Channels(None)) for part in tree.parts)
+            return self._first(self._takes(part, gives, guess) for part in tree.parts)
+        layer = self.layers[tree]
+        fields = {**layer.kind.defaults, **self._fields(tree)} if guess else self._fields(tree)
+        count = layer.kind.takes(layer.shapes, fields, gives.channels)
+        return _Channels(count, gives.origin if count == gives.channels and not layer.tensors else layer.name)
+
+    def _gives(self, tree: Tree[LayerRef], takes: _Channels) -> _Channels:
+        """Return the channels of a tree's output, as far as its layers or the input's channels settle them."""
+        if isinstance(tree, Chain):
+            return reduce(lambda known, part: self._gives(part, known), tree.parts, takes)
+        if isinstance(tree, Sum):
+            return self._first(self._gives(part, takes) for part in tree.parts)
+        layer = self.layers[tree]
+        return _Channels(layer.kind.gives(layer.shapes, self._fields(tree), takes.channels), layer.name)
+
+    @staticmethod
+    def _first(found: Iterator[_Channels]) -> _Channels:
+        return next((one for one in found if one.channels is not None), _Channels(None))
+
+
+def stored_dtype(layers: Sequence[LoweredLayer]) -> torch.dtype:
+    """Return the dtype that the layers are stored in: that of the checkpoint's first main layer, if it has one."""
+    stored = [lowered.layer for lowered in layers if lowered.own]
+    stored = stored or [lowered.layer for lowered in layers if lowered.layer.tensors]
+    if not stored:
+        raise UsageError("expected at least one layer with tensors")
+    layer = next((layer for layer in stored if layer.kind.main), stored[0])
+    name = next(name for name in layer.kind.tensors if name in layer.tensors)
+    dtype: torch.dtype = getattr(torch, layer.tensors[name].dtype)
+    return dtype
+
+
+def _is_written(tree: Tree[LayerRef]) -> bool:
+    return isinstance(tree, LayerRef) and tree.written
+
+
+def _spatial_axes(layers: Sequence[Layer], given: int | None, size: Sequence[int] | None) -> int:
+    """Return the spatial axes of a tree's input: as its layers tell, or as given, or those of a size with channels."""
+    counts = {layer.name: axes for layer in layers if (axes := layer.axes()) is not None}
+    if len(set(counts.values())) > 1:
+        each = ", ".join(f"{name} has {axes}" for name, axes in counts.items())
+        raise UsageError(f"layers of different numbers of spatial axes cannot be chained: {each}")
+    axes = next(iter(counts.values()), given)
+    last = [layer.name for layer in layers if layer.kind.channels_last]
+    if axes and last and not any(layer.kind.reshapes for layer in layers):
+        raise RefusedError(
+            f"{last[0]} is a linear layer: between it and a convolution there is a flatten or a pooling that the"
+            f" checkpoint doesn't show; name it in the chain, such as flatten(7,7) before {last[0]}"
+        )
+    if axes is None and not last:
+        if size is not None:
+            return len(size) - 1
+        raise UsageError(
+            f"nothing tells how many spatial axes {layers[0].name} has; give --input-size with the channels in front"
+        )
+    return axes or 0

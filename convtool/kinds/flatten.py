@@ -1,0 +1,90 @@
+"""nn.Flatten and nn.Unflatten of a feature map: the convolution whose kernel is the whole map, and its adjoint.
+
+With P positions, output channel c*P + p of a flatten is position p of channel c: one group a channel, an identity
+(P, P) for its weight. What follows a flatten runs at the one position that is left.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from convtool.core.fields import SIZES, Fields
+from convtool.core.geometry import Geometry, format_sizes
+from convtool.errors import UsageError
+from convtool.kinds.kind import Kind, Shapes, Tensors, check_size
+
+if TYPE_CHECKING:
+    from convtool.core.conv import Conv
+
+
+class Flatten(Kind):
+    """A feature map of that size as channels at one position."""
+
+    name = "flatten"
+    fields = {"size": SIZES}
+    written = True
+    reshapes = True
+    code = "nowhere"  # a model's own flatten may stay: what is left of the map, one position, it flattens as well
+
+    def axes(self, shapes: Shapes, fields: Fields) -> int | None:
+        return len(fields["size"])
+
+    def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
+        positions = math.prod(fields["size"])
+        return gives // positions if gives is not None and gives % positions == 0 else None
+
+    def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
+        return None if takes is None else takes * math.prod(fields["size"])
+
+    def check_input(self, fields: Fields, size: tuple[int, ...]) -> None:
+        if tuple(fields["size"]) != size:
+            raise UsageError(
+                f"reads a feature map of {format_sizes(fields['size'])}, and of this input size it is"
+                f" {format_sizes(size)}"
+            )
+
+    def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
+        import torch
+
+        from convtool.core.conv import Selection
+
+        size = tuple(fields["size"])
+        picked = torch.arange(math.prod(size)).repeat(channels or 0)  # (C*P,) the tap that each output channel reads
+        return Selection(picked, channels or 0, Geometry.of(size, groups=channels or 0))
+
+
+class Unflatten(Kind):
+    """Channels at one position as a feature map of that size."""
+
+    name = "unflatten"
+    fields = {"size": SIZES}
+    written = True
+    reshapes = True
+
+    def axes(self, shapes: Shapes, fields: Fields) -> int | None:
+        return len(fields["size"])
+
+    def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
+        return FLATTEN.gives(shapes, fields, gives)
+
+    def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
+        return FLATTEN.takes(shapes, fields, takes)
+
+    def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
+        import torch
+
+        from convtool.core.conv import Conv
+
+        size = tuple(fields["size"])
+        positions = math.prod(size)
+        if len(size) != axes or (channels or 0) % positions:
+            raise UsageError(f"{channels} numbers don't make channels of that size")
+        check_size(positions**2, self.name)
+        kernel = torch.eye(positions, dtype=torch.float64).reshape(1, positions, *size)
+        groups = (channels or 0) // positions
+        geometry = Geometry.of(size, groups=groups, transposed=True)
+        return Conv(kernel.expand(groups, -1, *(-1,) * axes), None, geometry)
+
+
+FLATTEN, UNFLATTEN = Flatten(), Unflatten()

@@ -1,0 +1,76 @@
+"""Layers as names and shapes of tensors show them; nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from convtool.kinds import kind_of
+from convtool.kinds.kind import UNKNOWN, Layer, TensorInfo
+
+PARAMETRIZATIONS = "parametrizations"  # torch.nn.utils.parametrize's module, between a layer's name and its tensors'
+# A weight norm's magnitude and direction, under the old names and the new.
+WEIGHT_NORMS = (
+    ("weight_g", "weight_v"),
+    (f"{PARAMETRIZATIONS}.weight.original0", f"{PARAMETRIZATIONS}.weight.original1"),
+)
+# What stands beside a weight of few bits that is to be multiplied by it.
+_SCALES_OF_WEIGHTS = frozenset(
+    {"weight_scale", "weight_scale_inv", "scale_weight", "weight_scale_2", "scale", "scales", "SCB", "input_scale"}
+)
+
+
+def group_layers(infos: Iterable[TensorInfo]) -> dict[str, Layer]:
+    """Return the layers in the order of their first tensors."""
+    grouped: dict[str, dict[str, TensorInfo]] = {}
+    for info in infos:
+        path, parameter = _split(info.name)
+        grouped.setdefault(path, {})[parameter] = info
+    for path, tensors in grouped.items():
+        weight = _derived_weight(path, tensors)
+        if weight is not None:
+            tensors["weight"] = weight
+    kinds = {path: UNKNOWN if why_not_plain(tensors) else kind_of(tensors) for path, tensors in grouped.items()}
+    return {path: Layer(path, kinds[path], tensors) for path, tensors in grouped.items()}
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return a tensor's full name as its layer's and its own."""
+    parts = name.split(".")
+    at = parts.index(PARAMETRIZATIONS) if PARAMETRIZATIONS in parts[:-2] else len(parts) - 1
+    return ".".join(parts[:at]), ".".join(parts[at:])
+
+
+def _derived_weight(path: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    """Return the weight that a weight norm's two tensors make; None where there are none, or they don't fit."""
+    for magnitude, direction in WEIGHT_NORMS:
+        if magnitude not in tensors or direction not in tensors or "weight" in tensors:
+            continue
+        g, v = tensors[magnitude], tensors[direction]
+        axes = len(v.shape)
+        fits = len(g.shape) == axes and all(g.shape[axis] in (1, v.shape[axis]) for axis in range(axes))
+        if (fits or g.shape == ()) and g.dtype == v.dtype:
+            return TensorInfo(f"{path}.weight" if path else "weight", v.dtype, v.shape, v.nbytes, (g.name, v.name))
+    return None
+
+
+def why_not_plain(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Return why a layer's weight isn't simply what its tensors hold, and what to do; None where it is."""
+    names = tensors.keys()
+    if "weight_mask" in names:
+        return "is pruned; make it permanent with torch.nn.utils.prune.remove before saving"
+    if "weight_orig" in names or f"{PARAMETRIZATIONS}.weight.0._u" in names:
+        return (
+            "has a spectral norm; make it permanent with torch.nn.utils.remove_spectral_norm (or"
+            " parametrize.remove_parametrizations) before saving"
+        )
+    if any(name.startswith(f"{PARAMETRIZATIONS}.") for name in names) and "weight" not in names:
+        return "is reparametrised; make it permanent with torch.nn.utils.parametrize.remove_parametrizations"
+    if "weight_g" in names and not tensors.get("weight", TensorInfo("", "", (), 0)).derived_from:
+        return "has a weight norm whose tensors don't fit each other; remove it with torch.nn.utils before saving"
+    weight = tensors.get("weight")
+    few_bits = weight is not None and weight.dtype.startswith(("float8", "int", "uint"))
+    if few_bits and (names & _SCALES_OF_WEIGHTS or any(name.startswith("weight.") for name in names)):
+        return "is quantized: its weight is to be multiplied by a scale beside it; save it dequantized"
+    if "qweight" in names:
+        return "is quantized; save it dequantized"
+    return None

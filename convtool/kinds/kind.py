@@ -1,0 +1,329 @@
+"""One kind of layer as a value: all that is known of it stands in its module; `convtool.kinds` lists them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
+
+from convtool.core.fields import Fields, FieldType
+from convtool.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from convtool.core.bound import Stored
+    from convtool.core.conv import Conv
+    from convtool.core.tree import Tree
+
+Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+Tensors: TypeAlias = "Mapping[str, Tensor]"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """One tensor's description.
+
+    Attributes:
+        name: in full.
+        dtype: torch's name without the 'torch.'.
+        derived_from: full names of the tensors that it is computed from (a weight norm's); of one that stands in the
+            file, none.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    derived_from: tuple[str, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """Return the number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer as it was found: the tensors that share a module path, or what was written in a layer's place.
+
+    Attributes:
+        name: module path ('' for a state dict of one bare module), or the text of a layer without tensors.
+        kind: what it is, as far as names and shapes tell.
+        tensors: by parameter name ('weight', 'running_mean', ...), what is computed from others included.
+        fields: what its own text says ('avg_pool(2)'); of a layer of a checkpoint, nothing.
+    """
+
+    name: str
+    kind: Kind
+    tensors: Mapping[str, TensorInfo]
+    fields: Fields = field(default_factory=dict)
+
+    @property
+    def shapes(self) -> Shapes:
+        """Return the shape of each tensor by parameter name."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
+    def axes(self) -> int | None:
+        """Return the number of spatial axes, where the layer tells."""
+        return self.kind.axes(self.shapes, self.fields)
+
+    def stored(self) -> Iterator[TensorInfo]:
+        """Yield the tensors that stand in the file."""
+        return (info for info in self.tensors.values() if not info.derived_from)
+
+    def tensor_names(self) -> Iterator[str]:
+        """Yield the full names of the layer's tensors in the file."""
+        return (info.name for info in self.stored())
+
+
+class Reading(NamedTuple):
+    """Another way to read a layer's tensors: the channels that it would take and give, and the setting that says so."""
+
+    takes: int
+    gives: int
+    what: str
+    setting: str
+
+
+class Kind:
+    """What is known of one kind of layer. This is one that only its tensors' names tell; others override.
+
+    Attributes:
+        name: as files, recipes and messages call it.
+        tensors: its own, by parameter name, the one that tells its dtype first; none for a layer that is only written.
+        counters: those of them that nothing is computed with.
+        fields: what no tensor says of it, with the values that each takes; the first one needs no name where it is
+            written, as in 'avg_pool(2)'.
+        defaults: torch's value of each field that need not be said. What of a layer with tensors is taken from here is
+            an assumption, and said to be one.
+        written: whether it can be written in a chain, as NAME(ARGUMENTS).
+        usual_axes: the spatial axes of its input where neither its tensors nor anybody tell.
+        main: whether it can take other layers in: the fused layer has its name and its dtype.
+        spare: whether people expect it to be gone once a network is fused.
+        channels_last: whether it runs over the last axis of its input, and so over a feature map only once that is
+            flat.
+        reshapes: whether it makes a feature map flat, or a flat one a feature map.
+        parameter: whether its tensor is a parameter of the block that multiplies by it, which stays when it is gone.
+        code: where a layer without tensors is in a model: in its code, in front of its input, or nowhere.
+        modules: dotted names of torch's classes that compute it, and nothing else.
+    """
+
+    name: ClassVar[str]
+    tensors: ClassVar[tuple[str, ...]] = ()
+    counters: ClassVar[frozenset[str]] = frozenset()
+    fields: ClassVar[Mapping[str, FieldType]] = {}
+    defaults: ClassVar[Fields] = {}
+    written: ClassVar[bool] = False
+    usual_axes: ClassVar[int] = 0
+    main: ClassVar[bool] = False
+    spare: ClassVar[bool] = False
+    channels_last: ClassVar[bool] = False
+    reshapes: ClassVar[bool] = False
+    parameter: ClassVar[bool] = False
+    code: ClassVar[Literal["model", "input", "nowhere"]] = "model"
+    modules: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def label(self) -> str:
+        """Return the name as a message says it: 'batch norm'."""
+        return self.name.replace("_", " ")
+
+    @property
+    def settable(self) -> Mapping[str, FieldType]:
+        """Return the fields that can be stated of a layer in a checkpoint."""
+        return self.fields if self.tensors and not self.written else {}
+
+    # --- recognising
+
+    def recognises(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        """Return whether a module with these tensors is of this kind; the first one of the table that says so is."""
+        return False
+
+    def is_tensor(self, name: str, info: TensorInfo) -> bool:
+        """Return whether a tensor of an otherwise unknown module, named in full, is a layer of this kind by itself."""
+        return False
+
+    def check_found(self, layer: Layer) -> None:
+        """Raise RefusedError where a layer found by its module's name may be something else that looks like it."""
+
+    # --- channels and axes
+
+    def axes(self, shapes: Shapes, fields: Fields) -> int | None:
+        """Return the number of spatial axes, where tensors or fields tell."""
+        return None
+
+    def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
+        """Return the channels of the input, as far as these or the output's settle them; else None."""
+        return gives
+
+    def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
+        """Return the channels of the output, as far as these or the input's settle them; else None."""
+        return takes
+
+    def settle(self, shapes: Shapes, fields: Fields, channels: int | None, origin: str) -> tuple[Fields, list[str]]:
+        """Return all fields, those that follow from the channels or are assumed among them, and the latter in words.
+
+        Args:
+            fields: those that are stated.
+            channels: of the input, or None.
+            origin: who says so of the channels.
+        """
+        assumed = {name: value for name, value in self.defaults.items() if name not in fields}
+        return {**fields, **assumed}, [f"{name} {format_value(value)}" for name, value in assumed.items()]
+
+    def other_readings(self, shapes: Shapes) -> Iterator[Reading]:
+        """Yield what else tensors of these shapes could be, for messages about channels that don't fit."""
+        return iter(())
+
+    def moves_over(self, rank: int, axes: int | None) -> int | None:
+        """Return the spatial axes that it runs over in an input of `rank` axes; None where it reads it another way.
+
+        Args:
+            axes: what its own tensors tell.
+
+        Raises:
+            UsageError: the input has no batch axis.
+        """
+        return rank - 2 if rank >= 2 else None
+
+    def check_input(self, fields: Fields, size: tuple[int, ...]) -> None:
+        """Raise UsageError where inputs of that spatial size aren't what the layer's fields say of them."""
+
+    # --- the numbers
+
+    def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
+        """Return the layer as a `Conv`.
+
+        Args:
+            tensors: by parameter name; those that the layer has, which are finite and floating-point.
+            fields: those of `fields` that are stated; the defaults hold for the rest.
+            axes: spatial axes of its input, for the kinds whose tensors don't tell.
+            channels: of its input, for a layer without tensors; None for the others.
+
+        Raises:
+            UsageError, InputError, RefusedError: what doesn't fit.
+        """
+        raise NotImplementedError
+
+    def full_fields(self, conv: Conv, fields: Fields) -> Fields:
+        """Return all fields of a lowered layer, as records keep them."""
+        return fields
+
+    def written_out(self, fields: Fields, shapes: Shapes) -> Fields:
+        """Return the given fields in the form that records have, with a value for each axis."""
+        return fields
+
+    def check_fields(self, fields: Fields) -> None:
+        """Raise UsageError for fields that no layer of this kind could have."""
+        if unknown := fields.keys() - self.settable.keys():
+            raise UsageError(f"a {self.label} has no {', '.join(sorted(unknown))}")
+
+    def stored(self, conv: Conv, tensors: Tensors, fields: Fields) -> Tree[Stored]:
+        """Return the lowered layer with the most that storing its tensors can have moved each number by."""
+        from convtool.core.bound import stored
+
+        return stored(conv)
+
+    # --- live modules
+
+    def timed(self, conv: Conv, x: Tensor) -> Callable[[], Tensor]:
+        """Return what runs the layer on x as a model would, to be timed."""
+        from convtool.core.forward import forward
+
+        return lambda: forward(conv, x)
+
+    def module_fields(self, module: Any) -> Fields:
+        """Return the fields that a module of one of `modules` has as attributes.
+
+        Raises:
+            RefusedError: why it isn't this layer for all that.
+        """
+        return {name: getattr(module, name) for name in self.fields}
+
+    def module_axes(self, module: Any) -> int | None:
+        """Return the number of spatial axes of a module of one of `modules`, where it tells."""
+        return None
+
+    def observe(self, run: Callable[[Tensors, Tensor], Tensor], shapes: Shapes) -> Fields | None:
+        """Return the fields of a module of unknown class that has this kind's tensors, found by running it.
+
+        Args:
+            run: computes the module's output with the tensors given in place of its own.
+
+        Returns:
+            None where it computes something else.
+        """
+        return None
+
+    def describe(self, fields: Fields, shapes: Shapes) -> str:
+        """Return the fields in words, equal for two layers exactly if they mean the same."""
+        return ", ".join(f"{name} {format_value(value)}" for name, value in {**self.defaults, **fields}.items())
+
+
+class Unknown(Kind):
+    """Whatever is no other kind; it is listed, copied, and never computed with."""
+
+    name = "other"
+
+
+UNKNOWN = Unknown()
+
+
+def check_size(count: int, layer: str) -> None:
+    """Raise UsageError where a layer without tensors would need a kernel of more numbers than anyone means."""
+    from convtool.core.conv import MOST_NUMBERS
+
+    if count > MOST_NUMBERS:
+        raise UsageError(f"{layer}: a kernel of {count} numbers is more than the {MOST_NUMBERS} that are built")
+
+
+def format_value(value: Any) -> str:
+    """Return a field's value in words."""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def to_conv(
+    layer: Layer, tensors: Tensors, fields: Fields, axes: int, channels: int | None = None, why_not: str | None = None
+) -> Conv:
+    """Return a found layer with the given fields as a `Conv`, once its tensors are seen to be what its kind has.
+
+    Args:
+        tensors: by parameter name, those computed from others included.
+        fields: as far as they are stated; torch's defaults hold for the rest.
+        axes: spatial axes of the layer's input, for the kinds whose tensors don't tell.
+        channels: of its input, for a layer without tensors.
+        why_not: why its weight isn't what its tensors hold, if so.
+
+    Raises:
+        InputError: it isn't a linear map that convtool knows, or a tensor holds inf or NaN.
+        UsageError: the fields don't fit the tensors.
+    """
+    kind = layer.kind
+    if kind is UNKNOWN:
+        reason = f"is not a convolution, linear layer or batch norm (it holds {', '.join(sorted(layer.tensors))})"
+        raise InputError(why_not or reason)
+    sources = {name for info in layer.tensors.values() for name in info.derived_from}
+    others = [name for name, info in layer.tensors.items() if name not in kind.tensors and info.name not in sources]
+    if others:
+        which = "that" if len(others) == 1 else "those"
+        raise InputError(f"holds {', '.join(others)} as well, and what a {kind.label} does with {which} isn't known")
+    Kind.check_fields(kind, fields)  # what their values have to be hangs on the tensors, and is seen by lowering
+    own = {name: tensors[name] for name in kind.tensors if name in tensors}
+    for name, tensor in own.items():
+        if name not in kind.counters:
+            _check_numbers(name, tensor)
+    return kind.lower(own, {**layer.fields, **fields}, axes, channels)
+
+
+def _check_numbers(name: str, tensor: Tensor) -> None:
+    import torch
+
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        raise InputError(f"{name}: expected floating-point numbers, got {str(tensor.dtype).removeprefix('torch.')}")
+    numbers = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # float8 knows no isfinite
+    if not bool(numbers.isfinite().all()):
+        raise InputError(f"{name}: holds inf or NaN; nothing exact can be said of it")
+    if not tensor.numel():
+        raise InputError(f"{name}: holds no numbers (shape {tuple(tensor.shape)})")

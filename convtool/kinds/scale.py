@@ -1,0 +1,132 @@
+"""Layers that multiply each channel by a number of its own: scales, identities, and what is done to images first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from convtool.core.fields import NUMBER, NUMBERS, Fields
+from convtool.errors import RefusedError, UsageError
+from convtool.kinds.kind import Kind, Layer, Shapes, TensorInfo, Tensors
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from convtool.core.conv import Conv
+
+
+class Scale(Kind):
+    """A factor for each channel, from a tensor (a layer scale), or one for all, as written: scale(0.5)."""
+
+    name = "scale"
+    tensors = ("gamma", "layer_scale_parameter", "lambda1")  # as timm and transformers call them
+    fields = {"factor": NUMBER}
+    written = True
+    channels_last = False
+    parameter = True
+
+    def recognises(self, tensors: Mapping[str, TensorInfo]) -> bool:
+        return len(tensors) == 1 and all(name in self.tensors and _is_factor(info) for name, info in tensors.items())
+
+    def is_tensor(self, name: str, info: TensorInfo) -> bool:
+        return _is_factor(info)
+
+    def check_found(self, layer: Layer) -> None:
+        if "norm" in layer.name.rpartition(".")[2].lower():
+            tensor = next(layer.tensor_names())
+            raise RefusedError(
+                f"{layer.name} holds nothing but {tensor}, as an RMS norm does, which isn't linear; if it is a plain"
+                f" scale, name the tensor: {tensor}"
+            )
+
+    def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
+        return next((shape[0] for shape in shapes.values()), gives)
+
+    def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
+        return next((shape[0] for shape in shapes.values()), takes)
+
+    def moves_over(self, rank: int, axes: int | None) -> int | None:
+        return 0 if rank >= 2 else None  # the last axis
+
+    def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
+        import torch
+
+        if tensors:
+            (factors,) = tensors.values()
+            return per_channel(factors.reshape(-1), axes)  # (C,), whatever axes of size 1 follow
+        return per_channel(torch.full((channels or 0,), fields["factor"], dtype=torch.float64), axes)
+
+    def observe(self, run: Callable[[Tensors, Tensor], Tensor], shapes: Shapes) -> Fields | None:
+        import torch
+
+        ((name, shape),) = shapes.items()
+        if len(shape) != 1:
+            return None
+        generator = torch.Generator().manual_seed(0)
+        factors = torch.rand(shape, dtype=torch.float64, generator=generator) + 0.5
+        x = torch.randn(2, 3, *shape, dtype=torch.float64, generator=generator)
+        return {} if torch.equal(run({name: factors}, x), x * factors) else None
+
+
+class Identity(Kind):
+    """A branch, or a place in a chain, that changes nothing."""
+
+    name = "identity"
+    written = True
+    code = "nowhere"
+
+    def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
+        import torch
+
+        return per_channel(torch.ones(channels or 0, dtype=torch.float64), axes)
+
+
+class Normalize(Kind):
+    """(x * scale - mean) / std, channel by channel: what is done to images before a network sees them."""
+
+    name = "normalize"
+    fields = {"mean": NUMBERS, "std": NUMBERS, "scale": NUMBER}
+    defaults = {"mean": [0.0], "std": [1.0], "scale": 1.0}
+    written = True
+    code = "input"
+
+    def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
+        counts = {len(fields[name]) for name in ("mean", "std") if name in fields} - {1}
+        return counts.pop() if len(counts) == 1 else gives
+
+    def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
+        return self.takes(shapes, fields, takes)
+
+    def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
+        import torch
+
+        channels = channels or 0
+        mean, std, scale = ({**self.defaults, **fields}[name] for name in ("mean", "std", "scale"))
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) not in (1, channels):
+                raise UsageError(f"{name}: expected 1 or {channels} numbers, one per channel, got {len(values)}")
+        if not all(value > 0 for value in std):
+            raise UsageError(f"std: expected numbers above 0, got {', '.join(map(str, std))}")
+        shift, spread = (torch.tensor(values, dtype=torch.float64).expand(channels) for values in (mean, std))
+        return per_channel(scale / spread, axes, -shift / spread)
+
+
+SCALE, IDENTITY, NORMALIZE = Scale(), Identity(), Normalize()
+
+
+def per_channel(factors: Tensor, axes: int, offsets: Tensor | None = None) -> Conv:
+    """Return y[c] = factors[c] * x[c] + offsets[c], a depthwise 1x1 convolution over `axes` spatial axes.
+
+    Args:
+        factors: (C,)
+        offsets: (C,) or None.
+    """
+    from convtool.core.conv import Conv, pointwise
+
+    return Conv(factors.reshape(-1, 1, *(1,) * axes), offsets, pointwise(axes, groups=len(factors)))
+
+
+def _is_factor(info: TensorInfo) -> bool:
+    """Return whether a tensor is of shape (C,), or of (C, 1, 1), ..., as it multiplies feature maps."""
+    shape: Sequence[int] = info.shape
+    return bool(shape) and all(size == 1 for size in shape[1:])

@@ -1,0 +1,76 @@
+"""Layers that add, repeat or surround positions, each channel by itself: pooling, upsampling, padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from convtool.core.fields import FLAG, INTEGERS, PADDING, Fields
+from convtool.core.geometry import Geometry, per_axis
+from convtool.errors import RefusedError
+from convtool.kinds.kind import Kind, Tensors, check_size
+
+if TYPE_CHECKING:
+    from convtool.core.conv import Conv
+
+
+class AvgPool(Kind):
+    """nn.AvgPool as a depthwise convolution; its stride is the kernel size unless it is said."""
+
+    name = "avg_pool"
+    fields = {"kernel_size": INTEGERS, "stride": INTEGERS, "padding": PADDING, "count_include_pad": FLAG}
+    defaults = {"stride": None, "padding": 0, "count_include_pad": True}
+    written = True
+
+    def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
+        kernel = per_axis("kernel_size", fields["kernel_size"], axes, least=1)
+        given = {**self.defaults, **fields}
+        stride = kernel if given["stride"] is None else given["stride"]
+        geometry = Geometry.of(kernel, stride=stride, padding=given["padding"], groups=channels or 0)
+        if geometry.padded and not given["count_include_pad"]:
+            # Then the divisor changes at the border, and no convolution does that.
+            raise RefusedError(
+                "an average pooling with padding and count_include_pad=False divides by less at the border, which no"
+                " convolution does"
+            )
+        return _everywhere(1.0 / math.prod(kernel), channels or 0, kernel, geometry, self.name)
+
+
+class Upsample(Kind):
+    """nn.Upsample(mode='nearest') by whole factors: a transposed depthwise convolution of ones, kernel = stride."""
+
+    name = "upsample"
+    fields = {"factor": INTEGERS}
+    written = True
+
+    def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
+        factors = per_axis("factor", fields["factor"], axes, least=1)
+        geometry = Geometry.of(factors, stride=factors, groups=channels or 0, transposed=True)
+        return _everywhere(1.0, channels or 0, factors, geometry, self.name)
+
+
+class Pad(Kind):
+    """nn.ZeroPad (F.pad with zeros): an identity that pads."""
+
+    name = "pad"
+    fields = {"padding": PADDING}
+    written = True
+
+    def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
+        kernel = (1,) * axes
+        geometry = Geometry.of(kernel, padding=fields["padding"], groups=channels or 0)
+        return _everywhere(1.0, channels or 0, kernel, geometry, self.name)
+
+
+AVG_POOL, UPSAMPLE, PAD = AvgPool(), Upsample(), Pad()
+
+
+def _everywhere(number: float, channels: int, kernel: Sequence[int], geometry: Geometry, name: str) -> Conv:
+    """Return the depthwise layer all of whose taps are that number."""
+    import torch
+
+    from convtool.core.conv import Conv
+
+    check_size(channels * math.prod(kernel), name)
+    return Conv(torch.full((channels, 1, *kernel), number, dtype=torch.float64), None, geometry)

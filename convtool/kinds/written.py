@@ -1,0 +1,83 @@
+"""Layers without tensors as they are written in a chain: 'avg_pool(2)', 'pad(0:1,2:2)', 'scale(0.5)'."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from convtool.core.fields import Fields
+from convtool.core.names import CALL
+from convtool.errors import RefusedError, UsageError
+from convtool.kinds import KINDS, kind_named, names_of
+from convtool.kinds.kind import Kind, Layer
+
+if TYPE_CHECKING:
+    from convtool.core.conv import Conv
+
+NOT_LINEAR = frozenset(
+    {"relu", "relu6", "leaky_relu", "prelu", "elu", "gelu", "silu", "swish", "mish", "sigmoid", "tanh", "softmax"}
+    | {"hardswish", "hardsigmoid", "max_pool", "layer_norm", "group_norm", "instance_norm", "rms_norm", "dropout"}
+)
+
+
+def read_layer(text: str) -> Layer:
+    """Return the layer that the text describes.
+
+    Raises:
+        RefusedError: the layer isn't linear.
+        UsageError: an unknown layer, or arguments that it doesn't have.
+    """
+    call = CALL.fullmatch(text)
+    name = call[1] if call else text
+    if name in NOT_LINEAR:
+        raise RefusedError(f"{text}: {name} is not linear; nothing can be fused across it")
+    kind = kind_named(name)
+    if kind is None or not kind.written:
+        known = names_of(kind for kind in KINDS if kind.written)
+        raise UsageError(f"{text}: unknown layer {name!r}; expected one of {known}")
+    if call is None:
+        raise UsageError(f"{text!r}: expected NAME(ARGUMENTS)")
+    return Layer(text, kind, {}, _read_arguments(text, call[2], kind))
+
+
+def check_closed(text: str) -> None:
+    """Raise UsageError for what begins as one of these layers does and lacks its end: 'avg_pool(2'."""
+    name, opened, _ = text.partition("(")
+    kind = kind_named(name)
+    if opened and kind is not None and kind.written and CALL.fullmatch(text) is None:
+        raise UsageError(f"{text}: expected {name}(...), which ends in a parenthesis; quote it for the shell")
+
+
+def make_written(text: str, channels: int, axes: int) -> Conv:
+    """Return the layer that the text describes, for an input of `channels` channels and `axes` spatial axes.
+
+    Raises:
+        RefusedError, UsageError: as `read_layer`, or the arguments don't fit such an input.
+    """
+    layer = read_layer(text)
+    try:
+        return layer.kind.lower({}, layer.fields, axes, channels)
+    except UsageError as error:
+        raise UsageError(f"{text}: {str(error).removeprefix(f'{layer.kind.name}: ')}") from None
+
+
+def _read_arguments(text: str, inside: str, kind: Kind) -> Fields:
+    """Return '2,3; padding=1' as {'kernel_size': [2, 3], 'padding': 1}; semicolons part arguments."""
+    fields: Fields = {}
+    takes = ", ".join(kind.fields) or "nothing"
+    for number, part in enumerate(part.strip() for part in inside.split(";") if part.strip()):
+        key, equals, value = (word.strip() for word in part.partition("="))
+        if not equals:
+            key, value = next(iter(kind.fields), ""), part
+            if number:
+                raise UsageError(f"{text}: expected name=value after the first argument, got {part!r}")
+        if key not in kind.fields:
+            raise UsageError(f"{text}: {kind.name} takes {takes}, got {part!r}")
+        if key in fields:
+            raise UsageError(f"{text}: {key} is given twice")
+        try:
+            fields[key] = kind.fields[key].read(key, value)
+        except UsageError as error:
+            raise UsageError(f"{text}: {error}") from None
+    if kind.fields.keys() - kind.defaults.keys() - fields.keys():
+        raise UsageError(f"{text}: {kind.name} takes {takes}, and needs the first of them")
+    return fields

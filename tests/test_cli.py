@@ -455,6 +455,23 @@ def test_inspect_shows_geometry_only_where_it_is_known(cli: Cli) -> None:
     assert cli("inspect f.safetensors").err.endswith("first was fused by convtool from first + second\n")
 
 
+# Names that would mean another layer too, were they taken as people's words: without a wrapper's prefix, as patterns.
+@pytest.mark.parametrize(("name", "other"), [("a", "module.a"), ("x*", "xy"), ("[uv]", "u")])
+def test_what_is_recorded_of_a_layer_is_said_of_no_other(cli: Cli, here: Path, name: str, other: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {name: (4, 3, 3, 2), other: (4, 3, 3, 2), "behind": (5, 4, 1, 1)}
+    save_file(
+        {f"{key}.weight": torch.randn(s, generator=generator) for key, s in shapes.items()}, here / "n.safetensors"
+    )
+    assert cli(f"fuse n.safetensors '{name}' behind -o f.safetensors --set '{name}.stride=2,1'").code == 0
+    layers = {one["name"]: one["geometry"] for one in cli("inspect f.safetensors --json").document["layers"]}
+    assert layers[name]["stride"] == [2, 1]
+    assert layers[other] is None
+    for layer, positions in ((name, 4 * 5), (other, 7 * 5)):
+        made = cli(f"toeplitz f.safetensors '{layer}' --input-size 9,6 -o t.npz -f --json").document
+        assert made["shape"][0] == positions * (5 if layer == name else 4)
+
+
 def test_names_from_a_file_cannot_steer_the_terminal(cli: Cli, here: Path) -> None:
     save_file({"evil\x1b[2J\r\u202e.weight": torch.zeros(4, 3, 2, 3)}, here / "evil.safetensors")
     shown = cli("inspect evil.safetensors")

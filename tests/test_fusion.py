@@ -126,6 +126,11 @@ CHAINS: dict[str, tuple[nn.Sequential, list[str]]] = {
     "padding": (chain(p=nn.ZeroPad2d((1, 2, 3, 0)), a=nn.Conv2d(4, 6, 3)), ["pad(3:0,1:2)", "a"]),
     "scale": (chain(a=nn.Conv2d(4, 6, (3, 2)), s=Scale(6)), ["a", "s"]),
     "scale with axes": (chain(a=nn.Conv2d(4, 6, (3, 2)), s=Scale(6, 1, 1), n=nn.BatchNorm2d(6)), ["a", "s", "n"]),
+    "scale and transposed": (chain(s=Scale(4), a=nn.ConvTranspose2d(4, 3, (3, 2), (2, 1), 1)), ["s", "a"]),
+    "scale and transposed, grouped": (
+        chain(s=Scale(4, 1, 1), a=nn.ConvTranspose2d(4, 6, (3, 2), 2, groups=2, bias=False), t=Scale(6)),
+        ["s.gamma", "a", "t"],
+    ),
     "scale by its tensor": (chain(a=nn.Conv2d(4, 6, (3, 2)), s=Scale(6)), ["a", "s.gamma"]),
     "scale by a number": (chain(a=nn.Conv2d(4, 6, (3, 2)), n=nn.BatchNorm2d(6)), ["a", "n", "identity()", "scale(1)"]),
     "pooling, flatten, linear": (
@@ -313,6 +318,22 @@ def test_a_lone_gamma_of_a_norm_is_a_scale_where_its_tensor_is_named(tmp_path: P
     path = save(filled(Norms()), tmp_path / "net.safetensors")
     document = done("fuse", path, "a", "rms_norm.gamma", "-o", tmp_path / "out.safetensors")
     assert document["fusions"][0]["edits"][1:] == ["rms_norm.gamma = None"]
+
+
+# 6 channels are 2 groups of 3 to a plain layer; a transposed one has its output channels there.
+@pytest.mark.parametrize("scale", ["s", "s.gamma", "scale(0.5)", "identity()"])
+def test_a_scale_before_a_transposed_layer_says_nothing_of_its_groups(scale: str, tmp_path: Path) -> None:
+    model = filled(chain(s=Scale(6), a=nn.ConvTranspose2d(6, 3, (3, 2), (2, 1))))
+    before, after = save(model, tmp_path / "before.pt"), tmp_path / "after.pt"
+    done("fuse", before, scale, "a", "-o", after, "--name", "b", "--set", "a.transposed=true", "--set", "a.stride=2,1")
+    x = inputs(2, 6, 5, 4)
+    factors = {"scale(0.5)": torch.tensor(0.5), "identity()": torch.tensor(1.0)}.get(
+        scale, model.get_parameter("s.gamma")
+    )
+    with torch.no_grad():
+        expected = model.get_submodule("a")(x * factors.reshape(-1, 1, 1))
+    assert relative_difference(expected, convtool.forward(convtool.open_checkpoint(after).conv("b"), x)) < CLOSE
+    assert run("verify", before, after)[0] == 0
 
 
 def test_a_transposed_layer_that_nobody_called_so(tmp_path: Path) -> None:

@@ -435,38 +435,63 @@ class Holes(io.FileIO):
         return count
 
 
-def test_an_archive_beyond_4_gib_is_one_to_the_standard_library(tmp_path: Path) -> None:
+def test_an_archive_beyond_4_gib_is_one_to_every_reader(tmp_path: Path) -> None:
     zeros, head = Zeros(1 << 24), b"head"
-    count = (LIMIT >> 24) + 1
-    exactly = LIMIT - 1  # the largest size that fits the short fields
 
-    def chunks() -> Iterator[Zeros]:
-        return (zeros for _ in range(count))
+    def member(name: str, size: int) -> Member:
+        def chunks() -> Iterator[Zeros]:
+            whole, rest = divmod(size - len(head), 1 << 24)
+            yield from (zeros for _ in range(whole))
+            yield Zeros(rest)
 
-    def just_below() -> Iterator[Zeros]:
-        yield from (zeros for _ in range(exactly >> 24))
-        yield Zeros(exactly % (1 << 24) - len(head))
+        return Member(f"archive/{name}", size, head, chunks)
 
     members = [
-        Member("small", 4, head, lambda: iter(())),
-        Member("big", 4 + (count << 24), head, chunks),
-        Member("behind", 4, b"tail", lambda: iter(())),
-        Member("edge", exactly, head, just_below),
-        Member("last", 3, b"end", lambda: iter(())),
+        Member("archive/version", 2, b"3\n", lambda: iter(())),
+        member("small", 4),
+        member("big", LIMIT + (1 << 24)),
+        Member("archive/behind", 4, b"tail", lambda: iter(())),
+        member("below", LIMIT - 1),  # the largest size that fits the short fields
+        member("edge", LIMIT),
+        Member("archive/last", 3, b"end", lambda: iter(())),
     ]
     path = tmp_path / "a.zip"
     with Holes(path, "w+") as file:
         write_archive(file, members)
-    assert path.stat().st_size == archive_size(members) > 2 * LIMIT
+    assert path.stat().st_size == archive_size(members) > 3 * LIMIT
     with zipfile.ZipFile(path) as archive:
         assert [(one.filename, one.file_size) for one in archive.infolist()] == [
             (member.name, member.size) for member in members
         ]
-        assert (archive.read("small"), archive.read("behind"), archive.read("last")) == (head, b"tail", b"end")
+        found = [archive.read(f"archive/{name}") for name in ("small", "behind", "last")]
+        assert found == [head, b"tail", b"end"]
         for info in archive.infolist():
             assert data_offset(path, info.header_offset) % 64 == 0
-        with archive.open("big") as big:
+        with archive.open("archive/big") as big:
             assert big.read(8) == head + bytes(4)
+    theirs = torch._C.PyTorchFileReader(str(path))
+    assert sorted(theirs.get_all_records()) == sorted(member.name.removeprefix("archive/") for member in members)
+    assert [theirs.get_record(name) for name in ("small", "behind", "last")] == found
+    check_end(path, len(members))
+
+
+def check_end(path: Path, count: int) -> None:
+    """Hold each field of the end of a large archive against PKWARE's APPNOTE, 4.3.14 to 4.3.16; readers skip most."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        file.seek(size - 98)
+        end64, locator, end = file.read(56), file.read(20), file.read(22)
+    signature, length, made, needed, disk, first_disk, here, entries, directory, offset = struct.unpack(
+        "<LQ2H2L4Q", end64
+    )
+    assert (signature, length, made, needed) == (0x06064B50, 56 - 12, 45, 45)
+    assert (disk, first_disk, here, entries) == (0, 0, count, count)
+    assert offset + directory == size - 98
+    assert struct.unpack("<LLQL", locator) == (0x07064B50, 0, size - 98, 1)
+    assert struct.unpack("<L4H2LH", end) == (0x06054B50, 0, 0, 0xFFFF, 0xFFFF, LIMIT, LIMIT, 0)
+    with path.open("rb") as file:
+        file.seek(offset)
+        assert file.read(4) == b"PK\x01\x02"
 
 
 def data_offset(path: Path, header: int) -> int:

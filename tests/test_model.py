@@ -230,6 +230,20 @@ def test_a_prefix_of_all_names_does_not_count(prefix: str, whose: str, tmp_path:
     assert found.geometry.fields(f"{start}0")["stride"] == [2, 2]
 
 
+# Names that would mean another layer too, were they taken as people's words: without a wrapper's prefix, as patterns.
+@pytest.mark.parametrize(("name", "other"), [("a", "module.a"), ("x*", "xy"), ("[uv]", "u")])
+def test_what_a_model_says_of_a_layer_it_says_of_no_other(name: str, other: str, tmp_path: Path) -> None:
+    model = nn.Module()
+    holder = model
+    if "." in other:
+        model.add_module("module", holder := nn.Module())
+    holder.add_module(other.removeprefix("module."), nn.Conv2d(2, 3, 3))
+    model.add_module(name, nn.Conv2d(2, 3, 3, stride=(2, 1)))
+    found = agree(model, open_checkpoint(save(model, tmp_path / "net.pt")))
+    assert found.differences == ()
+    assert {key: found.geometry.fields(key)["stride"] for key in (name, other)} == {name: [2, 1], other: [1, 1]}
+
+
 def test_fused_layers_have_the_geometry_that_was_recorded_and_not_the_models(tmp_path: Path) -> None:
     """The fused layer has its first source's name, and may have its shape as well."""
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 1, stride=2))

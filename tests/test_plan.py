@@ -507,6 +507,18 @@ def test_a_sum_inside_of_a_chain() -> None:
     assert alone["a b"] == alone["a c.0"] == "the value between them is read 2 times"
 
 
+@pytest.mark.parametrize(
+    ("stacked", "summed", "keepdim"),
+    [*itertools.product((0, 1, -1, 4, -4), range(-5, 5), (False,)), (1, 1, True), (-1, 4, True)],
+)
+def test_a_stack_is_a_sum_where_it_is_added_up_along_its_own_axis(stacked: int, summed: int, keepdim: bool) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return torch.stack([m.a(x), m.b(x)], stacked).sum(summed, keepdim=keepdim)
+
+    net = Net(forward, a=conv(k=3, padding=1), b=conv(k=1))
+    assert planned(net)[0] == (["(a | b)"] if stacked % 5 == summed % 5 and not keepdim else [])
+
+
 def test_branches_of_different_strides_stay_apart_with_the_reason() -> None:
     net = Net(lambda m, x: m.a(x) + m.b(x), a=conv(k=1, stride=(2, 1)), b=conv(k=(2, 1), stride=(2, 1)))
     net_of_two_strides = Net(lambda m, x: m.a(x)[..., :5, :] + m.b(x), a=conv(k=1), b=conv(k=1, stride=(2, 1)))

@@ -147,9 +147,9 @@ def blocks_are_no_larger_than_asked_for(conv: Conv, size: Size) -> None:
 
 def stretches_cover_the_rows_and_tell_what_is_equal(conv: Conv, size: Size) -> None:
     for matrix in forms(conv, size):
+        same_indices: dict[Any, Tensor] = {}
+        same_values: dict[Any, Tensor] = {}
         for start, stop in ((0, matrix.shape[0]), (matrix.shape[0] // 3, matrix.shape[0] - 1)):
-            same_indices: dict[Any, Tensor] = {}
-            same_values: dict[Any, Tensor] = {}
             end = start
             for stretch in matrix.stretches(start, stop):
                 assert stretch.start == end < stretch.stop
@@ -276,6 +276,23 @@ def test_laws_over_the_table_in_threads(case: Case, monkeypatch: pytest.MonkeyPa
     small_tiles(monkeypatch, 20, 100, templates=2)
     it_is_what_the_layer_makes_of_each_basis_vector(case.conv(), case.input_size)
     any_range_of_rows_is_a_slice_of_the_whole(case.conv(), case.input_size)
+
+
+# Stretches of a few channels cross into the next group, whose columns are others.
+@pytest.mark.parametrize("small", [True, False], ids=["small", "real"])
+@pytest.mark.parametrize(("together", "per_group"), [(2, 3), (2, 5), (3, 4)])
+def test_stretches_that_cross_from_group_to_group(
+    together: int, per_group: int, small: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if small:
+        small_tiles(monkeypatch, 15 * together, 15 * together, templates=6)
+    size = (7,) if small else (120_000 // together,)
+    channels = 3 * per_group
+    conv = make_conv(Geometry.of((2,), groups=3), 3, channels)
+    matrix = toeplitz(conv, size)
+    rows = matrix.shape[0]
+    assert [one.start * channels // rows for one in matrix.stretches(0, rows)] == list(range(0, channels, together))
+    stretches_cover_the_rows_and_tell_what_is_equal(conv, size)
 
 
 @pytest.mark.parametrize("form", FORMS, ids=str)

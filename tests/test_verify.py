@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, IDS, Case, real_numbers, whole_numbers
+from cases import CASES, IDS, Case, make_conv, real_numbers, whole_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import NOTHING, axis_taps
@@ -279,6 +279,24 @@ def test_the_answer_of_a_chain_to_impulses_in_all_groups_at_once(chain: list[Con
         for number in (0, len(impulses) - 1):
             for channel in range(outer):
                 assert x[(number, *impulses.source(number, channel, outer))] == 1
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"padding": 1}, {"padding": [(0, 1), (2, 0)]}, {"stride": 2}, {"stride": (1, 2)}]
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_1x1_that_pads_or_strides_does_not_keep_to_its_place(fields: dict[str, Any], bias: bool) -> None:
+    behind = Geometry.of((1, 1), **fields)
+    first = make_conv(Geometry.of((3, 2), padding=1), 2, 3)
+    second = make_conv(behind, 3, 4)
+    point = make_conv(Geometry.of((1, 1)), 3, 3)
+    tree = Chain((first, point, second if bias else Conv(second.weight, None, behind)))
+    plan = plan_impulses((tree,), [fused_geometry(tree)], 2, (6, 7), 10**9, 0, False)
+    for impulses in impulse_inputs(plan, (6, 7), 1000):
+        whole = run(tree, impulses.dense())
+        for axis, rows in enumerate(impulses.rows or (), 2):
+            whole = whole.index_select(axis, rows)
+        assert torch.equal(apply(tree, impulses), whole)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)

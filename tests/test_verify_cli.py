@@ -204,6 +204,47 @@ def test_every_recorded_fusion_is_run(net: dict[str, Tensor]) -> None:
     assert {part["name"] for part in found.document["fusions"] if not part["equivalent"]} == {"y.first"}
 
 
+@pytest.mark.parametrize(("name", "other"), [("a", "module.a"), ("x*", "xy"), ("[uv]", "u")])
+def test_the_fields_of_a_recorded_layer_are_no_others(name: str, other: str) -> None:
+    save_file({f"{key}.weight": real_numbers(n, 3, 3, 2, 2) for n, key in enumerate((name, other))}, "n.safetensors")
+    Path("g.toml").write_text(f"'{name}' = {{ stride = [1, 2] }}\n'{other}' = {{ stride = [3, 1] }}\n")
+    Path("r.toml").write_text(f"[[fuse]]\nname = 'b'\nchain = ['{other}', '{name}']\n")
+    assert cli(f"fuse n.safetensors '{other}' '{name}' -o f.safetensors --name b --geometry g.toml").code == 0
+    found = cli("verify n.safetensors f.safetensors --json")
+    assert found.code == 0
+
+
+def test_a_layer_of_another_file_is_not_the_one_of_its_name(net: dict[str, Tensor]) -> None:
+    other = {"second.weight": real_numbers(9, 5, 4, 1, 2).float(), "second.bias": real_numbers(10, 5).float()}
+    save_file(other, "other.safetensors")
+    joined = "first other:second --with other=other.safetensors --set other:second.stride=1,2 -o f.safetensors"
+    question = "verify net.safetensors f.safetensors --with other=other.safetensors"
+    # The base has no `second`,
+    save_file({"first.weight": net["first.weight"]}, "bare.safetensors")
+    assert cli(f"fuse bare.safetensors {joined}").code == 0
+    assert cli("verify bare.safetensors f.safetensors --with other=other.safetensors").code == 0
+    # one that stays as it is, and can be fused later,
+    edits = cli(f"fuse net.safetensors {joined} --force --json").document["fusions"][0]["edits"]
+    assert not any("second" in line for line in edits)
+    assert torch.equal(load_file("f.safetensors")["second.weight"], net["second.weight"])
+    assert cli(question).code == 0
+    assert cli("fuse f.safetensors second norm --set norm.eps=1e-3 -o g.safetensors").code == 0
+    assert cli(question.replace(" f.", " g.")).code == 0
+    planted = load_file("f.safetensors")
+    planted["second.weight"][1, 2, 1, 0] += 1
+    save_file(planted, "f.safetensors", metadata_of("f.safetensors"))
+    assert cli(question).code == 1
+    # and one that convtool made, of which something is recorded.
+    assert cli("fuse net.safetensors second norm --set second.stride=2 --set norm.eps=1 -o made.safetensors").code == 0
+    assert cli(f"fuse made.safetensors {joined} --force").code == 0
+    (made,) = cli("inspect f.safetensors second --json").document["layers"]
+    assert made["geometry"]["stride"] == [2, 2]
+    verdict = cli(f"{question} --json").document
+    assert verdict["equivalent"] is True
+    parts = {part["name"]: part["before"] for part in verdict["fusions"]}
+    assert parts == {"second": ["second", "norm"], "first": ["first", "second"]}
+
+
 def metadata_of(path: str) -> dict[str, str]:
     with safe_open(path, framework="pt") as opened:
         found: dict[str, str] = opened.metadata()
@@ -353,6 +394,40 @@ def test_a_model_rounded_layer_by_layer_is_what_rounding_can_do(net: dict[str, T
     half["norm.running_var"][3] *= 1.02  # two units in its last place
     save_file(half, "half.safetensors")
     assert cli(question).code == 1
+
+
+# By how many half units in their last places variance and weight were something else before they were stored.
+@pytest.mark.parametrize(
+    ("variance_off", "weight_off", "code"),
+    [
+        *((0, 0, 0), (0.5, 0, 0), (-1, 1, 0), (1, -1, 0), (-1, None, 0), (1, None, 0)),
+        *((-3, 3, 1), (3, -3, 1), (0, 3, 1), (-6, 0, 1), (6, 0, 1), (-1.5, None, 1), (1.5, None, 1)),
+    ],
+)
+@pytest.mark.parametrize("variance", [1e-3, 1.0, 100.0])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_a_batch_norm_is_held_against_what_storing_it_can_do_and_no_more(
+    dtype: torch.dtype, variance: float, variance_off: float, weight_off: float | None, code: int
+) -> None:
+    def norm(after: bool) -> dict[str, Tensor]:
+        numbers = {"norm.running_var": (1.25 * variance, variance_off), "norm.weight": (1.5, weight_off)}
+        state = {"norm.running_mean": torch.zeros(1), "one.weight": torch.ones(1, 1, 1, 1)}
+        for name, (number, off) in numbers.items():
+            if off is None:
+                continue
+            stored = torch.tensor([number], dtype=dtype)
+            half = (stored.nextafter(stored * 2) - stored).double() / 2
+            state[name] = stored if after else stored.double() + off * half
+        return {name: tensor if after and name in numbers else tensor.double() for name, tensor in state.items()}
+
+    save_file(norm(after=False), "exact.safetensors")
+    save_file(norm(after=True), "stored.safetensors")
+    question = "verify exact.safetensors stored.safetensors --before one,norm --after one,norm"
+    found = cli(f"{question} --set norm.eps=1e-4 --input-size 1,1,1 --json")
+    assert found.code == code
+    (part,) = found.document["fusions"]
+    if abs(variance_off) == 1:  # as far as storing goes, to the same side: the bound is met and not just kept
+        assert 0.98 < part["ratio"] <= 1
 
 
 # --- fuse verifies before it publishes

@@ -79,12 +79,11 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from convtool.api import apply as apply
-    from convtool.api import conv as conv
     from convtool.checkpoint import open_checkpoint as open_checkpoint
     from convtool.core.compose import add as add
     from convtool.core.compose import compose as compose
     from convtool.core.conv import Conv as Conv
+    from convtool.core.conv import conv as conv
     from convtool.core.forward import forward as forward
     from convtool.core.fuse import fuse as fuse
     from convtool.core.geometry import Geometry as Geometry
@@ -100,16 +99,17 @@ if TYPE_CHECKING:
     from convtool.errors import OutputError as OutputError
     from convtool.errors import RefusedError as RefusedError
     from convtool.errors import UsageError as UsageError
+    from convtool.graph.planned import Plan as Plan
+    from convtool.live.apply import apply as apply
+    from convtool.live.layers import geometry_of as geometry_of
+    from convtool.live.plan import fuse_model as fuse_model
+    from convtool.live.plan import plan as plan
     from convtool.matrix.read import load_matrix as load_matrix
     from convtool.matrix.read import open_matrix as open_matrix
-    from convtool.model.layers import geometry_of as geometry_of
-    from convtool.model.plan import fuse_model as fuse_model
-    from convtool.model.plan import plan as plan
-    from convtool.model.planned import Plan as Plan
 
 _HOME = {
-    "apply": "convtool.api",
-    "conv": "convtool.api",
+    "apply": "convtool.live.apply",
+    "conv": "convtool.core.conv",
     "open_checkpoint": "convtool.checkpoint",
     "add": "convtool.core.compose",
     "compose": "convtool.core.compose",
@@ -129,10 +129,10 @@ _HOME = {
     "OutputError": "convtool.errors",
     "RefusedError": "convtool.errors",
     "UsageError": "convtool.errors",
-    "geometry_of": "convtool.model.layers",
-    "Plan": "convtool.model.planned",
-    "fuse_model": "convtool.model.plan",
-    "plan": "convtool.model.plan",
+    "geometry_of": "convtool.live.layers",
+    "Plan": "convtool.graph.planned",
+    "fuse_model": "convtool.live.plan",
+    "plan": "convtool.live.plan",
     "load_matrix": "convtool.matrix.read",
     "open_matrix": "convtool.matrix.read",
 }

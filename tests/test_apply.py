@@ -20,7 +20,7 @@ from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.modules.live import live_module
+from convtool.live.modules import live_module
 
 SHAPE = (2, 4, 7, 10)
 

@@ -21,8 +21,8 @@ from convtool.checkpoint import open_checkpoint
 from convtool.core.conv import lower_conv
 from convtool.core.geometry import Geometry
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.model.agreement import agree
-from convtool.model.load import load_model
+from convtool.live.agreement import agree
+from convtool.live.load import load_model
 
 SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
 NETWORKS_PY = SAMPLES / "networks.py"
@@ -421,7 +421,7 @@ def test_a_command_without_a_model_runs_no_code_and_the_help_says_which_does(tmp
     shutil.copy(SAMPLES / "chains.safetensors", tmp_path / "net.safetensors")
     script = (
         "import sys; from convtool.cli.app import run_app; code = run_app(['inspect', 'net.safetensors', '-q']);"
-        "sys.exit(code or 'net' in sys.modules or 'convtool.model' in sys.modules)"
+        "sys.exit(code or 'net' in sys.modules or 'convtool.live' in sys.modules)"
     )
     shown = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert shown.returncode == 0, shown.stderr

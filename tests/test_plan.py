@@ -21,17 +21,16 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import convtool
-from convtool.core.flow import Flow, Op, Step, find_stretches
-from convtool.core.partition import Cost, partition
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.recipe import Known, parse_recipe, resolve
+from convtool.graph.flow import Flow, Op, Step, find_stretches
+from convtool.graph.judge import Exact
+from convtool.graph.partition import Cost, partition
+from convtool.graph.planned import Plan, tree_in_short
 from convtool.kinds.stated import FieldSources
-from convtool.model import trace as tracing
-from convtool.model.judge import Exact
-from convtool.model.names import tree_in_short
-from convtool.model.planned import Plan
-from convtool.model.state import StateCheckpoint
+from convtool.live import trace as tracing
+from convtool.live.state import StateCheckpoint
 
 # --- cutting a sequence
 

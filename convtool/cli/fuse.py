@@ -35,8 +35,8 @@ if TYPE_CHECKING:
     from convtool.core.verify import EquivalenceReport
     from convtool.fusing.fusion import PlannedLayer
     from convtool.fusing.recipe import PlannedFusion, Recipe
+    from convtool.graph.planned import Plan
     from convtool.kinds.stated import FieldSources
-    from convtool.model.planned import Plan
 
 NAME = "fuse"
 USAGE = "CKPT LAYER LAYER... -o OUT"
@@ -199,7 +199,7 @@ def _plan_model(reporter: Reporter, wanted: FuseOptions, opened: Checkpoint, sou
 
 def _planned(plan: Plan) -> list[PlannedFusion]:
     from convtool.fusing.recipe import PlannedFusion
-    from convtool.model.judge import Exact
+    from convtool.graph.judge import Exact
 
     pieces = [(one.name, one.piece) for one in plan.fusions]
     return [

@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
     from convtool.checkpoint import Checkpoint
     from convtool.cli.output import Reporter
+    from convtool.graph.planned import Plan
     from convtool.kinds.stated import FieldSource
-    from convtool.model.agreement import Agreement
-    from convtool.model.planned import Plan
+    from convtool.live.agreement import Agreement
 
 
 def load(model: str, arguments: str | None, *, in_memory: bool = False) -> nn.Module:
     """The model of --model; what its code prints goes to stderr, so that stdout holds results alone."""
-    from convtool.model.load import load_model
+    from convtool.live.load import load_model
 
     with contextlib.redirect_stdout(sys.stderr):
         return load_model(model, arguments, in_memory=in_memory)
@@ -58,7 +58,7 @@ def agreement(model: nn.Module, spec: str, checkpoint: Checkpoint, reporter: Rep
     Raises:
         UsageError: they have no layer in common.
     """
-    from convtool.model.agreement import agree
+    from convtool.live.agreement import agree
 
     found = agree(model, checkpoint, f"--model {spec}")
     if not found.names:
@@ -85,7 +85,7 @@ def runs_of_layers(
         return {}
     if found is None:
         raise UsageError("--input-size: is the size of the model's input, and goes with --model")
-    from convtool.model.runs import layer_runs
+    from convtool.live.runs import layer_runs
 
     built, agreed = found
     with contextlib.redirect_stdout(sys.stderr):
@@ -121,7 +121,7 @@ def plan_for(
         UsageError: no input size, a model that cannot be built or doesn't run on it, or of another checkpoint.
         RefusedError: the model's data flow cannot be followed.
     """
-    from convtool.model.plan import plan
+    from convtool.live.plan import plan
 
     if input_size is None:
         raise UsageError("expected --input-size, the size of the model's input, such as 3,224,224")
@@ -167,7 +167,7 @@ def whole_model(
         return None
     if model is None:
         raise UsageError("--model-input: goes with --model")
-    from convtool.model.whole import MOST, compare_whole
+    from convtool.live.whole import MOST, compare_whole
 
     with reporter.progress("running the model", None), contextlib.redirect_stdout(sys.stderr):
         report = compare_whole(lambda: load(model, arguments, in_memory=True), before, after, input_size, seed=seed)

@@ -26,7 +26,7 @@ from convtool.errors import UsageError
 
 if TYPE_CHECKING:
     from convtool.core.tree import LayerRef, Tree
-    from convtool.model.planned import Plan, PlannedPiece
+    from convtool.graph.planned import Plan, PlannedPiece
 
 NAME = "plan"
 USAGE = "[CKPT] --model CODE --input-size C,H,W"
@@ -180,7 +180,7 @@ def _tree(tree: Tree[LayerRef]) -> dict[str, Any]:
 
 
 def _print(reporter: Reporter, document: dict[str, Any], plan: Plan) -> None:
-    from convtool.model.names import tree_in_short
+    from convtool.graph.planned import tree_in_short
 
     measured = any(fusion["seconds"] for fusion in document["fusions"])
     columns = ["layers", "exact", "parameters", "multiply-adds", *(["ms"] if measured else [])]
@@ -213,7 +213,7 @@ def _print(reporter: Reporter, document: dict[str, Any], plan: Plan) -> None:
 
 def _grouped(left_alone: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """Layers that are left alone for one reason, in one line."""
-    from convtool.model.names import names_in_short
+    from convtool.graph.planned import names_in_short
 
     grouped: dict[str, list[str]] = {}
     for one in left_alone:

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from convtool.core.flow import Flow, Op, Step
+from convtool.graph.flow import Flow, Op, Step
+from convtool.graph.operations import classify
 from convtool.kinds.found import group_layers
 from convtool.kinds.kind import TensorInfo
-from convtool.model.layers import ModuleLayer
-from convtool.model.operations import classify, layer_axes
+from convtool.live.layers import ModuleLayer, layer_axes
 
 
 def read_graph(

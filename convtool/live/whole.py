@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from convtool.api import apply_checkpoint
 from convtool.checkpoint import Checkpoint
 from convtool.errors import InputError, UsageError
-from convtool.model.agreement import agree
+from convtool.live.agreement import agree
+from convtool.live.apply import apply_checkpoint
 
 # Times the effect of rounding every weight once that a difference may have: fused weights are rounded once as well,
 # but the maxima of a few random draws are compared. A layer in the wrong place differs by a million times and more.

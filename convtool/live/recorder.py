@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convtool.core.flow import Op, Step
 from convtool.errors import RefusedError
-from convtool.model.layers import ModuleLayer
-from convtool.model.operations import classify, layer_axes
+from convtool.graph.flow import Op, Step
+from convtool.graph.operations import classify
+from convtool.live.layers import ModuleLayer, layer_axes
 
 # Operations that hand a tensor's numbers to Python, which may go another way for others.
 _DECIDING = frozenset({"_local_scalar_dense.default", "equal.default", "nonzero.default", "is_nonzero.default"})

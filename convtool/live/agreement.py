@@ -11,7 +11,7 @@ from convtool.checkpoint import Checkpoint, Layer, TensorInfo
 from convtool.core.names import unwrap
 from convtool.kinds.found import group_layers
 from convtool.kinds.stated import FieldSource
-from convtool.model.layers import module_layers
+from convtool.live.layers import module_layers
 
 MOST_NAMES = 6  # named one by one before the rest is only counted
 _COUNTS = "num_batches_tracked"  # of a batch norm: never computed with

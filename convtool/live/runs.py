@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from convtool.model.judge import Judge, with_fields
-from convtool.model.layers import module_layers
-from convtool.model.state import StateCheckpoint
-from convtool.model.trace import example_input, trace
+from convtool.graph.judge import Judge
+from convtool.live.layers import module_layers, with_fields
+from convtool.live.state import StateCheckpoint
+from convtool.live.trace import example_input, trace
 
 
 @dataclass(frozen=True, slots=True)

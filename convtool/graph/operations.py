@@ -1,4 +1,4 @@
-"""What the data flow takes an operation for, and a layer that reads an input of so many axes."""
+"""What the data flow takes an operation of aten for."""
 
 from __future__ import annotations
 
@@ -6,17 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from convtool.core.flow import Op
-from convtool.errors import UsageError
-from convtool.model.layers import ModuleLayer
-
-
-def layer_axes(layer: ModuleLayer, rank: int) -> int | None:
-    """Return the spatial axes that a layer moves over in an input of that many axes; None where in another way."""
-    try:
-        return layer.kind.moves_over(rank, layer.axes)
-    except UsageError as error:
-        raise UsageError(f"{layer.name} {error}") from None
+from convtool.graph.flow import Op
 
 
 def classify(

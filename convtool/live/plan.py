@@ -11,27 +11,27 @@ import torch
 from torch import nn
 
 from convtool import __version__
-from convtool.api import apply_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import FusionRecord, Record, SourceLayer
 from convtool.core.fields import geometry_fields
-from convtool.core.flow import Flow, Obstacle, find_stretches
-from convtool.core.partition import Cost as Price
-from convtool.core.partition import partition
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.errors import ConvtoolError, RefusedError, UsageError
 from convtool.fusing.fusion import check_ties, plan_layer
 from convtool.fusing.lowering import lower_tree
+from convtool.graph.flow import Flow, Obstacle, find_stretches
+from convtool.graph.judge import Cost, Exact, Judge, Piece
+from convtool.graph.partition import Cost as Price
+from convtool.graph.partition import partition
+from convtool.graph.planned import LeftAlone, Plan, PlannedPiece
+from convtool.graph.stopwatch import Stopwatch
 from convtool.kinds.kind import Kind, Layer
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import read_layer
-from convtool.model.judge import Cost, Exact, Judge, Piece, with_fields
-from convtool.model.layers import module_layers
-from convtool.model.measure import Stopwatch
-from convtool.model.planned import LeftAlone, Plan, PlannedPiece
-from convtool.model.rehearse import failures
-from convtool.model.state import StateCheckpoint
-from convtool.model.trace import example_input, trace
+from convtool.live.apply import apply_checkpoint
+from convtool.live.layers import module_layers, with_fields
+from convtool.live.rehearse import failures
+from convtool.live.state import StateCheckpoint
+from convtool.live.trace import example_input, trace
 
 
 def plan(

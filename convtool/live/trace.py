@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from convtool.core.flow import Flow
 from convtool.errors import RefusedError, UsageError
-from convtool.model.exported import changes_in_place, read_graph
-from convtool.model.layers import ModuleLayer, module_layers
-from convtool.model.nowhere import nowhere
-from convtool.model.record import kept_layers, record_run
+from convtool.graph.flow import Flow
+from convtool.live.exported import changes_in_place, read_graph
+from convtool.live.layers import ModuleLayer, module_layers
+from convtool.live.recorder import kept_layers, record_run
 
 Inputs = tuple[Any, ...]
 
@@ -35,6 +35,17 @@ def example_input(model: nn.Module, input_size: Sequence[int]) -> Tensor:
     tensors = [*model.parameters(), *model.buffers()]
     numbers = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
     return torch.zeros(1, *input_size, dtype=numbers.dtype, device=numbers.device)
+
+
+@contextlib.contextmanager
+def nowhere(model: nn.Module) -> Iterator[None]:
+    """Where tensors have shapes and no numbers, on whatever device the model is; it may be run on what it is run on."""
+    if all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        with torch.device("meta"):
+            yield
+    else:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            yield
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Flow:

@@ -13,18 +13,16 @@ from enum import Enum
 
 import torch
 
-from convtool.checkpoint import Checkpoint
 from convtool.core.border import Verdict
 from convtool.core.conv import Conv
 from convtool.core.expression import joined, multiply_adds
-from convtool.core.flow import Flow, Step
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.geometry import Geometry
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.errors import RefusedError
+from convtool.graph.flow import Flow, Step
 from convtool.kinds.kind import Layer
 from convtool.kinds.written import make_written
-from convtool.model.layers import ModuleLayer
 
 
 class Exact(Enum):
@@ -187,16 +185,6 @@ class Judge:
         number = _number(next(iter(main.tensors.values())).dtype)
         weight = number.expand(outputs, inputs // groups, *geometry.kernel_size)
         return Conv(weight, number.expand(outputs) if bias else None, geometry)
-
-
-def with_fields(state: Checkpoint, modules: Mapping[str, ModuleLayer]) -> dict[str, Layer]:
-    """Return every layer that a model's state dict shows, with the fields of its module."""
-    found = {}
-    for name, layer in state.layers.items():
-        module = modules.get(name)
-        if layer.kind.parameter or (module is not None and module.kind is layer.kind):
-            found[name] = replace(layer, fields={} if module is None else module.fields)
-    return found
 
 
 def _number(dtype: str) -> torch.Tensor:

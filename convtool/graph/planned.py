@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from convtool.core.fields import Fields
 from convtool.core.names import toml_string
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves
+from convtool.graph.judge import Cost, Exact, Piece
 from convtool.kinds.stated import FieldSource, field_tables
-from convtool.model.judge import Cost, Exact, Piece
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -112,3 +112,37 @@ def _part(tree: Tree[LayerRef]) -> str:
     if isinstance(tree, Sum):
         return f"{{ sum = [{', '.join(_part(part) for part in tree.parts)}] }}"
     return toml_string(tree.name)
+
+
+def tree_in_short(tree: Tree[LayerRef]) -> str:
+    """'layer1.0: conv1 + bn1' for a chain; '(a | b)' for a sum."""
+    names = [leaf.name for leaf in leaves(tree) if not leaf.written]
+    shared = _shared(names)
+    text = _text(map_leaves(lambda leaf: LayerRef(leaf.name.removeprefix(shared)), tree))
+    return f"{shared.removesuffix('.')}: {text}" if shared else text
+
+
+def names_in_short(names: Sequence[str]) -> str:
+    """'layer1.0: conv1, bn1'."""
+    shared = _shared(names)
+    text = ", ".join(name.removeprefix(shared) for name in names)
+    return f"{shared.removesuffix('.')}: {text}" if shared else text
+
+
+def _shared(names: Sequence[str]) -> str:
+    """The path that all of the names begin with, its dot included."""
+    split = [name.split(".")[:-1] for name in names]
+    shared: list[str] = []
+    for parts in zip(*split, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    return "".join(f"{part}." for part in shared)
+
+
+def _text(tree: Tree[LayerRef]) -> str:
+    if isinstance(tree, Chain):
+        return " + ".join(_text(part) for part in tree.parts)
+    if isinstance(tree, Sum):
+        return f"({' | '.join(_text(part) for part in tree.parts)})"
+    return tree.name

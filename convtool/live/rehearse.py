@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convtool.api import Applying
 from convtool.checkpoint.record import FusionRecord
 from convtool.core.conv import Conv
-from convtool.model.nowhere import nowhere
-from convtool.model.state import StateCheckpoint
+from convtool.live.apply import Applying
+from convtool.live.state import StateCheckpoint
+from convtool.live.trace import nowhere
 
 
 class _OneLayer(StateCheckpoint):

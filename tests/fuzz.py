@@ -22,7 +22,7 @@ from damage import SUFFIXES, damaged, good_file, verdict, write_parts
 
 import convtool
 
-READERS = tuple(str(Path(convtool.__file__).parent / part) for part in ("checkpoint", "files"))
+READERS = tuple(str(Path(convtool.__file__).parent / part) for part in ("checkpoint", "formats"))
 FINDINGS = Path("fuzz_findings")
 LARGEST = 64 << 10  # bytes of a file that is worth damaging further
 EVERY = 20  # one case in so many is traced, since tracing takes most of the time

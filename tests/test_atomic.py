@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from convtool.errors import InputError, OutputError
-from convtool.files.atomic import check_target, replacing
-from convtool.files.room import Reported
-from convtool.files.source import Source
+from convtool.formats.atomic import check_target, replacing
+from convtool.formats.room import Reported
+from convtool.formats.source import Source
 
 NOBODY = 65534
 

@@ -30,7 +30,7 @@ from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.write import write_edited
 from convtool.cli.app import run_app
 from convtool.errors import InputError
-from convtool.files.stored_zip import Member, archive_size, write_archive
+from convtool.formats.stored_zip import Member, archive_size, write_archive
 
 
 def archive(path: Path, pickled: bytes, storages: dict[str, bytes] | None = None) -> Path:
@@ -103,7 +103,7 @@ HARM: dict[str, bytes] = {
     "in a subclass": inside(b"ctorch._tensor\n_rebuild_from_type_v2\n(cos\nsystem\nX\x01\0\0\0x)NtR"),
     "of numpy": inside(call("numpy", "load", "x.npy")),
     "of numpy's tests": inside(call("numpy.testing._private.utils", "runstring", CODE, {})),
-    "of this program": inside(call("convtool.files.atomic", "discard", "x")),
+    "of this program": inside(call("convtool.formats.atomic", "discard", "x")),
     "a module of torch": inside(b"ctorch.nn.modules.conv\nConv2d\n)\x81"),
 }
 

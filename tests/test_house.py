@@ -29,7 +29,6 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 STEPS = {
     "errors": 0,
     "core": 1,
-    "files": 2,
     "formats": 2,
     "kinds": 2,
     "checkpoint": 3,
@@ -109,10 +108,10 @@ def test_imports_run_one_way(path: Path) -> None:
     ("part", "line"),
     [
         ("errors", "from convtool.core.conv import Conv"),
-        ("core", "def f():\n    from convtool.files.atomic import replacing"),
+        ("core", "def f():\n    from convtool.formats.atomic import replacing"),
         ("core", "if TYPE_CHECKING:\n    import convtool.checkpoint"),
         ("core", "import convtool"),
-        ("files", "from convtool import checkpoint"),
+        ("formats", "from convtool import checkpoint"),
         ("checkpoint", "from convtool.matrix import plan_matrix"),
         ("matrix", "from convtool.checkpoint import open_checkpoint"),
         ("kinds", "from convtool.checkpoint import open_checkpoint"),

@@ -31,7 +31,7 @@ from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
 from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import OutputError, RefusedError, UsageError
-from convtool.files.stored_zip import LIMIT, Member, archive_size, write_archive
+from convtool.formats.stored_zip import LIMIT, Member, archive_size, write_archive
 from convtool.matrix import FORMATS, Layout, MatrixPlan, plan_matrix, write_matrix
 from convtool.matrix import npz as npz_module
 from convtool.matrix.contents import RECORD_NAME

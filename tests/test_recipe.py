@@ -11,7 +11,7 @@ from layers import found
 
 from convtool.core.tree import Chain, LayerRef, Sum, Tree
 from convtool.errors import InputError, UsageError
-from convtool.files.toml import parse_toml
+from convtool.formats.toml import parse_toml
 from convtool.fusing.recipe import Known, parse_recipe, resolve
 from convtool.fusing.recipe.names import Effort, Names
 from convtool.fusing.recipe.pattern import parse_pattern

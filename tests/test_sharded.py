@@ -22,7 +22,7 @@ from convtool.checkpoint.sharded import ShardedCheckpoint, is_plain_name
 from convtool.checkpoint.write import check_output, plan_edited, write_edited
 from convtool.cli.app import run_app
 from convtool.errors import ConvtoolError, InputError, OutputError, RefusedError, UsageError
-from convtool.files.atomic import alone_in
+from convtool.formats.atomic import alone_in
 
 KINDS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
 

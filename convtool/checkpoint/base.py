@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from convtool.core.conv import Conv
     from convtool.core.fields import Fields
     from convtool.core.geometry import Padding, PerAxis
-    from convtool.files.source import Receiver
+    from convtool.formats.source import Receiver
 
 
 class Place(NamedTuple):

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from convtool.checkpoint.dtypes import FLOATS
 from convtool.core.rounding import rounded
 from convtool.errors import InputError
+from convtool.formats.dtypes import FLOATS
 
 
 def cast_tensor(name: str, tensor: Tensor, after: str) -> Tensor:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convtool.checkpoint.base import Checkpoint, Place
-from convtool.checkpoint.dtypes import ITEMSIZE, MOST_AXES, SAFETENSORS, SAFETENSORS_CODES
 from convtool.checkpoint.record import Record, loads
 from convtool.core.flat import tensor_bits
 from convtool.errors import InputError, OutputError, RefusedError
-from convtool.files.source import Receiver, Source
+from convtool.formats.dtypes import ITEMSIZE, MOST_AXES, SAFETENSORS, SAFETENSORS_CODES
+from convtool.formats.source import Receiver, Source
 from convtool.kinds.kind import TensorInfo
 
 if TYPE_CHECKING:

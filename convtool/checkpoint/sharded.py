@@ -15,7 +15,7 @@ from convtool.errors import InputError, UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from convtool.files.source import Receiver
+    from convtool.formats.source import Receiver
 
 INDEX_SUFFIX = ".index.json"
 RECORD_KEY = "convtool"

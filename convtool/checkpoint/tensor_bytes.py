@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from convtool.core.flat import tensor_bits
-from convtool.files.source import CHUNK
+from convtool.formats.source import CHUNK
 
 if TYPE_CHECKING:
     from torch import Tensor

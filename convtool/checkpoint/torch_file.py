@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convtool.checkpoint.base import Checkpoint, Place
-from convtool.checkpoint.dtypes import ITEMSIZE
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.pickled import OrderedItems, plain_tensor, why_unusable
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.tensor_bytes import Piece, tensor_chunks
-from convtool.checkpoint.torch_container import Placed, check_crc, read_contents
 from convtool.checkpoint.torch_record import mark_of_contents, record_of, record_path
 from convtool.core.flat import tensor_bits
 from convtool.errors import InputError, UsageError
-from convtool.files.source import Source
-from convtool.files.stored_zip import combine_crc
+from convtool.formats.dtypes import ITEMSIZE
+from convtool.formats.pickle_reader import OrderedItems, plain_tensor, why_unusable
+from convtool.formats.source import Source
+from convtool.formats.stored_zip import combine_crc
+from convtool.formats.torch_zip import Placed, check_crc, read_contents
 from convtool.kinds.kind import TensorInfo
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from convtool.checkpoint.record import Record, loads
-from convtool.checkpoint.torch_container import Contents, read_contents
 from convtool.errors import ConvtoolError, InputError, OutputError
-from convtool.files.atomic import check_target, discard, replacing
-from convtool.files.source import Source
+from convtool.formats.atomic import check_target, discard, replacing
+from convtool.formats.source import Source
+from convtool.formats.torch_zip import Contents, read_contents
 
 RECORD_SUFFIX = ".convtool.json"
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from convtool.checkpoint import pickle_writer
-from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE, STORAGE_CLASSES
-from convtool.checkpoint.pickled import StorageRef, TensorRef
 from convtool.checkpoint.tensor_bytes import Piece, tensor_chunks
 from convtool.checkpoint.torch_file import TorchCheckpoint
 from convtool.core.flat import tensor_bits
 from convtool.errors import ConvtoolError, OutputError, RefusedError
-from convtool.files.stored_zip import LONGEST_NAME, Member
+from convtool.formats import pickle_writer
+from convtool.formats.dtypes import FLOATS, ITEMSIZE, STORAGE_CLASSES
+from convtool.formats.pickle_reader import StorageRef, TensorRef
+from convtool.formats.stored_zip import LONGEST_NAME, Member
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,7 +49,7 @@ def plan_torch(
     """The members of a torch zip file of a value, a storage each; no storage is read before it is written.
 
     Args:
-        value: as `pickled` has it, with torch tensors and `NewTensor`s as well.
+        value: as `pickle_reader` has it, with torch tensors and `NewTensor`s as well.
         source: where its storages are.
         cast, dtype: what makes another dtype of a storage of floating-point numbers, and which.
 

@@ -14,8 +14,8 @@ from convtool.checkpoint.torch_record import record_path
 from convtool.checkpoint.write_file import PLANNERS, Options, PlannedFile, planner_of
 from convtool.checkpoint.write_folder import check_folder, index_path, left_behind, plan_folder
 from convtool.errors import UsageError
-from convtool.files.atomic import check_target
-from convtool.files.room import Progress, check_space
+from convtool.formats.atomic import check_target
+from convtool.formats.room import Progress, check_space
 
 
 def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, shard_size: int | None = None) -> None:

@@ -12,9 +12,7 @@ from torch import Tensor
 from convtool.checkpoint import safetensors_file, torch_writer
 from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.cast import cast_chunks
-from convtool.checkpoint.dtypes import FLOATS, ITEMSIZE
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.pickled import OrderedItems
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.safetensors_file import Entry, SafetensorsCheckpoint
 from convtool.checkpoint.sharded import ShardedCheckpoint
@@ -23,9 +21,11 @@ from convtool.checkpoint.torch_file import TorchCheckpoint
 from convtool.checkpoint.torch_record import RecordBeside, record_path, record_size
 from convtool.checkpoint.torch_writer import NewTensor, castable
 from convtool.errors import RefusedError, UsageError
-from convtool.files.atomic import replacing
-from convtool.files.room import Progress, Reported
-from convtool.files.stored_zip import Member, archive_size, write_archive
+from convtool.formats.atomic import replacing
+from convtool.formats.dtypes import FLOATS, ITEMSIZE
+from convtool.formats.pickle_reader import OrderedItems
+from convtool.formats.room import Progress, Reported
+from convtool.formats.stored_zip import Member, archive_size, write_archive
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,8 +29,8 @@ from convtool.checkpoint.write_file import (
     plan_flat,
 )
 from convtool.errors import InputError, OutputError, RefusedError, UsageError
-from convtool.files.atomic import alone_in, check_target, discard, replacing
-from convtool.files.room import Progress, Reported
+from convtool.formats.atomic import alone_in, check_target, discard, replacing
+from convtool.formats.room import Progress, Reported
 
 SHARD_SIZE = 5 * 10**9  # bytes of a file, where a folder is written of a single file; huggingface_hub's own
 CONFIGURATION = "config.json"  # of a model that a folder is all about

@@ -126,7 +126,7 @@ def command(
 
 def _cast(infos: Iterable[TensorInfo], dtype: str) -> list[str]:
     """The tensors that are rounded."""
-    from convtool.checkpoint.dtypes import FLOATS as CASTABLE
+    from convtool.formats.dtypes import FLOATS as CASTABLE
 
     return [info.name for info in infos if info.dtype in CASTABLE - {dtype}]
 

@@ -107,7 +107,7 @@ def command(
 
 
 def _write_geometry(path: Path, geometry: dict[str, dict[str, Any] | None], force: bool) -> None:
-    from convtool.files.atomic import replacing
+    from convtool.formats.atomic import replacing
     from convtool.kinds.stated import geometry_toml
 
     known = {name: fields for name, fields in geometry.items() if fields}

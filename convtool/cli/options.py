@@ -293,7 +293,7 @@ def _geometry_file(path: Path) -> Any:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """A TOML file, or stdin for '-'; InputError where it is missing or isn't one."""
-    from convtool.files.toml import LARGEST, parse_toml
+    from convtool.formats.toml import LARGEST, parse_toml
 
     try:
         if str(path) == STREAM:

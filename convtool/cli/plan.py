@@ -100,7 +100,7 @@ def command(
 
     def body() -> None:
         from convtool.cli.model import plan_for
-        from convtool.files.atomic import check_target, replacing
+        from convtool.formats.atomic import check_target, replacing
 
         size = parse_input_size(input_size)
         if model is None:

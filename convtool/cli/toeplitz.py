@@ -114,7 +114,7 @@ def command(
 
         from convtool.core.order import MATRICES, Order
         from convtool.errors import UsageError
-        from convtool.files.atomic import check_target
+        from convtool.formats.atomic import check_target
         from convtool.matrix import plan_matrix, planned_size, write_matrix
         from convtool.matrix.shards import check_shards, index_path, plan_shards, write_shards
 

@@ -63,7 +63,7 @@ def command(
 
     def body() -> None:
         from convtool.core.unfold import GatherMatrix
-        from convtool.files.atomic import check_target
+        from convtool.formats.atomic import check_target
         from convtool.matrix import contents_size, write_contents
         from convtool.matrix.unfolding import unfolding_contents
 

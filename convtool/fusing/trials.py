@@ -9,13 +9,13 @@ from typing import Any
 import torch
 
 from convtool.checkpoint import Checkpoint
-from convtool.checkpoint.dtypes import FLOATS
 from convtool.core.bound import Stored
 from convtool.core.expression import Expression, in_channels
 from convtool.core.sizes import alike_size, default_sizes, split_input_size
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError
+from convtool.formats.dtypes import FLOATS
 from convtool.fusing.compare import Pairing
 from convtool.fusing.lowering import lower_tree
 from convtool.fusing.proof import exact_tree, stored_tree

@@ -16,8 +16,8 @@ import torch
 
 from convtool.core.toeplitz import ToeplitzMatrix, index_dtype
 from convtool.errors import OutputError, RefusedError, UsageError, human_bytes
-from convtool.files.atomic import check_target, replacing
-from convtool.files.room import Reported, check_space
+from convtool.formats.atomic import check_target, replacing
+from convtool.formats.room import Reported, check_space
 from convtool.matrix import mtx, npy, npz, pt, safetensors
 from convtool.matrix.contents import Contents, Layout, Output, bias_array, matrix_arrays
 from convtool.matrix.file import MatrixFile

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from convtool.errors import InputError, OutputError
-from convtool.files.stored_zip import Member, archive_size, write_archive
+from convtool.formats.stored_zip import Member, archive_size, write_archive
 from convtool.matrix import npy
 from convtool.matrix.contents import RECORD_NAME, Contents, Layout, Output
 from convtool.matrix.reading import ARRAYS, Raw, check_sums, tensor_of

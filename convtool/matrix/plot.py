@@ -9,7 +9,7 @@ from torch import Tensor
 
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import UsageError
-from convtool.files.atomic import replacing
+from convtool.formats.atomic import replacing
 
 SHADES = " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"  # of text
 PIXELS = 1024  # per side; a larger matrix is binned, each pixel showing the entry of largest magnitude in its bin

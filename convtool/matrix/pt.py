@@ -25,7 +25,7 @@ import torch._utils  # what a saved tensor names as its maker; the format offers
 from torch import Tensor
 
 from convtool.errors import InputError, OutputError
-from convtool.files.stored_zip import Member, archive_size, write_archive
+from convtool.formats.stored_zip import Member, archive_size, write_archive
 from convtool.matrix.contents import RECORD_NAME, Array, Chunk, Contents, Layout, Output
 from convtool.matrix.reading import Raw, check_sums
 

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import OutputError, UsageError
-from convtool.files.atomic import check_target, replacing, sync_folder
+from convtool.formats.atomic import check_target, replacing, sync_folder
 from convtool.matrix import MatrixPlan, plan_matrix, planned_size, write_matrix
 from convtool.matrix.contents import RECORD_NAME, Layout
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from convtool.errors import OutputError, human_bytes
-from convtool.files.atomic import Written
+from convtool.formats.atomic import Written
 
 Progress: TypeAlias = Callable[[int], None]
 

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol, cast
 
-from convtool.checkpoint.dtypes import ITEMSIZE, MOST_AXES, STORAGES
 from convtool.errors import ConvtoolError, InputError, RefusedError
+from convtool.formats.dtypes import ITEMSIZE, MOST_AXES, STORAGES
 
 QUANTIZED = {"QInt8Storage": "int8", "QUInt8Storage": "uint8", "QInt32Storage": "int32"}  # classes, by what they hold
 

@@ -1,4 +1,4 @@
-"""The values that `pickled` reads, as a pickle again, of the protocol that torch writes and reads."""
+"""The values that `pickle_reader` reads, as a pickle again, of the protocol that torch writes and reads."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
-from convtool.checkpoint.pickled import Call, Global, OrderedItems, StorageRef, TensorRef
 from convtool.errors import InputError
+from convtool.formats.pickle_reader import Call, Global, OrderedItems, StorageRef, TensorRef
 
 _ORDERED = Global("collections", "OrderedDict")
 _ENCODE = Global("_codecs", "encode")
@@ -19,7 +19,7 @@ def dumps(value: Any, storage: Callable[[StorageRef], StorageRef], tensor: Calla
 
     Args:
         storage: under what key, and as what, a storage is to be written; asked in the order of the pickle.
-        tensor: what stands for a value that isn't one of `pickled`'s, such as a new tensor.
+        tensor: what stands for a value that isn't one of `pickle_reader`'s, such as a new tensor.
 
     Raises:
         InputError: values nested deeper than Python can follow.

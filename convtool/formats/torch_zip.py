@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from convtool.checkpoint.dtypes import ITEMSIZE
-from convtool.checkpoint.pickled import PickleError, PickleFile, StorageRef, TensorRef, loads, storage_ref
 from convtool.errors import InputError
-from convtool.files.source import Source
+from convtool.formats.dtypes import ITEMSIZE
+from convtool.formats.pickle_reader import PickleError, PickleFile, StorageRef, TensorRef, loads, storage_ref
+from convtool.formats.source import Source
 
 ZIP_MAGIC = b"PK\x03\x04"
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
@@ -36,7 +36,7 @@ class Contents:
     """What a torch file holds.
 
     Attributes:
-        value: what was pickled, as `pickled` reads it.
+        value: what was pickled, as `pickle_reader` reads it.
         storages: by key.
         extras: other members of the archive, by name.
         mark: bytes that differ wherever two files do: what a record beside the file knows it by.

@@ -1,1 +1,0 @@
-"""What the file adapters share: the one way a file comes into being."""

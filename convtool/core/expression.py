@@ -13,7 +13,7 @@ from torch import Tensor
 from convtool.core.compose import compose_geometry
 from convtool.core.conv import Conv, Selection
 from convtool.core.forward import forward
-from convtool.core.tree import Chain, Leaf, Sum, Tree, flat_parts, fold
+from convtool.core.tree import Chain, Leaf, Sum, Tree, flat_parts, fold, walk
 from convtool.errors import UsageError
 
 Expression: TypeAlias = Tree[Conv]
@@ -43,24 +43,31 @@ def joined(tree: Tree[Leaf]) -> Tree[Leaf]:
 
 
 def run(expression: Expression, x: Tensor) -> Tensor:
-    """The expression's output for x (N, C, *size), in x's dtype, each layer through torch."""
-    if isinstance(expression, Chain):
-        return reduce(lambda value, part: run(part, value), expression.parts, x)
-    if isinstance(expression, Sum):
-        return reduce(lambda a, b: a + b, (run(part, x) for part in expression.parts))
-    return forward(expression, x)
+    """Return the expression's output for x (N, C, *size), in x's dtype, each layer through torch."""
+    return walk(expression, x, forward, lambda _, outputs: reduce(lambda a, b: a + b, outputs))
 
 
 def output_size(expression: Expression, size: tuple[int, ...]) -> tuple[int, ...]:
-    """Spatial output size; UsageError where a layer cannot run on its input, or branches differ in size."""
-    if isinstance(expression, Chain):
-        return reduce(lambda value, part: output_size(part, value), expression.parts, size)
-    if isinstance(expression, Sum):
-        sizes = {output_size(part, size) for part in expression.parts}
-        if len(sizes) > 1:
-            raise UsageError(f"the branches of a sum give outputs of different sizes: {sorted(sizes)}")
-        return sizes.pop()
-    return expression.output_size(size)
+    """Return the spatial output size; UsageError where a layer cannot run on its input, or branches differ in size."""
+    return walk(expression, size, lambda conv, at: conv.output_size(at), _common_size)
+
+
+def with_sizes(expression: Expression, size: tuple[int, ...]) -> list[tuple[Conv, tuple[int, ...]]]:
+    """Return every layer with the spatial size of its input; the expression's is `size`. Errors are `output_size`'s."""
+    found = []
+
+    def step(conv: Conv, at: tuple[int, ...]) -> tuple[int, ...]:
+        found.append((conv, at))
+        return conv.output_size(at)
+
+    walk(expression, size, step, _common_size)
+    return found
+
+
+def _common_size(_: tuple[int, ...], sizes: list[tuple[int, ...]]) -> tuple[int, ...]:
+    if len(set(sizes)) > 1:
+        raise UsageError(f"the branches of a sum give outputs of different sizes: {sorted(set(sizes))}")
+    return sizes[0]
 
 
 def in_channels(expression: Expression) -> int:
@@ -79,43 +86,32 @@ def depth(expression: Expression, of: Callable[[Conv], int]) -> int:
 
 
 def multiply_adds(expression: Expression, input_size: tuple[int, ...]) -> int:
-    """Multiply-adds for one input; a transposed layer's taps are counted where they read."""
-    if isinstance(expression, Chain):
-        total, size = 0, input_size
-        for part in expression.parts:
-            total += multiply_adds(part, size)
-            size = output_size(part, size)
-        return total
-    if isinstance(expression, Sum):
-        return sum(multiply_adds(part, input_size) for part in expression.parts)
-    size = input_size if expression.geometry.transposed else expression.output_size(input_size)
-    return _products(expression) * math.prod(size)
+    """Return the multiply-adds for one input; a transposed layer's taps are counted where they read."""
+    return sum(
+        _products(conv) * math.prod(size if conv.geometry.transposed else conv.output_size(size))
+        for conv, size in with_sizes(expression, input_size)
+    )
 
 
 def work_per_position(expression: Expression) -> float:
-    """Multiply-adds per input position for inputs so large that borders don't count."""
-    return _work(expression)[0]
+    """Return the multiply-adds per input position for inputs so large that borders don't count."""
 
+    def step(conv: Conv, before: tuple[float, float]) -> tuple[float, float]:
+        (total, positions), stride = before, math.prod(conv.geometry.stride)
+        ratio = stride if conv.geometry.transposed else 1 / stride  # output positions per input position
+        runs = 1 if conv.geometry.transposed else ratio  # of the kernel
+        return total + positions * runs * _products(conv), positions * ratio
 
-def _work(expression: Expression) -> tuple[float, float]:
-    """(multiply-adds, output positions) per input position."""
-    if isinstance(expression, Chain):
-        total, positions = 0.0, 1.0
-        for part in expression.parts:
-            work, ratio = _work(part)
-            total, positions = total + positions * work, positions * ratio
-        return total, positions
-    if isinstance(expression, Sum):
-        parts = [_work(part) for part in expression.parts]
-        return sum(work for work, _ in parts), parts[0][1]
-    stride = math.prod(expression.geometry.stride)
-    if expression.geometry.transposed:
-        return float(_products(expression)), float(stride)
-    return _products(expression) / stride, 1 / stride
+    def merge(before: tuple[float, float], branches: list[tuple[float, float]]) -> tuple[float, float]:
+        return before[0] + sum(total - before[0] for total, _ in branches), branches[0][1]
+
+    return walk(expression, (0.0, 1.0), step, merge)[0]
 
 
 def _products(conv: Conv) -> int:
     """Multiply-adds per position; none of a layer that only copies, as padding, an identity and an upsampling do."""
+    if isinstance(conv, Selection):
+        return 0
     geometry, weight = conv.geometry, conv.weight
     apart = geometry.transposed and geometry.kernel_size == geometry.stride  # each output reads one input
     if (weight[0].numel() == 1 or apart) and geometry.groups == len(weight) and conv.bias is None:

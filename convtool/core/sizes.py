@@ -10,7 +10,7 @@ from convtool.core.conv import Conv
 from convtool.core.expression import Expression
 from convtool.core.geometry import format_sizes
 from convtool.core.inputs import widest_layer
-from convtool.core.tree import Chain, Sum, leaves
+from convtool.core.tree import Chain, leaves, walk
 from convtool.errors import UsageError
 
 COMFORTABLE_INPUT = 1 << 18  # numbers of one input in the widest layer that take a second or few
@@ -83,23 +83,22 @@ def alike_size(trees: Sequence[Expression], size: tuple[int, ...]) -> tuple[int,
 
 def _reach(tree: Expression, axes: int) -> tuple[list[int], list[int]]:
     """Per axis, how far one output sees including padding, in input positions at most, and the stride."""
-    if isinstance(tree, Sum):
-        reaches, strides = zip(*(_reach(part, axes) for part in tree.parts), strict=True)
+
+    def step(conv: Conv, before: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
+        reach, stride = [*before[0]], [*before[1]]
+        for number, axis in enumerate(conv.geometry.axes):
+            seen = math.ceil(axis.reach / axis.stride) if axis.transposed else axis.reach
+            reach[number] += stride[number] * (seen + axis.before + axis.after)
+            stride[number] *= 1 if axis.transposed else axis.stride
+        return reach, stride
+
+    def merge(
+        _: tuple[list[int], list[int]], branches: list[tuple[list[int], list[int]]]
+    ) -> tuple[list[int], list[int]]:
+        reaches, strides = zip(*branches, strict=True)
         # A branch that strides and then spreads again has a longer period than its output tells.
         return [max(each) for each in zip(*reaches, strict=True)], [
             math.lcm(*each) for each in zip(*strides, strict=True)
         ]
-    if isinstance(tree, Chain):
-        reach, stride = [0] * axes, [1] * axes
-        for part in tree.parts:
-            inner, step = _reach(part, axes)
-            reach = [r + s * i for r, s, i in zip(reach, stride, inner, strict=True)]
-            stride = [s * t for s, t in zip(stride, step, strict=True)]
-        return reach, stride
-    return (
-        [
-            (math.ceil(axis.reach / axis.stride) if axis.transposed else axis.reach) + axis.before + axis.after
-            for axis in tree.geometry.axes
-        ],
-        [1 if axis.transposed else axis.stride for axis in tree.geometry.axes],
-    )
+
+    return walk(tree, ([0] * axes, [1] * axes), step, merge)

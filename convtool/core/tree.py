@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Generic, TypeAlias, TypeVar
 
 from convtool.core.names import is_written
@@ -41,6 +42,7 @@ class LayerRef:
 
 Leaf = TypeVar("Leaf")
 Made = TypeVar("Made")
+State = TypeVar("State")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +104,25 @@ def first_leaves(tree: Tree[Leaf]) -> Iterator[Leaf]:
         yield from first_leaves(tree.parts[0])
     else:
         yield tree
+
+
+def walk(
+    tree: Tree[Leaf],
+    state: State,
+    step: Callable[[Leaf, State], State],
+    merge: Callable[[State, list[State]], State],
+) -> State:
+    """Carry a state through the tree, as an input goes through its layers, and return what comes out.
+
+    Args:
+        step: makes the state behind a leaf of the one before it.
+        merge: makes the state behind a sum of the one before it and those behind its branches.
+    """
+    if isinstance(tree, Chain):
+        return reduce(lambda at, part: walk(part, at, step, merge), tree.parts, state)
+    if isinstance(tree, Sum):
+        return merge(state, [walk(part, state, step, merge) for part in tree.parts])
+    return step(tree, state)
 
 
 def map_leaves(change: Callable[[Leaf], Made], tree: Tree[Leaf]) -> Tree[Made]:

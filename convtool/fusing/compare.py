@@ -14,7 +14,7 @@ from convtool.core.expression import Expression, in_channels, output_size
 from convtool.core.geometry import LARGEST, format_sizes
 from convtool.core.inputs import widest_layer
 from convtool.core.sizes import alike_size, split_input_size
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves, walk
 from convtool.core.verify import LARGEST_INPUT
 from convtool.errors import InputError, UsageError
 from convtool.fusing.lowering import LoweredLayer, full_name, lower_tree
@@ -112,13 +112,7 @@ def _gives(layers: Sequence[Expression], axis: int, size: int) -> int:
 
 
 def _axis_size(tree: Expression, axis: int, size: int) -> int:
-    if isinstance(tree, Chain):
-        for part in tree.parts:
-            size = _axis_size(part, axis, size)
-        return size
-    if isinstance(tree, Sum):
-        return _axis_size(tree.parts[0], axis, size)
-    return tree.geometry.axes[axis].output_size(size)
+    return walk(tree, size, lambda conv, at: conv.geometry.axes[axis].output_size(at), lambda _, sizes: sizes[0])
 
 
 def recorded_pairings(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 
 import torch
 
@@ -17,7 +16,7 @@ from convtool.core.expression import joined, multiply_adds, work_per_position
 from convtool.core.fields import geometry_fields
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.sizes import split_input_size
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, first_leaves, has_sum, leaves, map_leaves
+from convtool.core.tree import BASE, LayerRef, Tree, first_leaves, has_sum, leaves, map_leaves, walk
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.lowering import LoweredLayer, stored_dtype
 
@@ -168,17 +167,17 @@ def plan_layer(
     return PlannedLayer(fused_name, tree, fusion, Edit.of(remove, insert, remove[0]), frozenset(blocks))
 
 
-def _check_inputs(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the output size of a tree; UsageError where a layer doesn't get the size that its own fields say."""
-    if isinstance(tree, Chain):
-        return reduce(lambda at, part: _check_inputs(part, at), tree.parts, size)
-    if isinstance(tree, Sum):
-        return [_check_inputs(part, size) for part in tree.parts][-1]
-    try:
-        tree.layer.kind.check_input(tree.layer.fields, size)
-    except UsageError as error:
-        raise UsageError(f"{tree.full_name}: {error}") from None
-    return tree.conv.output_size(size)
+def _check_inputs(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> None:
+    """Raise UsageError where a layer doesn't get inputs of the size that its own fields say."""
+
+    def step(leaf: LoweredLayer, at: tuple[int, ...]) -> tuple[int, ...]:
+        try:
+            leaf.layer.kind.check_input(leaf.layer.fields, at)
+        except UsageError as error:
+            raise UsageError(f"{leaf.full_name}: {error}") from None
+        return leaf.conv.output_size(at)
+
+    walk(tree, size, step, lambda _, sizes: sizes[-1])
 
 
 def _without_groups(conv: Conv) -> Conv:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.fields import Fields
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, walk
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds.kind import Layer
 from convtool.kinds.stated import FieldSource, FieldSources
@@ -237,15 +237,15 @@ class _TreeLowering:
 
     def _gives(self, tree: Tree[LayerRef], takes: _Channels) -> _Channels:
         """Return the channels of a tree's output, as far as its layers or the input's channels settle them."""
-        if isinstance(tree, Chain):
-            return reduce(lambda known, part: self._gives(part, known), tree.parts, takes)
-        if isinstance(tree, Sum):
-            return self._first(self._gives(part, takes) for part in tree.parts)
-        layer = self.layers[tree]
-        return _Channels(layer.kind.gives(layer.shapes, self._fields(tree), takes.channels), layer.name)
+
+        def step(ref: LayerRef, known: _Channels) -> _Channels:
+            layer = self.layers[ref]
+            return _Channels(layer.kind.gives(layer.shapes, self._fields(ref), known.channels), layer.name)
+
+        return walk(tree, takes, step, lambda _, branches: self._first(branches))
 
     @staticmethod
-    def _first(found: Iterator[_Channels]) -> _Channels:
+    def _first(found: Iterable[_Channels]) -> _Channels:
         return next((one for one in found if one.channels is not None), _Channels(None))
 
 

@@ -46,7 +46,7 @@ OWN = {"recipes": {"fusing"}, "fusing": {"recipes"}}  # the shipped recipes are 
 CORE_IMPORTS = {
     *("__future__", "collections", "concurrent", "contextlib", "dataclasses", "enum", "fnmatch", "fractions"),
     *("functools", "difflib", "itertools", "json", "math", "operator", "re", "threading", "types", "typing"),
-    *("warnings",),
+    *("abc", "bisect", "warnings"),
     *("convtool", "numpy", "scipy", "torch"),
 }
 # Names that, called or looked up, would print, open a file, or run a program.

@@ -21,13 +21,15 @@ from torch import Tensor
 
 import convtool
 from convtool.core import order as order_module
+from convtool.core import rows as rows_module
 from convtool.core import tiles as tiles_module
 from convtool.core import toeplitz as module
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
 from convtool.core.order import matrix_in_order
-from convtool.core.toeplitz import ToeplitzMatrix, index_dtype, toeplitz
+from convtool.core.rows import index_dtype
+from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import UsageError
 
 Size: TypeAlias = tuple[int, ...]
@@ -272,7 +274,7 @@ def test_random_layers_in_small_tiles(tile: int, tiles: int, layer: tuple[Conv, 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_laws_over_the_table_in_threads(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    monkeypatch.setattr(module, "PART_ENTRIES", 1)
+    monkeypatch.setattr(rows_module, "PART_ENTRIES", 1)
     small_tiles(monkeypatch, 20, 100, templates=2)
     it_is_what_the_layer_makes_of_each_basis_vector(case.conv(), case.input_size)
     any_range_of_rows_is_a_slice_of_the_whole(case.conv(), case.input_size)

@@ -15,7 +15,8 @@ from torch import Tensor
 import convtool
 from convtool.core.conv import Conv
 from convtool.core.order import MATRICES, Order, matrix_in_order
-from convtool.core.toeplitz import CsrBlock, ToeplitzMatrix
+from convtool.core.rows import CsrBlock
+from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
 from convtool.errors import UsageError
 

@@ -17,10 +17,12 @@ period of longer ones are a proof for all; they are a few dozen table comparison
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial, reduce
 
 import numpy as np
 import numpy.typing as npt
@@ -69,16 +71,14 @@ class Border:
     axes: tuple[AxisBorder, ...]
 
     def differs(self) -> Mask:
-        """Mask of shape `output_size`: the output positions where chain and fused layer differ."""
-        return self.taps_differ() | _outer_any([axis.bias_lost for axis in self.axes])
+        """Return the mask, of shape `output_size`, of the output positions where chain and fused layer differ."""
+        return self.taps_differ() | _outer(np.logical_or, (axis.bias_lost for axis in self.axes))
 
     def taps_differ(self) -> Mask:
-        """The same, had no layer a bias."""
-        taps_differ = _outer_all([axis.reads for axis in self.axes]) & _outer_any([axis.misread for axis in self.axes])
-        fused_differ = _outer_all([axis.fused_reads for axis in self.axes]) & _outer_any(
-            [axis.fused_misread for axis in self.axes]
-        )
-        return taps_differ | fused_differ
+        """Return what the mask would be if no layer had a bias."""
+        both, either = partial(_outer, np.logical_and), partial(_outer, np.logical_or)
+        chain = both(axis.reads for axis in self.axes) & either(axis.misread for axis in self.axes)
+        return chain | both(axis.fused_reads for axis in self.axes) & either(axis.fused_misread for axis in self.axes)
 
     @property
     def exact(self) -> bool:
@@ -88,27 +88,6 @@ class Border:
     def rims(self) -> tuple[tuple[int, int], ...]:
         """Per axis, how many rows at the start and how many at the end differ."""
         return tuple(_rim(axis.differs) for axis in self.axes)
-
-
-@dataclass(frozen=True, slots=True)
-class AxisVerdict:
-    """One axis over all input sizes.
-
-    Attributes:
-        exact: whether chain and fused layer agree at every size at which both run.
-        smallest: the smallest size from which on both run.
-        rim: rows at the start and at the end that differ, at most, on a long axis.
-        period, residues: where not exact: it is, on long axes, for the sizes that leave one of `residues` when
-            divided by `period`; empty where there are none.
-        inside: outputs far from the border differ as well.
-    """
-
-    exact: bool
-    smallest: int
-    rim: tuple[int, int]
-    period: int = 1
-    residues: tuple[int, ...] = ()
-    inside: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,16 +144,16 @@ def decide(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int] | N
         return Verdict(at.exact, at.input_size, rims, only_bias=bias_only, inside=bool(at.differs().all()))
     axes = list(zip(zip(*(conv.geometry.axes for conv in chain), strict=True), fused.axes, strict=True))
     verdicts = [_decide_axis(layers, biased, one) for layers, one in axes]
-    exact = all(verdict.exact for verdict in verdicts)
+    inexact = [verdict for verdict in verdicts if not verdict.exact]
     unbiased = (False,) * len(chain)
     return Verdict(
-        exact=exact,
+        exact=not inexact,
         input_size=None,
-        rim=tuple(verdict.rim for verdict in verdicts),
-        smallest=tuple(verdict.smallest for verdict in verdicts),
-        only_bias=not exact and all(_decide_axis(layers, unbiased, one).exact for layers, one in axes),
-        multiples=tuple((verdict.period, verdict.residues) for verdict in verdicts if not verdict.exact)
-        if all(verdict.exact or verdict.residues for verdict in verdicts)
+        rim=tuple(itertools.chain.from_iterable(verdict.rim for verdict in verdicts)),
+        smallest=tuple(itertools.chain.from_iterable(verdict.smallest for verdict in verdicts)),
+        only_bias=bool(inexact) and all(_decide_axis(layers, unbiased, one).exact for layers, one in axes),
+        multiples=tuple(itertools.chain.from_iterable(verdict.multiples for verdict in inexact))
+        if all(verdict.multiples for verdict in inexact)
         else (),
         inside=any(verdict.inside for verdict in verdicts),
     )
@@ -254,11 +233,17 @@ def _compose_axis_tables(
 
 
 @lru_cache(maxsize=4096)
-def _decide_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axis) -> AxisVerdict:
+def _decide_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axis) -> Verdict:
+    """Return the verdict on one axis over all input sizes; `only_bias` is left open."""
+    smallest = (_smallest(layers, fused),)
+    if not any(axis.before or axis.after or axis.transposed for axis in layers[1:]):
+        return Verdict(True, None, ((0, 0),), smallest)
+
+    def differs(size: int) -> Mask:
+        return _compare_axis(layers, biased, fused, size).differs
+
     # A transposed layer's output size is linear in its input's, without rounding, so it adds no period.
     period = math.prod(axis.stride for axis in layers if not axis.transposed)
-    if not any(axis.before or axis.after or axis.transposed for axis in layers[1:]):
-        return AxisVerdict(True, _smallest(layers, fused, 1), (0, 0))
     # Both ends are out of each other's sight once the axis is longer than twice what one output can see, plus what
     # padding (mirrored or wrapped) can bring in, plus a stride for the rounding.
     sight = fused.reach + fused.before + fused.after + period + 1
@@ -270,50 +255,43 @@ def _decide_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axis
             f"strides of {period} and a reach of {sight} positions are too large to decide for every input size;"
             " give --input-size, which decides for one"
         )
-    steady = {size: _compare_axis(layers, biased, fused, size).differs for size in range(long, long + period)}
+    steady = {size: differs(size) for size in range(long, long + period)}
     rims = [_rim(mask) for mask in steady.values()]
-    rim = (max(start for start, _ in rims), max(end for _, end in rims))
-    smallest = _smallest(layers, fused, 1)
-    bad = [size for size, mask in steady.items() if mask.any()]
-    if not bad:
-        short_bad = any(
-            _compare_axis(layers, biased, fused, size).differs.any()
-            for size in range(1, long)
-            if _runs(layers, size) and fused.runs_on(size)
-        )
-        return AxisVerdict(not short_bad, smallest, rim)
+    rim = ((max(start for start, _ in rims), max(end for _, end in rims)),)
+    good = [size for size, mask in steady.items() if not mask.any()]
+    if len(good) == period:
+        short = (size for size in range(smallest[0], long) if _both_run(layers, fused, size))
+        return Verdict(not any(differs(size).any() for size in short), None, rim, smallest)
     # Nothing at an end reaches the middle quarter of an axis of twice that length.
-    longest = _compare_axis(layers, biased, fused, 2 * long).differs
+    longest = differs(2 * long)
     inside = bool(longest[len(longest) * 3 // 8 : len(longest) * 5 // 8].any())
-    good = [size for size in steady if size not in bad]
+    return Verdict(False, None, rim, smallest, multiples=_multiples(good, period), inside=inside)
+
+
+def _multiples(good: Sequence[int], period: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Return the coarsest (divisor, residues) that says which sizes of one period are `good`; () where none is."""
     for divisor in (q for q in range(1, period + 1) if period % q == 0):
         residues = {size % divisor for size in good}
-        if len(good) * divisor == len(residues) * period:
-            return AxisVerdict(False, smallest, rim, divisor, tuple(sorted(residues)), inside)
-    raise AssertionError("unreachable: the period itself always fits")
+        if good and len(good) * divisor == len(residues) * period:
+            return ((divisor, tuple(sorted(residues))),)
+    return ()
 
 
-def _smallest(layers: tuple[Axis, ...], fused: Axis, start: int) -> int:
-    """The smallest size from `start` on that both the chain and the fused layer run on."""
-    high = start
-    while not (_runs(layers, high) and fused.runs_on(high)):
+def _smallest(layers: tuple[Axis, ...], fused: Axis) -> int:
+    """Return the smallest size that both the chain and the fused layer run on; running is monotone in the size."""
+    high = 1
+    while not _both_run(layers, fused, high):
         high *= 2
-    low = max(start, high // 2)
-    while low < high:  # running is monotone in the size
-        middle = (low + high) // 2
-        if _runs(layers, middle) and fused.runs_on(middle):
-            high = middle
-        else:
-            low = middle + 1
-    return high
+    return bisect.bisect_left(range(high), True, key=lambda size: _both_run(layers, fused, size))
 
 
-def _runs(layers: tuple[Axis, ...], size: int) -> bool:
-    try:
-        for axis in layers:
-            size = axis.output_size(size)
-    except UsageError:
+def _both_run(layers: tuple[Axis, ...], fused: Axis, size: int) -> bool:
+    if not fused.runs_on(size):
         return False
+    for axis in layers:
+        if not axis.runs_on(size):
+            return False
+        size = axis.output_size(size)
     return True
 
 
@@ -329,18 +307,9 @@ def _rim(mask: Mask) -> tuple[int, int]:
     return start, end
 
 
-def _outer_all(masks: Sequence[Mask]) -> Mask:
-    out = np.ones((), dtype=bool)
-    for mask in masks:
-        out = np.logical_and.outer(out, mask)
-    return out
-
-
-def _outer_any(masks: Sequence[Mask]) -> Mask:
-    out = np.zeros((), dtype=bool)
-    for mask in masks:
-        out = np.logical_or.outer(out, mask)
-    return out
+def _outer(operation: np.ufunc, masks: Iterable[Mask]) -> Mask:
+    """Return (size of each mask's axis, ...) the masks of several axes combined at every position."""
+    return reduce(operation.outer, masks, np.array(operation.identity))
 
 
 def _axis_names(axes: int) -> tuple[str, ...]:

@@ -58,7 +58,7 @@ def compose_geometry(first: Geometry, second: Geometry) -> Geometry:
                 f"no single layer is a transposed convolution and then a convolution of stride {b.stride}"
             )
     axes = [compose_axis(a, b, mode).axis for a, b in zip(first.axes, second.axes, strict=True)]
-    return _from_axes(axes, math.gcd(first.groups, second.groups))
+    return Geometry.from_axes(axes, math.gcd(first.groups, second.groups))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,24 +79,16 @@ _NOWHERE = AxisComposition(Axis(kernel=1), 0, 1, 1)  # the axis that a layer wit
 
 def compose_axis(first: Axis, second: Axis, mode: PaddingMode) -> AxisComposition:
     """One axis of `compose_geometry`, with the place of each pair of taps."""
-    if not first.transposed and not second.transposed:
-        scale1, step1, step2 = first.stride, first.dilation, first.stride * second.dilation
-        before, after = first.before + scale1 * second.before, first.after + scale1 * second.after
-        base, output_padding = 0, 0
-    elif first.transposed and second.transposed:
-        step1, step2 = first.dilation * second.stride, second.dilation
-        before = second.before + first.before * second.stride
-        after = second.after + first.after * second.stride
-        base, output_padding = 0, first.output_padding * second.stride + second.output_padding
-    elif second.transposed:
-        step1, step2 = -first.dilation * second.stride, second.dilation
-        base, output_padding = first.reach * second.stride, second.output_padding
-        before = second.before - first.before * second.stride + base
-        after = second.after - first.after * second.stride + base
-    else:
-        step1, step2 = first.dilation, -second.dilation
-        base, output_padding = second.reach, first.output_padding
-        before, after = first.before - second.before + base, first.after - second.after + base
+    # All four cases are one. The layer whose taps keep their spacing is `outer`: the first of two plain ones, and a
+    # transposed one wherever it is the second. The other's are spread by the stride in between, and run backwards where
+    # only one of the two is transposed, since t*d then stands on opposite sides of i = o*s - p + t*d.
+    outer, inner = (second, first) if second.transposed else (first, second)
+    scale = second.stride if first.transposed or second.transposed else first.stride
+    sign = 1 if first.transposed == second.transposed else -1
+    wide = sign * scale * inner.dilation
+    step1, step2 = (wide, outer.dilation) if second.transposed else (outer.dilation, wide)
+    base = inner.reach * scale if sign < 0 else 0
+    before, after = outer.before + sign * scale * inner.before + base, outer.after + sign * scale * inner.after + base
     dilation = math.gcd(step1 if first.kernel > 1 else 0, step2 if second.kernel > 1 else 0) or 1
     reach = abs(step1) * (first.kernel - 1) + abs(step2) * (second.kernel - 1)
     front, back = (-(min(0, side) // dilation) * dilation for side in (before, after))  # zero taps, rounded up
@@ -109,7 +101,7 @@ def compose_axis(first: Axis, second: Axis, mode: PaddingMode) -> AxisCompositio
             dilation=dilation,
             padding_mode=mode,
             transposed=first.transposed or second.transposed,
-            output_padding=output_padding,
+            output_padding=outer.output_padding + scale * inner.output_padding,
         )
     )
     if max(axis.kernel, axis.stride, axis.before, axis.after, axis.dilation) > LARGEST:
@@ -202,19 +194,6 @@ def _alike(a: Conv, b: Conv) -> tuple[Conv, Conv]:
     """Both in float64, or both in complex128 where one is complex."""
     dtype = torch.promote_types(a.exact().weight.dtype, b.exact().weight.dtype)
     return a.to(dtype), b.to(dtype)
-
-
-def _from_axes(axes: Sequence[Axis], groups: int) -> Geometry:
-    return Geometry(
-        kernel_size=tuple(axis.kernel for axis in axes),
-        stride=tuple(axis.stride for axis in axes),
-        padding=tuple((axis.before, axis.after) for axis in axes),
-        dilation=tuple(axis.dilation for axis in axes),
-        groups=groups,
-        padding_mode=axes[0].padding_mode if axes else "zeros",
-        transposed=any(axis.transposed for axis in axes),
-        output_padding=tuple(axis.output_padding for axis in axes),
-    )
 
 
 def _padding_mode(first: Geometry, second: Geometry) -> PaddingMode:
@@ -382,7 +361,7 @@ def add_geometry(a: Geometry, b: Geometry) -> Geometry:
         raise RefusedError(f"no single layer pads with both {a.padding_mode} and {b.padding_mode}")
     mode = a.padding_mode if a.padded else b.padding_mode
     axes = [_add_axis(x, y, mode) for x, y in zip(a.axes, b.axes, strict=True)]
-    return _from_axes(axes, math.gcd(a.groups, b.groups))
+    return Geometry.from_axes(axes, math.gcd(a.groups, b.groups))
 
 
 def _add_axis(a: Axis, b: Axis, mode: PaddingMode) -> Axis:

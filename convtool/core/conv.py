@@ -88,19 +88,27 @@ class Conv:
             return self.bias
         return self.bias.reshape(-1, *(1,) * self.spatial_axes).expand(-1, *output_size)
 
+    def without_bias(self) -> Conv:
+        """Return the linear part of the layer."""
+        return Conv(self.weight, None, self.geometry)
+
+    def absolute(self) -> Conv:
+        """Return the layer of the absolute values, which bounds what rounding does to this one's sums."""
+        return Conv(self.weight.abs(), None if self.bias is None else self.bias.abs(), self.geometry)
+
     def to(self, dtype: torch.dtype) -> Conv:
-        """The same layer with its numbers rounded to `dtype`; RefusedError for complex numbers in a real dtype."""
+        """Return the layer with its numbers rounded to `dtype`; RefusedError for complex numbers in a real dtype."""
         check_room(self.weight.dtype, dtype)
         bias = None if self.bias is None else rounded(self.bias, dtype)
         return Conv(rounded(self.weight, dtype), bias, self.geometry)
 
     def exact(self) -> Conv:
-        """The same layer in float64 (complex128), in which all arithmetic is done."""
+        """Return the layer in float64 (complex128), in which all arithmetic is done."""
         return self.to(torch.complex128 if self.weight.is_complex() else torch.float64)
 
     def torch_weight(self) -> Tensor:
         """The weight in the layout of torch's modules: (C_in, C_out/groups, *kernel) where transposed."""
-        return _swap_channels(self.weight, self.geometry.groups) if self.geometry.transposed else self.weight
+        return swap_channels(self.weight, self.geometry.groups) if self.geometry.transposed else self.weight
 
 
 class Selection(Conv):
@@ -227,7 +235,7 @@ def lower_conv(weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Conv:
             raise UsageError(
                 f"groups: expected a divisor of the {weight.shape[0]} input channels, got {geometry.groups}"
             )
-        weight = _swap_channels(weight, geometry.groups)
+        weight = swap_channels(weight, geometry.groups)
     return Conv(weight, bias, geometry)
 
 
@@ -236,7 +244,7 @@ def pointwise(axes: int, groups: int = 1) -> Geometry:
     return Geometry.of((1,) * axes, groups=groups)
 
 
-def _swap_channels(weight: Tensor, groups: int) -> Tensor:
-    """(groups*A, B, *kernel) <-> (groups*B, A, *kernel), group by group; its own inverse."""
+def swap_channels(weight: Tensor, groups: int) -> Tensor:
+    """Swap output and input channels, (groups*A, B, *kernel) <-> (groups*B, A, *kernel); its own inverse."""
     grouped = weight.reshape(groups, -1, *weight.shape[1:])  # (groups, A, B, *kernel)
     return grouped.transpose(1, 2).flatten(0, 1)

@@ -67,7 +67,7 @@ class Axis:
         return free // self.stride + 1
 
     def runs_on(self, size: int) -> bool:
-        """Whether `output_size(size)` is defined."""
+        """Tell whether `output_size(size)` is defined."""
         try:
             self.output_size(size)
         except UsageError:
@@ -104,7 +104,7 @@ class Geometry:
         transposed: bool = False,
         output_padding: PerAxis = 0,
     ) -> Geometry:
-        """A checked geometry from the fields as torch spells them, and a little more.
+        """Check the fields, spelled as torch does and a little more, and return their geometry.
 
         Args:
             kernel_size: one int per spatial axis; a bare int means one axis.
@@ -112,43 +112,39 @@ class Geometry:
             padding: an int; one int or one (before, after) pair per axis; 'same' (as torch: output size = input size
                 at stride 1, the odd one out goes after); 'half' (half the dilated kernel, rounded down, on both
                 sides: what keeps the size for odd kernels).
-            groups: the number of channel groups.
-            padding_mode: one of 'zeros', 'circular', 'replicate', 'reflect'.
             transposed: whether this is a ConvTranspose; these know zero padding only.
 
         Raises:
             UsageError: a field is out of range or has the wrong number of axes.
         """
         kernel = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-        axes = len(kernel)
         _check("kernel size", kernel, least=1)
-        steps = per_axis("stride", stride, axes, least=1)
-        spread = per_axis("dilation", dilation, axes, least=1)
-        extra = per_axis("output_padding", output_padding, axes, least=0)
+        steps = per_axis("stride", stride, len(kernel), least=1)
+        spread = per_axis("dilation", dilation, len(kernel), least=1)
+        extra = per_axis("output_padding", output_padding, len(kernel), least=0)
         if isinstance(groups, bool) or not isinstance(groups, int) or not 1 <= groups <= LARGEST:
             raise UsageError(f"groups: expected an integer of at least 1, got {groups!r}")
         if padding_mode not in PADDING_MODES:
             raise UsageError(f"padding_mode: expected one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-        if transposed and padding_mode != "zeros":
-            raise UsageError(f"padding_mode: a transposed convolution knows only 'zeros', got {padding_mode!r}")
-        if transposed and isinstance(padding, str):
-            raise UsageError(f"padding: expected numbers for a transposed convolution, got {padding!r}")
-        if not transposed and any(extra):
+        if transposed:
+            _check_transposed(padding_mode, padding, extra, steps, spread)
+        elif any(extra):
             raise UsageError(f"output_padding: only a transposed convolution has it, got {output_padding!r}")
-        for a, (more, s, d) in enumerate(zip(extra, steps, spread, strict=True)):
-            if more >= max(s, d):
-                raise UsageError(
-                    f"output_padding: expected less than stride or dilation ({max(s, d)}), got {more} on axis {a}"
-                )
+        sides = _padding(padding, kernel, steps, spread)
+        return cls(kernel, steps, sides, spread, groups, padding_mode, bool(transposed), extra)
+
+    @classmethod
+    def from_axes(cls, axes: Sequence[Axis], groups: int) -> Geometry:
+        """Return the geometry that has these axes, all of one padding mode."""
         return cls(
-            kernel_size=kernel,
-            stride=steps,
-            padding=_padding(padding, kernel, steps, spread),
-            dilation=spread,
+            kernel_size=tuple(axis.kernel for axis in axes),
+            stride=tuple(axis.stride for axis in axes),
+            padding=tuple((axis.before, axis.after) for axis in axes),
+            dilation=tuple(axis.dilation for axis in axes),
             groups=groups,
-            padding_mode=padding_mode,
-            transposed=bool(transposed),
-            output_padding=extra,
+            padding_mode=axes[0].padding_mode if axes else "zeros",
+            transposed=any(axis.transposed for axis in axes),
+            output_padding=tuple(axis.output_padding for axis in axes),
         )
 
     @property
@@ -187,7 +183,7 @@ class Geometry:
         if any(s != 1 for s in self.stride):
             parts.append(f"stride {_short(self.stride)}")
         if self.padded:
-            parts.append(f"padding {_short_padding(self.padding)}")
+            parts.append(f"padding {_short(format_padding(self.padding))}")
             if self.padding_mode != "zeros":
                 parts.append(self.padding_mode)
         if any(d != 1 for d in self.dilation):
@@ -219,6 +215,20 @@ def _check(field: str, values: Sequence[int], *, least: int) -> None:
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
             raise UsageError(f"{field}: expected integers of at least {least}, got {format_sizes(values)}")
+
+
+def _check_transposed(
+    mode: str, padding: Padding, extra: tuple[int, ...], stride: tuple[int, ...], dilation: tuple[int, ...]
+) -> None:
+    if mode != "zeros":
+        raise UsageError(f"padding_mode: a transposed convolution knows only 'zeros', got {mode!r}")
+    if isinstance(padding, str):
+        raise UsageError(f"padding: expected numbers for a transposed convolution, got {padding!r}")
+    for axis, (more, s, d) in enumerate(zip(extra, stride, dilation, strict=True)):
+        if more >= max(s, d):
+            raise UsageError(
+                f"output_padding: expected less than stride or dilation ({max(s, d)}), got {more} on axis {axis}"
+            )
 
 
 def _padding(
@@ -253,10 +263,10 @@ def _count(axes: int) -> str:
     return f"{axes} value{'' if axes == 1 else 's'}, one per spatial axis"
 
 
-def _short(values: tuple[int, ...]) -> str:
+def format_padding(pairs: Iterable[tuple[int, int]]) -> tuple[str, ...]:
+    """Format each axis's padding as the command line takes it: '1', or '0:1' where the sides differ."""
+    return tuple(str(before) if before == after else f"{before}:{after}" for before, after in pairs)
+
+
+def _short(values: Sequence[object]) -> str:
     return str(values[0]) if len(set(values)) == 1 else format_sizes(values)
-
-
-def _short_padding(pairs: tuple[tuple[int, int], ...]) -> str:
-    sides = [str(before) if before == after else f"{before}:{after}" for before, after in pairs]
-    return sides[0] if len(set(sides)) == 1 else ",".join(sides)

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
+from convtool.core.rows import Array, RowMatrix, Stretch, words
 from convtool.core.taps import PADDED, tap_table
-from convtool.core.toeplitz import CsrBlock, Stretch, index_dtype
 from convtool.errors import UsageError
 
 
@@ -73,7 +73,7 @@ def kernel_matrix(conv: Conv) -> Tensor:
     return blocks
 
 
-class GatherMatrix:
+class GatherMatrix(RowMatrix):
     """U: what each tap of each output position reads, as a matrix whose rows are made on demand.
 
     Rows are (input channel, tap, output position), columns (input channel, input position), all row-major:
@@ -96,97 +96,67 @@ class GatherMatrix:
     def __init__(
         self, geometry: Geometry, channels: int, input_size: Sequence[int], dtype: torch.dtype = torch.float32
     ) -> None:
-        self.geometry = geometry
-        self.dtype = dtype
-        self.input_size = tuple(input_size)
-        self.output_size = geometry.output_size(input_size)
+        self.geometry, self.dtype = geometry, dtype
+        self.input_size, self.output_size = tuple(input_size), geometry.output_size(input_size)
         self._tables = [
             tap_table(axis, size) for axis, size in zip(geometry.axes, self.input_size, strict=True)
         ]  # (output, kernel) each
-        self._positions, self._inputs = math.prod(self.output_size), math.prod(self.input_size)
+        self._period, self._inputs = math.prod(self.output_size), math.prod(self.input_size)
         self._taps = list(itertools.product(*(range(size) for size in geometry.kernel_size)))
-        self.shape = channels * len(self._taps) * self._positions, channels * self._inputs
         live = [(table != PADDED).sum(0) for table in self._tables]  # (kernel,) each
-        self._live = [math.prod(int(one[t]) for one, t in zip(live, tap, strict=True)) for tap in self._taps]
-        self._before = [0, *itertools.accumulate(self._live)]
+        counts = (math.prod(int(one[t]) for one, t in zip(live, tap, strict=True)) for tap in self._taps)
+        self._before = [0, *itertools.accumulate(counts)]  # ones of a channel's taps before each of these
+        self._plain_rows = channels * len(self._taps) * self._period
+        self.shape = self._plain_rows, channels * self._inputs
         self.nnz = channels * self._before[-1]
-        self._made: tuple[int, Tensor] | None = None
+        self._made: tuple[int, Array] = -1, np.zeros(0)
 
-    @property
-    def index_dtype(self) -> torch.dtype:
-        """int32 wherever it reaches, int64 only where it doesn't."""
-        return index_dtype(max(self.nnz, *self.shape))
-
-    def entries(self, start: int, stop: int) -> int:
-        """The number of ones in rows start:stop."""
-        self._check_rows(start, stop)
-        return self._entries_before(stop) - self._entries_before(start)
-
-    def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
-        """Rows start:stop cut where a tap ends."""
-        self._check_rows(start, stop)
+    def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]:
+        """Cut the rows where a tap ends."""
         for number, first, last in self._pieces(start, stop):
-            channel, tap = divmod(number, len(self._taps))
-            row = number * self._positions
-            yield Stretch(row + first, row + last, (channel, tap, first, last), self.entries(row + first, row + last))
+            rows = number * self._period + first, number * self._period + last
+            yield Stretch(*rows, (*divmod(number, len(self._taps)), first, last), self.entries(*rows))
 
-    def rows(self, start: int, stop: int) -> CsrBlock:
-        """Rows start:stop in CSR form."""
-        return CsrBlock(self.row_counts(start, stop), self.indices(start, stop), self.values(start, stop))
+    def _plain_counts(self, start: int, stop: int) -> Array:
+        """Return 1 for each row, or 0 where the tap reads padding."""
+        parts = [self._read(number)[first:last] != PADDED for number, first, last in self._pieces(start, stop)]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
-    def dense_rows(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop as a dense (stop - start, columns) tensor."""
-        counts, columns, values = self.rows(start, stop)
-        out = torch.zeros(stop - start, self.shape[1], dtype=self.dtype)
-        out[torch.repeat_interleave(torch.arange(stop - start), counts), columns.long()] = values
-        return out
-
-    def row_counts(self, start: int, stop: int) -> Tensor:
-        """(stop - start,) int64: 1, or 0 where the tap reads padding."""
-        self._check_rows(start, stop)
-        parts = [(self._read(number)[first:last] != PADDED).long() for number, first, last in self._pieces(start, stop)]
-        return torch.cat(parts) if parts else torch.zeros(0, dtype=torch.int64)
-
-    def indices(self, start: int, stop: int) -> Tensor:
-        """(entries,) the columns of rows start:stop."""
-        self._check_rows(start, stop)
-        parts = [torch.zeros(0, dtype=self.index_dtype)]
+    def _plain_indices(self, start: int, stop: int, out: Array) -> None:
+        done = 0
         for number, first, last in self._pieces(start, stop):
             read = self._read(number)[first:last]
-            channel = number // len(self._taps)
-            parts.append((read[read != PADDED] + channel * self._inputs).to(self.index_dtype))
-        return torch.cat(parts)
+            live = read[read != PADDED]
+            out[done : done + len(live)] = live + number // len(self._taps) * self._inputs
+            done += len(live)
 
-    def values(self, start: int, stop: int) -> Tensor:
-        """(entries,) ones."""
-        return torch.ones(self.entries(start, stop), dtype=self.dtype)
+    def _plain_values(self, start: int, stop: int, out: Array) -> None:
+        out[:] = words(torch.ones(1, dtype=self.dtype))
 
-    def _check_rows(self, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= self.shape[0]:
-            raise UsageError(f"rows: expected 0 <= A <= B <= {self.shape[0]}, got {start}:{stop}")
+    def _plain_before(self, row: int) -> int:
+        number, position = divmod(row, self._period)
+        channel, tap = divmod(number, len(self._taps))
+        within = int((self._read(number)[:position] != PADDED).sum()) if position else 0
+        return channel * self._before[-1] + self._before[tap] + within
 
     def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(number of channel and tap, first, last position) of rows start:stop."""
+        """Yield (number of channel and tap, first, last position) for rows start:stop."""
         while start < stop:
-            number, first = divmod(start, self._positions)
-            last = min(self._positions, first + stop - start)
+            number, first = divmod(start, self._period)
+            last = min(self._period, first + stop - start)
             yield number, first, last
             start += last - first
 
-    def _read(self, number: int) -> Tensor:
-        """(prod(output_size),) int64: the position of the first channel that a tap reads, or PADDED."""
+    def _read(self, number: int) -> Array:
+        """Return the (prod(output_size),) positions of the first channel that a tap reads, PADDED where it doesn't."""
         tap = number % len(self._taps)
-        if self._made is None or self._made[0] != tap:
+        kept, read = self._made
+        if kept != tap:
             position, live = np.zeros((), dtype=np.int64), np.ones((), dtype=bool)
             for table, t, size in zip(self._tables, self._taps[tap], self.input_size, strict=True):
                 column = table[:, t]
                 position = position[..., None] * size + column
                 live = live[..., None] & (column != PADDED)
-            self._made = tap, torch.from_numpy(np.where(live, position, PADDED).reshape(-1))
-        return self._made[1]
-
-    def _entries_before(self, row: int) -> int:
-        number, position = divmod(row, self._positions)
-        channel, tap = divmod(number, len(self._taps))
-        within = int((self._read(number)[:position] != PADDED).sum()) if position else 0
-        return channel * self._before[-1] + self._before[tap] + within
+            read = np.where(live, position, PADDED).reshape(-1)
+            self._made = tap, read
+        return read

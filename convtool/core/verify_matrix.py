@@ -22,8 +22,9 @@ from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.inputs import dense_inputs
 from convtool.core.order import Order, matrix_in_order
+from convtool.core.rows import CsrBlock
 from convtool.core.tally import Region, ratios
-from convtool.core.toeplitz import CsrBlock, ToeplitzMatrix
+from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import UsageError
 
 BLOCK_ENTRIES = 1 << 17  # entries of a matrix in flight

@@ -14,7 +14,8 @@ from typing import Protocol, get_args
 
 import torch
 
-from convtool.core.toeplitz import ToeplitzMatrix, index_dtype
+from convtool.core.rows import index_dtype
+from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import OutputError, RefusedError, UsageError, human_bytes
 from convtool.formats.atomic import check_target, replacing
 from convtool.formats.room import Reported, check_space

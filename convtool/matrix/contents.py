@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from convtool.core.flat import tensor_bits
-from convtool.core.toeplitz import Stretch, ToeplitzMatrix
+from convtool.core.rows import Stretch
+from convtool.core.toeplitz import ToeplitzMatrix
 
 Layout: TypeAlias = Literal["csr", "coo", "dense"]
 

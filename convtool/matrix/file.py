@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from convtool.core.toeplitz import BLOCK_ENTRIES, CsrBlock
+from convtool.core.rows import BLOCK_ENTRIES, CsrBlock
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.matrix.contents import Layout
 from convtool.matrix.reading import ARRAYS

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from convtool.core.toeplitz import BLOCK_ENTRIES, CsrBlock
+from convtool.core.rows import BLOCK_ENTRIES, CsrBlock
 from convtool.errors import InputError, UsageError
 from convtool.matrix.contents import RECORD_NAME
 from convtool.matrix.file import MatrixFile

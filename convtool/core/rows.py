@@ -1,0 +1,235 @@
+"""Matrices whose rows are made on demand, any range of them by itself: what is the same for all of them."""
+
+from __future__ import annotations
+
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from convtool.errors import UsageError
+
+if TYPE_CHECKING:
+    import scipy.sparse
+
+Array: TypeAlias = npt.NDArray[Any]
+
+INT32_MAX = 2**31 - 1
+
+# Values are moved as integers of their size, since numpy has no bfloat16 and torch's own copies start threads.
+WORDS: dict[int, npt.DTypeLike] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
+_TORCH_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
+
+_NUMPY_INDEX: dict[torch.dtype, npt.DTypeLike] = {torch.int32: np.int32, torch.int64: np.int64}
+
+# Entries in a block of rows: 8 MiB of values at most, long enough that the per-block overhead doesn't show.
+BLOCK_ENTRIES = 1 << 20
+
+# Entries for each thread at least: below, starting threads takes longer than they save.
+PART_ENTRIES = 1 << 19
+
+
+class CsrBlock(NamedTuple):
+    """Consecutive rows of a matrix in CSR form."""
+
+    counts: Tensor  # (rows,) entries in each row
+    indices: Tensor  # (entries,) columns, ascending within a row
+    values: Tensor  # (entries,)
+
+
+class Stretch(NamedTuple):
+    """Consecutive rows that are best made in one go, and what else they are equal to.
+
+    Stretches of one matrix with equal `same_indices` have equal columns, entry by entry; with equal `same_values`,
+    equal values. Whoever writes a matrix can so reuse what it made.
+    """
+
+    start: int
+    stop: int
+    same_indices: Hashable
+    same_values: Hashable
+
+
+def words(tensor: Tensor) -> Array:
+    """Return the tensor's numbers as `WORDS` has them."""
+    made: Array = tensor.resolve_conj().contiguous().view(_TORCH_WORDS[tensor.dtype.itemsize]).numpy()
+    return made
+
+
+def index_dtype(largest: int) -> torch.dtype:
+    """Return int32 wherever `largest`, of the numbers of entries, rows and columns, fits, and int64 elsewhere."""
+    return torch.int32 if largest <= INT32_MAX else torch.int64
+
+
+class RowMatrix(ABC):
+    """A matrix whose size is known at once, and whose rows are made on demand.
+
+    Attributes:
+        shape: (rows, columns).
+        nnz: number of stored entries.
+        dtype: of the values.
+    """
+
+    shape: tuple[int, int]
+    nnz: int
+    dtype: torch.dtype
+    _period: int  # rows after which the matrix repeats itself, but for shifts: shares of threads are cut there
+    _plain_rows: int  # all rows, or all but the last where that one is full: the bias under a transposed matrix
+
+    @abstractmethod
+    def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]: ...
+
+    @abstractmethod
+    def _plain_counts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        """Return the (stop - start,) numbers of entries in each row."""
+
+    @abstractmethod
+    def _plain_before(self, row: int) -> int:
+        """Return the number of entries in all rows before this one."""
+
+    @abstractmethod
+    def _plain_indices(self, start: int, stop: int, out: Array) -> None:
+        """Write the columns of rows start:stop."""
+
+    @abstractmethod
+    def _plain_values(self, start: int, stop: int, out: Array) -> None:
+        """Write the values of rows start:stop, as words."""
+
+    def _full_row(self) -> Tensor:
+        """Return the (columns,) values of the last row, where that one is full."""
+        raise NotImplementedError
+
+    @property
+    def index_dtype(self) -> torch.dtype:
+        """int32 wherever it reaches, int64 only where it doesn't."""
+        return index_dtype(max(self.nnz, *self.shape))
+
+    @property
+    def _index(self) -> npt.DTypeLike:
+        return _NUMPY_INDEX[self.index_dtype]
+
+    def indptr(self) -> Tensor:
+        """Return the (rows + 1,) starts of the rows among all entries."""
+        pointer = np.zeros(self.shape[0] + 1, dtype=self._index)
+        np.cumsum(self.row_counts(0, self.shape[0]).numpy(), out=pointer[1:])
+        return torch.from_numpy(pointer)
+
+    def entries(self, start: int, stop: int) -> int:
+        """Return the number of entries in rows start:stop, without making them."""
+        self._check_rows(start, stop)
+        (first, last), full = self._plain(start, stop)
+        return self._plain_before(last) - self._plain_before(first) + full * self.shape[1]
+
+    def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
+        """Cut rows start:stop into stretches; how long they are is the matrix's own choice."""
+        self._check_rows(start, stop)
+        plain, full = self._plain(start, stop)
+        yield from self._plain_stretches(*plain)
+        if full:
+            yield Stretch(self._plain_rows, stop, None, None)
+
+    def row_counts(self, start: int, stop: int) -> Tensor:
+        """Return the (stop - start,) int64 numbers of entries in each of rows start:stop."""
+        self._check_rows(start, stop)
+        plain, full = self._plain(start, stop)
+        counts = self._plain_counts(*plain)
+        return torch.from_numpy(np.append(counts, self.shape[1]) if full else counts)
+
+    def rows(self, start: int, stop: int) -> CsrBlock:
+        """Return rows start:stop in CSR form, the columns of each row ascending and unique."""
+        return CsrBlock(self.row_counts(start, stop), self.indices(start, stop), self.values(start, stop))
+
+    def indices(self, start: int, stop: int) -> Tensor:
+        """Return the (entries,) columns of rows start:stop, those of each row ascending and unique."""
+        out = np.empty(self.entries(start, stop), dtype=self._index)
+        self._in_parts(start, stop, lambda first, last, part: self._fill_indices(first, last, out[part]))
+        return torch.from_numpy(out)
+
+    def values(self, start: int, stop: int) -> Tensor:
+        """Return the (entries,) values of rows start:stop, in the order of `indices`."""
+        out = np.empty(self.entries(start, stop), dtype=WORDS[self.dtype.itemsize])
+        self._in_parts(start, stop, lambda first, last, part: self._fill_values(first, last, out[part]))
+        return torch.from_numpy(out).view(self.dtype)
+
+    def dense_rows(self, start: int, stop: int) -> Tensor:
+        """Return rows start:stop as a dense (stop - start, columns) tensor."""
+        self._check_rows(start, stop)
+        out = np.zeros((stop - start, self.shape[1]), dtype=WORDS[self.dtype.itemsize])
+
+        def fill(first: int, last: int, part: slice) -> None:
+            columns = np.empty(part.stop - part.start, dtype=self._index)
+            values = np.empty(len(columns), dtype=out.dtype)
+            self._fill_indices(first, last, columns)
+            self._fill_values(first, last, values)
+            row = np.repeat(np.arange(first - start, last - start), self.row_counts(first, last).numpy())
+            out.reshape(-1)[row * self.shape[1] + columns] = values
+
+        self._in_parts(start, stop, fill, out.size // 8)  # most of the time goes into getting the memory
+        return torch.from_numpy(out).view(self.dtype)
+
+    def _fill_indices(self, start: int, stop: int, out: Array) -> None:
+        plain, full = self._plain(start, stop)
+        self._plain_indices(*plain, out)
+        if full:
+            out[len(out) - self.shape[1] :] = np.arange(self.shape[1], dtype=out.dtype)
+
+    def _fill_values(self, start: int, stop: int, out: Array) -> None:
+        plain, full = self._plain(start, stop)
+        self._plain_values(*plain, out)
+        if full:
+            out[len(out) - self.shape[1] :] = words(self._full_row())
+
+    def _plain(self, start: int, stop: int) -> tuple[tuple[int, int], bool]:
+        """Return which of rows start:stop are plain ones, and whether the full row is among them."""
+        plain = min(start, self._plain_rows), min(stop, self._plain_rows)
+        return plain, start < stop and stop > self._plain_rows
+
+    def _in_parts(self, start: int, stop: int, fill: Callable[[int, int, slice], None], work: int = 0) -> None:
+        """Call `fill` with ranges of rows that make up start:stop, and where their entries stand; in several threads.
+
+        How many depends on the number of entries, or of as much `work` as so many entries are.
+        The threads are this function's own: torch's would start and meet again for each tile, which takes longer than
+        a tile does.
+        """
+        count = self.entries(start, stop)
+        threads = min(torch.get_num_threads(), max(count, work) // PART_ENTRIES, stop - start)
+        if threads <= 1:
+            fill(start, stop, slice(0, count))
+            return
+        cuts = [start + (stop - start) * number // threads for number in range(threads + 1)]
+        if cuts[1] - cuts[0] > self._period:
+            cuts[1:-1] = [cut - cut % self._period for cut in cuts[1:-1]]
+        places = [self.entries(start, cut) for cut in cuts]
+        parts = (slice(*pair) for pair in itertools.pairwise(places))
+        with ThreadPoolExecutor(threads) as pool:
+            begun = [pool.submit(fill, *cut, part) for cut, part in zip(itertools.pairwise(cuts), parts, strict=True)]
+            for part_done in begun:
+                part_done.result()
+
+    def to_sparse_csr(self) -> Tensor:
+        """Return the whole matrix as a torch sparse CSR tensor."""
+        _, indices, values = self.rows(0, self.shape[0])
+        return torch.sparse_csr_tensor(self.indptr(), indices, values, size=self.shape, check_invariants=False)
+
+    def to_dense(self) -> Tensor:
+        """Return the whole matrix as a dense tensor."""
+        return self.dense_rows(0, self.shape[0])
+
+    def to_scipy(self) -> scipy.sparse.csr_array[Any]:
+        """Return the whole matrix as a scipy.sparse.csr_array in canonical form; needs scipy."""
+        import scipy.sparse
+
+        _, indices, values = self.rows(0, self.shape[0])
+        matrix = scipy.sparse.csr_array((values.numpy(), indices.numpy(), self.indptr().numpy()), shape=self.shape)
+        matrix.has_canonical_format = True  # sorted and unique by construction: spares scipy the check
+        return matrix
+
+    def _check_rows(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise UsageError(f"rows: expected 0 <= A <= B <= {self.shape[0]}, got {start}:{stop}")

@@ -144,8 +144,7 @@ def test_the_bound_of_one_layer_is_half_an_ulp_of_each_number_and_little_else() 
     x = real_numbers(2, 4, 2, 5, 6)
     bound = Bound(conv.exact(), _exact(stored(conv)), torch.float64).of(x, torch.zeros(1), torch.zeros(1))
     errors = stored(conv)
-    assert errors.bias_error is not None
-    storing = forward(Conv(errors.weight_error, errors.bias_error, conv.geometry), x.abs())
+    storing = forward(errors.error, x.abs())
     assert bool((bound >= storing).all())
     assert bool((bound <= storing * (1 + 1e-9)).all())
     unit = 2.0**-8 * (1 + 2.0**-15) * forward(_absolute(conv.exact()), x.abs())
@@ -154,7 +153,7 @@ def test_the_bound_of_one_layer_is_half_an_ulp_of_each_number_and_little_else() 
 
 
 def _exact(leaf: Stored) -> Stored:
-    return Stored(leaf.conv.exact(), leaf.weight_error, leaf.bias_error)
+    return Stored(leaf.conv.exact(), leaf.error)
 
 
 def _absolute(conv: Conv) -> Conv:
@@ -174,11 +173,11 @@ def test_a_chain_stored_layer_by_layer_stays_within_what_storing_can_do_and_come
     worst = []
     for leaf in kept:
         assert leaf.conv.bias is not None
-        assert leaf.bias_error is not None
+        assert leaf.error.bias is not None
         worst.append(
             Conv(
-                leaf.conv.weight.double() + leaf.weight_error,
-                leaf.conv.bias.double() + leaf.bias_error,
+                leaf.conv.weight.double() + leaf.error.weight,
+                leaf.conv.bias.double() + leaf.error.bias,
                 leaf.conv.geometry,
             )
         )

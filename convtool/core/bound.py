@@ -47,11 +47,11 @@ of its neighbour below, half its own unit off, would pass.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ from convtool.core.compose import add_geometry, compose_geometry
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, in_channels
 from convtool.core.geometry import Geometry
-from convtool.core.inputs import Impulses, Input, apply, respond
+from convtool.core.inputs import Impulses, Input, Leaf, apply, respond
 from convtool.core.tree import Chain, Sum, Tree, fold, map_leaves
 from convtool.errors import ConvtoolError, UsageError
 
@@ -76,14 +76,12 @@ class Stored:
 
     Attributes:
         conv: with the numbers as they are stored.
-        weight_error: as the weight; the most that storing moved each entry.
-        bias_error: the same of the bias; None where there is none.
+        error: with the most that storing moved each of them by, in float64.
         less_inwards: as the weight; by how much less it can have been towards zero. None where it can be as much.
     """
 
     conv: Conv
-    weight_error: Tensor
-    bias_error: Tensor | None
+    error: Conv
     less_inwards: Tensor | None = None
 
     @property
@@ -91,20 +89,25 @@ class Stored:
         """Where the layer reads."""
         return self.conv.geometry
 
+    def without_bias(self) -> Stored:
+        """Return the linear part of the layer."""
+        return Stored(self.conv.without_bias(), self.error.without_bias(), self.less_inwards)
+
+    def to(self, dtype: torch.dtype, device: torch.device) -> Stored:
+        """Return the layer with its numbers in `dtype` on the device; the errors stay in float64."""
+        less = None if self.less_inwards is None else self.less_inwards.to(device)
+        return Stored(self.conv.to(dtype, device), self.error.to(torch.float64, device), less)
+
 
 def stored(conv: Conv, dtype: torch.dtype | None = None) -> Stored:
-    """The layer with each number taken as rounded once to `dtype`; to its own where None."""
-    bias = conv.bias
-    return Stored(
-        conv,
-        half_ulp(conv.weight, dtype or conv.weight.dtype),
-        None if bias is None else half_ulp(bias, dtype or bias.dtype),
-        less_inwards(conv.weight, dtype or conv.weight.dtype),
-    )
+    """Return the layer with each number taken as rounded once to `dtype`; to its own where None."""
+    bias = None if conv.bias is None else half_ulp(conv.bias, dtype or conv.bias.dtype)
+    kind = dtype or conv.weight.dtype
+    return Stored(conv, Conv(half_ulp(conv.weight, kind), bias, conv.geometry), less_inwards(conv.weight, kind))
 
 
 def less_inwards(numbers: Tensor, dtype: torch.dtype) -> Tensor | None:
-    """By how much nearer to each number is what was rounded to it from the side of zero: only to powers of two.
+    """Return by how much nearer to each number is what was rounded to it from the side of zero: only to powers of two.
 
     None where there is no power of two, and for complex numbers.
     """
@@ -117,7 +120,7 @@ def less_inwards(numbers: Tensor, dtype: torch.dtype) -> Tensor | None:
 
 
 def half_ulp(numbers: Tensor, dtype: torch.dtype) -> Tensor:
-    """The most by which what was rounded to each of these numbers of `dtype` can differ from it, in float64.
+    """Return the most by which what was rounded to each of these numbers of `dtype` can differ from it, in float64.
 
     Of complex numbers, the modulus of what both parts can differ by.
     """
@@ -132,13 +135,6 @@ def half_ulp(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     smallest = info.smallest_normal * info.eps / 2
     half = torch.where(size == 0, smallest, half).clamp(min=smallest)
     return half + size * 2.0**-24 if info.bits < 32 else half
-
-
-class BoundOf(Protocol):
-    """What a comparison holds errors against."""
-
-    def of(self, x: Input, expected: Tensor, found: Tensor) -> Tensor:
-        """The most that each output may be off, of the shape of `expected`, (N, C_out, *output_size)."""
 
 
 class Bound:
@@ -157,7 +153,7 @@ class Bound:
     def __init__(
         self, before: Expression, after: Tree[Stored], computed_in: torch.dtype, between: Sequence[torch.dtype] = ()
     ) -> None:
-        self.before = map_leaves(_absolute, before)
+        self.before = map_leaves(Conv.absolute, before)
         self.after = map_leaves(_absolute_stored, after)
         kept = map_leaves(lambda leaf: leaf.conv, after)
         fusing, running = fusing_terms(before), depth(before, _terms) + depth(kept, _terms)
@@ -168,7 +164,7 @@ class Bound:
         self.less = _less_inwards(after)
 
     def of(self, x: Input, expected: Tensor, found: Tensor) -> Tensor:
-        """The most that rounding can do to each output, (N, C_out, *output_size)."""
+        """Return the most that rounding can do to each output, (N, C_out, *output_size)."""
         size = x.abs()
         before, (after, lost) = apply(self.before, size), _storing(self.after, size, None)
         if self.less is not None and isinstance(x, Impulses):
@@ -178,21 +174,25 @@ class Bound:
         return bound * (1 + self.running)
 
 
+@dataclass(frozen=True, slots=True)
 class Tolerance:
     """The bound of those who insist on choosing one: atol + rtol * |expected|, as numpy's allclose."""
 
-    def __init__(self, rtol: float, atol: float) -> None:
-        for name, value in (("rtol", rtol), ("atol", atol)):
+    rtol: float
+    atol: float
+
+    def __post_init__(self) -> None:
+        for name, value in (("rtol", self.rtol), ("atol", self.atol)):
             if not 0 <= value < math.inf:
                 raise UsageError(f"--{name}: expected a finite number of at least 0, got {value:g}")
-        self.rtol, self.atol = rtol, atol
 
     def of(self, x: Input, expected: Tensor, found: Tensor) -> Tensor:
+        """Return the most that each output may be off."""
         return self.atol + self.rtol * expected.abs()
 
 
 def gamma(n: int, u: float) -> float:
-    """The relative error of n roundings in a row, n u / (1 - n u); UsageError where that bounds nothing."""
+    """Return the relative error of n roundings in a row, n u / (1 - n u); UsageError where that bounds nothing."""
     if n * u >= 1:
         raise UsageError(
             f"sums of {n} terms in a precision of {u:.1g} have no error bound; say with --computed-in what they were"
@@ -202,7 +202,7 @@ def gamma(n: int, u: float) -> float:
 
 
 def fusing_terms(tree: Expression) -> int:
-    """The most roundings on the way to a number of the one layer that stands for the tree, whatever the order."""
+    """Return the most roundings on the way to a number of the layer that stands for the tree, whatever the order."""
     if isinstance(tree, Sum):
         return max(map(fusing_terms, tree.parts)) + len(tree.parts) - 1
     if isinstance(tree, Chain):
@@ -211,42 +211,39 @@ def fusing_terms(tree: Expression) -> int:
 
 
 def _joints(chain: Chain[Conv]) -> int:
-    """For each joint of a chain, the entries in a row of the longest composed layer that may stand right of it."""
+    """Add up, for each joint of a chain, the entries in a row of the longest layer that may stand right of it."""
+
+    def longest(number: int) -> int:
+        inner = in_channels(chain.parts[number])
+        composed = itertools.accumulate(shapes[number:], compose_geometry)
+        return max(inner // geometry.groups * math.prod(geometry.kernel_size) for geometry in composed)
+
     try:
         shapes = [fused_geometry(part) for part in chain.parts]
-        total = 0
-        for number in range(1, len(shapes)):
-            geometry, longest = shapes[number], 0
-            for following in (None, *shapes[number + 1 :]):
-                geometry = geometry if following is None else compose_geometry(geometry, following)
-                row = in_channels(chain.parts[number]) // geometry.groups * math.prod(geometry.kernel_size)
-                longest = max(longest, row)
-            total += longest + 1  # and the bias
-        return total
+        return sum(longest(number) + 1 for number in range(1, len(shapes)))  # and the bias
     except ConvtoolError:  # no single layer has that form, so nothing was composed; what running it takes is as much
         return depth(chain, _terms)
 
 
 def fused_geometry(tree: Expression) -> Geometry:
-    """The geometry of the one layer that stands for the tree; RefusedError where there is none."""
-    return fold(tree, lambda conv: conv.geometry, _compose_geometries, _add_geometries)
+    """Return the geometry of the one layer that stands for the tree; RefusedError where there is none."""
 
+    def chain(parts: list[Geometry]) -> Geometry:
+        return reduce(compose_geometry, parts)
 
-def _compose_geometries(parts: list[Geometry]) -> Geometry:
-    return reduce(compose_geometry, parts)
+    def total(parts: list[Geometry]) -> Geometry:
+        return reduce(add_geometry, parts)
 
-
-def _add_geometries(parts: list[Geometry]) -> Geometry:
-    return reduce(add_geometry, parts)
+    return fold(tree, lambda conv: conv.geometry, chain, total)
 
 
 def _terms(conv: Conv) -> int:
-    """The longest accumulation in a layer: products and the bias."""
+    """Return the length of the longest accumulation in a layer: products and the bias."""
     return conv.weight[0].numel() + 1 + (COMPLEX_STEPS if conv.weight.is_complex() else 0)
 
 
 def _underflow(tree: Expression) -> float:
-    """eta: what float64 products that underflow can add up to."""
+    """Return eta: what float64 products that underflow can add up to."""
 
     def through(part: Expression, lost: float) -> float:
         if isinstance(part, Chain):
@@ -259,31 +256,35 @@ def _underflow(tree: Expression) -> float:
     return through(tree, 0.0)
 
 
-def _absolute(conv: Conv) -> Conv:
-    return Conv(conv.weight.abs(), None if conv.bias is None else conv.bias.abs(), conv.geometry)
-
-
 def _absolute_stored(leaf: Stored) -> Stored:
     # What underflowed on the way to a number before it was stored, however long the sum.
     more = leaf.conv.weight[0].numel() * TINY64 if leaf.conv.weight.numel() else 0.0
-    bias_error = None if leaf.bias_error is None else leaf.bias_error + more
-    return Stored(_absolute(leaf.conv), leaf.weight_error + more, bias_error)
+    bias = None if leaf.error.bias is None else leaf.error.bias + more
+    return Stored(leaf.conv.absolute(), Conv(leaf.error.weight + more, bias, leaf.geometry))
 
 
 def _less_inwards(after: Tree[Stored]) -> tuple[Conv, Conv] | None:
-    """What to take off for an impulse where outputs should be larger, and where smaller; None where nothing."""
-    while isinstance(after, Chain | Sum) and len(after.parts) == 1:
-        after = after.parts[0]
-    if isinstance(after, Chain | Sum) or after.less_inwards is None:
+    """Return what to take off for an impulse where outputs should be larger, and where smaller; None where nothing."""
+    layer = sole_layer(after)
+    if layer is None or layer.less_inwards is None:
         return None
-    weight, less = after.conv.weight, after.less_inwards
+    weight, less = layer.conv.weight, layer.less_inwards
     sides = (weight < 0, weight > 0)  # those numbers that are nearer to zero where they are larger; smaller
-    up, down = (Conv(torch.where(side, less, 0.0), None, after.conv.geometry) for side in sides)
+    up, down = (Conv(torch.where(side, less, 0.0), None, layer.geometry) for side in sides)
     return up, down
 
 
+def sole_layer(tree: Tree[Leaf]) -> Leaf | None:
+    """Return the layer that is all of the tree; None where there are several."""
+    while isinstance(tree, Chain | Sum):
+        if len(tree.parts) > 1:
+            return None
+        tree = tree.parts[0]
+    return tree
+
+
 def _storing(tree: Tree[Stored], x: Input, lost: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(m, S) behind the tree: the absolute output, and what storing the numbers can have moved it by.
+    """Return (m, S) behind the tree: the absolute output, and what storing the numbers can have moved it by.
 
     Args:
         x: the absolute input.
@@ -296,14 +297,9 @@ def _storing(tree: Tree[Stored], x: Input, lost: Tensor | None) -> tuple[Tensor,
             size, lost = _storing(part, size, lost)
         return (size, lost) if isinstance(x, Tensor) else (x.wanted(size, others), x.wanted(lost, others))
     if isinstance(tree, Sum):
-        parts = [_storing(part, x, lost) for part in tree.parts]
-        return _total([size for size, _ in parts]), _total([moved for _, moved in parts])
-    conv = tree.conv
-    error = Conv(tree.weight_error, tree.bias_error, conv.geometry)
+        sizes, losses = zip(*(_storing(part, x, lost) for part in tree.parts), strict=True)
+        return reduce(torch.add, sizes), reduce(torch.add, losses)
+    size = respond(tree.conv, x)
     if lost is None or not isinstance(x, Tensor):
-        return respond(conv, x), respond(error, x)
-    return respond(conv, x), respond(Conv(conv.weight, None, conv.geometry), lost) + respond(error, x + lost)
-
-
-def _total(tensors: list[Tensor]) -> Tensor:
-    return reduce(torch.add, tensors)
+        return size, respond(tree.error, x)
+    return size, respond(tree.conv.without_bias(), lost) + respond(tree.error, x + lost)

@@ -96,11 +96,11 @@ class Conv:
         """Return the layer of the absolute values, which bounds what rounding does to this one's sums."""
         return Conv(self.weight.abs(), None if self.bias is None else self.bias.abs(), self.geometry)
 
-    def to(self, dtype: torch.dtype) -> Conv:
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Conv:
         """Return the layer with its numbers rounded to `dtype`; RefusedError for complex numbers in a real dtype."""
         check_room(self.weight.dtype, dtype)
-        bias = None if self.bias is None else rounded(self.bias, dtype)
-        return Conv(rounded(self.weight, dtype), bias, self.geometry)
+        bias = None if self.bias is None else rounded(self.bias, dtype).to(device)
+        return Conv(rounded(self.weight, dtype).to(device), bias, self.geometry)
 
     def exact(self) -> Conv:
         """Return the layer in float64 (complex128), in which all arithmetic is done."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from convtool.core.border import Mask
 from convtool.core.inputs import Impulses, Input
+from convtool.errors import UsageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +52,66 @@ class Region:
 
 
 def ratios(expected: Tensor, found: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:
-    """(error, error / bound), elementwise; the ratio is inf where one of the three isn't finite.
+    """Return (error, error / bound), elementwise; the ratio is inf where one of the three isn't finite.
 
     NaN compares false with everything, and must not slip through as 'not larger'; an infinite bound allows anything.
     """
     error = (expected - found).abs()
     ratio = torch.where(error == 0, 0.0, error / bound)
     return error, torch.where((error + bound).isfinite(), ratio, math.inf)
+
+
+def check_trials(trials: int, seed: int, exhaustive: bool = False) -> None:
+    """Raise UsageError where nothing would be compared, or no generator takes the seed."""
+    if trials < 1 and not exhaustive:
+        raise UsageError(f"trials: expected at least 1, got {trials}; no comparison is no proof")
+    if not 0 <= seed < 2**63:
+        raise UsageError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
+
+
+class Worst:
+    """What numbers come to that are held against bounds, kept as a `Region` while they come in."""
+
+    def __init__(self, kind: str = "") -> None:
+        self.region = Region(kind=kind)
+        self._output = 0.0
+
+    def add(
+        self,
+        size: Tensor,
+        error: Tensor,
+        ratio: Tensor,
+        bound: Tensor,
+        elements: int,
+        place: Callable[[int], dict[str, Any]],
+    ) -> float:
+        """Count a batch, and return its largest ratio.
+
+        Args:
+            size: absolute values of what was expected.
+            error, ratio: as of `ratios`.
+            bound: of a shape that spreads over the others'.
+            elements: how many of them count.
+            place: gives the fields of a region that say where, by the place in the flattened batch.
+        """
+        at, now = int(ratio.argmax()), self.region
+        worst = float(ratio.reshape(-1)[at])
+        self._output = max(self._output, _largest_finite(size))
+        largest = max(now.largest_error, _or_infinity(float(error.max())))
+        differing = int((ratio > 1).sum()) if worst > 1 else 0
+        now = replace(
+            now,
+            elements=now.elements + elements,
+            positions=now.positions + elements,
+            differing=now.differing + differing,
+            largest_error=largest,
+            relative_error=largest / self._output if self._output else (math.inf if largest else 0.0),
+        )
+        if now.where is None or worst > now.ratio:
+            off, most = (float(part.expand_as(ratio).reshape(-1)[at]) for part in (error, bound))
+            now = replace(now, ratio=worst, error=off, bound=most, **place(at))
+        self.region = now
+        return worst
 
 
 class Tallies:
@@ -74,74 +130,46 @@ class Tallies:
         """Count outputs (N, C_out, *output_size), those expected, those found, and their bound."""
         error, ratio = ratios(expected, found, bound)
         for part in (self.interior, self.rim):
-            part.add(kind, x, error, ratio, bound, expected)
+            part.add(kind, x, error, ratio, bound, expected.abs())
 
 
 class Tally:
     """One region's count; see `Tallies`."""
 
     def __init__(self, mask: Tensor) -> None:
-        self.mask = mask
-        self.positions = int(mask.sum())
-        self.everywhere = bool(mask.all())
-        self.elements = 0
-        self.ratio = self.error = self.bound = self.largest = self.output = 0.0
-        self.where: tuple[int, ...] | None = None
-        self.kind = ""
-        self.source: tuple[int, ...] | None = None
-        self.differs = torch.zeros_like(mask)
+        self._mask, self._differs = mask, torch.zeros_like(mask)
+        self._worst = Worst()
 
-    def add(self, kind: str, x: Input, error: Tensor, ratio: Tensor, bound: Tensor, expected: Tensor) -> None:
+    def add(self, kind: str, x: Input, error: Tensor, ratio: Tensor, bound: Tensor, size: Tensor) -> None:
         """Count a batch; see `Tallies.add`."""
         rows = x.rows if isinstance(x, Impulses) else None
-        mask, everywhere, positions = self.mask, self.everywhere, self.positions
-        if rows:
-            mask = mask[torch.meshgrid(*rows, indexing="ij")]
-            positions = int(mask.sum())
-            everywhere = positions == mask.numel()
+        grid = torch.meshgrid(*rows, indexing="ij") if rows else ...  # of output positions
+        mask = self._mask[grid]
+        positions = int(mask.sum())
         if not positions or not error.numel():
             return
-        self.elements += error.shape[0] * error.shape[1] * positions
-        inside = ratio if everywhere else torch.where(mask, ratio, -1.0)
-        flat = int(inside.argmax())
-        largest = float(inside.reshape(-1)[flat])
-        if self.where is None or largest > self.ratio:
-            number, channel, *place = (int(i) for i in np.unravel_index(flat, tuple(error.shape)))
-            if rows:
-                place = [int(row[at]) for row, at in zip(rows, place, strict=True)]
-            self.where, self.kind, self.ratio = (channel, *place), kind, largest
-            self.error, self.bound = float(error.reshape(-1)[flat]), float(bound.expand_as(error).reshape(-1)[flat])
-            self.source = x.source(number, channel, error.shape[1]) if isinstance(x, Impulses) else None
-        if largest > 1:
-            beyond = (inside > 1).flatten(0, 1).any(0)
-            if rows:
-                self.differs[torch.meshgrid(*rows, indexing="ij")] |= beyond
-            else:
-                self.differs |= beyond
-        size = expected.abs()
-        if not everywhere:
+        if positions < mask.numel():
+            ratio = torch.where(mask, ratio, -1.0)  # below all others, so that the largest is inside
             error, size = torch.where(mask, error, 0.0), torch.where(mask, size, 0.0)
-        self.largest = max(self.largest, _or_infinity(float(error.max())))
-        output = float(size.max())
-        if not math.isfinite(output):
-            output = float(torch.where(size.isfinite(), size, 0.0).max())
-        self.output = max(self.output, output)
+
+        def place(at: int) -> dict[str, Any]:
+            number, channel, *where = (int(i) for i in np.unravel_index(at, tuple(error.shape)))
+            if rows:
+                where = [int(row[index]) for row, index in zip(rows, where, strict=True)]
+            source = x.source(number, channel, error.shape[1]) if isinstance(x, Impulses) else None
+            return {"where": (channel, *where), "kind": kind, "source": source}
+
+        if self._worst.add(size, error, ratio, bound, error.shape[0] * error.shape[1] * positions, place) > 1:
+            self._differs[grid] |= (ratio > 1).flatten(0, 1).any(0)
 
     def region(self) -> Region:
-        """What was found."""
-        return Region(
-            elements=self.elements,
-            ratio=self.ratio,
-            error=self.error,
-            bound=self.bound,
-            where=self.where,
-            kind=self.kind,
-            source=self.source,
-            largest_error=self.largest,
-            relative_error=self.largest / self.output if self.output else (0.0 if not self.largest else math.inf),
-            differing=int(self.differs.sum()),
-            positions=self.positions,
-        )
+        """Return what was found, counted by positions."""
+        return replace(self._worst.region, differing=int(self._differs.sum()), positions=int(self._mask.sum()))
+
+
+def _largest_finite(size: Tensor) -> float:
+    largest = float(size.max())
+    return largest if math.isfinite(largest) else float(torch.where(size.isfinite(), size, 0.0).max())
 
 
 def _or_infinity(number: float) -> float:

@@ -7,6 +7,7 @@ what rounding alone can do, and more is a difference.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,13 +19,12 @@ import torch
 from torch import Tensor
 
 from convtool.core.border import Mask, border_at
-from convtool.core.bound import Bound, Stored, Tolerance, fused_geometry, stored
+from convtool.core.bound import Bound, Stored, Tolerance, fused_geometry, sole_layer, stored
 from convtool.core.compose import add, compose_chain, compose_geometry
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, multiply_adds, out_channels, output_size, run
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.inputs import (
-    Impulses,
     Input,
     apply,
     dense_count,
@@ -35,7 +35,7 @@ from convtool.core.inputs import (
     widest_layer,
 )
 from convtool.core.sizes import split_input_size
-from convtool.core.tally import Region, Tallies
+from convtool.core.tally import Region, Tallies, check_trials
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves
 from convtool.errors import ConvtoolError, UsageError
 
@@ -131,11 +131,9 @@ def verify(
 
     Args:
         before: layers, first to last, or a tree of chains and sums; their numbers are taken as exact.
-        after: the same, with numbers that were rounded once when they were stored; what that can have moved them by
-            follows from their dtype, or is given with them as `Stored`.
+        after: the same; what storing can have moved its numbers by follows from their dtype, or is given as `Stored`.
         input_size: spatial sizes of the input, with or without the channels in front.
-        trials: random inputs: signed normals, scaled by several powers of two.
-        seed: of the random inputs.
+        trials, seed: how many random inputs: signed normals, scaled by several powers of two; and which.
         exhaustive: run every basis vector (and zero, for the bias): equality for these is equality for all inputs.
         dtype: that `after` is stored in; each tensor's own by default.
         computed_in: the precision in which another program computed `after` before storing it.
@@ -148,61 +146,18 @@ def verify(
     Raises:
         UsageError: `before` cannot run on that size; a tolerance or a seed that isn't one; nothing to run.
     """
-    if trials < 1 and not exhaustive:
-        raise UsageError(f"trials: expected at least 1, got {trials}; no comparison is no proof")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
-    first: Expression = Chain(tuple(before)) if isinstance(before, Sequence) else before
-    second = _stored_tree(after, dtype)
-    kept: Expression = map_leaves(lambda leaf: leaf.conv, second)
-    channels, size = _input_size(first, kept, input_size)
-    shape = (out_channels(first), *output_size(first, size))
-    if (widest := widest_layer(first, size)) > LARGEST_INPUT:
-        raise UsageError(
-            f"input size {format_sizes(input_size)}: {widest} numbers for one input are too many to run here; what a"
-            " fusion does shows at small sizes as well"
-        )
-    kind = dtype or next(leaves(kept)).weight.dtype
-    report = EquivalenceReport((channels, *size), shape, seed=seed, dtype=str(kind).removeprefix("torch."))
-    if mismatch := _mismatch(kept, channels, size, shape):
-        return replace(report, mismatch=mismatch)
+    check_trials(trials, seed, exhaustive)
+    sides = _sides(before, after, dtype)
+    report = sides.begin(input_size, seed, dtype)
+    if report.mismatch:
+        return report
     tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
-    make = _Comparison(computed_in, tuple(stored_between), tolerance, torch.device(device))
-    affine = make.pair(first, second)
-    # Impulses meet the layers without their biases, so that each kernel entry is held against its own rounding and not
-    # against that of a large bias; the biases by themselves are what the zero input shows.
-    linear = make.pair(map_leaves(_linear, first), map_leaves(_linear_stored, second))
-    plan = plan_impulses((first, kept), _geometries(first, kept), channels, size, work, seed, exhaustive)
-    widest = max(widest_layer(first, size), widest_layer(kept, size))
-    tallies = Tallies(_rim_mask(first, size), make.device)
-    counts: dict[str, int] = {}
-    total = dense_count(trials) + len(plan)
-
-    def run_inputs(named: Iterator[tuple[str, Tensor | Impulses]], pair: _Pair) -> None:
-        for name, x in named:
-            counts[name] = counts.get(name, 0) + len(x)
-            tallies.add(name, x, *pair.run(x))
-            progress(len(x) / total)
-
-    impulses = impulse_inputs(plan, size, widest)
-    # cuDNN may sum by other means than adding products up, which the bound isn't about.
-    with torch.backends.cudnn.flags(enabled=False):
-        run_inputs(dense_inputs(channels, size, trials, seed, widest), affine)
-        run_inputs((("basis" if exhaustive else "impulse", x) for x in impulses), linear)
-    return replace(
-        report,
-        inputs=counts,
-        exhaustive=exhaustive,
-        met=(len(plan.chosen), plan.channels),
-        taps=_taps(kept, size),
-        interior=tallies.interior.region(),
-        rim=tallies.rim.region(),
-        stored_error=_stored_error(first, kept, channels, size, kind, seed),
-    )
+    rules = _Rules(computed_in, tuple(stored_between), tolerance, torch.device(device))
+    return sides.compare(report, rules, trials, exhaustive, work, progress)
 
 
 @dataclass(frozen=True, slots=True)
-class _Comparison:
+class _Rules:
     """How two sides are compared; see `verify`."""
 
     computed_in: torch.dtype
@@ -210,78 +165,123 @@ class _Comparison:
     tolerance: Tolerance | None
     device: torch.device
 
-    def pair(self, before: Expression, after: Tree[Stored]) -> _Pair:
-        """Both sides in float64 (or complex128, both, where one is complex), on the device."""
-        convs = (*leaves(before), *(leaf.conv for leaf in leaves(after)))
-        exact = torch.complex128 if any(conv.weight.is_complex() for conv in convs) else torch.float64
-        first = map_leaves(lambda conv: _moved(conv, exact, self.device), before)
-        second = map_leaves(
-            lambda leaf: Stored(
-                _moved(leaf.conv, exact, self.device),
-                leaf.weight_error.to(self.device),
-                None if leaf.bias_error is None else leaf.bias_error.to(self.device),
-                None if leaf.less_inwards is None else leaf.less_inwards.to(self.device),
-            ),
-            after,
-        )
-        kept: Expression = map_leaves(lambda leaf: leaf.conv, second)
-        bound = self.tolerance or Bound(first, second, self.computed_in, self.between)
-        return _Pair(first, kept, bound, exact, self.device)
-
 
 @dataclass(frozen=True, slots=True)
-class _Pair:
-    """Both sides, with the bound on their difference."""
+class _Sides:
+    """Both sides; `kept` are the layers of `after`."""
 
     before: Expression
-    after: Expression
-    bound: Bound | Tolerance
-    dtype: torch.dtype
-    device: torch.device
+    after: Tree[Stored]
+    kept: Expression
 
-    def run(self, x: Input) -> tuple[Tensor, Tensor, Tensor]:
-        """Outputs before, outputs after, and the bound, each (N, C_out, *output_size)."""
-        x = x.to(self.device)
-        given = x.to(self.dtype) if isinstance(x, Tensor) else x
-        expected, found = apply(self.before, given), apply(self.after, given)
-        return expected, found, self.bound.of(x, expected, found)
+    def begin(self, input_size: Sequence[int], seed: int, dtype: torch.dtype | None) -> EquivalenceReport:
+        """Return what can be said before anything is run."""
+        channels, axes = in_channels(self.before), next(leaves(self.before)).spatial_axes
+        if (other := next(leaves(self.kept)).spatial_axes) != axes:
+            raise UsageError(f"the inputs differ: {axes} spatial axes before, {other} after")
+        size = split_input_size(input_size, channels, axes)
+        shape = (out_channels(self.before), *output_size(self.before, size))
+        if (widest := widest_layer(self.before, size)) > LARGEST_INPUT:
+            raise UsageError(
+                f"input size {format_sizes(input_size)}: {widest} numbers for one input are too many to run here; what"
+                " a fusion does shows at small sizes as well"
+            )
+        kind = str(dtype or next(leaves(self.kept)).weight.dtype).removeprefix("torch.")
+        mismatch = _mismatch(self.kept, channels, size, shape)
+        return EquivalenceReport((channels, *size), shape, mismatch, seed=seed, dtype=kind)
+
+    def compare(
+        self,
+        report: EquivalenceReport,
+        rules: _Rules,
+        trials: int,
+        exhaustive: bool,
+        work: int,
+        progress: Callable[[float], None],
+    ) -> EquivalenceReport:
+        """Run the inputs and complete the report."""
+        (channels, *spatial), both = report.input_size, (self.before, self.kept)
+        size = tuple(spatial)
+        plan = plan_impulses(both, _geometries(both), channels, size, work, report.seed, exhaustive)
+        widest = max(widest_layer(tree, size) for tree in both)
+        tallies, counts = Tallies(_rim_mask(self.before, size), rules.device), dict[str, int]()
+        total = dense_count(trials) + len(plan)
+        impulses = (("basis" if exhaustive else "impulse", x) for x in impulse_inputs(plan, size, widest))
+        # Impulses meet the layers without their biases, so that each kernel entry is held against its own rounding and
+        # not against that of a large bias; the biases by themselves are what the zero input shows.
+        runs: tuple[tuple[Iterator[tuple[str, Input]], _Sides], ...] = (
+            (dense_inputs(channels, size, trials, report.seed, widest), self),
+            (impulses, self.without_biases()),
+        )
+        # cuDNN may sum by other means than adding products up, which the bound isn't about.
+        with torch.backends.cudnn.flags(enabled=False):
+            for inputs, sides in runs:
+                outputs = sides.outputs(rules)
+                for name, x in inputs:
+                    counts[name] = counts.get(name, 0) + len(x)
+                    tallies.add(name, x, *outputs(x))
+                    progress(len(x) / total)
+        layer = sole_layer(self.kept)
+        return replace(
+            report,
+            inputs=counts,
+            exhaustive=exhaustive,
+            met=(len(plan.chosen), plan.channels),
+            taps=(0, 0) if layer is None else taps_read(layer.geometry, size),
+            interior=tallies.interior.region(),
+            rim=tallies.rim.region(),
+            stored_error=_stored_error(*both, channels, size, getattr(torch, report.dtype), report.seed),
+        )
+
+    def without_biases(self) -> _Sides:
+        """Return the linear parts of both sides."""
+        after = map_leaves(Stored.without_bias, self.after)
+        return _Sides(map_leaves(Conv.without_bias, self.before), after, map_leaves(Conv.without_bias, self.kept))
+
+    def outputs(self, rules: _Rules) -> Callable[[Input], tuple[Tensor, Tensor, Tensor]]:
+        """Return what gives the outputs before and after, and the bound, each (N, C_out, *output_size).
+
+        They are computed in float64 (complex128, both, where one is complex), on the device.
+        """
+        convs = (*leaves(self.before), *leaves(self.kept))
+        exact = torch.complex128 if any(conv.weight.is_complex() for conv in convs) else torch.float64
+        before = map_leaves(lambda conv: conv.to(exact, rules.device), self.before)
+        after = map_leaves(lambda leaf: leaf.to(exact, rules.device), self.after)
+        kept = map_leaves(lambda leaf: leaf.conv, after)
+        bound = rules.tolerance or Bound(before, after, rules.computed_in, rules.between)
+
+        def run_both(x: Input) -> tuple[Tensor, Tensor, Tensor]:
+            x = x.to(rules.device)
+            given = x.to(exact) if isinstance(x, Tensor) else x
+            expected, found = apply(before, given), apply(kept, given)
+            return expected, found, bound.of(x, expected, found)
+
+        return run_both
 
 
-def _stored_tree(after: Sequence[Conv] | Expression | Tree[Stored], dtype: torch.dtype | None) -> Tree[Stored]:
+def _sides(
+    before: Sequence[Conv] | Expression, after: Sequence[Conv] | Expression | Tree[Stored], dtype: torch.dtype | None
+) -> _Sides:
+    first: Expression = Chain(tuple(before)) if isinstance(before, Sequence) else before
     tree: Tree[Any] = Chain(tuple(after)) if isinstance(after, Sequence) else after
-    return map_leaves(lambda leaf: leaf if isinstance(leaf, Stored) else stored(leaf, dtype), tree)
-
-
-def _moved(conv: Conv, dtype: torch.dtype, device: torch.device) -> Conv:
-    exact = conv.to(dtype)
-    bias = None if exact.bias is None else exact.bias.to(device)
-    return Conv(exact.weight.to(device), bias, conv.geometry)
+    second = map_leaves(lambda leaf: leaf if isinstance(leaf, Stored) else stored(leaf, dtype), tree)
+    return _Sides(first, second, map_leaves(lambda leaf: leaf.conv, second))
 
 
 def _mismatch(after: Expression, channels: int, size: tuple[int, ...], shape: tuple[int, ...]) -> str:
-    """Why AFTER cannot be compared with something of these channels, input size and output shape; '' where it can."""
+    """Say why AFTER cannot be compared with something of these channels, input size and output shape, or ''."""
     if (found := in_channels(after)) != channels:
         return f"the inputs differ: {channels} channels before, {found} after"
     try:
         there = (out_channels(after), *output_size(after, size))
     except UsageError as error:
         return f"what stands after doesn't run on this input: {error}"
-    return "" if there == shape else f"the outputs differ: {_times(shape)} before, {_times(there)} after"
-
-
-def _times(sizes: Sequence[int]) -> str:
-    return "x".join(map(str, sizes))
-
-
-def _input_size(before: Expression, after: Expression, input_size: Sequence[int]) -> tuple[int, tuple[int, ...]]:
-    channels, axes = in_channels(before), next(leaves(before)).spatial_axes
-    if (other := next(leaves(after)).spatial_axes) != axes:
-        raise UsageError(f"the inputs differ: {axes} spatial axes before, {other} after")
-    return channels, split_input_size(input_size, channels, axes)
+    one, other = ("x".join(map(str, sizes)) for sizes in (shape, there))
+    return "" if there == shape else f"the outputs differ: {one} before, {other} after"
 
 
 def _rim_mask(before: Expression, size: tuple[int, ...]) -> Mask:
-    """Where one layer for the whole tree would differ; nothing where there is no such layer or no difference."""
+    """Return where one layer for the whole tree would differ; nowhere if there is no such layer."""
     nothing = np.zeros(output_size(before, size), dtype=bool)
     if isinstance(before, Conv) or not size:  # without spatial axes there is no border
         return nothing
@@ -292,45 +292,25 @@ def _rim_mask(before: Expression, size: tuple[int, ...]) -> Mask:
         return _rim_mask(layers[0], size)
     try:
         # Sums inside of a chain count as the layers that they are; each has been fused exactly where there is a fusion.
-        parts = [fold(part, Conv.exact, compose_chain, _add_all) for part in layers]
+        parts = [fold(part, Conv.exact, compose_chain, lambda convs: reduce(add, convs)) for part in layers]
         return border_at(parts, reduce(compose_geometry, (conv.geometry for conv in parts)), size).differs()
     except ConvtoolError:
         return nothing
 
 
-def _taps(after: Expression, size: tuple[int, ...]) -> tuple[int, int]:
-    while isinstance(after, Chain | Sum) and len(after.parts) == 1:
-        after = after.parts[0]
-    return taps_read(after.geometry, size) if isinstance(after, Conv) else (0, 0)
-
-
-def _geometries(*trees: Expression) -> list[Geometry]:
-    """The geometry of the one layer that stands for each tree, where there is one."""
+def _geometries(trees: Sequence[Expression]) -> list[Geometry]:
+    """Return the geometry of the one layer that stands for each tree, where there is one."""
     found = []
     for tree in trees:
-        try:
+        with contextlib.suppress(ConvtoolError):
             found.append(fused_geometry(tree))
-        except ConvtoolError:
-            continue
     return found
-
-
-def _add_all(convs: list[Conv]) -> Conv:
-    return reduce(add, convs)
-
-
-def _linear(conv: Conv) -> Conv:
-    return Conv(conv.weight, None, conv.geometry)
-
-
-def _linear_stored(leaf: Stored) -> Stored:
-    return Stored(_linear(leaf.conv), leaf.weight_error, None, leaf.less_inwards)
 
 
 def _stored_error(
     before: Expression, after: Expression, channels: int, size: tuple[int, ...], dtype: torch.dtype, seed: int
 ) -> StoredError | None:
-    """Both sides run in the dtype that they are stored in, on one normal input."""
+    """Run both sides in the dtype that they are stored in, on one normal input."""
     if multiply_adds(before, size) + multiply_adds(after, size) > STORED_WORK or dtype.itemsize < 2:
         return None
     convs = (*leaves(before), *leaves(after))

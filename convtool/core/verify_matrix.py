@@ -11,7 +11,8 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -23,9 +24,8 @@ from convtool.core.forward import forward
 from convtool.core.inputs import dense_inputs
 from convtool.core.order import Order, matrix_in_order
 from convtool.core.rows import CsrBlock
-from convtool.core.tally import Region, ratios
+from convtool.core.tally import Region, Worst, check_trials, ratios
 from convtool.core.toeplitz import ToeplitzMatrix
-from convtool.errors import UsageError
 
 BLOCK_ENTRIES = 1 << 17  # entries of a matrix in flight
 MOST_NUMBERS = 1 << 27  # of an input and its output: 1 GiB; larger layers aren't run, only their entries compared
@@ -106,238 +106,229 @@ def verify_matrix(
 
     Args:
         conv: the layer; its numbers are taken as exact.
-        input_size: spatial sizes of its input.
         matrix: what was exported.
         bias: the vector stored with it, or None.
         stores_bias: whether there is room for one where it is stored; else a missing one is no difference.
         transpose, affine, order: as in `convtool.core.order.matrix_in_order`.
         rows: the range A:B that `matrix` holds; all of them where None.
-        trials: random inputs to multiply it with.
-        seed: of these.
+        trials, seed: how many random inputs to multiply it with, and which.
         computed_in: the precision in which another program added up taps that share a column.
     """
-    if trials < 1:
-        raise UsageError(f"trials: expected at least 1, got {trials}; no comparison is no proof")
-    if not 0 <= seed < 2**63:
-        raise UsageError(f"seed: expected an integer from 0 to 2**63 - 1, got {seed}")
-    exact = conv.exact()
-    whole = matrix_in_order(order, exact, input_size, transpose=transpose, affine=affine)
-    start, stop = (0, whole.shape[0]) if rows is None else rows
-    shape = (stop - start, whole.shape[1])
-    name = str(matrix.dtype).removeprefix("torch.")
-    if tuple(matrix.shape) != shape:
-        one, other = (f"{a} x {b}" for a, b in (shape, matrix.shape))
-        return MatrixReport(shape, f"the layer's matrix is {one}, and this one is {other}", dtype=name)
-    merging = conv.geometry.padding_mode != "zeros"
-    magnitude, count = (
-        matrix_in_order(order, alike(exact), input_size, transpose=transpose, affine=affine) if merging else whole
-        for alike in (_absolute, _ones)
-    )
-    taps = math.prod(conv.geometry.kernel_size)
-    adding = gamma(taps, torch.finfo(computed_in).eps / 2) + gamma(taps, U64)
-
-    def expect(first: int, last: int) -> tuple[CsrBlock, Tensor]:
-        part = start + first, start + last
-        block = whole.rows(*part)
-        # One tap to an entry is stored as it is; sums of several have been rounded on the way.
-        if not merging:
-            return block, torch.zeros(len(block.values), dtype=torch.float64)
-        return block, torch.where(count.values(*part) > 1, magnitude.values(*part) * adding, 0.0)
-
-    inputs, outputs = (math.prod(size) for size in (whole.input_size, whole.output_size))
-    products = None
-    if conv.in_channels * inputs + conv.out_channels * outputs <= MOST_NUMBERS:
-        products = _Products(exact, whole, order, (start, stop), trials, seed, computed_in, _least(matrix.dtype))
-    entries = _Worst()
-    for first, last in matrix.blocks(BLOCK_ENTRIES):
-        found = _canonical(matrix.rows(first, last), whole.shape[1])
-        half = half_ulp(found.values, matrix.dtype)
-        _compare_entries(entries, first, *expect(first, last), found, half, whole.shape[1])
-        if products is not None:
-            products.add(first, found, half)
-    vector, missing = Region(), False
-    if not affine:
-        part = (start, stop) if rows is not None and not transpose else (0, conv.out_channels * outputs)
-        expected = None if conv.bias is None else whole.bias_part(*part)
-        vector, missing = _compare_bias(expected, bias, part[1] - part[0], stores_bias)
-    return MatrixReport(
-        shape,
-        entries=entries.region("entry"),
-        products=Region() if products is None else products.region(),
-        bias=vector,
-        bias_missing=missing,
-        dtype=name,
-        seed=seed,
-    )
+    check_trials(trials, seed)
+    layer = _Layer(conv.exact(), tuple(input_size), order, transpose, affine, rows, computed_in)
+    report = MatrixReport(layer.shape, dtype=_name(matrix.dtype), seed=seed)
+    if tuple(matrix.shape) != layer.shape:
+        return replace(
+            report, mismatch=f"the layer's matrix is {_by(layer.shape)}, and this one is {_by(matrix.shape)}"
+        )
+    products = _Products(layer, trials, seed, _least(matrix.dtype)) if layer.numbers <= MOST_NUMBERS else None
+    report = replace(report, entries=_compare_rows(matrix, layer.shape[1], layer.block, products))
+    if products is not None:
+        report = replace(report, products=products.region())
+    if affine:
+        return report
+    wanted, size = layer.bias
+    missing = bias is None and wanted is not None and not stores_bias
+    return replace(report, bias=Region() if missing else _compare_bias(wanted, bias, size), bias_missing=missing)
 
 
 def verify_matrices(
     before: Rows, after: Rows, *, bias_before: Tensor | None = None, bias_after: Tensor | None = None
 ) -> MatrixReport:
     """Hold a matrix against another one, of which it is a copy that was rounded once, or the same."""
-    shape = (before.shape[0], before.shape[1])
-    name = str(after.dtype).removeprefix("torch.")
-    if tuple(after.shape) != shape:
-        one, other = (f"{a} x {b}" for a, b in (shape, after.shape))
-        return MatrixReport(shape, f"the matrices differ in shape: {one} before, {other} after", dtype=name)
-    entries = _Worst()
-    for start, stop in after.blocks(BLOCK_ENTRIES):
-        expected, found = (_canonical(one.rows(start, stop), shape[1]) for one in (before, after))
-        exact = CsrBlock(expected.counts, expected.indices, _widened(expected.values))
-        slack, half = torch.zeros_like(exact.values.abs()), half_ulp(found.values, after.dtype)
-        _compare_entries(entries, start, exact, slack, found, half, shape[1])
+    report = MatrixReport((before.shape[0], before.shape[1]), dtype=_name(after.dtype))
+    if tuple(after.shape) != report.shape:
+        shapes = f"{_by(report.shape)} before, {_by(after.shape)} after"
+        return replace(report, mismatch=f"the matrices differ in shape: {shapes}")
+    entries = _compare_rows(after, report.shape[1], lambda first, last: (before.rows(first, last), None))
     size = max(0 if bias is None else len(bias) for bias in (bias_before, bias_after))
-    vector, _ = _compare_bias(bias_before, bias_after, size, True)
-    return MatrixReport(shape, entries=entries.region("entry"), bias=vector, dtype=name)
+    return replace(report, entries=entries, bias=_compare_bias(bias_before, bias_after, size))
 
 
-def _absolute(conv: Conv) -> Conv:
-    return Conv(conv.weight.abs(), None if conv.bias is None else conv.bias.abs(), conv.geometry)
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
-def _ones(conv: Conv) -> Conv:
-    """The layer whose matrix has the number of taps in each place."""
-    bias = None if conv.bias is None else torch.ones(conv.bias.shape, dtype=torch.float64)
-    return Conv(torch.ones(conv.weight.shape, dtype=torch.float64), bias, conv.geometry)
+def _by(shape: Sequence[int]) -> str:
+    return f"{shape[0]} x {shape[1]}"
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer and how its matrix is to be; see `verify_matrix`."""
+
+    conv: Conv
+    input_size: tuple[int, ...]
+    order: Order
+    transpose: bool
+    affine: bool
+    part: tuple[int, int] | None
+    computed_in: torch.dtype
+
+    def matrix(self, conv: Conv) -> ToeplitzMatrix:
+        """Return the whole matrix of a layer like this one."""
+        return matrix_in_order(self.order, conv, self.input_size, transpose=self.transpose, affine=self.affine)
+
+    @cached_property
+    def whole(self) -> ToeplitzMatrix:
+        """All of its matrix."""
+        return self.matrix(self.conv)
+
+    @cached_property
+    def sums(self) -> tuple[ToeplitzMatrix, ToeplitzMatrix] | None:
+        """The matrices of the absolute values and of how many taps there are, where taps may share an entry."""
+        if self.conv.geometry.padding_mode == "zeros":
+            return None
+        ones = (None if one is None else torch.ones_like(one.abs()) for one in (self.conv.weight, self.conv.bias))
+        weight, bias = ones
+        assert weight is not None
+        return self.matrix(self.conv.absolute()), self.matrix(Conv(weight, bias, self.conv.geometry))
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Which of its rows are asked about."""
+        return self.part or (0, self.whole.shape[0])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of what is asked about."""
+        return self.rows[1] - self.rows[0], self.whole.shape[1]
+
+    @property
+    def numbers(self) -> int:
+        """Numbers of an input and its output."""
+        sizes = (math.prod(size) for size in (self.input_size, self.whole.output_size))
+        return sum(map(math.prod, zip((self.conv.in_channels, self.conv.out_channels), sizes, strict=True)))
+
+    @property
+    def bias(self) -> tuple[Tensor | None, int]:
+        """The bias that should be stored beside the rows asked about, and how long a vector that is."""
+        outputs = self.conv.out_channels * math.prod(self.whole.output_size)
+        part = (0, outputs) if self.part is None or self.transpose else self.part
+        return None if self.conv.bias is None else self.whole.bias_part(*part), part[1] - part[0]
+
+    def block(self, first: int, last: int) -> tuple[CsrBlock, Tensor | None]:
+        """Return rows first:last of those asked about, and what their values may be off before they are stored."""
+        part = self.rows[0] + first, self.rows[0] + last
+        if self.sums is None:
+            return self.whole.rows(*part), None
+        taps = math.prod(self.conv.geometry.kernel_size)
+        adding = gamma(taps, torch.finfo(self.computed_in).eps / 2) + gamma(taps, U64)
+        magnitudes, counts = (matrix.values(*part) for matrix in self.sums)
+        # One tap to an entry is stored as it is; sums of several have been rounded on the way.
+        return self.whole.rows(*part), torch.where(counts > 1, magnitudes * adding, 0.0)
 
 
 def _widened(values: Tensor) -> Tensor:
     return values.to(torch.complex128 if values.is_complex() else torch.float64)
 
 
-def _canonical(block: CsrBlock, columns: int) -> CsrBlock:
-    """The rows with their columns ascending, and entries at the same place added up, as every program reads them."""
+def _compare_rows(
+    matrix: Rows,
+    columns: int,
+    expect: Callable[[int, int], tuple[CsrBlock, Tensor | None]],
+    products: _Products | None = None,
+) -> Region:
+    """Compare all entries of a matrix, block by block, with those that `expect` gives for a range of its rows."""
+    worst = Worst("entry")
+    for first, last in matrix.blocks(BLOCK_ENTRIES):
+        key, found = _canonical(matrix.rows(first, last), columns)
+        half = half_ulp(found.values, matrix.dtype)
+        block, slack = expect(first, last)
+        own, block = _canonical(block, columns)
+        wanted, have, most = _widened(block.values), found.values, half
+        slack = torch.zeros(len(own), dtype=torch.float64) if slack is None else slack
+        if not torch.equal(own, key):
+            places = torch.cat([own, key]).unique()
+            wanted, slack = _spread(places, own, wanted), _spread(places, own, slack)
+            # What isn't stored is a zero, which half of the smallest subnormal is rounded to as well.
+            have, most = _spread(places, key, have), _spread(places, key, half, _least(have.dtype))
+            key = places
+        _hold(worst, wanted, have, _towards(wanted, have, most) + slack, partial(_place, first, columns, key))
+        if products is not None:
+            products.add(first, found, half)
+    return worst.region
+
+
+def _place(start: int, columns: int, key: Tensor, at: int) -> tuple[int, int]:
+    """Return the (row, column) of an entry of a block that starts at a row, by its number in the block."""
+    row, column = divmod(int(key[at]), columns)
+    return start + row, column
+
+
+def _canonical(block: CsrBlock, columns: int) -> tuple[Tensor, CsrBlock]:
+    """Sort the entries by their places, and add up those at the same one, as every program reads them.
+
+    Returns:
+        (entries,) one ascending number for each place in the block, and the block.
+    """
     row = torch.repeat_interleave(torch.arange(len(block.counts)), block.counts)
     key = row * columns + block.indices.long()
     if bool((key.diff() > 0).all()):
-        return block
+        return key, block
     places, inverse = key.unique(return_inverse=True)
     values = torch.zeros(len(places), dtype=block.values.dtype).index_add_(0, inverse, block.values)
-    return CsrBlock(torch.bincount(places // columns, minlength=len(block.counts)), places % columns, values)
+    counts = torch.bincount(places // columns, minlength=len(block.counts))
+    return places, CsrBlock(counts, places % columns, values)
 
 
-class _Worst:
-    """Numbers against those that they should be, the largest ratio kept while they come in."""
+def _spread(places: Tensor, at: Tensor, values: Tensor, otherwise: float = 0.0) -> Tensor:
+    out = torch.full((len(places),), otherwise, dtype=values.dtype)
+    return out.index_copy_(0, torch.searchsorted(places, at), values)
 
-    def __init__(self) -> None:
-        self.count = self.differing = 0
-        self.ratio = self.error = self.bound = self.largest = self.size = 0.0
-        self.where: tuple[int, ...] | None = None
 
-    def add(self, expected: Tensor, found: Tensor, bound: Tensor, where: Callable[[int], tuple[int, ...]]) -> None:
-        """Compare vectors; `where` says what stands at an index."""
-        if not len(found):
-            return
+def _hold(
+    worst: Worst, expected: Tensor, found: Tensor, bound: Tensor, where: Callable[[int], tuple[int, ...]]
+) -> None:
+    """Count vectors; `where` says what stands at an index."""
+    if len(found):
         given = found.to(expected.dtype) if expected.is_complex() else _widened(found)
         error, ratio = ratios(expected, given, bound * (1 + 8 * U64))
-        size = expected.abs()
-        self.count += len(found)
-        self.differing += int((ratio > 1).sum())
-        self.largest = max(self.largest, float(torch.where(error.isnan(), math.inf, error).max()))
-        self.size = max(self.size, float(torch.where(size.isfinite(), size, 0.0).max()))
-        at = int(ratio.argmax())
-        if self.where is None or float(ratio[at]) > self.ratio:
-            self.ratio, self.error, self.bound = float(ratio[at]), float(error[at]), float(bound[at])
-            self.where = where(at)
-
-    def region(self, kind: str) -> Region:
-        """What was found."""
-        return Region(
-            elements=self.count,
-            ratio=self.ratio,
-            error=self.error,
-            bound=self.bound,
-            where=self.where,
-            kind=kind,
-            largest_error=self.largest,
-            relative_error=self.largest / self.size if self.size else (0.0 if not self.largest else math.inf),
-            differing=self.differing,
-            positions=self.count,
-        )
-
-
-def _compare_entries(
-    worst: _Worst, start: int, expected: CsrBlock, slack: Tensor, found: CsrBlock, half: Tensor, columns: int
-) -> None:
-    """Entries of the rows from `start` on, at every place where either side has one.
-
-    Args:
-        slack: what the expected values may be off before they are stored.
-        half: what storing may have moved the found ones by.
-    """
-    key, wanted, have = _keys(found, columns), expected.values, found.values
-    if not (torch.equal(expected.counts, found.counts) and torch.equal(_keys(expected, columns), key)):
-        own = _keys(expected, columns)
-        places = torch.cat([own, key]).unique()
-
-        def spread(at: Tensor, values: Tensor, otherwise: float = 0.0) -> Tensor:
-            out = torch.full((len(places),), otherwise, dtype=values.dtype)
-            return out.index_copy_(0, torch.searchsorted(places, at), values)
-
-        wanted, slack = spread(own, wanted), spread(own, slack)
-        # What isn't stored is a zero, which half of the smallest subnormal is rounded to as well.
-        have, half, key = spread(key, have), spread(key, half, _least(have.dtype)), places
-    bound = _towards(wanted, have, half) + slack
-    worst.add(wanted, have, bound, lambda at: (start + int(key[at]) // columns, int(key[at]) % columns))
+        worst.add(expected.abs(), error, ratio, bound, len(found), lambda at: {"where": where(at)})
 
 
 def _towards(wanted: Tensor, have: Tensor, half: Tensor) -> Tensor:
-    """What storing may have moved each number by, on the side that it is off to: to powers of two less inwards."""
+    """Return what storing may have moved each number by on the side that it is off to; to powers of two less inwards."""
     less = less_inwards(have, have.dtype)
     return half if less is None else half - torch.where(wanted.abs() < have.abs(), less, 0.0)
 
 
 def _least(dtype: torch.dtype) -> float:
-    """The most that is rounded to zero."""
+    """Return the most that is rounded to zero."""
     return float(half_ulp(torch.zeros(1, dtype=dtype), dtype))
-
-
-def _keys(block: CsrBlock, columns: int) -> Tensor:
-    """One number for each entry's place in the block."""
-    return torch.repeat_interleave(torch.arange(len(block.counts)), block.counts) * columns + block.indices.long()
 
 
 class _Products:
     """The matrix times some inputs, block by block, against torch's convolution of them."""
 
-    def __init__(
-        self,
-        conv: Conv,
-        whole: ToeplitzMatrix,
-        order: Order,
-        rows: tuple[int, int],
-        trials: int,
-        seed: int,
-        computed_in: torch.dtype,
-        least: float,
-    ) -> None:
-        self.transpose, self.order, self.rows = whole.transpose, order, rows
-        elements = conv.in_channels * math.prod(whole.input_size)
-        inputs = dense_inputs(conv.in_channels, whole.input_size, trials, seed, elements)
+    def __init__(self, layer: _Layer, trials: int, seed: int, least: float) -> None:
+        conv, self.rows, self.transpose, self.order = layer.conv, layer.rows, layer.transpose, layer.order
+        elements = conv.in_channels * math.prod(layer.input_size)
+        inputs = dense_inputs(conv.in_channels, layer.input_size, trials, seed, elements)
         x = torch.cat([x for _, x in inputs]).to(conv.weight.dtype)  # (n, C_in, *input_size)
-        one = torch.ones(len(x), 1 if whole.affine else 0, dtype=x.dtype)  # the final 1 that the bias stands at
+        one = torch.ones(len(x), 1 if layer.affine else 0, dtype=x.dtype)  # the final 1 that the bias stands at
         flat = torch.cat([self._flat(x), one], dim=1)
-        if whole.transpose:  # x @ B adds up rows: of a part of them, the inputs that stand at these
+        if self.transpose:  # x @ B adds up rows: of a part of them, the inputs that stand at these
             kept = torch.zeros(flat.shape[1], dtype=torch.bool)
-            kept[slice(*rows)] = True
+            kept[slice(*self.rows)] = True
             flat = torch.where(kept, flat, torch.zeros_like(flat))
         self.x = flat[:, :elements].reshape(self._moved(x).shape)
-        self.x = self.x.movedim(-1, 1) if order == "HWC" else self.x
-        self.layer = conv if whole.affine and bool(flat[:, elements:].any()) else _without_bias(conv)
+        self.x = self.x.movedim(-1, 1) if self.order == "HWC" else self.x
+        self.layer = conv if layer.affine and bool(flat[:, elements:].any()) else conv.without_bias()
         self.flat = flat.T.contiguous()  # (columns of T, n)
-        outputs = whole.shape[1] if whole.transpose else rows[1] - rows[0]
+        outputs = layer.shape[1] if self.transpose else layer.shape[0]
         self.found = torch.zeros(outputs, len(x), dtype=x.dtype)
         self.size = torch.zeros(outputs, len(x), dtype=torch.float64)
         self.lost = self.size + least * self.flat.abs().sum(0)  # of entries that were rounded to zero and left out
         terms = conv.weight[0].numel() + 2
         self.running = gamma(2 * terms + 8, U64)
-        self.computing = gamma(fusing_terms(conv) + terms, torch.finfo(computed_in).eps / 2)
+        self.computing = gamma(fusing_terms(conv) + terms, torch.finfo(layer.computed_in).eps / 2)
 
     def _moved(self, x: Tensor) -> Tensor:
         return x.movedim(1, -1) if self.order == "HWC" else x
 
     def _flat(self, x: Tensor) -> Tensor:
-        """Each of (n, C, *size) as a vector in the matrix's order."""
+        """Return each of (n, C, *size) as a vector in the matrix's order."""
         return self._moved(x).flatten(1)
 
     def add(self, start: int, block: CsrBlock, half: Tensor) -> None:
@@ -353,21 +344,19 @@ class _Products:
                 total[start:stop] += _times(block, values.to(total.dtype), x)
 
     def region(self) -> Region:
-        """The products against the convolutions."""
+        """Hold the products against the convolutions."""
         expected = self._flat(forward(self.layer, self.x)).T  # (outputs, n)
-        most = self._flat(forward(_absolute(self.layer), self.x.abs())).T
+        most = self._flat(forward(self.layer.absolute(), self.x.abs())).T
         if not self.transpose:
             expected, most = expected[slice(*self.rows)], most[slice(*self.rows)]
-        elif self.found.shape[0] != expected.shape[0]:
-            raise AssertionError("a matrix for row vectors has a column for each output")
         bound = self.lost + self.computing * most + self.running * (most + self.size) + 2.0**-1022
-        worst, each = _Worst(), self.found.shape[1]
-        worst.add(expected.flatten(), self.found.flatten(), bound.flatten(), lambda at: divmod(at, each)[:1])
-        return worst.region("product")
+        worst, each = Worst("product"), self.found.shape[1]
+        _hold(worst, expected.flatten(), self.found.flatten(), bound.flatten(), lambda at: divmod(at, each)[:1])
+        return worst.region
 
 
 def _times(block: CsrBlock, values: Tensor, x: Tensor) -> Tensor:
-    """Rows in CSR form times x, (columns, n)."""
+    """Multiply rows in CSR form with x, (columns, n)."""
     starts = torch.zeros(len(block.counts) + 1, dtype=torch.int64)
     torch.cumsum(block.counts, 0, out=starts[1:])
     with warnings.catch_warnings():
@@ -379,21 +368,14 @@ def _times(block: CsrBlock, values: Tensor, x: Tensor) -> Tensor:
     return product
 
 
-def _without_bias(conv: Conv) -> Conv:
-    return Conv(conv.weight, None, conv.geometry)
-
-
-def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int, stored: bool) -> tuple[Region, bool]:
-    """The bias vectors, and whether one is missing that there was no room for."""
+def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int) -> Region:
+    """Compare bias vectors of that size; a missing one is zero."""
     if expected is None and found is None:
-        return Region(), False
-    if found is None and not stored:
-        return Region(), True
-    wanted = torch.zeros(size, dtype=torch.float64) if expected is None else _widened(expected)
-    have = torch.zeros(size, dtype=torch.float64) if found is None else found
+        return Region()
+    wanted, have = (torch.zeros(size, dtype=torch.float64) if one is None else one for one in (expected, found))
     if have.shape != wanted.shape:
-        return Region(elements=1, ratio=math.inf, error=math.inf, kind="bias", differing=1, positions=1), False
+        return Region(elements=1, ratio=math.inf, error=math.inf, kind="bias", differing=1, positions=1)
     half = torch.zeros(size, dtype=torch.float64) if found is None else half_ulp(found, found.dtype)
-    worst = _Worst()
-    worst.add(wanted, have, _towards(wanted, have, half), lambda at: (at,))
-    return worst.region("bias"), False
+    worst, wanted = Worst("bias"), _widened(wanted)
+    _hold(worst, wanted, have, _towards(wanted, have, half), lambda at: (at,))
+    return worst.region

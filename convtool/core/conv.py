@@ -90,7 +90,7 @@ class Conv:
 
     def without_bias(self) -> Conv:
         """Return the linear part of the layer."""
-        return Conv(self.weight, None, self.geometry)
+        return self if self.bias is None else Conv(self.weight, None, self.geometry)
 
     def absolute(self) -> Conv:
         """Return the layer of the absolute values, which bounds what rounding does to this one's sums."""
@@ -153,10 +153,14 @@ class Selection(Conv):
     def spatial_axes(self) -> int:
         return len(self.geometry.kernel_size)
 
-    def to(self, dtype: torch.dtype) -> Conv:
-        return self  # zeros and ones are what they are in every dtype
+    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Conv:
+        # Zeros and ones are what they are in every dtype.
+        return self if device is None else Selection(self.picked.to(device), self.inputs, self.geometry)
 
     def exact(self) -> Conv:
+        return self
+
+    def absolute(self) -> Conv:
         return self
 
     def then(self, second: Conv, geometry: Geometry) -> Conv | None:

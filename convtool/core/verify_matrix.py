@@ -288,7 +288,7 @@ def _hold(
 
 
 def _towards(wanted: Tensor, have: Tensor, half: Tensor) -> Tensor:
-    """Return what storing may have moved each number by on the side that it is off to; to powers of two less inwards."""
+    """Return what storing may have moved each number by, on its side: powers of two move less inwards."""
     less = less_inwards(have, have.dtype)
     return half if less is None else half - torch.where(wanted.abs() < have.abs(), less, 0.0)
 

@@ -87,8 +87,8 @@ class BatchNorm(Kind):
         error = _scale_error(scale.flatten(), tensors, eps).reshape(scale.shape)
         return Chain(
             (
-                Stored(moved, torch.zeros_like(scale), half_ulp(mean, mean.dtype)),
-                Stored(scaled, error, None if bias is None else half_ulp(bias, bias.dtype)),
+                Stored(moved, Conv(torch.zeros_like(scale), half_ulp(mean, mean.dtype), geometry)),
+                Stored(scaled, Conv(error, None if bias is None else half_ulp(bias, bias.dtype), geometry)),
             )
         )
 

@@ -30,11 +30,10 @@ from safetensors.torch import load_file, save_file
 from shell import Cli, Run
 from torch import Tensor
 
-from convtool.cli.app import app, run_app
+from convtool.cli.app import COMMANDS, run_app
 from convtool.cli.exit_codes import BROKEN_PIPE, INTERNAL, INTERRUPTED, TERMINATED
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = [command.name for command in app.registered_commands]
 FAR = 1e30  # two such weights multiply beyond float32
 
 

@@ -301,9 +301,7 @@ def test_lines_fold_between_words_on_a_terminal_and_nowhere_else(monkeypatch: py
     def said(stream: io.StringIO) -> str:
         monkeypatch.setattr(sys, "stderr", stream)
         monkeypatch.setenv("COLUMNS", "30")
-        output.print_error(
-            "fuse", "output", 5, "out.safetensors: exists already; use --force to overwrite", as_json=False
-        )
+        output.print_error("fuse", "output", "out.safetensors: exists already; use --force to overwrite", as_json=False)
         return stream.getvalue()
 
     assert said(io.StringIO()) == "convtool: out.safetensors: exists already; use --force to overwrite\n"

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from convtool.cli import exit_codes
-from convtool.cli.app import app
+from convtool.cli.app import COMMANDS, find_command
 from convtool.cli.help import summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,10 +27,10 @@ CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
 def commands_table() -> str:
     """Every command with its arguments and the first sentence of its help."""
     rows = [
-        (f"`convtool {command.name} {(command.options_metavar or '').removesuffix(' [OPTIONS]')}`", command.callback)
-        for command in app.registered_commands
+        (f"`convtool {name} {command.usage}`", command.run.__doc__)
+        for name, command in ((name, find_command(name)) for name in COMMANDS)
     ]
-    lines = [f"| {usage} | {summary(function.__doc__ if function else None)} |" for usage, function in rows]
+    lines = [f"| {usage} | {summary(text)} |" for usage, text in rows]
     return "\n".join(["| command | |", "| --- | --- |", *lines])
 
 
@@ -107,9 +107,7 @@ def test_tables_and_scripts_are_those_of_the_code() -> None:
 
 def test_the_reference_shows_every_commands_help() -> None:
     blocks = "".join(CONSOLE.findall(README.read_text()))
-    assert [
-        command.name for command in app.registered_commands if f"$ convtool {command.name} --help" not in blocks
-    ] == []
+    assert [name for name in COMMANDS if f"$ convtool {name} --help" not in blocks] == []
 
 
 def test_make_targets_of_the_readme_exist() -> None:

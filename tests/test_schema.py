@@ -12,14 +12,12 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from schemas import COMMANDS, validate
+from schemas import validate
 
-import convtool.cli.schemas
-from convtool.cli.app import run_app
+from convtool.cli.app import COMMANDS, run_app
 from convtool.cli.schemas import schema
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = Path(convtool.cli.schemas.__file__).parent
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -28,8 +26,7 @@ def test_every_command_has_a_schema_that_is_one(command: str) -> None:
     Draft202012Validator.check_schema(found)
     assert found["title"] == f"what `convtool {command} --json` prints"
     used = {ref.rpartition("/")[2] for ref in references(found)}
-    assert used <= found["$defs"].keys()
-    assert {path.stem for path in FILES.glob("*.json")} == {*COMMANDS, "shared"}
+    assert used == found["$defs"].keys()
 
 
 def references(value: Any) -> Iterator[str]:

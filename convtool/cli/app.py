@@ -1,17 +1,18 @@
-"""The Typer application: one line per command."""
+"""The application: a line per command."""
 
 from __future__ import annotations
 
 import contextlib
-import copy
+import importlib
 import os
 import sys
+from collections.abc import Iterable
 from typing import Annotated, Any
 
 import typer
 
 from convtool import __version__
-from convtool.cli import convert, exit_codes, fuse, inspect, plan, spectrum, toeplitz, unfold, verify
+from convtool.cli import exit_codes
 from convtool.cli.command import Command, Group
 from convtool.cli.output import StdoutError, print_error
 from convtool.cli.run import bug, flushed
@@ -20,21 +21,40 @@ from convtool.errors import did_you_mean
 PROGRAM = "convtool"
 COMPLETE = "_CONVTOOL_COMPLETE"  # set by the shell when it asks for completions
 
-# A command's exit code is its return value; errors have been dealt with by then (convtool.cli.run).
-app = typer.Typer(
-    name=PROGRAM,
-    cls=Group,
-    options_metavar="COMMAND ...",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None,  # importing rich would take longer than all the rest of --help
-    pretty_exceptions_enable=False,
-    epilog="convtool COMMAND --help\nconvtool inspect model.safetensors",
-)
+COMMANDS = {  # in the order of --help; each is the COMMAND of its module
+    "inspect": "convtool.cli.inspect",
+    "toeplitz": "convtool.cli.toeplitz",
+    "unfold": "convtool.cli.unfold",
+    "spectrum": "convtool.cli.spectrum",
+    "plan": "convtool.cli.plan",
+    "fuse": "convtool.cli.fuse",
+    "verify": "convtool.cli.verify",
+    "convert": "convtool.cli.convert",
+}
 
-for module in (inspect, toeplitz, unfold, spectrum, plan, fuse, verify, convert):
-    app.command(module.NAME, cls=Command, options_metavar=f"{module.USAGE} [OPTIONS]", epilog=module.EXAMPLES)(
-        module.command
+
+def find_command(name: str) -> Command[Any, Any]:
+    """Return the command of that name."""
+    found: Command[Any, Any] = importlib.import_module(COMMANDS[name]).COMMAND
+    return found
+
+
+def application(names: Iterable[str]) -> typer.Typer:
+    """Return the application with these commands, each of which takes time to import and to build."""
+    # A command's exit code is its return value; errors have been dealt with by then (convtool.cli.run).
+    made = typer.Typer(
+        name=PROGRAM,
+        cls=Group,
+        options_metavar="COMMAND ...",
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode=None,  # importing rich would take longer than all the rest of --help
+        pretty_exceptions_enable=False,
+        epilog="convtool COMMAND --help\nconvtool inspect model.safetensors",
     )
+    made.callback()(convtool)
+    for name in names:
+        find_command(name).register(made, name)
+    return made
 
 
 def _version(wanted: bool) -> None:
@@ -43,7 +63,6 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def convtool(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
@@ -57,27 +76,18 @@ def convtool(
 
 
 def run_app(arguments: list[str]) -> int:
-    """Run the command line and give its exit code."""
+    """Run the command line and return its exit code."""
     return flushed(lambda: _run(arguments))
 
 
 def _run(arguments: list[str]) -> int:
+    alone = arguments[:1] if arguments[:1] and arguments[0] in COMMANDS and COMPLETE not in os.environ else None
     try:
-        return _parse_and_call(typer.main.get_command(_needed(arguments)), arguments)
+        return _parse_and_call(typer.main.get_command(application(alone or COMMANDS)), arguments)
     except (OSError, StdoutError):
         raise  # of stdout: whatever a command runs into has been dealt with
     except Exception as error:
         return bug(error, None, as_json="--json" in arguments)
-
-
-def _needed(arguments: list[str]) -> typer.Typer:
-    """The application with only the command that the line begins with, where it does: each takes time to build."""
-    named = [command for command in app.registered_commands if command.name == arguments[0]] if arguments else []
-    if not named or COMPLETE in os.environ:
-        return app
-    needed = copy.copy(app)
-    needed.registered_commands = named
-    return needed
 
 
 def _parse_and_call(command: Any, arguments: list[str]) -> int:
@@ -111,14 +121,12 @@ def _complete(command: Any) -> int:
 
 
 def _usage(error: Any, arguments: list[str]) -> int:
-    """What typer found wrong with the command line; it says so in a message of its own, which loses --json."""
+    """Say what typer found wrong with the command line; it does in a message of its own, which loses --json."""
     message = _message(error)
     command = next((word for word in arguments if not word.startswith("-")), None)
-    known = [one.name for one in app.registered_commands]
-    path = f"{PROGRAM} {command}" if command in known else PROGRAM
+    path = f"{PROGRAM} {command}" if command in COMMANDS else PROGRAM
     text = f"{message[:1].lower()}{message[1:].rstrip('.')} (see `{path} --help`)"
-    print_error(command, "usage", exit_codes.USAGE, text, as_json="--json" in arguments)
-    return exit_codes.USAGE
+    return print_error(command, "usage", text, as_json="--json" in arguments)
 
 
 def _message(error: Any) -> str:

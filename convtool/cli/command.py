@@ -1,28 +1,120 @@
-"""The kinds of command that the application is made of: how they take their values, and what their help shows."""
+"""What a command is: options in, a result out, which is shown, or printed as one JSON document; and as typer has it."""
 
 from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from convtool.cli import exit_codes
+from convtool.cli.document import whole_document
 from convtool.cli.help import argument_rows, option_rows, page, summary
+from convtool.cli.options import flag
+from convtool.cli.output import Reporter, print_document
+from convtool.cli.run import run
 from convtool.errors import did_you_mean
 
 NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
 
+Options = TypeVar("Options")
+Result = TypeVar("Result")
 
-class Command(TyperCommand):
-    """A subcommand.
 
-    Values are turned into what the function's annotations say here and not by typer, which imports pydantic for it:
-    that takes as long as all the rest of listing a checkpoint.
+@dataclass(frozen=True, slots=True)
+class Command(Generic[Options, Result]):
+    """A command.
+
+    Attributes:
+        usage: its arguments, for the help.
+        examples: lines of shell, and comments.
+        options: a frozen dataclass whose annotations are typer's; a field that is a dataclass in turn stands for its
+            own fields, so that options which several commands have are declared once.
+        run: does it; its docstring is the command's help, and what it returns, a frozen dataclass or one of several,
+            is all that is said of the JSON document.
+        show: prints a result for people.
+        exit_code: of a result.
+    """
+
+    usage: str
+    examples: str
+    options: type[Options]
+    run: Callable[[Options, Reporter], Result]
+    show: Callable[[Result, Reporter], None]
+    exit_code: Callable[[Result], int] = lambda result: exit_codes.OK
+
+    def __call__(self, options: Options, reporter: Reporter) -> int:
+        """Run the command and say what came of it."""
+        result = self.run(options, reporter)
+        if reporter.as_json:
+            print_document(whole_document(reporter.command, result))
+        elif not reporter.silent:
+            self.show(result, reporter)
+        return self.exit_code(result)
+
+    def register(self, application: typer.Typer, name: str) -> None:
+        """Make it a command of the application."""
+        application.command(
+            name, cls=Subcommand, options_metavar=f"{self.usage} [OPTIONS]", help=self.run.__doc__, epilog=self.examples
+        )(self._function(name))
+
+    def _function(self, name: str) -> Callable[..., int]:
+        """Return a function with every option in its signature, which is where typer reads them."""
+
+        def function(**given: Any) -> int:
+            speech = _gathered(_Speech, given)
+            reporter = Reporter(name, as_json=speech.as_json, quiet=speech.quiet)
+            return run(reporter, lambda: self(_gathered(self.options, given), reporter))
+
+        parameters = [*_parameters(self.options), *_parameters(_Speech)]
+        function.__annotations__ = {one.name: one.annotation for one in parameters}
+        function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        return function
+
+
+@dataclass(frozen=True, slots=True)
+class _Speech:
+    """How every command speaks."""
+
+    as_json: Annotated[bool, flag("--json", "Print one JSON document on stdout, also on failure.")] = False
+    quiet: Annotated[bool, flag("--quiet", "No remarks on stderr.", "-q")] = False
+
+
+@cache
+def _hints(options: Any) -> Mapping[str, Any]:
+    return get_type_hints(options, include_extras=True)
+
+
+def _parameters(options: Any) -> Iterator[inspect.Parameter]:
+    for field in fields(options):
+        hint = _hints(options)[field.name]
+        if is_dataclass(hint):
+            yield from _parameters(hint)
+        else:
+            default = inspect.Parameter.empty if field.default is MISSING else field.default
+            yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+def _gathered(options: type[Options], given: Mapping[str, Any]) -> Options:
+    """Return the options as one value of what was given for each."""
+    hints = _hints(options)  # type: ignore[arg-type]
+    names = [field.name for field in fields(options)]  # type: ignore[arg-type]
+    return options(
+        **{name: _gathered(hints[name], given) if is_dataclass(hints[name]) else given[name] for name in names}
+    )
+
+
+class Subcommand(TyperCommand):
+    """A command as typer has it.
+
+    Values are turned into what the annotations say here and not by typer, which imports pydantic for it: that takes as
+    long as all the rest of listing a checkpoint.
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:  # type: ignore[override]
@@ -74,19 +166,20 @@ class Group(TyperGroup):
 
 
 def _value(ctx: typer.Context, param: Any, given: Any, wanted: Any) -> Any:
-    """What was given, as the annotation wants it; ends with a usage error where it can't be."""
-    name = max(param.opts, key=len) if param.param_type_name == "option" else param.metavar or param.name.upper()
+    """Return what was given as the annotation wants it; end with a usage error where it can't be."""
+    is_option = param.param_type_name == "option"
+    form = param.metavar or param.name.upper()
+    name = max(param.opts, key=len) if is_option else form
     if given is None or given == ():
         if param.required:
             ctx.fail(f"expected {name}: {param.help}")
         return None
-    said = given if isinstance(given, list | tuple) else (given,)
-    if "" in said and (param.param_type_name == "option" or wanted in (Path, Path | None)):
-        # As a path it would be the current folder, and what else it should mean nobody can tell.
-        form = (param.metavar or param.name.upper()).strip("[]")
-        ctx.fail(f"{f'{name}: ' if param.param_type_name == 'option' else ''}expected {form}, got an empty string")
     if get_origin(wanted) in (Union, types.UnionType):
         wanted = next(one for one in get_args(wanted) if one is not type(None))
+    said = given if isinstance(given, list | tuple) else (given,)
+    if "" in said and (is_option or wanted is Path):
+        # As a path it would be the current folder, and what else it should mean nobody can tell.
+        ctx.fail(f"{f'{name}: ' if is_option else ''}expected {form.strip('[]')}, got an empty string")
     if get_origin(wanted) is list:
         return [_converted(ctx, name, item, get_args(wanted)[0]) for item in given]
     if get_origin(wanted) is tuple:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
-import typer
-
-from convtool.cli.options import FLOATS, CheckpointPath, DryRun, Force, SourceOptions, Speech, parse_dtype
+from convtool.cli import complete
+from convtool.cli.command import Command
+from convtool.cli.document import INLINE, Count, Dtype, LayerFields, Sizes
+from convtool.cli.layer import spatial_size
+from convtool.cli.options import FLOATS, CheckpointPath, DryRun, Force, SourceOptions, argument, option, parse_dtype
 from convtool.cli.output import Reporter
-from convtool.cli.reexpress import Wanted, change_document, record_of, reexpressions
-from convtool.cli.run import run
-from convtool.cli.signature import grouped
-from convtool.cli.written import print_tensors, print_written, write, written_document
+from convtool.cli.written import ChangedTensors, Written, changed_tensors, show_tensors, show_written, write
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
-    from convtool.checkpoint import TensorInfo
+    from convtool.checkpoint import Checkpoint, TensorInfo
+    from convtool.checkpoint.record import FusionRecord, Record
+    from convtool.fusing.lowering import LoweredLayer
+    from convtool.fusing.reexpress import Reexpression
+    from convtool.kinds.stated import FieldSources
 
-NAME = "convert"
-USAGE = "CKPT OUT"
 EXAMPLES = """
 convtool convert model.pt model.safetensors
 # every floating-point tensor, each number rounded once
@@ -37,127 +39,284 @@ convtool convert linear.safetensors vit2.safetensors --as-conv patch_embed.proj
 # a convolution as nn.Linear for inputs of one size
 convtool convert net.safetensors fc.safetensors --as-toeplitz conv1=3,8,8 --set conv1.padding=1
 """
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
-@grouped
-def command(
-    checkpoint: CheckpointPath,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The checkpoint, and how its copy is to differ."""
+
+    checkpoint: CheckpointPath
     out: Annotated[
         Path,
-        typer.Argument(
-            metavar="OUT",
-            help="The new checkpoint: a file, whose suffix chooses the format; or a folder or index for several files.",
-            show_default=False,
+        argument(
+            "OUT",
+            "The new checkpoint: a file, whose suffix chooses the format; or a folder or index for several files.",
         ),
-    ],
+    ]
     dtype: Annotated[
         str | None,
-        typer.Option(
-            "--dtype",
-            metavar="DTYPE",
-            help="Of every floating-point tensor of 16 bits or more: float64, float32, float16 or bfloat16.",
-            show_default=False,
+        option("DTYPE", "Of every floating-point tensor of 16 bits or more: float64, float32, float16 or bfloat16."),
+    ] = None
+    shard_size: Annotated[str | None, option("SIZE", "Write files of at most 500MB, 5GB, ... and an index.")] = None
+    as_linear: Annotated[
+        list[str] | None,
+        option(
+            "LAYER",
+            "Write a patch convolution (kernel = stride) as the linear layer that it is on a patch. Repeatable.",
+            completion=complete.layers,
         ),
-    ] = None,
-    shard_size: Annotated[
-        str | None,
-        typer.Option(
-            "--shard-size",
-            metavar="SIZE",
-            help="Write files of at most 500MB, 5GB, ... and an index.",
-            show_default=False,
+    ] = None
+    as_toeplitz: Annotated[
+        list[str] | None,
+        option("LAYER=[C,]H,W", "Write a convolution as the linear layer that it is at one input size. Repeatable."),
+    ] = None
+    as_conv: Annotated[
+        list[str] | None,
+        option(
+            "LAYER=C,H,W[/KH,KW]",
+            "Write a linear layer as the convolution that its weight is the matrix of, for an input of that size"
+            " and that kernel (as large as the input by default); stride, padding, ... by --set. Repeatable.",
         ),
-    ] = None,
-    *,
-    wanted: Wanted,
-    sources: SourceOptions,
-    dry_run: DryRun = False,
-    force: Force = False,
-    speech: Speech,
-) -> int:
+    ] = None
+    sources: SourceOptions
+    dry_run: DryRun = False
+    force: Force = False
+
+
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """How far a recovered kernel's matrix is from the one that it was recovered from.
+
+    Attributes:
+        largest: difference of any entry.
+        relative: to the largest weight.
+        unmet: kernel entries that no input meets.
+    """
+
+    largest: float
+    relative: float
+    unmet: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Reexpressed:
+    """A layer in another form.
+
+    Attributes:
+        module: what loads it, as code.
+        input_size: on which both are the same; channels first.
+        fields: of the new layer; none of a linear one.
+        residual: of a kernel recovered from a matrix.
+    """
+
+    name: str
+    module: str
+    input_size: Sizes
+    fields: LayerFields
+    tensors: ChangedTensors
+    residual: Residual | None
+
+    @classmethod
+    def of(cls, change: Reexpression) -> Reexpressed:
+        """Return what there is to say of a change."""
+        found = change.residual
+        return cls(
+            change.name,
+            change.module,
+            change.record.input_size or (),
+            change.record.fields,
+            changed_tensors(change.edit),
+            None if found is None else Residual(found.largest, found.relative, found.unmet),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A new checkpoint.
+
+    Attributes:
+        cast: tensors that were rounded to dtype.
+        left_out: what lay beside the state dict of --root.
+        reexpressed: layers in another form.
+    """
+
+    checkpoint: Written = field(metadata=INLINE)
+    dtype: Dtype | None
+    cast: tuple[str, ...]
+    left_out: tuple[str, ...]
+    reexpressed: tuple[Reexpressed, ...]
+
+
+def run(options: Options, reporter: Reporter) -> Result:
     """Write a checkpoint in another format or dtype, or with layers in another form.
 
     Tensors keep their names, order and, without --dtype, every bit; tied tensors stay tied. What the new format has no
     room for is refused, except what --root leaves out on purpose.
     """
-    reporter = speech.reporter(NAME)
+    from convtool.checkpoint.edit import Edit
+    from convtool.checkpoint.write import check_output, is_folder, plan_edited
 
-    def body() -> None:
-        from convtool.checkpoint.edit import Edit
-        from convtool.checkpoint.write import check_output, is_folder, plan_edited
-
-        parse_dtype(dtype, "--dtype", FLOATS)
-        size = None if shard_size is None else _parse_size(shard_size)
-        opened = sources.open(checkpoint, reporter)
-        check_output(out, force=force or dry_run, source=opened, shard_size=size)
-        if size is not None and not is_folder(out, opened, size):
-            raise UsageError(f"--shard-size: {out} is one file; name a folder, or an index, for several")
-        flat = out.suffix == ".safetensors" or is_folder(out, opened, size)
-        left_out = opened.left_out if sources.root is not None and flat else []
-        changes = reexpressions(reporter, opened, wanted, sources)
-        edit = Edit.together([change.edit for change in changes])
-        plan = plan_edited(
-            opened,
-            edit,
-            out,
-            record_of(opened.record, changes),
-            force=force or dry_run,
-            dtype=dtype,
-            state_only=sources.root is not None,
-            shard_size=size,
-        )
-        if not dry_run:
-            write(reporter, plan)
-        elif dtype is not None:
-            reporter.remark(f"not looked at: whether every number has its place in {dtype}; that is found when writing")
-        document = {
-            **written_document(opened, edit, plan, dry_run=dry_run),
-            "dtype": dtype,
-            "cast": [] if dtype is None else _cast(opened.infos.values(), dtype),
-            "left_out": left_out,
-            "reexpressed": [change_document(change) for change in changes],
-        }
-        if left_out:
-            reporter.remark(f"left out, beside the state dict: {_some(left_out)}")
-        reporter.result(document, lambda: _print(reporter, document))
-
-    return run(reporter, body)
+    out, dtype, sources = options.out, options.dtype, options.sources
+    overwrite, state_only = options.force or options.dry_run, sources.root is not None
+    parse_dtype(dtype, "--dtype", FLOATS)
+    size = None if options.shard_size is None else _parse_size(options.shard_size)
+    opened = sources.open(options.checkpoint, reporter)
+    check_output(out, force=overwrite, source=opened, shard_size=size)
+    to_folder = is_folder(out, opened, size)
+    if size is not None and not to_folder:
+        raise UsageError(f"--shard-size: {out} is one file; name a folder, or an index, for several")
+    left_out = opened.left_out if state_only and (out.suffix == ".safetensors" or to_folder) else []
+    changes = _reexpressions(options, opened, reporter)
+    edit = Edit.together([change.edit for change in changes])
+    plan = plan_edited(
+        opened,
+        edit,
+        out,
+        _record(opened.record, changes),
+        force=overwrite,
+        dtype=dtype,
+        state_only=state_only,
+        shard_size=size,
+    )
+    written = write(plan, opened, edit, reporter, dry_run=options.dry_run)
+    if options.dry_run and dtype is not None:
+        reporter.remark(f"not looked at: whether every number has its place in {dtype}; that is found when writing")
+    if left_out:
+        reporter.remark(f"left out, beside the state dict: {_some(left_out)}")
+    cast = () if dtype is None else _cast(opened.infos.values(), dtype)
+    return Result(written, dtype, cast, tuple(left_out), tuple(map(Reexpressed.of, changes)))
 
 
-def _cast(infos: Iterable[TensorInfo], dtype: str) -> list[str]:
-    """The tensors that are rounded."""
+def _record(before: Record | None, changes: Sequence[Reexpression]) -> Record | None:
+    """Return the record of the new checkpoint."""
+    from convtool import __version__
+    from convtool.checkpoint.record import Record
+
+    if not changes:
+        return before
+    return (before or Record(__version__)).appended(__version__, [change.record for change in changes])
+
+
+def _cast(infos: Iterable[TensorInfo], dtype: str) -> tuple[str, ...]:
+    """Return the tensors that are rounded."""
     from convtool.formats.dtypes import FLOATS as CASTABLE
 
-    return [info.name for info in infos if info.dtype in CASTABLE - {dtype}]
-
-
-_UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    return tuple(info.name for info in infos if info.dtype in CASTABLE - {dtype})
 
 
 def _parse_size(text: str) -> int:
-    """'500MB' as a number of bytes."""
+    """Return '500MB' as a number of bytes."""
     number = text.rstrip("BKMGIbkmgi")
     unit = text[len(number) :].upper()
-    if not number.isdecimal() or unit not in _UNITS or len(number) > 15 or int(number) == 0:
+    if not number.isdecimal() or unit not in UNITS or len(number) > 15 or int(number) == 0:
         raise UsageError(f"--shard-size: expected a number of bytes such as 500MB, 5GB or 2GiB, got {text!r}")
-    return int(number) * _UNITS[unit]
+    return int(number) * UNITS[unit]
 
 
-def _some(names: list[str]) -> str:
+def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _print(reporter: Reporter, document: dict[str, Any]) -> None:
-    for change in document["reexpressed"]:
-        reporter.line(f"{change['name']} = {change['module']}")
-        at = ",".join(map(str, change["input_size"]))
-        residual = change["residual"]
-        near = "" if residual is None else f"; residual {residual['largest']:.3g}, {residual['relative']:.3g} relative"
+# --- layers in another form
+
+
+def _reexpressions(options: Options, opened: Checkpoint, reporter: Reporter) -> list[Reexpression]:
+    """Return the changes that the options ask for; what was assumed is remarked.
+
+    Raises:
+        UsageError: values that can't be read, or don't fit the layers; fields of layers that aren't converted.
+        RefusedError: a layer that has no such form.
+    """
+    from convtool.fusing.reexpress import as_linear
+
+    given = options.sources
+    sources = given.fields(given.of_model(opened, reporter), opened.layers)
+    changes = [as_linear(_lowered(opened, name, sources, None, reporter)) for name in options.as_linear or ()]
+    changes += [_as_toeplitz(opened, text, sources, reporter) for text in options.as_toeplitz or ()]
+    changes += [_as_conv(opened, text, sources, reporter) for text in options.as_conv or ()]
+    for number, change in enumerate(changes):
+        if change.name in {other.name for other in changes[:number]}:
+            raise UsageError(f"{change.name}: is to be written in two forms; a layer has one")
+    if given.settings and not changes:
+        raise UsageError("--set: is for layers that are re-expressed: --as-linear, --as-toeplitz or --as-conv")
+    return changes
+
+
+def _lowered(
+    opened: Checkpoint, name: str, sources: FieldSources, size: Sequence[int] | None, reporter: Reporter
+) -> LoweredLayer:
+    from convtool.fusing.lowering import lower_chain
+
+    layer = opened.layer(name)
+    if layer.axes() is None:
+        raise UsageError(f"{layer.name}: is a {layer.kind.label}, not a convolution; it stays as it is")
+    lowered = lower_chain(opened, [name], sources, size)[0]
+    if lowered.assumed:
+        reporter.remark(f"assumed: {lowered.assumed}")
+    return lowered
+
+
+def _as_toeplitz(opened: Checkpoint, text: str, sources: FieldSources, reporter: Reporter) -> Reexpression:
+    from convtool.core.fields import parse_sizes
+    from convtool.fusing.reexpress import as_toeplitz
+
+    name, equals, sizes = text.rpartition("=")
+    if not (name and equals and sizes):
+        raise UsageError(f"--as-toeplitz: expected LAYER=[C,]H,W, got {text!r}")
+    size = parse_sizes(sizes, "--as-toeplitz")
+    lowered = _lowered(opened, name, sources, size, reporter)
+    return as_toeplitz(lowered, spatial_size(lowered.conv, size) or ())
+
+
+def _as_conv(opened: Checkpoint, text: str, sources: FieldSources, reporter: Reporter) -> Reexpression:
+    from convtool.core.fields import parse_sizes
+    from convtool.fusing.reexpress import as_conv
+
+    name, _, given = text.rpartition("=") if "=" in text else (text, "", "")
+    layer = opened.layer(name)
+    known = _recorded(opened, layer.name)
+    fields = sources.fields(layer.name)
+    if given:
+        sizes, slash, kernel_text = given.partition("/")
+        size = parse_sizes(sizes, "--as-conv")
+        kernel = parse_sizes(kernel_text, "--as-conv") if slash else size[1:]
+    elif known is not None and known.before and not known.after and known.input_size is not None:
+        size, kernel = known.input_size, known.input_size[1:]  # a patch convolution before convtool made it linear
+        fields = known.sources[0].fields | fields
+    else:
+        raise UsageError(
+            f"--as-conv {text}: expected LAYER=C,H,W/KH,KW, the size of what is flattened and the kernel, such as"
+            f" {layer.name}=3,32,32/5,5"
+        )
+    if len(size) < 2 or len(kernel) != len(size) - 1:
+        raise UsageError(f"--as-conv {text}: expected C,H,W/KH,KW, as many kernel sizes as spatial ones, got {given!r}")
+    if "stride" not in fields and tuple(kernel) == tuple(size[1:]):
+        fields = fields | {"stride": tuple(kernel)}
+        reporter.remark(f"assumed: {layer.name}: stride = kernel, patches beside one another")
+    return as_conv(opened, layer, size, kernel, fields)
+
+
+def _recorded(opened: Checkpoint, name: str) -> FusionRecord | None:
+    fusions = opened.record.fusions if opened.record else ()
+    return next((fusion for fusion in reversed(fusions) if fusion.name == name), None)
+
+
+def show(result: Result, reporter: Reporter) -> None:
+    """Print each layer in its new form, what was rounded, and what was written."""
+    for change in result.reexpressed:
+        reporter.line(f"{change.name} = {change.module}")
+        at = ",".join(map(str, change.input_size))
+        residual = change.residual
+        near = "" if residual is None else f"; residual {residual.largest:.3g}, {residual.relative:.3g} relative"
         reporter.line(f"  the same on inputs of {at}{near}")
-        if not document["written"]:
-            print_tensors(reporter, change["tensors"])
-        if residual is not None and residual["unmet"]:
-            reporter.line(f"  {residual['unmet']} kernel entries that no such input meets are zero")
-    if document["dtype"] is not None:
-        reporter.line(f"{len(document['cast'])} of {document['tensors']} tensors rounded to {document['dtype']}")
-    print_written(reporter, document)
+        if not result.checkpoint.written:
+            show_tensors(change.tensors, reporter)
+        if residual is not None and residual.unmet:
+            reporter.line(f"  {residual.unmet} kernel entries that no such input meets are zero")
+    if result.dtype is not None:
+        reporter.line(f"{len(result.cast)} of {result.checkpoint.tensors} tensors rounded to {result.dtype}")
+    show_written(result.checkpoint, reporter)
+
+
+COMMAND = Command("CKPT OUT", EXAMPLES, Options, run, show)

@@ -12,11 +12,20 @@ INTERRUPTED = 130  # 128 + SIGINT
 BROKEN_PIPE = 141  # 128 + SIGPIPE: whoever read our output went away
 TERMINATED = 143  # 128 + SIGTERM
 
-BY_ERROR: dict[type[ConvtoolError], tuple[int, str]] = {
-    UsageError: (USAGE, "usage"),
-    InputError: (3, "input"),
-    RefusedError: (4, "refused"),
-    OutputError: (5, "output"),
+FAILURES = {  # by the kind's name in JSON
+    "usage": USAGE,
+    "input": 3,
+    "refused": 4,
+    "output": 5,
+    "interrupted": INTERRUPTED,
+    "terminated": TERMINATED,
+    "internal": INTERNAL,
+}
+BY_ERROR: dict[type[ConvtoolError], str] = {
+    UsageError: "usage",
+    InputError: "input",
+    RefusedError: "refused",
+    OutputError: "output",
 }
 
 MEANINGS = {
@@ -33,6 +42,6 @@ MEANINGS = {
 }
 
 
-def of_error(error: ConvtoolError) -> tuple[int, str]:
-    """(exit code, the kind's name in JSON) of an error."""
-    return next(value for kind, value in BY_ERROR.items() if isinstance(error, kind))
+def kind_of(error: ConvtoolError) -> str:
+    """Return the name that JSON has for the kind of an error."""
+    return next(name for kind, name in BY_ERROR.items() if isinstance(error, kind))

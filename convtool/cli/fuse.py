@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
-
-from convtool.cli.fuse_options import FuseOptions
-from convtool.cli.fuse_text import describe, print_lines
+from convtool.cli import complete
+from convtool.cli.command import Command
+from convtool.cli.document import INLINE, Count, Sizes
 from convtool.cli.options import (
+    STREAM,
     DryRun,
-    Dtype,
+    DtypeOption,
+    FixedSize,
     Force,
+    InputSize,
+    Measure,
     SourceOptions,
-    Speech,
     With,
-    check_used,
+    argument,
+    flag,
     open_others,
+    option,
     parse_dtype,
+    parse_input_size,
+    read_toml,
 )
-from convtool.cli.output import Reporter, table, tree_text
-from convtool.cli.run import run
-from convtool.cli.signature import grouped
-from convtool.cli.written import write, written_document
-from convtool.errors import RefusedError, UsageError
+from convtool.cli.output import Reporter, table
+from convtool.cli.written import (
+    ChangedTensors,
+    Recorded,
+    Written,
+    changed_tensors,
+    show_tensors,
+    show_written,
+    tree_text,
+    write,
+)
+from convtool.errors import RefusedError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -38,8 +52,6 @@ if TYPE_CHECKING:
     from convtool.graph.planned import Plan
     from convtool.kinds.stated import FieldSources
 
-NAME = "fuse"
-USAGE = "CKPT LAYER LAYER... -o OUT"
 EXAMPLES = """
 convtool fuse resnet.safetensors layer1.0.conv1 layer1.0.bn1 -o fused.safetensors --set layer1.0.conv1.padding=1
 convtool fuse net.pt reduce spread gather -o fused.pt --set gather.stride=2 --dry-run
@@ -55,79 +67,284 @@ convtool fuse net.pt conv1 --normalize mean=.49,.46,.41 std=.23,.22,.23 --input-
 """
 
 
-@grouped
-def command(
-    checkpoint: Annotated[
-        Path | None,
-        typer.Argument(metavar="CKPT", help="A .safetensors or torch (.pt, .pth, .bin) file.", show_default=False),
-    ] = None,
-    *,
-    wanted: FuseOptions,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", metavar="OUT", help="The new checkpoint.", show_default=False)
-    ] = None,
-    dtype: Dtype = None,
-    sources: SourceOptions,
-    sources_given: With = None,
-    list_recipes: Annotated[bool, typer.Option("--list-recipes", help="List the recipes that ship with it.")] = False,
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Layers by name, a recipe, or what a plan finds; and where that has to be exact: as typed."""
+
+    layers: Annotated[
+        list[str] | None,
+        argument(
+            "LAYER LAYER...",
+            "The chain, first to last; also identity(), scale(X), pad(P), avg_pool(K; stride=S; padding=P),"
+            " upsample(N), and flatten(H,W) before a linear layer; a scale per channel by its tensor's full name.",
+            complete.layers,
+        ),
+    ] = None
+    name: Annotated[
+        str | None, option("NAME", "What the fused layer is called; the first layer's name by default.")
+    ] = None
+    recipe: Annotated[
+        str | None,
+        option(
+            "NAME|FILE",
+            "Fuse by a recipe instead of LAYERs; - for one on stdin.",
+            completion=complete.recipes,
+        ),
+    ] = None
+    strength: Annotated[float | None, option("X", "How much a LoRA recipe adds: X * alpha / rank.")] = None
+    normalize: Annotated[
+        tuple[str, str] | None,
+        option("mean=M,M,M std=S,S,S", "Fold (x - mean) / std of the input into the first layer."),
+    ] = None
+    input_scale: Annotated[
+        str | None, option("X", "Fold x * X, such as 1/255, into the first layer; before --normalize.")
+    ] = None
+    input_size: InputSize = None
+    allow_border: Annotated[bool, flag("--allow-border", "Fuse even where outputs near the border would differ.")] = (
+        False
+    )
+    bias_map: Annotated[
+        bool,
+        flag(
+            "--bias-map",
+            "Where padding hides a bias, store one for each output (NAME.bias_map): exact at --input-size.",
+        ),
+    ] = False
+    auto: Annotated[
+        bool, flag("--auto", "Fuse what `convtool plan` finds; with --model, and --input-size of its input.")
+    ] = False
+    fixed_size: FixedSize = False
+    measure: Measure = False
+    only_if_cheaper: Annotated[
+        bool, flag("--only-if-cheaper", "Leave alone what would take more multiply-adds fused.")
+    ] = False
+
+    @property
+    def size(self) -> tuple[int, ...] | None:
+        """--input-size as numbers."""
+        return parse_input_size(self.input_size)
+
+    @property
+    def chain(self) -> list[str]:
+        """The layers by name, --normalize and --input-scale in front of them as the layer that they are."""
+        return [*self._input_layer(), *(self.layers or ())]
+
+    def check(self, model: str | None) -> None:
+        """Raise UsageError where the options don't go together.
+
+        Args:
+            model: what --model says.
+        """
+        chain = self.chain
+        if self.recipe is None and not self.auto and (len(chain) < 2 or not self.layers):
+            raise UsageError("expected two layers or more, first to last, a --recipe, or --auto with --model")
+        if self.auto:
+            self._check_auto(model)
+        if self.recipe is not None and (chain or self.name):
+            raise UsageError("--recipe names the layers; LAYERs, --name and --normalize don't go with it")
+        if (self.fixed_size or self.measure) and not self.auto:
+            raise UsageError(f"{'--fixed-size' if self.fixed_size else '--measure'}: goes with --auto")
+        if self.strength is not None and (self.recipe is None or not isfinite(self.strength)):
+            raise UsageError("--strength: expected a number, and a --recipe that adds a LoRA")
+        if self.bias_map and (self.allow_border or self.size is None):
+            raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
+
+    def _check_auto(self, model: str | None) -> None:
+        if model is None or self.size is None:
+            raise UsageError("--auto: expected --model, and --input-size of the model's input, such as 3,224,224")
+        others = {
+            "LAYERs": self.layers,
+            "--recipe": self.recipe,
+            "--name": self.name,
+            "--normalize": self.normalize,
+            "--input-scale": self.input_scale,
+            "--allow-border": self.allow_border,
+            "--bias-map": self.bias_map,
+        }
+        for other, value in others.items():
+            if value:
+                raise UsageError(f"--auto: fuses what is exact in the --model; {other} doesn't go with it")
+
+    def find_recipe(self) -> Recipe | None:
+        """Return --recipe by its name or the path of its file; None where there is none."""
+        if self.recipe is None:
+            return None
+        from convtool.fusing.recipe import parse_recipe
+        from convtool.recipes import shipped
+
+        known = shipped()
+        if self.recipe in known:
+            return known[self.recipe]
+        if not self.recipe.endswith(".toml") and self.recipe != STREAM:
+            near = did_you_mean(self.recipe, known, f"; expected one of {', '.join(known)}, or a .toml file")
+            raise UsageError(f"--recipe: no recipe {self.recipe!r}{near}")
+        return parse_recipe(read_toml(Path(self.recipe)), self.recipe)
+
+    def _input_layer(self) -> list[str]:
+        arguments: list[str] = []
+        for text in self.normalize or ():
+            key, equals, value = text.partition("=")
+            again = any(one.startswith(f"{key}=") for one in arguments)
+            if key not in ("mean", "std") or not equals or ";" in value or again:
+                given = " ".join(self.normalize or ())
+                raise UsageError(f"--normalize: expected mean=M,M,M std=S,S,S, got {given!r}")
+            arguments.append(f"{key}={value}")
+        if self.input_scale is not None:
+            if ";" in self.input_scale:  # would go on as another argument of the layer
+                raise UsageError(f"--input-scale: expected a number, such as 1/255, got {self.input_scale!r}")
+            arguments.append(f"scale={self.input_scale}")
+        return [f"normalize({'; '.join(arguments)})"] if arguments else []
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to fuse, of which checkpoint, and where to write it."""
+
+    checkpoint: Annotated[Path | None, argument("CKPT", "A .safetensors or torch (.pt, .pth, .bin) file.")] = None
+    wanted: Wanted = field(default_factory=Wanted)
+    out: Annotated[Path | None, option("OUT", "The new checkpoint.", "--out", "-o")] = None
+    dtype: DtypeOption = None
+    sources: SourceOptions = field(default_factory=SourceOptions)
+    sources_given: With = None
+    list_recipes: Annotated[bool, flag("--list-recipes", "List the recipes that ship with it.")] = False
     no_verify: Annotated[
-        bool, typer.Option("--no-verify", help="Write what was fused without running it against its layers first.")
-    ] = False,
-    dry_run: DryRun = False,
-    force: Force = False,
-    speech: Speech,
-) -> int:
+        bool, flag("--no-verify", "Write what was fused without running it against its layers first.")
+    ] = False
+    dry_run: DryRun = False
+    force: Force = False
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A number before and after."""
+
+    before: Count
+    after: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Multiply-adds before and after."""
+
+    before: float
+    after: float
+    per: Literal["input position", "input"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How the fused layer did against its layers.
+
+    Attributes:
+        ratio: largest error by its bound.
+    """
+
+    ratio: float
+    input_sizes: tuple[Sizes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """A fused layer.
+
+    Attributes:
+        layers: the leaves of sources.
+        differs: the rim in words; null where exact.
+        edits: lines that make a model's code fit the new checkpoint.
+        verified: run against its layers before it was written, the border apart where not exact; null with
+            --no-verify.
+    """
+
+    record: Recorded = field(metadata=INLINE)
+    layers: tuple[str, ...]
+    kernel_size: Sizes
+    smallest_input: Sizes
+    differs: str | None
+    assumed: tuple[str, ...]
+    edits: tuple[str, ...]
+    bias_map: bool
+    parameters: Change
+    multiply_adds: Work
+    tensors: ChangedTensors
+    verified: Proof | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A new checkpoint.
+
+    Attributes:
+        left_alone: what might have been fused and wasn't, in words.
+    """
+
+    checkpoint: Written = field(metadata=INLINE)
+    fusions: tuple[Fusion, ...]
+    left_alone: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRecipe:
+    """A recipe that ships with convtool."""
+
+    name: str
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recipes:
+    """What --list-recipes lists."""
+
+    recipes: tuple[KnownRecipe, ...]
+
+
+def run(options: Options, reporter: Reporter) -> Result | Recipes:
     """Replace chains of linear layers by the one layer that computes the same, and write the checkpoint.
 
     Convolutions, batch norms and linear layers that follow each other with nothing in between become one; with a
     recipe, branches that are added do too. A fusion has to be exact for every input size, or for --input-size where
     that is given; otherwise it is refused, with the rows and columns that would differ and the ways out.
     """
-    reporter = speech.reporter(NAME)
+    if not options.list_recipes:
+        return _fuse(options, reporter)
+    if options != Options(list_recipes=True):
+        raise UsageError("--list-recipes: lists what there is, and fuses nothing; nothing else goes with it")
+    from convtool.recipes import shipped
 
-    def body() -> None:
-        from convtool import __version__
-        from convtool.checkpoint.edit import Edit
-        from convtool.checkpoint.record import Record
-        from convtool.checkpoint.write import check_output, plan_edited
-        from convtool.core.tree import BASE
-        from convtool.fusing.fusion import check_ties
+    return Recipes(tuple(KnownRecipe(name, recipe.about) for name, recipe in shipped().items()))
 
-        rounded = parse_dtype(dtype)
-        if checkpoint is None:
-            raise UsageError("expected CKPT, the checkpoint to fuse layers of")
-        if out is None:
-            raise UsageError("expected -o OUT, the new checkpoint")
-        wanted.check(sources.model)
-        recipe = wanted.find_recipe()
-        opened = sources.open(checkpoint, reporter)
-        checkpoints = {BASE: opened, **open_others(reporter, sources_given, mapped=not sources.no_mmap)}
-        check_output(out, force=force or dry_run, source=opened)
-        found = _find(reporter, wanted, recipe, checkpoints, sources)
-        planned, left_alone = _plan(reporter, wanted, found, checkpoints, rounded)
-        edits = [layer.edit for layer in planned]
-        check_ties(opened, edits)
-        edit = Edit.together(edits)
-        history = opened.record or Record(__version__)
-        record = history.appended(__version__, [layer.record for layer in planned])
-        plan = plan_edited(opened, edit, out, record, force=force or dry_run)
-        reports = [[] for _ in planned] if no_verify else _verified(reporter, planned, checkpoints)
-        if not dry_run:
-            write(reporter, plan)
-        document = {
-            **written_document(opened, edit, plan, dry_run=dry_run),
-            "fusions": [describe(layer, one, found.size) for layer, one in zip(planned, reports, strict=True)],
-            "left_alone": left_alone,
-        }
-        reporter.result(document, lambda: print_lines(reporter, document))
 
-    def listing() -> None:
-        others = (checkpoint, out, dtype, sources_given, no_verify, dry_run, force)
-        if any(others) or wanted != FuseOptions() or sources != SourceOptions():
-            raise UsageError("--list-recipes: lists what there is, and fuses nothing; nothing else goes with it")
-        _list_recipes(reporter)
+def _fuse(options: Options, reporter: Reporter) -> Result:
+    from convtool import __version__
+    from convtool.checkpoint.edit import Edit
+    from convtool.checkpoint.record import Record
+    from convtool.checkpoint.write import check_output, plan_edited
+    from convtool.core.tree import BASE
+    from convtool.fusing.fusion import check_ties
 
-    return run(reporter, listing if list_recipes else body)
+    wanted, sources, dtype = options.wanted, options.sources, parse_dtype(options.dtype)
+    overwrite = options.force or options.dry_run
+    if options.checkpoint is None:
+        raise UsageError("expected CKPT, the checkpoint to fuse layers of")
+    if options.out is None:
+        raise UsageError("expected -o OUT, the new checkpoint")
+    wanted.check(sources.model)
+    recipe = wanted.find_recipe()
+    opened = sources.open(options.checkpoint, reporter)
+    checkpoints = {BASE: opened, **open_others(reporter, options.sources_given, mapped=not sources.no_mmap)}
+    check_output(options.out, force=overwrite, source=opened)
+    found = _find(wanted, recipe, checkpoints, sources, reporter)
+    planned, left_alone = _plan(wanted, found, checkpoints, dtype, reporter)
+    edits = [layer.edit for layer in planned]
+    check_ties(opened, edits)
+    edit = Edit.together(edits)
+    record = (opened.record or Record(__version__)).appended(__version__, [layer.record for layer in planned])
+    plan = plan_edited(opened, edit, options.out, record, force=overwrite)
+    reports = [[] for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
+    return Result(
+        write(plan, opened, edit, reporter, dry_run=options.dry_run),
+        tuple(_fusion(layer, one, found.size) for layer, one in zip(planned, reports, strict=True)),
+        tuple(left_alone),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,21 +364,21 @@ class _Found:
 
 
 def _find(
-    reporter: Reporter,
-    wanted: FuseOptions,
+    wanted: Wanted,
     recipe: Recipe | None,
     checkpoints: Mapping[str, Checkpoint],
     sources: SourceOptions,
+    reporter: Reporter,
 ) -> _Found:
-    """The fusions that are wanted: by a plan of the model, by a recipe, or the one chain that was named."""
+    """Return the fusions that are wanted: by a plan of the model, by a recipe, or the one chain that was named."""
     from convtool.core.tree import BASE
     from convtool.fusing.lowering import full_name
     from convtool.fusing.named import by_recipe, named_chain, without_effect
 
-    plan = _plan_model(reporter, wanted, checkpoints[BASE], sources) if wanted.auto else None
+    plan = _plan_model(wanted, checkpoints[BASE], sources, reporter) if wanted.auto else None
     known = sources.of_model(checkpoints[BASE], reporter) if plan is None else plan.geometry
-    fields = sources.fields(known)
-    check_used(fields, [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers])
+    names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
+    fields = sources.fields(known, names)
     if plan is not None:
         return _Found(_planned(plan), fields, None, surveyed=True)  # each has an input size of its own
     if recipe is None:
@@ -178,10 +395,10 @@ def _find(
     return _Found(fusions, fields, wanted.size, surveyed=True)
 
 
-def _plan_model(reporter: Reporter, wanted: FuseOptions, opened: Checkpoint, sources: SourceOptions) -> Plan:
+def _plan_model(wanted: Wanted, opened: Checkpoint, sources: SourceOptions, reporter: Reporter) -> Plan:
     from convtool.cli.model import plan_for
 
-    assert sources.model is not None  # as `FuseOptions.check` has it
+    assert sources.model is not None  # as `Wanted.check` has it
     plan = plan_for(
         opened,
         sources.model,
@@ -209,13 +426,13 @@ def _planned(plan: Plan) -> list[PlannedFusion]:
 
 
 def _plan(
-    reporter: Reporter,
-    wanted: FuseOptions,
+    wanted: Wanted,
     found: _Found,
     checkpoints: Mapping[str, Checkpoint],
     dtype: torch.dtype | None,
+    reporter: Reporter,
 ) -> tuple[list[PlannedLayer], list[str]]:
-    """Every fusion as a value, before anything is written; and what was left alone, in words."""
+    """Return every fusion as a value, before anything is written; and what was left alone, in words."""
     from convtool.core.tree import BASE
     from convtool.fusing.fusion import plan_layer
     from convtool.fusing.lowering import lower_tree
@@ -240,20 +457,20 @@ def _plan(
         )
         for one, tree in zip(found.fusions, trees, strict=True)
     ]
-    kept, dear = _by_cost(reporter, planned, found.size, wanted.only_if_cheaper and not wanted.measure)
+    kept, dear = _by_cost(planned, found.size, wanted.only_if_cheaper and not wanted.measure, reporter)
     return kept, alone + (dear if wanted.only_if_cheaper else [])
 
 
 def _by_cost(
-    reporter: Reporter, planned: list[PlannedLayer], size: tuple[int, ...] | None, only_if_cheaper: bool
+    planned: list[PlannedLayer], size: tuple[int, ...] | None, only_if_cheaper: bool, reporter: Reporter
 ) -> tuple[list[PlannedLayer], list[str]]:
-    """The fusions to carry out, and a line for each that takes more multiply-adds than its layers apart."""
+    """Return the fusions to carry out, and a line for each that takes more multiply-adds than its layers apart."""
     from convtool.fusing.remarks import dearer
 
     found = dearer(planned, size)
     dear = [id(layer) for layer, _ in found]
     kept = [layer for layer in planned if not only_if_cheaper or id(layer) not in dear]
-    said = [f"{tree_text(layer.record.to_json()['sources'])}: fused it takes {times}" for layer, times in found]
+    said = [f"{tree_text(Recorded.of(layer.record).sources)}: fused it takes {times}" for layer, times in found]
     if not kept:
         raise RefusedError(f"nothing is cheaper fused: {said[0]}")
     lines = [f"left alone: {text}" if only_if_cheaper else f"slower: {text}" for text in said]
@@ -262,18 +479,10 @@ def _by_cost(
     return kept, lines
 
 
-def _list_recipes(reporter: Reporter) -> None:
-    from convtool.recipes import shipped
-
-    found = shipped()
-    document = {"recipes": [{"name": name, "about": recipe.about} for name, recipe in found.items()]}
-    reporter.result(document, lambda: table(("recipe", "fuses"), [(name, r.about) for name, r in found.items()]))
-
-
 def _verified(
-    reporter: Reporter, planned: Sequence[PlannedLayer], checkpoints: Mapping[str, Checkpoint]
+    planned: Sequence[PlannedLayer], checkpoints: Mapping[str, Checkpoint], reporter: Reporter
 ) -> list[list[EquivalenceReport]]:
-    """Each fusion run against the layers that it stands for, before a file takes its name."""
+    """Run each fusion against the layers that it stands for, before a file takes its name."""
     from convtool.fusing.proof import check_planned
 
     found = []
@@ -281,3 +490,87 @@ def _verified(
         for layer in planned:
             found.append(check_planned(layer, checkpoints, advance))
     return found
+
+
+def _fusion(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tuple[int, ...] | None) -> Fusion:
+    """Return what there is to say of a fusion.
+
+    Args:
+        reports: of running it against its layers; none where nobody did.
+        size: of the input, for those that are exact at every size.
+    """
+    verdict, conv = layer.fusion.verdict, layer.fusion.conv
+    at = verdict.input_size or size
+    proof = None
+    if reports:
+        proof = Proof(max(one.interior.ratio for one in reports), tuple(one.input_size for one in reports))
+    return Fusion(
+        record=Recorded.of(layer.record),
+        layers=tuple(one.layer.name for one in layer.layers),
+        kernel_size=conv.geometry.kernel_size,
+        smallest_input=verdict.smallest,
+        differs=None if verdict.exact else verdict.describe_rim(),
+        assumed=tuple(layer.assumed),
+        edits=tuple(layer.module_edits),
+        bias_map=conv.has_bias_map,
+        parameters=Change(*layer.parameters),
+        multiply_adds=Work(*layer.multiply_adds(at), "input position" if at is None else "input"),
+        tensors=changed_tensors(layer.edit),
+        verified=proof,
+    )
+
+
+def show(result: Result | Recipes, reporter: Reporter) -> None:
+    """Print each fusion and what was written; or the recipes."""
+    if isinstance(result, Recipes):
+        table(("recipe", "fuses"), [(one.name, one.about) for one in result.recipes])
+        return
+    for fusion in result.fusions:
+        for line in _lines(fusion):
+            reporter.line(line)
+        if not result.checkpoint.written:
+            show_tensors(fusion.tensors, reporter)
+    if len(result.fusions) > 1:
+        before = sum(fusion.parameters.before for fusion in result.fusions)
+        after = sum(fusion.parameters.after for fusion in result.fusions)
+        reporter.line(f"{len(result.fusions)} fusions, {before} -> {after} parameters")
+    show_written(result.checkpoint, reporter)
+
+
+def _lines(fusion: Fusion) -> list[str]:
+    record, proof, numbers, work = fusion.record, fusion.verified, fusion.parameters, fusion.multiply_adds
+    lines = [f"{tree_text(record.sources)} -> {record.name}", *(f"  {line}" for line in fusion.edits)]
+    lines.append(f"  {_exactness(fusion)}")
+    if proof is not None:
+        sizes = " and ".join("x".join(map(str, one)) for one in proof.input_sizes)
+        where = "" if record.exact else ", the border apart"
+        lines.append(f"  verified at {sizes}{where}: error/bound {proof.ratio:.3g}")
+    per = " per input position" if work.per == "input position" else ""
+    lines.append(
+        f"  {numbers.before} -> {numbers.after} parameters,"
+        f" {_count(work.before)} -> {_count(work.after)} multiply-adds{per}, {record.dtype}"
+    )
+    return lines
+
+
+def _exactness(fusion: Fusion) -> str:
+    record = fusion.record
+    if not record.exact:
+        return f"NOT exact: {fusion.differs} of the output differ"
+    if record.input_size is not None:
+        return f"exact at input size {_sizes(record.input_size)}"
+    if record.fields.get("padding_mode", "zeros") != "zeros" and fusion.smallest_input:
+        return f"exact at every input size from {_sizes(fusion.smallest_input)} up"
+    return "exact at every input size"
+
+
+def _count(number: float) -> str:
+    """Return whole numbers as they are, others to two places."""
+    return str(int(number)) if number == int(number) else f"{number:.2f}"
+
+
+def _sizes(values: Sequence[int]) -> str:
+    return ",".join(map(str, values))
+
+
+COMMAND = Command("CKPT LAYER LAYER... -o OUT", EXAMPLES, Options, run, show)

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from convtool.cli import complete
-from convtool.cli.options import CheckpointPath, Force, SourceOptions, Speech, check_used, parse_input_size
-from convtool.cli.output import Reporter, table, tree_text
-from convtool.cli.run import run
-from convtool.cli.signature import grouped
+from convtool.cli.command import Command
+from convtool.cli.document import HIDDEN, OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
+from convtool.cli.options import CheckpointPath, Force, SourceOptions, argument, flag, option, parse_input_size
+from convtool.cli.output import Reporter, table
+from convtool.cli.written import Recorded, tree_text
 from convtool.errors import UsageError, human_bytes
 from convtool.kinds import kind_named
 from convtool.kinds.kind import UNKNOWN, Kind
 
 if TYPE_CHECKING:
-    from convtool.checkpoint import Checkpoint, Layer
+    from collections.abc import Sequence
 
-NAME = "inspect"
-USAGE = "CKPT [PATTERN]"
+    from convtool.kinds.kind import Layer as FoundLayer
+    from convtool.live.runs import LayerRun
+
 EXAMPLES = """
 convtool inspect model.safetensors
 convtool inspect model.safetensors 'layer1.*' --tensors
@@ -29,81 +30,120 @@ convtool inspect model.pt --json | jq -r '.layers[].name'
 """
 
 
-@grouped
-def command(
-    checkpoint: CheckpointPath,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to list, and where what a checkpoint doesn't hold comes from."""
+
+    checkpoint: CheckpointPath
     pattern: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="PATTERN",
-            help="Only layers whose name matches, such as 'layer1.*'.",
-            autocompletion=complete.layers,
-        ),
-    ] = None,
-    tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor.")] = False,
-    *,
+        str | None, argument("PATTERN", "Only layers whose name matches, such as 'layer1.*'.", complete.layers)
+    ] = None
+    tensors: Annotated[bool, flag("--tensors", "List every tensor.")] = False
     input_size: Annotated[
         str | None,
-        typer.Option(
-            "--input-size",
-            metavar="C,H,W",
-            help="With --model: the size of its input, to show what each layer reads and gives, and its multiply-adds.",
-            show_default=False,
+        option(
+            "C,H,W",
+            "With --model: the size of its input, to show what each layer reads and gives, and its multiply-adds.",
         ),
-    ] = None,
+    ] = None
     write_geometry: Annotated[
-        Path | None,
-        typer.Option(
-            "--write-geometry",
-            metavar="FILE",
-            help="Write what is known of the layers' geometry as TOML for --geometry.",
-            show_default=False,
-        ),
-    ] = None,
-    sources: SourceOptions,
-    force: Force = False,
-    speech: Speech,
-) -> int:
+        Path | None, option("FILE", "Write what is known of the layers' geometry as TOML for --geometry.")
+    ] = None
+    sources: SourceOptions
+    force: Force = False
+
+
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A tensor in the file."""
+
+    name: str
+    dtype: Dtype
+    shape: Sizes
+    bytes: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """The tensors that share a module path.
+
+    Attributes:
+        name: module path; '' for a bare module.
+        shape: of its weight, or else of its first tensor.
+        geometry: null: not in the file.
+        tensors: with --tensors.
+        runs: with --input-size: each time that the layer runs; none where the model's run doesn't show it.
+    """
+
+    name: str
+    kind: LayerKind
+    shape: Sizes
+    bias: bool
+    dtype: Dtype
+    bytes: Count
+    geometry: LayerFields | None
+    tensors: tuple[Tensor, ...] | None = field(metadata=OPTIONAL)
+    runs: Sequence[LayerRun] | None = field(metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What convtool wrote down when it wrote the file."""
+
+    fusions: tuple[Recorded, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A checkpoint's layers.
+
+    Attributes:
+        bytes: of all tensors together.
+        record: what convtool recorded when it wrote the file.
+    """
+
+    file: Path
+    format: Annotated[str, ("enum", ("safetensors", "torch"))]
+    bytes: Count
+    tensors: Count
+    record: Record | None
+    layers: tuple[Layer, ...]
+    by_tensor: bool = field(metadata=HIDDEN)
+
+
+def run(options: Options, reporter: Reporter) -> Result:
     """List a checkpoint's layers: kind, shapes, dtype, bytes, and the geometry where it is known."""
-    reporter = speech.reporter(NAME)
+    from fnmatch import fnmatchcase
 
-    def body() -> None:
-        from fnmatch import fnmatchcase
+    from convtool.cli.model import read_model, runs_of_layers
+    from convtool.kinds.stated import FieldSource
 
-        from convtool.cli.model import read_model, runs_of_layers
-        from convtool.kinds.stated import FieldSource
-
-        opened = sources.open(checkpoint, reporter)
-        record = opened.record
-        found = read_model(sources.model, sources.model_args, opened, reporter)
-        fields = sources.fields(None if found is None else found[1].geometry)
-        check_used(fields, list(opened.layers))
-        fields = fields.with_first(FieldSource("record", record.fields() if record else {}, exact_names=True))
-        layers = [
-            layer
-            for layer in opened.layers.values()
-            if pattern is None or layer.name == pattern or fnmatchcase(layer.name, pattern)
-        ]
-        if pattern is not None and not layers:
-            raise UsageError(f"{checkpoint}: no layer matches {pattern!r}; without a pattern all are listed")
-        described = [_describe(opened, layer, fields.fields(layer.name), tensors) for layer in layers]
-        runs = runs_of_layers(sources.model, found, parse_input_size(input_size))
-        if input_size is not None:
-            for one in described:
-                one["runs"] = runs.get(one["name"], [])
-        if write_geometry is not None:
-            _write_geometry(write_geometry, {one["name"]: one["geometry"] for one in described}, force)
-        document: dict[str, Any] = {
-            "file": str(checkpoint),
-            "format": opened.format,
-            "bytes": sum(info.nbytes for info in opened.infos.values()),
-            "tensors": len(opened.infos),
-            "record": None if record is None else {"fusions": [fusion.to_json() for fusion in record.fusions]},
-            "layers": described,
-        }
-        reporter.result(document, lambda: _print(reporter, document, tensors))
-
-    return run(reporter, body)
+    path, pattern, sources = options.checkpoint, options.pattern, options.sources
+    opened = sources.open(path, reporter)
+    record = opened.record
+    found = read_model(sources.model, sources.model_args, opened, reporter)
+    fields = sources.fields(None if found is None else found[1].geometry, opened.layers)
+    fields = fields.with_first(FieldSource("record", record.fields() if record else {}, exact_names=True))
+    names = [name for name in opened.layers if pattern is None or name == pattern or fnmatchcase(name, pattern)]
+    if pattern is not None and not names:
+        raise UsageError(f"{path}: no layer matches {pattern!r}; without a pattern all are listed")
+    known = {name: _geometry(opened.layers[name], fields.fields(name)) for name in names}
+    runs = runs_of_layers(found, parse_input_size(options.input_size))
+    layers = [
+        _layer(opened.layers[name], known[name], options.tensors, None if runs is None else runs.get(name, ()))
+        for name in names
+    ]
+    if options.write_geometry is not None:
+        _write_geometry(options.write_geometry, known, options.force)
+    return Result(
+        path,
+        opened.format,
+        sum(info.nbytes for info in opened.infos.values()),
+        len(opened.infos),
+        None if record is None else Record(tuple(map(Recorded.of, record.fusions))),
+        tuple(layers),
+        options.tensors,
+    )
 
 
 def _write_geometry(path: Path, geometry: dict[str, dict[str, Any] | None], force: bool) -> None:
@@ -117,88 +157,80 @@ def _write_geometry(path: Path, geometry: dict[str, dict[str, Any] | None], forc
         file.write(geometry_toml(known).encode())
 
 
-def _describe(checkpoint: Checkpoint, layer: Layer, fields: dict[str, Any], tensors: bool) -> dict[str, Any]:
+def _layer(layer: FoundLayer, geometry: dict[str, Any] | None, tensors: bool, runs: Sequence[LayerRun] | None) -> Layer:
     weight = layer.tensors.get("weight") or next(iter(layer.tensors.values()))
-    described: dict[str, Any] = {
-        "name": layer.name,
-        "kind": layer.kind.name,
-        "shape": list(weight.shape),
-        "bias": "bias" in layer.tensors,
-        "dtype": weight.dtype,
-        "bytes": sum(info.nbytes for info in layer.stored()),
-        "geometry": layer.kind.written_out(fields, layer.shapes) if fields and layer.kind.settable else None,
-    }
-    if tensors:
-        described["tensors"] = [
-            {"name": info.name, "dtype": info.dtype, "shape": list(info.shape), "bytes": info.nbytes}
-            for info in layer.stored()
-        ]
-    return described
-
-
-def _print(reporter: Reporter, document: dict[str, Any], tensors: bool) -> None:
-    reporter.remark(
-        f"{document['file']}: {document['format']}, {document['tensors']} tensors, {human_bytes(document['bytes'])}"
+    return Layer(
+        layer.name,
+        layer.kind.name,
+        weight.shape,
+        "bias" in layer.tensors,
+        weight.dtype,
+        sum(info.nbytes for info in layer.stored()),
+        geometry,
+        tuple(Tensor(info.name, info.dtype, info.shape, info.nbytes) for info in layer.stored()) if tensors else None,
+        runs,
     )
-    if tensors:
-        listed = [
-            (tensor["name"], tensor["dtype"], _shape(tensor["shape"]), human_bytes(tensor["bytes"]))
-            for layer in document["layers"]
-            for tensor in layer["tensors"]
-        ]
-        table(("tensor", "dtype", "shape", "size"), listed, right=("size",))
-        return
-    if document["layers"] and "runs" in document["layers"][0]:
-        _print_runs(reporter, document["layers"])
-        return
-    rows = [
-        (
-            layer["name"] or "(bare module)",
-            layer["kind"],
-            _shape(layer["shape"]) + (" + bias" if layer["bias"] and _kind(layer).main else ""),
-            layer["dtype"],
-            human_bytes(layer["bytes"]),
-            _fields_text(layer["geometry"]) if _kind(layer).settable else "",
+
+
+def _geometry(layer: FoundLayer, fields: dict[str, Any]) -> dict[str, Any] | None:
+    """Return what is known of the layer's geometry; None where nothing is, since defaults would be a guess."""
+    return layer.kind.written_out(fields, layer.shapes) if fields and layer.kind.settable else None
+
+
+def show(result: Result, reporter: Reporter) -> None:
+    """Print a table of layers, of their runs, or of tensors."""
+    reporter.remark(f"{result.file}: {result.format}, {result.tensors} tensors, {human_bytes(result.bytes)}")
+    if result.by_tensor:
+        tensors = [one for layer in result.layers for one in layer.tensors or ()]
+        rows = [(one.name, one.dtype, _shape(one.shape), human_bytes(one.bytes)) for one in tensors]
+        table(("tensor", "dtype", "shape", "size"), rows, right=("size",))
+    elif result.layers and result.layers[0].runs is not None:
+        _show_runs(result, reporter)
+    else:
+        table(
+            ("layer", "kind", "weight", "dtype", "size", "geometry"),
+            [_row(one) for one in result.layers],
+            right=("size",),
         )
-        for layer in document["layers"]
-    ]
-    table(("layer", "kind", "weight", "dtype", "size", "geometry"), rows, right=("size",))
-    for fusion in (document["record"] or {"fusions": []})["fusions"]:
-        reporter.remark(f"{fusion['name']} was fused by convtool from {tree_text(fusion['sources'])}")
+        for fusion in result.record.fusions if result.record else ():
+            reporter.remark(f"{fusion.name} was fused by convtool from {tree_text(fusion.sources)}")
 
 
-def _kind(layer: dict[str, Any]) -> Kind:
-    return kind_named(layer["kind"]) or UNKNOWN
+def _row(layer: Layer) -> tuple[str, ...]:
+    bias = " + bias" if layer.bias and _kind(layer).main else ""
+    return (*_head(layer, bias), layer.dtype, human_bytes(layer.bytes), _fields_text(layer))
 
 
-def _print_runs(reporter: Reporter, layers: list[dict[str, Any]]) -> None:
-    """A line for each run of a layer, in place of its tensors' sizes."""
-    rows = []
-    for layer in layers:
-        fields = _fields_text(layer["geometry"]) if _kind(layer).settable else ""
-        start = (layer["name"] or "(bare module)", layer["kind"], _shape(layer["shape"]))
-        rows += [(*start, *_seen(one), fields) for one in layer["runs"] or [None]]
+def _show_runs(result: Result, reporter: Reporter) -> None:
+    """Print a line for each run of a layer, in place of its tensors' sizes."""
+    rows: list[tuple[str, ...]] = []
+    for layer in result.layers:
+        seen = [(_shape(one.input_size), _shape(one.output_size), str(one.multiply_adds)) for one in layer.runs or ()]
+        rows += [(*_head(layer), *one, _fields_text(layer)) for one in seen or [("-", "-", "-")]]
     columns = ("layer", "kind", "weight", "input", "output", "multiply-adds", "geometry")
     table(columns, rows, right=("multiply-adds",))
-    total = sum(one["multiply_adds"] for layer in layers for one in layer["runs"])
+    total = sum(one.multiply_adds for layer in result.layers for one in layer.runs or ())
     reporter.line(f"{total} multiply-adds for one input")
 
 
-def _seen(one: dict[str, Any] | None) -> tuple[str, str, str]:
-    """Input, output and multiply-adds of one run of a layer."""
-    if one is None:
-        return "-", "-", "-"
-    return _shape(one["input_size"]), _shape(one["output_size"]), str(one["multiply_adds"])
+def _kind(layer: Layer) -> Kind:
+    return kind_named(layer.kind) or UNKNOWN
 
 
-def _shape(shape: list[int]) -> str:
+def _head(layer: Layer, bias: str = "") -> tuple[str, str, str]:
+    return layer.name or "(bare module)", layer.kind, _shape(layer.shape) + bias
+
+
+def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _fields_text(fields: dict[str, Any] | None) -> str:
-    if not fields:
+def _fields_text(layer: Layer) -> str:
+    if not _kind(layer).settable:
+        return ""
+    if not layer.geometry:
         return "not in the file"
-    return ", ".join(f"{name} {_value(value)}" for name, value in fields.items() if _worth_saying(name, value))
+    return ", ".join(f"{name} {_value(value)}" for name, value in layer.geometry.items() if _worth_saying(name, value))
 
 
 def _worth_saying(name: str, value: Any) -> bool:
@@ -216,3 +248,6 @@ def _value(value: Any) -> str:
         return f"{value:g}" if isinstance(value, float) else str(value)
     entries = [str(v) if not isinstance(v, list) else str(v[0]) if v[0] == v[1] else f"{v[0]}:{v[1]}" for v in value]
     return entries[0] if len(set(entries)) == 1 else ",".join(entries)
+
+
+COMMAND = Command("CKPT [PATTERN]", EXAMPLES, Options, run, show)

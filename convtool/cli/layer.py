@@ -5,29 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from convtool.cli import complete
-from convtool.cli.options import (
-    CheckpointPath,
-    Dilation,
-    Groups,
-    InputSize,
-    OutputPadding,
-    Padding,
-    PaddingModeOption,
-    SourceOptions,
-    Stride,
-    Transposed,
-    check_used,
-    parse_input_size,
-    single_layer_fields,
-)
+from convtool.cli.document import LayerFields, LayerKind, Sizes
+from convtool.cli.options import CheckpointPath, InputSize, SourceOptions, argument, flag, option, parse_input_size
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from convtool.core.conv import Conv
+
+MODES = ("zeros", "circular", "replicate", "reflect")
+FIELDS = ("stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,71 +25,76 @@ class LayerOptions:
     """The layer, the size of its input, and what options such as --stride say of it: as typed."""
 
     checkpoint: CheckpointPath
-    layer: Annotated[
-        str,
-        typer.Argument(
-            metavar="LAYER", help="Module path of the layer.", show_default=False, autocompletion=complete.layers
-        ),
-    ]
+    layer: Annotated[str, argument("LAYER", "Module path of the layer.", complete.layers)]
     input_size: InputSize = None
-    stride: Stride = None
-    padding: Padding = None
-    dilation: Dilation = None
-    groups: Groups = None
-    padding_mode: PaddingModeOption = None
-    transposed: Transposed = False
-    output_padding: OutputPadding = None
+    stride: Annotated[str | None, option("N[,N]", "Stride of LAYER.")] = None
+    padding: Annotated[str | None, option("P", "1, or 1,2, or before:after (0:1,2:2), or same, or half.")] = None
+    dilation: Annotated[str | None, option("N[,N]", "Dilation of LAYER.")] = None
+    groups: Annotated[str | None, option("N", "Groups of LAYER.")] = None
+    padding_mode: Annotated[
+        str | None, option("MODE", "zeros, circular, replicate or reflect.", completion=complete.one_of(*MODES))
+    ] = None
+    transposed: Annotated[bool, flag("--transposed", "LAYER is a ConvTranspose.")] = False
+    output_padding: Annotated[str | None, option("N[,N]", "Of a transposed LAYER.")] = None
 
     @property
     def fields(self) -> dict[str, Any]:
         """Those of --stride, --padding, ... that were given, parsed; UsageError where one can't be."""
-        return single_layer_fields(
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
-            groups=self.groups,
-            padding_mode=self.padding_mode,
-            transposed=self.transposed,
-            output_padding=self.output_padding,
-        )
+        from convtool.kinds import parse_field
+
+        fields = {}
+        for name in FIELDS:
+            value = getattr(self, name)
+            if value not in (None, False):
+                try:
+                    fields[name] = parse_field(name, value)
+                except UsageError as error:
+                    option = f"--{name.replace('_', '-')}"
+                    raise UsageError(f"{option}: {str(error).removeprefix(f'{name}: ')}") from None
+        return fields
+
+
+@dataclass(frozen=True, slots=True)
+class OfLayer:
+    """A layer and the size of its input, as documents and the records of files hold them.
+
+    Attributes:
+        layer: as the checkpoint calls it.
+        input_size: channels first; null where none was given.
+        output_size: channels first.
+    """
+
+    layer: str
+    kind: LayerKind
+    fields: LayerFields
+    input_size: Sizes | None
+    output_size: Sizes | None
+
+    @property
+    def sizes_text(self) -> str:
+        """'3x32x32 -> 16x30x30'."""
+        return " -> ".join("x".join(map(str, size or ())) for size in (self.input_size, self.output_size))
 
 
 @dataclass(frozen=True, slots=True)
 class LayerAtSize:
-    """A layer and the size of its input.
+    """A layer, lowered, and the size of its input.
 
     Attributes:
-        name: as the checkpoint has it.
-        fields: its geometry, as records and documents hold it.
         spatial: spatial sizes of its input; None where none were given and none are needed.
         assumed: what was assumed of it, in words.
     """
 
-    name: str
-    kind: str
+    of: OfLayer
     conv: Conv
-    fields: dict[str, Any]
     spatial: tuple[int, ...] | None
-    assumed: list[str]
-
-    @property
-    def record(self) -> dict[str, Any]:
-        """What a file made from it notes of it."""
-        sizes = None if self.spatial is None else [self.conv.in_channels, *self.spatial]
-        made = None if self.spatial is None else [self.conv.out_channels, *self.conv.output_size(self.spatial)]
-        return {
-            "layer": self.name,
-            "kind": self.kind,
-            "fields": self.fields,
-            "input_size": sizes,
-            "output_size": made,
-        }
+    assumed: tuple[str, ...]
 
 
-def lower_layer(
-    reporter: Reporter, wanted: LayerOptions, given: SourceOptions, *, needs_size: bool = True
+def find_layer(
+    wanted: LayerOptions, given: SourceOptions, reporter: Reporter, *, needs_size: bool = True
 ) -> LayerAtSize:
-    """The layer that is wanted, and a remark on what was assumed of it.
+    """Return the layer that is wanted; what was assumed of it is remarked.
 
     Args:
         needs_size: whether there has to be an --input-size (where the layer has spatial axes).
@@ -108,15 +103,12 @@ def lower_layer(
         UsageError, InputError: what opening a checkpoint and lowering a layer raise; or an input size is missing.
     """
     from convtool.core.fields import geometry_fields
-    from convtool.core.sizes import split_input_size
     from convtool.fusing.lowering import lower_chain
 
     size = parse_input_size(wanted.input_size)
     opened = given.open(wanted.checkpoint, reporter)
-    found = opened.layer(wanted.layer)
-    fields = wanted.fields
-    sources = given.fields(given.of_model(opened, reporter), {found.name: fields} if fields else {})
-    check_used(sources, list(opened.layers))
+    found, fields = opened.layer(wanted.layer), wanted.fields
+    sources = given.fields(given.of_model(opened, reporter), opened.layers, {found.name: fields} if fields else {})
     if needs_size and size is None and not found.kind.channels_last:
         raise UsageError(
             f"{reporter.command} needs --input-size, the spatial sizes of {wanted.layer}'s input, such as 32,32"
@@ -124,15 +116,21 @@ def lower_layer(
     lowered = lower_chain(opened, [wanted.layer], sources, size)[0]
     if lowered.assumed:
         reporter.remark(f"assumed: {lowered.assumed}")
-    conv = lowered.conv
-    spatial = None
-    if needs_size or size is not None or conv.spatial_axes == 0:
-        spatial = split_input_size(size or (), conv.in_channels, conv.spatial_axes)
-    return LayerAtSize(
+    conv, spatial = lowered.conv, spatial_size(lowered.conv, size)
+    of = OfLayer(
         found.name,
         found.kind.name,
-        conv,
         geometry_fields(conv.geometry) | lowered.fields,
-        spatial,
-        [lowered.assumed] if lowered.assumed else [],
+        None if spatial is None else (conv.in_channels, *spatial),
+        None if spatial is None else (conv.out_channels, *conv.output_size(spatial)),
     )
+    return LayerAtSize(of, conv, spatial, (lowered.assumed,) if lowered.assumed else ())
+
+
+def spatial_size(conv: Conv, size: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the spatial part of an input size; None where there is none, and the layer has spatial axes."""
+    from convtool.core.sizes import split_input_size
+
+    if size is None and conv.spatial_axes:
+        return None
+    return split_input_size(size or (), conv.in_channels, conv.spatial_axes)

@@ -4,46 +4,39 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch import nn
 
     from convtool.checkpoint import Checkpoint
     from convtool.cli.output import Reporter
     from convtool.graph.planned import Plan
-    from convtool.kinds.stated import FieldSource
     from convtool.live.agreement import Agreement
+    from convtool.live.runs import LayerRun
+    from convtool.live.whole import WholeReport
 
 
 def load(model: str, arguments: str | None, *, in_memory: bool = False) -> nn.Module:
-    """The model of --model; what its code prints goes to stderr, so that stdout holds results alone."""
+    """Return the model of --model; what its code prints goes to stderr, so that stdout holds results alone."""
     from convtool.live.load import load_model
 
     with contextlib.redirect_stdout(sys.stderr):
         return load_model(model, arguments, in_memory=in_memory)
 
 
-def model_fields(
+def read_model(
     model: str | None, arguments: str | None, checkpoint: Checkpoint, reporter: Reporter
-) -> FieldSource | None:
-    """The geometry that --model tells of a checkpoint's layers, or None without it; what disagrees is remarked.
+) -> tuple[nn.Module, Agreement] | None:
+    """Return the model of --model and what it says of a checkpoint's layers, or None without it.
 
     Raises:
         UsageError: the model cannot be built, or has no layer in common with the checkpoint.
     """
-    found = read_model(model, arguments, checkpoint, reporter)
-    return None if found is None else found[1].geometry
-
-
-def read_model(
-    model: str | None, arguments: str | None, checkpoint: Checkpoint, reporter: Reporter
-) -> tuple[nn.Module, Agreement] | None:
-    """The model of --model and what it says of a checkpoint's layers, or None without it; see `model_fields`."""
     if model is None:
         if arguments is not None:
             raise UsageError("--model-args: goes with --model")
@@ -53,7 +46,7 @@ def read_model(
 
 
 def agreement(model: nn.Module, spec: str, checkpoint: Checkpoint, reporter: Reporter) -> Agreement:
-    """The model held against the checkpoint; what disagrees is remarked.
+    """Hold the model against the checkpoint; what disagrees is remarked.
 
     Raises:
         UsageError: they have no layer in common.
@@ -74,15 +67,15 @@ def agreement(model: nn.Module, spec: str, checkpoint: Checkpoint, reporter: Rep
 
 
 def runs_of_layers(
-    model: str | None, found: tuple[nn.Module, Agreement] | None, input_size: Sequence[int] | None
-) -> dict[str, list[dict[str, Any]]]:
-    """What each layer reads and gives while the model runs once, by the checkpoint's names; empty without a size.
+    found: tuple[nn.Module, Agreement] | None, input_size: Sequence[int] | None
+) -> Mapping[str, Sequence[LayerRun]] | None:
+    """Return what each layer reads and gives while the model runs once, by the checkpoint's names; None without a size.
 
     Raises:
         UsageError: a size and no model.
     """
     if input_size is None:
-        return {}
+        return None
     if found is None:
         raise UsageError("--input-size: is the size of the model's input, and goes with --model")
     from convtool.live.runs import layer_runs
@@ -90,18 +83,7 @@ def runs_of_layers(
     built, agreed = found
     with contextlib.redirect_stdout(sys.stderr):
         runs = layer_runs(built, input_size)
-    return {
-        agreed.names[name]: [
-            {
-                "input_size": list(run.input_size),
-                "output_size": list(run.output_size),
-                "multiply_adds": run.multiply_adds,
-            }
-            for run in each
-        ]
-        for name, each in runs.items()
-        if name in agreed.names
-    }
+    return {agreed.names[name]: each for name, each in runs.items() if name in agreed.names}
 
 
 def plan_for(
@@ -115,7 +97,7 @@ def plan_for(
     only_if_cheaper: bool,
     measure: bool,
 ) -> Plan:
-    """The fusions of a model, by the names of the checkpoint and for what it holds, where there is one.
+    """Return the fusions of a model, by the names of the checkpoint and for what it holds, where there is one.
 
     Raises:
         UsageError: no input size, a model that cannot be built or doesn't run on it, or of another checkpoint.
@@ -152,42 +134,20 @@ def plan_for(
 def whole_model(
     model: str | None,
     arguments: str | None,
-    input_size: Sequence[int] | None,
+    input_size: Sequence[int],
     before: Checkpoint,
     after: Checkpoint,
     seed: int,
     reporter: Reporter,
-) -> dict[str, Any] | None:
-    """Both networks' outputs held against each other, as a JSON document; None where nobody asked for it.
+) -> WholeReport:
+    """Hold both networks' outputs against each other.
 
     Raises:
         UsageError: an input size without a model, or one on which it doesn't run.
     """
-    if input_size is None:
-        return None
+    from convtool.live.whole import compare_whole
+
     if model is None:
         raise UsageError("--model-input: goes with --model")
-    from convtool.live.whole import MOST, compare_whole
-
     with reporter.progress("running the model", None), contextlib.redirect_stdout(sys.stderr):
-        report = compare_whole(lambda: load(model, arguments, in_memory=True), before, after, input_size, seed=seed)
-    return {
-        "input_size": list(report.input_size),
-        "outputs": report.outputs,
-        "difference": report.difference,
-        "largest_output": report.largest,
-        "rounding": report.rounding,
-        "ratio": report.ratio,
-        "most": MOST,
-        "equal": report.equal,
-    }
-
-
-def whole_text(found: dict[str, Any]) -> str:
-    """The comparison in a line."""
-    size = ",".join(map(str, found["input_size"]))
-    return (
-        f"the whole model, on inputs of {size}: outputs {'equal' if found['equal'] else 'DIFFER'}; they differ by"
-        f" {found['difference']:.3g}, rounding every weight changes them by {found['rounding']:.3g}, the largest is"
-        f" {found['largest_output']:.3g}"
-    )
+        return compare_whole(lambda: load(model, arguments, in_memory=True), before, after, input_size, seed=seed)

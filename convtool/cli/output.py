@@ -9,15 +9,16 @@ import re
 import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 
+from convtool.cli import exit_codes
+from convtool.cli.document import Error, Failure, to_json, whole_document
 from convtool.errors import OutputError, human_bytes
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn
 
-SCHEMA = 1
 PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
 GAP = 2  # blanks between two columns of a table
 NARROW = 64  # columns that a bar with all that it tells takes; below, it is percent and time
@@ -49,18 +50,16 @@ class Reporter:
         self.command = command
         self.as_json = as_json
         self.quiet = quiet
+        self.silent = False
+
+    def silence(self) -> None:
+        """Say nothing but errors from now on: another process of the same launch speaks for all."""
+        self.silent, self.quiet, self.as_json = True, True, False
 
     def remark(self, text: str) -> None:
         """A line for people, on stderr."""
         if not (self.quiet or self.as_json):
             say(printable(text))
-
-    def result(self, document: dict[str, Any], human: Callable[[], None]) -> None:
-        """The command's result: the document with --json, else what `human` prints."""
-        if self.as_json:
-            print_document({"schema": SCHEMA, "command": self.command, "ok": True, **document})
-        else:
-            human()
 
     def line(self, text: str) -> None:
         """A line of the result, on stdout."""
@@ -202,19 +201,20 @@ def leave(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def print_document(document: dict[str, Any]) -> None:
-    """One JSON document on stdout, in plain ASCII and without NaN or Infinity, which JSON doesn't have."""
-    text = json.dumps(_finite(document), indent=2)
+def print_document(document: Mapping[str, Any]) -> None:
+    """Print the one JSON document on stdout, in plain ASCII and without NaN or Infinity, which JSON doesn't have."""
+    text = json.dumps(to_json(document), indent=2)
     # Shapes on one line: inside a string no line ends, so that what this finds are lists of numbers.
     emit(re.sub(r"\[\n\s*([-+.\de,\s]+?)\n\s*\]", lambda match: f"[{' '.join(match[1].split())}]", text))
 
 
-def print_error(command: str | None, kind: str, code: int, message: str, *, as_json: bool) -> None:
-    """A failure: one line on stderr, and with --json one document on stdout as well."""
+def print_error(command: str | None, kind: str, message: str, *, as_json: bool) -> int:
+    """Print a failure, one line on stderr and with --json one document on stdout as well, and return its exit code."""
+    code = exit_codes.FAILURES[kind]
     say(f"convtool: {printable(message)}")
     if as_json:
-        error = {"kind": kind, "exit_code": code, "message": message}
-        print_document({"schema": SCHEMA, "command": command, "ok": False, "error": error})
+        print_document(whole_document(command, Failure(Error(kind, code, message))))
+    return code
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
@@ -279,15 +279,6 @@ def _wrapped(text: str, window: int) -> str:
     return textwrap.fill(text, max(window - 1, 20), initial_indent="  ", subsequent_indent="    ")
 
 
-def tree_text(tree: dict[str, Any]) -> str:
-    """The layers of a fusion, as its record has them, in words: 'a + (b + c | d)'."""
-    if "chain" in tree:
-        return " + ".join(tree_text(part) for part in tree["chain"])
-    if "sum" in tree:
-        return "(" + " | ".join(tree_text(part) for part in tree["sum"]) + ")"
-    return f"{tree['origin']}:{tree['name']}" if "origin" in tree else str(tree["name"])
-
-
 def window_columns() -> int:
     """The window's width: what COLUMNS says, or the terminal behind stdout, stderr or stdin; 80 without one."""
     with contextlib.suppress(ValueError):
@@ -308,13 +299,3 @@ def stdout_styled() -> bool:
 def bold(text: str, styled: bool) -> str:
     """The text in bold type where `styled`."""
     return f"\x1b[1m{text}\x1b[0m" if styled else text
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
-        return str(value)  # 'nan', 'inf': a string says so, and stays valid JSON
-    return value

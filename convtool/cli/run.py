@@ -11,7 +11,7 @@ from types import FrameType
 
 from convtool.cli import exit_codes
 from convtool.cli.output import Reporter, StdoutError, leave, print_error
-from convtool.errors import ConvtoolError, OutputError
+from convtool.errors import ConvtoolError
 
 
 class _Terminated(BaseException):
@@ -21,9 +21,8 @@ class _Terminated(BaseException):
 def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
     """Run a command's body and give its exit code, whatever happens in it."""
 
-    def fail(kind: str, code: int, message: str) -> int:
-        print_error(reporter.command, kind, code, message, as_json=reporter.as_json)
-        return code
+    def fail(kind: str, message: str) -> int:
+        return print_error(reporter.command, kind, message, as_json=reporter.as_json)
 
     try:
         with _termination_raises():
@@ -31,14 +30,13 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
     except (BrokenPipeError, StdoutError):
         raise  # `flushed` deals with that
     except ConvtoolError as error:
-        code, kind = exit_codes.of_error(error)
-        return fail(kind, code, str(error))
+        return fail(exit_codes.kind_of(error), str(error))
     except KeyboardInterrupt:
-        return fail("interrupted", exit_codes.INTERRUPTED, "interrupted; nothing half-written was left behind")
+        return fail("interrupted", "interrupted; nothing half-written was left behind")
     except _Terminated:
-        return fail("terminated", exit_codes.TERMINATED, "terminated; nothing half-written was left behind")
+        return fail("terminated", "terminated; nothing half-written was left behind")
     except MemoryError:
-        return fail("input", 3, "not enough memory for this; see the command's --help for smaller outputs")
+        return fail("input", "not enough memory for this; see the command's --help for smaller outputs")
     except Exception as error:
         return bug(error, reporter.command, as_json=reporter.as_json)
 
@@ -51,8 +49,7 @@ def bug(error: Exception, command: str | None, *, as_json: bool) -> int:
         f"a bug in convtool ({type(error).__name__}: {error}); please report it with the trace above, the"
         " command line and the output of `convtool inspect` for the checkpoint"
     )
-    print_error(command, "internal", exit_codes.INTERNAL, message, as_json=as_json)
-    return exit_codes.INTERNAL
+    return print_error(command, "internal", message, as_json=as_json)
 
 
 def flushed(action: Callable[[], int]) -> int:
@@ -69,9 +66,7 @@ def flushed(action: Callable[[], int]) -> int:
         message = (
             f"stdout: could not be written: {error.strerror or error}" if isinstance(error, OSError) else str(error)
         )
-        code, kind = exit_codes.BY_ERROR[OutputError]
-        print_error(None, kind, code, message, as_json=False)
-        return code
+        return print_error(None, "output", message, as_json=False)
 
 
 @contextlib.contextmanager

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
-
-import typer
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from convtool.cli import complete
-from convtool.cli.layer import LayerOptions, lower_layer
+from convtool.cli.command import Command
+from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, to_json
+from convtool.cli.layer import LayerAtSize, LayerOptions, OfLayer, find_layer
 from convtool.cli.options import (
     DryRun,
-    Dtype,
+    DtypeOption,
     Force,
     SourceOptions,
-    Speech,
     check_not_source,
+    dtype_name,
+    flag,
+    option,
     parse_dtype,
 )
 from convtool.cli.output import Reporter
 from convtool.cli.ranks import launched_ranks, speaks
-from convtool.cli.run import run
-from convtool.cli.signature import grouped
-from convtool.cli.written import print_files
+from convtool.cli.written import Files, show_files
+from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from convtool.core.toeplitz import ToeplitzMatrix
+    import torch
 
-NAME = "toeplitz"
-USAGE = "CKPT LAYER -o OUT"
+    from convtool.core.toeplitz import ToeplitzMatrix
+    from convtool.matrix import MatrixPlan
+
 EXAMPLES = """
 convtool toeplitz resnet.safetensors conv1 --input-size 32,32 --stride 2 --padding 3 -o conv1.npz
 python -c 'import scipy.sparse; print(scipy.sparse.load_npz("conv1.npz").shape)'
@@ -38,166 +41,185 @@ convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.
 # in parts, by four processes; without torchrun the same files
 torchrun --nproc-per-node 4 -m convtool toeplitz net.pt conv1 --input-size 3,512,512 --shards 4 -o conv1.safetensors
 """
+LAYOUTS = ("csr", "coo", "dense")
 
 
-@grouped
-def command(
-    *,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """The layer, and how its matrix is to be written."""
+
     out: Annotated[
         Path,
-        typer.Option(
-            "--out",
-            "-o",
-            metavar="OUT",
-            help="The matrix file: .npz (scipy), .npy (dense), .safetensors, .pt or .mtx (text).",
-            show_default=False,
-        ),
-    ],
-    wanted: LayerOptions,
+        option("OUT", "The matrix file: .npz (scipy), .npy (dense), .safetensors, .pt or .mtx (text).", "--out", "-o"),
+    ]
+    wanted: LayerOptions
     layout: Annotated[
         str | None,
-        typer.Option(
-            "--layout",
-            help="csr, coo or dense; by default csr, dense for .npy, coo for .mtx.",
-            show_default=False,
-            autocompletion=complete.one_of("csr", "coo", "dense"),
+        option(
+            "LAYOUT",
+            "csr, coo or dense; by default csr, dense for .npy, coo for .mtx.",
+            completion=complete.one_of(*LAYOUTS),
         ),
-    ] = None,
-    dtype: Dtype = None,
+    ] = None
+    dtype: DtypeOption = None
     transpose: Annotated[
-        bool, typer.Option("--transpose", help="Write B for row vectors, y = x @ B, instead of T for y = T @ x.")
-    ] = False,
-    affine: Annotated[
-        bool, typer.Option("--affine", help="Append the bias as the last column, for inputs extended by a 1.")
-    ] = False,
+        bool, flag("--transpose", "Write B for row vectors, y = x @ B, instead of T for y = T @ x.")
+    ] = False
+    affine: Annotated[bool, flag("--affine", "Append the bias as the last column, for inputs extended by a 1.")] = False
     order: Annotated[
         str,
-        typer.Option(
-            "--order",
-            metavar="ORDER",
-            help="How x and y are flattened: CHW, or HWC for channels last.",
-            autocompletion=complete.one_of("CHW", "HWC"),
+        option(
+            "ORDER",
+            "How x and y are flattened: CHW, or HWC for channels last.",
+            completion=complete.one_of("CHW", "HWC"),
         ),
-    ] = "CHW",
-    rows: Annotated[
-        str | None, typer.Option("--rows", metavar="A:B", help="Only rows A to B-1.", show_default=False)
-    ] = None,
+    ] = "CHW"
+    rows: Annotated[str | None, option("A:B", "Only rows A to B-1.")] = None
     shards: Annotated[
         int | None,
-        typer.Option(
-            "--shards",
-            metavar="N",
-            help="Write N .safetensors files, each a part of the rows, and an index; under torchrun the processes share"
+        option(
+            "N",
+            "Write N .safetensors files, each a part of the rows, and an index; under torchrun the processes share"
             " them.",
-            show_default=False,
         ),
-    ] = None,
-    show: Annotated[bool, typer.Option("--show", help="Draw the matrix in the terminal as well.")] = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="PNG", help="Draw the matrix as well (needs matplotlib).", show_default=False),
-    ] = None,
-    sources: SourceOptions,
-    dry_run: DryRun = False,
-    force: Force = False,
-    speech: Speech,
-) -> int:
+    ] = None
+    show: Annotated[bool, flag("--show", "Draw the matrix in the terminal as well.")] = False
+    plot: Annotated[Path | None, option("PNG", "Draw the matrix as well (needs matplotlib).")] = None
+    sources: SourceOptions
+    dry_run: DryRun = False
+    force: Force = False
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether outputs may be there already."""
+        return self.force or self.dry_run
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What the file notes of its matrix.
+
+    Attributes:
+        order: how inputs and outputs are flattened.
+        rows: from, and to but not with.
+    """
+
+    of: OfLayer = field(metadata=INLINE)
+    transpose: bool
+    affine: bool
+    order: Annotated[str, ("enum", ("CHW", "HWC"))]
+    rows: Sizes | None
+    dtype: Dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A matrix that was written.
+
+    Attributes:
+        shards: how many files; then `out` is their index, and `bytes` counts them all.
+        written: false after --dry-run.
+        bytes: of all its files together, the picture left out.
+        plot: the picture of --plot.
+        bias: none; beside the matrix; part of it (--affine); there is one, and the format has no room for it.
+        drawing: of the matrix, in lines.
+    """
+
+    record: Record = field(metadata=INLINE)
+    source: Path
+    out: Path
+    shards: Count | None
+    layout: Literal["csr", "coo", "dense"]
+    shape: Sizes
+    nnz: Count
+    written: bool
+    bytes: Count
+    files: Files
+    plot: Path | None
+    bias: Literal["vector", "column", "missing"] | None
+    assumed: tuple[str, ...]
+    drawing: tuple[str, ...] = field(metadata=HIDDEN)
+
+
+def run(options: Options, reporter: Reporter) -> Result:
     """Write the matrix T of a layer, so that T @ x.reshape(-1) is the layer's output, less the bias.
 
     Rows are (output channel, output position), columns (input channel, input position), row-major: the layout of
     nn.Linear.weight. The bias is stored beside it as its own vector, except in .npy, which has no room for one.
     """
-    reporter = speech.reporter(NAME) if speaks() else Reporter(NAME, quiet=True)
+    from convtool.matrix import plan_matrix
+    from convtool.matrix.shards import index_path
 
-    def body() -> None:
-        import torch
+    if not speaks():
+        reporter.silence()
+    dtype = parse_dtype(options.dtype)
+    _check_outputs(options)
+    found = find_layer(options.wanted, options.sources, reporter)
+    matrix = _matrix(options, found, dtype)
+    plan = plan_matrix(matrix, options.out, layout=_layout(options.layout), rows=_rows(options.rows))
+    record = Record(found.of, options.transpose, options.affine, options.order, plan.rows, dtype_name(matrix.dtype))
+    write = _write_file if options.shards is None else _write_shards
+    files = write(options, matrix, plan, to_json(record), reporter)
+    if options.plot is not None and not options.dry_run:
+        from convtool.matrix.plot import write_plot
 
-        from convtool.core.order import MATRICES, Order
-        from convtool.errors import UsageError
-        from convtool.formats.atomic import check_target
-        from convtool.matrix import plan_matrix, planned_size, write_matrix
-        from convtool.matrix.shards import check_shards, index_path, plan_shards, write_shards
+        title = f"{found.of.layer}, {found.conv.geometry.describe()}"
+        write_plot(matrix, options.plot, force=options.force, title=title, rows=plan.rows)
+    bias = _bias(options, found, plan)
+    _remark(options, found, plan, bias, reporter)
+    return Result(
+        record=record,
+        source=options.wanted.checkpoint,
+        out=options.out if options.shards is None else index_path(options.out),
+        shards=options.shards,
+        layout=plan.layout,
+        shape=plan.shape,
+        nnz=plan.nnz,
+        written=not options.dry_run,
+        bytes=sum(files.values()),
+        files=files,
+        plot=options.plot,
+        bias=bias,
+        assumed=found.assumed,
+        drawing=_drawing(matrix, plan) if options.show and not (reporter.silent or reporter.as_json) else (),
+    )
 
-        value_dtype = parse_dtype(dtype)
-        check_not_source(out, wanted.checkpoint)
-        if shards is None:
-            check_target(out, force=force or dry_run)
-        else:
-            if rows is not None:
-                raise UsageError("--shards cuts all rows into parts; it doesn't go with --rows")
-            check_shards(out, shards, force=force or dry_run)
-        if plot is not None:
-            from convtool.matrix.plot import check_plot
 
-            check_plot(plot)
-            check_target(plot, force=force or dry_run)
-        found = lower_layer(reporter, wanted, sources)
-        conv = found.conv
-        if order not in get_args(Order):
-            raise UsageError(f"--order: expected CHW or HWC, got {order!r}")
-        form = MATRICES["HWC" if order == "HWC" else "CHW"]
-        matrix = form(conv, found.spatial or (), dtype=value_dtype, transpose=transpose, affine=affine)
-        plan = plan_matrix(matrix, out, layout=_layout(layout), rows=_rows(rows))
-        rows_written = None if plan.rows is None else list(plan.rows)
-        record = found.record | {"transpose": transpose, "affine": affine, "order": order, "rows": rows_written}
-        record["dtype"] = str(matrix.dtype).removeprefix("torch.")  # which a text file wouldn't tell
-        if shards is None:
-            files = {out: planned_size(matrix, plan, record)}
-            if not dry_run:
-                with reporter.progress(f"writing {out.name}", files[out]) as advance:
-                    write_matrix(matrix, plan, out, force=force, record=record, progress=advance)
-        else:
-            parts = plan_shards(matrix, out, shards, layout=plan.layout, record=record)
-            files = dict(parts.files)
-            if not dry_run:
-                with launched_ranks() as ranks:
-                    share = [files[path] for path in parts.shards][ranks.rank :: ranks.count]
-                    with reporter.progress(f"writing {out.name}", sum(share)) as advance:
-                        write_shards(matrix, parts, force=force, ranks=ranks, progress=advance)
-        if plot is not None and not dry_run:
-            from convtool.matrix.plot import write_plot
+def _check_outputs(options: Options) -> None:
+    """See that nothing is in the way of what is to be written, before anything is read."""
+    from convtool.formats.atomic import check_target
+    from convtool.matrix.shards import check_shards
 
-            write_plot(matrix, plot, force=force, title=f"{found.name}, {conv.geometry.describe()}", rows=plan.rows)
-        missing_bias = conv.bias is not None and not affine and not plan.stores_bias
-        document = record | {
-            "source": str(wanted.checkpoint),
-            "out": str(out if shards is None else index_path(out)),
-            "shards": shards,
-            "layout": plan.layout,
-            "shape": list(plan.shape),
-            "nnz": plan.nnz,
-            "dtype": str(plan.dtype).removeprefix("torch."),
-            "written": not dry_run,
-            "bytes": sum(files.values()),
-            "files": {str(path): size for path, size in files.items()},
-            "plot": None if plot is None else str(plot),
-            "bias": "column" if affine else "missing" if missing_bias else "vector" if conv.bias is not None else None,
-            "assumed": found.assumed,
-        }
-        if missing_bias:
-            reporter.remark(f"{out} has no room for the bias of {found.name}; --affine makes it part of the matrix")
-        if plan.index_dtype == torch.int64 and plan.layout == "csr":
-            reporter.remark(
-                "indices are int64, since int32 ends at 2147483647; scipy keeps them, and its direct solvers"
-                " (spsolve, splu) take int32 alone"
-            )
-        if speaks():
-            reporter.result(document, lambda: _print(reporter, document, _drawing(matrix, plan.rows) if show else []))
+    check_not_source(options.out, options.wanted.checkpoint)
+    if options.shards is None:
+        check_target(options.out, force=options.overwrite)
+    elif options.rows is not None:
+        raise UsageError("--shards cuts all rows into parts; it doesn't go with --rows")
+    else:
+        check_shards(options.out, options.shards, force=options.overwrite)
+    if options.plot is not None:
+        from convtool.matrix.plot import check_plot
 
-    return run(reporter, body)
+        check_plot(options.plot)
+        check_target(options.plot, force=options.overwrite)
+
+
+def _matrix(options: Options, found: LayerAtSize, dtype: torch.dtype | None) -> ToeplitzMatrix:
+    from convtool.core.order import MATRICES, Order
+
+    if options.order not in get_args(Order):
+        raise UsageError(f"--order: expected CHW or HWC, got {options.order!r}")
+    form = MATRICES["HWC" if options.order == "HWC" else "CHW"]
+    return form(found.conv, found.spatial or (), dtype=dtype, transpose=options.transpose, affine=options.affine)
 
 
 def _layout(text: str | None) -> Any:
-    from convtool.errors import UsageError
-
-    if text not in (None, "csr", "coo", "dense"):
+    if text not in (None, *LAYOUTS):
         raise UsageError(f"--layout: expected csr, coo or dense, got {text!r}")
     return text
 
 
 def _rows(text: str | None) -> tuple[int, int] | None:
-    from convtool.errors import UsageError
-
     if text is None:
         return None
     start, colon, stop = text.partition(":")
@@ -206,24 +228,79 @@ def _rows(text: str | None) -> tuple[int, int] | None:
     return int(start), int(stop)
 
 
-def _drawing(matrix: ToeplitzMatrix, rows: tuple[int, int] | None) -> list[str]:
+def _write_file(
+    options: Options, matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, Any], reporter: Reporter
+) -> dict[Path, int]:
+    """Write the matrix as one file, unless it's a dry run, and return its path and size."""
+    from convtool.matrix import planned_size, write_matrix
+
+    out = options.out
+    files = {out: planned_size(matrix, plan, record)}
+    if not options.dry_run:
+        with reporter.progress(f"writing {out.name}", files[out]) as advance:
+            write_matrix(matrix, plan, out, force=options.force, record=record, progress=advance)
+    return files
+
+
+def _write_shards(
+    options: Options, matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, Any], reporter: Reporter
+) -> dict[Path, int]:
+    """Write this process's share of the parts, unless it's a dry run, and return all of them with their sizes."""
+    from convtool.matrix.shards import plan_shards, write_shards
+
+    parts = plan_shards(matrix, options.out, options.shards or 1, layout=plan.layout, record=record)
+    files = dict(parts.files)
+    if not options.dry_run:
+        with launched_ranks() as ranks:
+            share = [files[path] for path in parts.shards][ranks.rank :: ranks.count]
+            with reporter.progress(f"writing {options.out.name}", sum(share)) as advance:
+                write_shards(matrix, parts, force=options.force, ranks=ranks, progress=advance)
+    return files
+
+
+def _bias(options: Options, found: LayerAtSize, plan: MatrixPlan) -> Literal["vector", "column", "missing"] | None:
+    """Return where the layer's bias is."""
+    if options.affine:
+        return "column"
+    if found.conv.bias is None:
+        return None
+    return "vector" if plan.stores_bias else "missing"
+
+
+def _remark(options: Options, found: LayerAtSize, plan: MatrixPlan, bias: str | None, reporter: Reporter) -> None:
+    """Say what the file lacks, and what its readers may stumble over."""
+    import torch
+
+    if bias == "missing":
+        out, name = options.out, found.of.layer
+        reporter.remark(f"{out} has no room for the bias of {name}; --affine makes it part of the matrix")
+    if plan.index_dtype == torch.int64 and plan.layout == "csr":
+        reporter.remark(
+            "indices are int64, since int32 ends at 2147483647; scipy keeps them, and its direct solvers"
+            " (spsolve, splu) take int32 alone"
+        )
+
+
+def _drawing(matrix: ToeplitzMatrix, plan: MatrixPlan) -> tuple[str, ...]:
     from convtool.matrix.plot import drawn
 
     columns, lines = shutil.get_terminal_size()
-    return drawn(matrix, columns - 1, max(10, lines - 6), rows)
+    return tuple(drawn(matrix, columns - 1, max(10, lines - 6), plan.rows))
 
 
-def _print(reporter: Reporter, document: dict[str, Any], drawing: list[str]) -> None:
-    rows, columns = document["shape"]
-    reporter.line(
-        f"{document['layer']}: {'x'.join(map(str, document['input_size']))} ->"
-        f" {'x'.join(map(str, document['output_size']))}"
-    )
-    density = document["nnz"] / max(1, rows * columns)
-    reporter.line(
-        f"  {rows} x {columns}, {document['nnz']} entries ({density:.3%}), {document['dtype']}, {document['layout']}"
-    )
-    for line in drawing:
+def show(result: Result, reporter: Reporter) -> None:
+    """Print the layer, its matrix, and what was written."""
+    rows, columns = result.shape
+    of, dtype = result.record.of, result.record.dtype
+    reporter.line(f"{of.layer}: {of.sizes_text}")
+    density = result.nnz / max(1, rows * columns)
+    reporter.line(f"  {rows} x {columns}, {result.nnz} entries ({density:.3%}), {dtype}, {result.layout}")
+    for line in result.drawing:
         reporter.line(line.rstrip())
-    parts = "" if document["shards"] is None else f" and {document['shards']} shards"
-    print_files(reporter, document, parts)
+    parts = "" if result.shards is None else f" and {result.shards} shards"
+    show_files(result.out, result.files, reporter, written=result.written, made_of=parts)
+    if result.plot is not None and not result.written:
+        reporter.line(f"would draw {result.plot}")
+
+
+COMMAND = Command("CKPT LAYER -o OUT", EXAMPLES, Options, run, show)

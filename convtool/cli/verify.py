@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
-
 from convtool.cli import complete, exit_codes
+from convtool.cli.command import Command
 from convtool.cli.options import (
     FLOATS,
     SourceOptions,
-    Speech,
     With,
-    check_used,
-    field_sources,
+    argument,
+    flag,
     open_others,
     open_reporting,
+    option,
     parse_dtype,
     parse_input_size,
 )
 from convtool.cli.output import Reporter
-from convtool.cli.run import run
-from convtool.cli.signature import grouped
-from convtool.cli.verify_text import assumed, describe, hints, narrowed, print_lines, statement
+from convtool.cli.verify_text import (
+    BOUND,
+    EVERY_ENTRY,
+    Matrix,
+    MatrixResult,
+    OtherTensors,
+    Report,
+    Result,
+    Tolerance,
+    Whole,
+    assumed,
+    hints,
+    narrowed,
+    show,
+    statement,
+)
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     import torch
 
@@ -37,8 +49,6 @@ if TYPE_CHECKING:
     from convtool.fusing.compare import Pairing
     from convtool.kinds.stated import FieldSource, FieldSources
 
-NAME = "verify"
-USAGE = "BEFORE AFTER"
 EXAMPLES = """
 convtool verify resnet.safetensors fused.safetensors --input-size 64,56,56
 convtool verify net.safetensors fused.safetensors --exhaustive --json
@@ -50,103 +60,93 @@ convtool verify net.safetensors conv1.npz
 
 
 @dataclass(frozen=True, slots=True)
-class _Sources(SourceOptions):
-    """The same for two checkpoints."""
+class Sources(SourceOptions):
+    """Where fields come from, for two checkpoints."""
 
     settings: Annotated[
         list[str] | None,
-        typer.Option(
+        option(
+            "LAYER.FIELD=VALUE",
+            "A field of a layer, in both checkpoints; before:LAYER... or after:LAYER... for one. Repeatable.",
             "--set",
-            metavar="LAYER.FIELD=VALUE",
-            help="A field of a layer, in both checkpoints; before:LAYER... or after:LAYER... for one. Repeatable.",
-            show_default=False,
         ),
     ] = None
 
-    def of_both(self, model: FieldSource | None) -> tuple[FieldSources, FieldSources]:
-        """Fields for BEFORE and for AFTER; a --set with before: or after: in front goes to one of them only."""
+    def of_both(self, model: FieldSource | None, layers: Iterable[str] | None) -> tuple[FieldSources, FieldSources]:
+        """Return fields for BEFORE and for AFTER; a --set with before: or after: in front goes to one of them only."""
         both = self.settings or []
         first = [text.removeprefix("before:") for text in both if not text.startswith("after:")]
         second = [text.removeprefix("after:") for text in both if not text.startswith("before:")]
-        return field_sources(self.geometry, first, {}, model), field_sources(self.geometry, second, {})
+        before, after = replace(self, settings=first), replace(self, settings=second)
+        return before.fields(model, layers), after.fields(None, layers)
 
 
-@grouped
-def command(
-    before: Annotated[
-        Path, typer.Argument(metavar="BEFORE", help="The original checkpoint, or a matrix file.", show_default=False)
-    ],
-    after: Annotated[
-        Path, typer.Argument(metavar="AFTER", help="The fused checkpoint, or a matrix file.", show_default=False)
-    ],
-    *,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is compared, on which inputs."""
+
+    before: Annotated[Path, argument("BEFORE", "The original checkpoint, or a matrix file.")]
+    after: Annotated[Path, argument("AFTER", "The fused checkpoint, or a matrix file.")]
     input_size: Annotated[
         list[str] | None,
-        typer.Option(
-            "--input-size",
-            metavar="[C,]H,W",
-            help="Size of the input to the first layer; repeatable. By default sizes that show border and interior.",
-            show_default=False,
+        option(
+            "[C,]H,W",
+            "Size of the input to the first layer; repeatable. By default sizes that show border and interior.",
         ),
-    ] = None,
+    ] = None
     before_layers: Annotated[
         str | None,
-        typer.Option(
+        option(
+            "A,B",
+            "The chain in BEFORE, or the matrix's layer, where AFTER has no record.",
             "--before",
-            metavar="A,B",
-            help="The chain in BEFORE, or the matrix's layer, where AFTER has no record.",
-            show_default=False,
-            autocompletion=complete.chain_of("before"),
+            completion=complete.chain_of("before"),
         ),
-    ] = None,
+    ] = None
     after_layers: Annotated[
         str | None,
-        typer.Option(
-            "--after",
-            metavar="C",
-            help="The chain in AFTER that stands for it.",
-            show_default=False,
-            autocompletion=complete.chain_of("after"),
-        ),
-    ] = None,
-    trials: Annotated[int, typer.Option("--trials", help="Random inputs for each chain and size.")] = 8,
-    seed: Annotated[int, typer.Option("--seed", help="Seed of the random inputs.")] = 0,
-    exhaustive: Annotated[
-        bool, typer.Option("--exhaustive", help="Run every basis vector: settles equality for all inputs.")
-    ] = False,
-    rtol: Annotated[
-        float | None,
-        typer.Option("--rtol", help="A relative tolerance instead of the derived bound.", show_default=False),
-    ] = None,
-    atol: Annotated[
-        float | None,
-        typer.Option("--atol", help="An absolute tolerance instead of the derived bound.", show_default=False),
-    ] = None,
+        option("C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after")),
+    ] = None
+    trials: Annotated[int, option("TRIALS", "Random inputs for each chain and size.")] = 8
+    seed: Annotated[int, option("SEED", "Seed of the random inputs.")] = 0
+    exhaustive: Annotated[bool, flag("--exhaustive", "Run every basis vector: settles equality for all inputs.")] = (
+        False
+    )
+    rtol: Annotated[float | None, option("RTOL", "A relative tolerance instead of the derived bound.")] = None
+    atol: Annotated[float | None, option("ATOL", "An absolute tolerance instead of the derived bound.")] = None
     computed_in: Annotated[
         str | None,
-        typer.Option(
-            "--computed-in",
-            metavar="DTYPE",
-            help="Precision in which another program fused AFTER; float64 by default, as convtool does.",
-            show_default=False,
-        ),
-    ] = None,
-    device: Annotated[
-        str, typer.Option("--device", help="Where to run it, such as cuda; the verdict is the same.")
-    ] = "cpu",
-    sources: _Sources,
+        option("DTYPE", "Precision in which another program fused AFTER; float64 by default, as convtool does."),
+    ] = None
+    device: Annotated[str, option("DEVICE", "Where to run it, such as cuda; the verdict is the same.")] = "cpu"
+    sources: Sources
     model_input: Annotated[
-        str | None,
-        typer.Option(
-            "--model-input",
-            metavar="C,H,W",
-            help="With --model: also run the whole model on inputs of that size, before and after.",
-            show_default=False,
-        ),
-    ] = None,
-    sources_given: With = None,
-    speech: Speech,
-) -> int:
+        str | None, option("C,H,W", "With --model: also run the whole model on inputs of that size, before and after.")
+    ] = None
+    sources_given: With = None
+
+    def sizes(self) -> list[tuple[int, ...]]:
+        """Return each --input-size as numbers."""
+        return [size for text in self.input_size or () if (size := parse_input_size(text)) is not None]
+
+    def check(self) -> None:
+        """Raise UsageError for values that no comparison can have."""
+        if self.model_input is not None and self.sources.model is None:
+            raise UsageError("--model-input: goes with --model")
+        if self.trials < 1 and not self.exhaustive:
+            raise UsageError(f"--trials: expected at least 1, got {self.trials}; no comparison is no proof")
+        if not 0 <= self.seed < 2**63:
+            raise UsageError(f"--seed: expected an integer from 0 to 2**63 - 1, got {self.seed}")
+
+    def check_for_matrices(self) -> None:
+        """Raise UsageError for options that don't go with a matrix file."""
+        given = {"--rtol": self.rtol, "--atol": self.atol, "--after": self.after_layers, "--with": self.sources_given}
+        for name, value in given.items():
+            if value is not None:
+                raise UsageError(f"{name}: doesn't go with a matrix file")
+
+
+def run(options: Options, reporter: Reporter) -> Result | MatrixResult:
     """Prove that AFTER computes what BEFORE does, up to the rounding that storing it must bring.
 
     Goes by the record that convtool leaves in AFTER: every fused layer is run against the layers it stands for, and
@@ -156,71 +156,99 @@ def command(
     There is no tolerance to choose: each output is held against a bound derived from the weights, the input and the
     dtype, and the largest ratio of error to bound is reported; at most 1 passes.
     """
-    reporter = speech.reporter(NAME)
+    import torch
 
-    def body() -> int:
-        import torch
+    from convtool.matrix.read import is_matrix_file
 
-        from convtool.matrix.read import is_matrix_file
+    sizes = options.sizes()
+    options.check()
+    how: dict[str, Any] = {
+        "trials": options.trials,
+        "seed": options.seed,
+        "computed_in": parse_dtype(options.computed_in, "--computed-in", FLOATS) or torch.float64,
+    }
+    if is_matrix_file(options.after) or is_matrix_file(options.before):
+        options.check_for_matrices()
+        return _verify_matrices(options, sizes, how, reporter)
+    if (options.before_layers is None) != (options.after_layers is None):
+        raise UsageError("--before and --after go together: the chain in BEFORE and the one that stands for it")
+    how |= {"exhaustive": options.exhaustive, "rtol": options.rtol, "atol": options.atol}
+    return _verify_checkpoints(options, sizes, how | {"device": _device(options.device)}, reporter)
 
-        sizes = [size for text in input_size or () if (size := parse_input_size(text)) is not None]
-        if model_input is not None and sources.model is None:
-            raise UsageError("--model-input: goes with --model")
-        if trials < 1 and not exhaustive:
-            raise UsageError(f"--trials: expected at least 1, got {trials}; no comparison is no proof")
-        if not 0 <= seed < 2**63:
-            raise UsageError(f"--seed: expected an integer from 0 to 2**63 - 1, got {seed}")
-        options: dict[str, Any] = {
-            "trials": trials,
-            "seed": seed,
-            "computed_in": parse_dtype(computed_in, "--computed-in", FLOATS) or torch.float64,
-        }
-        if is_matrix_file(after) or is_matrix_file(before):
-            given = {"--rtol": rtol, "--atol": atol, "--after": after_layers, "--with": sources_given}
-            for option, value in given.items():
-                if value is not None:
-                    raise UsageError(f"{option}: doesn't go with a matrix file")
-            return _matrices(reporter, before, after, before_layers, sizes, sources, options)
-        if (before_layers is None) != (after_layers is None):
-            raise UsageError("--before and --after go together: the chain in BEFORE and the one that stands for it")
-        options |= {"exhaustive": exhaustive, "rtol": rtol, "atol": atol, "device": _device(device)}
-        sides = _open(reporter, before, after, sources, sources_given)
-        if before_layers is not None and after_layers is not None:
-            pairings = [sides.named(before_layers, after_layers)]
-            tensors = None
-        else:
-            pairings = sides.recorded(reporter)
-            tensors = _compare_tensors(reporter, sides, pairings)
-        for text in assumed(pairings):
-            reporter.remark(f"assumed: {text}")
-        results = _run(reporter, pairings, sides, sizes, options)
-        if not results and not sides.before.infos:
-            raise UsageError("there is nothing to compare: no fusion and no tensor")
-        for text in hints(results, bool(sizes), computed_in):
-            reporter.remark(text)
-        whole = _whole_model(reporter, sides, sources, model_input, seed)
-        equal = not (tensors and tensors["differing"]) and (whole is None or whole["equal"])
-        document = {
-            "before": str(before),
-            "after": str(after),
-            "equivalent": equal and all(report.equivalent for _, report in results),
-            "statement": statement([report for _, report in results], exhaustive)
-            + ("" if sizes else narrowed(results)),
-            "exhaustive": exhaustive,
-            "seed": seed,
-            "trials": trials,
-            "computed_in": computed_in or "float64",
-            "tolerance": {"rtol": rtol, "atol": atol} if rtol is not None or atol is not None else "derived bound",
-            "assumed": assumed(pairings),
-            "input_sizes": "given" if sizes else "chosen",
-            "fusions": [describe(pairing, report) for pairing, report in results],
-            "other_tensors": tensors,
-            "whole_model": whole,
-        }
-        reporter.result(document, lambda: print_lines(reporter, document))
-        return exit_codes.OK if document["equivalent"] else exit_codes.NOT_EQUIVALENT
 
-    return run(reporter, body)
+def _verify_checkpoints(
+    options: Options, sizes: list[tuple[int, ...]], how: dict[str, Any], reporter: Reporter
+) -> Result:
+    """Return the verdict on two checkpoints."""
+    sides = _open(options, reporter)
+    if options.before_layers is not None and options.after_layers is not None:
+        pairings, tensors = [sides.named(options.before_layers, options.after_layers)], None
+    else:
+        pairings = sides.recorded(reporter)
+        tensors = _compare_tensors(sides, pairings, reporter)
+    unstated = assumed(pairings)
+    for text in unstated:
+        reporter.remark(f"assumed: {text}")
+    results = _run(pairings, sides, sizes, how, reporter)
+    if not results and not sides.before.infos:
+        raise UsageError("there is nothing to compare: no fusion and no tensor")
+    for text in hints(results, bool(sizes), options.computed_in):
+        reporter.remark(text)
+    whole = _whole_model(options, sides, reporter)
+    reports = [report for _, report in results]
+    equal = not (tensors and tensors.differing) and (whole is None or whole.equal)
+    own_bound = options.rtol is not None or options.atol is not None
+    return Result(
+        before=options.before,
+        after=options.after,
+        equivalent=equal and all(report.equivalent for report in reports),
+        statement=statement(reports, options.exhaustive) + ("" if sizes else narrowed(results)),
+        exhaustive=options.exhaustive,
+        seed=options.seed,
+        trials=options.trials,
+        computed_in=options.computed_in or "float64",
+        tolerance=Tolerance(options.rtol, options.atol) if own_bound else BOUND,
+        assumed=tuple(unstated),
+        input_sizes="given" if sizes else "chosen",
+        fusions=tuple(Report.of(*result) for result in results),
+        other_tensors=tensors,
+        whole_model=whole,
+    )
+
+
+def _verify_matrices(
+    options: Options, sizes: list[tuple[int, ...]], how: dict[str, Any], reporter: Reporter
+) -> MatrixResult:
+    """Return the verdict on a layer and its matrix, or on two matrices."""
+    from convtool.cli.matrices import compare_with_layer, compare_with_matrix, open_numbers
+    from convtool.matrix.read import is_matrix_file
+
+    before, after, sources = options.before, options.after, options.sources
+    opened = None if is_matrix_file(before) else sources.open(before, reporter)
+    model = None if opened is None else sources.of_model(opened, reporter)
+    fields, _ = sources.of_both(model, None if opened is None else opened.layers)
+    if not is_matrix_file(after):
+        raise UsageError(f"{before} is a matrix file and {after} is none; the matrix is AFTER, its layer in BEFORE")
+    found = open_numbers(after)
+    if opened is None:
+        if options.before_layers is not None or sizes:
+            raise UsageError("--before and --input-size are for a layer; BEFORE is a matrix file as well")
+        compared = compare_with_matrix(found, open_numbers(before), reporter)
+    else:
+        compared = compare_with_layer(found, opened, options.before_layers, sizes, fields, how, reporter)
+    for text in compared.assumed:
+        reporter.remark(f"assumed: {text}")
+    report = compared.report
+    return MatrixResult(
+        before=before,
+        after=after,
+        equivalent=report.equivalent,
+        statement=EVERY_ENTRY,
+        seed=report.seed,
+        tolerance=BOUND,
+        assumed=tuple(compared.assumed),
+        matrix=Matrix.of_report(compared.of, compared.form, report),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,13 +261,13 @@ class _Sides:
     fields: tuple[FieldSources, FieldSources]
 
     def named(self, before: str, after: str) -> Pairing:
-        """The chains of --before and --after."""
+        """Return the chains of --before and --after."""
         from convtool.fusing.trials import named_pairing
 
         return named_pairing(self.before, self.after, (split_names(before), split_names(after)), self.fields)
 
     def recorded(self, reporter: Reporter) -> list[Pairing]:
-        """The fusions that AFTER records and BEFORE lacks."""
+        """Return the fusions that AFTER records and BEFORE lacks."""
         from convtool.fusing.compare import recorded_pairings
 
         pairings = recorded_pairings(self.before, self.after, self.fields[0], self.others)
@@ -248,39 +276,15 @@ class _Sides:
         return pairings
 
 
-def _open(reporter: Reporter, before: Path, after: Path, sources: _Sources, sources_given: list[str] | None) -> _Sides:
+def _open(options: Options, reporter: Reporter) -> _Sides:
     from convtool.checkpoint import is_flat
 
-    one = sources.open(before, reporter)
-    mapped = not sources.no_mmap
-    other = open_reporting(reporter, after, None if is_flat(after) else sources.root, mapped=mapped)
-    others = open_others(reporter, sources_given, mapped=mapped)
-    fields = sources.of_both(sources.of_model(one, reporter))
+    sources, mapped = options.sources, not options.sources.no_mmap
+    one = sources.open(options.before, reporter)
+    other = open_reporting(reporter, options.after, None if is_flat(options.after) else sources.root, mapped=mapped)
+    others = open_others(reporter, options.sources_given, mapped=mapped)
     known = [name for opened in (one, other, *others.values()) for name in opened.layers]
-    for each in fields:
-        check_used(each, known)
-    return _Sides(one, other, others, fields)
-
-
-def _matrices(
-    reporter: Reporter,
-    before: Path,
-    after: Path,
-    layer: str | None,
-    sizes: list[tuple[int, ...]],
-    sources: _Sources,
-    options: dict[str, Any],
-) -> int:
-    """The verdict on a layer and its matrix, or on two matrices."""
-    from convtool.cli.verify_matrix import verify_matrix_files
-    from convtool.matrix.read import is_matrix_file
-
-    one = None if is_matrix_file(before) else sources.open(before, reporter)
-    fields, _ = sources.of_both(None if one is None else sources.of_model(one, reporter))
-    if one is not None:
-        check_used(fields, list(one.layers))
-    document = verify_matrix_files(reporter, one or before, after, layer, sizes, fields, options)
-    return exit_codes.OK if document["equivalent"] else exit_codes.NOT_EQUIVALENT
+    return _Sides(one, other, others, sources.of_both(sources.of_model(one, reporter), known))
 
 
 def _device(name: str) -> torch.device:
@@ -296,7 +300,7 @@ def _device(name: str) -> torch.device:
 
 
 def split_names(text: str) -> list[str]:
-    """'conv,flatten(7,7),head' as ['conv', 'flatten(7,7)', 'head']: at commas, but not at those in parentheses."""
+    """Return 'conv,flatten(7,7),head' as ['conv', 'flatten(7,7)', 'head']: cut at commas, not those in parentheses."""
     names, depth = [""], 0
     for character in text:
         depth += (character == "(") - (character == ")")
@@ -307,8 +311,8 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in names]
 
 
-def _compare_tensors(reporter: Reporter, sides: _Sides, pairings: list[Pairing]) -> dict[str, Any]:
-    """What became of every tensor that went into no fusion."""
+def _compare_tensors(sides: _Sides, pairings: list[Pairing], reporter: Reporter) -> OtherTensors:
+    """Return what became of every tensor that went into no fusion."""
     from convtool.core.tree import leaves
     from convtool.fusing.compare import differing_tensors
 
@@ -322,17 +326,13 @@ def _compare_tensors(reporter: Reporter, sides: _Sides, pairings: list[Pairing])
     kept = [info for name, info in sides.before.infos.items() if name not in fused]
     with reporter.progress("comparing tensors", sum(info.nbytes for info in kept)) as advance:
         differing = differing_tensors(sides.before, sides.after, pairings, advance)
-    return {"compared": len(kept), "differing": differing}
+    return OtherTensors(len(kept), differing)
 
 
 def _run(
-    reporter: Reporter,
-    pairings: list[Pairing],
-    sides: _Sides,
-    sizes: list[tuple[int, ...]],
-    options: dict[str, Any],
+    pairings: list[Pairing], sides: _Sides, sizes: list[tuple[int, ...]], how: dict[str, Any], reporter: Reporter
 ) -> list[tuple[Pairing, EquivalenceReport]]:
-    """Every pairing at every input size."""
+    """Run every pairing at every input size."""
     from convtool.core.tree import BASE
     from convtool.fusing.trials import trials
 
@@ -341,14 +341,23 @@ def _run(
     results = []
     with reporter.progress("verifying", len(runs), "share") as advance:
         for trial in runs:
-            results.append((trial.pairing, trial.run(progress=advance, **options)))
+            results.append((trial.pairing, trial.run(progress=advance, **how)))
     return results
 
 
-def _whole_model(
-    reporter: Reporter, sides: _Sides, sources: _Sources, model_input: str | None, seed: int
-) -> dict[str, Any] | None:
+def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> Whole | None:
+    """Return how both networks' outputs compare; None where nobody asked for it."""
     from convtool.cli.model import whole_model
 
-    size = parse_input_size(model_input, "--model-input")
-    return whole_model(sources.model, sources.model_args, size, sides.before, sides.after, seed, reporter)
+    size, sources = parse_input_size(options.model_input, "--model-input"), options.sources
+    if size is None:
+        return None
+    report = whole_model(sources.model, sources.model_args, size, sides.before, sides.after, options.seed, reporter)
+    return Whole.of(report)
+
+
+def _exit_code(result: Result | MatrixResult) -> int:
+    return exit_codes.OK if result.equivalent else exit_codes.NOT_EQUIVALENT
+
+
+COMMAND = Command("BEFORE AFTER", EXAMPLES, Options, run, show, _exit_code)

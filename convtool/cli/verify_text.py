@@ -1,30 +1,261 @@
-"""What `convtool verify` says of two checkpoints: its document, and its lines."""
+"""What `convtool verify` says: its results, and their lines."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from convtool.cli.model import whole_text
+from convtool.cli.document import Count, Dtype, Sizes
 from convtool.cli.output import Reporter, table
 from convtool.core.tree import leaves
 
 if TYPE_CHECKING:
     from convtool.core.tally import Region
-    from convtool.core.verify import EquivalenceReport
+    from convtool.core.verify import EquivalenceReport, StoredError
+    from convtool.core.verify_matrix import MatrixReport
     from convtool.fusing.compare import Pairing
+    from convtool.live.whole import WholeReport
 
 KINDS = {"normal": "a random input", "zero": "an input of zeros", "constant": "an input of ones"}
 MOST_NAMES = 20  # tensors named one by one before the rest is only counted
+BOUND: Literal["derived bound"] = "derived bound"
+EVERY_ENTRY = "every entry compared: this holds for all inputs of this size"
+
+
+@dataclass(frozen=True, slots=True)
+class Met:
+    """Of each group's input channels, those with every kernel entry met by itself."""
+
+    met: Count
+    of: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Of AFTER's taps, those that outputs read at this size; nothing is said of the others.
+
+    Attributes:
+        of: 0 where AFTER is several layers.
+    """
+
+    read: Count
+    of: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Layers of BEFORE and those of AFTER that stand for them, at one input size.
+
+    Attributes:
+        ratio: largest error by its bound.
+        mismatch: why nothing could be compared.
+        inputs: by kind.
+        run_as_stored: both sides in the dtype they are stored in, relative to the largest output; no part of the
+            verdict.
+    """
+
+    name: str
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    equivalent: bool
+    ratio: float
+    mismatch: str | None
+    input_size: Sizes
+    output_size: Sizes
+    dtype: Dtype
+    inputs: dict[str, Count]
+    input_channels_met: Met
+    taps_read: Read
+    interior: Region | None
+    rim: Region | None
+    run_as_stored: StoredError | None
+
+    @classmethod
+    def of(cls, pairing: Pairing, report: EquivalenceReport) -> Report:
+        """Return what there is to say of a comparison."""
+        return cls(
+            name=pairing.name,
+            before=tuple(one.layer.name for one in leaves(pairing.before)),
+            after=tuple(one.layer.name for one in leaves(pairing.after)),
+            equivalent=report.equivalent,
+            ratio=report.ratio,
+            mismatch=report.mismatch or None,
+            input_size=report.input_size,
+            output_size=report.output_size,
+            dtype=report.dtype,
+            inputs=report.inputs,
+            input_channels_met=Met(*report.met),
+            taps_read=Read(*report.taps),
+            interior=_compared(report.interior),
+            rim=_compared(report.rim),
+            run_as_stored=report.stored_error,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class OtherTensors:
+    """What became of the tensors that went into no fusion.
+
+    Attributes:
+        differing: by full name.
+    """
+
+    compared: Count
+    differing: dict[str, Annotated[str, ("enum", ("changed", "missing", "new"))]]
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """Both networks' outputs, held against each other.
+
+    Attributes:
+        outputs: numbers compared.
+        difference: the largest.
+        rounding: what rounding every weight changes.
+        ratio: difference by rounding.
+        most: the largest ratio that is called equal.
+    """
+
+    input_size: Sizes
+    outputs: Count
+    difference: float
+    largest_output: float
+    rounding: float
+    ratio: float
+    most: float
+    equal: bool
+
+    @classmethod
+    def of(cls, report: WholeReport) -> Whole:
+        """Return what there is to say of a comparison."""
+        from convtool.live.whole import MOST
+
+        size, outputs, largest = report.input_size, report.outputs, report.largest
+        return cls(size, outputs, report.difference, largest, report.rounding, report.ratio, MOST, report.equal)
+
+    def __str__(self) -> str:
+        return (
+            f"the whole model, on inputs of {_comma(self.input_size)}: outputs {'equal' if self.equal else 'DIFFER'};"
+            f" they differ by {self.difference:.3g}, rounding every weight changes them by {self.rounding:.3g}, the"
+            f" largest is {self.largest_output:.3g}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """What stands in the place of the derived bound."""
+
+    rtol: float | None
+    atol: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The verdict on two checkpoints.
+
+    Attributes:
+        equivalent: exit code 0 or 1.
+        statement: what was shown, apart from the verdict.
+        other_tensors: null with --before and --after.
+        whole_model: with --model-input: the outputs of both networks; null without.
+    """
+
+    before: Path
+    after: Path
+    equivalent: bool
+    statement: str
+    exhaustive: bool
+    seed: int
+    trials: Count
+    computed_in: Dtype
+    tolerance: Tolerance | Literal["derived bound"]
+    assumed: tuple[str, ...]
+    input_sizes: Literal["given", "chosen"]
+    fusions: tuple[Report, ...]
+    other_tensors: OtherTensors | None
+    whole_model: Whole | None
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """How a matrix did.
+
+    Attributes:
+        of: the layer, or the file in BEFORE.
+        form: T @ x or x @ B, and where the bias is.
+        mismatch: why nothing could be compared.
+        ratio: largest error by its bound.
+        entries: where: row and column; positions: entries.
+        products: with some inputs, against torch's convolution; where: output.
+        bias: where: output.
+        bias_missing: the file has no room for the layer's bias.
+    """
+
+    of: str
+    form: str
+    shape: Sizes
+    dtype: Dtype
+    mismatch: str | None
+    ratio: float
+    entries: Region | None
+    products: Region | None
+    bias: Region | None
+    bias_missing: bool
+
+    @classmethod
+    def of_report(cls, of: str, form: str, report: MatrixReport) -> Matrix:
+        """Return what there is to say of a comparison."""
+        return cls(
+            of=of,
+            form=form,
+            shape=report.shape,
+            dtype=report.dtype,
+            mismatch=report.mismatch or None,
+            ratio=report.ratio,
+            entries=_compared(report.entries),
+            products=_compared(report.products),
+            bias=_compared(report.bias),
+            bias_missing=report.bias_missing,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixResult:
+    """The verdict on a matrix file and its layer, or another matrix.
+
+    Attributes:
+        equivalent: exit code 0 or 1.
+        statement: what was shown, apart from the verdict.
+    """
+
+    before: Path
+    after: Path
+    equivalent: bool
+    statement: str
+    seed: int
+    tolerance: Literal["derived bound"]
+    assumed: tuple[str, ...]
+    matrix: Matrix
+
+
+def _compared(region: Region) -> Region | None:
+    """Return a region, or None where it is empty."""
+    return region if region.positions else None
+
+
+# --- what was shown
 
 
 def assumed(pairings: list[Pairing]) -> list[str]:
+    """Return what nobody stated of the layers, in words."""
     found = [x.assumed for pairing in pairings for x in (*leaves(pairing.before), *leaves(pairing.after)) if x.assumed]
     return list(dict.fromkeys(found))
 
 
 def statement(reports: list[EquivalenceReport], exhaustive: bool) -> str:
-    """What was shown, apart from the verdict."""
+    """Return what was shown, apart from the verdict."""
     if not reports:
         return ""
     if exhaustive:
@@ -39,10 +270,10 @@ def statement(reports: list[EquivalenceReport], exhaustive: bool) -> str:
 
 
 def hints(results: list[tuple[Pairing, EquivalenceReport]], sizes: bool, computed_in: str | None) -> list[str]:
-    """What the record knows of a layer that differs: that it was made for other sizes, or rounded several times."""
+    """Return what the record knows of a layer that differs: that it was made for other sizes, or rounded in between."""
     lines = []
     for pairing in {id(pairing): pairing for pairing, report in results if not report.equivalent}.values():
-        said = " and ".join(dict.fromkeys(",".join(map(str, size)) for _, size in pairing.sizes))
+        said = " and ".join(dict.fromkeys(_comma(size) for _, size in pairing.sizes))
         if sizes and said:
             lines.append(f"{pairing.name}: by the record it was fused for input size {said} only")
         between = sorted(set(pairing.dtypes) - {"float64"})
@@ -55,7 +286,7 @@ def hints(results: list[tuple[Pairing, EquivalenceReport]], sizes: bool, compute
 
 
 def narrowed(results: list[tuple[Pairing, EquivalenceReport]]) -> str:
-    """What is said of one input size only, since the record knows of no other."""
+    """Return what is said of one input size only, since the record knows of no other."""
     said = {pairing.name: size for pairing, _ in results if (size := pairing.input_size()) is not None}
     if not said:
         return ""
@@ -66,99 +297,112 @@ def narrowed(results: list[tuple[Pairing, EquivalenceReport]]) -> str:
     return f"{words}, run at {' or '.join(smaller)}, where the borders are the same" if smaller else words
 
 
-def _comma(size: tuple[int, ...]) -> str:
+# --- lines
+
+
+def show(result: Result | MatrixResult, reporter: Reporter) -> None:
+    """Print a table of what was compared, what differs, and the verdict."""
+    if isinstance(result, MatrixResult):
+        _show_matrix(result, reporter)
+    else:
+        _show_fusions(result.fusions, reporter)
+        if result.other_tensors is not None:
+            _show_tensors(result.other_tensors, reporter)
+        if result.whole_model is not None:
+            reporter.line(str(result.whole_model))
+    said = f", {result.statement}" if result.statement else ""
+    reporter.line(f"equivalent{said}" if result.equivalent else "NOT equivalent")
+
+
+def _show_fusions(reports: Sequence[Report], reporter: Reporter) -> None:
+    if reports:
+        columns = ("layers", "input", "interior", "rim", "relative error", "run as stored", "verdict")
+        table(columns, list(map(_row, reports)))
+    for report in reports:
+        if report.mismatch:
+            reporter.line(f"{report.name}: {report.mismatch}")
+        taps = report.taps_read
+        if taps.read < taps.of and not report.mismatch:
+            reporter.line(
+                f"{report.name}: at {_times(report.input_size)} outputs read {taps.read} of {taps.of} taps; "
+                "nothing is said of the others, which larger inputs meet"
+            )
+        for name, region in (("interior", report.interior), ("rim", report.rim)):
+            if region and not region.equal:
+                reporter.line(f"{report.name}, {name}: {_worst(region)}")
+
+
+def _show_tensors(others: OtherTensors, reporter: Reporter) -> None:
+    for name, what in list(others.differing.items())[:MOST_NAMES]:
+        reporter.line(f"{name}: {what}, and no fusion accounts for it")
+    verdict = f"{len(others.differing)} differ" if others.differing else "bit for bit the same"
+    reporter.line(f"{others.compared} other tensors: {verdict}")
+
+
+def _row(report: Report) -> tuple[str, ...]:
+    regions = [region for region in (report.interior, report.rim) if region]
+    relative = max((region.relative_error for region in regions), default=None)
+    stored = report.run_as_stored
+    return (
+        " + ".join(report.before) + " = " + " + ".join(report.after),
+        _times(report.input_size),
+        _region(report.interior),
+        _region(report.rim),
+        "-" if relative is None else f"{relative:.2g}",
+        "-" if stored is None else f"{stored.difference:.2g} in {stored.dtype}",
+        _verdict(report.equivalent),
+    )
+
+
+def _worst(region: Region) -> str:
+    """Return where a region differs most, in words."""
+    channel, *position = region.where or ()
+    given = KINDS.get(region.kind, "")
+    if region.source:
+        source, *at = region.source
+        given = f"an impulse in input channel {source}{_at(at)}"
+    return (
+        f"{region.differing} of {region.positions} output positions differ; worst in channel {channel}"
+        f"{_at(position)}, for {given}: error {region.error:.3g}, bound {region.bound:.3g};"
+        f" relative to the largest output {region.relative_error:.3g}"
+    )
+
+
+def _show_matrix(result: MatrixResult, reporter: Reporter) -> None:
+    part = result.matrix
+    regions = (part.entries, part.products, part.bias)
+    row = (part.of, part.form, _times(part.shape), *map(_region, regions), _verdict(result.equivalent))
+    table(("of", "form", "matrix", "entries", "products", "bias", "verdict"), [row])
+    if part.mismatch:
+        reporter.line(part.mismatch)
+    whats = (("entries", "row, column"), ("products", "output"), ("bias", "output"))
+    for (name, what), region in zip(whats, regions, strict=True):
+        if region and not region.equal:
+            where = f"; worst at {what} {', '.join(map(str, region.where))}" if region.where else ""
+            reporter.line(
+                f"{name}: {region.differing} of {region.positions} differ{where}:"
+                f" error {region.error:.3g}, bound {region.bound:.3g};"
+                f" relative to the largest {region.relative_error:.3g}"
+            )
+    if part.bias_missing:
+        reporter.line("the layer has a bias, which the file has no room for; the matrix alone was compared")
+
+
+def _region(region: Region | None) -> str:
+    return "-" if region is None else f"{'equal' if region.equal else 'differs'}, error/bound {region.ratio:.3g}"
+
+
+def _verdict(equivalent: bool) -> str:
+    return "equivalent" if equivalent else "NOT equivalent"
+
+
+def _at(position: Sequence[int]) -> str:
+    return f" at {_comma(position)}" if position else ""
+
+
+def _comma(size: Sequence[int]) -> str:
     return ",".join(map(str, size))
 
 
-def describe(pairing: Pairing, report: EquivalenceReport) -> dict[str, Any]:
-    return {
-        "name": pairing.name,
-        "before": [x.layer.name for x in leaves(pairing.before)],
-        "after": [x.layer.name for x in leaves(pairing.after)],
-        "equivalent": report.equivalent,
-        "ratio": report.ratio,
-        "mismatch": report.mismatch or None,
-        "input_size": list(report.input_size),
-        "output_size": list(report.output_size),
-        "dtype": report.dtype,
-        "inputs": report.inputs,
-        "input_channels_met": {"met": report.met[0], "of": report.met[1]},
-        "taps_read": {"read": report.taps[0], "of": report.taps[1]},
-        "interior": region_document(report.interior),
-        "rim": region_document(report.rim),
-        "run_as_stored": asdict(report.stored_error) if report.stored_error else None,
-    }
-
-
-def region_document(region: Region) -> dict[str, Any] | None:
-    """A region for the JSON document; None where it is empty."""
-    return asdict(region) | {"equal": region.equal} if region.positions else None
-
-
-def print_lines(reporter: Reporter, document: dict[str, Any]) -> None:
-    if document["fusions"]:
-        columns = ("layers", "input", "interior", "rim", "relative error", "run as stored", "verdict")
-        table(columns, [_row(part) for part in document["fusions"]])
-    for part in document["fusions"]:
-        if part["mismatch"]:
-            reporter.line(f"{part['name']}: {part['mismatch']}")
-        read, taps = part["taps_read"]["read"], part["taps_read"]["of"]
-        if read < taps and not part["mismatch"]:
-            reporter.line(
-                f"{part['name']}: at {'x'.join(map(str, part['input_size']))} outputs read {read} of {taps} taps; "
-                "nothing is said of the others, which larger inputs meet"
-            )
-        for name in ("interior", "rim"):
-            if part[name] and not part[name]["equal"]:
-                reporter.line(f"{part['name']}, {name}: {_worst(part[name])}")
-    others = document["other_tensors"]
-    if others is not None:
-        for name, what in list(others["differing"].items())[:MOST_NAMES]:
-            reporter.line(f"{name}: {what}, and no fusion accounts for it")
-        reporter.line(
-            f"{others['compared']} other tensors: "
-            + (f"{len(others['differing'])} differ" if others["differing"] else "bit for bit the same")
-        )
-    if document["whole_model"] is not None:
-        reporter.line(whole_text(document["whole_model"]))
-    statement = f", {document['statement']}" if document["statement"] else ""
-    reporter.line(f"equivalent{statement}" if document["equivalent"] else "NOT equivalent")
-
-
-def _row(part: dict[str, Any]) -> tuple[str, ...]:
-    regions = [region for region in (part["interior"], part["rim"]) if region]
-    relative = max((region["relative_error"] for region in regions), default=None)
-    stored = part["run_as_stored"]
-    return (
-        " + ".join(part["before"]) + " = " + " + ".join(part["after"]),
-        "x".join(map(str, part["input_size"])),
-        _region(part["interior"]),
-        _region(part["rim"]),
-        "-" if relative is None else f"{relative:.2g}",
-        "-" if stored is None else f"{stored['difference']:.2g} in {stored['dtype']}",
-        "equivalent" if part["equivalent"] else "NOT equivalent",
-    )
-
-
-def _worst(region: dict[str, Any]) -> str:
-    """Where a region differs most, in words."""
-    channel, *position = region["where"]
-    given = KINDS.get(region["kind"], "")
-    if region["source"]:
-        source, *at = region["source"]
-        given = f"an impulse in input channel {source}{_at(at)}"
-    return (
-        f"{region['differing']} of {region['positions']} output positions differ; worst in channel {channel}"
-        f"{_at(position)}, for {given}: error {region['error']:.3g}, bound {region['bound']:.3g};"
-        f" relative to the largest output {region['relative_error']:.3g}"
-    )
-
-
-def _at(position: list[int]) -> str:
-    return f" at {','.join(map(str, position))}" if position else ""
-
-
-def _region(region: dict[str, Any] | None) -> str:
-    if region is None:
-        return "-"
-    return f"{'equal' if region['equal'] else 'differs'}, error/bound {region['ratio']:.3g}"
+def _times(size: Sequence[int]) -> str:
+    return "x".join(map(str, size))

@@ -1,70 +1,162 @@
-"""What commands say of a checkpoint that they wrote, or would write: its tensors, its files, their bytes."""
+"""What commands say of a checkpoint that they wrote, or would write: its tensors, its files, its record."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeAlias
 
+from convtool.cli.document import OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
 from convtool.cli.output import Reporter
+from convtool.core.tree import Tree, fold, map_leaves
 from convtool.errors import human_bytes
 
 if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.checkpoint.edit import Edit
+    from convtool.checkpoint.record import FusionRecord
     from convtool.checkpoint.write import WritePlan
 
-
-def write(reporter: Reporter, plan: WritePlan) -> None:
-    """Write it, with a bar where that takes long."""
-    with reporter.progress(f"writing {plan.path.name}", plan.size) as advance:
-        plan.write(advance)
-    if plan.left_behind:
-        names = ", ".join(plan.left_behind[:5]) + (" ..." if len(plan.left_behind) > 5 else "")
-        reporter.remark(f"left where they were: {names}; copy those that fit the new checkpoint too")
+Files: TypeAlias = Annotated[
+    dict[Path, Count],
+    ("description", "bytes by path: of the file that is opened to read it (a folder's index), and of those beside it"),
+]
 
 
-def written_document(opened: Checkpoint, edit: Edit, plan: WritePlan, *, dry_run: bool) -> dict[str, Any]:
-    """Where it is, its size, and of how many tensors it is made."""
-    return {
-        "source": str(opened.path),
-        "out": str(plan.path),
-        "written": not dry_run,
-        "tensors": len(edit.order(opened.infos)),
-        "bytes": plan.size,
-        "files": {str(path): size for path, size in plan.files.items()},
-    }
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A new checkpoint.
+
+    Attributes:
+        written: false after --dry-run.
+        tensors: in the new checkpoint.
+        bytes: of all its files together.
+    """
+
+    source: Path
+    out: Path
+    written: bool
+    tensors: Count
+    bytes: Count
+    files: Files
 
 
-def tensors_document(edit: Edit) -> dict[str, Any]:
-    """The tensors that go, and those that come with their shapes."""
-    return {
-        "removed": sorted(edit.remove - edit.insert.keys()),
-        "written": {key: list(tensor.shape) for key, tensor in edit.insert.items()},
-    }
+@dataclass(frozen=True, slots=True)
+class ChangedTensors:
+    """The tensors that go, and those that come.
+
+    Attributes:
+        written: shapes by full name.
+    """
+
+    removed: tuple[str, ...]
+    written: dict[str, Sizes]
 
 
-def print_tensors(reporter: Reporter, tensors: dict[str, Any]) -> None:
-    """What a dry run says beyond a run: the tensors that go and come, by name."""
-    for name in tensors["removed"]:
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A layer that went into a fusion.
+
+    Attributes:
+        origin: the other checkpoint that it came from (--with).
+    """
+
+    name: str
+    kind: LayerKind
+    fields: LayerFields
+    origin: str | None = field(metadata=OPTIONAL)
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """A fusion as the new checkpoint's record has it.
+
+    Attributes:
+        input_size: null: for every size.
+        rim: rows that differ, per axis and side.
+        before: what stands before a linear layer that stands for a convolution: a flatten.
+        after: what stands behind it: an unflatten.
+    """
+
+    name: str
+    sources: Tree[Source]
+    fields: LayerFields
+    dtype: Dtype
+    exact: bool
+    input_size: Sizes | None
+    rim: tuple[Sizes, ...]
+    before: str | None = field(metadata=OPTIONAL)
+    after: str | None = field(metadata=OPTIONAL)
+
+    @classmethod
+    def of(cls, fusion: FusionRecord) -> Recorded:
+        """Return what there is to say of a record's fusion."""
+        tree = map_leaves(lambda one: Source(one.name, one.kind.name, one.fields, one.origin or None), fusion.tree)
+        return cls(
+            fusion.name,
+            tree,
+            fusion.fields,
+            fusion.dtype,
+            fusion.exact,
+            fusion.input_size,
+            fusion.rim,
+            fusion.before or None,
+            fusion.after or None,
+        )
+
+
+def write(plan: WritePlan, opened: Checkpoint, edit: Edit, reporter: Reporter, *, dry_run: bool) -> Written:
+    """Write a checkpoint, with a bar where that takes long, unless it is a dry run; return what there is to say."""
+    if not dry_run:
+        with reporter.progress(f"writing {plan.path.name}", plan.size) as advance:
+            plan.write(advance)
+        if plan.left_behind:
+            names = ", ".join(plan.left_behind[:5]) + (" ..." if len(plan.left_behind) > 5 else "")
+            reporter.remark(f"left where they were: {names}; copy those that fit the new checkpoint too")
+    tensors = len(edit.order(opened.infos))
+    return Written(opened.path, plan.path, not dry_run, tensors, plan.size, plan.files)
+
+
+def changed_tensors(edit: Edit) -> ChangedTensors:
+    """Return what an edit does, by name."""
+    removed = sorted(edit.remove - edit.insert.keys())
+    return ChangedTensors(tuple(removed), {key: tuple(tensor.shape) for key, tensor in edit.insert.items()})
+
+
+def show_tensors(tensors: ChangedTensors, reporter: Reporter) -> None:
+    """Print what a dry run says beyond a run: the tensors that go and come, by name."""
+    for name in tensors.removed:
         reporter.line(f"  - {name}")
-    for name, shape in tensors["written"].items():
+    for name, shape in tensors.written.items():
         reporter.line(f"  + {name} {'x'.join(map(str, shape))}")
 
 
-def print_written(reporter: Reporter, document: dict[str, Any]) -> None:
-    """The last line of what a command says of a checkpoint."""
-    print_files(reporter, document, f", {document['tensors']} tensors")
+def show_written(one: Written, reporter: Reporter) -> None:
+    """Print the last line of what a command says of a checkpoint."""
+    show_files(one.out, one.files, reporter, written=one.written, made_of=f", {one.tensors} tensors")
 
 
-def print_files(reporter: Reporter, document: dict[str, Any], made_of: str = "") -> None:
-    """What was written, of what and how large; a dry run says bytes as they would be, of each file where there are
-    several, and what would be drawn.
+def show_files(out: Path, files: Mapping[Path, int], reporter: Reporter, *, written: bool, made_of: str = "") -> None:
+    """Print what was written, of what and how large.
+
+    A dry run says bytes as they would be, of each file where there are several.
     """
-    if document["written"]:
-        reporter.line(f"wrote {document['out']}{made_of}, {human_bytes(document['bytes'])}")
+    size = sum(files.values())
+    if written:
+        reporter.line(f"wrote {out}{made_of}, {human_bytes(size)}")
         return
-    reporter.line(f"would write {document['out']}{made_of}, {document['bytes']} bytes")
-    if len(document["files"]) > 1:
-        for path, size in document["files"].items():
-            reporter.line(f"  {path}, {size} bytes")
-    if document.get("plot") is not None:
-        reporter.line(f"would draw {document['plot']}")
+    reporter.line(f"would write {out}{made_of}, {size} bytes")
+    if len(files) > 1:
+        for path, each in files.items():
+            reporter.line(f"  {path}, {each} bytes")
+
+
+def tree_text(tree: Tree[Source]) -> str:
+    """Return the layers of a fusion in words: 'a + (b + c | d)'."""
+    return fold(
+        tree,
+        lambda one: f"{one.origin}:{one.name}" if one.origin else one.name,
+        " + ".join,
+        lambda parts: f"({' | '.join(parts)})",
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ class Region:
         relative_error: that, relative to the largest output there.
         differing: output positions with an element beyond its bound.
         positions: output positions in the region.
+        equal: whether there was something to compare and all of it was within its bound.
     """
 
     elements: int = 0
@@ -44,11 +45,10 @@ class Region:
     relative_error: float = 0.0
     differing: int = 0
     positions: int = 0
+    equal: bool = field(init=False)
 
-    @property
-    def equal(self) -> bool:
-        """Whether there was something to compare and all of it was within its bound."""
-        return self.elements > 0 and self.ratio <= 1
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "equal", self.elements > 0 and self.ratio <= 1)
 
 
 def ratios(expected: Tensor, found: Tensor, bound: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,216 @@
+"""A matrix file held against its layer, or against another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from convtool.cli.layer import spatial_size
+from convtool.cli.output import Reporter
+from convtool.errors import InputError, UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from convtool.checkpoint import Checkpoint
+    from convtool.core.order import Order
+    from convtool.core.verify_matrix import MatrixReport
+    from convtool.fusing.lowering import LoweredLayer
+    from convtool.kinds.kind import Kind
+    from convtool.kinds.stated import FieldSources
+    from convtool.matrix.read import MatrixFile
+
+COMPARING = "comparing matrices"
+FORMS = {  # (transpose, affine): what the matrix is for
+    (False, False): "T @ x",
+    (False, True): "T @ x with the bias as its last column",
+    (True, False): "x @ B",
+    (True, True): "x @ B with the bias as its last row",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """A matrix file, compared.
+
+    Attributes:
+        of: the layer that it was held against, or the other file.
+        form: which of the layer's matrices it is, in words.
+        assumed: what was taken for granted, in words.
+    """
+
+    of: str
+    form: str
+    report: MatrixReport
+    assumed: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """Which of a layer's matrices one is."""
+
+    transpose: bool
+    affine: bool
+    order: Order = "CHW"
+    rows: tuple[int, int] | None = None
+
+    def __str__(self) -> str:
+        return FORMS[self.transpose, self.affine] + (", channels last" if self.order == "HWC" else "")
+
+
+def open_numbers(path: Path) -> MatrixFile:
+    """Open a matrix file; raise InputError where its entries aren't floating-point numbers."""
+    from convtool.matrix.read import open_matrix
+
+    opened = open_matrix(path)
+    if not (opened.dtype.is_floating_point or opened.dtype.is_complex):
+        raise InputError(f"{opened.path}: expected a matrix of floating-point numbers, got {opened.dtype}")
+    return opened
+
+
+def compare_with_matrix(found: MatrixFile, other: MatrixFile, reporter: Reporter) -> Compared:
+    """Hold a matrix against another one."""
+    from convtool.core.verify_matrix import verify_matrices
+
+    with reporter.progress(COMPARING, None):
+        report = verify_matrices(other, found, bias_before=other.bias, bias_after=found.bias)
+    return Compared(str(other.path), "entry by entry", report, [])
+
+
+def compare_with_layer(
+    found: MatrixFile,
+    checkpoint: Checkpoint,
+    layer: str | None,
+    sizes: Sequence[tuple[int, ...]],
+    sources: FieldSources,
+    how: dict[str, Any],
+    reporter: Reporter,
+) -> Compared:
+    """Hold a matrix against the layer that it is of.
+
+    Args:
+        layer: its name, where the file has no record or to overrule it.
+        sizes: of the layer's input: one, where the file has no record.
+        sources: fields of the layer, overruling the record.
+        how: trials, seed, computed_in, as `convtool.core.verify_matrix.verify_matrix` takes them.
+    """
+    lowered, size = _lowered(found, checkpoint, layer, sizes, sources)
+    assumed = [lowered.assumed] if lowered.assumed else []
+    forms = _forms(found, lowered, size)
+    reports = ((form, _verify(found, lowered, size, form, how)) for form in forms)
+    with reporter.progress(COMPARING, None):
+        tried = list(_until_equivalent(reports))
+    form, report = tried[-1] if tried[-1][1].equivalent else tried[0]
+    if found.record is None:
+        others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)
+        assumed.append(f"{found.path}: {form}{others}")
+    return Compared(lowered.layer.name, str(form), report, assumed)
+
+
+def _lowered(
+    found: MatrixFile,
+    checkpoint: Checkpoint,
+    layer: str | None,
+    sizes: Sequence[tuple[int, ...]],
+    sources: FieldSources,
+) -> tuple[LoweredLayer, tuple[int, ...]]:
+    """Return the layer that the matrix is of, and the spatial size of its input, by the file's record or as given."""
+    from convtool.fusing.lowering import lower_chain
+    from convtool.kinds.stated import FieldSource
+
+    record = _record(found)
+    name = layer or record.get("layer")
+    if name is None:
+        raise UsageError(f"{found.path}: doesn't say which layer it is of; name it with --before")
+    if len(sizes) > 1:
+        raise UsageError("--input-size: a matrix is for one input size")
+    size = sizes[0] if sizes else tuple(record.get("input_size") or ()) or None
+    named = checkpoint.layer(str(name))
+    known = FieldSource("record", {named.name: _fields(found.path, record, named.kind)}, exact_names=True)
+    if size is None and not named.kind.channels_last:
+        raise UsageError(f"{found.path}: doesn't say its input size; give --input-size, such as 32,32")
+    try:
+        lowered = lower_chain(checkpoint, [named.name], sources.with_first(known), size)[0]
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputError(f"{found.path}: its record is damaged: {error}") from None
+    return lowered, spatial_size(lowered.conv, size) or ()
+
+
+def _record(found: MatrixFile) -> dict[str, Any]:
+    """Return what the file says of its matrix, if anything; raise InputError where convtool writes no such record."""
+    from convtool.core.order import MATRICES
+
+    record = found.record or {}
+    layer, fields, size, rows = (record.get(name) for name in ("layer", "fields", "input_size", "rows"))
+    sound = {
+        "layer": layer is None or isinstance(layer, str),
+        "fields": fields is None or isinstance(fields, dict),
+        "input_size": size is None or _are_counts(size),
+        "rows": rows is None or (_are_counts(rows) and len(rows) == 2),
+        "order": record.get("order", "CHW") in tuple(MATRICES),
+        **{flag: isinstance(record.get(flag, False), bool) for flag in ("transpose", "affine")},
+    }
+    wrong = next((name for name, good in sound.items() if not good), None)
+    if wrong is not None:
+        raise InputError(f"{found.path}: its record is damaged: {wrong} {str(record[wrong])[:80]!r}")
+    return record
+
+
+def _are_counts(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+
+
+def _fields(path: Path, record: dict[str, Any], kind: Kind) -> dict[str, Any]:
+    """Return the fields of a record that its layer's kind has."""
+    from convtool.kinds import parse_field
+
+    fields = record.get("fields") or {}
+    try:
+        return {key: parse_field(key, value) for key, value in fields.items() if key in kind.settable}
+    except UsageError as error:
+        raise InputError(f"{path}: its record is damaged: {error}") from None
+
+
+def _forms(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> list[_Form]:
+    """Return which of the layer's matrices it may be: the one that its record says, else those of its shape.
+
+    Without a record, the comparison tells: it is the one that it is equal to, entry by entry. The likeliest is first.
+    """
+    from convtool.core.order import MATRICES
+
+    if found.record is not None:
+        record = _record(found)
+        span = None if record.get("rows") is None else (record["rows"][0], record["rows"][1])
+        return [_Form(record.get("transpose", False), record.get("affine", False), record.get("order", "CHW"), span)]
+    shapes = {form: MATRICES["CHW"](lowered.conv, size, transpose=form[0], affine=form[1]).shape for form in FORMS}
+    fitting = [form for form in FORMS if tuple(shapes[form]) == found.shape]
+    return [_Form(*form, order) for form in fitting for order in MATRICES] or [_Form(False, False)]
+
+
+def _until_equivalent(reports: Iterable[tuple[_Form, MatrixReport]]) -> Iterator[tuple[_Form, MatrixReport]]:
+    for form, report in reports:
+        yield form, report
+        if report.equivalent:
+            return
+
+
+def _verify(
+    found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...], form: _Form, how: dict[str, Any]
+) -> MatrixReport:
+    from convtool.core.verify_matrix import verify_matrix
+    from convtool.matrix import FORMATS
+
+    form_of_file = FORMATS.get(found.path.suffix)
+    stores_bias = form_of_file is None or form_of_file.STORES_BIAS
+    trials = min(how["trials"], 2)  # the entries settle it; products are only to witness the tables
+    return verify_matrix(
+        lowered.conv,
+        size,
+        found,
+        bias=found.bias,
+        stores_bias=stores_bias,
+        **asdict(form),
+        **(how | {"trials": trials}),
+    )

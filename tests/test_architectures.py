@@ -128,8 +128,8 @@ def test_a_wrong_eps_or_stride_is_found_when_it_is_applied(tmp_path: Path) -> No
     fields = geometry_of(model)
     layer = "resnet.encoder.stages.1.layers.0.layer.1"
     wrong: list[tuple[str, str, Any, str]] = [
-        (f"{layer}.convolution", "stride", [1, 1], "kernel 3,3, padding 1 was fused, and the model's has kernel 3,3"),
-        (f"{layer}.normalization", "eps", 1e-3, "eps 0.001 was fused, and the model has 1e-05"),
+        (f"{layer}.convolution", "stride", [1, 1], "kernel 3,3, padding 1 was fused, and the model has kernel 3,3"),
+        (f"{layer}.normalization", "eps", 1e-3, "eps 0.001 was fused, and the model has eps 1e-05"),
     ]
     for name, field, value, message in wrong:
         stated = settings({**fields, name: {**fields[name], field: value}}, tmp_path / "geometry.toml")

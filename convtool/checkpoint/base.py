@@ -61,7 +61,9 @@ class Checkpoint(abc.ABC):
         """
         if name in self.infos:
             return self.stored_tensor(name)
-        return weight_of_norm(*map(self.stored_tensor, self._derived[name].derived_from))
+        derived = self._derived[name]
+        assert derived.compute is not None
+        return derived.compute(*map(self.stored_tensor, derived.derived_from))
 
     @abc.abstractmethod
     def stored_tensor(self, name: str) -> Tensor:
@@ -214,21 +216,3 @@ class Checkpoint(abc.ABC):
             return to_conv(layer, self.tensors_of(layer), fields, axes, why_not=why_not_plain(layer.tensors))
         except ConvtoolError as error:
             raise type(error)(f"{where}: {error}") from None
-
-
-def weight_of_norm(magnitude: Tensor, direction: Tensor) -> Tensor:
-    """The weight that a weight norm makes, g * v / |v|, computed in float64 and rounded to its dtype once.
-
-    Args:
-        magnitude: g, of the direction's shape with 1 on every axis that the norm runs over; or one number for all.
-        direction: v.
-    """
-    import torch
-
-    from convtool.core.rounding import rounded
-
-    exact = torch.complex128 if direction.is_complex() else torch.float64
-    g, v = magnitude.to(exact), direction.to(exact)
-    over = [axis for axis in range(v.dim()) if g.dim() == 0 or g.shape[axis] == 1]
-    norm = torch.linalg.vector_norm(v, dim=over or None, keepdim=True) if over else v.abs()
-    return rounded(v * (g / norm), direction.dtype)

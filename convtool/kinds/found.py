@@ -5,14 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from convtool.kinds import kind_of
+from convtool.kinds.derived import PARAMETRIZATIONS, derived_weight
 from convtool.kinds.kind import UNKNOWN, Layer, TensorInfo
 
-PARAMETRIZATIONS = "parametrizations"  # torch.nn.utils.parametrize's module, between a layer's name and its tensors'
-# A weight norm's magnitude and direction, under the old names and the new.
-WEIGHT_NORMS = (
-    ("weight_g", "weight_v"),
-    (f"{PARAMETRIZATIONS}.weight.original0", f"{PARAMETRIZATIONS}.weight.original1"),
-)
 # What stands beside a weight of few bits that is to be multiplied by it.
 _SCALES_OF_WEIGHTS = frozenset(
     {"weight_scale", "weight_scale_inv", "scale_weight", "weight_scale_2", "scale", "scales", "SCB", "input_scale"}
@@ -26,7 +21,7 @@ def group_layers(infos: Iterable[TensorInfo]) -> dict[str, Layer]:
         path, parameter = _split(info.name)
         grouped.setdefault(path, {})[parameter] = info
     for path, tensors in grouped.items():
-        weight = _derived_weight(path, tensors)
+        weight = derived_weight(path, tensors)
         if weight is not None:
             tensors["weight"] = weight
     kinds = {path: UNKNOWN if why_not_plain(tensors) else kind_of(tensors) for path, tensors in grouped.items()}
@@ -38,19 +33,6 @@ def _split(name: str) -> tuple[str, str]:
     parts = name.split(".")
     at = parts.index(PARAMETRIZATIONS) if PARAMETRIZATIONS in parts[:-2] else len(parts) - 1
     return ".".join(parts[:at]), ".".join(parts[at:])
-
-
-def _derived_weight(path: str, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
-    """Return the weight that a weight norm's two tensors make; None where there are none, or they don't fit."""
-    for magnitude, direction in WEIGHT_NORMS:
-        if magnitude not in tensors or direction not in tensors or "weight" in tensors:
-            continue
-        g, v = tensors[magnitude], tensors[direction]
-        axes = len(v.shape)
-        fits = len(g.shape) == axes and all(g.shape[axis] in (1, v.shape[axis]) for axis in range(axes))
-        if (fits or g.shape == ()) and g.dtype == v.dtype:
-            return TensorInfo(f"{path}.weight" if path else "weight", v.dtype, v.shape, v.nbytes, (g.name, v.name))
-    return None
 
 
 def why_not_plain(tensors: Mapping[str, TensorInfo]) -> str | None:

@@ -30,6 +30,7 @@ class TensorInfo:
         dtype: torch's name without the 'torch.'.
         derived_from: full names of the tensors that it is computed from (a weight norm's); of one that stands in the
             file, none.
+        compute: makes it of those.
     """
 
     name: str
@@ -37,6 +38,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     nbytes: int
     derived_from: tuple[str, ...] = ()
+    compute: Callable[..., Tensor] | None = field(default=None, compare=False)
 
     @property
     def count(self) -> int:

@@ -28,6 +28,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # neighbours.
 STEPS = {
     "errors": 0,
+    "recipes": 0,  # data alone
     "core": 1,
     "formats": 2,
     "kinds": 2,
@@ -35,13 +36,11 @@ STEPS = {
     "matrix": 3,
     "graph": 4,
     "fusing": 5,
-    "recipes": 5,
     "live": 6,
     "cli": 7,
     "__main__": 8,
     "__init__": 8,  # the names of the public API, which it imports on first use
 }
-OWN = {"recipes": {"fusing"}, "fusing": {"recipes"}}  # the shipped recipes are of the same part as what reads them
 
 CORE_IMPORTS = {
     *("__future__", "collections", "concurrent", "contextlib", "dataclasses", "enum", "fnmatch", "fractions"),
@@ -93,7 +92,7 @@ def wrong_imports(part: str, tree: ast.AST) -> list[str]:
             continue
         if target not in STEPS:  # `import convtool`, `from convtool import fuse`: the whole of it
             target = "__init__"
-        if target != part and target not in OWN.get(part, ()) and STEPS[target] >= STEPS[part]:
+        if target != part and STEPS[target] >= STEPS[part]:
             found.append(f"line {line}: {name}")
     return found
 

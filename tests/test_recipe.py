@@ -15,9 +15,9 @@ from convtool.formats.toml import parse_toml
 from convtool.fusing.recipe import Known, parse_recipe, resolve
 from convtool.fusing.recipe.names import Effort, Names
 from convtool.fusing.recipe.pattern import parse_pattern
+from convtool.fusing.shipped import shipped
 from convtool.kinds.kind import Layer
 from convtool.kinds.written import make_written
-from convtool.recipes import shipped
 
 CONV = found("conv", (8, 4, 3, 5))
 POINT = found("conv", (8, 4, 1, 1))

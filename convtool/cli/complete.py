@@ -43,7 +43,7 @@ def settings(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:
 
 def recipes(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:
     """Recipes that ship with convtool; a file's name is the shell's to complete."""
-    from convtool.recipes import shipped
+    from convtool.fusing.shipped import shipped
 
     return _beginning(incomplete, shipped())
 

@@ -170,7 +170,7 @@ class Wanted:
         if self.recipe is None:
             return None
         from convtool.fusing.recipe import parse_recipe
-        from convtool.recipes import shipped
+        from convtool.fusing.shipped import shipped
 
         known = shipped()
         if self.recipe in known:
@@ -308,7 +308,7 @@ def run(options: Options, reporter: Reporter) -> Result | Recipes:
         return _fuse(options, reporter)
     if options != Options(list_recipes=True):
         raise UsageError("--list-recipes: lists what there is, and fuses nothing; nothing else goes with it")
-    from convtool.recipes import shipped
+    from convtool.fusing.shipped import shipped
 
     return Recipes(tuple(KnownRecipe(name, recipe.about) for name, recipe in shipped().items()))
 

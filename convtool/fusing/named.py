@@ -14,8 +14,8 @@ from convtool.errors import InputError
 from convtool.fusing.fusion import check_nothing_missed
 from convtool.fusing.lowering import full_name
 from convtool.fusing.recipe import Known, Names, PlannedFusion, Recipe, resolve
+from convtool.fusing.shipped import shipped
 from convtool.kinds.written import check_closed
-from convtool.recipes import shipped
 
 
 def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Checkpoint]) -> PlannedFusion:

@@ -13,6 +13,12 @@ import torch
 from cases import whole_numbers
 from torch import Tensor
 
+from convtool.checkpoint import Checkpoint
+from convtool.checkpoint.edit import Edit
+from convtool.checkpoint.record import Record
+from convtool.checkpoint.write import plan_edited
+from convtool.formats.atomic import Progress
+
 SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
 SAMPLE_NAMES = ("chains", "conv_bn", "repvgg", "separable1d")
 
@@ -23,6 +29,24 @@ DTYPES = (
     *(torch.uint64, torch.uint32, torch.uint16, torch.complex64),
     *(torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz, torch.float8_e8m0fnu),
 )
+
+
+def write_edited(
+    source: Checkpoint,
+    edit: Edit,
+    path: Path,
+    record: Record | None = None,
+    *,
+    progress: Progress | None = None,
+    **options: Any,
+) -> None:
+    """Plan and write in one go; the options are those of `plan_edited`."""
+    plan_edited(source, edit, path, record, **options).write(progress)
+
+
+def bytes_of(opened: Checkpoint, name: str) -> bytes:
+    """A tensor's bytes as they go into another file."""
+    return b"".join(bytes(chunk.data) for chunk in opened.piece(name).chunks())
 
 
 def any_bits(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:

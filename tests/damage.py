@@ -16,11 +16,10 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from checkpoints import same_bits, small_network, with_metadata
+from checkpoints import bytes_of, same_bits, small_network, with_metadata
 from torch import Tensor
 
 from convtool import open_checkpoint
-from convtool.checkpoint.torch_file import TorchCheckpoint
 from convtool.errors import InputError, OutputError, RefusedError, UsageError
 
 SUFFIXES = {
@@ -148,7 +147,7 @@ def verdict(path: Path, form: str) -> str:
         opened = open_checkpoint(path, "model" if nested else None)
         found = {name: opened.tensor(name) for name in opened.infos}
         for name in found:
-            assert b"".join(opened.chunks(name)) == bytes(opened.bits(name).tolist())
+            assert bytes_of(opened, name) == bytes(opened.bits(name).tolist())
         _ = opened.record
     except (InputError, RefusedError, UsageError) as error:
         message = str(error)
@@ -159,8 +158,7 @@ def verdict(path: Path, form: str) -> str:
         raise AssertionError("nothing was to be written") from error
     if found.keys() == small_state().keys() and all(same_bits(found[name], small_state()[name]) for name in found):
         return "accepted"
-    root = opened.root if isinstance(opened, TorchCheckpoint) else ()
-    expected = read_by_its_package(path, form, root)
+    expected = read_by_its_package(path, form, opened.root)
     for name, tensor in found.items():
         assert name in expected, f"{name!r} is not in the file"
         assert same_bits(tensor, expected[name].detach()), f"{name!r} is other than the file says"

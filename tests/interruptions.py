@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoints import files_in, save
+from checkpoints import files_in, save, write_edited
 from torch import Tensor
 
 from convtool import open_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
-from convtool.checkpoint.write import write_edited
 from convtool.cli.app import run_app
 from convtool.cli.output import Reporter
 from convtool.cli.run import run

@@ -14,7 +14,6 @@ import pytest
 
 from convtool.errors import InputError, OutputError
 from convtool.formats.atomic import check_target, replacing
-from convtool.formats.room import Reported
 from convtool.formats.source import Source
 
 NOBODY = 65534
@@ -307,8 +306,8 @@ def test_bytes_copied_within_the_kernel_are_the_same_as_those_read_and_written(
     elif system != "as it is":
         monkeypatch.setattr(os, "sendfile", sent(7 if system.startswith("7") else None))
     told: list[int] = []
-    with replacing(tmp_path / "out", force=False) as opened:
-        source, file = Source(tmp_path / "in"), Reported(opened, told.append)
+    with replacing(tmp_path / "out", force=False, progress=told.append) as file:
+        source = Source(tmp_path / "in")
         file.write(b"head")
         source.copy_to(file, 3, 1000)
         file.write(b"between")

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from convtool import open_checkpoint
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.write import write_edited
+from convtool.checkpoint.write import plan_edited
 
 def anonymous():
     status = Path("/proc/self/status").read_text()
@@ -50,7 +50,7 @@ for name, mapped, dtype in [
 ]:
     peak = 0
     source = open_checkpoint(folder / last, mapped=mapped)
-    write_edited(source, edit, folder / name, None, force=False, dtype=dtype)
+    plan_edited(source, edit, folder / name, None, force=False, dtype=dtype).write()
     assert len(open_checkpoint(folder / name).infos) == 5
     grown[name] = peak - before
     if last.endswith(".pt"):

@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from checkpoints import SAMPLE_NAMES, SAMPLES, any_bits, files_in, same_bits, save, small_network
+from checkpoints import SAMPLE_NAMES, SAMPLES, any_bits, files_in, same_bits, save, small_network, write_edited
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convtool import open_checkpoint
 from convtool.checkpoint.cast import cast_chunks
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.write import write_edited
 from convtool.cli.app import run_app
 from convtool.core.rounding import rounded
 from convtool.errors import InputError
+from convtool.formats.pieces import Chunk
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -144,11 +144,11 @@ def test_numbers_a_hair_from_half_way_go_to_the_nearer(dtype: torch.dtype) -> No
 def test_casting_in_pieces_is_casting_at_once() -> None:
     numbers = torch.randn(1000, dtype=torch.float64)
     view = memoryview(numbers.numpy().tobytes())
-    pieces = [memoryview(bytearray(view[start : start + 800])) for start in range(0, 8000, 800)]
-    data = b"".join(cast_chunks("x", iter(pieces), "float64", "bfloat16"))
+    chunks = [Chunk(memoryview(bytearray(view[start : start + 800]))) for start in range(0, 8000, 800)]
+    data = b"".join(chunk.data for chunk in cast_chunks("x", chunks, "float64", "bfloat16"))
     assert same_bits(torch.frombuffer(bytearray(data), dtype=torch.bfloat16), rounded(numbers, torch.bfloat16))
     with pytest.raises(InputError, match="x: holds 1e"):
-        list(cast_chunks("x", iter([memoryview(bytearray(np.array([1e300]).tobytes()))]), "float64", "float32"))
+        list(cast_chunks("x", [Chunk(memoryview(bytearray(np.array([1e300]).tobytes())))], "float64", "float32"))
 
 
 # What is left out, refused, and said

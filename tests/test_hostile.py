@@ -19,18 +19,18 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import files_in, raw_safetensors, save, small_network
+from checkpoints import files_in, raw_safetensors, save, small_network, write_edited
 from damage import SUFFIXES, damaged, good_file, verdict, write_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from convtool import open_checkpoint
-from convtool.checkpoint import safetensors_file, sharded
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.write import write_edited
 from convtool.cli.app import run_app
 from convtool.errors import InputError
-from convtool.formats.stored_zip import Member, archive_size, write_archive
+from convtool.formats import indexes, safetensors
+from convtool.formats.pieces import Piece
+from convtool.formats.stored_zip import archive_size, write_archive
 
 
 def archive(path: Path, pickled: bytes, storages: dict[str, bytes] | None = None) -> Path:
@@ -485,7 +485,7 @@ import resource, sys
 from convtool import open_checkpoint
 from convtool.errors import ConvtoolError
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-import convtool.checkpoint.torch_file, json, zipfile
+import convtool.formats.torch_zip, json, zipfile
 before = peak()
 try:
     opened = open_checkpoint(sys.argv[1])
@@ -539,7 +539,7 @@ def test_large_headers_take_memory_in_proportion(tmp_path: Path, text: bytes, me
 def test_a_header_may_be_as_long_as_the_format_says_and_no_longer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int
 ) -> None:
-    monkeypatch.setattr(safetensors_file, "MAX_HEADER", 100)
+    monkeypatch.setattr(safetensors, "MAX_HEADER", 100)
     text = json.dumps({"a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(raw_safetensors(text.ljust(length), b"x"))
@@ -568,7 +568,7 @@ def test_large_indexes_take_memory_in_proportion(tmp_path: Path, text: bytes, me
 
 
 def test_an_index_larger_than_any_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sharded, "MAX_INDEX", 20)
+    monkeypatch.setattr(indexes, "MAX_INDEX", 20)
     path = tmp_path / "model.safetensors.index.json"
     path.write_bytes(b" " * 21)
     with pytest.raises(InputError, match="larger than any index"):
@@ -584,7 +584,7 @@ def test_tensors_of_more_axes_than_anything_has_are_damage(tmp_path: Path) -> No
 
 
 def test_an_archive_of_more_members_than_a_short_count_holds_is_written_and_read(tmp_path: Path) -> None:
-    members = [Member(f"m{number}", 0, b"", lambda: iter(())) for number in range(1 << 16)]
+    members = [Piece.of(f"m{number}", b"") for number in range(1 << 16)]
     path = tmp_path / "many.zip"
     with path.open("wb") as file:
         write_archive(file, members)

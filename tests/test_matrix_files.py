@@ -11,8 +11,8 @@ import struct
 import subprocess
 import sys
 import zipfile
-import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -31,10 +31,11 @@ from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
 from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import OutputError, RefusedError, UsageError
-from convtool.formats.stored_zip import LIMIT, Member, archive_size, write_archive
-from convtool.matrix import FORMATS, Layout, MatrixPlan, plan_matrix, write_matrix
-from convtool.matrix import npz as npz_module
-from convtool.matrix.contents import RECORD_NAME
+from convtool.formats.atomic import FilePlan, Written
+from convtool.formats.matrices import RECORD_NAME, Contents, Layout
+from convtool.formats.pieces import Chunk, Piece
+from convtool.formats.stored_zip import LIMIT, archive_size, write_archive
+from convtool.matrix import FORMATS, MatrixPlan, plan_matrix, write_matrix
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 
@@ -416,14 +417,6 @@ def test_rows_far_inside_of_a_matrix_with_64_bit_indices(tmp_path: Path) -> None
     assert found.indptr.tolist() == list(range(6))
 
 
-class Zeros:
-    """A run of zeros, as a chunk; writers see its bytes, `Holes` leaves them out."""
-
-    def __init__(self, count: int) -> None:
-        self.data = memoryview(bytes(count))
-        self.crc = zlib.crc32(self.data)
-
-
 class Holes(io.FileIO):
     """A file in which long runs of zeros are holes, which take no disk."""
 
@@ -436,24 +429,25 @@ class Holes(io.FileIO):
 
 
 def test_an_archive_beyond_4_gib_is_one_to_every_reader(tmp_path: Path) -> None:
-    zeros, head = Zeros(1 << 24), b"head"
+    zeros, head = Chunk(bytes(1 << 24)), b"head"
 
-    def member(name: str, size: int) -> Member:
-        def chunks() -> Iterator[Zeros]:
+    def member(name: str, size: int) -> Piece:
+        def chunks() -> Iterator[Chunk]:
             whole, rest = divmod(size - len(head), 1 << 24)
+            yield Chunk(head)
             yield from (zeros for _ in range(whole))
-            yield Zeros(rest)
+            yield Chunk(bytes(rest))
 
-        return Member(f"archive/{name}", size, head, chunks)
+        return Piece(f"archive/{name}", "uint8", (size,), size, chunks)
 
     members = [
-        Member("archive/version", 2, b"3\n", lambda: iter(())),
+        Piece.of("archive/version", b"3\n"),
         member("small", 4),
         member("big", LIMIT + (1 << 24)),
-        Member("archive/behind", 4, b"tail", lambda: iter(())),
+        Piece.of("archive/behind", b"tail"),
         member("below", LIMIT - 1),  # the largest size that fits the short fields
         member("edge", LIMIT),
-        Member("archive/last", 3, b"end", lambda: iter(())),
+        Piece.of("archive/last", b"end"),
     ]
     path = tmp_path / "a.zip"
     with Holes(path, "w+") as file:
@@ -461,7 +455,7 @@ def test_an_archive_beyond_4_gib_is_one_to_every_reader(tmp_path: Path) -> None:
     assert path.stat().st_size == archive_size(members) > 3 * LIMIT
     with zipfile.ZipFile(path) as archive:
         assert [(one.filename, one.file_size) for one in archive.infolist()] == [
-            (member.name, member.size) for member in members
+            (member.name, member.nbytes) for member in members
         ]
         found = [archive.read(f"archive/{name}") for name in ("small", "behind", "last")]
         assert found == [head, b"tail", b"end"]
@@ -591,20 +585,31 @@ def test_what_was_written_is_read_back_before_it_gets_its_name(
     suffix: str, layout: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     form = FORMATS[suffix]
-    check = form.check
+    plan_of = form.plan_matrix
 
-    def damaged_first(path: Path, contents: Any) -> None:
-        damage(path, suffix, layout)
-        check(path, contents)
+    def damaged_first(contents: Contents) -> FilePlan:
+        plan = plan_of(contents)
 
-    monkeypatch.setattr(form, "check", damaged_first)
+        def check(path: Path) -> None:
+            damage(path, suffix, layout)
+            plan.check(path)
+
+        return replace(plan, check=check)
+
+    monkeypatch.setattr(form, "plan_matrix", damaged_first)
     with pytest.raises(OutputError, match=r"read back[^\n]*nothing was changed$"):
         write(small_matrix(torch.float64), tmp_path / f"m{suffix}", layout=layout)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_of_another_size_than_planned_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(npz_module, "write", lambda file, contents: file.write(b"short"))
+    form = FORMATS[".npz"]
+    plan_of = form.plan_matrix
+
+    def write_short(file: Written) -> None:
+        file.write(b"short")
+
+    monkeypatch.setattr(form, "plan_matrix", lambda contents: replace(plan_of(contents), fill=write_short))
     with pytest.raises(OutputError, match="5 bytes were written instead of"):
         write(small_matrix(torch.float64), tmp_path / "m.npz")
     assert list(tmp_path.iterdir()) == []

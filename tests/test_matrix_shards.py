@@ -23,7 +23,8 @@ from convtool.cli.app import run_app
 from convtool.core.geometry import Geometry
 from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import ConvtoolError, InputError, OutputError, UsageError
-from convtool.matrix import Layout, plan_matrix, write_matrix
+from convtool.formats.matrices import Layout
+from convtool.matrix import plan_matrix, write_matrix
 from convtool.matrix.read import load_matrix, open_matrix
 from convtool.matrix.shards import index_path, plan_shards, shard_path, shard_rows, write_shards
 
@@ -230,7 +231,7 @@ def test_an_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
             open_matrix(index_path(path))
         assert isinstance(caught.value, InputError), damaged
     index_path(path).write_bytes(b"{")
-    with pytest.raises(InputError, match="isn't the index of a matrix in shards, or is damaged"):
+    with pytest.raises(InputError, match="is damaged: it is not JSON"):
         open_matrix(index_path(path))
 
 

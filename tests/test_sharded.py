@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from checkpoints import SAMPLES, any_bits, files_in, same_bits, save, small_network
+from checkpoints import SAMPLES, any_bits, files_in, same_bits, save, small_network, write_edited
 
-from convtool import open_checkpoint
-from convtool.checkpoint.base import Checkpoint
+from convtool import checkpoint, open_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
-from convtool.checkpoint.sharded import ShardedCheckpoint, is_plain_name
-from convtool.checkpoint.write import check_output, plan_edited, write_edited
+from convtool.checkpoint.write import check_output, plan_edited
 from convtool.cli.app import run_app
 from convtool.errors import ConvtoolError, InputError, OutputError, RefusedError, UsageError
 from convtool.formats.atomic import alone_in
+from convtool.formats.indexes import is_plain_name
+from convtool.formats.tensor_file import TensorFile
 
 KINDS = {"safetensors": "model.safetensors", "bin": "pytorch_model.bin"}
 
@@ -78,7 +78,7 @@ def test_an_edit_keeps_the_files_and_what_it_does_not_touch(tmp_path: Path, kind
     after = files_in(tmp_path / "out")
     assert set(after) == set(before) - {"config.json"}
     back = open_checkpoint(tmp_path / "out")
-    assert isinstance(back, ShardedCheckpoint)
+    assert back.index is not None
     assert back.record == Record("1.2.3")
     assert back.index["metadata"]["note"] == "x"
     assert back.index["metadata"]["total_size"] == sum(info.nbytes for info in back.infos.values())
@@ -182,7 +182,7 @@ def test_tied_tensors_stay_in_one_file(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "in.pt"), Edit.nothing(), tmp_path / "out", None, force=False, shard_size=250
     )
     opened = open_checkpoint(tmp_path / "out")
-    assert isinstance(opened, ShardedCheckpoint)
+    assert opened.index is not None
     homes = opened.index["weight_map"]
     assert homes["a"] == homes["c"] != homes["b"]
     assert opened.memory("a") == opened.memory("c")
@@ -392,19 +392,23 @@ def test_a_folder_that_another_process_writes_to_is_left_to_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_a_folder_that_is_replaced_while_it_is_opened_is_not_read_in_part(tmp_path: Path, missing: bool) -> None:
+def test_a_folder_that_is_replaced_while_it_is_opened_is_not_read_in_part(
+    tmp_path: Path, missing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     index = sharded(tmp_path / "in") / "model.safetensors.index.json"
 
-    def open_then(path: Path) -> Checkpoint:
-        opened = open_checkpoint(path)
+    def open_then(path: Path, root: str | None, mapped: bool) -> TensorFile:
+        opened = real(path, root, mapped)
         (tmp_path / "new").write_bytes(index.read_bytes())
         (tmp_path / "new").replace(index)
         if missing:
             raise InputError(f"{path}: no such file")
         return opened
 
+    real = checkpoint._open_file
+    monkeypatch.setattr(checkpoint, "_open_file", open_then)
     with pytest.raises(InputError, match="was replaced while its files were opened; try again"):
-        ShardedCheckpoint(index, open_then)
+        open_checkpoint(index)
 
 
 def test_root_and_index_do_not_go_together(tmp_path: Path) -> None:

@@ -1,49 +1,25 @@
-"""The only place that opens checkpoints: one module per format, one way to write."""
+"""Checkpoints as named tensors, over the formats that they are kept in: opened, their layers found, edited, written."""
 
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable
 from pathlib import Path
-from typing import TypeAlias
 
-from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.safetensors_file import SafetensorsCheckpoint, looks_like_safetensors
-from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint, find_in_folder
+from convtool.checkpoint.base import Checkpoint, FileCheckpoint
 from convtool.errors import InputError, UsageError
+from convtool.formats import CHECKPOINTS, checkpoint_format
+from convtool.formats.indexes import INDEX_SUFFIX, named_file, read_index
+from convtool.formats.source import Source
+from convtool.formats.tensor_file import TensorFile
 from convtool.kinds.kind import Layer, TensorInfo
 
-__all__ = ["Checkpoint", "Layer", "TensorInfo", "is_flat", "open_checkpoint"]
+__all__ = ["Checkpoint", "FileCheckpoint", "Layer", "TensorInfo", "is_flat", "open_checkpoint"]
 
-
-_Opener: TypeAlias = Callable[[Path, str | None, bool], Checkpoint]
-
-
-def _open_torch(path: Path, root: str | None, mapped: bool) -> Checkpoint:
-    from convtool.checkpoint.torch_file import TorchCheckpoint  # a .safetensors file doesn't pay for its import
-
-    return TorchCheckpoint(path, root, mapped=mapped)
-
-
-def _open_safetensors(path: Path, root: str | None, mapped: bool) -> Checkpoint:
-    if root is not None:
-        raise UsageError(f"{path}: --root is for nested torch files; a safetensors file is flat")
-    return SafetensorsCheckpoint(path, mapped=mapped)
-
-
-# How a file begins tells its format; its name is only asked where that doesn't.
-_MAGIC: tuple[tuple[Callable[[bytes], bool], _Opener], ...] = (
-    (lambda start: start.startswith(b"PK\x03\x04"), _open_torch),
-    (looks_like_safetensors, _open_safetensors),
-    (lambda start: start.startswith(b"\x80"), _open_torch),
+# What transformers and diffusers look for in a folder; other names are considered only where none of these is there.
+_USUAL = (
+    *("model.safetensors", "pytorch_model.bin"),
+    *(f"{stem}_model.{kind}" for stem in ("diffusion_pytorch", "adapter") for kind in ("safetensors", "bin")),
 )
-_SUFFIXES: dict[str, _Opener] = {
-    ".safetensors": _open_safetensors,
-    ".pt": _open_torch,
-    ".pth": _open_torch,
-    ".bin": _open_torch,
-    ".ckpt": _open_torch,
-}
 _NOT_A_CHECKPOINT = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
     (b"<!DOCTYPE", "a web page, not a checkpoint; the download went wrong"),
@@ -57,7 +33,7 @@ _TAR_AT = 257  # where a tar archive says "ustar"
 _TEXT = frozenset(range(32, 127)) | set(b"\t\r\n\f")
 
 
-def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool = True) -> Checkpoint:
+def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool = True) -> FileCheckpoint:
     """Open a .safetensors or torch file, an index of several, or a folder; no tensor is read yet, and no code runs.
 
     Args:
@@ -73,32 +49,64 @@ def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool =
     path = Path(path)
     try:
         if path.is_dir():
-            path = find_in_folder(path, tuple(_SUFFIXES))
+            path = _find_in_folder(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if path.name.endswith(INDEX_SUFFIX):
-        if root is not None:
-            raise UsageError(f"{path}: --root is for nested torch files; the files of an index are flat")
-        return ShardedCheckpoint(path, lambda shard: _open_file(shard, None, mapped))
-    return _open_file(path, root, mapped)
+    if not path.name.endswith(INDEX_SUFFIX):
+        return FileCheckpoint(path, {"": _open_file(path, root, mapped)})
+    if root is not None:
+        raise UsageError(f"{path}: --root is for nested torch files; the files of an index are flat")
+    return _open_index(path, mapped)
+
+
+def _open_index(path: Path, mapped: bool) -> FileCheckpoint:
+    before = _version(path)
+    index = read_index(path)
+    try:
+        names = dict.fromkeys(index["weight_map"].values())
+        files = {name: _open_file(named_file(path, name), None, mapped) for name in names}
+    finally:
+        if _version(path) != before:  # files of the one and of the other would be taken together
+            raise InputError(f"{path}: was replaced while its files were opened; try again")
+    return FileCheckpoint(path, files, index)
+
+
+def _version(path: Path) -> tuple[int, ...]:
+    """Return what differs once a file has been replaced; nothing of one that can't be looked at."""
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _find_in_folder(folder: Path) -> Path:
+    """Return the one checkpoint of a folder: an index, or a file.
+
+    Raises:
+        InputError: there is none.
+        UsageError: there are several.
+    """
+    suffixes = tuple(CHECKPOINTS)
+    names = sorted(path.name for path in folder.iterdir())
+    usual = [name for name in names if name.removesuffix(INDEX_SUFFIX) in _USUAL]
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    files = [name for name in names if name.endswith(suffixes)]
+    found = usual or indexes or files
+    if not found:
+        raise InputError(f"{folder}: is a folder without a checkpoint (a {', '.join(suffixes)} file, or an index)")
+    if len(found) > 1:
+        raise UsageError(f"{folder}: holds several checkpoints ({', '.join(found)}); give one of these")
+    return folder / found[0]
 
 
 def is_flat(path: Path) -> bool:
-    """Whether a checkpoint of that name has no dicts in dicts, so that there is no `root` to choose in it."""
+    """Tell whether a checkpoint of that name has no dicts in dicts, so that there is no `root` to choose in it."""
     return path.suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX) or path.is_dir()
 
 
-def _open_file(path: Path, root: str | None, mapped: bool) -> Checkpoint:
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # asked first: to open a pipe would wait for its other end
-            raise InputError(f"{path}: is not a regular file")
-        with path.open("rb") as file:
-            start = file.read(64)
-            tar = file.seek(_TAR_AT) == _TAR_AT and file.read(5) == b"ustar"
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+def _open_file(path: Path, root: str | None, mapped: bool) -> TensorFile:
+    start, tar = _beginning(path)
     for beginning, what in _NOT_A_CHECKPOINT:
         if start[: len(beginning)].lower() == beginning.lower():
             raise InputError(f"{path}: is {what}")
@@ -115,9 +123,24 @@ def _open_file(path: Path, root: str | None, mapped: bool) -> Checkpoint:
         raise InputError(
             f"{path}: is text, not a checkpoint (it begins {start[:32].decode()!r}); was it downloaded whole?"
         )
-    for matches, opener in _MAGIC:
-        if matches(start):
-            return opener(path, root, mapped)
-    if path.suffix in _SUFFIXES:
-        return _SUFFIXES[path.suffix](path, root, mapped)
+    # How a file begins tells its format; its name is only asked where that doesn't.
+    for suffix in CHECKPOINTS:
+        form = checkpoint_format(suffix)
+        if form.recognises(start):
+            return form.open_file(Source(path, mapped=mapped), root)
+    if path.suffix in CHECKPOINTS:
+        return checkpoint_format(path.suffix).open_file(Source(path, mapped=mapped), root)
     raise InputError(f"{path}: is neither a safetensors nor a torch file")
+
+
+def _beginning(path: Path) -> tuple[bytes, bool]:
+    """Return how a file begins, and whether it is a tar archive, which tells so further on."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # asked first: to open a pipe would wait for its other end
+            raise InputError(f"{path}: is not a regular file")
+        with path.open("rb") as file:
+            return file.read(64), file.seek(_TAR_AT) == _TAR_AT and file.read(5) == b"ustar"
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None

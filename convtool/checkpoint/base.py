@@ -1,52 +1,52 @@
-"""What every kind of checkpoint file offers."""
+"""Named tensors, from wherever they come: of a file, of several that an index names, or in memory."""
 
 from __future__ import annotations
 
 import abc
 from collections.abc import Container, Hashable, Iterator, Mapping
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from convtool.checkpoint.find import find_layer, named_part
+from convtool.checkpoint.record import Record, loads
 from convtool.errors import ConvtoolError, InputError
+from convtool.formats.indexes import RECORD_KEY
+from convtool.formats.pieces import Piece
+from convtool.formats.tensor_file import Place, TensorFile
 from convtool.kinds.found import group_layers, why_not_plain
 from convtool.kinds.kind import Layer, TensorInfo, to_conv
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from convtool.checkpoint.record import Record
     from convtool.core.conv import Conv
     from convtool.core.fields import Fields
     from convtool.core.geometry import Padding, PerAxis
-    from convtool.formats.source import Receiver
-
-
-class Place(NamedTuple):
-    """A stretch of memory: bytes start to stop of a storage, between which all of a tensor's elements lie."""
-
-    storage: Hashable
-    start: int
-    stop: int
-
-    def meets(self, other: Place) -> bool:
-        return self.storage == other.storage and self.start < other.stop and other.start < self.stop
 
 
 class Checkpoint(abc.ABC):
     """An open checkpoint: its table of contents at once, its tensors when asked for.
 
     Attributes:
-        path: of the file.
+        path: of the file, or of the index.
         format: its name, as `inspect` shows it.
         infos: every tensor's description by full name, in the file's order.
         unusable: entries that are tensors and can't be computed with: what they are, and what to do.
+        files: the files that it is in; by the names that the index gives them, in its order, where there is one.
+        index: what the index says: `weight_map` and `metadata`; None where there is none.
+        root: the keys that lead to the tensors, in a file of dicts in dicts.
+        metadata: the texts that a .safetensors file made of it has.
     """
 
     format: str
     infos: Mapping[str, TensorInfo]
     unusable: Mapping[str, str] = {}
+    files: Mapping[str, TensorFile] = {}
+    index: Mapping[str, Any] | None = None
+    root: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = {"format": "pt"}
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -70,24 +70,21 @@ class Checkpoint(abc.ABC):
         """A tensor that stands in the file."""
 
     @abc.abstractmethod
-    def chunks(self, name: str) -> Iterator[memoryview]:
-        """The tensor's bytes, row-major, in pieces that are each valid until the next is asked for."""
-
-    def copy_to(self, name: str, file: Receiver) -> None:
-        """Write the tensor's bytes to a file; as of `chunks`, where a format has no faster way."""
-        for chunk in self.chunks(name):
-            file.write(chunk)
-
-    @abc.abstractmethod
     def memory(self, name: str) -> Hashable:
-        """What tensors have in common that are the same elements of the same memory (tied ones)."""
+        """Return what tensors have in common that are the same elements of the same memory (tied ones)."""
 
-    @abc.abstractmethod
     def bits(self, name: str) -> Tensor:
-        """The tensor's bytes, row-major, as a flat uint8 tensor; also of dtypes that torch doesn't have."""
+        """Return the tensor's bytes, row-major, as a flat uint8 tensor; also of dtypes that torch doesn't have."""
+        from convtool.core.flat import tensor_bits
+
+        return tensor_bits(self.stored_tensor(name))
+
+    def piece(self, name: str) -> Piece:
+        """Return the tensor as it goes into a file."""
+        return replace(Piece.of_tensor(name, self.stored_tensor(name)), memory=self.memory(name))
 
     def place(self, name: str) -> Place:
-        """Where a tensor's elements lie; in memory of its own, where a format knows no other."""
+        """Return where a tensor's elements lie; in memory of its own, where nothing else is known."""
         return Place(name, 0, self.infos[name].nbytes)
 
     def sharing(self, names: Container[str]) -> Iterator[tuple[str, str]]:
@@ -121,7 +118,11 @@ class Checkpoint(abc.ABC):
     @property
     def left_out(self) -> list[str]:
         """All that a file of the tensors alone would not hold."""
-        return self.others
+        return []
+
+    def in_order_of_bytes(self) -> list[str]:
+        """Return the tensors' names in the order of their bytes, where a new file is to keep that."""
+        return list(self.infos)
 
     @property
     @abc.abstractmethod
@@ -181,16 +182,8 @@ class Checkpoint(abc.ABC):
             UsageError: no such layer, or the fields don't fit it.
             InputError: the layer is of a kind that isn't linear or can't be read.
         """
-        given = {
-            "stride": stride,
-            "padding": padding,
-            "dilation": dilation,
-            "groups": groups,
-            "padding_mode": padding_mode,
-            "transposed": transposed,
-            "output_padding": output_padding,
-            "eps": eps,
-        }
+        given = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "eps": eps}
+        given |= {"padding_mode": padding_mode, "transposed": transposed, "output_padding": output_padding}
         layer = self.layer(name)
         recorded = self.record.fields().get(layer.name, {}) if self.record else {}
         fields = recorded | {field: value for field, value in given.items() if value is not None}
@@ -216,3 +209,84 @@ class Checkpoint(abc.ABC):
             return to_conv(layer, self.tensors_of(layer), fields, axes, why_not=why_not_plain(layer.tensors))
         except ConvtoolError as error:
             raise type(error)(f"{where}: {error}") from None
+
+
+class FileCheckpoint(Checkpoint):
+    """A checkpoint in a file, or in several that an index names."""
+
+    def __init__(self, path: Path, files: Mapping[str, TensorFile], index: Mapping[str, Any] | None = None) -> None:
+        super().__init__(path)
+        self.files = files
+        self.index = index
+        self._only = next(iter(files.values())) if index is None else None
+        self._homes: Mapping[str, str] = {} if index is None else index["weight_map"]
+        if index is not None:
+            self._check()
+        # A name in an index may also be of a tensor that can't be computed with.
+        described = ((name, self._home(name).tensors.get(name)) for name in self._homes or self._home("").tensors)
+        self.infos = {
+            name: TensorInfo(name, one.dtype, one.shape, one.nbytes) for name, one in described if one is not None
+        }
+        self.unusable = {key: reason for file in files.values() for key, reason in file.unusable.items()}
+        self.metadata = {key: text for file in files.values() for key, text in file.metadata.items()}
+        self.root = () if self._only is None else self._only.root
+        formats = " and ".join(sorted({file.format for file in files.values()}))
+        count = "1 file" if len(files) == 1 else f"{len(files)} files"
+        self.format = formats if index is None else f"{formats} in {count}"
+
+    @property
+    def others(self) -> list[str]:
+        return [name for file in self.files.values() for name in file.others]
+
+    @property
+    def left_out(self) -> list[str]:
+        return [name for file in self.files.values() for name in file.left_out]
+
+    def in_order_of_bytes(self) -> list[str]:
+        return super().in_order_of_bytes() if self._only is None else self._only.in_order_of_bytes()
+
+    def stored_tensor(self, name: str) -> Tensor:
+        return self._home(name).tensor(name)
+
+    def bits(self, name: str) -> Tensor:
+        import torch
+
+        data = self._home(name).data(name)
+        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+    def piece(self, name: str) -> Piece:
+        piece = self._home(name).piece(name)
+        return piece if self._only is not None else replace(piece, memory=(self._homes[name], piece.memory))
+
+    def memory(self, name: str) -> Hashable:
+        return self.piece(name).memory
+
+    def place(self, name: str) -> Place:
+        place = self._home(name).place(name)
+        return place if self._only is not None else place._replace(storage=(self._homes[name], place.storage))
+
+    @cached_property
+    def record(self) -> Record | None:
+        if self.index is None:
+            found = self._home("").record()
+            return None if found is None else loads(found[0], str(found[1]))
+        text = self.index["metadata"].get(RECORD_KEY)
+        if not isinstance(text, str | None):
+            raise InputError(f"{self.path}: its convtool record is damaged (expected text)")
+        return None if text is None else loads(text, str(self.path))
+
+    def _home(self, name: str) -> TensorFile:
+        """Return the file that a tensor is in."""
+        return self._only or self.files[self._homes[name]]
+
+    def _check(self) -> None:
+        """Check that the index and the files name the same tensors."""
+        for name, home in self._homes.items():
+            if name not in self.files[home].tensors and name not in self.files[home].unusable:
+                raise InputError(f"{self.path}: is damaged: {name!r} is not in {home}, where the index has it")
+        for home, file in self.files.items():
+            for name in file.tensors:
+                if self._homes.get(name) != home:
+                    raise InputError(
+                        f"{self.path}: is damaged: {home} holds {name!r}, which the index doesn't have there"
+                    )

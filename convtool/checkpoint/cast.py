@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from convtool.core.rounding import rounded
 from convtool.errors import InputError
-from convtool.formats.dtypes import FLOATS
+from convtool.formats.dtypes import FLOATS, ITEMSIZE
+from convtool.formats.pieces import Chunk, Piece
 
 
 def cast_tensor(name: str, tensor: Tensor, after: str) -> Tensor:
-    """A tensor in another dtype; as it is where it isn't of floating-point numbers of 16 bits and more.
+    """Return a tensor in another dtype; as it is where it isn't of floating-point numbers of 16 bits and more.
 
     Raises:
         InputError: a finite number is too large for the new dtype.
@@ -23,12 +25,22 @@ def cast_tensor(name: str, tensor: Tensor, after: str) -> Tensor:
     return _cast(name, tensor, getattr(torch, after))
 
 
-def cast_chunks(name: str, chunks: Iterator[memoryview], before: str, after: str) -> Iterator[memoryview]:
-    """A tensor's bytes in another dtype.
+def cast_piece(piece: Piece, after: str) -> Piece:
+    """Return a piece in another dtype; as `cast_tensor`, and the error comes when it is written."""
+    before = piece.dtype
+    if before not in FLOATS - {after}:
+        return piece
+    nbytes = piece.nbytes // ITEMSIZE[before] * ITEMSIZE[after]
+    chunks = lambda: cast_chunks(piece.name, piece.chunks(), before, after)  # noqa: E731
+    return replace(piece, dtype=after, nbytes=nbytes, chunks=chunks, copy=None)
+
+
+def cast_chunks(name: str, chunks: Iterable[Chunk], before: str, after: str) -> Iterator[Chunk]:
+    """Yield a tensor's bytes in another dtype.
 
     Args:
         name: of the tensor, for messages.
-        chunks: its bytes, in pieces of whole elements.
+        chunks: its bytes, in chunks of whole elements.
         before, after: dtypes by torch's names.
 
     Raises:
@@ -37,7 +49,7 @@ def cast_chunks(name: str, chunks: Iterator[memoryview], before: str, after: str
     old: torch.dtype = getattr(torch, before)
     new: torch.dtype = getattr(torch, after)
     for chunk in chunks:
-        yield _cast(name, torch.frombuffer(chunk, dtype=old), new).view(torch.uint8).numpy().data
+        yield Chunk(_cast(name, torch.frombuffer(chunk.data, dtype=old), new).view(torch.uint8).numpy().data)
 
 
 def _cast(name: str, numbers: Tensor, new: torch.dtype) -> Tensor:

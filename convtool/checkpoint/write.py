@@ -1,42 +1,30 @@
-"""Writing an edited checkpoint: what the edit doesn't touch stays as it is, bit for bit."""
+"""Writing an edited checkpoint, as a file or as a folder of files with an index.
+
+What the edit doesn't touch stays as it is, bit for bit.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.base import Checkpoint, FileCheckpoint
 from convtool.checkpoint.cast import cast_tensor
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
-from convtool.checkpoint.sharded import INDEX_SUFFIX, ShardedCheckpoint
-from convtool.checkpoint.torch_record import record_path
-from convtool.checkpoint.write_file import PLANNERS, Options, PlannedFile, planner_of
-from convtool.checkpoint.write_folder import check_folder, index_path, left_behind, plan_folder
-from convtool.errors import UsageError
-from convtool.formats.atomic import check_target
-from convtool.formats.room import Progress, check_space
+from convtool.checkpoint.write_file import Options, check_flat, format_of, pieces_of, plan_file
+from convtool.errors import InputError, OutputError, RefusedError, UsageError
+from convtool.formats import CHECKPOINTS, checkpoint_format
+from convtool.formats.atomic import FilePlan, Progress, alone_in, check_space, check_target, discard, replacing
+from convtool.formats.indexes import INDEX_SUFFIX, index_text, is_plain_name, read_index
+from convtool.formats.pieces import Piece
+from convtool.formats.sidecar import RECORD_SUFFIX
 
-
-def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, shard_size: int | None = None) -> None:
-    """Whether an edited checkpoint can be written to `path`, before anything is computed.
-
-    Args:
-        source, shard_size: as of `write_edited`; they tell whether `path` is a folder's.
-
-    Raises:
-        UsageError: no known suffix, or no name.
-        OutputError: something is in the way.
-    """
-    if path == Path():  # also what an empty string becomes, as of a shell's variable that isn't set
-        raise UsageError("expected the name of a file or a folder as OUT, got an empty one, or the folder itself")
-    if is_folder(path, source, shard_size):
-        check_folder(path, source, force=force)
-        return
-    planner_of(path)
-    check_target(path, force=force)
-    if path.suffix != ".safetensors":
-        check_target(record_path(path), force=force)
+SHARD_SIZE = 5 * 10**9  # bytes of a file, where a folder is written of a single file; huggingface_hub's own
+CONFIGURATION = "config.json"  # of a model that a folder is all about
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +33,26 @@ class WritePlan:
 
     Attributes:
         path: where to.
-        folder: the one that its files will stand in.
-        main: the file that is opened to read it: the one at `path`, or the index of the folder there.
-        size: of all its files in bytes, exactly: the index and the record included.
+        files: every file that will be written, and its size in bytes, exactly; first the one that is opened to read it
+            (the one at `path`, or the index of the folder there).
+        run: writes it.
         left_behind: files beside the source that a folder written of it will not have; none where a file is written.
     """
 
     path: Path
-    folder: Path
-    main: Path
-    file: PlannedFile
+    files: dict[Path, int]
+    run: Callable[[Progress], None]
     left_behind: list[str] = field(default_factory=list)
 
     @property
-    def size(self) -> int:
-        return self.file.size
+    def main(self) -> Path:
+        """The file that is opened to read it."""
+        return next(iter(self.files))
 
     @property
-    def files(self) -> dict[Path, int]:
-        """Every file that will be written, and its bytes; a folder's index first."""
-        beside = {self.main.with_name(name): size for name, size in self.file.beside.items()}
-        return {self.main: self.size - sum(beside.values())} | beside
+    def size(self) -> int:
+        """Bytes of all its files."""
+        return sum(self.files.values())
 
     def write(self, progress: Progress | None = None) -> None:
         """Write it, wholly and checked, or not at all.
@@ -78,8 +65,29 @@ class WritePlan:
                 nothing is left behind.
             InputError: a tensor's bytes are damaged, or a number is too large for the new dtype.
         """
-        check_space(self.path, self.folder, self.size)
-        self.file.write(self.path, progress or (lambda count: None))
+        target = self.main.resolve() if self.main.is_symlink() else self.main
+        check_space(self.path, target.parent, self.size)
+        self.run(progress or (lambda count: None))
+
+
+def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, shard_size: int | None = None) -> None:
+    """Check that an edited checkpoint can be written to `path`, before anything is computed.
+
+    Args:
+        source, shard_size: as of `plan_edited`; they tell whether `path` is a folder's.
+
+    Raises:
+        UsageError: no known suffix, or no name.
+        OutputError: something is in the way.
+    """
+    if path == Path():  # also what an empty string becomes, as of a shell's variable that isn't set
+        raise UsageError("expected the name of a file or a folder as OUT, got an empty one, or the folder itself")
+    if is_folder(path, source, shard_size):
+        _check_folder(path, source, force=force)
+        return
+    form = format_of(path)
+    for target in (path, *form.beside(path)):
+        check_target(target, force=force)
 
 
 def plan_edited(
@@ -93,12 +101,13 @@ def plan_edited(
     state_only: bool = False,
     shard_size: int | None = None,
 ) -> WritePlan:
-    """What writing `source` with `edit` applied, and the record of it, will give; nothing is written.
+    """Say what writing `source` with `edit` applied, and the record of it, will give; nothing is written.
 
     Args:
         path: a file, whose suffix chooses the format; or a folder or index, for a checkpoint in several files.
         record: None for a checkpoint without one.
-        force, dtype, state_only, shard_size: see `Options`.
+        force: overwrite what is there.
+        dtype, state_only, shard_size: see `Options`.
 
     Raises:
         OutputError: something is in the way (`check_output`).
@@ -106,41 +115,211 @@ def plan_edited(
         UsageError: no known suffix, or a new name is taken.
         InputError: a new tensor holds a number that is too large for `dtype`.
     """
-    options = Options(force, dtype, state_only, shard_size)
+    options = Options(dtype, state_only, shard_size)
     check_output(path, force=force, source=source, shard_size=shard_size)
     if dtype is not None:
         edit = edit.changed(lambda name, tensor: cast_tensor(name, tensor, dtype))
     if is_folder(path, source, shard_size):
-        index = index_path(path, source)
-        file = plan_folder(source, edit, path, record, options)
-        return WritePlan(path, index.parent, index, file, left_behind(source, index.parent))
-    file = planner_of(path)(source, edit, path, record, options)
-    return WritePlan(path, check_target(path, force=force).parent, path, file)
-
-
-def write_edited(
-    source: Checkpoint,
-    edit: Edit,
-    path: Path,
-    record: Record | None,
-    *,
-    force: bool,
-    dtype: str | None = None,
-    state_only: bool = False,
-    shard_size: int | None = None,
-    progress: Progress | None = None,
-) -> None:
-    """Write `source` with `edit` applied and the record of it: `plan_edited`, then `WritePlan.write`, with the
-    arguments and the errors of both.
-    """
-    plan = plan_edited(
-        source, edit, path, record, force=force, dtype=dtype, state_only=state_only, shard_size=shard_size
-    )
-    plan.write(progress)
+        return _plan_folder(source, edit, path, record, options, force=force)
+    plan = plan_file(source, edit, path, format_of(path), record, options)
+    return WritePlan(path, plan.files(path), lambda progress: plan.write(path, force=force, progress=progress))
 
 
 def is_folder(path: Path, source: Checkpoint | None, shard_size: int | None) -> bool:
-    """Whether a checkpoint in several files is what is to be written."""
+    """Tell whether a checkpoint in several files is what is to be written."""
     if path.name.endswith(INDEX_SUFFIX) or path.is_dir():
         return True
-    return path.suffix not in PLANNERS and (isinstance(source, ShardedCheckpoint) or shard_size is not None)
+    several = source is not None and source.index is not None
+    return path.suffix not in CHECKPOINTS and (several or shard_size is not None)
+
+
+# Folders
+
+
+def _check_folder(path: Path, source: Checkpoint | None, *, force: bool) -> None:
+    """Check that the index of a folder can be written; see `check_output`."""
+    index = _index_path(path, source)
+    if not index.parent.is_dir():
+        if index.parent.exists():
+            raise OutputError(f"{index.parent}: is not a folder")
+        if not index.parent.parent.is_dir():
+            raise OutputError(f"{path}: the folder {index.parent.parent} doesn't exist; create it first")
+        return
+    check_target(index, force=force)
+
+
+def _index_path(path: Path, source: Checkpoint | None) -> Path:
+    """Return the index that a folder is written with: the one named, the one there is, or one named as usual."""
+    if path.name.endswith(INDEX_SUFFIX):
+        if path.name.removesuffix(INDEX_SUFFIX).rpartition(".")[2] not in ("safetensors", "bin"):
+            raise UsageError(
+                f"{path}: expected an index named NAME.safetensors{INDEX_SUFFIX} or NAME.bin{INDEX_SUFFIX}"
+            )
+        return path
+    if source is not None and source.index is not None:
+        return path / source.path.name
+    torch = source is not None and source.format == "torch"
+    return path / f"{'pytorch_model.bin' if torch else 'model.safetensors'}{INDEX_SUFFIX}"
+
+
+def _left_behind(source: Checkpoint, folder: Path) -> list[str]:
+    """Return files of the source's model that a folder has not: a configuration, a tokenizer, whatever isn't tensors.
+
+    They aren't copied: a configuration tells of layers and dtypes that an edit may have changed.
+    """
+    try:
+        names = sorted(path.name for path in source.path.parent.iterdir() if path.is_file())
+    except OSError:
+        return []
+    if source.index is None and CONFIGURATION not in names:
+        return []  # a file among others that have nothing to do with it
+    ours = (*CHECKPOINTS, INDEX_SUFFIX, RECORD_SUFFIX)
+    return [name for name in names if not (name.endswith(ours) or name[0] == "." or (folder / name).exists())]
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """A file of a folder: the tensors in it, their bytes, and the plan of it."""
+
+    names: list[str]
+    nbytes: int
+    plan: FilePlan
+
+
+def _plan_folder(
+    source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options, *, force: bool
+) -> WritePlan:
+    """Plan files under names that nothing has, and the index that names them.
+
+    Written, they come first, then the index, then files go that the old index named and the new one doesn't: whoever
+    reads the index finds the old checkpoint or the new one, whole.
+    """
+    index = _index_path(path, source)
+    shards = _kept_shards(source, edit, index, options) or _new_shards(source, edit, index, options)
+    if not any(shard.names for shard in shards):
+        raise RefusedError(f"{path}: there are no tensors for an index to name; write a single file instead")
+    planned = dict(zip(_free_names(index, len(shards)), shards, strict=True))
+    homes = {tensor: name for name, shard in planned.items() for tensor in shard.names}
+    homes = {name: homes[name] for name, _ in edit.order([*source.infos, *source.unusable])}
+    total = sum(shard.nbytes for shard in shards)
+    text = index_text(source.index or {}, homes, total, None if record is None else record.dumps())
+    files = {index: len(text)} | {index.with_name(name): shard.plan.size for name, shard in planned.items()}
+
+    def run(progress: Progress) -> None:
+        _write_folder(index, {name: shard.plan for name, shard in planned.items()}, text, progress, force=force)
+
+    return WritePlan(path, files, run, _left_behind(source, index.parent))
+
+
+def _kept_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -> list[_Shard]:
+    """Plan the files of the source, each with its part of the edit; none where they are to be divided otherwise."""
+    form = checkpoint_format(_shard_suffix(index))
+    others = any(file.format != form.NAME for file in source.files.values())
+    if source.index is None or options.shard_size is not None or others:
+        return []
+    edit.order(source.infos)  # finds a name that is taken, in whichever file
+    shards = []
+    for file in source.files.values():
+        shard = FileCheckpoint(file.path, {"": file})
+        places = {anchor: new for anchor, new in edit.places.items() if anchor in shard.infos}
+        part = Edit(edit.remove & shard.infos.keys(), places)
+        names = [name for name, _ in part.order([*shard.infos, *shard.unusable])]
+        if names:  # no index would name a file that the edit leaves empty
+            nbytes = sum(piece.nbytes for piece in pieces_of(shard, part, options))
+            shards.append(_Shard(names, nbytes, plan_file(shard, part, index, form, None, options)))
+    return shards
+
+
+def _new_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -> list[_Shard]:
+    """Plan files of at most the size that was asked for, filled in the tensors' order; tied ones stay together."""
+    check_flat(source, index, options)
+    largest = options.shard_size or SHARD_SIZE
+    groups: list[list[Piece]] = [[]]
+    sizes = [0]
+    home: dict[object, list[Piece]] = {}
+    for piece in pieces_of(source, edit, options):
+        if piece.identity in home:
+            home[piece.identity].append(piece)
+            continue
+        if groups[-1] and sizes[-1] + piece.nbytes > largest:
+            groups.append([])
+            sizes.append(0)
+        groups[-1].append(piece)
+        sizes[-1] += piece.nbytes
+        home[piece.identity] = groups[-1]
+    form = checkpoint_format(_shard_suffix(index))
+    plans = [form.plan_state(pieces, source.metadata, None) for pieces in groups]
+    names = [[piece.name for piece in pieces] for pieces in groups]
+    return [_Shard(*parts) for parts in zip(names, sizes, plans, strict=True)]
+
+
+def _shard_suffix(index: Path) -> str:
+    return f".{index.name.removesuffix(INDEX_SUFFIX).rpartition('.')[2]}"
+
+
+def _free_names(index: Path, count: int) -> list[str]:
+    """Return names for the files of a folder, as huggingface_hub makes them, and numbered anew where there are such."""
+    stem, suffix = index.name.removesuffix(INDEX_SUFFIX).rpartition(".")[0], _shard_suffix(index)
+    for generation in itertools.count(1):
+        more = "" if generation == 1 else f"-{generation}"
+        names = [f"{stem}-{number:05}-of-{count:05}{more}{suffix}" for number in range(1, count + 1)]
+        if all(_is_free(index.parent / name) for name in names):
+            return names
+    raise AssertionError
+
+
+def _is_free(path: Path) -> bool:
+    return not (path.exists() or path.is_symlink())
+
+
+def _names_in(index: Path) -> set[str]:
+    """Return the files that an index names, as far as they are in its folder; none where there is no index."""
+    if not index.exists():
+        return set()
+    try:
+        names = set(read_index(index)["weight_map"].values())
+    except InputError:
+        return set()
+    return {name for name in names if is_plain_name(name) and "/" not in name}
+
+
+def _write_folder(index: Path, plans: Mapping[str, FilePlan], text: bytes, progress: Progress, *, force: bool) -> None:
+    folder = index.parent
+    made_folder = not folder.is_dir()
+    try:
+        if made_folder:
+            try:
+                folder.mkdir()
+            except OSError as error:
+                raise OutputError(f"{folder}: cannot be created: {error.strerror or error}") from None
+        with alone_in(folder):
+            _write_files(index, plans, text, progress, force=force)
+    except BaseException:
+        if made_folder:
+            with contextlib.suppress(OSError):  # not empty: the index is there
+                folder.rmdir()
+        raise
+
+
+def _write_files(index: Path, plans: Mapping[str, FilePlan], text: bytes, progress: Progress, *, force: bool) -> None:
+    folder, old, names = index.parent, _names_in(index), set(plans)
+    if not all(_is_free(folder / name) for name in names):
+        raise OutputError(f"{folder}: another process has written to it meanwhile; nothing was changed")
+    written: set[str] = set()
+    try:
+        for name, plan in plans.items():
+            plan.write(folder / name, force=False, progress=progress)
+            written.add(name)
+        with replacing(index, force=force, progress=progress) as file:
+            file.write(text)
+    except BaseException:
+        # Where the index has its name already, its files belong to it.
+        _remove(folder, old - names if _names_in(index) == names else written)
+        raise
+    _remove(folder, old - names)
+
+
+def _remove(folder: Path, names: set[str]) -> None:
+    """Remove files that no index names any more; one that stays does no harm."""
+    for name in sorted(names):
+        discard(folder / name)

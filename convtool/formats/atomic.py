@@ -1,4 +1,4 @@
-"""Writing a file so that its name holds either what was there before or the whole, checked new one."""
+"""The one way in which a file comes into being: its name holds what was there before, or the whole, checked new one."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import errno
 import io
 import os
 import secrets
+import shutil
 import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeAlias
 
-from convtool.errors import OutputError
+from convtool.errors import OutputError, human_bytes
 
 if sys.platform != "win32":
     import fcntl
@@ -23,9 +26,11 @@ TEMPORARY = ".convtool-{}.tmp"  # what an unfinished file is called; one left ov
 RANDOM_BYTES = 8  # in its name, as hexadecimal digits
 STALE = 3600  # seconds; some network file systems keep locks to one machine, but tell all when a file was written to
 
+Progress: TypeAlias = Callable[[int], None]  # is told how many bytes were written since it was told last
+
 
 def check_target(path: Path, *, force: bool) -> Path:
-    """Where a write to `path` will go, symlinks followed; called early, so that nothing is computed in vain.
+    """Return where a write to `path` will go, symlinks followed; called early, so that nothing is computed in vain.
 
     Raises:
         OutputError: it exists (without `force`), isn't a regular file, or its folder isn't there.
@@ -47,9 +52,75 @@ def check_target(path: Path, *, force: bool) -> Path:
     return target
 
 
+def check_space(path: Path, folder: Path, size: int, advice: Callable[[int, int], str] = lambda size, free: "") -> None:
+    """Refuse to write `size` bytes for `path` where its file system hasn't as many left; one that doesn't tell passes.
+
+    Args:
+        folder: where the bytes will go; where it is yet to be made, the nearest one above it counts.
+        advice: what to add to the message where `size` bytes don't fit into the `free` ones.
+
+    Raises:
+        OutputError: it hasn't, or the folder cannot be looked at.
+    """
+    try:
+        there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        usage = shutil.disk_usage(there)
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+    if usage.total and size > usage.free:
+        needs = f"{path}: needs {human_bytes(size)}, and its file system has {human_bytes(usage.free)} free"
+        raise OutputError(needs + advice(size, usage.free))
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """A file that is to be written; nothing of it is, yet.
+
+    Attributes:
+        size: in bytes, exactly.
+        fill: writes all of it to a file from the start.
+        check: opens what was written with another reader than the one who wrote it; OutputError where it isn't what it
+            was to be. What it returns is for whoever asked for the plan.
+    """
+
+    size: int
+    fill: Callable[[Written], None]
+    check: Callable[[Path], Any]
+
+    def files(self, path: Path) -> dict[Path, int]:
+        """Return all files that writing it to `path` makes, with their sizes in bytes."""
+        return {path: self.size}
+
+    def write(
+        self, path: Path, *, force: bool, progress: Progress | None = None, accept: Callable[[Any], None] | None = None
+    ) -> None:
+        """Write it, wholly and checked, or not at all.
+
+        Args:
+            progress: the numbers that it is told add up to `size`.
+            accept: is handed what `check` returns, before the file takes its name.
+
+        Raises:
+            OutputError: as of `replacing`, or what was written isn't what was to be.
+        """
+
+        def check(at: Path) -> None:
+            found = at.stat().st_size
+            if found != self.size:
+                raise OutputError(f"{found} bytes were written instead of {self.size}; nothing was changed")
+            result = self.check(at)
+            if accept is not None:
+                accept(result)
+
+        with replacing(path, force=force, check=check, progress=progress) as file:
+            self.fill(file)
+
+
 @contextlib.contextmanager
-def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None = None) -> Iterator[Written]:
-    """A binary file, open for writing and reading, that becomes `path` when the block ends well, and vanishes if not.
+def replacing(
+    path: Path, *, force: bool, check: Callable[[Path], None] | None = None, progress: Progress | None = None
+) -> Iterator[Written]:
+    """Open a binary file that becomes `path` when the block ends well, and vanishes if not.
 
     It is written beside the target, synced, handed to `check` (which re-reads it and raises where it is not what it
     should be), and renamed; then the folder is synced. An existing target's mode is kept. Without `force` a target
@@ -66,7 +137,7 @@ def replacing(path: Path, *, force: bool, check: Callable[[Path], None] | None =
     try:
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
-        with Written(descriptor) as file:
+        with Written(descriptor, progress) as file:
             ours = os.fstat(descriptor)
             lock = os.dup(descriptor)  # holds it until the file has its name
             _locked(lock)
@@ -103,7 +174,7 @@ def _locked(descriptor: int) -> bool:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """A folder in which no other process replaces several files at once meanwhile; not so on systems without locks.
+    """Keep other processes from replacing several files of a folder meanwhile; no use on systems without locks.
 
     Raises:
         OutputError: another process does already.
@@ -150,14 +221,21 @@ class Written(io.BufferedRandom):
 
     Args:
         descriptor: of the file, open for reading and writing; closed with it.
+        progress: what is written a second time, after a seek back, counts once.
     """
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, progress: Progress | None = None) -> None:
         super().__init__(io.FileIO(descriptor, "r+"))
+        self._progress = progress
+        self._position = self._reported = 0
         self._waiting = self._started = 0  # bytes written since the disk was last told, and up to where it was
 
     def write(self, data: bytes | bytearray | memoryview, /) -> int:  # type: ignore[override]  # Buffer is 3.12's
         return self._counted(super().write(data))
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        self._position = super().seek(offset, whence)
+        return self._position
 
     def send(self, descriptor: int, start: int, count: int, /) -> int:
         """Write up to `count` bytes of another file from `start`, copied within the kernel.
@@ -173,10 +251,14 @@ class Written(io.BufferedRandom):
             sent = os.sendfile(self.fileno(), descriptor, start, count)
         except OSError:
             sent = 0
-        self.seek(position + sent)  # the kernel has moved on without telling
+        super().seek(position + sent)  # the kernel has moved on without telling
         return self._counted(sent)
 
     def _counted(self, written: int) -> int:
+        self._position += written
+        if self._progress is not None and self._position > self._reported:
+            self._progress(self._position - self._reported)
+            self._reported = self._position
         self._waiting += written
         if self._waiting >= WRITE_BACK_BYTES:
             self._start_writing_back()
@@ -184,7 +266,7 @@ class Written(io.BufferedRandom):
 
     def _start_writing_back(self) -> None:
         # To Linux, "not needed" of bytes not on disk yet means to start writing them, without waiting for it.
-        advise, position = getattr(os, "posix_fadvise", None), self.tell()
+        advise, position = getattr(os, "posix_fadvise", None), self._position
         if advise is not None and position > self._started:
             with contextlib.suppress(OSError):  # a file system that takes no advice
                 advise(self.fileno(), self._started, position - self._started, os.POSIX_FADV_DONTNEED)

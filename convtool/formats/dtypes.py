@@ -68,6 +68,21 @@ STORAGES = {
 }
 STORAGE_CLASSES = {name: cls for cls, name in STORAGES.items()}
 
+# What numpy calls them, as its files have it.
+NUMPY = {
+    "float64": "<f8",
+    "float32": "<f4",
+    "float16": "<f2",
+    "complex128": "<c16",
+    "complex64": "<c8",
+    "int64": "<i8",
+    "int32": "<i4",
+    "int16": "<i2",
+    "int8": "|i1",
+    "uint8": "|u1",
+}
+
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 
 MOST_AXES = 64  # of a tensor, as of an array of numpy; a hostile header could have millions
+LARGEST = 2**63 - 1  # what torch counts with

@@ -15,11 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import IO, Any, Protocol, cast
 
 from convtool.errors import ConvtoolError, InputError, RefusedError
-from convtool.formats.dtypes import ITEMSIZE, MOST_AXES, STORAGES
+from convtool.formats.dtypes import ITEMSIZE, LARGEST, MOST_AXES, STORAGES
 
 QUANTIZED = {"QInt8Storage": "int8", "QUInt8Storage": "uint8", "QInt32Storage": "int32"}  # classes, by what they hold
-
-LARGEST = 2**63 - 1  # what torch counts with
 
 
 class PickleError(Exception):
@@ -226,7 +224,7 @@ def storage_ref(pid: Any) -> StorageRef:
     _, cls, key, location, count, *view = pid
     if not (isinstance(cls, Global) and cls.module in _STORAGE_MODULES and isinstance(key, str)):
         raise PickleError("its pickle refers to a storage of a class that torch doesn't have")
-    if not isinstance(location, str) or not _is_size(count):
+    if not isinstance(location, str) or not is_size(count):
         raise PickleError(f"its pickle describes the storage {key!r} wrongly")
     if cls.name in STORAGES:
         ref = StorageRef(key, STORAGES[cls.name], cls.name, location, count)
@@ -237,29 +235,35 @@ def storage_ref(pid: Any) -> StorageRef:
     else:
         raise PickleError(f"its pickle refers to a storage of class {cls}")
     if view and view[0] is not None:
-        if not (isinstance(view[0], tuple) and len(view[0]) == 3 and _is_size(view[0][1])):
+        if not (isinstance(view[0], tuple) and len(view[0]) == 3 and is_size(view[0][1])):
             raise PickleError(f"its pickle describes the storage {key!r} wrongly")
         ref = replace(ref, start=view[0][1])
     return ref
 
 
-def plain_tensor(value: Any) -> TensorRef | None:
-    """The tensor that a value is, also where it is a parameter; None where it isn't one."""
+def bare(value: Any) -> Any:
+    """Return what a parameter wraps; anything else as it is."""
     if isinstance(value, Call) and value.function.module == "torch._utils" and value.function.name in PARAMETERS:
-        value = value.arguments[0] if value.arguments else None
+        return value.arguments[0] if value.arguments else None
+    return value
+
+
+def plain_tensor(value: Any) -> TensorRef | None:
+    """Return the tensor that a value is, also where it is a parameter; None where it isn't one."""
+    value = bare(value)
     return value if isinstance(value, TensorRef) else None
 
 
 def why_unusable(value: Any) -> str | None:
-    """What an entry is that is a tensor and yet not one of plain numbers, and what to do; None for all others."""
+    """Say what an entry is that is a tensor but not one of plain numbers, and what to do; None for all others."""
+    value = bare(value)
     if isinstance(value, Call) and value.function.module in ("torch._utils", "torch._tensor"):
-        if value.function.name in PARAMETERS and value.arguments:
-            return why_unusable(value.arguments[0])
         return UNUSABLE.get(value.function.name)
     return None
 
 
-def _is_size(value: object) -> bool:
+def is_size(value: object) -> bool:
+    """Tell whether a value can be a number of elements."""
     return type(value) is int and 0 <= value <= LARGEST
 
 
@@ -406,10 +410,10 @@ def _tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
     storage, offset, shape, stride, *rest = arguments
     if not isinstance(storage, StorageRef):
         raise PickleError("its pickle makes a tensor of something that isn't a storage")
-    shape, stride = (tuple(_numbers(value)) for value in (shape, stride))
+    shape, stride = (tuple(numbers_of(value)) for value in (shape, stride))
     if len(shape) > MOST_AXES:
         raise PickleError(f"its pickle holds a tensor of {len(shape)} axes")
-    if not _is_size(offset) or len(shape) != len(stride) or not all(map(_is_size, (*shape, *stride))):
+    if not is_size(offset) or len(shape) != len(stride) or not all(map(is_size, (*shape, *stride))):
         raise PickleError("its pickle holds a tensor whose offset, shape or strides make no sense")
     least = {"_rebuild_tensor": 0, "_rebuild_tensor_v2": 2, "_rebuild_tensor_v3": 3}[function]
     if not least <= len(rest) <= least + (function != "_rebuild_tensor"):
@@ -424,14 +428,13 @@ def _tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
         dtype = given.name
         if storage.typed and dtype != storage.dtype:  # torch reads storages without a dtype so, and no others
             raise PickleError(f"its pickle reads a storage of {storage.dtype} as {dtype}")
-    elif not storage.typed:
-        raise PickleError("its pickle holds a tensor without a dtype")
     if not storage.typed and function != "_rebuild_tensor_v3":
         raise PickleError("its pickle holds a tensor without a dtype")
     return TensorRef(storage, dtype, offset + storage.start, shape, stride, bool(requires_grad), hooks, metadata)
 
 
-def _numbers(value: Any) -> tuple[Any, ...]:
+def numbers_of(value: Any) -> tuple[Any, ...]:
+    """Return the numbers of a shape or of strides, unchecked; PickleError where it is nothing like either."""
     if isinstance(value, Call) and value.function == Global("torch", "Size") and len(value.arguments) == 1:
         value = value.arguments[0]
     if not isinstance(value, tuple | list):

@@ -8,22 +8,16 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO
 
 from convtool.errors import InputError
+
+if TYPE_CHECKING:
+    from convtool.formats.atomic import Written
 
 CHUNK = 1 << 22  # bytes that stand in memory at a time while a file is copied
 SENT = 1 << 24  # bytes that the kernel copies at a time; a signal is heard between two of these
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # <asm-generic/mman.h>; the mmap module lacks it until 3.13
-
-
-class Receiver(Protocol):
-    """A file that is written."""
-
-    def write(self, data: bytes | memoryview, /) -> int: ...
-
-    def send(self, descriptor: int, start: int, count: int, /) -> int:
-        """Write up to `count` bytes of another file, copied within the kernel; how many were, 0 where it can't."""
 
 
 class Source:
@@ -51,13 +45,13 @@ class Source:
         self._map = self._mapped() if mapped and self.size else None
 
     def opened(self) -> BinaryIO:
-        """The same file once more, to be read from its beginning, whatever has its name by now."""
+        """Open the same file once more, to be read from its beginning, whatever has its name by now."""
         file = os.fdopen(os.dup(self._file), "rb")
         file.seek(0)
         return file
 
     def view(self, start: int, stop: int) -> memoryview:
-        """Bytes start to stop, writable memory though nothing written to it reaches the file."""
+        """Return bytes start to stop, in writable memory, though nothing written to it reaches the file."""
         if self._map is not None:
             return memoryview(self._map)[start:stop]
         data = bytearray(stop - start)
@@ -65,7 +59,7 @@ class Source:
         return memoryview(data)
 
     def chunks(self, start: int, stop: int) -> Iterator[memoryview]:
-        """Bytes start to stop in pieces, each valid until the next is asked for.
+        """Yield bytes start to stop in pieces, each valid until the next is asked for.
 
         They are read rather than mapped, so that a file that another program cuts short meanwhile is an error here
         and not the end of the process.
@@ -76,7 +70,7 @@ class Source:
             self._read_into(piece, position)
             yield piece
 
-    def copy_to(self, file: Receiver, start: int, stop: int) -> None:
+    def copy_to(self, file: Written, start: int, stop: int) -> None:
         """Write bytes start to stop to a file, past this process's memory where the systems of both files can.
 
         Raises:

@@ -8,10 +8,11 @@ back with zipfile.
 from __future__ import annotations
 
 import struct
-import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
+
+from convtool.formats.pieces import Piece
 
 ALIGNMENT = 64  # of each member's data: what torch and numpy map
 
@@ -36,25 +37,6 @@ class Output(Protocol):
     def write(self, data: bytes | memoryview, /) -> int: ...
 
     def seek(self, offset: int, /) -> int: ...
-
-
-class Chunk(Protocol):
-    """Bytes of a member, and their CRC-32."""
-
-    @property
-    def data(self) -> memoryview: ...
-
-    @property
-    def crc(self) -> int: ...
-
-
-class Member(NamedTuple):
-    """A file in the archive: a few bytes of head, then chunks, `size` bytes together."""
-
-    name: str
-    size: int
-    head: bytes
-    chunks: Callable[[], Iterable[Chunk]]
 
 
 class _Placed(NamedTuple):
@@ -93,25 +75,9 @@ class _Placed(NamedTuple):
         extra = struct.pack(f"<HH{len(wide)}Q", _ZIP64_ID, 8 * len(wide), *wide) if wide else b""
         size, offset = (_FULL if number >= LIMIT else number for number in (self.size, self.offset))
         version = 45 if wide else 20
-        fixed = (
-            _CENTRAL,
-            version,
-            version,
-            self.flags,
-            0,
-            0,
-            _DATE,
-            crc,
-            size,
-            size,
-            len(self.name),
-            len(extra),
-            0,
-            0,
-            0,
-            0,
-        )
-        return struct.pack("<L6H3L5H2L", *fixed, offset) + self.name + extra
+        lengths = (crc, size, size, len(self.name), len(extra))
+        fixed = (_CENTRAL, version, version, self.flags, 0, 0, _DATE, *lengths, 0, 0, 0, 0, offset)
+        return struct.pack("<L6H3L5H2L", *fixed) + self.name + extra
 
     @property
     def flags(self) -> int:
@@ -122,15 +88,15 @@ class _Placed(NamedTuple):
         return 45 if self.big else 20
 
 
-def archive_size(members: Sequence[Member]) -> int:
-    """The size in bytes of the archive of these members; none of their chunks is made."""
+def archive_size(members: Sequence[Piece]) -> int:
+    """Return the size in bytes of the archive of these members; none of their chunks is made."""
     placed = _place(members)
     end = placed[-1].data_offset + placed[-1].size if placed else 0
     central = b"".join(one.central(0) for one in placed)
     return end + len(central) + len(_end(len(placed), end, len(central)))
 
 
-def write_archive(file: Output, members: Sequence[Member]) -> None:
+def write_archive(file: Output, members: Sequence[Piece]) -> None:
     """Write an archive from the start of a file.
 
     Raises:
@@ -140,14 +106,14 @@ def write_archive(file: Output, members: Sequence[Member]) -> None:
     end = 0
     for member, place in zip(members, _place(members), strict=True):
         file.write(place.local(0))
-        file.write(member.head)
-        crc, size = zlib.crc32(member.head), len(member.head)
+        crc = size = 0
         for chunk in member.chunks():
             file.write(chunk.data)
             crc = combine_crc(crc, chunk.crc, chunk.data.nbytes)
             size += chunk.data.nbytes
-        if size != member.size:
-            raise RuntimeError(f"{member.name}: {size} bytes came, {member.size} were announced")
+        if size != member.nbytes:
+            raise RuntimeError(f"{member.name}: {size} bytes came, {member.nbytes} were announced")
+        # The checksum stands before the data that it is of, and is known after them.
         end = place.data_offset + size
         file.seek(place.offset)
         file.write(place.local(crc))
@@ -159,7 +125,7 @@ def write_archive(file: Output, members: Sequence[Member]) -> None:
 
 
 def combine_crc(first: int, second: int, length: int) -> int:
-    """The CRC-32 of two byte strings joined, from that of each and the length in bytes of the second.
+    """Return the CRC-32 of two byte strings joined, from that of each and the length in bytes of the second.
 
     A CRC is the remainder of a polynomial over GF(2); appending `length` bytes multiplies it by x**(8*length).
     """
@@ -167,7 +133,7 @@ def combine_crc(first: int, second: int, length: int) -> int:
 
 
 def _multiply(a: int, b: int) -> int:
-    """The product of two polynomials modulo CRC-32's, coefficients from the highest bit down."""
+    """Return the product of two polynomials modulo CRC-32's, coefficients from the highest bit down."""
     product = 0
     while a:
         if a & 1 << 31:
@@ -179,7 +145,7 @@ def _multiply(a: int, b: int) -> int:
 
 @lru_cache(maxsize=1024)
 def _power(length: int) -> int:
-    """x**(8*length) modulo CRC-32's polynomial."""
+    """Return x**(8*length) modulo CRC-32's polynomial."""
     result, square = 1 << 31, 1 << 23  # 1 and x**8
     while length:
         if length & 1:
@@ -189,17 +155,17 @@ def _power(length: int) -> int:
     return result
 
 
-def _place(members: Sequence[Member]) -> list[_Placed]:
+def _place(members: Sequence[Piece]) -> list[_Placed]:
     placed: list[_Placed] = []
     offset = 0
     for member in members:
-        placed.append(_Placed(member.name.encode(), member.size, offset))
-        offset = placed[-1].data_offset + member.size
+        placed.append(_Placed(member.name.encode(), member.nbytes, offset))
+        offset = placed[-1].data_offset + member.nbytes
     return placed
 
 
 def _end(count: int, offset: int, size: int) -> bytes:
-    """The end of the archive, after a central directory of this size at this offset."""
+    """Return the end of the archive, after a central directory of this size at this offset."""
     if offset < LIMIT and size < LIMIT and count < _FULL_COUNT:
         return struct.pack("<L4H2LH", _END, 0, 0, count, count, size, offset, 0)
     offset, end = min(offset, _WIDEST), min(offset + size, _WIDEST)

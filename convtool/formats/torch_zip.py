@@ -1,281 +1,562 @@
-"""Where a torch file keeps its pickle and its storages: a zip archive, or the older row of pickles and bytes."""
+"""torch's own files (.pt, .pth, .bin, .ckpt): a pickle of what was saved, and the bytes of its tensors' storages.
+
+They are read without ever running a pickle's code, in torch's zip format and the older one. Written is the zip format:
+torch.save wants all of it in memory, so a member of the archive is written here for each storage, aligned for
+`torch.load(mmap=True)`. What is written is opened again with the reader, which shares nothing with the writer.
+
+A checkpoint is a state dict, maybe inside of other dicts. A matrix is a dict {"weight", "bias"} for
+`torch.load(path, weights_only=True)`, whose weight is a sparse CSR, sparse COO (coalesced) or dense tensor; dense, it
+is an nn.Linear's state dict. Its record is the member `extra/convtool_matrix.json`, which torch.load passes over.
+"""
 
 from __future__ import annotations
 
-import io
-import struct
-import zipfile
-import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+import copy
+import itertools
+import math
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-from convtool.errors import InputError
-from convtool.formats.dtypes import ITEMSIZE
-from convtool.formats.pickle_reader import PickleError, PickleFile, StorageRef, TensorRef, loads, storage_ref
+from convtool.errors import ConvtoolError, InputError, OutputError, RefusedError, UsageError
+from convtool.formats import pickle_writer
+from convtool.formats.atomic import FilePlan, Progress
+from convtool.formats.dtypes import ITEMSIZE, STORAGE_CLASSES
+from convtool.formats.matrices import RECORD_NAME, Found, Layout
+from convtool.formats.matrices import Contents as MatrixContents
+from convtool.formats.pickle_reader import (
+    Call,
+    Global,
+    OrderedItems,
+    PickleError,
+    StorageRef,
+    TensorRef,
+    bare,
+    is_size,
+    numbers_of,
+    plain_tensor,
+    why_unusable,
+)
+from convtool.formats.pieces import Chunk, Piece, tensor_chunks
+from convtool.formats.sidecar import read_record, record_beside, record_path, record_size
 from convtool.formats.source import Source
+from convtool.formats.stored_zip import LONGEST_NAME, archive_size, write_archive
+from convtool.formats.tensor_file import Place, TensorFile
+from convtool.formats.torch_contents import ZIP_MAGIC, Contents, Placed, checked_chunks, read_contents
 
-ZIP_MAGIC = b"PK\x03\x04"
-_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
-_SAVE_AGAIN = "load it with torch and save it again"
-# Members that every writer makes anew.
-_OWN_MEMBERS = {"data.pkl", "version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NAME = "torch"
+LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
+STORES_BIAS = True
+COO_INDICES: str | None = "int64"  # all that torch's COO tensors take
+
+FOLDER = "archive"  # of the members of a zip file; torch's name for it where it writes to no named file
+DEPTH = 4  # how many dicts deep a state dict is looked for
+MATRIX_RECORD = f"extra/{RECORD_NAME}.json"
+
+_REBUILD_SPARSE = [Global("torch._utils", name) for name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor")]
+_SPARSE_PARTS = {"torch.sparse_csr": ("indptr", "indices", "data"), "torch.sparse_coo": ("indices", "data")}
+_LAYOUT = Global("torch.serialization", "_get_layout")
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """Where a storage's bytes stand in the file, and their CRC-32 where the file has one."""
-
-    start: int
-    nbytes: int
-    crc: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Contents:
-    """What a torch file holds.
+class TorchFile(TensorFile):
+    """A file that torch.save wrote.
 
     Attributes:
-        value: what was pickled, as `pickle_reader` reads it.
-        storages: by key.
-        extras: other members of the archive, by name.
-        mark: bytes that differ wherever two files do: what a record beside the file knows it by.
+        contents: what stands in it.
+        state: the tensors by name, and whatever else stands among them.
+
+    Args:
+        root: the keys that lead to `state` in what was saved.
     """
 
-    value: Any
-    storages: Mapping[str, Placed]
-    extras: Mapping[str, Placed]
-    mark: bytes
+    format = NAME
+    tensors: Mapping[str, TensorRef]
+
+    def __init__(self, source: Source, contents: Contents, root: tuple[str, ...], state: dict[Any, Any]) -> None:
+        super().__init__(source)
+        self.contents = contents
+        self.root = root
+        self.state = state
+        self.tensors = {
+            name: tensor
+            for name, value in state.items()
+            if isinstance(name, str) and (tensor := plain_tensor(value)) is not None
+        }
+        self.unusable = {
+            str(name): reason for name, value in state.items() if (reason := why_unusable(value)) is not None
+        }
+        self._verified_keys: set[str] = set()
+
+    @property
+    def entries(self) -> Iterable[Any]:
+        return self.state
+
+    @property
+    def left_out(self) -> list[str]:
+        outside = [] if not self.root else [str(name) for name in self.contents.value if name != self.root[0]]
+        return outside + self.others
+
+    def record(self) -> tuple[str, Path] | None:
+        text = read_record(self.path, self.contents)
+        return None if text is None else (text, record_path(self.path))
+
+    def tensor(self, name: str) -> Tensor:
+        import torch
+
+        ref = self.tensors[name]
+        dtype: torch.dtype = getattr(torch, ref.dtype)
+        if not ref.count:
+            return torch.empty(ref.shape, dtype=dtype)
+        view = self._view(name, ref.reach)
+        flat: Tensor = torch.frombuffer(view, dtype=dtype)
+        return _with_metadata(flat.as_strided(ref.shape, ref.stride), ref.metadata, f"{self.path}: {name}")
+
+    def data(self, name: str) -> memoryview:
+        ref = self.tensors[name]
+        if ref.contiguous() and not ref.metadata:
+            return self._view(name, ref.count) if ref.count else memoryview(b"")
+        return memoryview(bytearray().join(tensor_chunks(self.tensor(name))))
+
+    def piece(self, name: str) -> Piece:
+        ref = self.tensors[name]
+        memory: Hashable = (ref.storage.key, ref.dtype, ref.offset, ref.shape, ref.stride, repr(ref.metadata))
+
+        def chunks() -> Iterable[memoryview]:
+            if not ref.contiguous() or ref.metadata:
+                return tensor_chunks(self.tensor(name))
+            start = self._verified(ref.storage.key, name).start + ref.offset * ITEMSIZE[ref.dtype]
+            return self.source.chunks(start, start + ref.nbytes)
+
+        made = lambda: map(Chunk, chunks() if ref.count else ())  # noqa: E731
+        return Piece(name, ref.dtype, ref.shape, ref.nbytes, made, memory if ref.count else name)
+
+    def place(self, name: str) -> Place:
+        ref = self.tensors[name]
+        size = ITEMSIZE[ref.dtype]
+        return Place(ref.storage.key, ref.offset * size, (ref.offset + ref.reach) * size)
+
+    def rewritten(
+        self, entries: Sequence[tuple[Any, Piece | None]], record: str | None, cast: Callable[[Piece], Piece]
+    ) -> FilePlan:
+        """Plan the saved object with its state dict edited, entries that aren't tensors and all else as it was.
+
+        Raises:
+            RefusedError: a tensor that is to have another dtype shares its storage with one that isn't.
+        """
+        dtypes: dict[str, set[str]] = {}  # of the tensors that lie in each storage
+        for ref in self.tensors.values():
+            dtypes.setdefault(ref.storage.key, set()).add(ref.dtype if ref.storage.typed else "untyped")
+        described = {}
+        for name, piece in entries:
+            if piece is None and name in self.tensors:
+                piece, ref = cast(self.piece(name)), self.tensors[name]
+                if piece.dtype != ref.dtype and dtypes[ref.storage.key] != {ref.dtype}:
+                    raise RefusedError(
+                        f"{name} shares its memory with a tensor of another dtype, and cannot be cast alone"
+                    )
+            if piece is not None:
+                described[name] = piece
+
+        def storage(ref: StorageRef) -> Piece:
+            key = ref.key
+            chunks = lambda: checked_chunks(self.source, self._called(key), self.contents.storages[key])  # noqa: E731
+            piece = Piece(self._users.get(key, "the saved object"), ref.dtype, (ref.count,), ref.nbytes, chunks)
+            return cast(piece) if dtypes.get(key) == {ref.dtype} else piece
+
+        state = OrderedItems(state=self.state.state) if isinstance(self.state, OrderedItems) else {}
+        for name, piece in entries:
+            state[name] = self.state[name] if piece is None else piece
+        value = _replace(self.contents.value, self.root, state)
+        extras = [self._extra(name, placed) for name, placed in self.contents.extras.items()]
+        return _plan_recorded(value, record, described, self.root, extras, storage)
+
+    def _extra(self, name: str, placed: Placed) -> Piece:
+        if len(f"{FOLDER}/{name}".encode()) > LONGEST_NAME:
+            raise RefusedError(f"{self.path}: the name of a member, {name[:32]!r}..., is too long to be written")
+        chunks = lambda: checked_chunks(self.source, name, placed)  # noqa: E731
+        return Piece(name, "uint8", (placed.nbytes,), placed.nbytes, chunks)
+
+    def _view(self, name: str, count: int) -> memoryview:
+        """Return so many numbers of a tensor's storage, from the tensor's first on."""
+        ref = self.tensors[name]
+        size = ITEMSIZE[ref.dtype]
+        start = self._verified(ref.storage.key, name).start + ref.offset * size
+        view = self.source.view(start, start + count * size)
+        # torch wants aligned memory, the older format doesn't promise it
+        return memoryview(bytearray(view)) if start % size else view
+
+    def _verified(self, key: str, name: str) -> Placed:
+        """Return a storage's place, its checksum compared at the first use."""
+        placed = self.contents.storages[key]
+        if key not in self._verified_keys:
+            for _ in checked_chunks(self.source, self._called(key), placed):
+                pass
+            self._verified_keys.add(key)
+        return placed
+
+    def _called(self, key: str) -> str:
+        """Return what a storage is called in messages: by the first tensor that it belongs to."""
+        return f"the storage {key} of {self._users.get(key, 'the saved object')}"
+
+    @cached_property
+    def _users(self) -> dict[str, str]:
+        return {ref.storage.key: name for name, ref in reversed(list(self.tensors.items()))}
 
 
-def read_contents(source: Source) -> Contents:
-    """The table of contents of a torch file; no storage is read.
+def recognises(start: bytes) -> bool:
+    """Tell whether a file that begins so could be one: a zip archive, or a pickle."""
+    return start.startswith((ZIP_MAGIC, b"\x80"))
+
+
+def open_file(source: Source, root: str | None) -> TorchFile:
+    """Open a file of a state dict.
+
+    Args:
+        root: the keys that lead to it, joined by dots ('.' for the saved dict itself), needed only where there are
+            several.
 
     Raises:
-        InputError: it is damaged, or of a kind that holds no state dict.
-        RefusedError: its pickle asks for code.
+        InputError: it is damaged, or holds none.
+        UsageError: several state dicts and no `root`.
     """
-    try:
-        zipped = bytes(source.view(0, min(4, source.size))) == ZIP_MAGIC
-        contents = _read_zip(source) if zipped else _read_legacy(source)
-    except PickleError as error:
-        raise InputError(f"{source.path}: is damaged, or not a torch file: {error}") from None
-    return contents
+    contents = read_contents(source)
+    keys = _find_root(contents.value, root, source.path)
+    return TorchFile(source, contents, keys, _descend(contents.value, keys))
 
 
-def _read_zip(source: Source) -> Contents:
-    members, directory = _members(source)
-    roots = [name.removesuffix("data.pkl") for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
-    if len(roots) != 1:
-        what = "no data.pkl" if not roots else "several data.pkl"
-        raise InputError(f"{source.path}: is a zip archive that torch.save didn't write: it has {what}")
-    own = {name.removeprefix(roots[0]): placed for name, placed in members.items() if name.startswith(roots[0])}
-    order = own.get("byteorder")
-    if order is not None and _small(source, order, "byteorder") != b"little":
-        raise InputError(f"{source.path}: was written on a big-endian machine; {_SAVE_AGAIN} on a little-endian one")
-    pickled = _small(source, own["data.pkl"], "data.pkl")
-    file = io.BytesIO(pickled)
-    value, tensors = loads(file, str(source.path), storage_ref)
-    if file.tell() != len(pickled):
-        raise InputError(f"{source.path}: is damaged: bytes follow the end of its pickle")
-    storages = {name.removeprefix("data/"): placed for name, placed in own.items() if name.startswith("data/")}
-    _check_tensors(source, tensors, storages)
-    extras = {name: placed for name, placed in own.items() if name not in _OWN_MEMBERS and not name.startswith("data/")}
-    return Contents(value, storages, extras, directory)
+def _with_metadata(tensor: Tensor, metadata: Any, where: str) -> Tensor:
+    """The tensor with torch's bits for conjugate and negative set as its metadata say."""
+    import torch
+
+    if not metadata:
+        return tensor
+    if not isinstance(metadata, dict) or not metadata.keys() <= {"conj", "neg"}:
+        raise InputError(f"{where}: has attributes that are not known ({metadata!r:.100})")
+    if metadata.get("conj"):
+        tensor = torch.conj(tensor)
+    return torch._neg_view(tensor) if metadata.get("neg") else tensor
 
 
-def _small(source: Source, placed: Placed, name: str) -> bytes:
-    data = bytes(source.view(placed.start, placed.start + placed.nbytes))
-    check_crc(source, name, placed, zlib.crc32(data))
-    return data
+def _is_state(value: object) -> bool:
+    """Whether a dict is one of named tensors; numbers alone (an accuracy, a counter) don't make it one."""
+    if not isinstance(value, dict):
+        return False
+    tensors = ((plain_tensor(item), why_unusable(item)) for name, item in value.items() if isinstance(name, str))
+    return any((plain is not None and plain.shape) or why is not None for plain, why in tensors)
 
 
-def check_crc(source: Source, name: str, placed: Placed, found: int) -> None:
-    """InputError where the bytes of a member aren't those that were written."""
-    if placed.crc is not None and placed.crc != found:
-        raise InputError(
-            f"{source.path}: is damaged: the checksum of {name} is {found:08x}, and was {placed.crc:08x} when it was"
-            " written"
-        )
-
-
-def _members(source: Source) -> tuple[dict[str, Placed], bytes]:
-    """Every member's place, all of the archive's bookkeeping checked; and its directory's bytes."""
-    where = source.path
-    try:
-        with source.opened() as file, zipfile.ZipFile(file) as archive:
-            listed = archive.infolist()
-            start = archive.start_dir
-    except OSError as error:
-        raise InputError(f"{where}: cannot be read: {error.strerror or error}") from None
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError, RuntimeError, OverflowError):
-        raise InputError(
-            f"{where}: is truncated or damaged: it begins like a zip archive, and has no readable directory at its end"
-        ) from None
-    if any(info.filename.rpartition("/")[2] == "constants.pkl" for info in listed):
-        raise InputError(
-            f"{where}: is TorchScript; save its weights: torch.save(torch.jit.load(PATH).state_dict(), NEW)"
-        )
-    directory = bytes(source.view(start, source.size))
-    end = directory.rfind(b"PK\x05\x06")
-    if end < 0 or len(directory) != end + 22 + int.from_bytes(directory[end + 20 : end + 22], "little"):
-        raise InputError(f"{where}: is damaged: bytes follow the end of its zip archive")
-    if listed and all(info.header_offset for info in listed):
-        raise InputError(f"{where}: is damaged: bytes stand before its zip archive")
-    checked = any(info.CRC for info in listed)  # torch can be told to write none
-    placed: dict[str, Placed] = {}
-    taken = 0
-    for info in sorted(listed, key=lambda info: info.header_offset):
-        if info.filename in placed:
-            raise InputError(f"{where}: is damaged: its archive has the member {info.filename!r} twice")
-        if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise InputError(
-                f"{where}: was compressed or encrypted by another program ({info.filename}); {_SAVE_AGAIN}"
-            )
-        data_start = _data_start(source, info, taken)
-        taken = data_start + info.file_size
-        if info.compress_size != info.file_size or taken > start:
-            raise InputError(
-                f"{where}: is damaged: the member {info.filename!r} is declared to take {info.file_size} bytes, which"
-                " aren't there"
-            )
-        placed[info.filename] = Placed(data_start, info.file_size, info.CRC if checked else None)
-    return placed, directory
-
-
-def _data_start(source: Source, info: zipfile.ZipInfo, taken: int) -> int:
-    """Where a member's data begin, by its own header, which must say what the directory says."""
-    offset = info.header_offset
-    if offset < taken or offset + _LOCAL_HEADER.size > source.size:
-        raise InputError(f"{source.path}: is damaged: the member {info.filename!r} overlaps another")
-    magic, _, _, _, _, _, crc, _, size, name_length, extra = _LOCAL_HEADER.unpack(
-        source.view(offset, offset + _LOCAL_HEADER.size)
+def _only_numbers(value: object) -> bool:
+    """Whether a dict holds tensors by name, though it be numbers alone."""
+    return isinstance(value, dict) and any(
+        isinstance(name, str) and plain_tensor(item) is not None for name, item in value.items()
     )
-    name_start = offset + _LOCAL_HEADER.size
-    data_start: int = name_start + name_length + extra
-    if magic != ZIP_MAGIC or data_start > source.size:
-        raise InputError(f"{source.path}: is damaged: the member {info.filename!r} isn't where the directory says")
-    name = bytes(source.view(name_start, name_start + name_length))
-    sizes = {0, 0xFFFFFFFF, info.file_size}  # none (it follows the data), in the zip64 field, or here
-    if name not in (info.filename.encode(), info.filename.encode("cp437", "replace")) or size not in sizes:
-        raise InputError(f"{source.path}: is damaged: the directory and the member {info.filename!r} disagree")
-    if crc not in (0, info.CRC):
-        raise InputError(f"{source.path}: is damaged: the directory and the member {info.filename!r} disagree")
-    return data_start
 
 
-LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-LEGACY_PROTOCOL = 1001
+def _candidates(top: object, is_one: Callable[[object], bool]) -> list[tuple[str, ...]]:
+    """The keys that lead to each dict that is one, each dict looked at once."""
+    found: list[tuple[str, ...]] = []
+    seen: set[int] = set()
+    level: list[tuple[tuple[str, ...], object]] = [((), top)]
+    for _ in range(DEPTH + 1):
+        following: list[tuple[tuple[str, ...], object]] = []
+        for keys, value in level:
+            if not isinstance(value, dict) or id(value) in seen:
+                continue
+            seen.add(id(value))
+            if is_one(value):
+                found.append(keys)
+            following += [((*keys, name), item) for name, item in value.items() if isinstance(name, str)]
+        level = following
+    return found
 
 
-def _read_legacy(source: Source) -> Contents:
-    """A row of pickles (magic number, version, machine, object, keys of storages), then each storage: count, bytes."""
-    where = str(source.path)
-    with source.opened() as opened:
-        file = _Bounded(opened, source.size)
-        magic = _plain(file, where)
-        if magic != LEGACY_MAGIC:
-            raise InputError(f"{where}: is a pickle that torch.save didn't write; {_SAVE_AGAIN}")
-        version, machine = _plain(file, where), _plain(file, where)
-        if version != LEGACY_PROTOCOL or not isinstance(machine, dict):
-            raise InputError(f"{where}: is of a version of torch's older format that isn't known")
-        if machine.get("little_endian") is not True:
-            raise InputError(f"{where}: was written on a big-endian machine; {_SAVE_AGAIN} on a little-endian one")
-        refs: dict[str, StorageRef] = {}
+def _find_root(top: object, root: str | None, path: Path) -> tuple[str, ...]:
+    found = _candidates(top, _is_state)
+    if not found:
+        found = [()] if root is None and _only_numbers(top) else _candidates(top, _only_numbers)
+    names = [_dotted(keys) for keys in found]
+    if root is not None:
+        named = [keys for keys in _candidates(top, _only_numbers) if _dotted(keys) == root]
+        named = [keys for keys in found if _dotted(keys) == root] or named
+        if len(named) != 1:
+            known = ", ".join(names) or "none"
+            raise UsageError(f"{path}: --root {root}: there is no such state dict; state dicts found: {known}")
+        return named[0]
+    if not found:
+        raise InputError(f"{path}: holds no state dict (a dict of tensors by name), but {_kind(top)}")
+    if len(found) > 1:
+        raise UsageError(f"{path}: holds several state dicts ({', '.join(names)}); choose one with --root")
+    return found[0]
 
-        def persistent(pid: Any) -> StorageRef:
-            ref = storage_ref(pid)
-            known = refs.setdefault(ref.key, ref)
-            if (known.dtype, known.count) != (ref.dtype, ref.count):
-                raise PickleError(f"its pickle describes the storage {ref.key!r} in two ways")
+
+def _dotted(keys: tuple[str, ...]) -> str:
+    return ".".join(keys) or "."
+
+
+def _kind(value: object) -> str:
+    if plain_tensor(value) is not None:
+        return "a single tensor; save it in a dict under its name"
+    if isinstance(value, dict):
+        return f"a dict of {len(value)} entries without one"
+    return f"a {type(value).__name__}"
+
+
+def _descend(value: Any, root: tuple[str, ...]) -> Any:
+    for name in root:
+        value = value[name]
+    return value
+
+
+def _replace(top: Any, root: tuple[str, ...], state: Any) -> Any:
+    if not root:
+        return state
+    changed = copy.copy(top)
+    changed[root[0]] = _replace(top[root[0]], root[1:], state)
+    return changed
+
+
+# Writing
+
+
+class _Storages:
+    """The storages of a file to write, numbered as the pickle comes upon them.
+
+    Args:
+        kept: gives the bytes of a storage of the file that is rewritten.
+    """
+
+    def __init__(self, kept: Callable[[StorageRef], Piece] | None) -> None:
+        self.kept = kept
+        self.members: list[Piece] = []
+        self.known: dict[Hashable, StorageRef] = {}  # by the rewritten file's key, or (new, memory)
+        self.new: set[int] = set()  # storages of new tensors by identity: the rewritten file may have any text as a key
+        self.refs: dict[int, TensorRef] = {}
+
+    def storage(self, ref: StorageRef) -> StorageRef:
+        """Return the storage as it is to be written; of a new tensor, as it is."""
+        if id(ref) in self.new:
             return ref
+        if ref.key not in self.known:
+            assert self.kept is not None
+            piece = self.kept(ref)
+            self.known[ref.key] = self.add(piece, ref.location, ref if piece.dtype == ref.dtype else None)
+        return self.known[ref.key]
 
-        value, tensors = loads(file, where, persistent)
-        keys = _plain(file, where)
-        named = isinstance(keys, list) and all(isinstance(key, str) and key in refs for key in keys)
-        if not named or len(set(keys)) != len(keys):
-            raise InputError(f"{where}: is damaged: its list of storages isn't that of its tensors")
-        position = file.tell()
-    mark = bytes(source.view(0, position))
-    storages: dict[str, Placed] = {}
-    for key in keys:
-        ref = refs[key]
-        count = source.view(position, position + 8) if position + 8 <= source.size else b""
-        if int.from_bytes(count, "little") != ref.count or position + 8 + ref.nbytes > source.size:
-            raise InputError(
-                f"{where}: is truncated or damaged: storage {key} of {ref.nbytes} bytes is not where it should be"
-            )
-        storages[key] = Placed(position + 8, ref.nbytes, None)
-        position += 8 + ref.nbytes
-    if position != source.size:
-        raise InputError(f"{where}: is damaged: {source.size - position} bytes follow the last storage")
-    _check_tensors(source, tensors, storages)
-    return Contents(value, storages, {}, mark)
+    def tensor(self, piece: Piece) -> TensorRef:
+        """Return a new tensor as a reference to a storage of its own, or of those that share its memory."""
+        if id(piece) in self.refs:
+            return self.refs[id(piece)]
+        key = ("new", piece.identity)
+        if key not in self.known:
+            self.known[key] = self.add(piece, "cpu")
+            self.new.add(id(self.known[key]))
+        stride = tuple(math.prod(piece.shape[axis + 1 :]) for axis in range(len(piece.shape)))
+        ref = self.refs[id(piece)] = TensorRef(self.known[key], piece.dtype, 0, piece.shape, stride)
+        return ref
 
-
-class _Bounded:
-    """A file of pickles, of which no more is asked than there is: lengths in it are anybody's."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file = file
-        self._left = size
-
-    def read(self, count: int) -> bytes:
-        data = self._file.read(min(count, self._left))
-        self._left -= len(data)
-        return data
-
-    def readline(self) -> bytes:
-        data = self._file.readline(LONGEST_LINE)
-        self._left -= len(data)
-        return data
-
-    def tell(self) -> int:
-        return self._file.tell()
+    def add(self, piece: Piece, location: str, like: StorageRef | None = None) -> StorageRef:
+        """Return a storage of a piece's bytes; as another file had it, where it is the same but for its key."""
+        key = str(len(self.members))
+        self.members.append(replace(piece, name=f"data/{key}"))
+        if like is not None:
+            return replace(like, key=key, start=0)
+        cls = STORAGE_CLASSES.get(piece.dtype, "")
+        if not cls:
+            return StorageRef(key, "uint8", "", location, piece.nbytes)
+        return StorageRef(key, piece.dtype, cls, location, piece.nbytes // ITEMSIZE[piece.dtype])
 
 
-LONGEST_LINE = 1 << 16  # of a pickle: names and numbers
+@dataclass(frozen=True)
+class _RecordedPlan(FilePlan):
+    """A torch file and the record beside it; None for none, where one that is there goes."""
+
+    record: str | None
+
+    def files(self, path: Path) -> dict[Path, int]:
+        beside = {} if self.record is None else {record_path(path): record_size(self.record)}
+        return super().files(path) | beside
+
+    def write(
+        self, path: Path, *, force: bool, progress: Progress | None = None, accept: Callable[[Any], None] | None = None
+    ) -> None:
+        with record_beside(path, self.record) as prepare:
+            super().write(path, force=force, progress=progress, accept=prepare)
+        if progress is not None and self.record is not None:
+            progress(record_size(self.record))
 
 
-def _plain(file: PickleFile, where: str) -> Any:
-    """A pickle without storages."""
-
-    def none(pid: Any) -> Any:
-        raise PickleError("its pickle has a storage where none belongs")
-
-    return loads(file, where, none)[0]
+def beside(path: Path) -> tuple[Path, ...]:
+    """Return the other files that come with one at `path`."""
+    return (record_path(path),)
 
 
-def _check_tensors(source: Source, tensors: list[TensorRef], storages: Mapping[str, Placed]) -> None:
-    """Every tensor's storage is there, as long as it is declared to be, and holds all that the tensor reads.
+def plan_state(pieces: Sequence[Piece], metadata: Mapping[str, str], record: str | None) -> FilePlan:
+    """Plan the file of a plain state dict; RefusedError for a dtype that torch doesn't have."""
+    for piece in pieces:
+        if piece.dtype not in ITEMSIZE:
+            raise RefusedError(f"{piece.name}: torch has no dtype {piece.dtype}; write a .safetensors file instead")
+    state = {piece.name: piece for piece in pieces}
+    return _plan_recorded(OrderedItems(state), record, state, ())
+
+
+_Reopen: TypeAlias = Callable[[Source, Contents], TorchFile]
+
+
+def _plan_recorded(
+    value: Any,
+    record: str | None,
+    described: Mapping[str, Piece],
+    root: tuple[str, ...],
+    extras: Sequence[Piece] = (),
+    kept: Callable[[StorageRef], Piece] | None = None,
+) -> FilePlan:
+    def reopen(source: Source, contents: Contents) -> TorchFile:
+        return TorchFile(source, contents, root, _descend(contents.value, root))
+
+    plan = _plan(value, described, reopen, extras, kept)
+    return _RecordedPlan(plan.size, plan.fill, plan.check, record)
+
+
+def _plan(
+    value: Any,
+    described: Mapping[str, Piece],
+    reopen: _Reopen,
+    extras: Sequence[Piece] = (),
+    kept: Callable[[StorageRef], Piece] | None = None,
+) -> FilePlan:
+    """Plan a torch zip file of a value, a member a storage; no storage is read before it is written.
+
+    Args:
+        value: as `pickle_reader` has it, with pieces for new tensors.
+        described: the tensors that will be found in it.
+        reopen: finds them.
+        extras: further members of the archive.
+        kept: see `_Storages`.
 
     Raises:
-        InputError: a storage is missing or of another length, a tensor reads beyond it, or claims absurdly more
-            elements than the file has bytes (a stride of 0 repeats elements).
+        InputError: values nested deeper than Python can follow; when written, a storage's bytes are damaged.
     """
-    for tensor in tensors:
-        ref = tensor.storage
-        placed = storages.get(ref.key)
-        if placed is None:
-            raise InputError(f"{source.path}: is damaged: the storage {ref.key!r} of a tensor is not in the file")
-        if placed.nbytes != ref.nbytes:
-            raise InputError(
-                f"{source.path}: is damaged: the storage {ref.key!r} has {placed.nbytes} bytes, and is declared to have"
-                f" {ref.nbytes}"
-            )
-        itemsize = ITEMSIZE[tensor.dtype]
-        if tensor.reach and (tensor.offset + tensor.reach) * itemsize > placed.nbytes:
-            raise InputError(
-                f"{source.path}: is damaged: a tensor of shape {list(tensor.shape)} reads beyond its storage"
-                f" {ref.key!r} of {placed.nbytes} bytes"
-            )
-        if tensor.nbytes > REPEATED * source.size + ROOM:
-            raise InputError(
-                f"{source.path}: a tensor of shape {list(tensor.shape)} repeats the {placed.nbytes} bytes of its"
-                f" storage to {tensor.nbytes}; save it after .contiguous() if that is meant"
-            )
+    storages = _Storages(kept)
+    pickled = pickle_writer.dumps(value, storages.storage, storages.tensor)
+    small = {"data.pkl": pickled, ".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little"}
+    members = [
+        *(Piece.of(name, data) for name, data in small.items()),
+        *storages.members,
+        Piece.of("version", b"3\n"),
+        *extras,
+    ]
+    members = [replace(member, name=f"{FOLDER}/{member.name}") for member in members]
+    expected = {name: (piece.dtype, piece.shape) for name, piece in described.items()}
+    verified = [piece for piece in described.values() if piece.verified]
+
+    def check(path: Path) -> Contents:
+        try:
+            source = Source(path)
+            back = reopen(source, read_contents(source))
+            if {name: (ref.dtype, ref.shape) for name, ref in back.tensors.items()} != expected:
+                raise OutputError("the file read back holds other tensors than were written; nothing was changed")
+            for piece in verified:
+                if not piece.is_in(back.data(piece.name)):
+                    raise OutputError(f"{piece.name} read back differs from what was written; nothing was changed")
+        except OutputError:
+            raise
+        except ConvtoolError as error:
+            raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
+        return back.contents
+
+    return FilePlan(archive_size(members), lambda file: write_archive(file, members), check)
 
 
-# How much larger than the file a tensor of repeated elements may be, so that no small file fills the memory.
-REPEATED = 16
-ROOM = 1 << 24
+# Matrices
+
+
+def refusal(dtype: str, layout: Layout) -> str | None:
+    """Say why the format can't hold values of that dtype, and the way out; None where it can."""
+    if dtype in STORAGE_CLASSES:
+        return None
+    return f".pt files of {dtype} are not written; use --dtype, or write a .safetensors file"
+
+
+def plan_matrix(contents: MatrixContents) -> FilePlan:
+    """Plan a matrix file."""
+    arrays = {array.name: array for array in contents.arrays}
+    weight: Any
+    if contents.layout == "dense":
+        weight = arrays["weight"]
+    elif contents.layout == "csr":
+        weight = _sparse("torch.sparse_csr", arrays["indptr"], arrays["indices"], arrays["data"], contents.shape)
+    else:
+        row, column = arrays.pop("row"), arrays.pop("col")
+        chunks = lambda: itertools.chain(row.chunks(), column.chunks())  # noqa: E731  # one above the other
+        indices = Piece("indices", row.dtype, (2, *row.shape), row.nbytes + column.nbytes, chunks)
+        arrays = {"indices": indices, **arrays}
+        coalesced = True  # sorted and unique by construction
+        weight = _sparse("torch.sparse_coo", indices, arrays["data"], contents.shape, coalesced)
+    value = {"weight": weight} | ({"bias": arrays["bias"]} if "bias" in arrays else {})
+    record = [] if contents.record is None else [Piece.of(MATRIX_RECORD, contents.record.encode("ascii"))]
+    return _plan(value, arrays, lambda source, back: _open_matrix(source, back)[0], record)
+
+
+def _sparse(layout: str, *parts: Any) -> Call:
+    """Return a sparse tensor as torch pickles one."""
+    return Call(_REBUILD_SPARSE[0], (Call(_LAYOUT, (layout,)), parts))
+
+
+def _open_matrix(source: Source, contents: Contents) -> tuple[TorchFile, tuple[int, ...] | None]:
+    """Open a file by the tensors that the matrix in it is made of, by name; with the shape of a sparse one.
+
+    Raises:
+        InputError: it holds no matrix, or a damaged one.
+    """
+    path, value = source.path, contents.value
+    state = value if isinstance(value, dict) else {"weight": value}
+    weight = bare(state.get("weight"))
+    bias = {"bias": state["bias"]} if "bias" in state else {}
+    if isinstance(weight, TensorRef):
+        return TorchFile(source, contents, (), {"weight": weight} | bias), None
+    if not (isinstance(weight, Call) and weight.function in _REBUILD_SPARSE):
+        raise InputError(f"{path}: holds no matrix: expected a tensor, or a dict with a tensor `weight`")
+    try:
+        layout, parts = weight.arguments
+        (name,) = layout.arguments
+        names = _SPARSE_PARTS.get(name)
+        if names is None:
+            raise InputError(f"{path}: holds a {name} tensor; expected a sparse CSR, sparse COO or dense one")
+        tensors = dict(zip(names, map(plain_tensor, parts), strict=False))
+        rows, columns = numbers_of(parts[len(names)])
+    except (PickleError, TypeError, ValueError, AttributeError, IndexError):
+        raise InputError(f"{path}: is damaged: its sparse tensor is not made as torch makes one") from None
+    if None in tensors.values() or not (is_size(rows) and is_size(columns)):
+        raise InputError(f"{path}: is damaged: its sparse tensor is not made of tensors and a shape")
+    return TorchFile(source, contents, (), tensors | bias), (rows, columns)
+
+
+def read_matrix(source: Source) -> Found:
+    """Return the arrays and the record of a matrix file; InputError where it is damaged or holds none."""
+    import torch
+
+    contents = read_contents(source)
+    file, shape = _open_matrix(source, contents)
+    arrays = {name: file.tensor(name) for name in file.tensors}
+    if shape is not None:
+        arrays["shape"] = torch.tensor(shape)
+    if shape is not None and "indptr" not in arrays:
+        pair = arrays.pop("indices")
+        if pair.dim() != 2 or len(pair) != 2:
+            raise InputError(f"{source.path}: is damaged: its sparse tensor has indices of shape {tuple(pair.shape)}")
+        arrays["row"], arrays["col"] = pair
+    record = contents.extras.get(MATRIX_RECORD)
+    if record is None:
+        return Found(arrays, None)
+    text = b"".join(bytes(chunk.data) for chunk in checked_chunks(source, MATRIX_RECORD, record))
+    return Found(arrays, text.decode("utf-8", "replace"))
+
+
+def is_matrix(source: Source) -> bool:
+    """Tell whether the file is a matrix and not a checkpoint, as far as its record tells."""
+    return MATRIX_RECORD in read_contents(source).extras

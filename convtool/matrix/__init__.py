@@ -1,4 +1,4 @@
-"""Matrix files: the only place that touches them. A format is a module and a line in `FORMATS`.
+"""Matrices as files, made and written row block by row block.
 
 First `plan_matrix` says what a file will hold and how large it will be, or why it can't be; then `write_matrix`
 streams it, so that the memory it takes doesn't grow with the matrix.
@@ -10,70 +10,19 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol, get_args
+from typing import get_args
 
 import torch
 
 from convtool.core.rows import index_dtype
 from convtool.core.toeplitz import ToeplitzMatrix
-from convtool.errors import OutputError, RefusedError, UsageError, human_bytes
-from convtool.formats.atomic import check_target, replacing
-from convtool.formats.room import Reported, check_space
-from convtool.matrix import mtx, npy, npz, pt, safetensors
-from convtool.matrix.contents import Contents, Layout, Output, bias_array, matrix_arrays
-from convtool.matrix.file import MatrixFile
-from convtool.matrix.reading import Raw
+from convtool.errors import RefusedError, UsageError, human_bytes
+from convtool.formats import MATRICES, matrix_format
+from convtool.formats.atomic import FilePlan, Progress, check_space, check_target
+from convtool.formats.matrices import Contents, Layout
+from convtool.matrix.contents import bias_array, matrix_arrays
 
-__all__ = [
-    "FORMATS",
-    "Layout",
-    "MatrixFormat",
-    "MatrixPlan",
-    "contents_size",
-    "plan_matrix",
-    "planned_size",
-    "write_contents",
-    "write_matrix",
-]
-
-
-class MatrixFormat(Protocol):
-    """What the module of a format offers."""
-
-    @property
-    def LAYOUTS(self) -> tuple[Layout, ...]:  # noqa: N802
-        """The layouts it has room for, the default one first."""
-
-    @property
-    def STORES_BIAS(self) -> bool:  # noqa: N802
-        """Whether it has room for a bias beside the matrix."""
-
-    def refusal(self, dtype: torch.dtype, layout: Layout, /) -> str | None:
-        """Why it can't hold values of that dtype, and the way out; None where it can."""
-
-    def index_dtype(self, layout: Layout, narrowest: torch.dtype, /) -> torch.dtype:
-        """The dtype of indices, given the narrowest that holds them."""
-
-    def file_size(self, contents: Contents, /) -> int:
-        """The exact size of the file in bytes; makes none of its arrays."""
-
-    def write(self, file: Output, contents: Contents, /) -> None:
-        """Write the file."""
-
-    def check(self, path: Path, contents: Contents, /) -> None:
-        """Open what was written with an independent reader; OutputError where it is not what was to be written."""
-
-    def read(self, path: Path, /) -> Raw | MatrixFile:
-        """Arrays and record of a file, or its matrix; InputError where it isn't one of this format, or is damaged."""
-
-
-FORMATS: dict[str, MatrixFormat] = {
-    ".npz": npz,
-    ".npy": npy,
-    ".safetensors": safetensors,
-    ".pt": pt,
-    ".mtx": mtx,
-}
+FORMATS = {suffix: matrix_format(suffix) for suffix in MATRICES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +80,15 @@ def plan_matrix(
     start, stop = (0, matrix.shape[0]) if rows is None else rows
     if not 0 <= start < stop <= matrix.shape[0]:
         raise UsageError(f"--rows: expected A:B with 0 <= A < B <= {matrix.shape[0]}, got {start}:{stop}")
-    refusal = FORMATS[path.suffix].refusal(matrix.dtype, chosen)
+    refusal = FORMATS[path.suffix].refusal(_name(matrix.dtype), chosen)
     if refusal is not None:
         raise RefusedError(f"{path}: {refusal}")
     return _plan(matrix, path.suffix, chosen, rows)
 
 
 def planned_size(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, object] | None = None) -> int:
-    """The exact size in bytes of the file that `write_matrix` would write with this record."""
-    return FORMATS[plan.format].file_size(_contents(matrix, plan, _record_text(record)))
+    """Return the exact size in bytes of the file that `write_matrix` would write with this record."""
+    return _file(matrix, plan, record).size
 
 
 def write_matrix(
@@ -149,7 +98,7 @@ def write_matrix(
     *,
     force: bool,
     record: dict[str, object] | None = None,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> None:
     """Write a matrix file as planned: wholly and checked, or not at all.
 
@@ -165,50 +114,42 @@ def write_matrix(
     """
     if path.suffix != plan.format:
         raise UsageError(f"{path}: the plan is for a {plan.format} file")
-    contents = _contents(matrix, plan, _record_text(record))
-    write_contents(
-        contents, path, force=force, progress=progress, advice=lambda size, free: _advice(matrix, plan, size, free)
-    )
+    advice = lambda size, free: _advice(matrix, plan, size, free)  # noqa: E731
+    _write(_file(matrix, plan, record), path, force=force, progress=progress, advice=advice)
 
 
 def contents_size(contents: Contents, path: Path) -> int:
-    """The exact size in bytes of the file that `write_contents` would write; makes none of its arrays."""
-    return FORMATS[path.suffix].file_size(contents)
+    """Return the exact size in bytes of the file that `write_contents` would write; makes none of its arrays."""
+    return FORMATS[path.suffix].plan_matrix(contents).size
 
 
-def write_contents(
-    contents: Contents,
-    path: Path,
-    *,
-    force: bool,
-    progress: Callable[[int], None] | None = None,
-    advice: Callable[[int, int], str] = lambda size, free: "",
-) -> None:
+def write_contents(contents: Contents, path: Path, *, force: bool, progress: Progress | None = None) -> None:
     """Write a file of the format that its suffix says: wholly and checked, or not at all.
 
     Args:
         progress: called with the number of bytes written since its last call.
-        advice: what to add to the message where the file, of `size` bytes, doesn't fit into the `free` ones.
 
     Raises:
         OutputError: the file exists (without `force`), wouldn't fit its file system, or could not be written.
     """
+    _write(FORMATS[path.suffix].plan_matrix(contents), path, force=force, progress=progress)
+
+
+def _write(
+    file: FilePlan,
+    path: Path,
+    *,
+    force: bool,
+    progress: Progress | None,
+    advice: Callable[[int, int], str] = lambda size, free: "",
+) -> None:
     target = check_target(path, force=force)
-    form = FORMATS[path.suffix]
-    size = form.file_size(contents)
-    check_space(path, target.parent, size, advice)
-
-    def check(written: Path) -> None:
-        if written.stat().st_size != size:
-            raise OutputError(f"{written.stat().st_size} bytes were written instead of {size}; nothing was changed")
-        form.check(written, contents)
-
-    with replacing(path, force=force, check=check) as file:
-        form.write(Reported(file, progress), contents)
+    check_space(path, target.parent, file.size, advice)
+    file.write(path, force=force, progress=progress)
 
 
-def _record_text(record: dict[str, object] | None) -> str | None:
-    return None if record is None else json.dumps(record, separators=(",", ":"))
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _plan(matrix: ToeplitzMatrix, suffix: str, layout: Layout, rows: tuple[int, int] | None) -> MatrixPlan:
@@ -216,19 +157,22 @@ def _plan(matrix: ToeplitzMatrix, suffix: str, layout: Layout, rows: tuple[int, 
     shape = stop - start, matrix.shape[1]
     nnz = matrix.entries(start, stop)
     indices = None
-    if layout != "dense":
-        largest = max(shape) if layout == "coo" else max(nnz, *shape)
-        indices = FORMATS[suffix].index_dtype(layout, index_dtype(largest))
+    if layout == "coo" and (needed := FORMATS[suffix].COO_INDICES) is not None:
+        indices = getattr(torch, needed)
+    elif layout != "dense":
+        indices = index_dtype(max(shape) if layout == "coo" else max(nnz, *shape))
     bias = matrix.conv.bias is not None and not matrix.affine and FORMATS[suffix].STORES_BIAS
     plan = MatrixPlan(suffix, layout, rows, shape, nnz, matrix.dtype, indices, 0, bias)
-    return replace(plan, size=FORMATS[suffix].file_size(_contents(matrix, plan, None)))
+    return replace(plan, size=_file(matrix, plan, None).size)
 
 
-def _contents(matrix: ToeplitzMatrix, plan: MatrixPlan, record: str | None) -> Contents:
+def _file(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, object] | None) -> FilePlan:
     rows = (0, matrix.shape[0]) if plan.rows is None else plan.rows
     arrays = matrix_arrays(matrix, plan.layout, rows, plan.index_dtype or torch.int64)
     bias = bias_array(matrix, rows) if plan.stores_bias else None
-    return Contents(plan.layout, plan.shape, arrays if bias is None else (*arrays, bias), record)
+    text = None if record is None else json.dumps(record, separators=(",", ":"))
+    contents = Contents(plan.layout, plan.shape, arrays if bias is None else (*arrays, bias), text)
+    return FORMATS[plan.format].plan_matrix(contents)
 
 
 def _advice(matrix: ToeplitzMatrix, plan: MatrixPlan, size: int, free: int) -> str:
@@ -237,7 +181,7 @@ def _advice(matrix: ToeplitzMatrix, plan: MatrixPlan, size: int, free: int) -> s
         _plan(matrix, suffix, layout, plan.rows)
         for suffix, form in FORMATS.items()
         for layout in form.LAYOUTS
-        if form.refusal(matrix.dtype, layout) is None and (form.STORES_BIAS or not plan.stores_bias)
+        if form.refusal(_name(matrix.dtype), layout) is None and (form.STORES_BIAS or not plan.stores_bias)
     ]
     smallest = min(others, key=lambda other: other.size)
     part = "; --rows A:B writes a part of the matrix"

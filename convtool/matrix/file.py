@@ -1,4 +1,4 @@
-"""A matrix in a file, and what can be asked of it; `convtool.matrix.read` opens one.
+"""A matrix in files, and what can be asked of it; `convtool.matrix.read` opens one.
 
 What was read from a file is checked when it is handed out: an index that is out of range would make the libraries that
 it is handed to read memory that isn't theirs.
@@ -17,69 +17,52 @@ from torch import Tensor
 
 from convtool.core.rows import BLOCK_ENTRIES, CsrBlock
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.matrix.contents import Layout
-from convtool.matrix.reading import ARRAYS
+from convtool.formats.matrices import ARRAYS, Layout
 
 if TYPE_CHECKING:
     import scipy.sparse
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class MatrixFile:
-    """A matrix in a file, read as far as it is asked for.
+class Part:
+    """Consecutive rows of a matrix, all those that are in one file.
 
     Attributes:
         path: the file.
-        layout: csr, coo or dense.
-        shape: (rows, columns).
-        arrays: the file's arrays by their names in `ARRAYS`, mapped into memory where the format allows. Not checked:
-            `rows` and what is built on it hand out what is.
-        bias: (outputs,) the vector stored beside the matrix, or None.
-        record: what convtool noted when it wrote the file, or None.
+        shape: (rows, columns) of the part.
+        arrays: the file's arrays by their names in `ARRAYS`, mapped into memory where the format allows; not checked.
     """
 
     path: Path
     layout: Layout
     shape: tuple[int, int]
     arrays: Mapping[str, Tensor]
-    bias: Tensor | None
-    record: dict[str, Any] | None
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the values."""
-        return self.arrays[ARRAYS[self.layout][-1]].dtype
+    def values(self) -> Tensor:
+        """The stored numbers."""
+        return self.arrays[ARRAYS[self.layout][-1]]
 
-    @property
-    def nnz(self) -> int:
-        """Stored entries; all of them where dense."""
-        return self.arrays[ARRAYS[self.layout][-1]].numel()
-
-    def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
-        """Ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
+    def blocks(self, entries: int) -> Iterator[tuple[int, int]]:
+        """Yield ranges of rows that cover the part in order, each of about `entries` entries (one row at least)."""
         rows, columns = self.shape
         if self.layout == "csr":
             # As many rows as hold that many entries on average, fewer where they turn out to hold more.
-            step = max(1, entries * rows // max(1, self.nnz))
+            step = max(1, entries * rows // max(1, self.values.numel()))
             for start in range(0, rows, step):
                 stop = min(start + step, rows)
                 yield from _split(self._starts(start, stop), start, entries)
             return
-        width = columns if self.layout == "dense" else max(1, self.nnz // max(1, rows))
+        width = columns if self.layout == "dense" else max(1, self.values.numel() // max(1, rows))
         step = max(1, entries // max(1, width))
         yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
 
     def rows(self, start: int, stop: int) -> CsrBlock:
-        """Rows start:stop in CSR form, checked. Columns stand as in the file: sorted and unique where it is convtool's.
-
-        Raises:
-            UsageError: rows that the matrix doesn't have.
-            InputError: the file is damaged.
-        """
-        if not 0 <= start <= stop <= self.shape[0]:
-            raise UsageError(f"rows: expected 0 <= A <= B <= {self.shape[0]}, got {start}:{stop}")
+        """Return rows start:stop in CSR form, checked; columns stand as in the file."""
         if self.layout == "dense":
-            return self._dense_rows(start, stop)
+            block = self.values[start:stop]
+            row, column = block.nonzero(as_tuple=True)
+            return CsrBlock(torch.bincount(row, minlength=stop - start), column, block[row, column])
         if self.layout == "coo":
             counts, part = self._coo_rows(start, stop)
             columns = self.arrays["col"][part]
@@ -89,21 +72,98 @@ class MatrixFile:
             columns = self.arrays["indices"][part]
         if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < self.shape[1]:
             raise self._damaged(f"rows {start}:{stop} name columns that the matrix doesn't have")
-        return CsrBlock(counts, columns, self.arrays["data"][part])
+        return CsrBlock(counts, columns, self.values[part])
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop as a dense (stop - start, columns) tensor; entries at the same place are summed."""
+        """Return rows start:stop as a dense tensor, of a dense file its own; entries at the same place are summed."""
         if self.layout == "dense":
-            block = self.arrays["weight"][start:stop]
-            return block.clone()
+            return self.values[start:stop]
         counts, columns, values = self.rows(start, stop)
-        out = torch.zeros(stop - start, self.shape[1], dtype=self.dtype)
+        out = torch.zeros(stop - start, self.shape[1], dtype=values.dtype)
         row = torch.repeat_interleave(torch.arange(stop - start), counts)
         out.index_put_((row, columns.long()), values, accumulate=True)
         return out
 
+    def _starts(self, start: int, stop: int) -> Tensor:
+        """(stop - start + 1,) int64: where the rows begin, and where the last one ends."""
+        starts, nnz = self.arrays["indptr"][start : stop + 1].long(), self.values.numel()
+        ends = (start == 0 and int(starts[0]) != 0) or (stop == self.shape[0] and int(starts[-1]) != nnz)
+        if ends or int(starts[0]) < 0 or int(starts[-1]) > nnz or bool((starts[1:] < starts[:-1]).any()):
+            raise self._damaged(f"the starts of rows {start}:{stop} don't ascend from 0 to the number of entries")
+        return starts
+
+    def _coo_rows(self, start: int, stop: int) -> tuple[Tensor, slice]:
+        """Return how many entries each of the rows has, and where they stand."""
+        row = self.arrays["row"]
+        bounds = torch.tensor([start, stop], dtype=row.dtype)
+        first, last = torch.searchsorted(row, bounds).tolist()
+        part = row[first:last].long() - start
+        if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < stop - start:
+            raise self._damaged("the entries don't stand in the order of their rows")
+        return torch.bincount(part, minlength=stop - start), slice(first, last)
+
+    def _damaged(self, how: str) -> InputError:
+        return InputError(f"{self.path}: the matrix is damaged: {how}")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MatrixFile:
+    """A matrix in a file or in several, read as far as it is asked for.
+
+    Attributes:
+        path: the file; of a matrix in shards, the index.
+        shape: (rows, columns).
+        parts: the rows, in order; of a matrix in shards, each shard's.
+        bias: (outputs,) the vector stored beside the matrix, or None.
+        record: what convtool noted when it wrote the file, or None.
+    """
+
+    path: Path
+    shape: tuple[int, int]
+    parts: tuple[Part, ...]
+    bias: Tensor | None
+    record: dict[str, Any] | None
+
+    @property
+    def layout(self) -> Layout:
+        """csr, coo or dense."""
+        return self.parts[0].layout
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the values."""
+        return self.parts[0].values.dtype
+
+    @property
+    def nnz(self) -> int:
+        """Stored entries; all of them where dense."""
+        return sum(part.values.numel() for part in self.parts)
+
+    def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
+        """Yield ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
+        first = 0
+        for part in self.parts:
+            yield from ((first + start, first + stop) for start, stop in part.blocks(entries))
+            first += part.shape[0]
+
+    def rows(self, start: int, stop: int) -> CsrBlock:
+        """Return rows start:stop in CSR form, checked.
+
+        Columns stand as in the file: sorted and unique where it is convtool's.
+
+        Raises:
+            UsageError: rows that the matrix doesn't have.
+            InputError: the file is damaged.
+        """
+        found = [part.rows(a, b) for part, a, b in self._within(start, stop)]
+        return found[0] if len(found) == 1 else CsrBlock(*map(torch.cat, zip(*found, strict=True)))
+
+    def dense_rows(self, start: int, stop: int) -> Tensor:
+        """Return rows start:stop as a dense (stop - start, columns) tensor; entries at the same place are summed."""
+        return torch.cat([part.dense_rows(a, b) for part, a, b in self._within(start, stop)])
+
     def product(self, x: Tensor, *, absolute: bool = False) -> Tensor:
-        """The matrix times x, (columns, n), in x's dtype and block by block.
+        """Return the matrix times x, (columns, n), in x's dtype and computed block by block.
 
         Args:
             absolute: of the magnitudes of the values instead, for bounds on rounding errors.
@@ -116,36 +176,34 @@ class MatrixFile:
         out = torch.empty(self.shape[0], x.shape[1], dtype=x.dtype)
         for start, stop in self.blocks():
             if self.layout == "dense":
-                block = self.arrays["weight"][start:stop].to(x.dtype)
+                ((part, first, last),) = self._within(start, stop)
+                block = part.dense_rows(first, last).to(x.dtype)
                 out[start:stop] = (block.abs() if absolute else block) @ x
                 continue
             counts, columns, values = self.rows(start, stop)
-            starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
-            torch.cumsum(counts, 0, out=starts[1:])
             values = values.to(x.dtype)
-            out[start:stop] = _csr_times(starts, columns, values.abs() if absolute else values, x)
+            block = _sparse_csr(_from_counts(counts), columns.long(), values.abs() if absolute else values, x.shape[0])
+            out[start:stop] = block @ x
         return out
 
     def to_torch(self) -> Tensor:
-        """The matrix as torch has it: sparse CSR, sparse COO or dense, as in the file, over its mapped arrays.
+        """Return the matrix as torch has it: sparse CSR, sparse COO or dense, as in the file, over its mapped arrays.
+
+        Shards don't lie beside one another: a matrix in several is put together in memory, as CSR where it is sparse.
 
         Raises:
             InputError: the file is damaged.
         """
-        if self.layout == "dense":
-            return self.arrays["weight"]
-        self._check()
-        if self.layout == "coo":
-            indices = torch.stack([self.arrays["row"].long(), self.arrays["col"].long()])
-            return torch.sparse_coo_tensor(indices, self.arrays["data"], self.shape, check_invariants=False)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-            return torch.sparse_csr_tensor(
-                self.arrays["indptr"], self.arrays["indices"], self.arrays["data"], self.shape, check_invariants=False
-            )
+        layout, arrays = self._whole()
+        if layout == "dense":
+            return arrays["weight"]
+        if layout == "coo":
+            indices = torch.stack([arrays["row"].long(), arrays["col"].long()])
+            return torch.sparse_coo_tensor(indices, arrays["data"], self.shape, check_invariants=False)
+        return _sparse_csr(arrays["indptr"], arrays["indices"], arrays["data"], self.shape[1])
 
     def to_scipy(self) -> scipy.sparse.csr_array[Any] | scipy.sparse.coo_array[Any]:
-        """The matrix as a scipy csr_array or coo_array over its mapped arrays; a dense one becomes a csr_array.
+        """Return the matrix as a scipy csr_array or coo_array, as `to_torch`; a dense one becomes a csr_array.
 
         Raises:
             UsageError: scipy isn't installed.
@@ -159,114 +217,43 @@ class MatrixFile:
         if self.dtype.is_floating_point and self.dtype.itemsize < 4:
             name = str(self.dtype).removeprefix("torch.")
             raise RefusedError(f"{self.path}: scipy has no sparse matrices of {name}; load it as torch's")
-        if self.layout == "dense":
-            return scipy.sparse.csr_array(self.arrays["weight"].numpy())
-        self._check()
-        arrays = [self.arrays[name].numpy() for name in ARRAYS[self.layout]]
-        if self.layout == "coo":
+        layout, tensors = self._whole()
+        arrays = [tensors[name].numpy() for name in ARRAYS[layout]]
+        if layout == "dense":
+            return scipy.sparse.csr_array(arrays[0])
+        if layout == "coo":
             return scipy.sparse.coo_array((arrays[2], (arrays[0], arrays[1])), shape=self.shape)
         return scipy.sparse.csr_array((arrays[2], arrays[1], arrays[0]), shape=self.shape)
 
-    def _check(self) -> None:
-        for start, stop in self.blocks():
-            self.rows(start, stop)
+    def _whole(self) -> tuple[Layout, Mapping[str, Tensor]]:
+        """Return the arrays of all rows, checked."""
+        if self.layout == "dense":
+            weight = self.parts[0].values if len(self.parts) == 1 else self.dense_rows(0, self.shape[0])
+            return "dense", {"weight": weight}
+        if len(self.parts) == 1:
+            for start, stop in self.blocks():
+                self.rows(start, stop)
+            return self.layout, self.parts[0].arrays
+        counts, columns, values = self.rows(0, self.shape[0])
+        starts = _from_counts(counts).to(columns.dtype if len(columns) < 2**31 else torch.int64)
+        return "csr", {"indptr": starts, "indices": columns.to(starts.dtype), "data": values}
 
-    def _starts(self, start: int, stop: int) -> Tensor:
-        """(stop - start + 1,) int64: where the rows begin, and where the last one ends."""
-        starts = self.arrays["indptr"][start : stop + 1].long()
-        ends = (start == 0 and int(starts[0]) != 0) or (stop == self.shape[0] and int(starts[-1]) != self.nnz)
-        if ends or int(starts[0]) < 0 or int(starts[-1]) > self.nnz or bool((starts[1:] < starts[:-1]).any()):
-            raise self._damaged(f"the starts of rows {start}:{stop} don't ascend from 0 to the number of entries")
-        return starts
-
-    def _coo_rows(self, start: int, stop: int) -> tuple[Tensor, slice]:
-        """The entries in each of the rows, and where they stand."""
-        row = self.arrays["row"]
-        bounds = torch.tensor([start, stop], dtype=row.dtype)
-        first, last = torch.searchsorted(row, bounds).tolist()
-        part = row[first:last].long() - start
-        if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < stop - start:
-            raise self._damaged("the entries don't stand in the order of their rows")
-        return torch.bincount(part, minlength=stop - start), slice(first, last)
-
-    def _dense_rows(self, start: int, stop: int) -> CsrBlock:
-        block = self.arrays["weight"][start:stop]
-        row, column = block.nonzero(as_tuple=True)
-        return CsrBlock(torch.bincount(row, minlength=stop - start), column, block[row, column])
-
-    def _damaged(self, how: str) -> InputError:
-        return InputError(f"{self.path}: the matrix is damaged: {how}")
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ShardedMatrix(MatrixFile):
-    """A matrix whose rows are in several files; see `convtool.matrix.shards`."""
-
-    shards: tuple[MatrixFile, ...] = ()
-    ends: tuple[int, ...] = ()  # behind the last row of each shard
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the values."""
-        return self.shards[0].dtype
-
-    @property
-    def nnz(self) -> int:
-        """Stored entries of all shards."""
-        return sum(shard.nnz for shard in self.shards)
-
-    def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
-        """Ranges of rows that cover the matrix in order; none reaches over the end of a shard."""
-        for shard, end in zip(self.shards, self.ends, strict=True):
-            first = end - shard.shape[0]
-            yield from ((first + start, first + stop) for start, stop in shard.blocks(entries))
-
-    def rows(self, start: int, stop: int) -> CsrBlock:
-        """Rows start:stop in CSR form, checked."""
+    def _within(self, start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
+        """Yield the parts that rows start:stop are in, and which of their rows these are; one part at least."""
         if not 0 <= start <= stop <= self.shape[0]:
             raise UsageError(f"rows: expected 0 <= A <= B <= {self.shape[0]}, got {start}:{stop}")
-        parts = [shard.rows(a, b) for shard, a, b in self._parts(start, stop)]
-        return parts[0] if len(parts) == 1 else CsrBlock(*(torch.cat(part) for part in zip(*parts, strict=True)))
-
-    def dense_rows(self, start: int, stop: int) -> Tensor:
-        """Rows start:stop as a dense tensor."""
-        return torch.cat([shard.dense_rows(a, b) for shard, a, b in self._parts(start, stop)])
-
-    def product(self, x: Tensor, *, absolute: bool = False) -> Tensor:
-        """The matrix times x, shard by shard."""
-        return torch.cat([shard.product(x, absolute=absolute) for shard in self.shards])
-
-    def to_torch(self) -> Tensor:
-        """The matrix in memory: the shards don't lie beside one another, so nothing is mapped."""
-        return self._whole().to_torch()
-
-    def to_scipy(self) -> scipy.sparse.csr_array[Any] | scipy.sparse.coo_array[Any]:
-        """The matrix in memory, as scipy has it."""
-        return self._whole().to_scipy()
-
-    def _whole(self) -> MatrixFile:
-        if self.layout == "dense":
-            arrays = {"weight": self.dense_rows(0, self.shape[0])}
-        else:
-            counts, columns, values = self.rows(0, self.shape[0])
-            starts = torch.zeros(len(counts) + 1, dtype=columns.dtype if len(columns) < 2**31 else torch.int64)
-            torch.cumsum(counts, 0, out=starts[1:])
-            arrays = {"indptr": starts, "indices": columns.to(starts.dtype), "data": values}
-        layout: Layout = "dense" if self.layout == "dense" else "csr"
-        return MatrixFile(self.path, layout, self.shape, arrays, self.bias, self.record)
-
-    def _parts(self, start: int, stop: int) -> Iterator[tuple[MatrixFile, int, int]]:
-        """The shards that rows start:stop are in, and which of their rows these are; one at least."""
-        for shard, end in zip(self.shards, self.ends, strict=True):
-            first = end - shard.shape[0]
-            if max(start, first) < min(stop, end):
-                yield shard, max(start, first) - first, min(stop, end) - first
         if start == stop:
-            yield self.shards[0], 0, 0
+            yield self.parts[0], 0, 0
+        first = 0
+        for part in self.parts:
+            a, b = max(start - first, 0), min(stop - first, part.shape[0])
+            if a < b:
+                yield part, a, b
+            first += part.shape[0]
 
 
 def _split(starts: Tensor, first: int, entries: int) -> Iterator[tuple[int, int]]:
-    """Rows first:first + len(starts) - 1 cut so that none but a single row has more than `entries` entries."""
+    """Cut rows first:first + len(starts) - 1 so that none but a single row has more than `entries` entries."""
     begin, rows = 0, len(starts) - 1
     while begin < rows:
         end = int(torch.searchsorted(starts, int(starts[begin]) + entries, right=True)) - 1
@@ -275,10 +262,15 @@ def _split(starts: Tensor, first: int, entries: int) -> Iterator[tuple[int, int]
         begin = end
 
 
-def _csr_times(starts: Tensor, columns: Tensor, values: Tensor, x: Tensor) -> Tensor:
+def _from_counts(counts: Tensor) -> Tensor:
+    """Return where each row's entries begin, and where the last row's end."""
+    starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
+    torch.cumsum(counts, 0, out=starts[1:])
+    return starts
+
+
+def _sparse_csr(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        block = torch.sparse_csr_tensor(
-            starts, columns.long(), values, (len(starts) - 1, x.shape[0]), check_invariants=False
-        )
-        return block @ x
+        shape = (len(starts) - 1, width)
+        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)

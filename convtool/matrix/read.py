@@ -6,24 +6,23 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from convtool.errors import InputError, UsageError
+from convtool.errors import ConvtoolError, InputError, UsageError
+from convtool.formats import CHECKPOINTS, checkpoint_format
+from convtool.formats.indexes import INDEX_SUFFIX, is_matrix_index, read_matrix_index
+from convtool.formats.matrices import ARRAYS, Found
+from convtool.formats.source import Source
 from convtool.matrix import FORMATS
-from convtool.matrix.contents import RECORD_NAME
-from convtool.matrix.file import MatrixFile, ShardedMatrix
-from convtool.matrix.reading import ARRAYS
+from convtool.matrix.file import MatrixFile, Part
 
 __all__ = ["MatrixFile", "is_matrix_file", "load_matrix", "open_matrix"]
 
 Kind: TypeAlias = Literal["torch", "scipy"]
-
-INDEX_SUFFIX = ".safetensors.index.json"  # of a matrix in shards
 
 _SEARCHED = 1 << 20  # row numbers of a coo file looked at together
 
@@ -31,13 +30,13 @@ _SEARCHED = 1 << 20  # row numbers of a coo file looked at together
 def open_matrix(path: str | Path) -> MatrixFile:
     """Open a matrix file: .npz, .npy, .mtx, .safetensors or .pt, or the index of one in shards.
 
-    .safetensors, .npy, .pt and what isn't deflated in .npz is mapped into memory; of .mtx lines are read when they are
-    asked for, where they stand in the order of rows. Opening one goes through it once.
+    .safetensors, .npy, .pt and what isn't deflated in .npz is mapped into memory; .mtx is read by scipy, all of it.
     The checksums of .npz and .pt are checked, which reads the file once.
 
     Raises:
         InputError: the file is missing, damaged, or holds no matrix.
-        UsageError: a suffix of none of these.
+        RefusedError: it is a pickle that holds code.
+        UsageError: a suffix of none of these, or scipy isn't installed.
 
     >>> import tempfile, numpy, convtool
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -47,43 +46,24 @@ def open_matrix(path: str | Path) -> MatrixFile:
     ((2, 3), 'dense', None, tensor([0, 2]))
     """
     path = Path(path)
-    if path.name.endswith(INDEX_SUFFIX):
-        return _open_index(path)
-    if path.suffix not in FORMATS:
-        raise UsageError(f"{path}: expected a matrix file, a name that ends in {', '.join(FORMATS)}")
-    try:
-        if not path.is_file():
-            raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-        found = FORMATS[path.suffix].read(path)
-        return found if isinstance(found, MatrixFile) else _checked(path, *found)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return _open_index(path) if _is_index(path) else _open_file(path)
 
 
 def is_matrix_file(path: str | Path) -> bool:
-    """Whether the file is a matrix and not a checkpoint, as far as its suffix, its record or its arrays' names tell.
+    """Tell whether the file is a matrix and not a checkpoint, as far as its suffix, its record or its arrays' names do.
 
     A dense matrix in .safetensors or .pt is a checkpoint as well, of one linear layer; the record makes the difference.
     False where the file cannot be read: what is wrong with it is for its reader to say.
     """
     path = Path(path)
-    if path.suffix in (".npz", ".npy", ".mtx"):
-        return True
     try:
-        if path.name.endswith(INDEX_SUFFIX):
-            return "shards" in json.loads(path.read_bytes())
-        if path.suffix == ".safetensors":
-            from safetensors import safe_open
-
-            with safe_open(path, framework="np") as opened:
-                names = set(opened.keys())
-                return RECORD_NAME in (opened.metadata() or {}) or set(ARRAYS["csr"]) <= names
-        if path.suffix == ".pt" and zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                return any(name.endswith(f"/extra/{RECORD_NAME}.json") for name in archive.namelist())
-    except Exception:  # a damaged file may raise anything
+        if _is_index(path):
+            return is_matrix_index(path)
+        if path.suffix not in FORMATS or path.suffix not in CHECKPOINTS:
+            return path.suffix in FORMATS
+        return checkpoint_format(path.suffix).is_matrix(Source(path))
+    except (ConvtoolError, ValueError):  # ValueError: a name that no file can have
         return False
-    return False
 
 
 def load_matrix(path: str | Path, kind: Kind = "torch") -> Any:
@@ -105,46 +85,48 @@ def load_matrix(path: str | Path, kind: Kind = "torch") -> Any:
     return opened.to_scipy() if kind == "scipy" else opened.to_torch()
 
 
-def _open_index(path: Path) -> ShardedMatrix:
+def _is_index(path: Path) -> bool:
+    return path.name.endswith(f".safetensors{INDEX_SUFFIX}")
+
+
+def _open_file(path: Path) -> MatrixFile:
+    if path.suffix not in FORMATS:
+        raise UsageError(f"{path}: expected a matrix file, a name that ends in {', '.join(FORMATS)}")
     try:
-        index = json.loads(path.read_bytes())
-        shape = (int(index["shape"][0]), int(index["shape"][1]))
-        named = [(str(one["file"]), int(one["rows"][0]), int(one["rows"][1])) for one in index["shards"]]
-        record = index.get(RECORD_NAME)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file; without its index a matrix in shards isn't whole") from None
+        if not path.is_file():
+            raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
+        return _checked(path, FORMATS[path.suffix].read_matrix(Source(path)))
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (ValueError, OverflowError, KeyError, TypeError, IndexError, RecursionError, AttributeError):
-        raise InputError(f"{path}: isn't the index of a matrix in shards, or is damaged") from None
-    shards = []
+
+
+def _open_index(path: Path) -> MatrixFile:
+    index = read_matrix_index(path)
+    shards: list[MatrixFile] = []
     end = 0
-    for name, first, last in named:
-        if Path(name).name != name or Path(name).suffix != ".safetensors" or "\0" in name:
-            raise InputError(f"{path}: names {name!r}, which isn't a .safetensors file beside it")
-        shard = open_matrix(path.with_name(name))
-        if (first, last) != (end, end + shard.shape[0]) or shard.shape[1] != shape[1]:
-            raise InputError(f"{path}: {name} isn't rows {first}:{last} of a matrix of shape {shape}")
-        end = last
+    for name, start, stop in index.shards:
+        shard = _open_file(path.with_name(name))
+        if (start, stop) != (end, end + shard.shape[0]) or shard.shape[1] != index.shape[1]:
+            raise InputError(f"{path}: {name} isn't rows {start}:{stop} of a matrix of shape {index.shape}")
+        end = stop
         shards.append(shard)
-    if end != shape[0] or len({(shard.layout, shard.dtype) for shard in shards}) != 1:
-        raise InputError(f"{path}: the shards it names aren't the whole of a matrix of shape {shape}")
-    noted = record if isinstance(record, dict) else None
+    if end != index.shape[0] or len({(shard.layout, shard.dtype) for shard in shards}) != 1:
+        raise InputError(f"{path}: the shards it names aren't the whole of a matrix of shape {index.shape}")
     biases = [shard.bias for shard in shards if shard.bias is not None]
-    bias = (
-        biases[0] if biases and noted is not None and noted.get("transpose") else torch.cat(biases) if biases else None
-    )
-    ends = tuple(last for _, _, last in named)
-    return ShardedMatrix(path, shards[0].layout, shape, {}, bias, noted, tuple(shards), ends)
+    if index.record is not None and index.record.get("transpose"):
+        biases = biases[:1]  # each shard has all of it
+    parts = tuple(part for shard in shards for part in shard.parts)
+    return MatrixFile(path, index.shape, parts, torch.cat(biases) if biases else None, index.record)
 
 
-def _checked(path: Path, arrays: dict[str, Tensor], record: str | None) -> MatrixFile:
-    """What a reader found as a matrix, as far as that can be said without going through it."""
+def _checked(path: Path, found: Found) -> MatrixFile:
+    """Return what a reader found as a matrix, checked as far as that takes no going through it."""
+    arrays = found.arrays
     layout = next((layout for layout, names in ARRAYS.items() if set(names) <= set(arrays)), None)
     if layout is None:
         wanted = "; or ".join(f"{', '.join(names)} ({layout})" for layout, names in ARRAYS.items())
-        found = ", ".join(sorted(arrays)) or "none"
-        raise InputError(f"{path}: holds no matrix: expected arrays {wanted}; got {found}")
+        got = ", ".join(sorted(arrays)) or "none"
+        raise InputError(f"{path}: holds no matrix: expected arrays {wanted}; got {got}")
     parts = {name: arrays[name] for name in ARRAYS[layout]}
     values = parts[ARRAYS[layout][-1]]
     if layout == "dense":
@@ -169,10 +151,11 @@ def _checked(path: Path, arrays: dict[str, Tensor], record: str | None) -> Matri
         if len(row) and not 0 <= int(row[0]) <= int(row[-1]) < shape[0]:
             raise InputError(f"{path}: the matrix is damaged: entries name rows that it doesn't have")
     try:
-        noted = None if record is None else json.loads(record)
+        noted = None if found.record is None else json.loads(found.record)
     except (ValueError, RecursionError):
         raise InputError(f"{path}: the record of what was done is not JSON") from None
-    return MatrixFile(path, layout, shape, parts, arrays.get("bias"), noted if isinstance(noted, dict) else None)
+    part = Part(path, layout, shape, parts)
+    return MatrixFile(path, shape, (part,), arrays.get("bias"), noted if isinstance(noted, dict) else None)
 
 
 def _shape(path: Path, stored: Tensor | None) -> tuple[int, int]:
@@ -182,7 +165,7 @@ def _shape(path: Path, stored: Tensor | None) -> tuple[int, int]:
 
 
 def _in_order(parts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A coo matrix's arrays in the order of its rows, as convtool writes them; others are brought into it."""
+    """Return a coo matrix's arrays in the order of its rows: as they are where it is convtool's."""
     row = parts["row"]
     steps = range(0, len(row), _SEARCHED)
     if all(bool((row[at : at + _SEARCHED + 1].diff() >= 0).all()) for at in steps):

@@ -7,7 +7,6 @@ being when all of them are there, and goes before any of them is replaced: witho
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing import Protocol
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import OutputError, UsageError
 from convtool.formats.atomic import check_target, replacing, sync_folder
+from convtool.formats.indexes import INDEX_SUFFIX, MatrixIndex, Shard, matrix_index_text
+from convtool.formats.matrices import Layout
 from convtool.matrix import MatrixPlan, plan_matrix, planned_size, write_matrix
-from convtool.matrix.contents import RECORD_NAME, Layout
 
 SUFFIX = ".safetensors"
-SCHEMA = 1
 MOST_SHARDS = 99999  # as many as their names have room for
 
 
@@ -51,7 +50,7 @@ class Alone:
 
 def index_path(path: Path) -> Path:
     """OUT.safetensors.index.json for OUT.safetensors."""
-    return path.with_name(f"{path.name}.index.json")
+    return path.with_name(f"{path.name}{INDEX_SUFFIX}")
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:
@@ -121,16 +120,9 @@ def plan_shards(
     shards = {target: plan_matrix(matrix, target, layout=layout, rows=span) for target, span in spans.items()}
     records = {target: None if record is None else record | {"rows": list(span)} for target, span in spans.items()}
     sizes = {target: planned_size(matrix, plan, records[target]) for target, plan in shards.items()}
-    document = {
-        "metadata": {"total_size": sum(sizes.values()), "format": "convtool matrix"},
-        "schema": SCHEMA,
-        "shape": list(matrix.shape),
-        "nnz": matrix.nnz,
-        "shards": [{"file": target.name, "rows": list(span), "bytes": sizes[target]} for target, span in spans.items()],
-        RECORD_NAME: record,
-    }
-    index = json.dumps(document, indent=1).encode("ascii") + b"\n"
-    return ShardsPlan(path, shards, records, {index_path(path): len(index), **sizes}, index)
+    index = MatrixIndex(matrix.shape, tuple(Shard(at.name, *span) for at, span in spans.items()), record)
+    text = matrix_index_text(index, matrix.nnz, list(sizes.values()))
+    return ShardsPlan(path, shards, records, {index_path(path): len(text), **sizes}, text)
 
 
 def write_shards(

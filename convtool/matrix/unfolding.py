@@ -15,8 +15,10 @@ from convtool.core.conv import Conv
 from convtool.core.rounding import check_room
 from convtool.core.unfold import GatherMatrix, kernel_matrix
 from convtool.errors import RefusedError, UsageError
+from convtool.formats.matrices import Contents
+from convtool.formats.pieces import Piece
 from convtool.matrix import FORMATS
-from convtool.matrix.contents import Contents, matrix_arrays, tensor_array
+from convtool.matrix.contents import matrix_arrays
 
 WITH_GATHER = (".npz", ".safetensors")  # the formats that hold named arrays beside a sparse matrix
 
@@ -35,15 +37,15 @@ def unfolding_contents(
         raise UsageError(f"{path}: expected a name that ends in {', '.join(allowed)}")
     if "dense" not in FORMATS[path.suffix].LAYOUTS:
         raise UsageError(f"{path}: a {path.suffix} file has no room for a dense matrix such as W")
-    refusal = FORMATS[path.suffix].refusal(dtype, "dense" if gather is None else "csr")
+    refusal = FORMATS[path.suffix].refusal(str(dtype).removeprefix("torch."), "dense" if gather is None else "csr")
     if refusal is not None:
         raise RefusedError(f"{path}: {refusal}")
     check_room(conv.weight.dtype, dtype)
     kernel = kernel_matrix(conv).to(dtype)
     text = None if record is None else json.dumps(record, separators=(",", ":"))
-    arrays = [tensor_array("weight", kernel)]
+    arrays = [Piece.of_tensor("weight", kernel)]
     if conv.bias is not None and FORMATS[path.suffix].STORES_BIAS:
-        arrays.append(tensor_array("bias", conv.bias.to(dtype)))
+        arrays.append(Piece.of_tensor("bias", conv.bias.to(dtype)))
     if gather is None:
         return Contents("dense", (kernel.shape[0], kernel.shape[1]), tuple(arrays), text)
     sparse = matrix_arrays(gather, "csr", (0, gather.shape[0]), gather.index_dtype)

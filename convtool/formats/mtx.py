@@ -1,0 +1,263 @@
+"""The Matrix Market format, .mtx: text, for `scipy.io.mmread` and programs outside of Python.
+
+A line per entry, `row column value`, counted from 1, in order of rows, then columns. Each number is padded to a fixed
+width, so that the file's size is known before anything is made. Values are written with as many digits as bring each
+number back to the bit. There is no room for a bias; the record stands in comment lines, `%convtool_matrix` in front of
+each. scipy's writer wants the whole matrix in memory; its reader is the one used here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from convtool.errors import InputError, OutputError, UsageError
+from convtool.formats.atomic import FilePlan, Written
+from convtool.formats.dtypes import NUMPY
+from convtool.formats.matrices import RECORD_NAME, Contents, Found, Layout
+from convtool.formats.pieces import Piece
+from convtool.formats.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAYOUTS: tuple[Layout, ...] = ("coo",)
+STORES_BIAS = False
+COO_INDICES: str | None = None
+
+COMMENT = f"%{RECORD_NAME} "
+COMMENT_WIDTH = 1000  # the format allows lines of 1024 characters
+LONGEST = 1 << 16  # of a line before the entries
+LINES = 1 << 14  # entries made into text together
+BLOCK = 1 << 18  # bytes of text that are looked at together: they stay in the processor's cache
+
+# How each dtype is written: what the header calls it, the format of one number, and its width.
+FIELDS = {
+    "float64": ("real", "%.17g", 24),
+    "float32": ("real", "%.9g", 16),
+    "float16": ("real", "%.9g", 16),
+    "bfloat16": ("real", "%.9g", 16),
+    "complex128": ("complex", "%.17g", 24),
+    "complex64": ("complex", "%.9g", 16),
+    "int64": ("integer", "%d", 20),
+    "int32": ("integer", "%d", 11),
+    "int16": ("integer", "%d", 6),
+    "int8": ("integer", "%d", 4),
+    "uint8": ("integer", "%d", 3),
+}
+_WORDS = {"real": 3, "integer": 3, "complex": 4}  # numbers of a line, by what the header calls them
+_DIGITS = b"0123456789- \t\r\n"
+_CHARACTERS = {"real": _DIGITS + b"+.eEinfatyINFATY", "integer": _DIGITS, "complex": _DIGITS + b"+.eEinfatyINFATY"}
+
+Text = npt.NDArray[np.uint8]
+
+
+def refusal(dtype: str, layout: Layout) -> str | None:
+    """Say why the format can't hold values of that dtype, and the way out; None where it can."""
+    if dtype in FIELDS:
+        return None
+    return f"{dtype} isn't written as text; use --dtype float32, which holds every {dtype} exactly"
+
+
+def plan_matrix(contents: Contents) -> FilePlan:
+    """Plan a matrix file."""
+    row, column, data = contents.arrays
+    kind, pattern, width = FIELDS[data.dtype]
+    header = _header(contents, kind)
+    places = [len(str(size)) for size in contents.shape]
+    line = sum(place + 1 for place in places) + (width + 1) * (_WORDS[kind] - 2)
+
+    def fill(file: Written) -> None:
+        file.write(header)
+        for rows, columns, values in zip(_numbers(row), _numbers(column), _numbers(data), strict=True):
+            for start in range(0, len(rows), LINES):
+                part = slice(start, start + LINES)
+                fields = [_counted(rows[part], places[0]), _counted(columns[part], places[1])]
+                numbers = values[start * (_WORDS[kind] - 2) : part.stop * (_WORDS[kind] - 2)]
+                fields += [_formatted(one, pattern, width) for one in numbers.reshape(-1, _WORDS[kind] - 2).T]
+                file.write(_lines(fields).data.cast("B"))
+
+    def check(path: Path) -> None:
+        if not _is_sound(path, contents, header, line):
+            raise OutputError("the file read back isn't what was written; nothing was changed")
+
+    return FilePlan(len(header) + data.shape[0] * line, fill, check)
+
+
+def _header(contents: Contents, kind: str) -> bytes:
+    lines = [f"%%MatrixMarket matrix coordinate {kind} general"]
+    text = contents.record or ""
+    lines += [COMMENT + text[start : start + COMMENT_WIDTH] for start in range(0, len(text), COMMENT_WIDTH)]
+    lines.append(f"{contents.shape[0]} {contents.shape[1]} {contents.values.shape[0]}")
+    return ("\n".join(lines) + "\n").encode("ascii")
+
+
+def _is_sound(path: Path, contents: Contents, header: bytes, line: int) -> bool:
+    """Read the head and the last line again; to read all of it would take as long as to write it."""
+    entries, kind = contents.values.shape[0], FIELDS[contents.values.dtype][0]
+    with path.open("rb") as file:
+        if file.read(len(header)) != header:
+            return False
+        if not entries:
+            return True
+        file.seek(len(header) + (entries - 1) * line)
+        last = file.read()
+    numbers = last.split()
+    places = zip(numbers[:2], contents.shape, strict=True)
+    return (
+        last.endswith(b"\n")
+        and len(numbers) == _WORDS[kind]
+        and all(1 <= int(number) <= size for number, size in places)
+    )
+
+
+def _numbers(array: Piece) -> Iterator[npt.NDArray[Any]]:
+    """Yield an array's chunks as numpy has them: half-precision floats as float32, which holds them exactly, and
+    complex numbers as two.
+    """
+    for chunk in array.chunks():
+        if array.dtype == "bfloat16":  # the upper half of a float32
+            yield (np.frombuffer(chunk.data, "<u2").astype("<u4") << 16).view("<f4")
+            continue
+        numbers = np.frombuffer(chunk.data, NUMPY[array.dtype])
+        if numbers.dtype.kind == "c":
+            numbers = numbers.view(numbers.real.dtype)
+        yield numbers.astype("f4") if array.dtype == "float16" else numbers
+
+
+def _counted(indices: npt.NDArray[Any], width: int) -> Text:
+    """(entries, width) the numbers counted from 1 as digits, blanks in front."""
+    rest = indices.astype(np.int64) + 1
+    text = np.full((len(rest), width), ord(" "), dtype=np.uint8)
+    for place in range(width - 1, -1, -1):
+        rest, digit = np.divmod(rest, 10)
+        text[:, place] = np.where((rest > 0) | (digit > 0), digit + ord("0"), ord(" "))
+        if not rest.any():
+            break
+    return text
+
+
+def _formatted(values: npt.NDArray[Any], pattern: str, width: int) -> Text:
+    """(entries, width) the values as text, blanks in front; a matrix has few different ones, and each is made once."""
+    unique, where = np.unique(values.view(f"u{values.itemsize}"), return_inverse=True)
+    lines = b"".join((pattern % value).rjust(width).encode("ascii") for value in unique.view(values.dtype).tolist())
+    return np.frombuffer(lines, dtype=np.uint8).reshape(-1, width)[where]
+
+
+def _lines(fields: list[Text]) -> Text:
+    blank = np.full((len(fields[0]), 1), ord(" "), dtype=np.uint8)
+    end = np.full((len(fields[0]), 1), ord("\n"), dtype=np.uint8)
+    parts = [part for field in fields for part in (field, blank)]
+    return np.ascontiguousarray(np.hstack([*parts[:-1], end]))
+
+
+class _Head(NamedTuple):
+    """What stands before the entries: the kind of the numbers, the sizes, the record, and where the entries begin."""
+
+    kind: str
+    shape: tuple[int, int]
+    entries: int
+    record: str
+    start: int
+
+
+def read_matrix(source: Source) -> Found:
+    """Return the arrays and the record of a file, read by scipy.
+
+    Raises:
+        InputError: it isn't one of this format, or is damaged.
+        UsageError: scipy isn't installed.
+    """
+    import torch
+
+    try:
+        import scipy.io
+    except ImportError:
+        raise UsageError(f"{source.path}: to read .mtx takes scipy: pip install 'convtool[scipy]'") from None
+    head = _head(source)
+    try:
+        with source.opened() as file:
+            found = scipy.io.mmread(file)
+    except (ValueError, OverflowError) as error:
+        raise InputError(f"{source.path}: damaged: {error}") from None
+    _check_words(source, head)
+    values = _in_written_dtype(source.path, torch.from_numpy(found.data), head.record)
+    arrays = {"row": torch.from_numpy(found.row), "col": torch.from_numpy(found.col), "data": values}
+    return Found(arrays | {"shape": torch.tensor(head.shape)}, head.record or None)
+
+
+def _head(source: Source) -> _Head:
+    """Read what stands before the entries, and hold it against the file's size: scipy makes room for what it says."""
+    path = source.path
+    with source.opened() as file:
+        lines = (file.readline(LONGEST) for _ in itertools.count())
+        kind = next(lines).decode("ascii", "replace").split()
+        if kind[:3] != ["%%MatrixMarket", "matrix", "coordinate"] or kind[4:] != ["general"] or kind[3] not in _WORDS:
+            raise InputError(
+                f"{path}: expected '%%MatrixMarket matrix coordinate' with real, integer or complex numbers,"
+                f" 'general', in the first line; got {' '.join(kind)[:80]!r}"
+            )
+        record, number, line = "", 2, next(lines)
+        while line.startswith(b"%") or line.isspace():
+            text = line.decode("ascii", "replace").rstrip("\n")
+            record += text.removeprefix(COMMENT) if text.startswith(COMMENT) else ""
+            number, line = number + 1, next(lines)
+        sizes = line.split()
+        start = file.tell()
+    if len(sizes) != 3 or not all(size.isdigit() and len(size) < 19 for size in sizes):
+        got = line.decode("ascii", "backslashreplace").strip()
+        raise InputError(f"{path}: damaged: line {number}: expected rows columns entries; got {got[:80]!r}")
+    rows, columns, entries = map(int, sizes)
+    if entries * 2 * _WORDS[kind[3]] > source.size - start:  # a digit of each number, and what ends it
+        raise InputError(f"{path}: damaged: announces {entries} entries, more than its {source.size} bytes can hold")
+    if bytes(source.view(source.size - 1, source.size)) != b"\n":  # a number that was cut short would still be one
+        raise InputError(f"{path}: damaged: ends in the middle of a line")
+    return _Head(kind[3], (rows, columns), entries, record, start)
+
+
+def _check_words(source: Source, head: _Head) -> None:
+    """Find what scipy passes over without a word: what stands in a line, or in a number, behind what it reads.
+
+    It takes '1 1 5D3' (Fortran's way) and '1 1 5 6' for the entry 5, and as an integer 5.5 too.
+    """
+    words, blank, at = 0, True, head.start
+    for data in source.chunks(head.start, source.size):
+        for block in (data[start : start + BLOCK] for start in range(0, len(data), BLOCK)):
+            strange = bytes(block).translate(None, _CHARACTERS[head.kind])
+            if strange:
+                line = 1 + bytes(source.view(0, at)).count(b"\n") + bytes(block).split(strange[:1])[0].count(b"\n")
+                raise InputError(f"{source.path}: damaged: line {line}: has {strange[:1]!r} in a number of its kind")
+            blanks = np.frombuffer(block, np.uint8) <= ord(" ")
+            words += int(blank and not blanks[0]) + int(np.count_nonzero(blanks[:-1] > blanks[1:]))
+            blank, at = bool(blanks[-1]), at + len(block)
+    wanted = head.entries * _WORDS[head.kind]
+    if words != wanted:
+        raise InputError(
+            f"{source.path}: damaged: {head.entries} entries of {_WORDS[head.kind]} numbers each are {wanted}, and it"
+            f" holds {words}"
+        )
+
+
+def _in_written_dtype(path: Path, values: Tensor, record: str) -> Tensor:
+    """Return the values in the dtype that the record says they were written from, where it says so."""
+    import torch
+
+    try:
+        name = json.loads(record)["dtype"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return values
+    if not isinstance(name, str) or name not in FIELDS:
+        return values
+    dtype: torch.dtype = getattr(torch, name)
+    if (dtype.is_complex, dtype.is_floating_point) == (values.is_complex(), values.is_floating_point()):
+        # The digits that are written bring each number back; what moves by more than they leave open wasn't that dtype.
+        back = values.to(dtype)
+        if not bool(((back.to(values.dtype) - values).abs() > values.abs() * 1e-8).any()):
+            return back
+    raise InputError(f"{path}: damaged: its record calls its numbers {name}, which they aren't")

@@ -1,0 +1,139 @@
+"""The .npz format: a zip of .npy arrays, for `scipy.sparse.load_npz`, or `numpy.load` where dense.
+
+Besides what scipy reads there are a member `bias`, where there is one to store, and `convtool_matrix`, the record as
+JSON; scipy passes over both. Nothing is deflated: weights hardly shrink, and it would take 25 times as long.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from convtool.errors import InputError, OutputError
+from convtool.formats import npy
+from convtool.formats.atomic import FilePlan
+from convtool.formats.matrices import ARRAYS, RECORD_NAME, Contents, Found, Layout
+from convtool.formats.pieces import Chunk, Piece
+from convtool.formats.source import Source
+from convtool.formats.stored_zip import archive_size, write_archive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
+STORES_BIAS = True
+COO_INDICES: str | None = None
+
+
+def refusal(dtype: str, layout: Layout) -> str | None:
+    """Say why the format can't hold values of that dtype, and the way out; None where it can."""
+    if dtype == "float16" and layout != "dense":
+        return (
+            "scipy has no sparse matrices of float16; use --dtype float32, which holds every float16 exactly,"
+            " --layout dense, or write a .safetensors file"
+        )
+    return npy.refusal(dtype, layout)
+
+
+def plan_matrix(contents: Contents) -> FilePlan:
+    """Plan a matrix file."""
+    small: dict[str, Any] = {}
+    if contents.layout != "dense":
+        small = {"format": contents.layout.encode(), "shape": np.array(contents.shape, dtype="<i8"), "_is_array": True}
+    if contents.record is not None:
+        small[RECORD_NAME] = contents.record.encode("ascii")
+    heads = {f"{name}.npy": _saved(value) for name, value in small.items()}
+    members = [Piece.of(name, data) for name, data in heads.items()]
+    for array in contents.arrays:
+        heads[f"{array.name}.npy"] = npy.header(array)
+        members.append(_member(array, heads[f"{array.name}.npy"]))
+    return FilePlan(
+        archive_size(members), lambda file: write_archive(file, members), lambda path: _check(path, members, heads)
+    )
+
+
+def _member(array: Piece, head: bytes) -> Piece:
+    """Return an array as a member of the archive: an .npy file."""
+    chunks = lambda: itertools.chain((Chunk(head),), array.chunks())  # noqa: E731
+    size = len(head) + array.nbytes
+    return Piece(f"{array.name}.npy", "uint8", (size,), size, chunks)
+
+
+def _saved(value: Any) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array(file, np.asanyarray(value), allow_pickle=False)
+    return file.getvalue()
+
+
+def _check(path: Path, members: Sequence[Piece], heads: Mapping[str, bytes]) -> None:
+    """Open what was written with zipfile; OutputError where it is not what was to be written."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            sizes = {info.filename: info.file_size for info in archive.infolist()}
+            if sizes != {member.name: member.nbytes for member in members}:
+                raise OutputError("the file read back holds other arrays than were written; nothing was changed")
+            for name, head in heads.items():
+                with archive.open(name) as back:
+                    if back.read(len(head)) != head:
+                        raise OutputError(f"{name} read back differs from what was written; nothing was changed")
+    except zipfile.BadZipFile as error:
+        raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
+
+
+def read_matrix(source: Source) -> Found:
+    """Return the arrays and the record of a file, every checksum compared.
+
+    Raises:
+        InputError: it isn't one of this format, or is damaged.
+    """
+    path = source.path
+    arrays: dict[str, Tensor] = {}
+    texts: dict[str, str] = {}
+    try:
+        with source.opened() as file, zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()
+            if damaged is not None:
+                raise InputError(f"{path}: the checksum of {damaged} doesn't fit what it holds; the file is damaged")
+            for info in archive.infolist():
+                name, array = info.filename.removesuffix(".npy"), _array(source, archive, info)
+                if array.dtype.kind in "SU":
+                    item = array.item() if array.size == 1 else b""
+                    texts[name] = item.decode("ascii", "replace") if isinstance(item, bytes) else item
+                else:
+                    arrays[name] = npy.tensor_of(path, array)
+    except (zipfile.BadZipFile, ValueError, EOFError, zlib.error, NotImplementedError) as error:
+        raise InputError(f"{path}: not an .npz file, or damaged: {error}") from None
+    form = texts.get("format")
+    if form not in (None, *ARRAYS):
+        raise InputError(f"{path}: holds a matrix in scipy's {form} format; save it with `.tocsr()` first")
+    return Found(arrays, texts.get(RECORD_NAME))
+
+
+def _array(source: Source, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
+    """Return a member's array; mapped where it is stored as it is."""
+    with archive.open(info) as member:
+        version = np.lib.format.read_magic(member)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = read(member)
+        header = member.tell()
+    if not dtype.hasobject and header + math.prod(shape) * dtype.itemsize != info.file_size:
+        raise ValueError(f"{info.filename} doesn't hold the {math.prod(shape)} elements that it announces")
+    if info.compress_type != zipfile.ZIP_STORED or not shape or dtype.hasobject:
+        with archive.open(info) as member:
+            return np.lib.format.read_array(member, allow_pickle=False)
+    if 0 in shape:
+        return np.empty(shape, dtype)
+    local = info.header_offset
+    lengths = struct.unpack("<2H", source.view(local + 26, local + 30))  # of the name and of what stands behind it
+    start = local + 30 + sum(lengths) + header
+    numbers = np.frombuffer(source.view(start, start + math.prod(shape) * dtype.itemsize), dtype)
+    return numbers.reshape(shape, order="F" if fortran else "C")

@@ -1,0 +1,111 @@
+"""What files are made of: named pieces of bytes whose size is known before any of them is made."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from convtool.formats.source import CHUNK
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from convtool.formats.atomic import Written
+
+
+class Chunk:
+    """Bytes, and their CRC-32 for the formats that want it, computed once however often they are written."""
+
+    def __init__(self, data: bytes | memoryview) -> None:
+        self.data = memoryview(data)
+
+    @cached_property
+    def crc(self) -> int:
+        return zlib.crc32(self.data)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Piece:
+    """A tensor, an array, or a small file in an archive, on its way into a file.
+
+    Attributes:
+        name: of the tensor in full, or of the file in the archive.
+        dtype: torch's name, or a format's own of a dtype that torch lacks; uint8 of what isn't numbers.
+        nbytes: its size.
+        chunks: makes its bytes, row-major and little-endian, from the start at each call; each chunk is valid until the
+            next is asked for.
+        memory: the same for pieces that are the same elements of the same memory (tied tensors); None for one that has
+            its memory to itself.
+        place: where its bytes come among the others', where that isn't the order of the names.
+        copy: writes all of it to a file, where there is a faster way than chunk by chunk.
+        verified: whether it is compared to the bit when the file is read back; what is only copied isn't.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    chunks: Callable[[], Iterator[Chunk]]
+    memory: Hashable = None
+    place: int = 0
+    copy: Callable[[Written], None] | None = None
+    verified: bool = False
+
+    @classmethod
+    def of(cls, name: str, data: bytes) -> Piece:
+        """Return the piece that holds these bytes."""
+        return cls(name, "uint8", (len(data),), len(data), lambda: iter((Chunk(data),)))
+
+    @classmethod
+    def of_tensor(cls, name: str, tensor: Tensor) -> Piece:
+        """Return the piece that holds a tensor, whatever its strides; it is compared when it is read back."""
+        dtype, chunks = str(tensor.dtype).removeprefix("torch."), lambda: map(Chunk, tensor_chunks(tensor))
+        return cls(name, dtype, tuple(tensor.shape), tensor.nbytes, chunks, verified=True)
+
+    @property
+    def identity(self) -> Hashable:
+        """The same for pieces of which a file needs the bytes once."""
+        return ("its own", self.name) if self.memory is None else self.memory
+
+    def write(self, file: Written) -> None:
+        """Write it to a file.
+
+        Raises:
+            RuntimeError: its chunks don't add up to its size, so that all behind it would stand in the wrong place.
+        """
+        if self.copy is not None:
+            self.copy(file)
+            return
+        written = 0
+        for chunk in self.chunks():
+            file.write(chunk.data)
+            written += chunk.data.nbytes
+        if written != self.nbytes:
+            raise RuntimeError(f"{self.name}: {written} bytes came, {self.nbytes} were announced")
+
+    def is_in(self, data: memoryview) -> bool:
+        """Tell whether these bytes, read back from a file, are the ones that it was to hold."""
+        at = 0
+        for chunk in self.chunks():
+            size = chunk.data.nbytes
+            # As bytes, since memoryviews are compared number by number, which takes ten times as long.
+            if bytes(data[at : at + size]) != bytes(chunk.data):
+                return False
+            at += size
+        return at == len(data)
+
+
+def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """Yield a tensor's bytes in pieces, row-major, however it lies in memory."""
+    from convtool.core.flat import tensor_bits
+
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
+    if tensor.nbytes > CHUNK and tensor.dim() > 0 and not tensor.is_contiguous():
+        yield from itertools.chain.from_iterable(map(tensor_chunks, tensor))
+    elif tensor.numel():
+        view = tensor_bits(tensor).numpy().data
+        yield from (view[start : start + CHUNK] for start in range(0, len(view), CHUNK))

@@ -1,0 +1,119 @@
+"""A file of named tensors, as the module of its format opens it."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from convtool.formats.atomic import FilePlan
+from convtool.formats.pieces import Piece
+from convtool.formats.source import Source
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Place(NamedTuple):
+    """A stretch of memory: bytes start to stop of a storage, between which all of a tensor's elements lie."""
+
+    storage: Hashable
+    start: int
+    stop: int
+
+    def meets(self, other: Place) -> bool:
+        return self.storage == other.storage and self.start < other.stop and other.start < self.stop
+
+
+class Described(Protocol):
+    """What a table of contents says of a tensor; the dtype by torch's name, or a name of the format's own."""
+
+    @property
+    def dtype(self) -> str: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def nbytes(self) -> int: ...
+
+
+class TensorFile(abc.ABC):
+    """An open file of named tensors: its table of contents at once, their bytes when asked for.
+
+    Attributes:
+        format: the name of its format, as `inspect` shows it.
+        tensors: what each tensor is, by full name, in the file's order.
+        unusable: entries that are tensors and can't be computed with: what they are, and what to do.
+        metadata: the texts that a .safetensors file made of this one has.
+        root: the keys that lead to the tensors, in a file of dicts in dicts.
+    """
+
+    format: str
+    tensors: Mapping[str, Described]
+    unusable: Mapping[str, str] = {}
+    metadata: Mapping[str, str] = {"format": "pt"}
+    root: tuple[str, ...] = ()
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.path: Path = source.path
+
+    @property
+    def entries(self) -> Iterable[Any]:
+        """The keys of all that stands where the tensors stand, in order."""
+        return self.tensors
+
+    @property
+    def others(self) -> list[str]:
+        """Names of entries that aren't tensors of plain numbers."""
+        return [str(name) for name in self.entries if name not in self.tensors]
+
+    @property
+    def left_out(self) -> list[str]:
+        """All that a file of the tensors alone would not hold."""
+        return self.others
+
+    def in_order_of_bytes(self) -> list[str]:
+        """Return the tensors' names in the order of their bytes, where a new file is to keep that."""
+        return list(self.tensors)
+
+    @abc.abstractmethod
+    def record(self) -> tuple[str, Path] | None:
+        """Return convtool's record as it stands in the file or beside it, and where; None where there is none.
+
+        Raises:
+            InputError: there is one, of another file or unreadable.
+        """
+
+    @abc.abstractmethod
+    def tensor(self, name: str) -> Tensor:
+        """Return a tensor, mapped where the format allows; not to be written to.
+
+        Raises:
+            InputError: its bytes are damaged, or of a dtype that torch doesn't have.
+        """
+
+    @abc.abstractmethod
+    def data(self, name: str) -> memoryview:
+        """Return a tensor's bytes, row-major; also of dtypes that torch doesn't have."""
+
+    @abc.abstractmethod
+    def piece(self, name: str) -> Piece:
+        """Return a tensor as it goes into another file."""
+
+    @abc.abstractmethod
+    def place(self, name: str) -> Place:
+        """Return where a tensor's elements lie."""
+
+    def rewritten(
+        self, entries: Sequence[tuple[Any, Piece | None]], record: str | None, cast: Callable[[Piece], Piece]
+    ) -> FilePlan | None:
+        """Plan a file of the same format that holds all else that this one holds, where the format has anything else.
+
+        Args:
+            entries: what stands where the tensors stand, in order: None for what is as it was.
+            cast: gives the numbers that stay another dtype.
+        """
+        return None

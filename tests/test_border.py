@@ -27,9 +27,11 @@ from strategies import chain_runs, chains, geometry_of, geometry_runs, mixed_cha
 from convtool.core.border import Border, Mask, Verdict, all_of, border_at, decide, describe_sizes
 from convtool.core.compose import compose_chain, compose_geometry
 from convtool.core.conv import Conv
-from convtool.core.forward import forward, run_chain
+from convtool.core.expression import run
+from convtool.core.forward import forward
 from convtool.core.fuse import explain, fuse
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
+from convtool.core.tree import Chain
 from convtool.errors import RefusedError, UsageError
 
 Layers: TypeAlias = tuple[Axis, ...]
@@ -43,8 +45,8 @@ def differing(chain: Sequence[Conv], fused: Conv, size: Sequence[int]) -> Mask:
     absolute = [
         Conv(conv.weight.abs(), None if conv.bias is None else conv.bias.abs(), conv.geometry) for conv in chain
     ]
-    assert run_chain(absolute, x.abs()).max() < 2**52  # so all of it is exact
-    found: Mask = (run_chain(chain, x) != forward(fused, x)).flatten(0, 1).any(0).numpy()
+    assert run(Chain(tuple(absolute)), x.abs()).max() < 2**52  # so all of it is exact
+    found: Mask = (run(Chain(tuple(chain)), x) != forward(fused, x)).flatten(0, 1).any(0).numpy()
     return found
 
 

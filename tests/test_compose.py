@@ -37,8 +37,9 @@ from strategies import (
 import convtool
 from convtool.core.compose import add, compose, compose_chain, compose_geometry, compose_work
 from convtool.core.conv import Conv
+from convtool.core.expression import run
 from convtool.core.fields import geometry_fields
-from convtool.core.forward import forward, run_chain
+from convtool.core.forward import forward
 from convtool.core.fuse import NamedConv, fuse_chain, fuse_tree
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
 from convtool.core.toeplitz import toeplitz
@@ -104,7 +105,7 @@ def test_every_small_pair_with_raised_padding(mode: PaddingMode, part: int) -> N
         least = smallest_size([before[0].geometry.axes[0], before[1].geometry.axes[0]])
         for size in (least, least + 1, least + 6):
             x = make_inputs(first, (size,), batch=1)
-            assert torch.equal(run_chain(before, x), forward(fused, x)), (one, two, size)
+            assert torch.equal(run(Chain(tuple(before)), x), forward(fused, x)), (one, two, size)
             checked += 1
     assert checked == 3 * len(PAIRS) // 2
 
@@ -120,7 +121,7 @@ def test_every_small_pair_away_from_the_border(part: int) -> None:
         fused = compose(first, second)
         for size in (smallest_size([one, two]), smallest_size([one, two]) + 9):
             x = make_inputs(first, (size,), batch=1)
-            expected, found = run_chain([first, second], x), forward(fused, x)
+            expected, found = run(Chain((first, second)), x), forward(fused, x)
             assert expected.shape == found.shape  # the output size agrees everywhere, border or not
             keep = torch.tensor([NOTHING not in row for row in axis_taps(two, one.output_size(size))])
             assert torch.equal(expected[..., keep], found[..., keep]), (one, two, size)
@@ -139,7 +140,7 @@ def test_random_chains_with_raised_padding(mode: str, data: st.DataObject) -> No
     before = raised(chain, fused.geometry)
     extra = data.draw(st.tuples(*(st.integers(0, 3),) * chain[0].spatial_axes))
     x = make_inputs(chain[0], sizes_that_run(before, extra), batch=1)
-    assert torch.equal(run_chain(before, x), forward(fused, x))
+    assert torch.equal(run(Chain(tuple(before)), x), forward(fused, x))
 
 
 @settings(max_examples=400)
@@ -148,7 +149,7 @@ def test_random_pairs_away_from_the_border(chain: list[Conv], more: int) -> None
     first, second = chain
     size = sizes_that_run(chain, (more,) * first.spatial_axes)
     x = make_inputs(first, size, batch=1)
-    expected, found = run_chain(chain, x), forward(compose(first, second), x)
+    expected, found = run(Chain(tuple(chain)), x), forward(compose(first, second), x)
     assert expected.shape == found.shape
     keep = np.ones((), dtype=bool)
     for axis, length in zip(second.geometry.axes, first.output_size(size), strict=True):
@@ -177,7 +178,7 @@ def test_every_layer_of_the_table_after_and_before_another(case: Case) -> None:
         fused = compose(*chain)
         pair = raised(chain, fused.geometry)
         x = make_inputs(chain[0], sizes_that_run(pair, (1, 2, 0, 1)[:axes]), batch=1)
-        assert torch.equal(run_chain(pair, x), forward(fused, x))
+        assert torch.equal(run(Chain(tuple(pair)), x), forward(fused, x))
 
 
 def test_the_formulas_of_the_design() -> None:
@@ -337,7 +338,7 @@ def test_groups_are_the_gcd_and_never_denser(g1: int, g2: int) -> None:
     assert fused.geometry.groups == groups
     assert fused.weight.shape == (24, 12 // groups, 2, 3)
     x = make_inputs(first, (4, 5))
-    assert torch.equal(run_chain([first, second], x), forward(fused, x))
+    assert torch.equal(run(Chain((first, second)), x), forward(fused, x))
 
 
 @settings(max_examples=150)
@@ -375,7 +376,7 @@ def test_biases(groups: tuple[int, int], biases: tuple[bool, bool]) -> None:
     fused = compose(first, second)
     assert (fused.bias is not None) == any(biases)
     x = make_inputs(first, (6, 5))
-    assert torch.equal(run_chain([first, second], x), forward(fused, x))
+    assert torch.equal(run(Chain((first, second)), x), forward(fused, x))
     if fused.bias is None:
         return
     # b2 + (sum over taps of W2) @ b1, channel by channel
@@ -395,7 +396,7 @@ def test_a_bias_is_what_the_chain_makes_of_nothing(chain: list[Conv]) -> None:
     before = raised(chain, fused.geometry)
     nothing = torch.zeros(1, chain[0].in_channels, *smallest_input(before), dtype=torch.float64)
     assert fused.bias is not None
-    assert torch.equal(run_chain(before, nothing)[0, :, 0], fused.bias)
+    assert torch.equal(run(Chain(tuple(before)), nothing)[0, :, 0], fused.bias)
 
 
 # --- transposed
@@ -413,7 +414,7 @@ def test_transposed_chains_that_lose_nothing_on_the_way(chain: list[Conv], more:
     fused = compose_chain(whole)
     assert fused.geometry.transposed
     x = make_inputs(whole[0], sizes_that_run(whole, (more,) * chain[0].spatial_axes), batch=1)
-    assert torch.equal(run_chain(whole, x), forward(fused, x))
+    assert torch.equal(run(Chain(tuple(whole)), x), forward(fused, x))
 
 
 @settings(max_examples=250)
@@ -439,11 +440,11 @@ def test_a_transposed_layer_and_a_pointwise_one(groups: int, bias: bool) -> None
     fused = compose(first, second)
     assert fused.geometry == geometry
     x = make_inputs(first, (3, 4))
-    assert torch.equal(run_chain([first, second], x), forward(fused, x))
+    assert torch.equal(run(Chain((first, second)), x), forward(fused, x))
     # the other way round only without a bias, which a stride of 2 spreads unevenly
     before = stripped(make_conv(Geometry.of((1, 1)), 3, 4, seed=6))
     x = make_inputs(before, (3, 4))
-    assert torch.equal(run_chain([before, first], x), forward(compose(before, first), x))
+    assert torch.equal(run(Chain((before, first)), x), forward(compose(before, first), x))
 
 
 # --- numbers
@@ -475,7 +476,7 @@ def test_complex_layers() -> None:
     fused = compose(first, second)
     assert fused.weight.dtype == torch.complex128
     x = make_inputs(second, (3, 4), seed=5)[:, :1].repeat(1, 3, 1, 1).to(torch.complex128)
-    assert torch.equal(run_chain([first, second], x), forward(fused, x))
+    assert torch.equal(run(Chain((first, second)), x), forward(fused, x))
 
 
 @pytest.mark.parametrize("case", PLAIN, ids=[case.name for case in PLAIN])
@@ -492,8 +493,8 @@ def test_real_numbers_are_right_to_the_last_bits(case: Case) -> None:
     absolute = [Conv(one.weight.abs(), None if one.bias is None else one.bias.abs(), one.geometry) for one in chain]
     # Running error analysis: twice the products along the longest sum, unit roundoff 2**-53, both sides.
     terms = conv.weight[0].numel() + after.weight[0].numel() + fused.weight[0].numel() + 4
-    bound = 2 * terms * 2.0**-53 * run_chain(absolute, x.abs())
-    assert ((run_chain(chain, x) - forward(fused, x)).abs() <= bound).all()
+    bound = 2 * terms * 2.0**-53 * run(Chain(tuple(absolute)), x.abs())
+    assert ((run(Chain(tuple(chain)), x) - forward(fused, x)).abs() <= bound).all()
 
 
 def test_the_layers_themselves_are_left_alone() -> None:
@@ -666,7 +667,7 @@ def test_trees_of_layers() -> None:
     fusion = fuse_tree(tree, input_size=None, allow_border=False, dtype=torch.float64)
     assert fusion.verdict.exact
     x = make_inputs(wide, (4, 5))
-    inner = run_chain([wide, norm], x) + forward(point, x) + x
+    inner = run(Chain((wide, norm)), x) + forward(point, x) + x
     assert torch.equal(forward(fusion.conv, x), forward(point, inner))
 
 

@@ -10,8 +10,10 @@ from oracles import convolve, run_layers
 from strategies import chains, layers_with_sizes, sizes_that_run
 
 from convtool.core.conv import Conv
-from convtool.core.forward import forward, run_chain
+from convtool.core.expression import run
+from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
+from convtool.core.tree import Chain
 from convtool.errors import UsageError
 
 
@@ -38,7 +40,7 @@ def test_forward_of_random_layers(layer: tuple[Conv, tuple[int, ...]]) -> None:
 @given(convs=chains(number=1))
 def test_a_chain_is_one_layer_after_the_other(convs: list[Conv]) -> None:
     x = make_inputs(convs[0], sizes_that_run(convs, (3,)), batch=1)
-    assert torch.equal(run_chain(convs, x)[0], torch.from_numpy(run_layers(convs, x[0].numpy())))
+    assert torch.equal(run(Chain(tuple(convs)), x)[0], torch.from_numpy(run_layers(convs, x[0].numpy())))
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)

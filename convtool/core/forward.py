@@ -47,13 +47,6 @@ def forward(conv: Conv, x: Tensor) -> Tensor:
     return out if bias is None else out + bias
 
 
-def run_chain(chain: Sequence[Conv], x: Tensor) -> Tensor:
-    """The layers one after the other."""
-    for conv in chain:
-        x = forward(conv, x)
-    return x
-
-
 def _only_scales(conv: Conv) -> bool:
     """Whether each output is one input times a number: a depthwise 1x1 layer, as a batch norm is."""
     geometry = conv.geometry

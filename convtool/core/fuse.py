@@ -13,7 +13,7 @@ from convtool.core.border import Verdict, all_of, decide, describe_sizes
 from convtool.core.compose import add, compose_chain, compose_geometry
 from convtool.core.conv import Conv
 from convtool.core.expression import in_channels, run
-from convtool.core.geometry import Geometry, format_sizes
+from convtool.core.geometry import Geometry, format_padding, format_sizes
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
 
@@ -106,14 +106,12 @@ def _fuse_with_map(tree: Tree[NamedConv], size: tuple[int, ...]) -> tuple[Conv, 
     try:
         return _fuse(tree, size, allow_border=False)
     except RefusedError:
-        fused, verdict = _fuse(map_leaves(_without_bias, tree), size, allow_border=False)
+        fused, verdict = _fuse(
+            map_leaves(lambda leaf: NamedConv(leaf.name, leaf.conv.without_bias()), tree), size, allow_border=False
+        )
     exact = map_leaves(lambda leaf: leaf.conv.exact(), tree)
     zero = torch.zeros(1, in_channels(exact), *size, dtype=fused.weight.dtype)
     return Conv(fused.weight, run(exact, zero)[0], fused.geometry), verdict
-
-
-def _without_bias(leaf: NamedConv) -> NamedConv:
-    return NamedConv(leaf.name, Conv(leaf.conv.weight, None, leaf.conv.geometry))
 
 
 def _fuse(
@@ -261,7 +259,8 @@ def explain(
         where = f"where {names[0]} gets inputs of {sizes}" if within else f"for {sizes}"
         ways.append(f"--input-size decides for one size (it is exact {where})")
     if _is_exact_with_early_padding(chain, fused):
-        ways.append(f"or give {names[0]} padding {_padding(fused)} and {_list(late)} none, and train on with that")
+        padding = ",".join(format_padding(fused.padding))
+        ways.append(f"or give {names[0]} padding {padding} and {_list(late)} none, and train on with that")
     if within:
         ways.append("or leave this branch out (--allow-border is for the fusion's own border, not for those inside)")
     whose = "this branch's" if within else "the"
@@ -280,11 +279,6 @@ def _is_exact_with_early_padding(chain: Sequence[Conv], fused: Geometry) -> bool
         return reduce(compose_geometry, early) == fused and decide(moved, fused).exact
     except ConvtoolError:
         return False
-
-
-def _padding(geometry: Geometry) -> str:
-    sides = [str(before) if before == after else f"{before}:{after}" for before, after in geometry.padding]
-    return ",".join(sides)
 
 
 def _check_finite(exact: Conv, rounded: Conv, names: Sequence[str]) -> None:

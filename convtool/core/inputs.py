@@ -210,17 +210,15 @@ def plan_impulses(
     groups = math.gcd(*(conv.geometry.groups for tree in trees for conv in leaves(tree)))
     inner = channels // groups
     if exhaustive:
-        everywhere = tuple(itertools.product(*(range(n) for n in size)))
-        return ImpulsePlan(
-            groups, inner, everywhere, _reached(trees, geometries, size, everywhere), (*range(inner),), ()
-        )
+        everywhere = tuple(itertools.product(*map(range, size)))
+        rows = _reached(trees, geometries, size, everywhere)
+        return ImpulsePlan(groups, inner, everywhere, rows, tuple(range(inner)), ())
     # Tables of several geometries agree in their input, whatever their outputs are.
     axes = [_covering([tap_table(g.axes[a], n) for g in set(geometries)], n) for a, n in enumerate(size)]
     entries = tuple(itertools.product(*axes))
     each = max(1, sum(_response_work(tree, size) for tree in trees))
     affordable = max(1, min(inner, work // (each * len(entries))))
-    generator = np.random.default_rng(seed)
-    chosen = sorted(generator.permutation(inner)[:affordable].tolist())
+    chosen = sorted(np.random.default_rng(seed).permutation(inner)[:affordable].tolist())
     edges = (sorted({0, n // 2, n - 1}) for n in size)
     around = [position for position in itertools.product(*edges) if position not in set(entries)]
     share = min(inner, BORDER_CHANNELS)

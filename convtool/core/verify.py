@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -42,6 +42,9 @@ from convtool.errors import ConvtoolError, UsageError
 WORK = 40_000_000_000  # multiply-adds that may be spent on impulses at one size: some seconds
 LARGEST_INPUT = 1 << 27  # numbers of one input in the widest layer: 1 GiB in float64, several times over
 STORED_WORK = 200_000_000  # multiply-adds that running the layers once in their own dtype may take
+
+
+Progress: TypeAlias = Callable[[float], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +128,7 @@ def verify(
     atol: float | None = None,
     work: int = WORK,
     device: torch.device | str = "cpu",
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Progress = lambda share: None,
 ) -> EquivalenceReport:
     """Run both chains on the same inputs and hold every output element against the bound of `convtool.core.bound`.
 
@@ -140,7 +143,6 @@ def verify(
         stored_between: dtypes in which parts of `after` were stored before they were fused further, one for each time.
         rtol, atol: instead of the derived bound, |error| <= atol + rtol * |output|, as numpy's allclose.
         work: multiply-adds to spend on impulses at most; `report.met` says how far that went.
-        device: where to run it; the verdict is the same everywhere.
         progress: called with the share of the inputs that were run since the last call.
 
     Raises:
@@ -149,11 +151,11 @@ def verify(
     check_trials(trials, seed, exhaustive)
     sides = _sides(before, after, dtype)
     report = sides.begin(input_size, seed, dtype)
-    if report.mismatch:
-        return report
-    tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
-    rules = _Rules(computed_in, tuple(stored_between), tolerance, torch.device(device))
-    return sides.compare(report, rules, trials, exhaustive, work, progress)
+    if not report.mismatch:
+        tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
+        rules = _Rules(computed_in, tuple(stored_between), tolerance, torch.device(device))
+        report = sides.compare(report, rules, trials, exhaustive, work, progress)
+    return report
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,13 +193,7 @@ class _Sides:
         return EquivalenceReport((channels, *size), shape, mismatch, seed=seed, dtype=kind)
 
     def compare(
-        self,
-        report: EquivalenceReport,
-        rules: _Rules,
-        trials: int,
-        exhaustive: bool,
-        work: int,
-        progress: Callable[[float], None],
+        self, report: EquivalenceReport, rules: _Rules, trials: int, exhaustive: bool, work: int, progress: Progress
     ) -> EquivalenceReport:
         """Run the inputs and complete the report."""
         (channels, *spatial), both = report.input_size, (self.before, self.kept)
@@ -221,13 +217,12 @@ class _Sides:
                     counts[name] = counts.get(name, 0) + len(x)
                     tallies.add(name, x, *outputs(x))
                     progress(len(x) / total)
-        layer = sole_layer(self.kept)
         return replace(
             report,
             inputs=counts,
             exhaustive=exhaustive,
             met=(len(plan.chosen), plan.channels),
-            taps=(0, 0) if layer is None else taps_read(layer.geometry, size),
+            taps=_taps(self.kept, size),
             interior=tallies.interior.region(),
             rim=tallies.rim.region(),
             stored_error=_stored_error(*both, channels, size, getattr(torch, report.dtype), report.seed),
@@ -296,6 +291,11 @@ def _rim_mask(before: Expression, size: tuple[int, ...]) -> Mask:
         return border_at(parts, reduce(compose_geometry, (conv.geometry for conv in parts)), size).differs()
     except ConvtoolError:
         return nothing
+
+
+def _taps(after: Expression, size: tuple[int, ...]) -> tuple[int, int]:
+    layer = sole_layer(after)
+    return (0, 0) if layer is None else taps_read(layer.geometry, size)
 
 
 def _geometries(trees: Sequence[Expression]) -> list[Geometry]:

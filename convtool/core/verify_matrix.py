@@ -111,8 +111,7 @@ def verify_matrix(
         stores_bias: whether there is room for one where it is stored; else a missing one is no difference.
         transpose, affine, order: as in `convtool.core.order.matrix_in_order`.
         rows: the range A:B that `matrix` holds; all of them where None.
-        trials, seed: how many random inputs to multiply it with, and which.
-        computed_in: the precision in which another program added up taps that share a column.
+        trials, seed, computed_in: as in `convtool.core.verify.verify`.
     """
     check_trials(trials, seed)
     layer = _Layer(conv.exact(), tuple(input_size), order, transpose, affine, rows, computed_in)
@@ -122,9 +121,8 @@ def verify_matrix(
             report, mismatch=f"the layer's matrix is {_by(layer.shape)}, and this one is {_by(matrix.shape)}"
         )
     products = _Products(layer, trials, seed, _least(matrix.dtype)) if layer.numbers <= MOST_NUMBERS else None
-    report = replace(report, entries=_compare_rows(matrix, layer.shape[1], layer.block, products))
-    if products is not None:
-        report = replace(report, products=products.region())
+    entries = _compare_rows(matrix, layer.shape[1], layer.block, products)
+    report = replace(report, entries=entries, products=products.region() if products else Region())
     if affine:
         return report
     wanted, size = layer.bias

@@ -151,11 +151,8 @@ def verify(
     check_trials(trials, seed, exhaustive)
     sides = _sides(before, after, dtype)
     report = sides.begin(input_size, seed, dtype)
-    if not report.mismatch:
-        tolerance = None if rtol is None and atol is None else Tolerance(rtol or 0.0, atol or 0.0)
-        rules = _Rules(computed_in, tuple(stored_between), tolerance, torch.device(device))
-        report = sides.compare(report, rules, trials, exhaustive, work, progress)
-    return report
+    rules = _Rules(computed_in, tuple(stored_between), rtol, atol, torch.device(device))
+    return report if report.mismatch else sides.compare(report, rules, trials, exhaustive, work, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +161,15 @@ class _Rules:
 
     computed_in: torch.dtype
     between: tuple[torch.dtype, ...]
-    tolerance: Tolerance | None
+    rtol: float | None
+    atol: float | None
     device: torch.device
+
+    def bound(self, before: Expression, after: Tree[Stored]) -> Bound | Tolerance:
+        """Return what errors are held against."""
+        if self.rtol is None and self.atol is None:
+            return Bound(before, after, self.computed_in, self.between)
+        return Tolerance(self.rtol or 0.0, self.atol or 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +247,7 @@ class _Sides:
         before = map_leaves(lambda conv: conv.to(exact, rules.device), self.before)
         after = map_leaves(lambda leaf: leaf.to(exact, rules.device), self.after)
         kept = map_leaves(lambda leaf: leaf.conv, after)
-        bound = rules.tolerance or Bound(before, after, rules.computed_in, rules.between)
+        bound = rules.bound(before, after)
 
         def run_both(x: Input) -> tuple[Tensor, Tensor, Tensor]:
             x = x.to(rules.device)

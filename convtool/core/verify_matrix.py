@@ -105,8 +105,7 @@ def verify_matrix(
     """Hold a matrix against the layer that it was made of.
 
     Args:
-        conv: the layer; its numbers are taken as exact.
-        matrix: what was exported.
+        conv, matrix: the layer, its numbers taken as exact, and what was exported.
         bias: the vector stored with it, or None.
         stores_bias: whether there is room for one where it is stored; else a missing one is no difference.
         transpose, affine, order: as in `convtool.core.order.matrix_in_order`.

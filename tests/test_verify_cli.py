@@ -478,7 +478,7 @@ def test_a_dry_run_verifies_too(net: dict[str, Tensor], monkeypatch: pytest.Monk
         asked.append(layer.name)
         return check_planned(layer, checkpoints, progress)
 
-    monkeypatch.setattr("convtool.checkpoint.proof.check_planned", check)
+    monkeypatch.setattr("convtool.fusing.proof.check_planned", check)
     assert cli("fuse net.pt first second -o f.pt --dry-run").code == 0
     assert asked == ["first"]
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from convtool.cli import exit_codes
+from convtool.cli.complete import one_of
 from convtool.cli.document import whole_document
 from convtool.cli.help import argument_rows, option_rows, page, summary
 from convtool.cli.options import flag
 from convtool.cli.output import Reporter, print_document
 from convtool.cli.run import run
-from convtool.errors import did_you_mean
+from convtool.errors import UsageError, did_you_mean
 
 NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
 
@@ -98,16 +100,44 @@ def _parameters(options: Any) -> Iterator[inspect.Parameter]:
             yield from _parameters(hint)
         else:
             default = inspect.Parameter.empty if field.default is MISSING else field.default
-            yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+            yield inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_as_typed(hint)
+            )
 
 
-def _gathered(options: type[Options], given: Mapping[str, Any]) -> Options:
-    """Return the options as one value of what was given for each."""
-    hints = _hints(options)  # type: ignore[arg-type]
-    names = [field.name for field in fields(options)]  # type: ignore[arg-type]
-    return options(
-        **{name: _gathered(hints[name], given) if is_dataclass(hints[name]) else given[name] for name in names}
-    )
+def _as_typed(hint: Any) -> Any:
+    """Return the annotation that typer gets, where what is given is text as yet."""
+    base, info = get_args(hint)
+    kinds = [get_origin(one) for one in (base, *get_args(base))]
+    if Literal in kinds:
+        info = copy.copy(info)
+        info.autocompletion = one_of(*_choices(base))
+    elif info.parser is None:
+        return hint
+    return Annotated[list[str] | None if list in kinds else str | None, info]
+
+
+def _choices(base: Any) -> tuple[str, ...]:
+    return next((get_args(one) for one in (base, *get_args(base)) if get_origin(one) is Literal), ())
+
+
+def _gathered(options: Any, given: Mapping[str, Any]) -> Any:
+    """Return the options as one value of what was given for each; raise UsageError where that can't be read."""
+    made: dict[str, Any] = {}
+    for name, hint in _hints(options).items():
+        made[name] = _gathered(hint, given) if is_dataclass(hint) else _parsed(name, hint, given[name])
+    return options(**made)
+
+
+def _parsed(name: str, hint: Any, value: Any) -> Any:
+    base, info = get_args(hint)
+    option = max(info.param_decls or ("",), key=len) or f"--{name.replace('_', '-')}"
+    choices = _choices(base)
+    if value is not None and choices and value not in choices:
+        raise UsageError(f"{option}: expected {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
+    if value is None or info.parser is None:
+        return value
+    return [info.parser(one, option) for one in value] if isinstance(value, list) else info.parser(value, option)
 
 
 class Subcommand(TyperCommand):

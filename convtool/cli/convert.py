@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from convtool.cli import complete
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Dtype, LayerFields, Sizes
 from convtool.cli.layer import spatial_size
-from convtool.cli.options import FLOATS, CheckpointPath, DryRun, Force, SourceOptions, argument, option, parse_dtype
+from convtool.cli.options import CheckpointPath, DryRun, Force, SourceOptions, argument, dtype_name, option, parse_float
 from convtool.cli.output import Reporter
 from convtool.cli.written import ChangedTensors, Written, changed_tensors, show_tensors, show_written, write
 from convtool.errors import UsageError
@@ -42,6 +42,15 @@ convtool convert net.safetensors fc.safetensors --as-toeplitz conv1=3,8,8 --set 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
+def _parse_bytes(text: str, option: str) -> int:
+    """Return '500MB' as a number of bytes."""
+    number = text.rstrip("BKMGIbkmgi")
+    unit = text[len(number) :].upper()
+    if not number.isdecimal() or unit not in UNITS or len(number) > 15 or int(number) == 0:
+        raise UsageError(f"{option}: expected a number of bytes such as 500MB, 5GB or 2GiB, got {text!r}")
+    return int(number) * UNITS[unit]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """The checkpoint, and how its copy is to differ."""
@@ -55,10 +64,16 @@ class Options:
         ),
     ]
     dtype: Annotated[
-        str | None,
-        option("DTYPE", "Of every floating-point tensor of 16 bits or more: float64, float32, float16 or bfloat16."),
+        Any,
+        option(
+            "DTYPE",
+            "Of every floating-point tensor of 16 bits or more: float64, float32, float16 or bfloat16.",
+            parse=parse_float,
+        ),
     ] = None
-    shard_size: Annotated[str | None, option("SIZE", "Write files of at most 500MB, 5GB, ... and an index.")] = None
+    shard_size: Annotated[
+        int | None, option("SIZE", "Write files of at most 500MB, 5GB, ... and an index.", parse=_parse_bytes)
+    ] = None
     as_linear: Annotated[
         list[str] | None,
         option(
@@ -157,10 +172,9 @@ def run(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.edit import Edit
     from convtool.checkpoint.write import check_output, is_folder, plan_edited
 
-    out, dtype, sources = options.out, options.dtype, options.sources
+    out, size, sources = options.out, options.shard_size, options.sources
+    dtype = None if options.dtype is None else dtype_name(options.dtype)
     overwrite, state_only = options.force or options.dry_run, sources.root is not None
-    parse_dtype(dtype, "--dtype", FLOATS)
-    size = None if options.shard_size is None else _parse_size(options.shard_size)
     opened = sources.open(options.checkpoint, reporter)
     check_output(out, force=overwrite, source=opened, shard_size=size)
     to_folder = is_folder(out, opened, size)
@@ -203,15 +217,6 @@ def _cast(infos: Iterable[TensorInfo], dtype: str) -> tuple[str, ...]:
     from convtool.formats.dtypes import FLOATS as CASTABLE
 
     return tuple(info.name for info in infos if info.dtype in CASTABLE - {dtype})
-
-
-def _parse_size(text: str) -> int:
-    """Return '500MB' as a number of bytes."""
-    number = text.rstrip("BKMGIbkmgi")
-    unit = text[len(number) :].upper()
-    if not number.isdecimal() or unit not in UNITS or len(number) > 15 or int(number) == 0:
-        raise UsageError(f"--shard-size: expected a number of bytes such as 500MB, 5GB or 2GiB, got {text!r}")
-    return int(number) * UNITS[unit]
 
 
 def _some(names: Sequence[str]) -> str:

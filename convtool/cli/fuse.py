@@ -25,8 +25,6 @@ from convtool.cli.options import (
     flag,
     open_others,
     option,
-    parse_dtype,
-    parse_input_size,
     read_toml,
 )
 from convtool.cli.output import Reporter, table
@@ -120,11 +118,6 @@ class Wanted:
     ] = False
 
     @property
-    def size(self) -> tuple[int, ...] | None:
-        """--input-size as numbers."""
-        return parse_input_size(self.input_size)
-
-    @property
     def chain(self) -> list[str]:
         """The layers by name, --normalize and --input-scale in front of them as the layer that they are."""
         return [*self._input_layer(), *(self.layers or ())]
@@ -146,11 +139,11 @@ class Wanted:
             raise UsageError(f"{'--fixed-size' if self.fixed_size else '--measure'}: goes with --auto")
         if self.strength is not None and (self.recipe is None or not isfinite(self.strength)):
             raise UsageError("--strength: expected a number, and a --recipe that adds a LoRA")
-        if self.bias_map and (self.allow_border or self.size is None):
+        if self.bias_map and (self.allow_border or self.input_size is None):
             raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
 
     def _check_auto(self, model: str | None) -> None:
-        if model is None or self.size is None:
+        if model is None or self.input_size is None:
             raise UsageError("--auto: expected --model, and --input-size of the model's input, such as 3,224,224")
         others = {
             "LAYERs": self.layers,
@@ -321,7 +314,7 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.core.tree import BASE
     from convtool.fusing.fusion import check_ties
 
-    wanted, sources, dtype = options.wanted, options.sources, parse_dtype(options.dtype)
+    wanted, sources, dtype = options.wanted, options.sources, options.dtype
     overwrite = options.force or options.dry_run
     if options.checkpoint is None:
         raise UsageError("expected CKPT, the checkpoint to fuse layers of")
@@ -382,17 +375,19 @@ def _find(
     if plan is not None:
         return _Found(_planned(plan), fields, None, surveyed=True)  # each has an input size of its own
     if recipe is None:
-        return _Found([named_chain(wanted.chain, wanted.name or "", checkpoints)], fields, wanted.size, surveyed=False)
+        return _Found(
+            [named_chain(wanted.chain, wanted.name or "", checkpoints)], fields, wanted.input_size, surveyed=False
+        )
     fields = fields.with_first(recipe.geometry)
     for pattern in without_effect(recipe, checkpoints):
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
     strength = 1.0 if wanted.strength is None else wanted.strength
     fusions = by_recipe(recipe, checkpoints, fields.fields, strength)
-    if wanted.size is not None and len(fusions) > 1:
+    if wanted.input_size is not None and len(fusions) > 1:
         raise UsageError(
             f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"
         )
-    return _Found(fusions, fields, wanted.size, surveyed=True)
+    return _Found(fusions, fields, wanted.input_size, surveyed=True)
 
 
 def _plan_model(wanted: Wanted, opened: Checkpoint, sources: SourceOptions, reporter: Reporter) -> Plan:
@@ -403,7 +398,7 @@ def _plan_model(wanted: Wanted, opened: Checkpoint, sources: SourceOptions, repo
         opened,
         sources.model,
         sources.model_args,
-        wanted.size,
+        wanted.input_size,
         reporter,
         fixed_size=wanted.fixed_size,
         only_if_cheaper=wanted.only_if_cheaper,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from convtool.cli import complete
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
-from convtool.cli.options import CheckpointPath, Force, SourceOptions, argument, flag, option, parse_input_size
+from convtool.cli.options import CheckpointPath, Force, SourceOptions, argument, flag, option, parse_size
 from convtool.cli.output import Reporter, table
 from convtool.cli.written import Recorded, tree_text
 from convtool.errors import UsageError, human_bytes
@@ -40,10 +40,11 @@ class Options:
     ] = None
     tensors: Annotated[bool, flag("--tensors", "List every tensor.")] = False
     input_size: Annotated[
-        str | None,
+        tuple[int, ...] | None,
         option(
             "C,H,W",
             "With --model: the size of its input, to show what each layer reads and gives, and its multiply-adds.",
+            parse=parse_size,
         ),
     ] = None
     write_geometry: Annotated[
@@ -128,7 +129,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     if pattern is not None and not names:
         raise UsageError(f"{path}: no layer matches {pattern!r}; without a pattern all are listed")
     known = {name: _geometry(opened.layers[name], fields.fields(name)) for name in names}
-    runs = runs_of_layers(found, parse_input_size(options.input_size))
+    runs = runs_of_layers(found, options.input_size)
     layers = [
         _layer(opened.layers[name], known[name], options.tensors, None if runs is None else runs.get(name, ()))
         for name in names

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from convtool.cli import complete
 from convtool.cli.document import LayerFields, LayerKind, Sizes
-from convtool.cli.options import CheckpointPath, InputSize, SourceOptions, argument, flag, option, parse_input_size
+from convtool.cli.options import CheckpointPath, InputSize, SourceOptions, argument, flag, option
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
@@ -105,7 +105,7 @@ def find_layer(
     from convtool.core.fields import geometry_fields
     from convtool.fusing.lowering import lower_chain
 
-    size = parse_input_size(wanted.input_size)
+    size = wanted.input_size
     opened = given.open(wanted.checkpoint, reporter)
     found, fields = opened.layer(wanted.layer), wanted.fields
     sources = given.fields(given.of_model(opened, reporter), opened.layers, {found.name: fields} if fields else {})

@@ -14,7 +14,7 @@ from convtool.cli.output import Reporter
 from convtool.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     import torch
 
@@ -31,14 +31,54 @@ def argument(metavar: str, text: str, completion: complete.Completion | None = N
     return typer.Argument(metavar=metavar, help=text, autocompletion=completion)
 
 
-def option(metavar: str, text: str, *names: str, completion: complete.Completion | None = None) -> Any:
-    """Return what typer wants to know of an option with a value; it's called as the field is unless it has names."""
-    return typer.Option(*names, metavar=metavar, help=text, autocompletion=completion)
+def option(
+    metavar: str,
+    text: str,
+    *names: str,
+    completion: complete.Completion | None = None,
+    parse: Callable[[str, str], Any] | None = None,
+) -> Any:
+    """Return what typer wants to know of an option with a value.
+
+    Args:
+        names: the field's by default.
+        parse: makes the value of a text and the option's name, which a UsageError begins with.
+    """
+    info = typer.Option(*names, metavar=metavar, help=text, autocompletion=completion)
+    info.parser = parse
+    return info
 
 
 def flag(name: str, text: str, *short: str) -> Any:
     """Return what typer wants to know of an option without a value."""
     return typer.Option(name, *short, help=text)
+
+
+def parse_dtype(name: str, option: str, known: Sequence[str] = DTYPES) -> torch.dtype:
+    """Return an option's value as torch's dtype; raise UsageError for one that isn't known."""
+    if name not in known:
+        raise UsageError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
+    import torch
+
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return 'float32' for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
+def parse_float(name: str, option: str) -> torch.dtype:
+    """Return an option's value as one of torch's real floating-point dtypes."""
+    return parse_dtype(name, option, FLOATS)
+
+
+def parse_size(text: str, option: str) -> tuple[int, ...]:
+    """Return an option's value as sizes; raise UsageError where they aren't positive integers."""
+    from convtool.core.fields import parse_sizes
+
+    return parse_sizes(text, option)
 
 
 CheckpointPath = Annotated[
@@ -53,15 +93,20 @@ With = Annotated[
     option("NAME=FILE", "Another checkpoint, whose layers are then called NAME:LAYER. Repeatable.", "--with"),
 ]
 InputSize = Annotated[
-    str | None,
-    option("[C,]H,W", "Spatial sizes of the first layer's input, with or without the channels in front."),
+    tuple[int, ...] | None,
+    option(
+        "[C,]H,W",
+        "Spatial sizes of the first layer's input, with or without the channels in front.",
+        parse=parse_size,
+    ),
 ]
 DtypeOption = Annotated[
-    str | None,
+    Any,  # a torch.dtype or None; --help has no time to import torch
     option(
         "DTYPE",
         "float64, float32, float16, bfloat16, complex64 or complex128.",
         completion=complete.one_of(*DTYPES),
+        parse=parse_dtype,
     ),
 ]
 FixedSize = Annotated[bool, flag("--fixed-size", "Also fuse what is exact for inputs of --input-size only.")]
@@ -152,30 +197,6 @@ def _setting(text: str) -> tuple[str, str, Any]:
         return parse_setting(text)
     except UsageError as error:
         raise UsageError(str(error) if str(error).startswith("--set") else f"--set {text}: {error}") from None
-
-
-def parse_dtype(name: str | None, option: str = "--dtype", known: Sequence[str] = DTYPES) -> torch.dtype | None:
-    """Return an option's value as torch's dtype; raise UsageError for one that isn't known."""
-    if name is None:
-        return None
-    if name not in known:
-        raise UsageError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
-    import torch
-
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return 'float32' for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def parse_input_size(text: str | None, option: str = "--input-size") -> tuple[int, ...] | None:
-    """Return an option's value as sizes; raise UsageError where they aren't positive integers."""
-    from convtool.core.fields import parse_sizes
-
-    return None if text is None else parse_sizes(text, option)
 
 
 def check_not_source(out: Path, checkpoint: Path) -> None:

@@ -20,7 +20,7 @@ from convtool.cli.options import (
     flag,
     open_reporting,
     option,
-    parse_input_size,
+    parse_size,
 )
 from convtool.cli.output import Reporter, emit, table
 from convtool.core.tree import LayerRef, Tree, leaves, map_leaves
@@ -57,7 +57,8 @@ class Options:
     ] = None
     model_args: ModelArgs = None
     input_size: Annotated[
-        str | None, option("C,H,W", "Size of the model's input, the channels in front; without the batch.")
+        tuple[int, ...] | None,
+        option("C,H,W", "Size of the model's input, the channels in front; without the batch.", parse=parse_size),
     ] = None
     out: Annotated[Path | None, option("OUT", "Write the plan as a recipe (.toml; - for stdout).", "--out", "-o")] = (
         None
@@ -166,7 +167,6 @@ def run(options: Options, reporter: Reporter) -> Result:
     from convtool.formats.atomic import check_target, replacing
 
     out = options.out
-    size = parse_input_size(options.input_size)
     if options.model is None:
         raise UsageError("expected --model, the code that builds the model: pkg.mod:callable or file.py:callable")
     piped = out is not None and str(out) == STREAM
@@ -174,7 +174,7 @@ def run(options: Options, reporter: Reporter) -> Result:
         raise UsageError("--out -: stdout holds the recipe or the document of --json; name a file for one of them")
     if out is not None and not piped:
         check_target(out, force=options.force or options.dry_run)
-    found = _plan(options, options.model, size, reporter)
+    found = _plan(options, options.model, reporter)
     recipe = found.recipe().encode() if out is not None and found.fusions else None
     written = out is not None and recipe is not None and not piped and not options.dry_run
     if out is not None and recipe is not None and written:
@@ -194,14 +194,14 @@ def run(options: Options, reporter: Reporter) -> Result:
     )
 
 
-def _plan(options: Options, model: str, size: tuple[int, ...] | None, reporter: Reporter) -> Plan:
+def _plan(options: Options, model: str, reporter: Reporter) -> Plan:
     from convtool.cli.model import plan_for
 
     return plan_for(
         None if options.checkpoint is None else open_reporting(reporter, options.checkpoint, options.root),
         model,
         options.model_args,
-        size,
+        options.input_size,
         reporter,
         fixed_size=options.fixed_size,
         only_if_cheaper=options.only_if_cheaper,

@@ -5,9 +5,8 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from convtool.cli import complete
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, to_json
 from convtool.cli.layer import LayerAtSize, LayerOptions, OfLayer, find_layer
@@ -20,7 +19,6 @@ from convtool.cli.options import (
     dtype_name,
     flag,
     option,
-    parse_dtype,
 )
 from convtool.cli.output import Reporter
 from convtool.cli.ranks import launched_ranks, speaks
@@ -28,8 +26,6 @@ from convtool.cli.written import Files, show_files
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
-
     from convtool.core.toeplitz import ToeplitzMatrix
     from convtool.matrix import MatrixPlan
 
@@ -41,7 +37,13 @@ convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.
 # in parts, by four processes; without torchrun the same files
 torchrun --nproc-per-node 4 -m convtool toeplitz net.pt conv1 --input-size 3,512,512 --shards 4 -o conv1.safetensors
 """
-LAYOUTS = ("csr", "coo", "dense")
+
+
+def _parse_rows(text: str, option: str) -> tuple[int, int]:
+    start, colon, stop = text.partition(":")
+    if not colon or not start.isdecimal() or not stop.isdecimal() or int(start) >= int(stop):
+        raise UsageError(f"{option}: expected A:B with A below B, such as 0:100, got {text!r}")
+    return int(start), int(stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +56,8 @@ class Options:
     ]
     wanted: LayerOptions
     layout: Annotated[
-        str | None,
-        option(
-            "LAYOUT",
-            "csr, coo or dense; by default csr, dense for .npy, coo for .mtx.",
-            completion=complete.one_of(*LAYOUTS),
-        ),
+        Literal["csr", "coo", "dense"] | None,
+        option("LAYOUT", "csr, coo or dense; by default csr, dense for .npy, coo for .mtx."),
     ] = None
     dtype: DtypeOption = None
     transpose: Annotated[
@@ -67,14 +65,9 @@ class Options:
     ] = False
     affine: Annotated[bool, flag("--affine", "Append the bias as the last column, for inputs extended by a 1.")] = False
     order: Annotated[
-        str,
-        option(
-            "ORDER",
-            "How x and y are flattened: CHW, or HWC for channels last.",
-            completion=complete.one_of("CHW", "HWC"),
-        ),
+        Literal["CHW", "HWC"], option("ORDER", "How x and y are flattened: CHW, or HWC for channels last.")
     ] = "CHW"
-    rows: Annotated[str | None, option("A:B", "Only rows A to B-1.")] = None
+    rows: Annotated[tuple[int, int] | None, option("A:B", "Only rows A to B-1.", parse=_parse_rows)] = None
     shards: Annotated[
         int | None,
         option(
@@ -107,7 +100,7 @@ class Record:
     of: OfLayer = field(metadata=INLINE)
     transpose: bool
     affine: bool
-    order: Annotated[str, ("enum", ("CHW", "HWC"))]
+    order: Literal["CHW", "HWC"]
     rows: Sizes | None
     dtype: Dtype
 
@@ -152,11 +145,10 @@ def run(options: Options, reporter: Reporter) -> Result:
 
     if not speaks():
         reporter.silence()
-    dtype = parse_dtype(options.dtype)
     _check_outputs(options)
     found = find_layer(options.wanted, options.sources, reporter)
-    matrix = _matrix(options, found, dtype)
-    plan = plan_matrix(matrix, options.out, layout=_layout(options.layout), rows=_rows(options.rows))
+    matrix = _matrix(options, found)
+    plan = plan_matrix(matrix, options.out, layout=options.layout, rows=options.rows)
     record = Record(found.of, options.transpose, options.affine, options.order, plan.rows, dtype_name(matrix.dtype))
     write = _write_file if options.shards is None else _write_shards
     files = write(options, matrix, plan, to_json(record), reporter)
@@ -204,28 +196,12 @@ def _check_outputs(options: Options) -> None:
         check_target(options.plot, force=options.overwrite)
 
 
-def _matrix(options: Options, found: LayerAtSize, dtype: torch.dtype | None) -> ToeplitzMatrix:
-    from convtool.core.order import MATRICES, Order
+def _matrix(options: Options, found: LayerAtSize) -> ToeplitzMatrix:
+    from convtool.core.order import MATRICES
 
-    if options.order not in get_args(Order):
-        raise UsageError(f"--order: expected CHW or HWC, got {options.order!r}")
-    form = MATRICES["HWC" if options.order == "HWC" else "CHW"]
-    return form(found.conv, found.spatial or (), dtype=dtype, transpose=options.transpose, affine=options.affine)
-
-
-def _layout(text: str | None) -> Any:
-    if text not in (None, *LAYOUTS):
-        raise UsageError(f"--layout: expected csr, coo or dense, got {text!r}")
-    return text
-
-
-def _rows(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    start, colon, stop = text.partition(":")
-    if not colon or not start.isdecimal() or not stop.isdecimal() or int(start) >= int(stop):
-        raise UsageError(f"--rows: expected A:B with A below B, such as 0:100, got {text!r}")
-    return int(start), int(stop)
+    form = MATRICES[options.order]
+    size = found.spatial or ()
+    return form(found.conv, size, dtype=options.dtype, transpose=options.transpose, affine=options.affine)
 
 
 def _write_file(

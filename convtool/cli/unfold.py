@@ -17,7 +17,6 @@ from convtool.cli.options import (
     check_not_source,
     dtype_name,
     option,
-    parse_dtype,
 )
 from convtool.cli.output import Reporter
 from convtool.cli.written import Files, show_files
@@ -87,11 +86,11 @@ def run(options: Options, reporter: Reporter) -> Result:
     from convtool.matrix import contents_size, write_contents
     from convtool.matrix.unfolding import unfolding_contents
 
-    dtype, out = parse_dtype(options.dtype), options.out
+    out = options.out
     check_not_source(out, options.wanted.checkpoint)
     check_target(out, force=options.force or options.dry_run)
     found = find_layer(options.wanted, options.sources, reporter, needs_size=False)
-    conv, values = found.conv, dtype or found.conv.weight.dtype
+    conv, values = found.conv, options.dtype or found.conv.weight.dtype
     gather = None
     if options.wanted.input_size is not None and found.spatial is not None:
         gather = GatherMatrix(conv.geometry, conv.in_channels, found.spatial, values)

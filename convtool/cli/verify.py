@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 from convtool.cli import complete, exit_codes
 from convtool.cli.command import Command
 from convtool.cli.options import (
-    FLOATS,
     SourceOptions,
     With,
     argument,
+    dtype_name,
     flag,
     open_others,
     open_reporting,
     option,
-    parse_dtype,
-    parse_input_size,
+    parse_float,
+    parse_size,
 )
 from convtool.cli.output import Reporter
 from convtool.cli.verify_text import (
@@ -88,10 +88,11 @@ class Options:
     before: Annotated[Path, argument("BEFORE", "The original checkpoint, or a matrix file.")]
     after: Annotated[Path, argument("AFTER", "The fused checkpoint, or a matrix file.")]
     input_size: Annotated[
-        list[str] | None,
+        list[tuple[int, ...]] | None,
         option(
             "[C,]H,W",
             "Size of the input to the first layer; repeatable. By default sizes that show border and interior.",
+            parse=parse_size,
         ),
     ] = None
     before_layers: Annotated[
@@ -115,19 +116,24 @@ class Options:
     rtol: Annotated[float | None, option("RTOL", "A relative tolerance instead of the derived bound.")] = None
     atol: Annotated[float | None, option("ATOL", "An absolute tolerance instead of the derived bound.")] = None
     computed_in: Annotated[
-        str | None,
-        option("DTYPE", "Precision in which another program fused AFTER; float64 by default, as convtool does."),
+        Any,
+        option(
+            "DTYPE",
+            "Precision in which another program fused AFTER; float64 by default, as convtool does.",
+            parse=parse_float,
+        ),
     ] = None
     device: Annotated[str, option("DEVICE", "Where to run it, such as cuda; the verdict is the same.")] = "cpu"
     sources: Sources
     model_input: Annotated[
-        str | None, option("C,H,W", "With --model: also run the whole model on inputs of that size, before and after.")
+        tuple[int, ...] | None,
+        option(
+            "C,H,W",
+            "With --model: also run the whole model on inputs of that size, before and after.",
+            parse=parse_size,
+        ),
     ] = None
     sources_given: With = None
-
-    def sizes(self) -> list[tuple[int, ...]]:
-        """Return each --input-size as numbers."""
-        return [size for text in self.input_size or () if (size := parse_input_size(text)) is not None]
 
     def check(self) -> None:
         """Raise UsageError for values that no comparison can have."""
@@ -160,12 +166,12 @@ def run(options: Options, reporter: Reporter) -> Result | MatrixResult:
 
     from convtool.matrix.read import is_matrix_file
 
-    sizes = options.sizes()
+    sizes = options.input_size or []
     options.check()
     how: dict[str, Any] = {
         "trials": options.trials,
         "seed": options.seed,
-        "computed_in": parse_dtype(options.computed_in, "--computed-in", FLOATS) or torch.float64,
+        "computed_in": options.computed_in or torch.float64,
     }
     if is_matrix_file(options.after) or is_matrix_file(options.before):
         options.check_for_matrices()
@@ -192,7 +198,7 @@ def _verify_checkpoints(
     results = _run(pairings, sides, sizes, how, reporter)
     if not results and not sides.before.infos:
         raise UsageError("there is nothing to compare: no fusion and no tensor")
-    for text in hints(results, bool(sizes), options.computed_in):
+    for text in hints(results, bool(sizes), options.computed_in is not None):
         reporter.remark(text)
     whole = _whole_model(options, sides, reporter)
     reports = [report for _, report in results]
@@ -206,7 +212,7 @@ def _verify_checkpoints(
         exhaustive=options.exhaustive,
         seed=options.seed,
         trials=options.trials,
-        computed_in=options.computed_in or "float64",
+        computed_in=dtype_name(how["computed_in"]),
         tolerance=Tolerance(options.rtol, options.atol) if own_bound else BOUND,
         assumed=tuple(unstated),
         input_sizes="given" if sizes else "chosen",
@@ -349,7 +355,7 @@ def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> Whole |
     """Return how both networks' outputs compare; None where nobody asked for it."""
     from convtool.cli.model import whole_model
 
-    size, sources = parse_input_size(options.model_input, "--model-input"), options.sources
+    size, sources = options.model_input, options.sources
     if size is None:
         return None
     report = whole_model(sources.model, sources.model_args, size, sides.before, sides.after, options.seed, reporter)

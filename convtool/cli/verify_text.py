@@ -269,7 +269,7 @@ def statement(reports: list[EquivalenceReport], exhaustive: bool) -> str:
     )
 
 
-def hints(results: list[tuple[Pairing, EquivalenceReport]], sizes: bool, computed_in: str | None) -> list[str]:
+def hints(results: list[tuple[Pairing, EquivalenceReport]], sizes: bool, computed_in: bool) -> list[str]:
     """Return what the record knows of a layer that differs: that it was made for other sizes, or rounded in between."""
     lines = []
     for pairing in {id(pairing): pairing for pairing, report in results if not report.equivalent}.values():
@@ -277,7 +277,7 @@ def hints(results: list[tuple[Pairing, EquivalenceReport]], sizes: bool, compute
         if sizes and said:
             lines.append(f"{pairing.name}: by the record it was fused for input size {said} only")
         between = sorted(set(pairing.dtypes) - {"float64"})
-        if between and computed_in is None:
+        if between and not computed_in:
             lines.append(
                 f"{pairing.name}: was fused in steps and stored in {' and '.join(between)} in between, for which one"
                 " rounding each is allowed, and no underflow: verify each step by itself"

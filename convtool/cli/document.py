@@ -9,12 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, Any, TypeAlias, TypeVar
 
 from convtool.cli import exit_codes
 from convtool.core.tree import Chain, Sum
 
 SCHEMA = 1
+Result = TypeVar("Result")
 HIDDEN = {"document": "hidden"}  # for the screen alone
 OPTIONAL = {"document": "optional"}  # left out where it is None
 INLINE = {"document": "inline"}  # its own fields stand in its place
@@ -44,6 +45,13 @@ class Failure:
     """Any command that failed; with exit code 1 of `verify` the document is a result, not this."""
 
     error: Error
+
+
+def fill(result: type[Result], *sources: object, **values: Any) -> Result:
+    """Make a result of these values, and for the rest of what the first source with an attribute of that name has."""
+    for name in (field.name for field in fields(result) if field.name not in values):  # type: ignore[arg-type]
+        values[name] = next(getattr(source, name) for source in sources if hasattr(source, name))
+    return result(**values)
 
 
 def whole_document(command: str | None, result: Any) -> dict[str, Any]:

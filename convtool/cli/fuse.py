@@ -35,14 +35,12 @@ from convtool.cli.written import (
     changed_tensors,
     show_tensors,
     show_written,
-    tree_text,
     write,
 )
+from convtool.core.tree import tree_text
 from convtool.errors import RefusedError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
-    import torch
-
     from convtool.checkpoint import Checkpoint
     from convtool.core.verify import EquivalenceReport
     from convtool.fusing.fusion import PlannedLayer
@@ -313,9 +311,9 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.write import check_output, plan_edited
     from convtool.core.tree import BASE
     from convtool.fusing.fusion import check_ties
+    from convtool.fusing.plans import plan_all
 
-    wanted, sources, dtype = options.wanted, options.sources, options.dtype
-    overwrite = options.force or options.dry_run
+    wanted, sources, overwrite = options.wanted, options.sources, options.force or options.dry_run
     if options.checkpoint is None:
         raise UsageError("expected CKPT, the checkpoint to fuse layers of")
     if options.out is None:
@@ -325,35 +323,29 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     opened = sources.open(options.checkpoint, reporter)
     checkpoints = {BASE: opened, **open_others(reporter, options.sources_given, mapped=not sources.no_mmap)}
     check_output(options.out, force=overwrite, source=opened)
-    found = _find(wanted, recipe, checkpoints, sources, reporter)
-    planned, left_alone = _plan(wanted, found, checkpoints, dtype, reporter)
+    fusions, fields = _find(wanted, recipe, checkpoints, sources, reporter)
+    size = None if wanted.auto else wanted.input_size  # with --auto, each fusion has one of its own
+    planned, left_alone = plan_all(
+        checkpoints,
+        fusions,
+        fields,
+        input_size=size,
+        allow_border=wanted.allow_border,
+        bias_map=wanted.bias_map,
+        dtype=options.dtype,
+        surveyed=wanted.auto or recipe is not None,
+        only_if_cheaper=wanted.only_if_cheaper and not wanted.measure,
+        remark=reporter.remark,
+    )
     edits = [layer.edit for layer in planned]
     check_ties(opened, edits)
     edit = Edit.together(edits)
     record = (opened.record or Record(__version__)).appended(__version__, [layer.record for layer in planned])
     plan = plan_edited(opened, edit, options.out, record, force=overwrite)
     reports = [[] for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
-    return Result(
-        write(plan, opened, edit, reporter, dry_run=options.dry_run),
-        tuple(_fusion(layer, one, found.size) for layer, one in zip(planned, reports, strict=True)),
-        tuple(left_alone),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """What is to be fused, by name.
-
-    Attributes:
-        fields: where what is known of the layers comes from.
-        size: of each fusion's input, where it was given and is the same for all.
-        surveyed: whether the whole checkpoint was looked through, so that what is left alone is worth saying.
-    """
-
-    fusions: list[PlannedFusion]
-    fields: FieldSources
-    size: tuple[int, ...] | None
-    surveyed: bool
+    written = write(plan, opened, edit, reporter, dry_run=options.dry_run)
+    made = (_fusion(layer, one, size) for layer, one in zip(planned, reports, strict=True))
+    return Result(written, tuple(made), tuple(left_alone))
 
 
 def _find(
@@ -362,32 +354,30 @@ def _find(
     checkpoints: Mapping[str, Checkpoint],
     sources: SourceOptions,
     reporter: Reporter,
-) -> _Found:
-    """Return the fusions that are wanted: by a plan of the model, by a recipe, or the one chain that was named."""
+) -> tuple[list[PlannedFusion], FieldSources]:
+    """Return the fusions that are wanted, by name, and where what is known of their layers comes from."""
     from convtool.core.tree import BASE
     from convtool.fusing.lowering import full_name
     from convtool.fusing.named import by_recipe, named_chain, without_effect
+    from convtool.fusing.recipe import PlannedFusion
 
-    plan = _plan_model(wanted, checkpoints[BASE], sources, reporter) if wanted.auto else None
-    known = sources.of_model(checkpoints[BASE], reporter) if plan is None else plan.geometry
     names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
-    fields = sources.fields(known, names)
-    if plan is not None:
-        return _Found(_planned(plan), fields, None, surveyed=True)  # each has an input size of its own
+    if wanted.auto:
+        plan = _plan_model(wanted, checkpoints[BASE], sources, reporter)
+        fusions = [PlannedFusion(one.name, one.piece.tree, one.only_size) for one in plan.fusions]
+        return fusions, sources.fields(plan.geometry, names)
+    fields = sources.fields(sources.of_model(checkpoints[BASE], reporter), names)
     if recipe is None:
-        return _Found(
-            [named_chain(wanted.chain, wanted.name or "", checkpoints)], fields, wanted.input_size, surveyed=False
-        )
+        return [named_chain(wanted.chain, wanted.name or "", checkpoints)], fields
     fields = fields.with_first(recipe.geometry)
     for pattern in without_effect(recipe, checkpoints):
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
-    strength = 1.0 if wanted.strength is None else wanted.strength
-    fusions = by_recipe(recipe, checkpoints, fields.fields, strength)
+    fusions = by_recipe(recipe, checkpoints, fields.fields, 1.0 if wanted.strength is None else wanted.strength)
     if wanted.input_size is not None and len(fusions) > 1:
         raise UsageError(
             f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"
         )
-    return _Found(fusions, fields, wanted.input_size, surveyed=True)
+    return fusions, fields
 
 
 def _plan_model(wanted: Wanted, opened: Checkpoint, sources: SourceOptions, reporter: Reporter) -> Plan:
@@ -409,82 +399,14 @@ def _plan_model(wanted: Wanted, opened: Checkpoint, sources: SourceOptions, repo
     return plan
 
 
-def _planned(plan: Plan) -> list[PlannedFusion]:
-    from convtool.fusing.recipe import PlannedFusion
-    from convtool.graph.judge import Exact
-
-    pieces = [(one.name, one.piece) for one in plan.fusions]
-    return [
-        PlannedFusion(name, piece.tree, piece.input_size if piece.exact is Exact.THIS_SIZE else None)
-        for name, piece in pieces
-    ]
-
-
-def _plan(
-    wanted: Wanted,
-    found: _Found,
-    checkpoints: Mapping[str, Checkpoint],
-    dtype: torch.dtype | None,
-    reporter: Reporter,
-) -> tuple[list[PlannedLayer], list[str]]:
-    """Return every fusion as a value, before anything is written; and what was left alone, in words."""
-    from convtool.core.tree import BASE
-    from convtool.fusing.fusion import plan_layer
-    from convtool.fusing.lowering import lower_tree
-    from convtool.fusing.remarks import assumed, left_alone
-
-    trees = [lower_tree(checkpoints, one.tree, found.fields, one.input_size or found.size) for one in found.fusions]
-    # Before anything is refused: what was assumed may be why.
-    for text in assumed(trees):
-        reporter.remark(f"assumed: {text}")
-    alone = left_alone(checkpoints, [one.tree for one in found.fusions]) if found.surveyed else []
-    for text in alone:
-        reporter.remark(f"left alone: {text}")
-    planned = [
-        plan_layer(
-            checkpoints[BASE],
-            one.name,
-            tree,
-            input_size=one.input_size or found.size,
-            allow_border=wanted.allow_border,
-            bias_map=wanted.bias_map,
-            dtype=dtype,
-        )
-        for one, tree in zip(found.fusions, trees, strict=True)
-    ]
-    kept, dear = _by_cost(planned, found.size, wanted.only_if_cheaper and not wanted.measure, reporter)
-    return kept, alone + (dear if wanted.only_if_cheaper else [])
-
-
-def _by_cost(
-    planned: list[PlannedLayer], size: tuple[int, ...] | None, only_if_cheaper: bool, reporter: Reporter
-) -> tuple[list[PlannedLayer], list[str]]:
-    """Return the fusions to carry out, and a line for each that takes more multiply-adds than its layers apart."""
-    from convtool.fusing.remarks import dearer
-
-    found = dearer(planned, size)
-    dear = [id(layer) for layer, _ in found]
-    kept = [layer for layer in planned if not only_if_cheaper or id(layer) not in dear]
-    said = [f"{tree_text(Recorded.of(layer.record).sources)}: fused it takes {times}" for layer, times in found]
-    if not kept:
-        raise RefusedError(f"nothing is cheaper fused: {said[0]}")
-    lines = [f"left alone: {text}" if only_if_cheaper else f"slower: {text}" for text in said]
-    for line in lines:
-        reporter.remark(line)
-    return kept, lines
-
-
 def _verified(
     planned: Sequence[PlannedLayer], checkpoints: Mapping[str, Checkpoint], reporter: Reporter
 ) -> list[list[EquivalenceReport]]:
     """Run each fusion against the layers that it stands for, before a file takes its name."""
     from convtool.fusing.proof import check_planned
 
-    found = []
     with reporter.progress("verifying", len(planned), "share") as advance:
-        for layer in planned:
-            found.append(check_planned(layer, checkpoints, advance))
-    return found
+        return [check_planned(layer, checkpoints, advance) for layer in planned]
 
 
 def _fusion(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tuple[int, ...] | None) -> Fusion:

@@ -11,7 +11,8 @@ from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
 from convtool.cli.options import CheckpointPath, Force, SourceOptions, argument, flag, option, parse_size
 from convtool.cli.output import Reporter, table
-from convtool.cli.written import Recorded, tree_text
+from convtool.cli.written import Recorded
+from convtool.core.tree import tree_text
 from convtool.errors import UsageError, human_bytes
 from convtool.kinds import kind_named
 from convtool.kinds.kind import UNKNOWN, Kind

@@ -132,7 +132,7 @@ def plan_for(
 
 
 def whole_model(
-    model: str | None,
+    model: str,
     arguments: str | None,
     input_size: Sequence[int],
     before: Checkpoint,
@@ -143,11 +143,9 @@ def whole_model(
     """Hold both networks' outputs against each other.
 
     Raises:
-        UsageError: an input size without a model, or one on which it doesn't run.
+        UsageError: an input size on which the model doesn't run.
     """
     from convtool.live.whole import compare_whole
 
-    if model is None:
-        raise UsageError("--model-input: goes with --model")
     with reporter.progress("running the model", None), contextlib.redirect_stdout(sys.stderr):
         return compare_whole(lambda: load(model, arguments, in_memory=True), before, after, input_size, seed=seed)

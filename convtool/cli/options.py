@@ -74,6 +74,19 @@ def parse_float(name: str, option: str) -> torch.dtype:
     return parse_dtype(name, option, FLOATS)
 
 
+def parse_device(name: str, option: str) -> torch.device:
+    """Return an option's value as a device; raise UsageError where torch can't compute there."""
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.zeros(1, dtype=torch.float64, device=device).item()  # 'meta' has no numbers
+    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UsageError(f"{option}: torch cannot compute in float64 on {name!r} here ({reason})") from None
+    return device
+
+
 def parse_size(text: str, option: str) -> tuple[int, ...]:
     """Return an option's value as sizes; raise UsageError where they aren't positive integers."""
     from convtool.core.fields import parse_sizes

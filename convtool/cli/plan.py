@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from convtool.cli.command import Command
-from convtool.cli.document import HIDDEN, Count, Sizes
+from convtool.cli.document import HIDDEN, Count, Sizes, fill
 from convtool.cli.options import (
     STREAM,
     DryRun,
@@ -112,16 +112,10 @@ class Fusion:
     def of(cls, one: PlannedPiece) -> Fusion:
         """Return what there is to say of a plan's piece."""
         piece = one.piece
-        return cls(
-            one.name,
-            tuple(leaf.name for leaf in leaves(piece.tree)),
-            map_leaves(lambda leaf: Part(leaf.name), piece.tree),
-            piece.exact,
-            piece.input_size,
-            piece.before,
-            piece.after,
-            None if one.seconds is None else Seconds(*one.seconds),
-        )
+        layers = tuple(leaf.name for leaf in leaves(piece.tree))
+        sources = map_leaves(lambda leaf: Part(leaf.name), piece.tree)
+        seconds = None if one.seconds is None else Seconds(*one.seconds)
+        return fill(cls, piece, name=one.name, layers=layers, sources=sources, seconds=seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +174,12 @@ def run(options: Options, reporter: Reporter) -> Result:
     if out is not None and recipe is not None and written:
         with replacing(out, force=options.force) as file:
             file.write(recipe)
-    return Result(
+    return fill(
+        Result,
+        found,
         source=options.checkpoint,
         traced_by=found.tracer,
-        remarks=found.remarks,
         fusions=tuple(map(Fusion.of, found.fusions)),
-        left_alone=found.left_alone,
         total=Total(found.total, found.total_after),
         out=None if recipe is None else out,
         written=written,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from convtool.cli import complete, exit_codes
 from convtool.cli.command import Command
+from convtool.cli.document import fill
 from convtool.cli.options import (
     SourceOptions,
     With,
@@ -17,6 +18,7 @@ from convtool.cli.options import (
     open_others,
     open_reporting,
     option,
+    parse_device,
     parse_float,
     parse_size,
 )
@@ -31,18 +33,12 @@ from convtool.cli.verify_text import (
     Result,
     Tolerance,
     Whole,
-    assumed,
-    hints,
-    narrowed,
     show,
-    statement,
 )
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-    import torch
 
     from convtool.checkpoint import Checkpoint
     from convtool.core.verify import EquivalenceReport
@@ -123,7 +119,9 @@ class Options:
             parse=parse_float,
         ),
     ] = None
-    device: Annotated[str, option("DEVICE", "Where to run it, such as cuda; the verdict is the same.")] = "cpu"
+    device: Annotated[
+        Any, option("DEVICE", "Where to run it, such as cuda; the verdict is the same.", parse=parse_device)
+    ] = "cpu"
     sources: Sources
     model_input: Annotated[
         tuple[int, ...] | None,
@@ -135,21 +133,24 @@ class Options:
     ] = None
     sources_given: With = None
 
-    def check(self) -> None:
-        """Raise UsageError for values that no comparison can have."""
+    def check(self, with_matrix: bool) -> None:
+        """Raise UsageError for values that no comparison can have, and options that don't go with each other.
+
+        Args:
+            with_matrix: one side is a matrix file.
+        """
         if self.model_input is not None and self.sources.model is None:
             raise UsageError("--model-input: goes with --model")
         if self.trials < 1 and not self.exhaustive:
             raise UsageError(f"--trials: expected at least 1, got {self.trials}; no comparison is no proof")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed: expected an integer from 0 to 2**63 - 1, got {self.seed}")
-
-    def check_for_matrices(self) -> None:
-        """Raise UsageError for options that don't go with a matrix file."""
         given = {"--rtol": self.rtol, "--atol": self.atol, "--after": self.after_layers, "--with": self.sources_given}
-        for name, value in given.items():
+        for name, value in given.items() if with_matrix else ():
             if value is not None:
                 raise UsageError(f"{name}: doesn't go with a matrix file")
+        if not with_matrix and (self.before_layers is None) != (self.after_layers is None):
+            raise UsageError("--before and --after go together: the chain in BEFORE and the one that stands for it")
 
 
 def run(options: Options, reporter: Reporter) -> Result | MatrixResult:
@@ -166,55 +167,41 @@ def run(options: Options, reporter: Reporter) -> Result | MatrixResult:
 
     from convtool.matrix.read import is_matrix_file
 
-    sizes = options.input_size or []
-    options.check()
-    how: dict[str, Any] = {
-        "trials": options.trials,
-        "seed": options.seed,
-        "computed_in": options.computed_in or torch.float64,
-    }
-    if is_matrix_file(options.after) or is_matrix_file(options.before):
-        options.check_for_matrices()
-        return _verify_matrices(options, sizes, how, reporter)
-    if (options.before_layers is None) != (options.after_layers is None):
-        raise UsageError("--before and --after go together: the chain in BEFORE and the one that stands for it")
-    how |= {"exhaustive": options.exhaustive, "rtol": options.rtol, "atol": options.atol}
-    return _verify_checkpoints(options, sizes, how | {"device": _device(options.device)}, reporter)
+    with_matrix = is_matrix_file(options.after) or is_matrix_file(options.before)
+    options.check(with_matrix)
+    how = {name: getattr(options, name) for name in ("trials", "seed")}
+    how["computed_in"] = options.computed_in or torch.float64
+    return (_verify_matrices if with_matrix else _verify_checkpoints)(options, how, reporter)
 
 
-def _verify_checkpoints(
-    options: Options, sizes: list[tuple[int, ...]], how: dict[str, Any], reporter: Reporter
-) -> Result:
+def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporter) -> Result:
     """Return the verdict on two checkpoints."""
-    sides = _open(options, reporter)
-    if options.before_layers is not None and options.after_layers is not None:
-        pairings, tensors = [sides.named(options.before_layers, options.after_layers)], None
-    else:
-        pairings = sides.recorded(reporter)
-        tensors = _compare_tensors(sides, pairings, reporter)
-    unstated = assumed(pairings)
-    for text in unstated:
+    from convtool.fusing import verdict
+
+    sides, sizes = _open(options, reporter), options.input_size or []
+    pairings = _pairings(options, sides, reporter)
+    tensors = None if options.before_layers is not None else _compare_tensors(sides, pairings, reporter)
+    assumed = verdict.assumed(pairings)
+    for text in assumed:
         reporter.remark(f"assumed: {text}")
+    how |= {name: getattr(options, name) for name in ("exhaustive", "rtol", "atol", "device")}
     results = _run(pairings, sides, sizes, how, reporter)
     if not results and not sides.before.infos:
         raise UsageError("there is nothing to compare: no fusion and no tensor")
-    for text in hints(results, bool(sizes), options.computed_in is not None):
+    for text in verdict.hints(results, bool(sizes), options.computed_in is not None):
         reporter.remark(text)
     whole = _whole_model(options, sides, reporter)
-    reports = [report for _, report in results]
-    equal = not (tensors and tensors.differing) and (whole is None or whole.equal)
     own_bound = options.rtol is not None or options.atol is not None
-    return Result(
-        before=options.before,
-        after=options.after,
-        equivalent=equal and all(report.equivalent for report in reports),
-        statement=statement(reports, options.exhaustive) + ("" if sizes else narrowed(results)),
-        exhaustive=options.exhaustive,
-        seed=options.seed,
-        trials=options.trials,
+    return fill(
+        Result,
+        options,
+        equivalent=all(report.equivalent for _, report in results)
+        and not (tensors and tensors.differing)
+        and (whole is None or whole.equal),
+        statement=verdict.statement(results, options.exhaustive, bool(sizes)),
         computed_in=dtype_name(how["computed_in"]),
         tolerance=Tolerance(options.rtol, options.atol) if own_bound else BOUND,
-        assumed=tuple(unstated),
+        assumed=assumed,
         input_sizes="given" if sizes else "chosen",
         fusions=tuple(Report.of(*result) for result in results),
         other_tensors=tensors,
@@ -222,39 +209,30 @@ def _verify_checkpoints(
     )
 
 
-def _verify_matrices(
-    options: Options, sizes: list[tuple[int, ...]], how: dict[str, Any], reporter: Reporter
-) -> MatrixResult:
+def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) -> MatrixResult:
     """Return the verdict on a layer and its matrix, or on two matrices."""
-    from convtool.cli.matrices import compare_with_layer, compare_with_matrix, open_numbers
+    from convtool.fusing.matrices import compare_with_layer, compare_with_matrix, open_numbers
     from convtool.matrix.read import is_matrix_file
 
     before, after, sources = options.before, options.after, options.sources
+    layer, sizes = options.before_layers, options.input_size or []
     opened = None if is_matrix_file(before) else sources.open(before, reporter)
     model = None if opened is None else sources.of_model(opened, reporter)
     fields, _ = sources.of_both(model, None if opened is None else opened.layers)
     if not is_matrix_file(after):
         raise UsageError(f"{before} is a matrix file and {after} is none; the matrix is AFTER, its layer in BEFORE")
     found = open_numbers(after)
-    if opened is None:
-        if options.before_layers is not None or sizes:
-            raise UsageError("--before and --input-size are for a layer; BEFORE is a matrix file as well")
-        compared = compare_with_matrix(found, open_numbers(before), reporter)
-    else:
-        compared = compare_with_layer(found, opened, options.before_layers, sizes, fields, how, reporter)
+    if opened is None and (layer is not None or sizes):
+        raise UsageError("--before and --input-size are for a layer; BEFORE is a matrix file as well")
+    with reporter.progress("comparing matrices", None):
+        if opened is None:
+            compared = compare_with_matrix(found, open_numbers(before))
+        else:
+            compared = compare_with_layer(found, opened, layer, sizes, fields, **how)
     for text in compared.assumed:
         reporter.remark(f"assumed: {text}")
-    report = compared.report
-    return MatrixResult(
-        before=before,
-        after=after,
-        equivalent=report.equivalent,
-        statement=EVERY_ENTRY,
-        seed=report.seed,
-        tolerance=BOUND,
-        assumed=tuple(compared.assumed),
-        matrix=Matrix.of_report(compared.of, compared.form, report),
-    )
+    matrix = Matrix.made_of(compared)
+    return fill(MatrixResult, options, compared.report, compared, statement=EVERY_ENTRY, tolerance=BOUND, matrix=matrix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,21 +243,6 @@ class _Sides:
     after: Checkpoint
     others: Mapping[str, Checkpoint]
     fields: tuple[FieldSources, FieldSources]
-
-    def named(self, before: str, after: str) -> Pairing:
-        """Return the chains of --before and --after."""
-        from convtool.fusing.trials import named_pairing
-
-        return named_pairing(self.before, self.after, (split_names(before), split_names(after)), self.fields)
-
-    def recorded(self, reporter: Reporter) -> list[Pairing]:
-        """Return the fusions that AFTER records and BEFORE lacks."""
-        from convtool.fusing.compare import recorded_pairings
-
-        pairings = recorded_pairings(self.before, self.after, self.fields[0], self.others)
-        if not pairings:
-            reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
-        return pairings
 
 
 def _open(options: Options, reporter: Reporter) -> _Sides:
@@ -293,16 +256,18 @@ def _open(options: Options, reporter: Reporter) -> _Sides:
     return _Sides(one, other, others, sources.of_both(sources.of_model(one, reporter), known))
 
 
-def _device(name: str) -> torch.device:
-    import torch
+def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairing]:
+    """Return the chains of --before and --after; without them, the fusions that AFTER records and BEFORE lacks."""
+    from convtool.fusing.compare import recorded_pairings
+    from convtool.fusing.trials import named_pairing
 
-    try:
-        device = torch.device(name)
-        torch.zeros(1, dtype=torch.float64, device=device).item()  # 'meta' has no numbers
-    except (RuntimeError, AssertionError, TypeError, NotImplementedError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UsageError(f"--device: torch cannot compute in float64 on {name!r} here ({reason})") from None
-    return device
+    if options.before_layers is not None and options.after_layers is not None:
+        chains = split_names(options.before_layers), split_names(options.after_layers)
+        return [named_pairing(sides.before, sides.after, chains, sides.fields)]
+    pairings = recorded_pairings(sides.before, sides.after, sides.fields[0], sides.others)
+    if not pairings:
+        reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
+    return pairings
 
 
 def split_names(text: str) -> list[str]:
@@ -319,20 +284,11 @@ def split_names(text: str) -> list[str]:
 
 def _compare_tensors(sides: _Sides, pairings: list[Pairing], reporter: Reporter) -> OtherTensors:
     """Return what became of every tensor that went into no fusion."""
-    from convtool.core.tree import leaves
-    from convtool.fusing.compare import differing_tensors
+    from convtool.fusing.compare import differing_tensors, untouched
 
-    fused = {
-        name
-        for pairing in pairings
-        for lowered in leaves(pairing.before)
-        if not lowered.origin
-        for name in lowered.layer.tensor_names()
-    }
-    kept = [info for name, info in sides.before.infos.items() if name not in fused]
+    kept = untouched(sides.before, pairings)
     with reporter.progress("comparing tensors", sum(info.nbytes for info in kept)) as advance:
-        differing = differing_tensors(sides.before, sides.after, pairings, advance)
-    return OtherTensors(len(kept), differing)
+        return OtherTensors(len(kept), differing_tensors(sides.before, sides.after, pairings, advance))
 
 
 def _run(
@@ -344,22 +300,18 @@ def _run(
 
     checkpoints = {BASE: sides.before, **sides.others}
     runs = [trial for pairing in pairings for trial in trials(pairing, checkpoints, sides.after, sizes)]
-    results = []
     with reporter.progress("verifying", len(runs), "share") as advance:
-        for trial in runs:
-            results.append((trial.pairing, trial.run(progress=advance, **how)))
-    return results
+        return [(trial.pairing, trial.run(progress=advance, **how)) for trial in runs]
 
 
 def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> Whole | None:
     """Return how both networks' outputs compare; None where nobody asked for it."""
     from convtool.cli.model import whole_model
 
-    size, sources = options.model_input, options.sources
-    if size is None:
+    model, arguments, size = options.sources.model, options.sources.model_args, options.model_input
+    if model is None or size is None:
         return None
-    report = whole_model(sources.model, sources.model_args, size, sides.before, sides.after, options.seed, reporter)
-    return Whole.of(report)
+    return Whole.of(whole_model(model, arguments, size, sides.before, sides.after, options.seed, reporter))
 
 
 def _exit_code(result: Result | MatrixResult) -> int:

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from convtool.cli.document import Count, Dtype, Sizes
+from convtool.cli.document import Count, Dtype, Sizes, fill
 from convtool.cli.output import Reporter, table
+from convtool.core.geometry import format_sizes
 from convtool.core.tree import leaves
 
 if TYPE_CHECKING:
     from convtool.core.tally import Region
     from convtool.core.verify import EquivalenceReport, StoredError
-    from convtool.core.verify_matrix import MatrixReport
     from convtool.fusing.compare import Pairing
+    from convtool.fusing.matrices import Compared
     from convtool.live.whole import WholeReport
 
 KINDS = {"normal": "a random input", "zero": "an input of zeros", "constant": "an input of ones"}
@@ -75,17 +76,13 @@ class Report:
     @classmethod
     def of(cls, pairing: Pairing, report: EquivalenceReport) -> Report:
         """Return what there is to say of a comparison."""
-        return cls(
-            name=pairing.name,
+        return fill(
+            cls,
+            report,
+            pairing,
             before=tuple(one.layer.name for one in leaves(pairing.before)),
             after=tuple(one.layer.name for one in leaves(pairing.after)),
-            equivalent=report.equivalent,
-            ratio=report.ratio,
             mismatch=report.mismatch or None,
-            input_size=report.input_size,
-            output_size=report.output_size,
-            dtype=report.dtype,
-            inputs=report.inputs,
             input_channels_met=Met(*report.met),
             taps_read=Read(*report.taps),
             interior=_compared(report.interior),
@@ -132,14 +129,13 @@ class Whole:
         """Return what there is to say of a comparison."""
         from convtool.live.whole import MOST
 
-        size, outputs, largest = report.input_size, report.outputs, report.largest
-        return cls(size, outputs, report.difference, largest, report.rounding, report.ratio, MOST, report.equal)
+        return fill(cls, report, largest_output=report.largest, most=MOST)
 
     def __str__(self) -> str:
         return (
-            f"the whole model, on inputs of {_comma(self.input_size)}: outputs {'equal' if self.equal else 'DIFFER'};"
-            f" they differ by {self.difference:.3g}, rounding every weight changes them by {self.rounding:.3g}, the"
-            f" largest is {self.largest_output:.3g}"
+            f"the whole model, on inputs of {format_sizes(self.input_size)}: outputs"
+            f" {'equal' if self.equal else 'DIFFER'}; they differ by {self.difference:.3g}, rounding every weight"
+            f" changes them by {self.rounding:.3g}, the largest is {self.largest_output:.3g}"
         )
 
 
@@ -205,20 +201,11 @@ class Matrix:
     bias_missing: bool
 
     @classmethod
-    def of_report(cls, of: str, form: str, report: MatrixReport) -> Matrix:
+    def made_of(cls, compared: Compared) -> Matrix:
         """Return what there is to say of a comparison."""
-        return cls(
-            of=of,
-            form=form,
-            shape=report.shape,
-            dtype=report.dtype,
-            mismatch=report.mismatch or None,
-            ratio=report.ratio,
-            entries=_compared(report.entries),
-            products=_compared(report.products),
-            bias=_compared(report.bias),
-            bias_missing=report.bias_missing,
-        )
+        report = compared.report
+        regions = {name: _compared(getattr(report, name)) for name in ("entries", "products", "bias")}
+        return fill(cls, compared, report, mismatch=report.mismatch or None, **regions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,61 +230,6 @@ class MatrixResult:
 def _compared(region: Region) -> Region | None:
     """Return a region, or None where it is empty."""
     return region if region.positions else None
-
-
-# --- what was shown
-
-
-def assumed(pairings: list[Pairing]) -> list[str]:
-    """Return what nobody stated of the layers, in words."""
-    found = [x.assumed for pairing in pairings for x in (*leaves(pairing.before), *leaves(pairing.after)) if x.assumed]
-    return list(dict.fromkeys(found))
-
-
-def statement(reports: list[EquivalenceReport], exhaustive: bool) -> str:
-    """Return what was shown, apart from the verdict."""
-    if not reports:
-        return ""
-    if exhaustive:
-        return "every basis vector run: this holds for all inputs of these sizes"
-    if all(report.complete for report in reports):
-        return "every kernel entry met by itself"
-    met = [report.met for report in reports if not report.complete]
-    return (
-        f"kernel entries met by themselves in {sum(n for n, _ in met)} of {sum(n for _, n in met)} input channels only"
-        " where there are many; --exhaustive runs all"
-    )
-
-
-def hints(results: list[tuple[Pairing, EquivalenceReport]], sizes: bool, computed_in: bool) -> list[str]:
-    """Return what the record knows of a layer that differs: that it was made for other sizes, or rounded in between."""
-    lines = []
-    for pairing in {id(pairing): pairing for pairing, report in results if not report.equivalent}.values():
-        said = " and ".join(dict.fromkeys(_comma(size) for _, size in pairing.sizes))
-        if sizes and said:
-            lines.append(f"{pairing.name}: by the record it was fused for input size {said} only")
-        between = sorted(set(pairing.dtypes) - {"float64"})
-        if between and not computed_in:
-            lines.append(
-                f"{pairing.name}: was fused in steps and stored in {' and '.join(between)} in between, for which one"
-                " rounding each is allowed, and no underflow: verify each step by itself"
-            )
-    return lines
-
-
-def narrowed(results: list[tuple[Pairing, EquivalenceReport]]) -> str:
-    """Return what is said of one input size only, since the record knows of no other."""
-    said = {pairing.name: size for pairing, _ in results if (size := pairing.input_size()) is not None}
-    if not said:
-        return ""
-    which = "" if len(said) == len({pairing.name for pairing, _ in results}) else f"{', '.join(said)} "
-    words = f"; {which}at input size {' or '.join(dict.fromkeys(map(_comma, said.values())))} only, as the record says"
-    run = [report.input_size[1:] for pairing, report in results if pairing.name in said]
-    smaller = dict.fromkeys(_comma(size) for size in run if size not in said.values())
-    return f"{words}, run at {' or '.join(smaller)}, where the borders are the same" if smaller else words
-
-
-# --- lines
 
 
 def show(result: Result | MatrixResult, reporter: Reporter) -> None:
@@ -397,11 +329,7 @@ def _verdict(equivalent: bool) -> str:
 
 
 def _at(position: Sequence[int]) -> str:
-    return f" at {_comma(position)}" if position else ""
-
-
-def _comma(size: Sequence[int]) -> str:
-    return ",".join(map(str, size))
+    return f" at {format_sizes(position)}" if position else ""
 
 
 def _times(size: Sequence[int]) -> str:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeAlias
 
-from convtool.cli.document import OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
+from convtool.cli.document import OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes, fill
 from convtool.cli.output import Reporter
-from convtool.core.tree import Tree, fold, map_leaves
+from convtool.core.tree import Tree, map_leaves
 from convtool.errors import human_bytes
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class Source:
     fields: LayerFields
     origin: str | None = field(metadata=OPTIONAL)
 
+    def __str__(self) -> str:
+        return f"{self.origin}:{self.name}" if self.origin else self.name
+
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
@@ -93,17 +96,7 @@ class Recorded:
     def of(cls, fusion: FusionRecord) -> Recorded:
         """Return what there is to say of a record's fusion."""
         tree = map_leaves(lambda one: Source(one.name, one.kind.name, one.fields, one.origin or None), fusion.tree)
-        return cls(
-            fusion.name,
-            tree,
-            fusion.fields,
-            fusion.dtype,
-            fusion.exact,
-            fusion.input_size,
-            fusion.rim,
-            fusion.before or None,
-            fusion.after or None,
-        )
+        return fill(cls, fusion, sources=tree, before=fusion.before or None, after=fusion.after or None)
 
 
 def write(plan: WritePlan, opened: Checkpoint, edit: Edit, reporter: Reporter, *, dry_run: bool) -> Written:
@@ -150,13 +143,3 @@ def show_files(out: Path, files: Mapping[Path, int], reporter: Reporter, *, writ
     if len(files) > 1:
         for path, each in files.items():
             reporter.line(f"  {path}, {each} bytes")
-
-
-def tree_text(tree: Tree[Source]) -> str:
-    """Return the layers of a fusion in words: 'a + (b + c | d)'."""
-    return fold(
-        tree,
-        lambda one: f"{one.origin}:{one.name}" if one.origin else one.name,
-        " + ".join,
-        lambda parts: f"({' | '.join(parts)})",
-    )

@@ -134,6 +134,11 @@ def map_leaves(change: Callable[[Leaf], Made], tree: Tree[Leaf]) -> Tree[Made]:
     return change(tree)
 
 
+def tree_text(tree: Tree[Leaf], name: Callable[[Leaf], str] = str) -> str:
+    """Return the tree in words: 'a + (b + c | d)'."""
+    return fold(tree, name, " + ".join, lambda parts: f"({' | '.join(parts)})")
+
+
 def fold(
     tree: Tree[Leaf],
     leaf: Callable[[Leaf], Made],

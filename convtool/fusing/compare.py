@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from convtool.checkpoint import Checkpoint
+from convtool.checkpoint import Checkpoint, TensorInfo
 from convtool.checkpoint.record import FusionRecord, Path, SourceLayer, spelled_out
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, output_size
@@ -200,6 +200,18 @@ def _has_layer(checkpoint: Checkpoint, name: str) -> bool:
         return False
 
 
+def untouched(before: Checkpoint, pairings: Sequence[Pairing]) -> list[TensorInfo]:
+    """Return the tensors of BEFORE that no pairing accounts for."""
+    used = {
+        name
+        for pairing in pairings
+        for lowered in leaves(pairing.before)
+        if lowered.origin == BASE
+        for name in lowered.layer.tensor_names()
+    }
+    return [info for name, info in before.infos.items() if name not in used]
+
+
 def differing_tensors(
     before: Checkpoint,
     after: Checkpoint,
@@ -211,22 +223,16 @@ def differing_tensors(
     Args:
         progress: called with the number of bytes of BEFORE that were compared since the last call.
     """
-    used = {
-        key
-        for pairing in pairings
-        for lowered in leaves(pairing.before)
-        if lowered.origin == BASE
-        for key in lowered.layer.tensor_names()
-    }
     made = {key for pairing in pairings for lowered in leaves(pairing.after) for key in lowered.layer.tensor_names()}
     differing = {}
-    for name in before.infos.keys() - used:
+    kept = {info.name: info.nbytes for info in untouched(before, pairings)}
+    for name, size in kept.items():
         if name not in after.infos:
             differing[name] = "missing"
         elif not same_bits(before, after, name):
             differing[name] = "changed"
-        progress(before.infos[name].nbytes)
-    for name in after.infos.keys() - made - (before.infos.keys() - used):
+        progress(size)
+    for name in after.infos.keys() - made - kept.keys():
         differing[name] = "new"
     return dict(sorted(differing.items()))
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from convtool.core.fields import Fields
 from convtool.core.names import toml_string
-from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves
+from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves, tree_text
 from convtool.graph.judge import Cost, Exact, Piece
 from convtool.kinds.stated import FieldSource, field_tables
 
@@ -25,6 +25,11 @@ class PlannedPiece:
     name: str
     piece: Piece
     seconds: tuple[float, float] | None = None
+
+    @property
+    def only_size(self) -> tuple[int, ...] | None:
+        """Return the one input size that it is exact at, channels in front; None where it is at every size."""
+        return self.piece.input_size if self.piece.exact is Exact.THIS_SIZE else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +123,7 @@ def tree_in_short(tree: Tree[LayerRef]) -> str:
     """'layer1.0: conv1 + bn1' for a chain; '(a | b)' for a sum."""
     names = [leaf.name for leaf in leaves(tree) if not leaf.written]
     shared = _shared(names)
-    text = _text(map_leaves(lambda leaf: LayerRef(leaf.name.removeprefix(shared)), tree))
+    text = tree_text(tree, lambda leaf: leaf.name.removeprefix(shared))
     return f"{shared.removesuffix('.')}: {text}" if shared else text
 
 
@@ -138,11 +143,3 @@ def _shared(names: Sequence[str]) -> str:
             break
         shared.append(parts[0])
     return "".join(f"{part}." for part in shared)
-
-
-def _text(tree: Tree[LayerRef]) -> str:
-    if isinstance(tree, Chain):
-        return " + ".join(_text(part) for part in tree.parts)
-    if isinstance(tree, Sum):
-        return f"({' | '.join(_text(part) for part in tree.parts)})"
-    return tree.name

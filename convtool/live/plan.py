@@ -101,9 +101,8 @@ def fuse_model(
     sources = FieldSources((FieldSource("the model", found.fields, exact_names=True),))
     layers = []
     for one in found.fusions:
-        size = one.piece.input_size if one.piece.exact is Exact.THIS_SIZE else None
-        lowered = lower_tree({BASE: base}, one.piece.tree, sources, size)
-        layers.append(plan_layer(base, one.name, lowered, input_size=size))
+        lowered = lower_tree({BASE: base}, one.piece.tree, sources, one.only_size)
+        layers.append(plan_layer(base, one.name, lowered, input_size=one.only_size))
     edits = [layer.edit for layer in layers]
     check_ties(base, edits)
     tensors = {
@@ -295,7 +294,7 @@ class _Planner:
 
     def _record(self, one: PlannedPiece) -> FusionRecord:
         piece = one.piece
-        size = piece.input_size[1:] if piece.exact is Exact.THIS_SIZE else None
+        size = one.only_size[1:] if one.only_size is not None else None
         return FusionRecord(
             one.name,
             map_leaves(self._source, piece.tree),

@@ -1,34 +1,33 @@
-"""A matrix file held against its layer, or against another."""
+"""A matrix file held against the layer that it is of, or against another matrix."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from convtool.cli.layer import spatial_size
-from convtool.cli.output import Reporter
+import torch
+
+from convtool.checkpoint import Checkpoint
+from convtool.core.order import MATRICES, Order
+from convtool.core.sizes import split_input_size
+from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
 from convtool.errors import InputError, UsageError
+from convtool.fusing.lowering import LoweredLayer, lower_chain
+from convtool.kinds import parse_field
+from convtool.kinds.kind import Kind
+from convtool.kinds.stated import FieldSource, FieldSources
+from convtool.matrix import FORMATS
+from convtool.matrix.read import MatrixFile, open_matrix
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
-
-    from convtool.checkpoint import Checkpoint
-    from convtool.core.order import Order
-    from convtool.core.verify_matrix import MatrixReport
-    from convtool.fusing.lowering import LoweredLayer
-    from convtool.kinds.kind import Kind
-    from convtool.kinds.stated import FieldSources
-    from convtool.matrix.read import MatrixFile
-
-COMPARING = "comparing matrices"
-FORMS = {  # (transpose, affine): what the matrix is for
+USES = {  # (transpose, affine): what the matrix is for
     (False, False): "T @ x",
     (False, True): "T @ x with the bias as its last column",
     (True, False): "x @ B",
     (True, True): "x @ B with the bias as its last row",
 }
+MOST_TRIALS = 2  # the entries settle it; products are only to witness the tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +43,7 @@ class Compared:
     of: str
     form: str
     report: MatrixReport
-    assumed: list[str]
+    assumed: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,26 +56,21 @@ class _Form:
     rows: tuple[int, int] | None = None
 
     def __str__(self) -> str:
-        return FORMS[self.transpose, self.affine] + (", channels last" if self.order == "HWC" else "")
+        return USES[self.transpose, self.affine] + (", channels last" if self.order == "HWC" else "")
 
 
 def open_numbers(path: Path) -> MatrixFile:
     """Open a matrix file; raise InputError where its entries aren't floating-point numbers."""
-    from convtool.matrix.read import open_matrix
-
     opened = open_matrix(path)
     if not (opened.dtype.is_floating_point or opened.dtype.is_complex):
         raise InputError(f"{opened.path}: expected a matrix of floating-point numbers, got {opened.dtype}")
     return opened
 
 
-def compare_with_matrix(found: MatrixFile, other: MatrixFile, reporter: Reporter) -> Compared:
+def compare_with_matrix(found: MatrixFile, other: MatrixFile) -> Compared:
     """Hold a matrix against another one."""
-    from convtool.core.verify_matrix import verify_matrices
-
-    with reporter.progress(COMPARING, None):
-        report = verify_matrices(other, found, bias_before=other.bias, bias_after=found.bias)
-    return Compared(str(other.path), "entry by entry", report, [])
+    report = verify_matrices(other, found, bias_before=other.bias, bias_after=found.bias)
+    return Compared(str(other.path), "entry by entry", report, ())
 
 
 def compare_with_layer(
@@ -85,8 +79,10 @@ def compare_with_layer(
     layer: str | None,
     sizes: Sequence[tuple[int, ...]],
     sources: FieldSources,
-    how: dict[str, Any],
-    reporter: Reporter,
+    *,
+    trials: int,
+    seed: int,
+    computed_in: torch.dtype,
 ) -> Compared:
     """Hold a matrix against the layer that it is of.
 
@@ -94,19 +90,35 @@ def compare_with_layer(
         layer: its name, where the file has no record or to overrule it.
         sizes: of the layer's input: one, where the file has no record.
         sources: fields of the layer, overruling the record.
-        how: trials, seed, computed_in, as `convtool.core.verify_matrix.verify_matrix` takes them.
+        trials, seed, computed_in: as of `verify_matrix`.
     """
     lowered, size = _lowered(found, checkpoint, layer, sizes, sources)
+    format_of_file = FORMATS.get(found.path.suffix)
+    stores_bias = format_of_file is None or format_of_file.STORES_BIAS
+
+    def verified(form: _Form) -> MatrixReport:
+        return verify_matrix(
+            lowered.conv,
+            size,
+            found,
+            bias=found.bias,
+            stores_bias=stores_bias,
+            **asdict(form),
+            trials=min(trials, MOST_TRIALS),
+            seed=seed,
+            computed_in=computed_in,
+        )
+
+    forms = list(_forms(found, lowered, size))
+    tried = ((form, report) for form, report in zip(forms, map(verified, forms), strict=True))
+    first = form, report = next(tried)
+    if not report.equivalent:
+        form, report = next((one for one in tried if one[1].equivalent), first)
     assumed = [lowered.assumed] if lowered.assumed else []
-    forms = _forms(found, lowered, size)
-    reports = ((form, _verify(found, lowered, size, form, how)) for form in forms)
-    with reporter.progress(COMPARING, None):
-        tried = list(_until_equivalent(reports))
-    form, report = tried[-1] if tried[-1][1].equivalent else tried[0]
     if found.record is None:
         others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)
         assumed.append(f"{found.path}: {form}{others}")
-    return Compared(lowered.layer.name, str(form), report, assumed)
+    return Compared(lowered.layer.name, str(form), report, tuple(assumed))
 
 
 def _lowered(
@@ -117,31 +129,26 @@ def _lowered(
     sources: FieldSources,
 ) -> tuple[LoweredLayer, tuple[int, ...]]:
     """Return the layer that the matrix is of, and the spatial size of its input, by the file's record or as given."""
-    from convtool.fusing.lowering import lower_chain
-    from convtool.kinds.stated import FieldSource
-
     record = _record(found)
     name = layer or record.get("layer")
     if name is None:
         raise UsageError(f"{found.path}: doesn't say which layer it is of; name it with --before")
     if len(sizes) > 1:
         raise UsageError("--input-size: a matrix is for one input size")
-    size = sizes[0] if sizes else tuple(record.get("input_size") or ()) or None
+    size = sizes[0] if sizes else tuple(record.get("input_size") or ())
     named = checkpoint.layer(str(name))
-    known = FieldSource("record", {named.name: _fields(found.path, record, named.kind)}, exact_names=True)
-    if size is None and not named.kind.channels_last:
+    if not size and not named.kind.channels_last:
         raise UsageError(f"{found.path}: doesn't say its input size; give --input-size, such as 32,32")
+    known = FieldSource("record", {named.name: _fields(found.path, record, named.kind)}, exact_names=True)
     try:
-        lowered = lower_chain(checkpoint, [named.name], sources.with_first(known), size)[0]
+        lowered = lower_chain(checkpoint, [named.name], sources.with_first(known), size or None)[0]
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{found.path}: its record is damaged: {error}") from None
-    return lowered, spatial_size(lowered.conv, size) or ()
+    return lowered, split_input_size(size, lowered.conv.in_channels, lowered.conv.spatial_axes)
 
 
 def _record(found: MatrixFile) -> dict[str, Any]:
     """Return what the file says of its matrix, if anything; raise InputError where convtool writes no such record."""
-    from convtool.core.order import MATRICES
-
     record = found.record or {}
     layer, fields, size, rows = (record.get(name) for name in ("layer", "fields", "input_size", "rows"))
     sound = {
@@ -164,8 +171,6 @@ def _are_counts(values: object) -> bool:
 
 def _fields(path: Path, record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """Return the fields of a record that its layer's kind has."""
-    from convtool.kinds import parse_field
-
     fields = record.get("fields") or {}
     try:
         return {key: parse_field(key, value) for key, value in fields.items() if key in kind.settable}
@@ -173,44 +178,16 @@ def _fields(path: Path, record: dict[str, Any], kind: Kind) -> dict[str, Any]:
         raise InputError(f"{path}: its record is damaged: {error}") from None
 
 
-def _forms(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> list[_Form]:
-    """Return which of the layer's matrices it may be: the one that its record says, else those of its shape.
+def _forms(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> Iterator[_Form]:
+    """Yield which of the layer's matrices it may be: the one that its record says, else those of its shape.
 
     Without a record, the comparison tells: it is the one that it is equal to, entry by entry. The likeliest is first.
     """
-    from convtool.core.order import MATRICES
-
     if found.record is not None:
         record = _record(found)
         span = None if record.get("rows") is None else (record["rows"][0], record["rows"][1])
-        return [_Form(record.get("transpose", False), record.get("affine", False), record.get("order", "CHW"), span)]
-    shapes = {form: MATRICES["CHW"](lowered.conv, size, transpose=form[0], affine=form[1]).shape for form in FORMS}
-    fitting = [form for form in FORMS if tuple(shapes[form]) == found.shape]
-    return [_Form(*form, order) for form in fitting for order in MATRICES] or [_Form(False, False)]
-
-
-def _until_equivalent(reports: Iterable[tuple[_Form, MatrixReport]]) -> Iterator[tuple[_Form, MatrixReport]]:
-    for form, report in reports:
-        yield form, report
-        if report.equivalent:
-            return
-
-
-def _verify(
-    found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...], form: _Form, how: dict[str, Any]
-) -> MatrixReport:
-    from convtool.core.verify_matrix import verify_matrix
-    from convtool.matrix import FORMATS
-
-    form_of_file = FORMATS.get(found.path.suffix)
-    stores_bias = form_of_file is None or form_of_file.STORES_BIAS
-    trials = min(how["trials"], 2)  # the entries settle it; products are only to witness the tables
-    return verify_matrix(
-        lowered.conv,
-        size,
-        found,
-        bias=found.bias,
-        stores_bias=stores_bias,
-        **asdict(form),
-        **(how | {"trials": trials}),
-    )
+        yield _Form(record.get("transpose", False), record.get("affine", False), record.get("order", "CHW"), span)
+        return
+    matrices = {use: MATRICES["CHW"](lowered.conv, size, transpose=use[0], affine=use[1]) for use in USES}
+    fitting = [use for use, matrix in matrices.items() if tuple(matrix.shape) == found.shape]
+    yield from [_Form(*use, order) for use in fitting for order in MATRICES] or [_Form(False, False)]

@@ -1,0 +1,120 @@
+"""Fusions planned together: carried out as values, and what is worth saying of them before they are written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+
+from convtool.checkpoint import Checkpoint
+from convtool.core.tree import BASE, LayerRef, Tree, leaves, tree_text
+from convtool.errors import RefusedError
+from convtool.fusing.fusion import PlannedLayer, assumptions, plan_layer
+from convtool.fusing.lowering import LoweredLayer, full_name, lower_tree
+from convtool.fusing.recipe import PlannedFusion
+from convtool.kinds.stated import FieldSources
+
+MOST_NAMES = 3  # layers named one by one before the rest is only counted
+
+
+def plan_all(
+    checkpoints: Mapping[str, Checkpoint],
+    fusions: Sequence[PlannedFusion],
+    sources: FieldSources,
+    *,
+    input_size: tuple[int, ...] | None,
+    allow_border: bool,
+    bias_map: bool,
+    dtype: torch.dtype | None,
+    surveyed: bool,
+    only_if_cheaper: bool,
+    remark: Callable[[str], None],
+) -> tuple[list[PlannedLayer], list[str]]:
+    """Return every fusion as a value, before anything is written; and what is left alone, in words.
+
+    Args:
+        checkpoints: by the source that layers name.
+        input_size, allow_border, bias_map, dtype: as of `plan_layer`, where a fusion hasn't a size of its own.
+        surveyed: the whole checkpoint was looked through, so that what stays is worth saying.
+        only_if_cheaper: leave alone what takes more multiply-adds fused.
+        remark: is called with what was assumed, and what else is worth saying.
+
+    Raises:
+        RefusedError, UsageError, InputError: as of `lower_tree` and `plan_layer`; or nothing is cheaper fused.
+    """
+    trees = [lower_tree(checkpoints, one.tree, sources, one.input_size or input_size) for one in fusions]
+    for text in _assumed(trees):  # before anything is refused: what was assumed may be why
+        remark(f"assumed: {text}")
+    alone = _left_alone(checkpoints, [one.tree for one in fusions]) if surveyed else []
+    for text in alone:
+        remark(f"left alone: {text}")
+    planned = [
+        plan_layer(
+            checkpoints[BASE],
+            one.name,
+            tree,
+            input_size=one.input_size or input_size,
+            allow_border=allow_border,
+            bias_map=bias_map,
+            dtype=dtype,
+        )
+        for one, tree in zip(fusions, trees, strict=True)
+    ]
+    dear = {id(layer): text for layer, text in _dearer(planned, input_size)}
+    kept = [layer for layer in planned if not (only_if_cheaper and id(layer) in dear)]
+    if not kept:
+        raise RefusedError(f"nothing is cheaper fused: {next(iter(dear.values()))}")
+    lines = [f"{'left alone' if only_if_cheaper else 'slower'}: {text}" for text in dear.values()]
+    for line in lines:
+        remark(line)
+    return kept, alone + (lines if only_if_cheaper else [])
+
+
+def _assumed(trees: Iterable[Tree[LoweredLayer]]) -> list[str]:
+    """What nobody stated, in words; said once where it is the same of many layers."""
+    layers: dict[str, list[str]] = {}
+    for text in dict.fromkeys(text for tree in trees for text in assumptions(tree)):
+        layer, _, what = text.rpartition(": ")
+        layers.setdefault(what, []).append(layer)
+    return [line for what, names in layers.items() for line in _one_or_many(names, what)]
+
+
+def _one_or_many(names: list[str], what: str) -> list[str]:
+    if len(names) <= MOST_NAMES:
+        return [f"{name}: {what}" for name in names]
+    return [f"{_some(names)}: {what}"]
+
+
+def _left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]]) -> list[str]:
+    """What a recipe might have been expected to take and didn't: batch norms, and layers of the other checkpoints."""
+    used = {(ref.source, ref.name) for tree in trees for ref in leaves(tree)}
+    around = {(source, name.rpartition(".")[0]) for source, name in used if source}  # hold an alpha, say
+    lines = []
+    for source, opened in checkpoints.items():
+        names = [
+            full_name(layer.name, source)
+            for layer in opened.layers.values()
+            if (layer.kind.spare or source != BASE) and (source, layer.name) not in used | around
+        ]
+        one, many = ("batch norm", "batch norms") if source == BASE else (f"layer of {source}", f"layers of {source}")
+        if names:
+            lines.append(f"{len(names)} {one if len(names) == 1 else many}: {_some(names)}")
+    return lines
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
+
+
+def _dearer(planned: Iterable[PlannedLayer], size: tuple[int, ...] | None) -> Iterator[tuple[PlannedLayer, str]]:
+    """Yield the fusions that take more multiply-adds than their layers apart, and how many times as many.
+
+    Args:
+        size: of the input, with or without the channels, for those that are exact at every size; None: large inputs.
+    """
+    for layer in planned:
+        before, after = layer.multiply_adds(layer.fusion.verdict.input_size or size)
+        if after > before:
+            times = f"{after / before:.3g} times the multiply-adds" if before else "multiply-adds, and apart none"
+            yield layer, f"{tree_text(layer.tree, lambda leaf: leaf.full_name)}: fused it takes {times}"

@@ -1,0 +1,74 @@
+"""What a verdict on two checkpoints rests on and covers, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from convtool.core.geometry import format_sizes
+from convtool.core.tree import leaves
+from convtool.core.verify import EquivalenceReport
+from convtool.fusing.compare import Pairing
+
+Results = Sequence[tuple[Pairing, EquivalenceReport]]
+
+
+def assumed(pairings: Sequence[Pairing]) -> tuple[str, ...]:
+    """Return what nobody stated of the layers."""
+    found = [x.assumed for pairing in pairings for x in (*leaves(pairing.before), *leaves(pairing.after)) if x.assumed]
+    return tuple(dict.fromkeys(found))
+
+
+def statement(results: Results, exhaustive: bool, sizes: bool) -> str:
+    """Return what was shown, apart from the verdict.
+
+    Args:
+        sizes: input sizes were given.
+    """
+    return _shown([report for _, report in results], exhaustive) + ("" if sizes else _narrowed(results))
+
+
+def _shown(reports: list[EquivalenceReport], exhaustive: bool) -> str:
+    if not reports:
+        return ""
+    if exhaustive:
+        return "every basis vector run: this holds for all inputs of these sizes"
+    met = [report.met for report in reports if not report.complete]
+    if not met:
+        return "every kernel entry met by itself"
+    return (
+        f"kernel entries met by themselves in {sum(n for n, _ in met)} of {sum(n for _, n in met)} input channels only"
+        " where there are many; --exhaustive runs all"
+    )
+
+
+def _narrowed(results: Results) -> str:
+    """Return what is said of one input size only, since the record knows of no other."""
+    said = {pairing.name: size for pairing, _ in results if (size := pairing.input_size()) is not None}
+    if not said:
+        return ""
+    which = "" if len(said) == len({pairing.name for pairing, _ in results}) else f"{', '.join(said)} "
+    at = " or ".join(dict.fromkeys(map(format_sizes, said.values())))
+    run = [report.input_size[1:] for pairing, report in results if pairing.name in said]
+    smaller = dict.fromkeys(format_sizes(size) for size in run if size not in said.values())
+    alike = f", run at {' or '.join(smaller)}, where the borders are the same" if smaller else ""
+    return f"; {which}at input size {at} only, as the record says{alike}"
+
+
+def hints(results: Results, sizes: bool, computed_in: bool) -> list[str]:
+    """Return what the record knows of a layer that differs: that it was made for other sizes, or rounded in between.
+
+    Args:
+        sizes, computed_in: that these were given.
+    """
+    lines = []
+    for pairing in {id(pairing): pairing for pairing, report in results if not report.equivalent}.values():
+        said = " and ".join(dict.fromkeys(format_sizes(size) for _, size in pairing.sizes))
+        if sizes and said:
+            lines.append(f"{pairing.name}: by the record it was fused for input size {said} only")
+        between = sorted(set(pairing.dtypes) - {"float64"})
+        if between and not computed_in:
+            lines.append(
+                f"{pairing.name}: was fused in steps and stored in {' and '.join(between)} in between, for which one"
+                " rounding each is allowed, and no underflow: verify each step by itself"
+            )
+    return lines

@@ -171,11 +171,11 @@ def _are_counts(values: object) -> bool:
 
 def _fields(path: Path, record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     """Return the fields of a record that its layer's kind has."""
-    fields = record.get("fields") or {}
     try:
-        return {key: parse_field(key, value) for key, value in fields.items() if key in kind.settable}
+        fields = {key: parse_field(key, value) for key, value in (record.get("fields") or {}).items()}
     except UsageError as error:
         raise InputError(f"{path}: its record is damaged: {error}") from None
+    return {key: value for key, value in fields.items() if key in kind.settable}
 
 
 def _forms(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> Iterator[_Form]:

@@ -225,8 +225,8 @@ MISTAKES = [
     ("verify net.pt net.pt --before poison --after first --input-size 5,7", 3, "poison.weight: holds inf or NaN"),
     (
         "fuse net.safetensors huge huger -o f.safetensors",
-        3,
-        r"cannot fuse huge, huger: .*beyond what float32 can hold; use --dtype float64$",
+        4,
+        r"cannot fuse huge, huger: the fused weight: float32 cannot hold its numbers: .*; float64 would hold them$",
     ),
     # --- shapes
     ("fuse net.safetensors first wide -o f.safetensors", 2, "wide takes 6 channels, and first gives 4"),

@@ -19,7 +19,7 @@ from convtool.checkpoint.cast import cast_chunks
 from convtool.checkpoint.edit import Edit
 from convtool.cli.app import run_app
 from convtool.core.rounding import rounded
-from convtool.errors import InputError
+from convtool.errors import RefusedError
 from convtool.formats.pieces import Chunk
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -102,8 +102,8 @@ def test_a_number_too_large_for_the_dtype_is_refused_and_infinities_stay(
     for suffix in (".safetensors", ".pt"):
         path = save({"w": torch.tensor([1.0, 65520.0]), "inf": inf}, tmp_path / f"in{suffix}")
         code, result = document(capsys, path, tmp_path / "out.safetensors", "--dtype", "float16")
-        assert code == 3
-        assert "w: holds 65520, which float16 cannot hold (its largest is 65504)" in result["error"]["message"]
+        assert code == 4
+        assert "w: float16 cannot hold its numbers: 65520 would be inf; float32" in result["error"]["message"]
         assert set(files_in(tmp_path)) == {path.name}
         assert convert(path, tmp_path / "out.safetensors", "--dtype", "bfloat16") == 0
         assert same_bits(state_of(tmp_path / "out.safetensors")["inf"], inf.bfloat16())
@@ -147,7 +147,7 @@ def test_casting_in_pieces_is_casting_at_once() -> None:
     chunks = [Chunk(memoryview(bytearray(view[start : start + 800]))) for start in range(0, 8000, 800)]
     data = b"".join(chunk.data for chunk in cast_chunks("x", chunks, "float64", "bfloat16"))
     assert same_bits(torch.frombuffer(bytearray(data), dtype=torch.bfloat16), rounded(numbers, torch.bfloat16))
-    with pytest.raises(InputError, match="x: holds 1e"):
+    with pytest.raises(RefusedError, match="x: float32 cannot hold its numbers: 1e"):
         list(cast_chunks("x", [Chunk(memoryview(bytearray(np.array([1e300]).tobytes())))], "float64", "float32"))
 
 

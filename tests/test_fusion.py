@@ -278,7 +278,7 @@ def test_a_layer_without_numbers_is_refused(shape: tuple[int, ...], tmp_path: Pa
     torch.save({"a.weight": torch.zeros(shape)}, tmp_path / "net.pt")
     code, message = error("fuse", tmp_path / "net.pt", "a", "scale(2)", "-o", tmp_path / "out.pt")
     assert code == 3
-    assert message.endswith(f"a: weight: holds no numbers (shape {shape})")
+    assert message.endswith(f"a.weight: holds no numbers (shape {shape})")
 
 
 class WithGain(nn.Conv2d):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.checkpoint.find import find_layer, named_part
 from convtool.checkpoint.record import Record, loads
-from convtool.errors import ConvtoolError, InputError
+from convtool.errors import InputError
 from convtool.formats.indexes import RECORD_KEY
 from convtool.formats.pieces import Piece
 from convtool.formats.tensor_file import Place, TensorFile
@@ -205,10 +205,7 @@ class Checkpoint(abc.ABC):
     def lower(self, layer: Layer, fields: Fields, axes: int) -> Conv:
         """Return a layer of this checkpoint, with the given fields, as a `Conv`; see `convtool.kinds.kind.to_conv`."""
         where = f"{self.path}: {layer.name or 'the bare module'}"
-        try:
-            return to_conv(layer, self.tensors_of(layer), fields, axes, why_not=why_not_plain(layer.tensors))
-        except ConvtoolError as error:
-            raise type(error)(f"{where}: {error}") from None
+        return to_conv(layer, self.tensors_of(layer), fields, axes, where, why_not_plain(layer.tensors))
 
 
 class FileCheckpoint(Checkpoint):

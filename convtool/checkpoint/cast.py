@@ -1,4 +1,4 @@
-"""Another dtype for tensors, piece by piece: each number rounded once, and none of them lost to an overflow."""
+"""Another dtype for tensors, piece by piece: each number rounded once, and none of them lost."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from convtool.core.rounding import rounded
-from convtool.errors import InputError
+from convtool.core.rounding import Rounding, held
 from convtool.formats.dtypes import FLOATS, ITEMSIZE
 from convtool.formats.pieces import Chunk, Piece
 
@@ -18,11 +17,11 @@ def cast_tensor(name: str, tensor: Tensor, after: str) -> Tensor:
     """Return a tensor in another dtype; as it is where it isn't of floating-point numbers of 16 bits and more.
 
     Raises:
-        InputError: a finite number is too large for the new dtype.
+        RefusedError: the new dtype doesn't hold the tensor's numbers.
     """
     if str(tensor.dtype).removeprefix("torch.") not in FLOATS:
         return tensor
-    return _cast(name, tensor, getattr(torch, after))
+    return held(tensor, getattr(torch, after), name)
 
 
 def cast_piece(piece: Piece, after: str) -> Piece:
@@ -44,20 +43,11 @@ def cast_chunks(name: str, chunks: Iterable[Chunk], before: str, after: str) -> 
         before, after: dtypes by torch's names.
 
     Raises:
-        InputError: a finite number is too large for the new dtype.
+        RefusedError: the new dtype doesn't hold the tensor's numbers.
     """
     old: torch.dtype = getattr(torch, before)
     new: torch.dtype = getattr(torch, after)
+    rounding = Rounding(new, name)
     for chunk in chunks:
-        yield Chunk(_cast(name, torch.frombuffer(chunk.data, dtype=old), new).view(torch.uint8).numpy().data)
-
-
-def _cast(name: str, numbers: Tensor, new: torch.dtype) -> Tensor:
-    changed = rounded(numbers, new)
-    lost = numbers.isfinite() & ~changed.isfinite()
-    if bool(lost.any()):
-        raise InputError(
-            f"{name}: holds {numbers[lost][0].item():g}, which {str(new).removeprefix('torch.')} cannot hold (its"
-            f" largest is {torch.finfo(new).max:g}); choose a dtype of more range"
-        )
-    return changed
+        yield Chunk(rounding.piece(torch.frombuffer(chunk.data, dtype=old)).view(torch.uint8).numpy().data)
+    rounding.end()

@@ -13,6 +13,7 @@ from convtool.errors import UsageError
 
 Fields: TypeAlias = dict[str, Any]
 
+SMALLEST = 2.0**-1022  # normal number of float64
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
@@ -143,7 +144,7 @@ def _number(value: object) -> float:
         number = float(over) / float(under) if slash else float(over)
     except ZeroDivisionError:
         raise ValueError from None
-    if not math.isfinite(number):
+    if not math.isfinite(number) or 0 < abs(number) < SMALLEST:  # what is subnormal has lost digits
         raise ValueError
     return number
 

@@ -8,12 +8,14 @@ from functools import reduce
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from convtool.core.border import Verdict, all_of, decide, describe_sizes
 from convtool.core.compose import add, compose_chain, compose_geometry
 from convtool.core.conv import Conv
 from convtool.core.expression import in_channels, run
 from convtool.core.geometry import Geometry, format_padding, format_sizes
+from convtool.core.rounding import check_room, held
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
 
@@ -84,17 +86,15 @@ def fuse_tree(
         bias_map: where only a bias is lost at the border, give the fused layer a bias for each output of `input_size`.
 
     Raises:
-        RefusedError: it would not be exact, or no single layer has that form.
+        RefusedError: it would not be exact, no single layer has that form, or `dtype` doesn't hold its numbers.
         UsageError: the channels don't fit, or the tree cannot run on `input_size`.
-        InputError: the result is not finite in `dtype`.
+        InputError: a layer holds inf or NaN.
     """
     size = None if input_size is None else tuple(input_size)
     if bias_map and size is None:
         raise UsageError("a bias map is made for one input size; give --input-size")
     fused, verdict = _fuse_with_map(tree, size) if bias_map and size is not None else _fuse(tree, size, allow_border)
-    rounded = fused.to(dtype)
-    _check_finite(fused, rounded, [leaf.name for leaf in leaves(tree)])
-    return Fusion(rounded, verdict)
+    return Fusion(_stored(fused, dtype, _list([leaf.name for leaf in leaves(tree)])), verdict)
 
 
 def _fuse_with_map(tree: Tree[NamedConv], size: tuple[int, ...]) -> tuple[Conv, Verdict]:
@@ -214,9 +214,9 @@ def fuse(
         bias_map: where only a bias is lost at the border, give the result a bias for each output of `input_size`.
 
     Raises:
-        RefusedError: it would not be exact, or no single layer has that form.
+        RefusedError: it would not be exact, no single layer has that form, or `dtype` doesn't hold its numbers.
         UsageError: the channels don't fit, or the chain cannot run on `input_size`.
-        InputError: the result is not finite in `dtype`.
+        InputError: a layer holds inf or NaN.
 
     >>> import torch, convtool
     >>> smooth = convtool.conv(torch.ones(1, 1, 1, 3), padding=(0, 1))
@@ -281,22 +281,17 @@ def _is_exact_with_early_padding(chain: Sequence[Conv], fused: Geometry) -> bool
         return False
 
 
-def _check_finite(exact: Conv, rounded: Conv, names: Sequence[str]) -> None:
-    for what, before, after in (("weight", exact.weight, rounded.weight), ("bias", exact.bias, rounded.bias)):
-        if before is None or after is None or bool(after.isfinite().all()):
-            continue
-        if not bool(before.isfinite().all()):
-            raise InputError(f"cannot fuse {_list(names)}: the fused {what} is not finite; a layer holds inf or NaN")
-        largest = float(before.abs().max())
-        wider = [dtype for dtype in (torch.float32, torch.float64) if largest <= torch.finfo(dtype).max]
-        raise InputError(
-            f"cannot fuse {_list(names)}: the fused {what} reaches {largest:.3g}, beyond what"
-            f" {_name(after.dtype)} can hold; use --dtype {' or '.join(map(_name, wider))}"
-        )
+def _stored(fused: Conv, dtype: torch.dtype, names: str) -> Conv:
+    """Return the layer in the dtype that it is to be stored in, which has to hold its numbers."""
+    check_room(fused.weight.dtype, dtype)
 
+    def number(exact: Tensor, what: str) -> Tensor:
+        if not bool(exact.isfinite().all()):
+            raise InputError(f"cannot fuse {names}: the fused {what} is not finite; a layer holds inf or NaN")
+        return held(exact, dtype, f"cannot fuse {names}: the fused {what}")
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    bias = None if fused.bias is None else number(fused.bias, "bias")
+    return Conv(number(fused.weight, "weight"), bias, fused.geometry)
 
 
 def _list(names: Sequence[str]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-from convtool.errors import RefusedError
+from convtool.errors import RefusedError, UsageError
 
 
 def check_room(stored: torch.dtype, wanted: torch.dtype) -> None:
@@ -35,3 +37,83 @@ def rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     bits = torch.where(lost & (back.abs() > numbers.abs()), bits - 1, bits)
     bits = torch.where(lost, bits | 1, bits)
     return bits.view(torch.float32).to(dtype)
+
+
+class Rounding:
+    """Rounds a tensor's numbers, in one piece or several, and sees that the dtype holds them.
+
+    Rounding moves a number by at most u of itself, u the dtype's unit roundoff, or by half of its smallest subnormal.
+    The latter is nothing beside larger numbers that it is added to, and everything where there are none. So numbers
+    that belong together (an output channel's weights, say) are held where none moves by more than u of the largest of
+    them. What overflows, saturates or is flushed to zero moves by more.
+    """
+
+    def __init__(self, dtype: torch.dtype, what: str) -> None:
+        """Begin with a tensor that messages call `what`; UsageError for a dtype of integers."""
+        if not (dtype.is_floating_point or dtype.is_complex):
+            raise UsageError(f"{what}: expected a floating-point dtype, got {_name(dtype)}")
+        self.dtype, self.what = dtype, what
+        self._largest, self._worst = 0.0, (0.0, 0.0, 0.0)  # (by how much, number, as it would be stored)
+
+    def piece(self, numbers: Tensor) -> Tensor:
+        """Return some of the numbers, rounded; RefusedError where one of them is beyond the dtype's range."""
+        made = rounded(numbers, self.dtype)
+        if self._has_room(numbers):
+            return made
+        exact, back = (one.flatten() for one in _both(numbers, made))
+        moved = (exact - back).abs().nan_to_num(nan=0.0, posinf=math.inf)  # what was inf, and stays so, isn't moved
+        at = int(moved.argmax())
+        self._largest = max(self._largest, float(exact.abs().nan_to_num(nan=0.0, posinf=0.0).max()))
+        self._worst = max(self._worst, (float(moved[at]), float(exact[at]), float(back[at])))
+        if self._worst[0] == math.inf or self._worst[0] > abs(self._worst[1]) * 2:
+            self.end()
+        return made
+
+    def end(self) -> None:
+        """Raise RefusedError where the dtype doesn't hold the numbers seen, which belong together."""
+        moved, number, stored = self._worst
+        if moved > torch.finfo(self.dtype).eps / 2 * self._largest:
+            raise self._refusal(f"{number:g} would be {stored:g}", self._largest)
+
+    def rows(self, numbers: Tensor) -> Tensor:
+        """Return all of the numbers, rounded; those of each row (along the first of several axes) belong together."""
+        made = rounded(numbers, self.dtype)
+        if self._has_room(numbers):
+            return made
+        count = len(numbers) if numbers.dim() > 1 else 1
+        exact, back = (one.reshape(count, -1) for one in _both(numbers, made))
+        moved = (exact - back).abs().nan_to_num(nan=0.0, posinf=math.inf)
+        size = exact.abs().nan_to_num(nan=0.0, posinf=0.0)
+        lost = moved > torch.finfo(self.dtype).eps / 2 * size.amax(1, keepdim=True)
+        if bool(lost.any()):
+            at = int(torch.where(lost, moved, 0.0).argmax())
+            number, stored = float(exact.flatten()[at]), float(back.flatten()[at])
+            how = f"{int(lost.sum())} of {lost.numel()} are lost, such as {number:g}, which would be {stored:g}"
+            raise self._refusal(how, float(size.max()))
+        return made
+
+    def _has_room(self, numbers: Tensor) -> bool:
+        """Return whether every number of that dtype is one of the wanted one as well; or there are none."""
+        return numbers.dtype == self.dtype or self.dtype.itemsize > numbers.dtype.itemsize or not numbers.numel()
+
+    def _refusal(self, what: str, largest: float) -> RefusedError:
+        wide = [dtype for dtype in (torch.float32, torch.float64) if largest <= torch.finfo(dtype).max]
+        wide = [dtype for dtype in wide if largest >= torch.finfo(dtype).tiny and dtype != self.dtype]
+        advice = f"; {' or '.join(map(_name, wide))} would hold them" if wide else ""
+        return RefusedError(f"{self.what}: {_name(self.dtype)} cannot hold its numbers: {what}{advice}")
+
+
+def held(numbers: Tensor, dtype: torch.dtype, what: str) -> Tensor:
+    """Return the numbers in another dtype; RefusedError where it doesn't hold those of a row. See `Rounding`."""
+    return Rounding(dtype, what).rows(numbers)
+
+
+def _both(numbers: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+    """Return numbers and what they were rounded to in float64, complex ones as pairs."""
+    if made.is_complex():
+        numbers, made = (torch.view_as_real(one.to(torch.complex128)) for one in (numbers, made))
+    return numbers.to(torch.float64), made.to(torch.float64)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

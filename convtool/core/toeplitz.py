@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convtool.core.conv import Conv, swap_channels
-from convtool.core.rounding import check_room
+from convtool.core.rounding import Rounding, check_room, held
 from convtool.core.rows import BLOCK_ENTRIES, Array, RowMatrix, Stretch, words
 from convtool.core.slots import axis_slots
 from convtool.core.taps import tap_table
@@ -54,7 +55,7 @@ class ToeplitzMatrix(RowMatrix):
 
     Raises:
         UsageError: the layer cannot run on that input size.
-        RefusedError: its numbers are complex and `dtype` isn't.
+        RefusedError: its numbers are complex and `dtype` isn't; or `dtype` doesn't hold them, or sums of them.
     """
 
     def __init__(
@@ -69,6 +70,8 @@ class ToeplitzMatrix(RowMatrix):
         self.conv, self.input_size, self.output_size = conv, tuple(input_size), conv.output_size(input_size)
         self.dtype = conv.weight.dtype if dtype is None else dtype
         check_room(conv.weight.dtype, self.dtype)
+        Rounding(self.dtype, "a matrix")  # which no integers have room for
+        self._bias = None if conv.bias is None else held(conv.bias, self.dtype, "the matrix's bias")
         self.transpose, self.affine = transpose, affine
         geometry, weight, row_size, column_size = conv.geometry, conv.weight, self.output_size, self.input_size
         slots = [axis_slots(tap_table(axis, size)) for axis, size in zip(geometry.axes, input_size, strict=True)]
@@ -96,12 +99,12 @@ class ToeplitzMatrix(RowMatrix):
     @property
     def bias(self) -> Tensor | None:
         """The bias as a vector over all outputs, in their order, or None where the layer has none."""
-        return None if self.conv.bias is None else self._bias_grid.to(self.dtype).flatten()
+        return None if self._bias is None else self._bias_grid.flatten()
 
     def bias_part(self, start: int, stop: int) -> Tensor:
         """Return the bias of outputs start:stop, without making all of it; only of a layer that has one."""
         row, width = torch.arange(start, stop), self._bias_grid.shape[1]
-        return self._bias_grid[row // width, row % width].to(self.dtype)
+        return self._bias_grid[row // width, row % width]
 
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
@@ -168,10 +171,10 @@ class ToeplitzMatrix(RowMatrix):
                     self._fill_channel(runs, channel, row)
             if self._has_bias_column:
                 bias = self._bias_rows[band.first : band.last, band.start : band.stop]
-                target[:, self._row_ends(band)] = words(bias.to(self.dtype))
+                target[:, self._row_ends(band)] = words(bias)
 
     def _full_row(self) -> Tensor:
-        return self._bias_grid.to(self.dtype).flatten()
+        return self._bias_grid.flatten()
 
     def _fill_channel(self, runs: list[Run], values: Array, out: Array) -> None:
         """Write the values of a channel's runs: each tile gathered when it first comes up, and copied from then on."""
@@ -213,13 +216,13 @@ class ToeplitzMatrix(RowMatrix):
                 exact = weight.to(torch.promote_types(weight.dtype, torch.float64))
                 members = torch.from_numpy(axis.members).to(exact.dtype)  # (subsets, kernel)
                 weight = torch.tensordot(exact, members, dims=([number + 2], [1])).movedim(-1, number + 2)
-        values = weight.flatten(1).to(self.dtype)
+        values = held(weight.flatten(1), self.dtype, "the matrix")
         return F.pad(values, (0, 1)) if self._has_bias_column else values.contiguous()
 
     @cached_property
     def _bias_rows(self) -> Tensor:
         """(C_out, prod(output_size)) the bias of every output, zero where there is none; a view."""
-        bias = self.conv.bias_over(self.output_size)
+        bias = replace(self.conv, bias=self._bias).bias_over(self.output_size)
         if bias is None:
             bias = torch.zeros((), dtype=self.dtype).expand(self.conv.out_channels, *self.output_size)
         return bias.reshape(self.conv.out_channels, math.prod(self.output_size))

@@ -47,13 +47,13 @@ class WeightNorm:
         """
         import torch
 
-        from convtool.core.rounding import rounded
+        from convtool.core.rounding import held
 
         exact = torch.complex128 if v.is_complex() else torch.float64
         g, direction = g.to(exact), v.to(exact)
         over = [axis for axis in range(v.dim()) if g.dim() == 0 or g.shape[axis] == 1]
         norm = torch.linalg.vector_norm(direction, dim=over, keepdim=True) if over else direction.abs()
-        return rounded(direction * (g / norm), v.dtype)
+        return held(direction * (g / norm), v.dtype, "the weight that a weight norm makes")
 
 
 DERIVATIONS = (

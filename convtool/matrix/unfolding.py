@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from convtool.core.conv import Conv
-from convtool.core.rounding import check_room
+from convtool.core.rounding import check_room, held
 from convtool.core.unfold import GatherMatrix, kernel_matrix
 from convtool.errors import RefusedError, UsageError
 from convtool.formats.matrices import Contents
@@ -41,11 +41,11 @@ def unfolding_contents(
     if refusal is not None:
         raise RefusedError(f"{path}: {refusal}")
     check_room(conv.weight.dtype, dtype)
-    kernel = kernel_matrix(conv).to(dtype)
+    kernel = held(kernel_matrix(conv), dtype, "W")
     text = None if record is None else json.dumps(record, separators=(",", ":"))
     arrays = [Piece.of_tensor("weight", kernel)]
     if conv.bias is not None and FORMATS[path.suffix].STORES_BIAS:
-        arrays.append(Piece.of_tensor("bias", conv.bias.to(dtype)))
+        arrays.append(Piece.of_tensor("bias", held(conv.bias, dtype, "the bias")))
     if gather is None:
         return Contents("dense", (kernel.shape[0], kernel.shape[1]), tuple(arrays), text)
     sparse = matrix_arrays(gather, "csr", (0, gather.shape[0]), gather.index_dtype)

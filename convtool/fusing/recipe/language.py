@@ -186,9 +186,11 @@ def _parse_table(part: Mapping[str, object], where: str, depth: int) -> Plan:
 
 
 def _factor(value: object, where: str) -> float:
-    """A finite number of float64."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
-        return float(value)
+    """Return a finite number of float64, of which no digit is lost as of a subnormal one."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        info = sys.float_info
+        if value == 0 or info.min <= abs(value) <= info.max:
+            return float(value)
     raise UsageError(f"{where}: scale: expected a finite number, got {shown(value)}")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import stat
 from pathlib import Path
 
-from convtool.checkpoint.base import Checkpoint, FileCheckpoint
+from convtool.checkpoint.base import Checkpoint
 from convtool.errors import InputError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format
 from convtool.formats.indexes import INDEX_SUFFIX, named_file, read_index
@@ -13,7 +13,7 @@ from convtool.formats.source import Source
 from convtool.formats.tensor_file import TensorFile
 from convtool.kinds.kind import Layer, TensorInfo
 
-__all__ = ["Checkpoint", "FileCheckpoint", "Layer", "TensorInfo", "is_flat", "open_checkpoint"]
+__all__ = ["Checkpoint", "Layer", "TensorInfo", "is_flat", "open_checkpoint"]
 
 # What transformers and diffusers look for in a folder; other names are considered only where none of these is there.
 _USUAL = (
@@ -33,7 +33,7 @@ _TAR_AT = 257  # where a tar archive says "ustar"
 _TEXT = frozenset(range(32, 127)) | set(b"\t\r\n\f")
 
 
-def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool = True) -> FileCheckpoint:
+def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool = True) -> Checkpoint:
     """Open a .safetensors or torch file, an index of several, or a folder; no tensor is read yet, and no code runs.
 
     Args:
@@ -53,13 +53,13 @@ def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool =
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not path.name.endswith(INDEX_SUFFIX):
-        return FileCheckpoint(path, {"": _open_file(path, root, mapped)})
+        return Checkpoint(path, {"": _open_file(path, root, mapped)})
     if root is not None:
         raise UsageError(f"{path}: --root is for nested torch files; the files of an index are flat")
     return _open_index(path, mapped)
 
 
-def _open_index(path: Path, mapped: bool) -> FileCheckpoint:
+def _open_index(path: Path, mapped: bool) -> Checkpoint:
     before = _version(path)
     index = read_index(path)
     try:
@@ -68,7 +68,7 @@ def _open_index(path: Path, mapped: bool) -> FileCheckpoint:
     finally:
         if _version(path) != before:  # files of the one and of the other would be taken together
             raise InputError(f"{path}: was replaced while its files were opened; try again")
-    return FileCheckpoint(path, files, index)
+    return Checkpoint(path, files, index)
 
 
 def _version(path: Path) -> tuple[int, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 from collections.abc import Container, Hashable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
@@ -26,7 +25,7 @@ if TYPE_CHECKING:
     from convtool.core.geometry import Padding, PerAxis
 
 
-class Checkpoint(abc.ABC):
+class Checkpoint:
     """An open checkpoint: its table of contents at once, its tensors when asked for.
 
     Attributes:
@@ -38,21 +37,38 @@ class Checkpoint(abc.ABC):
         index: what the index says: `weight_map` and `metadata`; None where there is none.
         root: the keys that lead to the tensors, in a file of dicts in dicts.
         metadata: the texts that a .safetensors file made of it has.
+
+    Args:
+        files: one, or with an index several; none where a subclass has the tensors from elsewhere.
     """
 
     format: str
     infos: Mapping[str, TensorInfo]
-    unusable: Mapping[str, str] = {}
-    files: Mapping[str, TensorFile] = {}
-    index: Mapping[str, Any] | None = None
-    root: tuple[str, ...] = ()
-    metadata: Mapping[str, str] = {"format": "pt"}
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(
+        self, path: Path, files: Mapping[str, TensorFile] | None = None, index: Mapping[str, Any] | None = None
+    ) -> None:
+        self.path, self.files, self.index = path, files or {}, index
+        self._homes: Mapping[str, str] = {} if index is None else index["weight_map"]
+        self._only = next(iter(self.files.values()), None) if index is None else None
+        self.root = () if self._only is None else self._only.root
+        self.unusable = {key: reason for file in self.files.values() for key, reason in file.unusable.items()}
+        self.metadata = {key: text for file in self.files.values() for key, text in file.metadata.items()}
+        if not self.files:
+            return
+        if index is not None:
+            self._check()
+        # A name in an index may also be of a tensor that can't be computed with.
+        described = ((name, self._home(name).tensors.get(name)) for name in self._homes or self._home("").tensors)
+        self.infos = {
+            name: TensorInfo(name, one.dtype, one.shape, one.nbytes) for name, one in described if one is not None
+        }
+        formats = " and ".join(sorted({file.format for file in self.files.values()}))
+        count = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
+        self.format = formats if index is None else f"{formats} in {count}"
 
     def tensor(self, name: str) -> Tensor:
-        """The tensor of that full name, mapped from the file where the format allows; not to be written to.
+        """Return the tensor of that full name, mapped from the file where the format allows; not to be written to.
 
         A weight that a weight norm makes of two others is computed in float64 and rounded once.
 
@@ -65,37 +81,42 @@ class Checkpoint(abc.ABC):
         assert derived.compute is not None
         return derived.compute(*map(self.stored_tensor, derived.derived_from))
 
-    @abc.abstractmethod
     def stored_tensor(self, name: str) -> Tensor:
-        """A tensor that stands in the file."""
-
-    @abc.abstractmethod
-    def memory(self, name: str) -> Hashable:
-        """Return what tensors have in common that are the same elements of the same memory (tied ones)."""
+        """Return a tensor that stands in a file."""
+        return self._home(name).tensor(name)
 
     def bits(self, name: str) -> Tensor:
         """Return the tensor's bytes, row-major, as a flat uint8 tensor; also of dtypes that torch doesn't have."""
-        from convtool.core.flat import tensor_bits
+        import torch
 
-        return tensor_bits(self.stored_tensor(name))
+        data = self._home(name).data(name)
+        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
 
     def piece(self, name: str) -> Piece:
         """Return the tensor as it goes into a file."""
-        return replace(Piece.of_tensor(name, self.stored_tensor(name)), memory=self.memory(name))
+        piece = self._home(name).piece(name)
+        return piece if self._only is not None else replace(piece, memory=(self._homes[name], piece.memory))
+
+    def memory(self, name: str) -> Hashable:
+        """Return what tensors have in common that are the same elements of the same memory (tied ones)."""
+        return self.piece(name).memory
 
     def place(self, name: str) -> Place:
         """Return where a tensor's elements lie; in memory of its own, where nothing else is known."""
-        return Place(name, 0, self.infos[name].nbytes)
+        if not self.files:
+            return Place(name, 0, self.infos[name].nbytes)
+        place = self._home(name).place(name)
+        return place if self._only is not None else place._replace(storage=(self._homes[name], place.storage))
 
     def sharing(self, names: Container[str]) -> Iterator[tuple[str, str]]:
-        """Pairs of tensors that share memory, tied or overlapping, of which the first is one of `names`."""
+        """Yield pairs of tensors that share memory, tied or overlapping, of which the first is one of `names`."""
         places = [(self.place(name), name) for name in self.infos]
         own = [(place, name) for place, name in places if name in names]
         for place, name in own:
             yield from ((name, other) for there, other in places if other != name and place.meets(there))
 
     def overlapping(self) -> tuple[str, str] | None:
-        """Two tensors that share memory without being the same elements of it; None where there are none."""
+        """Return two tensors that share memory without being the same elements of it; None where there are none."""
         storages: dict[Hashable, list[tuple[int, int, str]]] = {}
         for name in self.infos:
             place = self.place(name)
@@ -113,25 +134,49 @@ class Checkpoint(abc.ABC):
     @property
     def others(self) -> list[str]:
         """Names of entries that aren't tensors of plain numbers."""
-        return []
+        return [name for file in self.files.values() for name in file.others]
 
     @property
     def left_out(self) -> list[str]:
         """All that a file of the tensors alone would not hold."""
-        return []
+        return [name for file in self.files.values() for name in file.left_out]
 
     def in_order_of_bytes(self) -> list[str]:
         """Return the tensors' names in the order of their bytes, where a new file is to keep that."""
-        return list(self.infos)
+        return list(self.infos) if self._only is None else self._only.in_order_of_bytes()
 
     @property
-    @abc.abstractmethod
     def record(self) -> Record | None:
         """What convtool recorded when it wrote the file, or None.
 
         Raises:
             InputError: there is a record, and it is damaged.
         """
+        return self._record
+
+    @cached_property
+    def _record(self) -> Record | None:
+        if self.index is None:
+            text, where = self._home("").record() or (None, self.path)
+        else:
+            text, where = self.index["metadata"].get(RECORD_KEY), self.path
+        if not isinstance(text, str | None):
+            raise InputError(f"{where}: its convtool record is damaged (expected text)")
+        return None if text is None else loads(text, str(where))
+
+    def _home(self, name: str) -> TensorFile:
+        """Return the file that a tensor is in."""
+        return self._only or self.files[self._homes[name]]
+
+    def _check(self) -> None:
+        """Check that the index and the files name the same tensors."""
+        for name, home in self._homes.items():
+            if name not in self.files[home].tensors and name not in self.files[home].unusable:
+                raise InputError(f"{self.path}: is damaged: {name!r} is not in {home}, where the index has it")
+        for home, file in self.files.items():
+            stray = next((name for name in file.tensors if self._homes.get(name) != home), None)
+            if stray is not None:
+                raise InputError(f"{self.path}: is damaged: {home} holds {stray!r}, which the index doesn't have there")
 
     @cached_property
     def _derived(self) -> dict[str, TensorInfo]:
@@ -169,7 +214,7 @@ class Checkpoint(abc.ABC):
         eps: float | None = None,
         spatial_axes: int | None = None,
     ) -> Conv:
-        """A layer of the checkpoint as a `Conv`.
+        """Return a layer of the checkpoint as a `Conv`.
 
         Args:
             name: module path.
@@ -206,84 +251,3 @@ class Checkpoint(abc.ABC):
         """Return a layer of this checkpoint, with the given fields, as a `Conv`; see `convtool.kinds.kind.to_conv`."""
         where = f"{self.path}: {layer.name or 'the bare module'}"
         return to_conv(layer, self.tensors_of(layer), fields, axes, where, why_not_plain(layer.tensors))
-
-
-class FileCheckpoint(Checkpoint):
-    """A checkpoint in a file, or in several that an index names."""
-
-    def __init__(self, path: Path, files: Mapping[str, TensorFile], index: Mapping[str, Any] | None = None) -> None:
-        super().__init__(path)
-        self.files = files
-        self.index = index
-        self._only = next(iter(files.values())) if index is None else None
-        self._homes: Mapping[str, str] = {} if index is None else index["weight_map"]
-        if index is not None:
-            self._check()
-        # A name in an index may also be of a tensor that can't be computed with.
-        described = ((name, self._home(name).tensors.get(name)) for name in self._homes or self._home("").tensors)
-        self.infos = {
-            name: TensorInfo(name, one.dtype, one.shape, one.nbytes) for name, one in described if one is not None
-        }
-        self.unusable = {key: reason for file in files.values() for key, reason in file.unusable.items()}
-        self.metadata = {key: text for file in files.values() for key, text in file.metadata.items()}
-        self.root = () if self._only is None else self._only.root
-        formats = " and ".join(sorted({file.format for file in files.values()}))
-        count = "1 file" if len(files) == 1 else f"{len(files)} files"
-        self.format = formats if index is None else f"{formats} in {count}"
-
-    @property
-    def others(self) -> list[str]:
-        return [name for file in self.files.values() for name in file.others]
-
-    @property
-    def left_out(self) -> list[str]:
-        return [name for file in self.files.values() for name in file.left_out]
-
-    def in_order_of_bytes(self) -> list[str]:
-        return super().in_order_of_bytes() if self._only is None else self._only.in_order_of_bytes()
-
-    def stored_tensor(self, name: str) -> Tensor:
-        return self._home(name).tensor(name)
-
-    def bits(self, name: str) -> Tensor:
-        import torch
-
-        data = self._home(name).data(name)
-        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-    def piece(self, name: str) -> Piece:
-        piece = self._home(name).piece(name)
-        return piece if self._only is not None else replace(piece, memory=(self._homes[name], piece.memory))
-
-    def memory(self, name: str) -> Hashable:
-        return self.piece(name).memory
-
-    def place(self, name: str) -> Place:
-        place = self._home(name).place(name)
-        return place if self._only is not None else place._replace(storage=(self._homes[name], place.storage))
-
-    @cached_property
-    def record(self) -> Record | None:
-        if self.index is None:
-            found = self._home("").record()
-            return None if found is None else loads(found[0], str(found[1]))
-        text = self.index["metadata"].get(RECORD_KEY)
-        if not isinstance(text, str | None):
-            raise InputError(f"{self.path}: its convtool record is damaged (expected text)")
-        return None if text is None else loads(text, str(self.path))
-
-    def _home(self, name: str) -> TensorFile:
-        """Return the file that a tensor is in."""
-        return self._only or self.files[self._homes[name]]
-
-    def _check(self) -> None:
-        """Check that the index and the files name the same tensors."""
-        for name, home in self._homes.items():
-            if name not in self.files[home].tensors and name not in self.files[home].unusable:
-                raise InputError(f"{self.path}: is damaged: {name!r} is not in {home}, where the index has it")
-        for home, file in self.files.items():
-            for name in file.tensors:
-                if self._homes.get(name) != home:
-                    raise InputError(
-                        f"{self.path}: is damaged: {home} holds {name!r}, which the index doesn't have there"
-                    )

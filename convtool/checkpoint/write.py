@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from convtool.checkpoint.base import Checkpoint, FileCheckpoint
+from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.cast import cast_tensor
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
@@ -85,9 +85,8 @@ def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, s
     if is_folder(path, source, shard_size):
         _check_folder(path, source, force=force)
         return
-    form = format_of(path)
-    for target in (path, *form.beside(path)):
-        check_target(target, force=force)
+    for end in ("", *format_of(path).BESIDE):
+        check_target(path.with_name(path.name + end), force=force)
 
 
 def plan_edited(
@@ -220,7 +219,7 @@ def _kept_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) 
     edit.order(source.infos)  # finds a name that is taken, in whichever file
     shards = []
     for file in source.files.values():
-        shard = FileCheckpoint(file.path, {"": file})
+        shard = Checkpoint(file.path, {"": file})
         places = {anchor: new for anchor, new in edit.places.items() if anchor in shard.infos}
         part = Edit(edit.remove & shard.infos.keys(), places)
         names = [name for name, _ in part.order([*shard.infos, *shard.unusable])]

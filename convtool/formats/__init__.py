@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 if TYPE_CHECKING:
@@ -42,6 +41,10 @@ class CheckpointFormat(Protocol):
     def NAME(self) -> str:  # noqa: N802
         """What `inspect` calls it."""
 
+    @property
+    def BESIDE(self) -> tuple[str, ...]:  # noqa: N802
+        """What is appended to a file's name for those that stand beside it."""
+
     def recognises(self, start: bytes, /) -> bool:
         """Tell whether a file that begins so could be one."""
 
@@ -50,9 +53,6 @@ class CheckpointFormat(Protocol):
 
     def plan_state(self, pieces: Sequence[Piece], metadata: Mapping[str, str], record: str | None, /) -> FilePlan:
         """Plan the file of a flat table of tensors, with convtool's record."""
-
-    def beside(self, path: Path, /) -> Sequence[Path]:
-        """Return the files that come with one at `path`."""
 
     def is_matrix(self, source: Source, /) -> bool:
         """Tell whether a file is a matrix, as far as its record or its arrays' names tell."""

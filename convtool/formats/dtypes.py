@@ -1,86 +1,38 @@
-"""The numbers that checkpoints hold, without torch: names, sizes, and what each format calls them."""
+"""The numbers that files hold, without torch: names, sizes, and what each format calls them."""
 
 from __future__ import annotations
 
-# torch's name of a dtype: bytes per element.
-ITEMSIZE = {
-    "float64": 8,
-    "float32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int64": 8,
-    "int32": 4,
-    "int16": 2,
-    "int8": 1,
-    "uint64": 8,
-    "uint32": 4,
-    "uint16": 2,
-    "uint8": 1,
-    "bool": 1,
-    "float8_e4m3fn": 1,
-    "float8_e5m2": 1,
-    "float8_e4m3fnuz": 1,
-    "float8_e5m2fnuz": 1,
-    "float8_e8m0fnu": 1,
-    "complex32": 4,
-    "complex64": 8,
-    "complex128": 16,
+# By torch's name of a dtype: bytes per element, what .safetensors calls it, the class that torch pickles a storage of
+# it as (one without goes as an UntypedStorage), and what numpy's files call it.
+_DTYPES: dict[str, tuple[int, str | None, str | None, str | None]] = {
+    "float64": (8, "F64", "DoubleStorage", "<f8"),
+    "float32": (4, "F32", "FloatStorage", "<f4"),
+    "float16": (2, "F16", "HalfStorage", "<f2"),
+    "bfloat16": (2, "BF16", "BFloat16Storage", None),
+    "int64": (8, "I64", "LongStorage", "<i8"),
+    "int32": (4, "I32", "IntStorage", "<i4"),
+    "int16": (2, "I16", "ShortStorage", "<i2"),
+    "int8": (1, "I8", "CharStorage", "|i1"),
+    "uint64": (8, "U64", None, None),
+    "uint32": (4, "U32", None, None),
+    "uint16": (2, "U16", None, None),
+    "uint8": (1, "U8", "ByteStorage", "|u1"),
+    "bool": (1, "BOOL", "BoolStorage", None),
+    "float8_e4m3fn": (1, "F8_E4M3", None, None),
+    "float8_e5m2": (1, "F8_E5M2", None, None),
+    "float8_e4m3fnuz": (1, "F8_E4M3FNUZ", None, None),
+    "float8_e5m2fnuz": (1, "F8_E5M2FNUZ", None, None),
+    "float8_e8m0fnu": (1, "F8_E8M0", None, None),
+    "complex32": (4, None, None, None),
+    "complex64": (8, "C64", "ComplexFloatStorage", "<c8"),
+    "complex128": (16, None, "ComplexDoubleStorage", "<c16"),
 }
-
-# What .safetensors calls them.
-SAFETENSORS = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "C64": "complex64",
-}
-SAFETENSORS_CODES = {name: code for code, name in SAFETENSORS.items()}
-
-# The classes that torch pickles a storage of that dtype as; dtypes that aren't here go as an UntypedStorage.
-STORAGES = {
-    "DoubleStorage": "float64",
-    "FloatStorage": "float32",
-    "HalfStorage": "float16",
-    "BFloat16Storage": "bfloat16",
-    "LongStorage": "int64",
-    "IntStorage": "int32",
-    "ShortStorage": "int16",
-    "CharStorage": "int8",
-    "ByteStorage": "uint8",
-    "BoolStorage": "bool",
-    "ComplexFloatStorage": "complex64",
-    "ComplexDoubleStorage": "complex128",
-}
-STORAGE_CLASSES = {name: cls for cls, name in STORAGES.items()}
-
-# What numpy calls them, as its files have it.
-NUMPY = {
-    "float64": "<f8",
-    "float32": "<f4",
-    "float16": "<f2",
-    "complex128": "<c16",
-    "complex64": "<c8",
-    "int64": "<i8",
-    "int32": "<i4",
-    "int16": "<i2",
-    "int8": "|i1",
-    "uint8": "|u1",
-}
+ITEMSIZE = {name: row[0] for name, row in _DTYPES.items()}
+SAFETENSORS_CODES = {name: row[1] for name, row in _DTYPES.items() if row[1] is not None}
+SAFETENSORS = {code: name for name, code in SAFETENSORS_CODES.items()}
+STORAGE_CLASSES = {name: row[2] for name, row in _DTYPES.items() if row[2] is not None}
+STORAGES = {cls: name for name, cls in STORAGE_CLASSES.items()}
+NUMPY = {name: row[3] for name, row in _DTYPES.items() if row[3] is not None}
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from convtool.errors import InputError, OutputError, UsageError
+from convtool.errors import OutputError, UsageError
 from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.dtypes import NUMPY
 from convtool.formats.matrices import RECORD_NAME, Contents, Found, Layout
@@ -73,19 +74,27 @@ def plan_matrix(contents: Contents) -> FilePlan:
     places = [len(str(size)) for size in contents.shape]
     line = sum(place + 1 for place in places) + (width + 1) * (_WORDS[kind] - 2)
 
+    last = b""
+
     def fill(file: Written) -> None:
+        nonlocal last
         file.write(header)
         for rows, columns, values in zip(_numbers(row), _numbers(column), _numbers(data), strict=True):
+            numbers = values.reshape(len(rows), -1)  # a complex number is two
             for start in range(0, len(rows), LINES):
                 part = slice(start, start + LINES)
                 fields = [_counted(rows[part], places[0]), _counted(columns[part], places[1])]
-                numbers = values[start * (_WORDS[kind] - 2) : part.stop * (_WORDS[kind] - 2)]
-                fields += [_formatted(one, pattern, width) for one in numbers.reshape(-1, _WORDS[kind] - 2).T]
-                file.write(_lines(fields).data.cast("B"))
+                text = _lines(fields + [_formatted(one, pattern, width) for one in numbers[part].T])
+                file.write(text.data.cast("B"))
+                last = text[-1].tobytes()
 
     def check(path: Path) -> None:
-        if not _is_sound(path, contents, header, line):
-            raise OutputError("the file read back isn't what was written; nothing was changed")
+        """Read the head and the last line again; to read all of it would take as long as to write it."""
+        with path.open("rb") as file:
+            head = file.read(len(header))
+            file.seek(-len(last), os.SEEK_END)
+            if (head, file.read()) != (header, last):
+                raise OutputError("the file read back isn't what was written; nothing was changed")
 
     return FilePlan(len(header) + data.shape[0] * line, fill, check)
 
@@ -96,25 +105,6 @@ def _header(contents: Contents, kind: str) -> bytes:
     lines += [COMMENT + text[start : start + COMMENT_WIDTH] for start in range(0, len(text), COMMENT_WIDTH)]
     lines.append(f"{contents.shape[0]} {contents.shape[1]} {contents.values.shape[0]}")
     return ("\n".join(lines) + "\n").encode("ascii")
-
-
-def _is_sound(path: Path, contents: Contents, header: bytes, line: int) -> bool:
-    """Read the head and the last line again; to read all of it would take as long as to write it."""
-    entries, kind = contents.values.shape[0], FIELDS[contents.values.dtype][0]
-    with path.open("rb") as file:
-        if file.read(len(header)) != header:
-            return False
-        if not entries:
-            return True
-        file.seek(len(header) + (entries - 1) * line)
-        last = file.read()
-    numbers = last.split()
-    places = zip(numbers[:2], contents.shape, strict=True)
-    return (
-        last.endswith(b"\n")
-        and len(numbers) == _WORDS[kind]
-        and all(1 <= int(number) <= size for number, size in places)
-    )
 
 
 def _numbers(array: Piece) -> Iterator[npt.NDArray[Any]]:
@@ -185,22 +175,21 @@ def read_matrix(source: Source) -> Found:
         with source.opened() as file:
             found = scipy.io.mmread(file)
     except (ValueError, OverflowError) as error:
-        raise InputError(f"{source.path}: damaged: {error}") from None
+        raise source.error(f"damaged: {error}") from None
     _check_words(source, head)
-    values = _in_written_dtype(source.path, torch.from_numpy(found.data), head.record)
+    values = _in_written_dtype(source, torch.from_numpy(found.data), head.record)
     arrays = {"row": torch.from_numpy(found.row), "col": torch.from_numpy(found.col), "data": values}
     return Found(arrays | {"shape": torch.tensor(head.shape)}, head.record or None)
 
 
 def _head(source: Source) -> _Head:
     """Read what stands before the entries, and hold it against the file's size: scipy makes room for what it says."""
-    path = source.path
     with source.opened() as file:
         lines = (file.readline(LONGEST) for _ in itertools.count())
         kind = next(lines).decode("ascii", "replace").split()
         if kind[:3] != ["%%MatrixMarket", "matrix", "coordinate"] or kind[4:] != ["general"] or kind[3] not in _WORDS:
-            raise InputError(
-                f"{path}: expected '%%MatrixMarket matrix coordinate' with real, integer or complex numbers,"
+            raise source.error(
+                f"expected '%%MatrixMarket matrix coordinate' with real, integer or complex numbers,"
                 f" 'general', in the first line; got {' '.join(kind)[:80]!r}"
             )
         record, number, line = "", 2, next(lines)
@@ -212,12 +201,12 @@ def _head(source: Source) -> _Head:
         start = file.tell()
     if len(sizes) != 3 or not all(size.isdigit() and len(size) < 19 for size in sizes):
         got = line.decode("ascii", "backslashreplace").strip()
-        raise InputError(f"{path}: damaged: line {number}: expected rows columns entries; got {got[:80]!r}")
+        raise source.error(f"damaged: line {number}: expected rows columns entries; got {got[:80]!r}")
     rows, columns, entries = map(int, sizes)
     if entries * 2 * _WORDS[kind[3]] > source.size - start:  # a digit of each number, and what ends it
-        raise InputError(f"{path}: damaged: announces {entries} entries, more than its {source.size} bytes can hold")
+        raise source.error(f"damaged: announces {entries} entries, more than its {source.size} bytes can hold")
     if bytes(source.view(source.size - 1, source.size)) != b"\n":  # a number that was cut short would still be one
-        raise InputError(f"{path}: damaged: ends in the middle of a line")
+        raise source.error("damaged: ends in the middle of a line")
     return _Head(kind[3], (rows, columns), entries, record, start)
 
 
@@ -232,19 +221,18 @@ def _check_words(source: Source, head: _Head) -> None:
             strange = bytes(block).translate(None, _CHARACTERS[head.kind])
             if strange:
                 line = 1 + bytes(source.view(0, at)).count(b"\n") + bytes(block).split(strange[:1])[0].count(b"\n")
-                raise InputError(f"{source.path}: damaged: line {line}: has {strange[:1]!r} in a number of its kind")
+                raise source.error(f"damaged: line {line}: has {strange[:1]!r} in a number of its kind")
             blanks = np.frombuffer(block, np.uint8) <= ord(" ")
             words += int(blank and not blanks[0]) + int(np.count_nonzero(blanks[:-1] > blanks[1:]))
             blank, at = bool(blanks[-1]), at + len(block)
     wanted = head.entries * _WORDS[head.kind]
     if words != wanted:
-        raise InputError(
-            f"{source.path}: damaged: {head.entries} entries of {_WORDS[head.kind]} numbers each are {wanted}, and it"
-            f" holds {words}"
+        raise source.error(
+            f"damaged: {head.entries} entries of {_WORDS[head.kind]} numbers each are {wanted}, and it holds {words}"
         )
 
 
-def _in_written_dtype(path: Path, values: Tensor, record: str) -> Tensor:
+def _in_written_dtype(source: Source, values: Tensor, record: str) -> Tensor:
     """Return the values in the dtype that the record says they were written from, where it says so."""
     import torch
 
@@ -260,4 +248,4 @@ def _in_written_dtype(path: Path, values: Tensor, record: str) -> Tensor:
         back = values.to(dtype)
         if not bool(((back.to(values.dtype) - values).abs() > values.abs() * 1e-8).any()):
             return back
-    raise InputError(f"{path}: damaged: its record calls its numbers {name}, which they aren't")
+    raise source.error(f"damaged: its record calls its numbers {name}, which they aren't")

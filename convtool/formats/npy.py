@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convtool.errors import InputError, OutputError
+from convtool.errors import OutputError
 from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.dtypes import NUMPY
 from convtool.formats.matrices import Contents, Found, Layout
@@ -65,16 +65,16 @@ def read_matrix(source: Source) -> Found:
     try:
         array = np.load(source.path, mmap_mode="c", allow_pickle=False)
     except (ValueError, EOFError) as error:
-        raise InputError(f"{source.path}: not an .npy file, or damaged: {error}") from None
-    return Found({"weight": tensor_of(source.path, array)}, None)
+        raise source.error(f"not an .npy file, or damaged: {error}") from None
+    return Found({"weight": tensor_of(source, array)}, None)
 
 
-def tensor_of(path: Path, array: np.ndarray[Any, Any]) -> Tensor:
+def tensor_of(source: Source, array: np.ndarray[Any, Any]) -> Tensor:
     """Return an array as a tensor over the same memory; InputError where it holds no numbers."""
     import torch
 
     if array.dtype.kind not in "biufc":
-        raise InputError(f"{path}: expected numbers, got an array of {array.dtype}")
+        raise source.error(f"expected numbers, got an array of {array.dtype}")
     if not array.dtype.isnative:
         array = array.astype(array.dtype.newbyteorder("="))
     return torch.from_numpy(array)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convtool.errors import InputError, OutputError
+from convtool.errors import OutputError
 from convtool.formats import npy
 from convtool.formats.atomic import FilePlan
 from convtool.formats.matrices import ARRAYS, RECORD_NAME, Contents, Found, Layout
@@ -95,26 +95,25 @@ def read_matrix(source: Source) -> Found:
     Raises:
         InputError: it isn't one of this format, or is damaged.
     """
-    path = source.path
     arrays: dict[str, Tensor] = {}
     texts: dict[str, str] = {}
     try:
         with source.opened() as file, zipfile.ZipFile(file) as archive:
             damaged = archive.testzip()
             if damaged is not None:
-                raise InputError(f"{path}: the checksum of {damaged} doesn't fit what it holds; the file is damaged")
+                raise source.error(f"the checksum of {damaged} doesn't fit what it holds; the file is damaged")
             for info in archive.infolist():
                 name, array = info.filename.removesuffix(".npy"), _array(source, archive, info)
                 if array.dtype.kind in "SU":
                     item = array.item() if array.size == 1 else b""
                     texts[name] = item.decode("ascii", "replace") if isinstance(item, bytes) else item
                 else:
-                    arrays[name] = npy.tensor_of(path, array)
+                    arrays[name] = npy.tensor_of(source, array)
     except (zipfile.BadZipFile, ValueError, EOFError, zlib.error, NotImplementedError) as error:
-        raise InputError(f"{path}: not an .npz file, or damaged: {error}") from None
+        raise source.error(f"not an .npz file, or damaged: {error}") from None
     form = texts.get("format")
     if form not in (None, *ARRAYS):
-        raise InputError(f"{path}: holds a matrix in scipy's {form} format; save it with `.tocsr()` first")
+        raise source.error(f"holds a matrix in scipy's {form} format; save it with `.tocsr()` first")
     return Found(arrays, texts.get(RECORD_NAME))
 
 

@@ -132,51 +132,48 @@ class TensorRef:
 TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"}
 PARAMETERS = {"_rebuild_parameter", "_rebuild_parameter_with_state"}
 # Tensors without plain numbers, which can be passed on but not computed with: what they are, and what to do.
+_SPARSE = "is sparse; save it dense: tensor.to_dense()"
 _OTHER_DEVICE = "was saved from a device that torch has no storages of; save it after .cpu()"
+_SUBCLASS = "is of a tensor subclass; save the plain tensor that it stands for"
 UNUSABLE = {
     "_rebuild_qtensor": "is quantized; save it dequantized: tensor.dequantize()",
-    "_rebuild_sparse_tensor": "is sparse; save it dense: tensor.to_dense()",
-    "_rebuild_sparse_csr_tensor": "is sparse; save it dense: tensor.to_dense()",
+    "_rebuild_sparse_tensor": _SPARSE,
+    "_rebuild_sparse_csr_tensor": _SPARSE,
     "_rebuild_nested_tensor": "is a nested tensor; save its parts as tensors of their own",
     "_rebuild_meta_tensor_no_storage": "is on the meta device and holds no numbers; load the weights before saving",
     "_rebuild_device_tensor_from_numpy": _OTHER_DEVICE,
     "_rebuild_device_tensor_from_cpu_tensor": _OTHER_DEVICE,
-    "_rebuild_wrapper_subclass": "is of a tensor subclass; save the plain tensor that it stands for",
-    "_rebuild_from_type_v2": "is of a tensor subclass; save the plain tensor that it stands for",
+    "_rebuild_wrapper_subclass": _SUBCLASS,
+    "_rebuild_from_type_v2": _SUBCLASS,
 }
-_BUILTINS = ("builtins", "__builtin__")
-_PLAIN = {
-    *(Global(module, name) for module in _BUILTINS for name in ("set", "frozenset", "bytearray", "complex", "slice")),
-    *(Global(module, "list") for module in _BUILTINS),
-    *(Global(module, "dict") for module in _BUILTINS),
-    *(Global(module, "int") for module in _BUILTINS),
-    *(Global(module, "float") for module in _BUILTINS),
-    Global("collections", "OrderedDict"),
-    Global("collections", "Counter"),
-    Global("collections", "defaultdict"),
-    Global("argparse", "Namespace"),
-    Global("_codecs", "encode"),
-    Global("numpy", "dtype"),
-    Global("numpy", "ndarray"),
-    *(Global(f"numpy.{core}.multiarray", name) for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
-    *(Global("torch._utils", name) for name in (*TENSORS, *PARAMETERS, *UNUSABLE)),
-    Global("torch._tensor", "_rebuild_from_type_v2"),
-    Global("torch.nn.parameter", "Parameter"),
-    Global("torch.nn.parameter", "Buffer"),
-    Global("torch.serialization", "_get_layout"),
-    Global("torch.storage", "UntypedStorage"),
-    *(Global("torch", name) for name in ("Size", "device", "Tensor", "strided", "UntypedStorage")),
-    *(Global("torch", name) for name in ITEMSIZE),
-    *(Global("torch", name) for name in ("quint8", "qint8", "qint32", "quint4x2", "quint2x4")),
-    *(Global("torch", f"{sign}int{bits}") for sign in ("", "u") for bits in range(1, 8)),
-    Global("torch", "float4_e2m1fn_x2"),
-    *(Global("torch", f"per_{what}_affine") for what in ("tensor", "channel")),
-    *(Global("torch", f"per_{what}_symmetric") for what in ("tensor", "channel")),
-    Global("torch", "per_channel_affine_float_qparams"),
-    *(Global(module, name) for module in ("torch", "torch.cuda") for name in STORAGES),
-    *(Global("torch", name) for name in QUANTIZED),
+# All classes and functions that a checkpoint's pickle may name, by their modules. None of them is ever called.
+_BUILTINS = "set frozenset bytearray complex slice list dict int float"
+_NAMES = {
+    "builtins": _BUILTINS,
+    "__builtin__": _BUILTINS,
+    "collections": "OrderedDict Counter defaultdict",
+    "argparse": "Namespace",
+    "_codecs": "encode",
+    "numpy": "dtype ndarray",
+    "numpy.core.multiarray": "scalar _reconstruct",
+    "numpy._core.multiarray": "scalar _reconstruct",
+    "torch._utils": " ".join((*TENSORS, *PARAMETERS, *UNUSABLE)),
+    "torch._tensor": "_rebuild_from_type_v2",
+    "torch.nn.parameter": "Parameter Buffer",
+    "torch.serialization": "_get_layout",
+    "torch.storage": "UntypedStorage",
+    "torch.cuda": " ".join(STORAGES),
+    "torch": " ".join(
+        (
+            *("Size", "device", "Tensor", "strided", "UntypedStorage"),
+            *(*ITEMSIZE, *STORAGES, *QUANTIZED, "quint8", "qint8", "qint32", "quint4x2", "quint2x4"),
+            *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),
+            *("float4_e2m1fn_x2", "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine"),
+            *("per_channel_symmetric", "per_channel_affine_float_qparams"),
+        )
+    ),
 }
-_ALLOWED = {(known.module, known.name): known for known in _PLAIN}
+_ALLOWED = {(module, name): Global(module, name) for module, names in _NAMES.items() for name in names.split()}
 _ORDERED = Global("collections", "OrderedDict")
 _STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 
@@ -226,14 +223,10 @@ def storage_ref(pid: Any) -> StorageRef:
         raise PickleError("its pickle refers to a storage of a class that torch doesn't have")
     if not isinstance(location, str) or not is_size(count):
         raise PickleError(f"its pickle describes the storage {key!r} wrongly")
-    if cls.name in STORAGES:
-        ref = StorageRef(key, STORAGES[cls.name], cls.name, location, count)
-    elif cls.name == "UntypedStorage":
-        ref = StorageRef(key, "uint8", "", location, count)
-    elif cls.name in QUANTIZED:
-        ref = StorageRef(key, QUANTIZED[cls.name], cls.name, location, count)
-    else:
+    dtype = (STORAGES | QUANTIZED | {"UntypedStorage": "uint8"}).get(cls.name)
+    if dtype is None:
         raise PickleError(f"its pickle refers to a storage of class {cls}")
+    ref = StorageRef(key, dtype, "" if cls.name == "UntypedStorage" else cls.name, location, count)
     if view and view[0] is not None:
         if not (isinstance(view[0], tuple) and len(view[0]) == 3 and is_size(view[0][1])):
             raise PickleError(f"its pickle describes the storage {key!r} wrongly")
@@ -297,9 +290,6 @@ class _Machine:
         items, self.stack = self.stack, self.marked.pop()
         return items
 
-    def drop_mark(self, _: Any) -> None:
-        self.pop_mark()
-
     def mark(self, _: Any) -> None:
         self.marked.append(self.stack)
         self.stack = []
@@ -312,12 +302,6 @@ class _Machine:
 
     def put(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
-
-    def memoize(self, _: Any) -> None:
-        self.memo[len(self.memo)] = self.stack[-1]
-
-    def get(self, index: int) -> None:
-        self.push(self.memo[index])
 
     def tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
@@ -338,12 +322,14 @@ class _Machine:
             target = target.items
         if not isinstance(target, dict) or len(items) % 2:
             raise PickleError("its pickle puts items into something that isn't a dict")
-        pairs = dict(zip(items[::2], items[1::2], strict=True))
-        twice = next((key for key in pairs if key in target), None)
-        if twice is not None or len(pairs) != len(items) // 2:
-            key = twice if twice is not None else _first_twice(items[::2])
-            raise InputError(f"{self.where}: is damaged: a dict in its pickle has the key {key!r} twice")
-        target.update(pairs)
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            if key in target:
+                raise InputError(f"{self.where}: is damaged: a dict in its pickle has the key {key!r} twice")
+            target[key] = value
+
+    def dict_of(self, items: list[Any]) -> None:
+        self.push({})
+        self.set_items(items)
 
     def add(self, items: list[Any]) -> None:
         target = self.stack[-1]
@@ -363,11 +349,18 @@ class _Machine:
             raise PickleError("its pickle names a class by something that isn't text")
         self.find(module, name)
 
-    def reduce(self, _: Any) -> None:
+    def called(self, what: str) -> tuple[Global, tuple[Any, ...]]:
+        """Return what is to be called, and with what."""
         arguments, function = self.stack.pop(), self.stack.pop()
         if not (isinstance(function, Global) and isinstance(arguments, tuple)):
-            raise PickleError("its pickle calls something that isn't a function")
-        self.push(self.made(function, arguments))
+            raise PickleError(f"its pickle {what}")
+        return function, arguments
+
+    def reduce(self, _: Any) -> None:
+        self.push(self.made(*self.called("calls something that isn't a function")))
+
+    def new(self, _: Any) -> None:
+        self.push(Call(*self.called("makes an object of something that isn't a class"), new=True))
 
     def made(self, function: Global, arguments: tuple[Any, ...]) -> Any:
         if function == _ORDERED:
@@ -384,25 +377,11 @@ class _Machine:
             return tensor
         return Call(function, arguments)
 
-    def new(self, _: Any) -> None:
-        arguments, cls = self.stack.pop(), self.stack.pop()
-        if not (isinstance(cls, Global) and isinstance(arguments, tuple)):
-            raise PickleError("its pickle makes an object of something that isn't a class")
-        self.push(Call(cls, arguments, new=True))
-
     def build(self, _: Any) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if not isinstance(target, Call | OrderedItems):
             raise PickleError("its pickle sets attributes of something that has none")
         target.state = state
-
-    def persistent_id(self, _: Any) -> None:
-        self.push(self.persistent(self.stack.pop()))
-
-
-def _first_twice(keys: list[Any]) -> Any:
-    seen: set[Any] = set()
-    return next(key for key in keys if key in seen or seen.add(key))  # type: ignore[func-returns-value]
 
 
 def _tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
@@ -462,10 +441,6 @@ def _refusal(where: str, module: str, name: str) -> ConvtoolError:
     )
 
 
-def _push_argument(machine: _Machine, argument: Any) -> None:
-    machine.push(argument)
-
-
 def _pushes(make: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
     return lambda machine, _: machine.push(make())
 
@@ -474,20 +449,8 @@ def _push_mark(make: Callable[[list[Any]], Any]) -> Callable[[_Machine, Any], No
     return lambda machine, _: machine.push(make(machine.pop_mark()))
 
 
-def _dict_of_items(items: list[Any]) -> dict[Any, Any]:
-    if len(items) % 2:
-        raise PickleError("its pickle makes a dict of half a pair")
-    return dict(zip(items[::2], items[1::2], strict=True))
-
-
-def _find(machine: _Machine, argument: str) -> None:
-    module, _, name = argument.partition(" ")
-    machine.find(module, name)
-
-
 def _instance(machine: _Machine, argument: str) -> None:
-    module, _, name = argument.partition(" ")
-    raise _refusal(machine.where, module, name)
+    raise _refusal(machine.where, *argument.split(" ", 1))
 
 
 _ARGUMENTS = (
@@ -495,15 +458,15 @@ _ARGUMENTS = (
     *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 )
-_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
-    **dict.fromkeys(_ARGUMENTS, _push_argument),
+_ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
+    **dict.fromkeys(_ARGUMENTS, _Machine.push),
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Machine.get),
-    "MEMOIZE": _Machine.memoize,
+    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, index: machine.push(machine.memo[index])),
+    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo)),
     "MARK": _Machine.mark,
     "POP": _Machine.pop,
-    "POP_MARK": _Machine.drop_mark,
+    "POP_MARK": lambda machine, _: machine.pop_mark(),
     "DUP": lambda machine, _: machine.push(machine.stack[-1]),
     "NONE": _pushes(lambda: None),
     "NEWTRUE": _pushes(lambda: True),
@@ -513,7 +476,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "EMPTY_SET": _pushes(set),
     "EMPTY_TUPLE": _pushes(tuple),
     "LIST": _push_mark(list),
-    "DICT": _push_mark(_dict_of_items),
+    "DICT": lambda machine, _: machine.dict_of(machine.pop_mark()),
     "TUPLE": _push_mark(tuple),
     "FROZENSET": _push_mark(frozenset),
     "TUPLE1": lambda machine, _: machine.tuple_of(1),
@@ -524,11 +487,11 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
     "SETITEM": lambda machine, _: machine.set_items([machine.stack.pop(-2), machine.stack.pop()]),
     "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
     "ADDITEMS": lambda machine, _: machine.add(machine.pop_mark()),
-    "GLOBAL": _find,
+    "GLOBAL": lambda machine, argument: machine.find(*argument.split(" ", 1)),
     "STACK_GLOBAL": _Machine.stack_global,
     "INST": _instance,
     "REDUCE": _Machine.reduce,
     "NEWOBJ": _Machine.new,
     "BUILD": _Machine.build,
-    "BINPERSID": _Machine.persistent_id,
+    "BINPERSID": lambda machine, _: machine.push(machine.persistent(machine.stack.pop())),
 }

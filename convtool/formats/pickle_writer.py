@@ -123,31 +123,26 @@ class _Writer:
         self.items(value)
 
     def ordered(self, value: OrderedItems) -> None:
-        self.found_or_known(_ORDERED)
-        self.out.write(b")R")
-        self.remember(value)
-        self.items(value)
-        self.attributes(value.state)
+        self.made(value, _ORDERED)
+        self.filled(value, value.state)
 
     def call(self, value: Call) -> None:
-        self.found_or_known(value.function)
+        self.save(value.function)
         self.save(value.arguments)
         self.out.write(b"\x81" if value.new else b"R")
         self.remember(value)
-        self.items(value.items)
-        self.attributes(value.state)
+        self.filled(value.items, value.state)
 
     def made(self, value: Any, function: Global, *arguments: Any) -> None:
         """Something that a call makes, known afterwards as `value`."""
-        self.found_or_known(function)
+        self.save(function)
         self.items_of(arguments)
         self.out.write(b"R")
         self.remember(value)
 
-    def found_or_known(self, value: Global) -> None:
-        self.save(value)
-
-    def attributes(self, state: Any) -> None:
+    def filled(self, items: dict[Any, Any], state: Any) -> None:
+        """Put items and attributes into what was made."""
+        self.items(items)
         if state is not None:
             self.save(state)
             self.out.write(b"b")
@@ -158,15 +153,14 @@ class _Writer:
         self.out.write(b"(")
         self.save("storage")
         self.save(cls)
-        self.characters(written.key)
+        self.characters(written.key)  # which nothing refers to again
         self.save(written.location)
         self.save(written.count)
-        self.out.write(b"t")
-        self.out.write(b"Q")
+        self.out.write(b"tQ")
 
     def tensor_of(self, value: TensorRef) -> None:
         typed = value.storage.typed
-        self.found_or_known(Global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"))
+        self.save(Global("torch._utils", "_rebuild_tensor_v2" if typed else "_rebuild_tensor_v3"))
         self.out.write(b"(")
         self.save(value.storage)
         self.save(value.offset)
@@ -175,7 +169,7 @@ class _Writer:
         self.save(value.requires_grad)
         hooks = OrderedItems() if value.hooks is None else value.hooks
         if isinstance(hooks, OrderedItems) and not hooks and hooks.state is None:
-            self.found_or_known(_ORDERED)
+            self.save(_ORDERED)
             self.out.write(b")R")
         else:
             self.save(hooks)

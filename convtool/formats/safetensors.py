@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "safetensors"
+BESIDE: tuple[str, ...] = ()
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
 COO_INDICES: str | None = None
@@ -75,7 +76,7 @@ class SafetensorsFile(TensorFile):
     def __init__(self, source: Source) -> None:
         super().__init__(source)
         header, data_start = _read_header(source)
-        texts = _metadata(header, source.path)
+        texts = _metadata(header, source)
         self._record = texts.pop(RECORD_KEY, None)
         spans = _table(header, data_start, source)
         self.aliases = {
@@ -145,29 +146,29 @@ def open_file(source: Source, root: str | None) -> SafetensorsFile:
 
 
 def _read_header(source: Source) -> tuple[dict[str, Any], int]:
-    path, size = source.path, source.size
+    size = source.size
     if size < 8:
-        raise InputError(f"{path}: is truncated: {size} bytes, too short for a safetensors file")
+        raise source.error(f"is truncated: {size} bytes, too short for a safetensors file")
     length = int.from_bytes(source.view(0, 8), "little")
     if length > MAX_HEADER:
-        raise InputError(f"{path}: declares a header of {length} bytes, more than the format's {MAX_HEADER}")
+        raise source.error(f"declares a header of {length} bytes, more than the format's {MAX_HEADER}")
     if length > size - 8:
-        raise InputError(
-            f"{path}: is truncated: expected a header of {length} bytes, but only {size - 8} bytes follow its length"
+        raise source.error(
+            f"is truncated: expected a header of {length} bytes, but only {size - 8} bytes follow its length"
         )
     text = bytes(source.view(8, 8 + length))
-    header = parse_json(text, path, "its header", _entry) if text.startswith(b"{") else None
+    header = parse_json(text, source.path, "its header", _entry) if text.startswith(b"{") else None
     if not isinstance(header, dict):
-        raise InputError(f"{path}: is damaged: its header is not a JSON object")
+        raise source.damaged("its header is not a JSON object")
     return header, 8 + length
 
 
-def _metadata(header: dict[str, Any], path: Path) -> dict[str, str]:
+def _metadata(header: dict[str, Any], source: Source) -> dict[str, str]:
     metadata = header.pop("__metadata__", {})
     if type(metadata) is not dict or not all(isinstance(value, str) for value in metadata.values()):
-        raise InputError(f"{path}: is damaged: its __metadata__ is not a table of strings")
+        raise source.damaged("its __metadata__ is not a table of strings")
     if not all(map(is_unicode, itertools.chain.from_iterable(metadata.items()))):
-        raise InputError(f"{path}: is damaged: its __metadata__ holds half a character (a surrogate)")
+        raise source.damaged("its __metadata__ holds half a character (a surrogate)")
     return metadata
 
 
@@ -186,37 +187,31 @@ def _entry(pairs: dict[str, Any]) -> Span | None:
 
 def _table(header: dict[str, Any], data_start: int, source: Source) -> dict[str, Span]:
     """Return the spans within the file, in the header's order; every inconsistency is named."""
-    path, spans = source.path, header
+    spans = header
     for name, span in header.items():
         if not isinstance(span, Span) or not is_unicode(name):
-            raise InputError(f"{path}: is damaged: the header's entry for {name!r} is malformed")
+            raise source.damaged(f"the header's entry for {name!r} is malformed")
         code, shape, start, stop = span
         wrong = span.dtype in ITEMSIZE and stop - start != math.prod(shape) * ITEMSIZE[span.dtype]
         if start > stop or wrong or math.prod(filter(None, shape)) > LARGEST:
-            raise InputError(
-                f"{path}: is damaged: {name!r} of dtype {code} and shape {list(shape)} is declared to take"
-                f" {stop - start} bytes"
+            raise source.damaged(
+                f"{name!r} of dtype {code} and shape {list(shape)} is declared to take {stop - start} bytes"
             )
         spans[name] = Span(code, shape, data_start + start, data_start + stop)
     end = data_start
     for name, span in sorted(spans.items(), key=lambda item: item[1][2:]):
         if span.start != end:
             what = "overlaps the tensor before it" if span.start < end else "leaves a hole before it"
-            raise InputError(f"{path}: is damaged: {name!r} {what}")
+            raise source.damaged(f"{name!r} {what}")
         end = span.stop
     if end > source.size:
-        raise InputError(f"{path}: is truncated: its header describes {end} bytes, the file has {source.size}")
+        raise source.error(f"is truncated: its header describes {end} bytes, the file has {source.size}")
     if end < source.size:
-        raise InputError(f"{path}: is damaged: {source.size - end} bytes follow the last tensor")
+        raise source.damaged(f"{source.size - end} bytes follow the last tensor")
     return spans
 
 
 # Writing
-
-
-def beside(path: Path) -> tuple[Path, ...]:
-    """Return the other files that come with one at `path`: none."""
-    return ()
 
 
 def plan_state(pieces: Sequence[Piece], metadata: Mapping[str, str], record: str | None) -> FilePlan:

@@ -80,50 +80,43 @@ def record_beside(checkpoint: Path, record: str | None) -> Iterator[Callable[[Co
         what is to be called with the new file's contents before it takes its name.
     """
     path = record_path(checkpoint)
-    try:
-        old = path.read_bytes() if check_target(path, force=True).exists() else None
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    before = _known(checkpoint) if old is not None else None
-    mark = ""
+    old, mark = _bytes_at(path), ""
+    before = {} if old is None else _known(checkpoint)
 
     def prepare(contents: Contents) -> None:
         nonlocal mark
         mark = mark_of(contents)
         if record is not None:
-            records = {mark: record}
-            if before is not None:
-                records.setdefault(*before)
-            _write(path, _text(records))
-
-    def finish() -> None:
-        if record is None:
-            discard(path)
-        elif before is not None:  # else it stands there alone already
-            _write(path, _text({mark: record}))
+            _write(path, _text({mark: record} | {other: text for other, text in before.items() if other != mark}))
 
     try:
         yield prepare
     except BaseException:
         if record is not None and mark:
-            if _mark_at(checkpoint) == mark:  # the file has its name already, and the new record is its own
-                finish()
-            elif old is None:
-                discard(path)
-            else:
-                _write(path, old)
+            # Where the file has its name already, the new record is its own.
+            _restore(path, _text({mark: record}) if _mark_at(checkpoint) == mark else old)
         raise
-    finish()
+    if record is None:
+        discard(path)
+    elif before:  # else it stands there alone already
+        _write(path, _text({mark: record}))
 
 
-def _known(checkpoint: Path) -> tuple[str, str] | None:
-    """Return the mark of the torch file that is there and its record, where it has one that can be read."""
+def _bytes_at(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes() if check_target(path, force=True).exists() else None
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _known(checkpoint: Path) -> dict[str, str]:
+    """Return the record of the torch file that is there by its mark, where it has one that can be read."""
     try:
         contents = read_contents(Source(checkpoint))
         record = read_record(checkpoint, contents)
     except ConvtoolError:
-        return None
-    return None if record is None else (mark_of(contents), record)
+        return {}
+    return {} if record is None else {mark_of(contents): record}
 
 
 def _mark_at(checkpoint: Path) -> str | None:
@@ -132,6 +125,13 @@ def _mark_at(checkpoint: Path) -> str | None:
         return mark_of(read_contents(Source(checkpoint)))
     except ConvtoolError:
         return None
+
+
+def _restore(path: Path, text: bytes | None) -> None:
+    if text is None:
+        discard(path)
+    else:
+        _write(path, text)
 
 
 def _write(path: Path, text: bytes) -> None:

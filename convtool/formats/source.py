@@ -44,6 +44,14 @@ class Source:
             raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
         self._map = self._mapped() if mapped and self.size else None
 
+    def error(self, what: str) -> InputError:
+        """Return the error that says something of the file."""
+        return InputError(f"{self.path}: {what}")
+
+    def damaged(self, how: str) -> InputError:
+        """Return the error that says how the file is damaged."""
+        return self.error(f"is damaged: {how}")
+
     def opened(self) -> BinaryIO:
         """Open the same file once more, to be read from its beginning, whatever has its name by now."""
         file = os.fdopen(os.dup(self._file), "rb")
@@ -97,7 +105,7 @@ class Source:
             try:
                 count = os.preadv(self._file, [buffer[done:]], start + done)
             except OSError as error:
-                raise InputError(f"{self.path}: cannot be read: {error.strerror or error}") from None
+                raise self.error(f"cannot be read: {error.strerror or error}") from None
             if not count:
-                raise InputError(f"{self.path}: became shorter while it was read")
+                raise self.error("became shorter while it was read")
             done += count

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convtool.formats.atomic import FilePlan
 from convtool.formats.pieces import Piece
@@ -26,32 +26,20 @@ class Place(NamedTuple):
         return self.storage == other.storage and self.start < other.stop and other.start < self.stop
 
 
-class Described(Protocol):
-    """What a table of contents says of a tensor; the dtype by torch's name, or a name of the format's own."""
-
-    @property
-    def dtype(self) -> str: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def nbytes(self) -> int: ...
-
-
 class TensorFile(abc.ABC):
     """An open file of named tensors: its table of contents at once, their bytes when asked for.
 
     Attributes:
         format: the name of its format, as `inspect` shows it.
-        tensors: what each tensor is, by full name, in the file's order.
+        tensors: by full name, in the file's order, what has the tensor's `dtype` (torch's name for it, or one of the
+            format's own), `shape` and `nbytes`.
         unusable: entries that are tensors and can't be computed with: what they are, and what to do.
         metadata: the texts that a .safetensors file made of this one has.
         root: the keys that lead to the tensors, in a file of dicts in dicts.
     """
 
     format: str
-    tensors: Mapping[str, Described]
+    tensors: Mapping[str, Any]
     unusable: Mapping[str, str] = {}
     metadata: Mapping[str, str] = {"format": "pt"}
     root: tuple[str, ...] = ()

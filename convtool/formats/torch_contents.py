@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from convtool.errors import InputError
 from convtool.formats.dtypes import ITEMSIZE
 from convtool.formats.pickle_reader import PickleError, PickleFile, StorageRef, TensorRef, loads, storage_ref
 from convtool.formats.pieces import Chunk
@@ -61,7 +59,7 @@ def read_contents(source: Source) -> Contents:
         zipped = bytes(source.view(0, min(4, source.size))) == ZIP_MAGIC
         contents = _read_zip(source) if zipped else _read_legacy(source)
     except PickleError as error:
-        raise InputError(f"{source.path}: is damaged, or not a torch file: {error}") from None
+        raise source.error(f"is damaged, or not a torch file: {error}") from None
     return contents
 
 
@@ -70,26 +68,20 @@ def _read_zip(source: Source) -> Contents:
     roots = [name.removesuffix("data.pkl") for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(roots) != 1:
         what = "no data.pkl" if not roots else "several data.pkl"
-        raise InputError(f"{source.path}: is a zip archive that torch.save didn't write: it has {what}")
+        raise source.error(f"is a zip archive that torch.save didn't write: it has {what}")
     own = {name.removeprefix(roots[0]): placed for name, placed in members.items() if name.startswith(roots[0])}
     order = own.get("byteorder")
-    if order is not None and _small(source, order, "byteorder") != b"little":
-        raise InputError(f"{source.path}: was written on a big-endian machine; {_SAVE_AGAIN} on a little-endian one")
-    pickled = _small(source, own["data.pkl"], "data.pkl")
+    if order is not None and checked_bytes(source, "byteorder", order) != b"little":
+        raise source.error(f"was written on a big-endian machine; {_SAVE_AGAIN} on a little-endian one")
+    pickled = checked_bytes(source, "data.pkl", own["data.pkl"])
     file = io.BytesIO(pickled)
     value, tensors = loads(file, str(source.path), storage_ref)
     if file.tell() != len(pickled):
-        raise InputError(f"{source.path}: is damaged: bytes follow the end of its pickle")
+        raise source.damaged("bytes follow the end of its pickle")
     storages = {name.removeprefix("data/"): placed for name, placed in own.items() if name.startswith("data/")}
     _check_tensors(source, tensors, storages)
     extras = {name: placed for name, placed in own.items() if name not in _OWN_MEMBERS and not name.startswith("data/")}
     return Contents(value, storages, extras, directory)
-
-
-def _small(source: Source, placed: Placed, name: str) -> bytes:
-    data = bytes(source.view(placed.start, placed.start + placed.nbytes))
-    _check_crc(source, name, placed, zlib.crc32(data))
-    return data
 
 
 def checked_chunks(source: Source, what: str, placed: Placed) -> Iterator[Chunk]:
@@ -106,47 +98,39 @@ def checked_chunks(source: Source, what: str, placed: Placed) -> Iterator[Chunk]
         chunk = Chunk(data)
         crc = combine_crc(crc, chunk.crc, len(data))
         yield chunk
-    _check_crc(source, what, placed, crc)
+    if placed.crc is not None and placed.crc != crc:
+        raise source.damaged(f"the checksum of {what} is {crc:08x}, and was {placed.crc:08x} when it was written")
 
 
-def _check_crc(source: Source, name: str, placed: Placed, found: int) -> None:
-    """Raise an InputError where the bytes of a member aren't those that were written."""
-    if placed.crc is not None and placed.crc != found:
-        raise InputError(
-            f"{source.path}: is damaged: the checksum of {name} is {found:08x}, and was {placed.crc:08x} when it was"
-            " written"
-        )
+def checked_bytes(source: Source, what: str, placed: Placed) -> bytes:
+    """Return all bytes of a small member; see `checked_chunks`."""
+    return b"".join(bytes(chunk.data) for chunk in checked_chunks(source, what, placed))
 
 
 def _members(source: Source) -> tuple[dict[str, Placed], bytes]:
     """Return every member's place, all of the archive's bookkeeping checked; and its directory's bytes."""
-    where = source.path
     listed, start = _directory(source)
     if any(info.filename.rpartition("/")[2] == "constants.pkl" for info in listed):
-        raise InputError(
-            f"{where}: is TorchScript; save its weights: torch.save(torch.jit.load(PATH).state_dict(), NEW)"
-        )
+        raise source.error("is TorchScript; save its weights: torch.save(torch.jit.load(PATH).state_dict(), NEW)")
     directory = bytes(source.view(start, source.size))
     end = directory.rfind(b"PK\x05\x06")
     if end < 0 or len(directory) != end + 22 + int.from_bytes(directory[end + 20 : end + 22], "little"):
-        raise InputError(f"{where}: is damaged: bytes follow the end of its zip archive")
+        raise source.damaged("bytes follow the end of its zip archive")
     if listed and all(info.header_offset for info in listed):
-        raise InputError(f"{where}: is damaged: bytes stand before its zip archive")
+        raise source.damaged("bytes stand before its zip archive")
     checked = any(info.CRC for info in listed)  # torch can be told to write none
     placed: dict[str, Placed] = {}
     taken = 0
     for info in sorted(listed, key=lambda info: info.header_offset):
         name, size = info.filename, info.file_size
         if name in placed:
-            raise InputError(f"{where}: is damaged: its archive has the member {name!r} twice")
+            raise source.damaged(f"its archive has the member {name!r} twice")
         if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
-            raise InputError(f"{where}: was compressed or encrypted by another program ({name}); {_SAVE_AGAIN}")
+            raise source.error(f"was compressed or encrypted by another program ({name}); {_SAVE_AGAIN}")
         data_start = _data_start(source, info, taken)
         taken = data_start + size
         if info.compress_size != size or taken > start:
-            raise InputError(
-                f"{where}: is damaged: the member {name!r} is declared to take {size} bytes, which aren't there"
-            )
+            raise source.damaged(f"the member {name!r} is declared to take {size} bytes, which aren't there")
         placed[name] = Placed(data_start, size, info.CRC if checked else None)
     return placed, directory
 
@@ -157,11 +141,10 @@ def _directory(source: Source) -> tuple[list[zipfile.ZipInfo], int]:
         with source.opened() as file, zipfile.ZipFile(file) as archive:
             return archive.infolist(), archive.start_dir
     except OSError as error:
-        raise InputError(f"{source.path}: cannot be read: {error.strerror or error}") from None
+        raise source.error(f"cannot be read: {error.strerror or error}") from None
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError, RuntimeError, OverflowError):
-        raise InputError(
-            f"{source.path}: is truncated or damaged: it begins like a zip archive, and has no readable directory at"
-            " its end"
+        raise source.error(
+            "is truncated or damaged: it begins like a zip archive, and has no readable directory at its end"
         ) from None
 
 
@@ -169,20 +152,19 @@ def _data_start(source: Source, info: zipfile.ZipInfo, taken: int) -> int:
     """Return where a member's data begin, by its own header, which must say what the directory says."""
     offset = info.header_offset
     if offset < taken or offset + _LOCAL_HEADER.size > source.size:
-        raise InputError(f"{source.path}: is damaged: the member {info.filename!r} overlaps another")
+        raise source.damaged(f"the member {info.filename!r} overlaps another")
     magic, _, _, _, _, _, crc, _, size, name_length, extra = _LOCAL_HEADER.unpack(
         source.view(offset, offset + _LOCAL_HEADER.size)
     )
     name_start = offset + _LOCAL_HEADER.size
     data_start: int = name_start + name_length + extra
     if magic != ZIP_MAGIC or data_start > source.size:
-        raise InputError(f"{source.path}: is damaged: the member {info.filename!r} isn't where the directory says")
-    name = bytes(source.view(name_start, name_start + name_length))
+        raise source.damaged(f"the member {info.filename!r} isn't where the directory says")
+    names = (info.filename.encode(), info.filename.encode("cp437", "replace"))
     sizes = {0, 0xFFFFFFFF, info.file_size}  # none (it follows the data), in the zip64 field, or here
-    if name not in (info.filename.encode(), info.filename.encode("cp437", "replace")) or size not in sizes:
-        raise InputError(f"{source.path}: is damaged: the directory and the member {info.filename!r} disagree")
-    if crc not in (0, info.CRC):
-        raise InputError(f"{source.path}: is damaged: the directory and the member {info.filename!r} disagree")
+    same_name = bytes(source.view(name_start, name_start + name_length)) in names
+    if not same_name or size not in sizes or crc not in (0, info.CRC):
+        raise source.damaged(f"the directory and the member {info.filename!r} disagree")
     return data_start
 
 
@@ -206,17 +188,17 @@ def _read_legacy(source: Source) -> Contents:
         file = _Bounded(opened, source.size)
         magic = _plain(file, where)
         if magic != LEGACY_MAGIC:
-            raise InputError(f"{where}: is a pickle that torch.save didn't write; {_SAVE_AGAIN}")
+            raise source.error(f"is a pickle that torch.save didn't write; {_SAVE_AGAIN}")
         version, machine = _plain(file, where), _plain(file, where)
         if version != LEGACY_PROTOCOL or not isinstance(machine, dict):
-            raise InputError(f"{where}: is of a version of torch's older format that isn't known")
+            raise source.error("is of a version of torch's older format that isn't known")
         if machine.get("little_endian") is not True:
-            raise InputError(f"{where}: was written on a big-endian machine; {_SAVE_AGAIN} on a little-endian one")
+            raise source.error(f"was written on a big-endian machine; {_SAVE_AGAIN} on a little-endian one")
         value, tensors = loads(file, where, persistent)
         keys = _plain(file, where)
         named = isinstance(keys, list) and all(isinstance(key, str) and key in refs for key in keys)
         if not named or len(set(keys)) != len(keys):
-            raise InputError(f"{where}: is damaged: its list of storages isn't that of its tensors")
+            raise source.damaged("its list of storages isn't that of its tensors")
         position = file.tell()
     storages = _legacy_storages(source, [refs[key] for key in keys], position)
     _check_tensors(source, tensors, storages)
@@ -225,18 +207,17 @@ def _read_legacy(source: Source) -> Contents:
 
 def _legacy_storages(source: Source, refs: Iterable[StorageRef], position: int) -> dict[str, Placed]:
     """Return the places of the storages that follow the pickles, each behind the count of its elements."""
-    where = source.path
     storages: dict[str, Placed] = {}
     for ref in refs:
         count = source.view(position, position + 8) if position + 8 <= source.size else b""
         if int.from_bytes(count, "little") != ref.count or position + 8 + ref.nbytes > source.size:
-            raise InputError(
-                f"{where}: is truncated or damaged: storage {ref.key} of {ref.nbytes} bytes is not where it should be"
+            raise source.error(
+                f"is truncated or damaged: storage {ref.key} of {ref.nbytes} bytes is not where it should be"
             )
         storages[ref.key] = Placed(position + 8, ref.nbytes, None)
         position += 8 + ref.nbytes
     if position != source.size:
-        raise InputError(f"{where}: is damaged: {source.size - position} bytes follow the last storage")
+        raise source.damaged(f"{source.size - position} bytes follow the last storage")
     return storages
 
 
@@ -284,21 +265,19 @@ def _check_tensors(source: Source, tensors: list[TensorRef], storages: Mapping[s
         ref = tensor.storage
         placed = storages.get(ref.key)
         if placed is None:
-            raise InputError(f"{source.path}: is damaged: the storage {ref.key!r} of a tensor is not in the file")
+            raise source.damaged(f"the storage {ref.key!r} of a tensor is not in the file")
         if placed.nbytes != ref.nbytes:
-            raise InputError(
-                f"{source.path}: is damaged: the storage {ref.key!r} has {placed.nbytes} bytes, and is declared to have"
-                f" {ref.nbytes}"
+            raise source.damaged(
+                f"the storage {ref.key!r} has {placed.nbytes} bytes, and is declared to have {ref.nbytes}"
             )
         itemsize = ITEMSIZE[tensor.dtype]
         if tensor.reach and (tensor.offset + tensor.reach) * itemsize > placed.nbytes:
-            raise InputError(
-                f"{source.path}: is damaged: a tensor of shape {list(tensor.shape)} reads beyond its storage"
-                f" {ref.key!r} of {placed.nbytes} bytes"
+            raise source.damaged(
+                f"a tensor of shape {list(tensor.shape)} reads beyond its storage {ref.key!r} of {placed.nbytes} bytes"
             )
         if tensor.nbytes > REPEATED * source.size + ROOM:
-            raise InputError(
-                f"{source.path}: a tensor of shape {list(tensor.shape)} repeats the {placed.nbytes} bytes of its"
+            raise source.error(
+                f"a tensor of shape {list(tensor.shape)} repeats the {placed.nbytes} bytes of its"
                 f" storage to {tensor.nbytes}; save it after .contiguous() if that is meant"
             )
 

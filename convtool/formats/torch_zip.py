@@ -18,11 +18,11 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 from convtool.errors import ConvtoolError, InputError, OutputError, RefusedError, UsageError
 from convtool.formats import pickle_writer
-from convtool.formats.atomic import FilePlan, Progress
+from convtool.formats.atomic import FilePlan, Progress, Written
 from convtool.formats.dtypes import ITEMSIZE, STORAGE_CLASSES
 from convtool.formats.matrices import RECORD_NAME, Found, Layout
 from convtool.formats.matrices import Contents as MatrixContents
@@ -40,16 +40,17 @@ from convtool.formats.pickle_reader import (
     why_unusable,
 )
 from convtool.formats.pieces import Chunk, Piece, tensor_chunks
-from convtool.formats.sidecar import read_record, record_beside, record_path, record_size
+from convtool.formats.sidecar import RECORD_SUFFIX, read_record, record_beside, record_path, record_size
 from convtool.formats.source import Source
 from convtool.formats.stored_zip import LONGEST_NAME, archive_size, write_archive
 from convtool.formats.tensor_file import Place, TensorFile
-from convtool.formats.torch_contents import ZIP_MAGIC, Contents, Placed, checked_chunks, read_contents
+from convtool.formats.torch_contents import ZIP_MAGIC, Contents, Placed, checked_bytes, checked_chunks, read_contents
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "torch"
+BESIDE: tuple[str, ...] = (RECORD_SUFFIX,)
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
 COO_INDICES: str | None = "int64"  # all that torch's COO tensors take
@@ -173,7 +174,8 @@ class TorchFile(TensorFile):
             state[name] = self.state[name] if piece is None else piece
         value = _replace(self.contents.value, self.root, state)
         extras = [self._extra(name, placed) for name, placed in self.contents.extras.items()]
-        return _plan_recorded(value, record, described, self.root, extras, storage)
+        reopen = lambda source, back: TorchFile(source, back, self.root, _descend(back.value, self.root))  # noqa: E731
+        return _RecordedPlan(*_archive(value, extras, storage), lambda path: _check(path, described, reopen), record)
 
     def _extra(self, name: str, placed: Placed) -> Piece:
         if len(f"{FOLDER}/{name}".encode()) > LONGEST_NAME:
@@ -230,7 +232,7 @@ def open_file(source: Source, root: str | None) -> TorchFile:
 
 
 def _with_metadata(tensor: Tensor, metadata: Any, where: str) -> Tensor:
-    """The tensor with torch's bits for conjugate and negative set as its metadata say."""
+    """Return the tensor with torch's bits for conjugate and negative set as its metadata say."""
     import torch
 
     if not metadata:
@@ -243,7 +245,7 @@ def _with_metadata(tensor: Tensor, metadata: Any, where: str) -> Tensor:
 
 
 def _is_state(value: object) -> bool:
-    """Whether a dict is one of named tensors; numbers alone (an accuracy, a counter) don't make it one."""
+    """Tell whether a dict is one of named tensors; numbers alone (an accuracy, a counter) don't make it one."""
     if not isinstance(value, dict):
         return False
     tensors = ((plain_tensor(item), why_unusable(item)) for name, item in value.items() if isinstance(name, str))
@@ -251,14 +253,14 @@ def _is_state(value: object) -> bool:
 
 
 def _only_numbers(value: object) -> bool:
-    """Whether a dict holds tensors by name, though it be numbers alone."""
+    """Tell whether a dict holds tensors by name, though it be numbers alone."""
     return isinstance(value, dict) and any(
         isinstance(name, str) and plain_tensor(item) is not None for name, item in value.items()
     )
 
 
 def _candidates(top: object, is_one: Callable[[object], bool]) -> list[tuple[str, ...]]:
-    """The keys that lead to each dict that is one, each dict looked at once."""
+    """Return the keys that lead to each dict that is one, each dict looked at once."""
     found: list[tuple[str, ...]] = []
     seen: set[int] = set()
     level: list[tuple[tuple[str, ...], object]] = [((), top)]
@@ -390,51 +392,23 @@ class _RecordedPlan(FilePlan):
             progress(record_size(self.record))
 
 
-def beside(path: Path) -> tuple[Path, ...]:
-    """Return the other files that come with one at `path`."""
-    return (record_path(path),)
-
-
 def plan_state(pieces: Sequence[Piece], metadata: Mapping[str, str], record: str | None) -> FilePlan:
     """Plan the file of a plain state dict; RefusedError for a dtype that torch doesn't have."""
     for piece in pieces:
         if piece.dtype not in ITEMSIZE:
             raise RefusedError(f"{piece.name}: torch has no dtype {piece.dtype}; write a .safetensors file instead")
     state = {piece.name: piece for piece in pieces}
-    return _plan_recorded(OrderedItems(state), record, state, ())
+    reopen = lambda source, back: TorchFile(source, back, (), back.value)  # noqa: E731
+    return _RecordedPlan(*_archive(OrderedItems(state)), lambda path: _check(path, state, reopen), record)
 
 
-_Reopen: TypeAlias = Callable[[Source, Contents], TorchFile]
-
-
-def _plan_recorded(
-    value: Any,
-    record: str | None,
-    described: Mapping[str, Piece],
-    root: tuple[str, ...],
-    extras: Sequence[Piece] = (),
-    kept: Callable[[StorageRef], Piece] | None = None,
-) -> FilePlan:
-    def reopen(source: Source, contents: Contents) -> TorchFile:
-        return TorchFile(source, contents, root, _descend(contents.value, root))
-
-    plan = _plan(value, described, reopen, extras, kept)
-    return _RecordedPlan(plan.size, plan.fill, plan.check, record)
-
-
-def _plan(
-    value: Any,
-    described: Mapping[str, Piece],
-    reopen: _Reopen,
-    extras: Sequence[Piece] = (),
-    kept: Callable[[StorageRef], Piece] | None = None,
-) -> FilePlan:
-    """Plan a torch zip file of a value, a member a storage; no storage is read before it is written.
+def _archive(
+    value: Any, extras: Sequence[Piece] = (), kept: Callable[[StorageRef], Piece] | None = None
+) -> tuple[int, Callable[[Written], None]]:
+    """Return the size of a torch zip file of a value, and what writes it; no storage is read before it is written.
 
     Args:
         value: as `pickle_reader` has it, with pieces for new tensors.
-        described: the tensors that will be found in it.
-        reopen: finds them.
         extras: further members of the archive.
         kept: see `_Storages`.
 
@@ -444,32 +418,37 @@ def _plan(
     storages = _Storages(kept)
     pickled = pickle_writer.dumps(value, storages.storage, storages.tensor)
     small = {"data.pkl": pickled, ".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little"}
+    first = (Piece.of(name, data) for name, data in small.items())
     members = [
-        *(Piece.of(name, data) for name, data in small.items()),
-        *storages.members,
-        Piece.of("version", b"3\n"),
-        *extras,
+        replace(member, name=f"{FOLDER}/{member.name}")
+        for member in (*first, *storages.members, Piece.of("version", b"3\n"), *extras)
     ]
-    members = [replace(member, name=f"{FOLDER}/{member.name}") for member in members]
+    return archive_size(members), lambda file: write_archive(file, members)
+
+
+def _check(path: Path, described: Mapping[str, Piece], reopen: Callable[[Source, Contents], TorchFile]) -> Contents:
+    """Read back what was written: the tensors that were to be in it, and the new ones to the bit.
+
+    Args:
+        reopen: finds the tensors in the file.
+
+    Raises:
+        OutputError: it is not what was to be written.
+    """
     expected = {name: (piece.dtype, piece.shape) for name, piece in described.items()}
-    verified = [piece for piece in described.values() if piece.verified]
-
-    def check(path: Path) -> Contents:
-        try:
-            source = Source(path)
-            back = reopen(source, read_contents(source))
-            if {name: (ref.dtype, ref.shape) for name, ref in back.tensors.items()} != expected:
-                raise OutputError("the file read back holds other tensors than were written; nothing was changed")
-            for piece in verified:
-                if not piece.is_in(back.data(piece.name)):
-                    raise OutputError(f"{piece.name} read back differs from what was written; nothing was changed")
-        except OutputError:
-            raise
-        except ConvtoolError as error:
-            raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
-        return back.contents
-
-    return FilePlan(archive_size(members), lambda file: write_archive(file, members), check)
+    try:
+        source = Source(path)
+        back = reopen(source, read_contents(source))
+        if {name: (ref.dtype, ref.shape) for name, ref in back.tensors.items()} != expected:
+            raise OutputError("the file read back holds other tensors than were written; nothing was changed")
+        for piece in described.values():
+            if piece.verified and not piece.is_in(back.data(piece.name)):
+                raise OutputError(f"{piece.name} read back differs from what was written; nothing was changed")
+    except OutputError:
+        raise
+    except ConvtoolError as error:
+        raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
+    return back.contents
 
 
 # Matrices
@@ -499,7 +478,8 @@ def plan_matrix(contents: MatrixContents) -> FilePlan:
         weight = _sparse("torch.sparse_coo", indices, arrays["data"], contents.shape, coalesced)
     value = {"weight": weight} | ({"bias": arrays["bias"]} if "bias" in arrays else {})
     record = [] if contents.record is None else [Piece.of(MATRIX_RECORD, contents.record.encode("ascii"))]
-    return _plan(value, arrays, lambda source, back: _open_matrix(source, back)[0], record)
+    reopen = lambda source, back: _open_matrix(source, back)[0]  # noqa: E731
+    return FilePlan(*_archive(value, record), lambda path: _check(path, arrays, reopen))
 
 
 def _sparse(layout: str, *parts: Any) -> Call:
@@ -550,11 +530,9 @@ def read_matrix(source: Source) -> Found:
         if pair.dim() != 2 or len(pair) != 2:
             raise InputError(f"{source.path}: is damaged: its sparse tensor has indices of shape {tuple(pair.shape)}")
         arrays["row"], arrays["col"] = pair
-    record = contents.extras.get(MATRIX_RECORD)
-    if record is None:
-        return Found(arrays, None)
-    text = b"".join(bytes(chunk.data) for chunk in checked_chunks(source, MATRIX_RECORD, record))
-    return Found(arrays, text.decode("utf-8", "replace"))
+    placed = contents.extras.get(MATRIX_RECORD)
+    record = None if placed is None else checked_bytes(source, MATRIX_RECORD, placed).decode("utf-8", "replace")
+    return Found(arrays, record)
 
 
 def is_matrix(source: Source) -> bool:

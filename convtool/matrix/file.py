@@ -45,17 +45,15 @@ class Part:
 
     def blocks(self, entries: int) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows that cover the part in order, each of about `entries` entries (one row at least)."""
-        rows, columns = self.shape
-        if self.layout == "csr":
-            # As many rows as hold that many entries on average, fewer where they turn out to hold more.
-            step = max(1, entries * rows // max(1, self.values.numel()))
-            for start in range(0, rows, step):
-                stop = min(start + step, rows)
+        rows = self.shape[0]
+        # As many rows as hold that many entries on average, fewer where they turn out to hold more.
+        step = max(1, entries * rows // max(1, self.values.numel()))
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            if self.layout == "dense":
+                yield start, stop
+            else:
                 yield from _split(self._starts(start, stop), start, entries)
-            return
-        width = columns if self.layout == "dense" else max(1, self.values.numel() // max(1, rows))
-        step = max(1, entries // max(1, width))
-        yield from ((start, min(start + step, rows)) for start in range(0, rows, step))
 
     def rows(self, start: int, stop: int) -> CsrBlock:
         """Return rows start:stop in CSR form, checked; columns stand as in the file."""
@@ -63,16 +61,12 @@ class Part:
             block = self.values[start:stop]
             row, column = block.nonzero(as_tuple=True)
             return CsrBlock(torch.bincount(row, minlength=stop - start), column, block[row, column])
-        if self.layout == "coo":
-            counts, part = self._coo_rows(start, stop)
-            columns = self.arrays["col"][part]
-        else:
-            starts = self._starts(start, stop)
-            counts, part = starts[1:] - starts[:-1], slice(int(starts[0]), int(starts[-1]))
-            columns = self.arrays["indices"][part]
+        starts = self._starts(start, stop)
+        part = slice(int(starts[0]), int(starts[-1]))
+        columns = self.arrays[ARRAYS[self.layout][1]][part]
         if columns.numel() and not 0 <= int(columns.min()) <= int(columns.max()) < self.shape[1]:
             raise self._damaged(f"rows {start}:{stop} name columns that the matrix doesn't have")
-        return CsrBlock(counts, columns, self.values[part])
+        return CsrBlock(starts.diff(), columns, self.values[part])
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Return rows start:stop as a dense tensor, of a dense file its own; entries at the same place are summed."""
@@ -86,21 +80,18 @@ class Part:
 
     def _starts(self, start: int, stop: int) -> Tensor:
         """(stop - start + 1,) int64: where the rows begin, and where the last one ends."""
-        starts, nnz = self.arrays["indptr"][start : stop + 1].long(), self.values.numel()
+        nnz = self.values.numel()
+        if self.layout == "coo":  # whose entries stand in the order of their rows
+            row = self.arrays["row"]
+            starts = torch.searchsorted(
+                row, torch.arange(start, stop + 1).clamp(max=torch.iinfo(row.dtype).max).to(row)
+            )
+        else:
+            starts = self.arrays["indptr"][start : stop + 1].long()
         ends = (start == 0 and int(starts[0]) != 0) or (stop == self.shape[0] and int(starts[-1]) != nnz)
-        if ends or int(starts[0]) < 0 or int(starts[-1]) > nnz or bool((starts[1:] < starts[:-1]).any()):
+        if ends or int(starts[0]) < 0 or int(starts[-1]) > nnz or bool((starts.diff() < 0).any()):
             raise self._damaged(f"the starts of rows {start}:{stop} don't ascend from 0 to the number of entries")
         return starts
-
-    def _coo_rows(self, start: int, stop: int) -> tuple[Tensor, slice]:
-        """Return how many entries each of the rows has, and where they stand."""
-        row = self.arrays["row"]
-        bounds = torch.tensor([start, stop], dtype=row.dtype)
-        first, last = torch.searchsorted(row, bounds).tolist()
-        part = row[first:last].long() - start
-        if part.numel() and not 0 <= int(part.min()) <= int(part.max()) < stop - start:
-            raise self._damaged("the entries don't stand in the order of their rows")
-        return torch.bincount(part, minlength=stop - start), slice(first, last)
 
     def _damaged(self, how: str) -> InputError:
         return InputError(f"{self.path}: the matrix is damaged: {how}")

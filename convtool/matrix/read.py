@@ -136,8 +136,8 @@ def _checked(path: Path, found: Found) -> MatrixFile:
     else:
         shape = _shape(path, arrays.get("shape"))
         lengths = [len(part) if part.dim() == 1 else -1 for part in parts.values()]
-        wanted_lengths = [shape[0] + 1 if layout == "csr" else len(values), len(values), len(values)]
-        if values.dim() != 1 or lengths != wanted_lengths:
+        nnz = values.numel()
+        if lengths != [shape[0] + 1 if layout == "csr" else nnz, nnz, nnz]:
             raise InputError(
                 f"{path}: the matrix is damaged: {', '.join(parts)} of lengths {lengths} don't make"
                 f" a {layout} matrix of shape {shape}"

@@ -107,7 +107,7 @@ def test_a_recipe_can_ask_for_it(before: Path, tmp_path: Path) -> None:
 def test_it_is_found_in_a_live_model_and_put_in(before: Path, tmp_path: Path) -> None:
     x = torch.randn(1, 3, 6, 7, dtype=torch.float64)
     (found,) = convtool.plan(network(), (3, 6, 7)).fusions
-    assert [leaf.name for leaf in leaves(found.piece.tree)] == ["0", "1"]
+    assert [leaf.name for leaf in leaves(found.tree)] == ["0", "1"]
     fused = convtool.fuse_model(network(), (3, 6, 7))
     assert isinstance(fused.get_submodule("1"), nn.Identity)
     torch.testing.assert_close(fused(x), network()(x), rtol=1e-13, atol=1e-13)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import kind
 from live import CLOSE, filled
 from networks import NETWORKS
 from torch import Tensor, nn
@@ -24,11 +25,13 @@ import convtool
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.recipe import Known, parse_recipe, resolve
-from convtool.graph.flow import Flow, Op, Step, find_stretches
+from convtool.graph.cut import Price, partition
+from convtool.graph.flow import Flow, Step, find_stretches
 from convtool.graph.judge import Exact
-from convtool.graph.partition import Cost, partition
 from convtool.graph.planned import Plan, tree_in_short
+from convtool.kinds.kind import Layer, TensorInfo
 from convtool.kinds.stated import FieldSources
+from convtool.kinds.written import read_layer
 from convtool.live import trace as tracing
 from convtool.live.state import StateCheckpoint
 
@@ -47,7 +50,7 @@ def every_partition(count: int) -> list[list[tuple[int, int]]]:
 def test_the_cheapest_partition_is_that_of_all_partitions_tried_one_by_one(count: int) -> None:
     generator = random.Random(count)
     for _ in range(30):
-        costs: dict[tuple[int, int], Cost | None] = {}
+        costs: dict[tuple[int, int], Price | None] = {}
         for start, stop in itertools.combinations(range(count + 1), 2):
             possible = stop - start == 1 or generator.random() < 0.7
             costs[start, stop] = (generator.randint(0, 5), generator.randint(0, 3)) if possible else None
@@ -66,25 +69,41 @@ def test_the_cheapest_partition_is_that_of_all_partitions_tried_one_by_one(count
 
 
 def flow(*steps: Step, outputs: tuple[int, ...] = (), apart: dict[str, str] | None = None) -> Flow:
-    return Flow((Step(Op.OTHER, "input", (), (1, 3, 8, 6)), *steps), frozenset(outputs), apart or {}, "")
+    return Flow((Step((), SHAPE), *steps), frozenset(outputs), apart or {})
 
 
-def layer(name: str, read: int, axes: int = 2, shape: tuple[int, ...] = (1, 3, 8, 6), flattens: bool = False) -> Step:
-    return Step(Op.LAYER, name, (read,), shape, axes, flattens)
+SHAPE = (1, 3, 8, 6)
+SOME = {"weight": TensorInfo("weight", "float32", (3, 3), 36)}
 
 
-def other(op: Op, *reads: int, shape: tuple[int, ...] = (1, 3, 8, 6)) -> Step:
-    return Step(op, op.value, reads, shape)
+def layer(name: str, read: int, axes: int = 2, shape: tuple[int, ...] = SHAPE, what: str = "conv") -> Step:
+    return Step((read,), shape, Layer(name, kind(what), SOME), axes)
+
+
+def copy_of(read: int) -> Step:
+    return Step((read,), SHAPE, read_layer("identity()"), 2)
+
+
+def flat(read: int) -> Step:
+    return Step((read,), (1, 144), read_layer("flatten(8,6)"), 2)
+
+
+def add(*reads: int) -> Step:
+    return Step(reads, SHAPE, adds=True)
+
+
+def other(*reads: int) -> Step:
+    return Step(reads, SHAPE)
 
 
 a, b, c, d = (LayerRef(name) for name in "abcd")
 FLOWS: list[tuple[str, Flow, list[Tree[LayerRef]], list[str]]] = [
     ("one after the other", flow(layer("a", 0), layer("b", 1), outputs=(2,)), [Chain((a, b))], []),
-    ("something between", flow(layer("a", 0), other(Op.OTHER, 1), layer("b", 2)), [a, b], []),
-    ("a copy between", flow(layer("a", 0), other(Op.PASS, 1), layer("b", 2)), [Chain((a, b))], []),
+    ("something between", flow(layer("a", 0), other(1), layer("b", 2)), [a, b], []),
+    ("a copy between", flow(layer("a", 0), copy_of(1), layer("b", 2)), [Chain((a, b))], []),
     (
         "read twice",
-        flow(layer("a", 0), layer("b", 1), other(Op.OTHER, 1, 2)),
+        flow(layer("a", 0), layer("b", 1), other(1, 2)),
         [a, b],
         ["the value between them is read 2 times"],
     ),
@@ -96,39 +115,39 @@ FLOWS: list[tuple[str, Flow, list[Tree[LayerRef]], list[str]]] = [
     ),
     (
         "a copy that is read twice",
-        flow(layer("a", 0), other(Op.PASS, 1), layer("b", 2), other(Op.OTHER, 2)),
+        flow(layer("a", 0), copy_of(1), layer("b", 2), other(2)),
         [a, b],
         ["the value between them is read 2 times"],
     ),
     ("runs twice", flow(layer("a", 0), layer("b", 1), layer("b", 2)), [a], ["b: it runs 2 times"] * 2),
     ("apart", flow(layer("a", 0), layer("b", 1), apart={"a": "tied"}), [b], ["a: tied"]),
     ("other axes", flow(layer("a", 0), layer("b", 1, axes=0)), [a, b], []),
-    ("a sum", flow(layer("a", 0), layer("b", 0), other(Op.ADD, 1, 2)), [Sum((Chain((a,)), Chain((b,))))], []),
+    ("a sum", flow(layer("a", 0), layer("b", 0), add(1, 2)), [Sum((Chain((a,)), Chain((b,))))], []),
     (
         "a sum of three, and on",
-        flow(layer("a", 0), layer("b", 0), other(Op.ADD, 1, 2), layer("c", 0), other(Op.ADD, 3, 4), layer("d", 5)),
+        flow(layer("a", 0), layer("b", 0), add(1, 2), layer("c", 0), add(3, 4), layer("d", 5)),
         [Chain((Sum((Chain((a,)), Chain((b,)), Chain((c,)))), d))],
         [],
     ),
     (
         "a sum of a copy's",
-        flow(other(Op.PASS, 0), layer("a", 1), layer("b", 0), other(Op.ADD, 2, 3)),
+        flow(copy_of(0), layer("a", 1), layer("b", 0), add(2, 3)),
         [Sum((Chain((a,)), Chain((b,))))],
         [],
     ),
-    ("a skip", flow(layer("a", 0), other(Op.ADD, 0, 1), layer("b", 2)), [a, b], []),
-    ("two sources", flow(other(Op.OTHER, 0), layer("a", 0), layer("b", 1), other(Op.ADD, 2, 3)), [a, b], []),
-    ("twice the same", flow(layer("a", 0), other(Op.ADD, 1, 1)), [a], []),
+    ("a skip", flow(layer("a", 0), add(0, 1), layer("b", 2)), [a, b], []),
+    ("two sources", flow(other(0), layer("a", 0), layer("b", 1), add(2, 3)), [a, b], []),
+    ("twice the same", flow(layer("a", 0), add(1, 1)), [a], []),
     (
         "a flatten",
-        flow(layer("a", 0), other(Op.FLATTEN, 1, shape=(1, 144)), layer("b", 2, 0, (1, 5), flattens=True)),
+        flow(layer("a", 0), flat(1), layer("b", 2, 0, (1, 5), "linear")),
         [Chain((a, LayerRef("flatten(8,6)"), b))],
         [],
     ),
-    ("nothing after a flatten", flow(layer("a", 0), other(Op.FLATTEN, 1, shape=(1, 144)), outputs=(2,)), [a], []),
+    ("nothing after a flatten", flow(layer("a", 0), flat(1), outputs=(2,)), [a], []),
     (
         "a batch norm after a flatten",
-        flow(layer("a", 0), other(Op.FLATTEN, 1, shape=(1, 144)), layer("b", 2, 0, (1, 144))),
+        flow(layer("a", 0), flat(1), layer("b", 2, 0, (1, 144), "batch_norm")),
         [a, b],
         [],
     ),
@@ -139,9 +158,9 @@ FLOWS: list[tuple[str, Flow, list[Tree[LayerRef]], list[str]]] = [
 def test_stretches_are_layers_with_nothing_in_between(
     run: Flow, trees: list[Tree[LayerRef]], reasons: list[str]
 ) -> None:
-    stretches, obstacles = find_stretches(run)
-    assert [stretch.tree for stretch in stretches] == trees
-    assert [obstacle.reason for obstacle in obstacles] == reasons
+    stretches, left_alone = find_stretches(run)
+    assert stretches == trees
+    assert [one.reason for one in left_alone] == reasons
 
 
 # --- architectures
@@ -157,7 +176,7 @@ class Case:
 
     @property
     def chains(self) -> list[str]:
-        return [tree_in_short(one.piece.tree) for one in self.plan.fusions]
+        return [tree_in_short(one.tree) for one in self.plan.fusions]
 
 
 def transformers_model(name: str) -> nn.Module:
@@ -241,7 +260,7 @@ def test_every_convolution_with_its_batch_norm_is_found_and_nothing_that_is_none
     pairs = {
         (names[0], names[1])
         for one in found.plan.fusions
-        if len(names := [leaf.name for leaf in leaves(one.piece.tree)]) == 2
+        if len(names := [leaf.name for leaf in leaves(one.tree)]) == 2
     }
     walked = neighbours(found.model)
     if name == "convnext":  # no batch norm; a scale behind the last linear layer of each block
@@ -256,7 +275,7 @@ def test_every_convolution_with_its_batch_norm_is_found_and_nothing_that_is_none
     norms = [m for m in found.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     assert len(walked) == len(norms), "the walk misses some"
     assert bool(walked) == (name in ("resnet", "regnet", "mobilenet v1", "mobilenet v2", "segformer"))
-    assert all(one.piece.exact is Exact.EVERY_SIZE for one in found.plan.fusions)
+    assert all(one.exact is Exact.EVERY_SIZE for one in found.plan.fusions)
     assert found.plan.tracer == "torch.export"
 
 
@@ -282,7 +301,7 @@ def test_the_fused_network_computes_the_same(name: str) -> None:
     found = case(name)
     fused = convtool.fuse_model(copy.deepcopy(found.model), planned=found.plan)
     assert_same(found.model, fused, random_input(found.size))
-    gone = {leaf.name for one in found.plan.fusions for leaf in leaves(one.piece.tree)} - {
+    gone = {leaf.name for one in found.plan.fusions for leaf in leaves(one.tree)} - {
         one.name for one in found.plan.fusions
     }
     for path in gone:
@@ -297,7 +316,7 @@ def test_a_plan_as_a_recipe_makes_the_same_fusions(name: str) -> None:
     state = StateCheckpoint.of(found.model)
     facts = state.layers
     resolved = resolve(recipe, Known({BASE: facts}))
-    ours = {one.name: one.piece.tree for one in found.plan.fusions}
+    ours = {one.name: one.tree for one in found.plan.fusions}
     assert {one.name: set(leaves(one.tree)) for one in resolved} == {k: set(leaves(v)) for k, v in ours.items()}
     geometry = convtool.geometry_of(found.model)
     sources = FieldSources((recipe.geometry,))
@@ -344,7 +363,7 @@ def planned(
     fused = convtool.fuse_model(copy.deepcopy(net), planned=found)
     assert_same(net, fused, random_input(size))
     alone = {" ".join(one.layers): one.reason for one in found.left_alone}
-    return [tree_in_short(one.piece.tree) for one in found.fusions], alone, found
+    return [tree_in_short(one.tree) for one in found.fusions], alone, found
 
 
 def test_registration_order_is_not_believed() -> None:
@@ -536,7 +555,7 @@ def test_a_convolution_a_flatten_and_a_linear_layer_become_one() -> None:
     )
     chains, _, found = planned(net)
     assert chains == ["a + flatten(7,6) + first + second"]
-    assert found.fusions[0].piece.fused.geometry.kernel_size == (9, 7)
+    assert found.fusions[0].fused.geometry.kernel_size == (9, 7)
     cheap, alone, _ = planned(net, only_if_cheaper=True)
     assert cheap == ["a + flatten(7,6) + first + second"]
     assert alone == {}
@@ -666,7 +685,7 @@ def test_what_is_exact_for_one_size_is_taken_when_that_is_enough(size: tuple[int
     chains, alone, found = planned(net, size, fixed_size=True)
     assert chains == (["a + b"] if verdict else [])
     if verdict:
-        assert found.fusions[0].piece.exact is verdict
+        assert found.fusions[0].exact is verdict
         assert f"input_size = {list(size)}" in found.recipe()
     else:
         assert "would differ" in alone["a b"]
@@ -693,10 +712,10 @@ def test_costs_are_of_the_run_that_was_followed() -> None:
     net = Net(lambda m, x: m.bn(m.a(x)), a=conv(4, 6, (3, 2), bias=False, groups=2), bn=nn.BatchNorm2d(6))
     (one,) = planned(net, (4, 9, 7))[2].fusions
     weight, positions = 6 * 2 * 6, 7 * 6
-    assert one.piece.before.parameters == weight + 2 * 6
-    assert one.piece.after.parameters == weight + 6
-    assert one.piece.before.multiply_adds == (weight + 6) * positions
-    assert one.piece.after.multiply_adds == weight * positions
+    assert one.before.parameters == weight + 2 * 6
+    assert one.after.parameters == weight + 6
+    assert one.before.multiply_adds == (weight + 6) * positions
+    assert one.after.multiply_adds == weight * positions
 
 
 # --- control flow, and the tracers that follow it
@@ -723,7 +742,7 @@ def test_the_other_tracers_see_the_same(tracer: str, name: str, monkeypatch: pyt
     monkeypatch.setattr(tracing, "_TRACERS", {tracer: tracing._TRACERS[tracer]})
     again = convtool.plan(found.model, found.size)
     assert again.tracer == tracer
-    assert [tree_in_short(one.piece.tree) for one in again.fusions] == found.chains
+    assert [tree_in_short(one.tree) for one in again.fusions] == found.chains
     assert bool(again.remarks) == (tracer == "hooks")
 
 
@@ -753,7 +772,7 @@ def test_an_unknown_kind_of_output_is_followed_by_hooks_and_its_values_stay() ->
     found = convtool.plan(net, (4, 9, 7))
     assert found.tracer == "hooks"
     # b + bn2: b's value is kept by the model; d + bn4: d's is in the result
-    assert [tree_in_short(one.piece.tree) for one in found.fusions] == ["a + bn1", "c + bn3"]
+    assert [tree_in_short(one.tree) for one in found.fusions] == ["a + bn1", "c + bn3"]
 
 
 def test_hooks_see_what_is_changed_in_place_and_read_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -772,7 +791,7 @@ def test_hooks_see_what_is_changed_in_place_and_read_by_another_name(monkeypatch
         monkeypatch.setattr(tracing, "_TRACERS", {tracer: _TRACERS[tracer]})
         found = convtool.plan(net, (4, 9, 7))
         assert found.tracer == tracer
-        chains.append([tree_in_short(one.piece.tree) for one in found.fusions])
+        chains.append([tree_in_short(one.tree) for one in found.fusions])
     assert chains == [["c + bn3"]] * 3
 
 

@@ -364,7 +364,7 @@ def _find(
     names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
     if wanted.auto:
         plan = _plan_model(wanted, checkpoints[BASE], sources, reporter)
-        fusions = [PlannedFusion(one.name, one.piece.tree, one.only_size) for one in plan.fusions]
+        fusions = [PlannedFusion(one.name, one.tree, one.only_size) for one in plan.fusions]
         return fusions, sources.fields(plan.geometry, names)
     fields = sources.fields(sources.of_model(checkpoints[BASE], reporter), names)
     if recipe is None:

@@ -20,8 +20,8 @@ from convtool.kinds.kind import UNKNOWN, Kind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from convtool.graph.judge import LayerRun
     from convtool.kinds.kind import Layer as FoundLayer
-    from convtool.live.runs import LayerRun
 
 EXAMPLES = """
 convtool inspect model.safetensors

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
     from convtool.checkpoint import Checkpoint
     from convtool.cli.output import Reporter
+    from convtool.graph.judge import LayerRun
     from convtool.graph.planned import Plan
     from convtool.live.agreement import Agreement
-    from convtool.live.runs import LayerRun
     from convtool.live.whole import WholeReport
 
 
@@ -78,7 +78,7 @@ def runs_of_layers(
         return None
     if found is None:
         raise UsageError("--input-size: is the size of the model's input, and goes with --model")
-    from convtool.live.runs import layer_runs
+    from convtool.live.plan import layer_runs
 
     built, agreed = found
     with contextlib.redirect_stdout(sys.stderr):

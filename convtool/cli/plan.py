@@ -27,8 +27,9 @@ from convtool.core.tree import LayerRef, Tree, leaves, map_leaves
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from convtool.graph.judge import Cost, Exact
-    from convtool.graph.planned import LeftAlone, Plan, PlannedPiece
+    from convtool.graph.flow import LeftAlone
+    from convtool.graph.judge import Cost, Exact, Merge
+    from convtool.graph.planned import Plan
 
 EXAMPLES = """
 convtool plan resnet.safetensors --model torchvision.models:resnet50 --input-size 3,224,224
@@ -109,13 +110,12 @@ class Fusion:
     seconds: Seconds | None
 
     @classmethod
-    def of(cls, one: PlannedPiece) -> Fusion:
-        """Return what there is to say of a plan's piece."""
-        piece = one.piece
-        layers = tuple(leaf.name for leaf in leaves(piece.tree))
-        sources = map_leaves(lambda leaf: Part(leaf.name), piece.tree)
-        seconds = None if one.seconds is None else Seconds(*one.seconds)
-        return fill(cls, piece, name=one.name, layers=layers, sources=sources, seconds=seconds)
+    def of(cls, merge: Merge) -> Fusion:
+        """Return what there is to say of one."""
+        layers = tuple(leaf.name for leaf in leaves(merge.tree))
+        sources = map_leaves(lambda leaf: Part(leaf.name), merge.tree)
+        seconds = None if merge.seconds is None else Seconds(*merge.seconds)
+        return fill(cls, merge, layers=layers, sources=sources, seconds=seconds)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,22 +7,21 @@ stand-ins of one channel, all of whose numbers are ones, by the code that fuses 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
 
 import torch
 
-from convtool.core.border import Verdict
 from convtool.core.conv import Conv
-from convtool.core.expression import joined, multiply_adds
+from convtool.core.expression import Expression, in_channels, joined, multiply_adds, out_channels, with_sizes
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
-from convtool.core.geometry import Geometry
-from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves
+from convtool.core.tree import LayerRef, Tree, leaves, map_leaves, walk
 from convtool.errors import RefusedError
 from convtool.graph.flow import Flow, Step
-from convtool.kinds.kind import Layer
-from convtool.kinds.written import make_written
+from convtool.graph.stopwatch import Stopwatch
+from convtool.kinds.kind import UNKNOWN, Kind, Layer
+from convtool.kinds.written import read_layer
 
 
 class Exact(Enum):
@@ -30,7 +29,6 @@ class Exact(Enum):
 
     EVERY_SIZE = "at every input size"
     THIS_SIZE = "at this input size"
-    NOT = "not at the border"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,161 +46,203 @@ class Cost:
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.parameters + other.parameters, self.multiply_adds + other.multiply_adds)
 
+    def __sub__(self, other: Cost) -> Cost:
+        return Cost(self.parameters - other.parameters, self.multiply_adds - other.multiply_adds)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Piece:
+class Merge:
     """Layers, and the one that would stand for them.
 
     Attributes:
+        name: of the fused layer: the first of theirs that can take others in.
         tree: the layers, by name.
-        input_size: (C, *sizes) of their input.
-        positions: how often the whole of it runs beside each other: the axes between batch and channels of a linear
-            layer's input.
         exact: where it is.
-        rim: what differs, in words; '' where exact.
+        input_size: (C, *sizes) of their input.
         before, after: costs.
+        seconds: before and after on this machine, where measured.
         fused: the layer, its numbers made up and shared by all of its weight.
-        apart: the layers, likewise.
     """
 
+    name: str
     tree: Tree[LayerRef]
-    input_size: tuple[int, ...]
-    positions: int
     exact: Exact
-    rim: str
+    input_size: tuple[int, ...]
     before: Cost
     after: Cost
+    seconds: tuple[float, float] | None
     fused: Conv
-    apart: Tree[NamedConv]
+
+    @property
+    def only_size(self) -> tuple[int, ...] | None:
+        """Return the one input size that it is exact at, channels in front; None where it is at every size."""
+        return self.input_size if self.exact is Exact.THIS_SIZE else None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRun:
+    """One run of a layer.
+
+    Attributes:
+        input_size, output_size: without the batch.
+        multiply_adds: of it.
+    """
+
+    input_size: tuple[int, ...]
+    output_size: tuple[int, ...]
+    multiply_adds: int
 
 
 class Judge:
     """Judges parts of the stretches of one run.
 
     Args:
-        layers: of the run, with the fields of their modules.
         is_biased: whether a layer's bias has anything but zeros in it.
+        watch: what measures layers, if that is asked for.
     """
 
-    def __init__(self, flow: Flow, layers: Mapping[str, Layer], is_biased: Callable[[str], bool]) -> None:
-        self.flow, self.layers, self.is_biased = flow, layers, is_biased
-        self.steps = {step.name: step for step in flow.calls()}
+    def __init__(self, flow: Flow, is_biased: Callable[[str], bool], watch: Stopwatch | None = None) -> None:
+        self.flow, self.is_biased, self.watch = flow, is_biased, watch
+        self.calls = {layer.name: (step, layer) for step, layer in flow.calls()}
 
-    def judge(self, tree: Tree[LayerRef]) -> Piece:
-        """The tree as one layer.
+    def layer(self, name: str) -> Layer:
+        """Return the layer of a name, or what is written in a layer's place."""
+        return self.calls[name][1] if name in self.calls else read_layer(name)
+
+    def merge(self, tree: Tree[LayerRef]) -> Merge:
+        """Return the tree as one layer.
 
         Raises:
-            RefusedError: no single layer has that form, or it would be wrong at every output.
+            RefusedError: no single layer has that form, or it would be wrong at the border, or at every output.
         """
-        first = self.steps[next(leaves(tree)).name]
-        shape = self.flow.input_shape(first)
-        size, positions = (shape[2:], 1) if first.axes else ((), math.prod(shape[1:-1]))
-        apart = joined(self._lower(tree, first.axes, shape[1] if first.axes else shape[-1])[0])
-        exact, rim, stand_in = self._exactness(map_leaves(self._stand_in, apart), size)
-        fused = self._fused(apart, stand_in)
-        expression: Tree[Conv] = map_leaves(lambda leaf: leaf.conv, apart)
-        return Piece(
-            tree,
-            (shape[1] if first.axes else shape[-1], *size),
-            positions,
-            exact,
-            rim,
-            Cost(sum(_parameters(leaf.conv) for leaf in leaves(apart)), positions * multiply_adds(expression, size)),
-            Cost(_parameters(fused), positions * multiply_adds(fused, size)),
-            fused,
-            apart,
+        layers = [self.layer(leaf.name) for leaf in leaves(tree)]
+        main = next((layer for layer in layers if layer.kind.main), None)
+        if main is None:
+            raise RefusedError("there is no convolution or linear layer among them that could take the others in")
+        step = self.calls[layers[0].name][0]
+        channels, size, positions = self._input(step)
+        apart = self._lowered(tree, step.axes, channels)
+        convs: Expression = map_leaves(lambda leaf: leaf.conv, apart)
+        exact, stand_in = self._exactness(map_leaves(self._stand_in, apart), size)
+        groups = math.gcd(*(conv.geometry.groups for conv in leaves(convs)))
+        number, outputs = _number(main), out_channels(convs)
+        fused = Conv(
+            number.expand(outputs, in_channels(convs) // groups, *stand_in.geometry.kernel_size),
+            number.expand(outputs) if any(conv.bias is not None for conv in leaves(convs)) else None,
+            replace(stand_in.geometry, groups=groups),
         )
+        seconds = None
+        if self.watch is not None:
+            seconds = self._seconds(apart, size, positions), self.watch.seconds(Kind(), fused, size, positions)
+        before, after = _cost(convs, size, positions), _cost(fused, size, positions)
+        return Merge(main.name, tree, exact, (channels, *size), before, after, seconds, fused)
 
-    def geometry(self, step: Step) -> Geometry:
-        """Return the geometry of a layer of the run."""
-        return self._leaf(LayerRef(step.name), step.axes, 0).conv.geometry
+    def price(self, name: str) -> float:
+        """Return what one run of a layer takes: seconds where measured, else multiply-adds."""
+        step, layer = self.calls[name]
+        if self.watch is None:
+            return float(self.cost(step, layer).multiply_adds)
+        channels, size, positions = self._input(step)
+        return self._seconds(self._lowered(LayerRef(name), step.axes, channels), size, positions)
 
-    def cost(self, step: Step) -> Cost:
-        """Of one run of a layer; nothing of one whose weight is made of tensors that only its own code knows."""
-        if step.name not in self.layers:
+    def runs(self) -> dict[str, list[LayerRun]]:
+        """Return every run of each layer, by its name."""
+        runs: dict[str, list[LayerRun]] = {}
+        for step, layer in self.flow.calls():
+            work = self.cost(step, layer).multiply_adds
+            runs.setdefault(layer.name, []).append(LayerRun(self.flow.input_shape(step)[1:], step.shape[1:], work))
+        return runs
+
+    def total(self) -> Cost:
+        """Return the cost of all layers of the run, parameters counted once."""
+        total, counted = Cost(0, 0), set()
+        for step, layer in self.flow.calls():
+            cost = self.cost(step, layer)
+            total += cost if layer.name not in counted else replace(cost, parameters=0)
+            counted.add(layer.name)
+        return total
+
+    def cost(self, step: Step, layer: Layer) -> Cost:
+        """Return the cost of one run of a layer; nothing where only its own code knows of what its weight is made."""
+        if layer.kind is UNKNOWN:
             return Cost(0, 0)
+        channels, size, positions = self._input(step)
+        return _cost(self._leaf(LayerRef(layer.name), step.axes, channels).conv, size, positions)
+
+    def resized(self) -> dict[str, str]:
+        """Return the layers whose output isn't of the size that their geometry says: transposed ones told another."""
+        told = {}
+        for step, layer in self.flow.calls():
+            channels, size, _ = self._input(step)
+            if layer.kind is UNKNOWN or not layer.axes():
+                continue
+            if step.shape[2:] != self._leaf(LayerRef(layer.name), step.axes, channels).conv.geometry.output_size(size):
+                told[layer.name] = "the model's code gives it an output size of its own"
+        return told
+
+    def _input(self, step: Step) -> tuple[int, tuple[int, ...], int]:
+        """Return channels and spatial size of what a layer reads, and how often it runs beside each other: the axes
+        between batch and channels of a linear layer's input.
+        """
         shape = self.flow.input_shape(step)
-        size, positions = (shape[2:], 1) if step.axes else ((), math.prod(shape[1:-1]))
-        conv = self._leaf(LayerRef(step.name), step.axes, 0).conv
-        return Cost(_parameters(conv), positions * multiply_adds(conv, size))
+        return (shape[1], shape[2:], 1) if step.axes else (shape[-1], (), math.prod(shape[1:-1]))
 
-    def _exactness(self, tree: Tree[NamedConv], size: tuple[int, ...]) -> tuple[Exact, str, Conv]:
-        def fuse(at: tuple[int, ...] | None) -> Fusion:
-            return fuse_tree(tree, input_size=at, allow_border=True, dtype=torch.float64)
+    def _lowered(self, tree: Tree[LayerRef], axes: int, channels: int) -> Tree[NamedConv]:
+        """Return the layers, their numbers made up."""
+        made: list[NamedConv] = []
 
-        try:
-            always = fuse(None)
-        except RefusedError:
-            here = fuse(size)  # wrong inside for some sizes, or a branch that is exact for this one only
-            if not here.verdict.exact:
-                raise
-            return Exact.THIS_SIZE, "", here.conv
-        if always.verdict.exact:
-            return Exact.EVERY_SIZE, "", always.conv
-        here = fuse(size)
-        if here.verdict.exact:
-            return Exact.THIS_SIZE, "", here.conv
-        return Exact.NOT, _rim(here.verdict), always.conv
+        def lower(ref: LayerRef, channels: int) -> int:
+            made.append(self._leaf(ref, axes, channels))
+            return made[-1].conv.out_channels
 
-    def _lower(self, tree: Tree[LayerRef], axes: int, channels: int) -> tuple[Tree[NamedConv], int]:
-        """Return the layers, their numbers made up, and the channels of their output."""
-        if isinstance(tree, Sum):
-            parts = [self._lower(part, axes, channels) for part in tree.parts]
-            return Sum(tuple(part for part, _ in parts)), parts[0][1]
-        if isinstance(tree, Chain):
-            chain: list[Tree[NamedConv]] = []
-            for part in tree.parts:
-                lowered, channels = self._lower(part, axes, channels)
-                chain.append(lowered)
-            return Chain(tuple(chain)), channels
-        leaf = self._leaf(tree, axes, channels)
-        return leaf, leaf.conv.out_channels
+        walk(tree, channels, lower, lambda _, outputs: outputs[0])
+        found = iter(made)
+        return joined(map_leaves(lambda _: next(found), tree))
 
     def _leaf(self, ref: LayerRef, axes: int, channels: int) -> NamedConv:
-        if ref.written:
-            return NamedConv(ref.name, make_written(ref.name, channels, axes))
-        layer = self.layers[ref.name]
-        numbers = {name: _number(info.dtype).expand(info.shape) for name, info in layer.tensors.items()}
-        return NamedConv(ref.name, layer.kind.lower(numbers, layer.fields, axes, None))
+        layer = self.layer(ref.name)
+        numbers = {name: _number(layer).expand(info.shape) for name, info in layer.tensors.items()}
+        return NamedConv(ref.name, layer.kind.lower(numbers, layer.fields, axes, channels))
 
     def _stand_in(self, leaf: NamedConv) -> NamedConv:
         """Return a layer of one channel, of ones, that is exact where this one is."""
-        one = torch.ones((), dtype=torch.float64)
-        geometry, layer = replace(leaf.conv.geometry, groups=1), self.layers.get(leaf.name)
+        one, geometry = torch.ones((), dtype=torch.float64), replace(leaf.conv.geometry, groups=1)
         # A batch norm's bias is made of four tensors, and is hardly ever zero throughout.
-        biased = leaf.conv.bias is not None and (layer is None or not layer.kind.main or self.is_biased(leaf.name))
-        return NamedConv(
-            leaf.name, Conv(one.expand(1, 1, *geometry.kernel_size), one.expand(1) if biased else None, geometry)
-        )
+        biased = leaf.conv.bias is not None and (not self.layer(leaf.name).kind.main or self.is_biased(leaf.name))
+        weight = one.expand(1, 1, *geometry.kernel_size)
+        return NamedConv(leaf.name, Conv(weight, one.expand(1) if biased else None, geometry))
 
-    def _fused(self, apart: Tree[NamedConv], stand_in: Conv) -> Conv:
-        groups = math.gcd(*(leaf.conv.geometry.groups for leaf in leaves(apart)))
-        geometry = replace(stand_in.geometry, groups=groups)
-        inputs, outputs = _first(apart).conv.in_channels, _last(apart).conv.out_channels
-        bias = any(leaf.conv.bias is not None for leaf in leaves(apart))
-        stored = [self.layers[leaf.name] for leaf in leaves(apart) if leaf.name in self.layers]
-        main = next((layer for layer in stored if layer.kind.main), stored[0])
-        number = _number(next(iter(main.tensors.values())).dtype)
-        weight = number.expand(outputs, inputs // groups, *geometry.kernel_size)
-        return Conv(weight, number.expand(outputs) if bias else None, geometry)
+    def _exactness(self, tree: Tree[NamedConv], size: tuple[int, ...]) -> tuple[Exact, Conv]:
+        def fuse(at: tuple[int, ...] | None) -> Fusion:
+            return fuse_tree(tree, input_size=at, allow_border=True, dtype=torch.float64)
+
+        refused = None
+        try:
+            always = fuse(None)
+            if always.verdict.exact:
+                return Exact.EVERY_SIZE, always.conv
+        except RefusedError as error:  # wrong inside for some sizes, or a branch that is exact for this one only
+            refused = error
+        here = fuse(size)
+        if here.verdict.exact:
+            return Exact.THIS_SIZE, here.conv
+        raise refused or RefusedError(f"{here.verdict.describe_rim()} of the output would differ")
+
+    def _seconds(self, tree: Tree[NamedConv], size: tuple[int, ...], positions: int) -> float:
+        """Return the seconds of layers one after the other; adding up branches is not counted."""
+        assert self.watch is not None
+        convs: Expression = map_leaves(lambda leaf: leaf.conv, tree)
+        kinds = (self.layer(leaf.name).kind for leaf in leaves(tree))
+        runs = zip(kinds, with_sizes(convs, size), strict=True)
+        return sum(self.watch.seconds(kind, conv, at, positions) for kind, (conv, at) in runs)
 
 
-def _number(dtype: str) -> torch.Tensor:
-    """Return the number that all made-up tensors consist of: no 1, which would be taken for an identity."""
+def _number(layer: Layer) -> torch.Tensor:
+    """Return the number that all made-up tensors of a layer consist of: no 1, which would be taken for an identity."""
+    dtype = next((info.dtype for info in layer.tensors.values()), "float64")
     return torch.tensor(0.5, dtype=getattr(torch, dtype))
 
 
-def _rim(verdict: Verdict) -> str:
-    return f"{verdict.describe_rim()} of the output would differ"
-
-
-def _parameters(conv: Conv) -> int:
-    return conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel())
-
-
-def _first(tree: Tree[NamedConv]) -> NamedConv:
-    return _first(tree.parts[0]) if isinstance(tree, Chain | Sum) else tree
-
-
-def _last(tree: Tree[NamedConv]) -> NamedConv:
-    return _last(tree.parts[-1]) if isinstance(tree, Chain | Sum) else tree
+def _cost(convs: Expression, size: tuple[int, ...], positions: int) -> Cost:
+    parameters = sum(conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel()) for conv in leaves(convs))
+    return Cost(parameters, positions * multiply_adds(convs, size))

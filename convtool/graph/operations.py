@@ -1,47 +1,188 @@
-"""What the data flow takes an operation of aten for."""
+"""A run of a model as operations of ATen, and the data flow that these make: layers, sums, and everything else."""
 
 from __future__ import annotations
 
-import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from convtool.graph.flow import Op
+from convtool.errors import UsageError
+from convtool.graph.flow import Flow, Step
+from convtool.kinds.kind import Layer
+from convtool.kinds.written import layer_of_operation
+
+INPUT = "input"  # the operation that what a run is given comes from
+_ADDITIONS = ("aten.add.Tensor", "aten.add_.Tensor")
+_OUTSIDE = -1  # whoever reads the values that leave the run
 
 
-def classify(
-    name: str,
-    read: Sequence[tuple[int, ...]],
-    shape: tuple[int, ...],
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Op:
-    """What an operation of aten is, by its name and the shapes that it reads and gives."""
-    if name in ("add.Tensor", "add_.Tensor") and kwargs.get("alpha", 1) == 1 and len(args) == 2:
-        if len(read) == 2 and read[0] == read[1] == shape:
-            return Op.ADD
-        numbers = [value for value in args if isinstance(value, int | float)]
-        return Op.PASS if numbers and not numbers[0] and read[0] == shape else Op.OTHER
-    if len(read) != 1:
-        return Op.OTHER
-    if name in _PASSES and read[0] == shape:
-        return Op.PASS
-    if (
-        name in ("dropout.default", "feature_dropout.default", "alpha_dropout.default")
-        and read[0] == shape
-        and len(args) == 3
-        and args[2] is False
-    ):
-        return Op.PASS
-    if name in _VIEWS and read[0] == shape:
-        return Op.PASS
-    if name in _VIEWS and len(read[0]) > 2 and shape == (read[0][0], math.prod(read[0][1:])):
-        return Op.FLATTEN
-    return Op.OTHER
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation.
+
+    Attributes:
+        name: ATen's, dotted: 'aten.add.Tensor'; `INPUT` for what the run is given.
+        reads: the operations whose values it reads, by number, in the order of its arguments; not constants, which
+            nothing of the run's input goes into.
+        shape: of its value, or of the first of several.
+        tensors: full names of the model's tensors that it reads.
+        arguments: by the names of the operation's schema, None in place of tensors; not the defaults.
+        call: the layer in whose run it happens, and the number of that run; ('', 0) outside of all.
+    """
+
+    name: str
+    reads: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    tensors: tuple[str, ...] = ()
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    call: tuple[str, int] = ("", 0)
 
 
-_PASSES = frozenset({"clone.default", "alias.default", "detach.default", "contiguous.default", "lift_fresh.default"})
-_VIEWS = frozenset(
-    {"view.default", "reshape.default", "flatten.using_ints", "_unsafe_view.default"}
-    | {"squeeze.default", "squeeze.dim", "squeeze.dims"}
-)
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The operations of one run.
+
+    Attributes:
+        outputs: those whose values leave the run.
+        kept: those whose values somebody still holds once the outputs are gone.
+    """
+
+    operations: Sequence[Operation]
+    outputs: frozenset[int]
+    kept: frozenset[int] = frozenset()
+
+
+def read_flow(run: Run, layers: Mapping[str, Layer], apart: Mapping[str, str]) -> Flow:
+    """Return the data flow of a run.
+
+    Args:
+        layers: those of the model, by name. A run of one is a step where it reads one value and gives one; a scale may
+            also be one by the operation that multiplies by it.
+        apart: layers that must stay as they are, with the reason.
+
+    Raises:
+        UsageError: the run's input has no batch axis.
+    """
+    return _Reader(run, layers, apart).flow()
+
+
+class _Reader:
+    def __init__(self, run: Run, layers: Mapping[str, Layer], apart: Mapping[str, str]) -> None:
+        self.run, self.operations, self.layers, self.apart = run, run.operations, layers, dict(apart)
+        self.scales = {
+            info.name: layer for layer in layers.values() if layer.kind.parameter for info in layer.tensors.values()
+        }
+        self.users: dict[int, set[int]] = defaultdict(set)
+        calls: dict[tuple[str, int], list[int]] = defaultdict(list)
+        for number, operation in enumerate(self.operations):
+            for value in operation.reads:
+                self.users[value].add(number)
+            if operation.call[0]:
+                calls[operation.call].append(number)
+        for value in run.outputs | run.kept:
+            self.users[value].add(_OUTSIDE)
+        self.calls = {call: inside for call, inside in calls.items() if self._is_layer(inside)}
+        self.steps: list[Step] = []
+        self.number: dict[int, int] = {}  # the steps by their operations
+
+    def flow(self) -> Flow:
+        for number, operation in enumerate(self.operations):
+            inside = self.calls.get(operation.call)
+            step = None
+            if inside is None:
+                step = self._step(number)
+            elif number == inside[-1]:
+                step = self._layer_step(self.layers[operation.call[0]], self._read_by(inside), operation.shape)
+            if step is not None:
+                self.number[number] = len(self.steps)
+                self.steps.append(step)
+        kept = self._kept([self.number[value] for value in self.run.kept if value in self.number])
+        outputs = frozenset(self.number[value] for value in self.run.outputs if value in self.number)
+        return Flow(tuple(self.steps), outputs, {**kept, **self.apart})
+
+    def _read_by(self, inside: Sequence[int]) -> list[int]:
+        """Return what is read by operations and made by none of them."""
+        return list(dict.fromkeys(value for n in inside for value in self.operations[n].reads if value not in inside))
+
+    def _is_layer(self, inside: Sequence[int]) -> bool:
+        """Return whether a call's operations read one value and give one, and no tensors but the layer's own."""
+        layer = self.layers[self.operations[inside[0]].call[0]]
+        given = {number for number in inside if not self.users[number] <= set(inside)}
+        own = {info.name for info in layer.tensors.values()}
+        read = self._read_by(inside)
+        # Of tied tensors only one name is known here; such a layer is left alone anyway.
+        plain = layer.name in self.apart or all(own.issuperset(self.operations[number].tensors) for number in inside)
+        return len(read) == 1 and given <= {inside[-1]} and plain and self._axes(layer, read[0]) is not None
+
+    def _axes(self, layer: Layer, value: int) -> int | None:
+        try:
+            return layer.kind.moves_over(len(self.operations[value].shape), layer.shapes, layer.fields)
+        except UsageError as error:
+            raise UsageError(f"{layer.name} {error}") from None
+
+    def _layer_step(self, layer: Layer, reads: Sequence[int], shape: tuple[int, ...]) -> Step | None:
+        axes = self._axes(layer, reads[0])
+        return None if axes is None else Step((self.number[reads[0]],), shape, layer, axes)
+
+    def _step(self, number: int) -> Step | None:
+        """Return an operation outside of the layers' runs as a step; None for one that makes a constant."""
+        operation, reads = self.operations[number], self.operations[number].reads
+        layer = self._layer(operation, reads)
+        step = None if layer is None else self._layer_step(layer, reads, operation.shape)
+        if step is not None:
+            return step
+        for name in operation.tensors:  # a layer whose tensors are read by anything but its own run has to keep them
+            path = name.rpartition(".")[0]
+            if path in self.layers:
+                self.apart.setdefault(path, f"{name} is read outside of the layer's own run as well")
+        constant = not reads and operation.name != INPUT
+        if constant or any(self._stacked(user) == number for user in self.users[number]):
+            return None
+        stacked = self._stacked(number)
+        if stacked is not None:
+            reads = self.operations[stacked].reads
+        adds = stacked is not None or self._adds(operation, reads)
+        return Step(tuple(self.number[value] for value in reads), operation.shape, adds=adds)
+
+    def _layer(self, operation: Operation, reads: Sequence[int]) -> Layer | None:
+        """Return what an operation is by itself: a layer without tensors, or a multiplication by a scale."""
+        if len(reads) != 1:
+            return None
+        about = (operation.name, operation.arguments, self.operations[reads[0]].shape, operation.shape)
+        if not operation.tensors:
+            return layer_of_operation(*about)
+        scale = self.scales.get(operation.tensors[0]) if len(operation.tensors) == 1 else None
+        if scale is None or operation.name not in scale.kind.operations or scale.kind.of_operation(*about) is None:
+            return None
+        return scale
+
+    def _adds(self, operation: Operation, reads: Sequence[int]) -> bool:
+        plain = operation.name in _ADDITIONS and operation.arguments.get("alpha", 1) == 1
+        return plain and len(reads) == 2 and {self.operations[value].shape for value in reads} == {operation.shape}
+
+    def _stacked(self, number: int) -> int | None:
+        """Return the torch.stack all of which an operation adds up again, and which nothing else reads."""
+        operation = Operation("") if number == _OUTSIDE else self.operations[number]
+        if operation.name != "aten.sum.dim_IntList" or len(operation.reads) != 1:
+            return None
+        (value,) = operation.reads
+        before, axes = self.operations[value], list(operation.arguments.get("dim") or [])
+        whole = operation.arguments.keys() - {"keepdim"} == {"self", "dim"} and not operation.arguments.get("keepdim")
+        if before.name != "aten.stack.default" or len(axes) != 1 or not whole or self.users[value] != {number}:
+            return None
+        rank = len(before.shape)
+        return value if axes[0] % rank == before.arguments.get("dim", 0) % rank else None
+
+    def _kept(self, ahead: list[int]) -> dict[str, str]:
+        """Return the layers whose values are these steps', or go into them with only copies and additions between."""
+        kept, seen = set(), set[int]()
+        while ahead:
+            number = ahead.pop()
+            step = self.steps[number]
+            if step.layer is not None and not step.written:
+                kept.add(step.layer.name)
+            elif (step.adds or step.written) and number not in seen:
+                ahead += step.reads
+            seen.add(number)
+        return dict.fromkeys(sorted(kept), "the model's code keeps its value")

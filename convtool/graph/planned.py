@@ -4,40 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from convtool.core.fields import Fields
 from convtool.core.names import toml_string
-from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, map_leaves, tree_text
-from convtool.graph.judge import Cost, Exact, Piece
+from convtool.core.tree import LayerRef, Sum, Tree, leaves, map_leaves, tree_text
+from convtool.graph.flow import LeftAlone
+from convtool.graph.judge import Cost, Merge
 from convtool.kinds.stated import FieldSource, field_tables
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class PlannedPiece:
-    """One fusion of a plan.
-
-    Attributes:
-        name: of the fused layer: one of those that it stands for.
-        piece: these, and what the fused one costs.
-        seconds: before and after on this machine, where measured.
-    """
-
-    name: str
-    piece: Piece
-    seconds: tuple[float, float] | None = None
-
-    @property
-    def only_size(self) -> tuple[int, ...] | None:
-        """Return the one input size that it is exact at, channels in front; None where it is at every size."""
-        return self.piece.input_size if self.piece.exact is Exact.THIS_SIZE else None
-
-
-@dataclass(frozen=True, slots=True)
-class LeftAlone:
-    """Layers with nothing in between that stay apart, and why."""
-
-    layers: tuple[str, ...]
-    reason: str
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,7 +27,7 @@ class Plan:
         remarks: what to know of that.
     """
 
-    fusions: tuple[PlannedPiece, ...]
+    fusions: tuple[Merge, ...]
     left_alone: tuple[LeftAlone, ...]
     fields: Mapping[str, Fields]
     total: Cost
@@ -62,61 +36,51 @@ class Plan:
 
     @property
     def geometry(self) -> FieldSource:
-        """The same as a source of fields."""
+        """Return the fields as a source of them."""
         return FieldSource("the plan", self.fields, exact_names=True)
 
     @property
     def total_after(self) -> Cost:
-        """The same with the fusions carried out."""
-        saved = [(one.piece.before, one.piece.after) for one in self.fusions]
-        return Cost(
-            self.total.parameters - sum(before.parameters - after.parameters for before, after in saved),
-            self.total.multiply_adds - sum(before.multiply_adds - after.multiply_adds for before, after in saved),
-        )
+        """Return the total with the fusions carried out."""
+        return reduce(lambda total, one: total - one.before + one.after, self.fusions, self.total)
 
     def renamed(self, names: Mapping[str, str]) -> Plan:
-        """The same for a checkpoint that calls the layers otherwise; fields and fusions are by its names."""
+        """Return the plan for a checkpoint that calls the layers otherwise; fusions and fields are by its names."""
 
-        def ref(leaf: LayerRef) -> LayerRef:
-            return replace(leaf, name=names.get(leaf.name, leaf.name))
+        def new(name: str) -> str:
+            return names.get(name, name)
 
-        fusions = tuple(
-            replace(
-                one, name=names.get(one.name, one.name), piece=replace(one.piece, tree=map_leaves(ref, one.piece.tree))
-            )
-            for one in self.fusions
-        )
-        return replace(
-            self, fusions=fusions, fields={names.get(name, name): fields for name, fields in self.fields.items()}
-        )
+        def rename(merge: Merge) -> Merge:
+            tree = map_leaves(lambda leaf: replace(leaf, name=new(leaf.name)), merge.tree)
+            return replace(merge, name=new(merge.name), tree=tree)
+
+        fields = {new(name): fields for name, fields in self.fields.items()}
+        return replace(self, fusions=tuple(map(rename, self.fusions)), fields=fields)
 
     def recipe(self) -> str:
-        """The plan as a recipe in TOML, all of its names spelled out."""
+        """Return the plan as a recipe in TOML, all of its names spelled out."""
         lines = ["# Written by `convtool plan`; for `convtool fuse CKPT --recipe THIS_FILE -o OUT`."]
         for one in self.fusions:
-            lines += ["", "[[fuse]]", f"name = {toml_string(one.name)}", *_rule(one.piece)]
-        used = {leaf.name for one in self.fusions for leaf in leaves(one.piece.tree)}
-        lines += ["", "[geometry]", *field_tables({name: f for name, f in self.fields.items() if name in used})]
-        return "\n".join(lines) + "\n"
+            lines += ["", "[[fuse]]", f"name = {toml_string(one.name)}", *_rule(one)]
+        return "\n".join([*lines, "", "[geometry]", *field_tables(self.fields)]) + "\n"
 
 
-def _rule(piece: Piece) -> Iterator[str]:
-    tree = piece.tree
-    if isinstance(tree, Sum):
-        yield f"sum = [{', '.join(_part(part) for part in tree.parts)}]"
-    else:
-        parts = tree.parts if isinstance(tree, Chain) else (tree,)
-        yield f"chain = [{', '.join(_part(part) for part in parts)}]"
-    if piece.exact is Exact.THIS_SIZE:
-        yield f"input_size = {list(piece.input_size)}"
+def _rule(merge: Merge) -> Iterator[str]:
+    tree = merge.tree
+    yield f"sum = {_parts(tree)}" if isinstance(tree, Sum) else f"chain = {_parts(tree)}"
+    if merge.only_size is not None:
+        yield f"input_size = {list(merge.only_size)}"
+
+
+def _parts(tree: Tree[LayerRef]) -> str:
+    parts = (tree,) if isinstance(tree, LayerRef) else tree.parts
+    return f"[{', '.join(map(_part, parts))}]"
 
 
 def _part(tree: Tree[LayerRef]) -> str:
-    if isinstance(tree, Chain):
-        return f"[{', '.join(_part(part) for part in tree.parts)}]"
-    if isinstance(tree, Sum):
-        return f"{{ sum = [{', '.join(_part(part) for part in tree.parts)}] }}"
-    return toml_string(tree.name)
+    if isinstance(tree, LayerRef):
+        return toml_string(tree.name)
+    return f"{{ sum = {_parts(tree)} }}" if isinstance(tree, Sum) else _parts(tree)
 
 
 def tree_in_short(tree: Tree[LayerRef]) -> str:

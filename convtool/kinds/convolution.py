@@ -82,13 +82,14 @@ class Convolution(Kind):
     def other_readings(self, shapes: Shapes) -> Iterator[Reading]:
         yield Reading(shapes["weight"][0], shapes["weight"][1], "a transposed convolution", "transposed=true")
 
-    def moves_over(self, rank: int, axes: int | None) -> int | None:
-        if axes is not None and rank == axes + 1:
+    def moves_over(self, rank: int, shapes: Shapes, fields: Fields) -> int | None:
+        axes = len(shapes["weight"]) - 2
+        if rank == axes + 1:
             raise UsageError(
                 f"reads an input of {rank} axes, which is one without a batch; the input size is that of the model's"
                 " input with the channels in front, such as 3,224,224"
             )
-        return axes if axes is not None and rank == axes + 2 else None
+        return axes if rank == axes + 2 else None
 
     def full_fields(self, conv: Conv, fields: Fields) -> Fields:
         return geometry_fields(conv.geometry)
@@ -124,9 +125,6 @@ class Convolution(Kind):
         if not module.transposed:
             fields["output_padding"] = 0
         return geometry_fields(Geometry.of(tuple(module.kernel_size), **fields))
-
-    def module_axes(self, module: Any) -> int | None:
-        return len(module.kernel_size)
 
     def describe(self, fields: Fields, shapes: Shapes) -> str:
         return Geometry.of(shapes["weight"][2:], **fields).describe()

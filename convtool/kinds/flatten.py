@@ -7,15 +7,23 @@ With P positions, output channel c*P + p of a flatten is position p of channel c
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import SIZES, Fields
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.errors import UsageError
-from convtool.kinds.kind import Kind, Shapes, Tensors, check_size
+from convtool.kinds.kind import Kind, Shape, Shapes, Tensors, check_size
 
 if TYPE_CHECKING:
     from convtool.core.conv import Conv
+
+
+# Operations that give the numbers that they read in another shape.
+VIEWS = (
+    *(f"aten.{name}.default" for name in ("view", "reshape", "_unsafe_view", "squeeze")),
+    *("aten.flatten.using_ints", "aten.squeeze.dim", "aten.squeeze.dims"),
+)
 
 
 class Flatten(Kind):
@@ -26,6 +34,7 @@ class Flatten(Kind):
     written = True
     reshapes = True
     code = "nowhere"  # a model's own flatten may stay: what is left of the map, one position, it flattens as well
+    operations = VIEWS
 
     def axes(self, shapes: Shapes, fields: Fields) -> int | None:
         return len(fields["size"])
@@ -36,6 +45,10 @@ class Flatten(Kind):
 
     def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
         return None if takes is None else takes * math.prod(fields["size"])
+
+    def of_operation(self, name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Fields | None:
+        flat = len(takes) > 2 and gives == (takes[0], math.prod(takes[1:]))
+        return {"size": list(takes[2:])} if flat else None
 
     def check_input(self, fields: Fields, size: tuple[int, ...]) -> None:
         if tuple(fields["size"]) != size:

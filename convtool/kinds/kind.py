@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from convtool.core.conv import Conv
     from convtool.core.tree import Tree
 
-Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
+Shape: TypeAlias = tuple[int, ...]
+Shapes: TypeAlias = Mapping[str, Shape]
 Tensors: TypeAlias = "Mapping[str, Tensor]"
 
 
@@ -109,7 +110,9 @@ class Kind:
         reshapes: whether it makes a feature map flat, or a flat one a feature map.
         parameter: whether its tensor is a parameter of the block that multiplies by it, which stays when it is gone.
         code: where a layer without tensors is in a model: in its code, in front of its input, or nowhere.
+        neutral: whether it changes nothing, so that what stands before it and behind it is next to each other.
         modules: dotted names of torch's classes that compute it, and nothing else.
+        operations: dotted names of ATen's operations that compute it, where `of_operation` says so.
     """
 
     name: ClassVar[str]
@@ -125,7 +128,9 @@ class Kind:
     reshapes: ClassVar[bool] = False
     parameter: ClassVar[bool] = False
     code: ClassVar[Literal["model", "input", "nowhere"]] = "model"
+    neutral: ClassVar[bool] = False
     modules: ClassVar[tuple[str, ...]] = ()
+    operations: ClassVar[tuple[str, ...]] = ()
 
     @property
     def label(self) -> str:
@@ -179,11 +184,10 @@ class Kind:
         """Yield what else tensors of these shapes could be, for messages about channels that don't fit."""
         return iter(())
 
-    def moves_over(self, rank: int, axes: int | None) -> int | None:
+    def moves_over(self, rank: int, shapes: Shapes, fields: Fields) -> int | None:
         """Return the spatial axes that it runs over in an input of `rank` axes; None where it reads it another way.
 
-        Args:
-            axes: what its own tensors tell.
+        Those are the axes behind the channels, which are axis 1; 0 where the channels are the last axis.
 
         Raises:
             UsageError: the input has no batch axis.
@@ -228,7 +232,16 @@ class Kind:
 
         return stored(conv)
 
-    # --- live modules
+    # --- live modules, and operations of a run
+
+    def of_operation(self, name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Fields | None:
+        """Return the fields of the layer that one of `operations` is; None where it is something else.
+
+        Args:
+            arguments: those that it was given, by the names of its schema, None for tensors; not the defaults.
+            takes, gives: the shapes of what it reads and makes, batch first.
+        """
+        return None
 
     def timed(self, conv: Conv, x: Tensor) -> Callable[[], Tensor]:
         """Return what runs the layer on x as a model would, to be timed."""
@@ -243,10 +256,6 @@ class Kind:
             RefusedError: why it isn't this layer for all that.
         """
         return {name: getattr(module, name) for name in self.fields}
-
-    def module_axes(self, module: Any) -> int | None:
-        """Return the number of spatial axes of a module of one of `modules`, where it tells."""
-        return None
 
     def observe(self, run: Callable[[Tensors, Tensor], Tensor], shapes: Shapes) -> Fields | None:
         """Return the fields of a module of unknown class that has this kind's tensors, found by running it.

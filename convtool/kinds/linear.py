@@ -32,7 +32,7 @@ class Linear(Kind):
     def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
         return shapes["weight"][0]
 
-    def moves_over(self, rank: int, axes: int | None) -> int | None:
+    def moves_over(self, rank: int, shapes: Shapes, fields: Fields) -> int | None:
         return 0 if rank >= 2 else None  # the last axis
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import NUMBER, NUMBERS, Fields
 from convtool.errors import RefusedError, UsageError
-from convtool.kinds.kind import Kind, Layer, Shapes, TensorInfo, Tensors
+from convtool.kinds.flatten import VIEWS
+from convtool.kinds.kind import Kind, Layer, Shape, Shapes, TensorInfo, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from convtool.core.conv import Conv
+
+
+_DROPOUTS = tuple(f"aten.{name}.default" for name in ("dropout", "feature_dropout", "alpha_dropout"))
+_ADDITIONS = ("aten.add.Tensor", "aten.add_.Tensor")
 
 
 class Scale(Kind):
@@ -24,6 +29,7 @@ class Scale(Kind):
     written = True
     channels_last = False
     parameter = True
+    operations = ("aten.mul.Tensor", "aten.mul_.Tensor")
 
     def recognises(self, tensors: Mapping[str, TensorInfo]) -> bool:
         return len(tensors) == 1 and all(name in self.tensors and _is_factor(info) for name, info in tensors.items())
@@ -45,8 +51,12 @@ class Scale(Kind):
     def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
         return next((shape[0] for shape in shapes.values()), takes)
 
-    def moves_over(self, rank: int, axes: int | None) -> int | None:
-        return 0 if rank >= 2 else None  # the last axis
+    def moves_over(self, rank: int, shapes: Shapes, fields: Fields) -> int | None:
+        axes = max((len(shape) - 1 for shape in shapes.values()), default=0)  # (C, 1, 1) runs over the last two
+        return axes if rank == axes + 2 or (axes == 0 and rank >= 2) else None
+
+    def of_operation(self, name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Fields | None:
+        return {} if arguments.get("other") is None and takes == gives else None
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         import torch
@@ -74,6 +84,18 @@ class Identity(Kind):
     name = "identity"
     written = True
     code = "nowhere"
+    neutral = True
+    operations = (
+        *(f"aten.{name}.default" for name in ("clone", "alias", "detach", "contiguous", "lift_fresh")),
+        *_DROPOUTS,
+        *VIEWS,
+        *_ADDITIONS,
+    )
+
+    def of_operation(self, name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Fields | None:
+        at_rest = name not in _DROPOUTS or arguments.get("train") is False
+        nothing = name not in _ADDITIONS or (arguments.get("other") == 0 and arguments.get("alpha", 1) == 1)
+        return {} if takes == gives and at_rest and nothing else None
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         import torch

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import Fields
 from convtool.core.names import CALL
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds import KINDS, kind_named, names_of
-from convtool.kinds.kind import Kind, Layer
+from convtool.kinds.kind import Kind, Layer, Shape
 
 if TYPE_CHECKING:
     from convtool.core.conv import Conv
@@ -39,6 +40,15 @@ def read_layer(text: str) -> Layer:
     return Layer(text, kind, {}, _read_arguments(text, call[2], kind))
 
 
+def layer_of_operation(name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Layer | None:
+    """Return the layer without tensors that an operation is, as it would be written; see `Kind.of_operation`."""
+    for kind in KINDS:
+        fields = kind.of_operation(name, arguments, takes, gives) if name in kind.operations else None
+        if kind.written and fields is not None and kind.fields.keys() <= {**kind.defaults, **fields}.keys():
+            return Layer(_text(kind, fields), kind, {}, fields)
+    return None
+
+
 def check_closed(text: str) -> None:
     """Raise UsageError for what begins as one of these layers does and lacks its end: 'avg_pool(2'."""
     name, opened, _ = text.partition("(")
@@ -58,6 +68,17 @@ def make_written(text: str, channels: int, axes: int) -> Conv:
         return layer.kind.lower({}, layer.fields, axes, channels)
     except UsageError as error:
         raise UsageError(f"{text}: {str(error).removeprefix(f'{layer.kind.name}: ')}") from None
+
+
+def _text(kind: Kind, fields: Fields) -> str:
+    """Return a layer as `read_layer` reads it: 'pad(0:1,2:2)'."""
+
+    def value(one: object, between: str = ",") -> str:
+        return between.join(value(part, ":") for part in one) if isinstance(one, list | tuple) else str(one)
+
+    first = next(iter(kind.fields), "")
+    inside = "; ".join(f"{name}={value(fields[name])}" for name in kind.fields if name in fields)
+    return f"{kind.name}({inside.removeprefix(f'{first}=')})"
 
 
 def _read_arguments(text: str, inside: str, kind: Kind) -> Fields:

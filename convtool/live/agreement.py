@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from torch import nn
 
-from convtool.checkpoint import Checkpoint, Layer, TensorInfo
+from convtool.checkpoint import Checkpoint, Layer
 from convtool.core.names import unwrap
-from convtool.kinds.found import group_layers
 from convtool.kinds.stated import FieldSource
 from convtool.live.layers import module_layers
+from convtool.live.state import StateCheckpoint
 
 MOST_NAMES = 6  # named one by one before the rest is only counted
 _COUNTS = "num_batches_tracked"  # of a batch norm: never computed with
@@ -40,18 +40,18 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
     Wrappers' prefixes ('module.') don't count, and neither does one prefix that all names of one side have and the
     other's lack. Layers that convtool fused have the geometry that its record says, not the model's.
     """
-    ours = group_layers(_infos(model))
+    ours = StateCheckpoint.of(model).layers
     theirs = checkpoint.layers
     names = _names(ours, theirs)
     record = checkpoint.record
     fused = set(record.fields()) if record else set()
     gone = {source.name for fusion in (record.fusions if record else ()) for source in fusion.sources} | fused
     shapes = {name: line for name, other in names.items() if (line := _shapes(ours[name], theirs[other]))}
-    layers = module_layers(model)
+    known = module_layers(model)
     tables = {
-        names[name]: layer.fields
-        for name, layer in layers.items()
-        if name in names and layer.fields and not layer.foreign and names[name] not in fused and name not in shapes
+        names[name]: known.layers[name].fields
+        for name in known.called()
+        if known.layers[name].fields and name in names and names[name] not in fused and name not in shapes
     }
     found = set(names.values())
     unlike = {
@@ -64,18 +64,12 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
         *_listed("only in the model", (name for name in ours if name not in names and name not in gone)),
         *(line for name, line in shapes.items() if names[name] not in fused),
         *(
-            f"{name}: its stride, padding and eps are unknown; it is {layer.foreign}"
-            for name, layer in layers.items()
-            if layer.foreign and layer.kind.settable
+            f"{name}: its stride, padding and eps are unknown; it is {reason}"
+            for name, reason in known.foreign.items()
+            if known.layers[name].fields
         ),
     ]
     return Agreement(FieldSource(origin, tables, exact_names=True), names, unlike, tuple(differences))
-
-
-def _infos(model: nn.Module) -> Iterator[TensorInfo]:
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        yield TensorInfo(name, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())
 
 
 def _names(ours: Mapping[str, Layer], theirs: Mapping[str, Layer]) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from convtool.checkpoint import Checkpoint, open_checkpoint
-from convtool.checkpoint.record import FusionRecord, SourceLayer
+from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.names import unwrap
 from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves
@@ -65,14 +65,16 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
 
 
 def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, *, check: bool = True) -> nn.Module:
-    """`apply` for a checkpoint that is open already."""
+    """Put in the recorded fusions of a checkpoint that is open already; see `apply`."""
     if checkpoint.record is None:
         raise InputError(f"{checkpoint.path}: holds no convtool record; there is nothing to apply")
-    applying = Applying(model, checkpoint, check)
+    applying = Applying(model, check)
     try:
         for fusion in checkpoint.record.fusions:
-            applying.put(fusion)
-        applying.load()
+            # Where it isn't there, it was fused further, and a later record has it.
+            fused = checkpoint.conv(fusion.name) if f"{fusion.name}.weight" in checkpoint.infos else None
+            applying.put(fusion.name, fusion.tree, fused)
+        applying.load(checkpoint)
     except BaseException:
         applying.undo()
         raise
@@ -82,110 +84,111 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, *, check: bool = 
 class Applying:
     """A live model while fusions are put into it."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, check: bool = True) -> None:
-        self.model, self.checkpoint, self.check = model, checkpoint, check
+    def __init__(self, model: nn.Module, check: bool = True) -> None:
+        self.model, self.check = model, check
         self.made: set[str] = set()
         self.touched: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
 
-    def put(self, fusion: FusionRecord) -> None:
-        """Replace the layers of one fusion."""
-        sources = [source for source in fusion.sources if source.origin == BASE and not source.written]
+    def put(self, name: str, tree: Tree[SourceLayer], fused: Conv | None) -> None:
+        """Replace the layers of one fusion.
+
+        Args:
+            name: of the fused layer.
+            fused: that, its numbers not needed yet; None where only its layers are to go.
+        """
+        sources = [source for source in leaves(tree) if source.origin == BASE and not source.written]
         for source in sources:
             self._check(source)
-        again = [] if fusion.name not in {source.name for source in sources} else list(_done_by_the_model(fusion.tree))
-        if self.check and again:
+        stays, branches = name in {source.name for source in sources}, has_sum(tree)
+        again = next(_done_by_the_model(tree), None) if stays and self.check else None
+        if again is not None:
             raise RefusedError(
-                f"{fusion.name} was fused with {again[0]}, which the model's own code does and would go on to do; take"
+                f"{name} was fused with {again}, which the model's own code does and would go on to do; take"
                 " it out there, and then pass check=False"
             )
-        places = self._names()
-        # What the fused layer stands for may be the container of its sources: those went with it.
-        branches = has_sum(fusion.tree)
+        places = self._places()
         silent: dict[str, nn.Module] = {}
-        if f"{fusion.name}.weight" in self.checkpoint.infos:  # else it was fused further, and a later record has it
-            fused = self.checkpoint.conv(fusion.name)
+        if fused is not None:
             near = self._near(sources[0])
             with torch.device("cpu" if near is None else near.device):
                 # The model may have been cast, as what else is loaded into it then is.
                 module = live_module(fused, fused.weight.dtype if near is None else near.dtype)
-            self._set(self._place(fusion.name, places), module.train(self.model.training))
-            self.made.add(fusion.name)
-            silent = dict(_silenced(fusion.tree, fusion.name, fused))
-        stays = any(source.name == fusion.name for source in sources)
+            self._set(self._place(name, places), module.train(self.model.training))
+            self.made.add(name)
+            silent = dict(_silenced(tree, name, fused))
         for source in sources:
-            if source.name == fusion.name or source.name.startswith(f"{fusion.name}."):
+            # What the fused layer stands for may be the container of its sources: those went with it.
+            if source.name == name or source.name.startswith(f"{name}."):
                 continue
             if source.name in silent and stays:
                 self._set(places[unwrap(source.name)], silent[source.name])
             elif source.kind.parameter:
                 self._drop_scale(source)
-            elif branches and stays:
-                self._set(places[unwrap(source.name)], nn.Identity())
-            elif branches:  # an identity in place of a branch would add its input to the sum
+            elif branches and not stays:  # an identity in place of a branch would add its input to the sum
                 self._delete(places[unwrap(source.name)])
             else:
                 self._set(places[unwrap(source.name)], nn.Identity())
 
-    def load(self) -> None:
+    def load(self, checkpoint: Checkpoint) -> None:
         """Load every tensor of the checkpoint; InputError, before any is, where they don't fit."""
-        places = self._names()
-        state = {self._tensor_place(name, places): self.checkpoint.tensor(name) for name in self.checkpoint.infos}
-        own = self.model.state_dict()
+        places, own = self._places(), self.model.state_dict()
+        state = {self._tensor_place(name, places): checkpoint.tensor(name) for name in checkpoint.infos}
         missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
         unexpected = [name for name in state if name not in own]
-        for what, names in (("the checkpoint lacks", missing), ("the model has no", unexpected)):
-            if names:
-                more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-                raise InputError(
-                    f"{self.checkpoint.path}: does not load into the model: {what} {', '.join(names[:3])}{more}"
-                )
-        for name, tensor in state.items():
-            if isinstance(own[name], Tensor) and own[name].shape != tensor.shape:
-                raise InputError(
-                    f"{self.checkpoint.path}: does not load into the model: {name} is of shape"
-                    f" {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
-                )
+        wrong = [
+            f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+            for what, names in (("the checkpoint lacks", missing), ("the model has no", unexpected))
+            if names
+        ]
+        wrong += [
+            f"{name} is of shape {tuple(tensor.shape)}, expected {tuple(own[name].shape)}"
+            for name, tensor in state.items()
+            if isinstance(own.get(name), Tensor) and own[name].shape != tensor.shape
+        ]
+        if wrong:
+            raise InputError(f"{checkpoint.path}: does not load into the model: {wrong[0]}")
         self.model.load_state_dict(state, strict=True)
 
     def undo(self) -> None:
         """Put back every module that was replaced."""
         for module, modules, parameters in self.touched.values():
-            module._modules.clear()
-            module._modules.update(modules)
-            module._parameters.clear()
-            module._parameters.update(parameters)
+            for own, before in ((module._modules, modules), (module._parameters, parameters)):
+                own.clear()
+                own.update(before)
 
-    def _names(self) -> dict[str, str]:
-        """The model's own names of its modules by the names without wrappers."""
+    # --- where layers are
+
+    def _places(self) -> dict[str, str]:
+        """Return the model's own names of its modules by the names without wrappers."""
         return {unwrap(name): name for name, _ in self.model.named_modules(remove_duplicate=False)}
 
     def _place(self, name: str, places: dict[str, str]) -> str:
-        """Where a module of that name stands, or is to stand."""
-        bare = unwrap(name)
-        if bare in places:
-            return places[bare]
-        parent, _, last = bare.rpartition(".")
-        if parent not in places:
+        """Return where a module of that name stands, or is to stand."""
+        parent, _, last = unwrap(name).rpartition(".")
+        if unwrap(name) not in places and parent not in places:
             raise UsageError(f"the model has no module {parent!r}, in which {name!r} is to stand")
-        return f"{places[parent]}.{last}" if places[parent] else last
+        return places.get(unwrap(name)) or _joined(places[parent], last)
 
     def _tensor_place(self, name: str, places: dict[str, str]) -> str:
         path, _, parameter = name.rpartition(".")
-        place = places.get(unwrap(path), path)
-        return f"{place}.{parameter}" if place else parameter
+        return _joined(places.get(unwrap(path), path), parameter)
 
-    def _module(self, name: str) -> nn.Module:
-        places = self._names()
-        if unwrap(name) not in places:
-            raise UsageError(f"the model has no layer {name!r}, which the checkpoint's record names")
-        return self.model.get_submodule(places[unwrap(name)])
+    def _holder(self, source: SourceLayer) -> tuple[str, nn.Module, str]:
+        """Return the model's name of the module that a layer is, the module, and the parameter where it is a scale."""
+        path, places, parameter = source.name, self._places(), ""
+        if source.kind.parameter and unwrap(path) not in places:  # named by its tensor
+            path, _, parameter = path.rpartition(".")
+        if unwrap(path) not in places:
+            raise UsageError(f"the model has no layer {path!r}, which the checkpoint's record names")
+        module = self.model.get_submodule(places[unwrap(path)])
+        names = (name for name in source.kind.tensors if name in module._parameters)
+        return places[unwrap(path)], module, parameter or (next(names, "") if source.kind.parameter else "")
 
     def _check(self, source: SourceLayer) -> None:
-        """Whether a source is in the model, under one name, and is what the record says."""
+        """Raise unless a source is in the model, under one name, and is what the record says."""
         if source.name in self.made:
             return
-        name = source.name
-        module = self._module(name.rpartition(".")[0] if self._is_tensor(source) else name)
+        _, module, _ = self._holder(source)
         shared = [other for other, one in self.model.named_modules(remove_duplicate=False) if one is module]
         if len(shared) > 1:
             raise RefusedError(
@@ -194,34 +197,20 @@ class Applying:
         reason = difference(module, source.kind, source.fields) if self.check else ""
         if reason:
             raise RefusedError(
-                f"{name}: {reason}; the fused layer would compute something else than the model did. State it with"
-                " --set when fusing, or pass check=False to replace the layer all the same"
+                f"{source.name}: {reason}; the fused layer would compute something else than the model did. State it"
+                " with --set when fusing, or pass check=False to replace the layer all the same"
             )
 
-    def _is_tensor(self, source: SourceLayer) -> bool:
-        """Whether a scale is named by its tensor and not by its module."""
-        return source.kind.parameter and unwrap(source.name) not in self._names()
-
-    def _drop_scale(self, source: SourceLayer) -> None:
-        if self._is_tensor(source):
-            path, _, parameter = source.name.rpartition(".")
-        else:
-            path = source.name
-            parameter = next(name for name in source.kind.tensors if name in self._module(path)._parameters)
-        module = self._module(path)
-        if any(True for _ in module.children()) or len(module._parameters) > 1:
-            self._touch(module)
-            setattr(module, parameter, None)
-        else:
-            self._set(self._names()[unwrap(path)], nn.Identity())
-
     def _near(self, source: SourceLayer) -> Tensor | None:
-        """A tensor of the model that has the device and the dtype that a layer in place of `source` is to have."""
-        near = self._module(source.name.rpartition(".")[0] if self._is_tensor(source) else source.name)
-        tensors = itertools.chain(
-            *(one for module in (near, self.model) for one in (module.parameters(), module.buffers()))
+        """Return a tensor of the device and the dtype that a layer in place of `source` is to have."""
+        tensors = (
+            tensor
+            for module in (self._holder(source)[1], self.model)
+            for tensor in itertools.chain(module.parameters(), module.buffers())
         )
         return next((one for one in tensors if one.is_floating_point() or one.is_complex()), None)
+
+    # --- changing the model
 
     def _touch(self, module: nn.Module) -> None:
         self.touched.setdefault(id(module), (module, dict(module._modules), dict(module._parameters)))
@@ -244,35 +233,49 @@ class Applying:
         if path and not parent._modules and not any(True for _ in parent.parameters()):
             self._delete(path)
 
+    def _drop_scale(self, source: SourceLayer) -> None:
+        name, module, parameter = self._holder(source)
+        if any(True for _ in module.children()) or len(module._parameters) > 1:
+            self._touch(module)
+            setattr(module, parameter, None)
+        else:
+            self._set(name, nn.Identity())
 
-def _done_by_the_model(tree: Tree[SourceLayer]) -> Iterator[str]:
-    """Layers without tensors in chains with layers of the model: what its forward does itself, by module or function.
+
+# Where a layer without tensors is in a model, and whether it stands in front of all else, such that its code does it.
+_CODE = {("model", False), ("model", True), ("input", False)}
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _done_by_the_model(tree: Tree[SourceLayer], in_front: bool | None = None) -> Iterator[str]:
+    """Yield the layers without tensors in chains with layers of the model: what its forward does itself, by module or
+    function.
 
     An identity is none, and a normalisation of the whole input stands in front of the model.
+
+    Args:
+        in_front: whether the tree's first layers are those that the whole input goes into.
     """
-    return _functions_of_the_model(tree, len({source.name for source in first_leaves(tree)}) == 1)
-
-
-def _functions_of_the_model(tree: Tree[SourceLayer], in_front: bool) -> Iterator[str]:
-    """See `_done_by_the_model`; `in_front` where the tree's first layers are those that the whole input goes into."""
     sources: list[SourceLayer] = list(leaves(tree))
+    first_ones: list[SourceLayer] = list(first_leaves(tree))
     ours = any(source.origin == BASE and not source.written for source in sources)
+    if in_front is None:
+        in_front = len({source.name for source in first_ones}) == 1
     for number, part in enumerate(() if isinstance(tree, SourceLayer) else tree.parts):
         first = in_front and (number == 0 or not isinstance(tree, Chain))
         if not isinstance(part, SourceLayer):
-            yield from _functions_of_the_model(part, first)
-        elif isinstance(tree, Chain) and ours and part.written and not _is_not_the_models(part, first):
+            yield from _done_by_the_model(part, first)
+        elif isinstance(tree, Chain) and ours and part.written and (part.kind.code, first) in _CODE:
             yield part.name
-
-
-def _is_not_the_models(source: SourceLayer, first: bool) -> bool:
-    return source.kind.code == "nowhere" or (first and source.kind.code == "input")
 
 
 def _silenced(
     tree: Tree[SourceLayer], name: str, fused: Conv | None, counts: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Which layers of a fusion give zeros from now on, so that its sums are what one of their branches gives.
+    """Yield the layers of a fusion that give zeros from now on, so that its sums are what one of their branches gives.
 
     Args:
         name: of the fused layer, one of the tree's. Behind it, where `fused` is None, values have its output's shape.
@@ -283,19 +286,16 @@ def _silenced(
             raise RefusedError(f"{tree.name} is all of a branch, which can only be taken out of the model's code")
         if not counts:
             yield tree.name, Zeros(fused)
-    elif isinstance(tree, Chain):
-        holds = next((part for part in tree.parts if _holds(part, name)), None)
+        return
+    holds = next((part for part in tree.parts if any(source.name == name for source in leaves(part))), None)
+    if isinstance(tree, Chain):
         first = None if counts else next((part for part in tree.parts if _has_module(part)), tree.parts[0])
         for part in tree.parts:
             yield from _silenced(part, name, fused if part in (holds, first) else None, part is not first)
     else:
-        heard = next((part for part in tree.parts if _holds(part, name)), tree.parts[0]) if counts else None
+        heard = (holds or tree.parts[0]) if counts else None
         for part in tree.parts:
             yield from _silenced(part, name, fused, part is heard)
-
-
-def _holds(tree: Tree[SourceLayer], name: str) -> bool:
-    return any(source.name == name for source in leaves(tree))
 
 
 def _has_module(tree: Tree[SourceLayer]) -> bool:

@@ -1,4 +1,4 @@
-"""A run of a model, recorded as it happens: hooks on the layers, and every operation between them.
+"""A run of a model, recorded as it happens: every operation, and in the run of which layer.
 
 Values are told apart by the memory that they lie in. What is changed in place is another value from then on, for
 whoever reads that memory, under whatever name.
@@ -6,9 +6,11 @@ whoever reads that memory, under whatever name.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,238 +18,132 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convtool.errors import RefusedError
-from convtool.graph.flow import Op, Step
-from convtool.graph.operations import classify
-from convtool.live.layers import ModuleLayer, layer_axes
+from convtool.graph.operations import INPUT, Operation, Run
 
 # Operations that hand a tensor's numbers to Python, which may go another way for others.
-_DECIDING = frozenset({"_local_scalar_dense.default", "equal.default", "nonzero.default", "is_nonzero.default"})
+_DECIDING = frozenset(f"aten.{name}.default" for name in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero"))
+_CONSTANT = -1  # the number of what nothing of the run's input goes into
 
 
-def record_run(
-    run: Callable[..., Any],
-    model: nn.Module,
-    inputs: Sequence[Any],
-    layers: Mapping[str, ModuleLayer],
-) -> tuple[list[Step], frozenset[int], dict[str, str]]:
-    """Run it once.
+def record(run: Callable[..., Any], model: nn.Module, inputs: Sequence[Any], layers: Iterable[str]) -> Run:
+    """Run a model once, and return its operations.
 
     Args:
-        run: what to call: the model, or a graph of it that calls the same modules.
-        layers: of the model, those that are one step each.
-
-    Returns:
-        The steps, the numbers of those whose values are the run's outputs or are kept somewhere, and the layers whose
-        tensors are read outside of their own run, with the tensor.
+        run: what to call: the model, or what calls the same modules.
+        layers: of the model, by module path, those whose runs are told apart.
 
     Raises:
         RefusedError: its control flow depends on values.
     """
-    recorder = _Recorder(model, layers)
+    recorder = _Recorder(model)
     recorder.begin(inputs)
-    with recorder.hooked(), recorder:
+    with recorder.entering(layers), recorder:
         output = run(*inputs)
-    # Whatever is alive while the output is may be in it, however deep, or be kept by the model.
-    return recorder.steps, recorder.leaving(output) | recorder.still_alive(), recorder.read_outside
-
-
-def kept_layers(model: nn.Module, inputs: Sequence[Any], layers: Mapping[str, ModuleLayer]) -> set[str]:
-    """The layers whose values are still held after a run, by the model's own code or by hooks, once its output is gone.
-
-    Also those whose values went into such a one with nothing but copies, additions and flattens in between.
-    """
-    recorder = _Recorder(model, layers)
-    recorder.begin(inputs)
-    with recorder.hooked(), recorder:
-        model(*inputs)
-    ahead, seen, kept = list(recorder.still_alive()), set[int](), set[str]()
-    while ahead:
-        number = ahead.pop()
-        step = recorder.steps[number]
-        if step.op is Op.LAYER:
-            kept.add(step.name)
-        elif step.op is not Op.OTHER and number not in seen:
-            ahead += step.reads
-        seen.add(number)
-    return kept
+    # Whatever is alive while the output is may be in it, however deep.
+    outputs = recorder.alive(frozenset(map(recorder.number, _tensors(output))))
+    del output
+    return Run(recorder.operations, outputs, recorder.alive(frozenset()))
 
 
 class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module, layers: Mapping[str, ModuleLayer]) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.model, self.layers = model, layers
-        self.steps: list[Step] = []
-        self.alive: list[Tensor] = []  # every value, so that no memory is used twice while the run lasts
-        self.values: dict[int, int] = {}  # the step that made a tensor object
-        self.memory: dict[int, list[int]] = {}  # the steps whose values lie in a piece of memory, oldest first
-        self.changed: dict[int, int] = {}  # the step that changed a piece of memory last
-        self.inside: list[str] = []  # the layers that are running
-        self.pending: list[Tensor] = []
-        self.extra: dict[int, set[int]] = {}  # values that a step reads through another name of their memory
-        self.read_outside: dict[str, str] = {}
+        self.model = model
+        self.operations: list[Operation] = []
+        self.held: list[Tensor] = []  # every value, so that no memory is used twice while the run lasts
+        self.values: dict[int, int] = {}  # the operation that made a tensor object
+        self.memory: dict[int, int] = {}  # the last one whose value lies in a piece of memory
+        self.changed: dict[int, int] = {}  # the last one that changed a piece of memory
+        self.calls: list[tuple[str, int]] = []  # the layers that are running
+        self.references: list[tuple[weakref.ref[Tensor], int, int]] = []  # to values: with operation and memory
         self.tensors = {
             _memory(tensor): name
-            for kind in (model.named_parameters, model.named_buffers)
-            for name, tensor in kind(remove_duplicate=False)
+            for named in (model.named_parameters, model.named_buffers)
+            for name, tensor in named(remove_duplicate=False)
         }
 
     def begin(self, inputs: Sequence[Any]) -> None:
-        """The run's inputs are values too."""
-        for value in pytree.tree_leaves(list(inputs)):
-            if isinstance(value, Tensor):
-                self.new(Step(Op.OTHER, "input", (), tuple(value.shape)), [value])
+        """See what the run is given, which are values too."""
+        for value in _tensors(list(inputs)):
+            self._add(Operation(INPUT, shape=tuple(value.shape)), [value])
 
-    # --- hooks
+    @contextlib.contextmanager
+    def entering(self, layers: Iterable[str]) -> Iterator[None]:
+        """See, for a while, which layers are running."""
+        handles: list[Any] = []
+        try:
+            for name in layers:
+                module = self.model.get_submodule(name)
+                handles.append(module.register_forward_pre_hook(partial(self._enter, name), prepend=True))
+                handles.append(module.register_forward_hook(self._leave))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
-    def hooked(self) -> _Hooks:
-        return _Hooks(self)
+    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
+        self.calls.append((name, len(self.operations)))
 
-    def enter(self, name: str, args: Sequence[Any]) -> None:
-        self.inside.append(name)
-        if len(self.inside) == 1:
-            self.pending = [value for value in args if isinstance(value, Tensor)]
-
-    def leave(self, name: str, output: Any) -> None:
-        self.inside.pop()
-        if self.inside:
-            return
-        reads = self.pending
-        axes = None
-        if len(reads) == 1 and isinstance(output, Tensor):
-            axes = layer_axes(self.layers[name], reads[0].dim())
-        op = Op.OTHER if axes is None else Op.LAYER
-        flattens = self.layers[name].kind.channels_last
-        tensors = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
-        shape = tuple(tensors[0].shape) if tensors else ()
-        self.new(Step(op, name, self._reads(reads), shape, axes or 0, flattens), tensors)
-
-    # --- operations
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.calls.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if not self.inside:
-            self._operation(func, args, kwargs, out)
+        out = func(*args, **(kwargs or {}))
+        names = (argument.name for argument in func._schema.arguments)
+        self._see(func, dict(zip(names, args, strict=False)) | (kwargs or {}), _tensors(out))
         return out
 
-    def _operation(self, func: Any, args: Any, kwargs: Any, out: Any) -> None:
-        name = str(func).removeprefix("aten.")
-        given = [value for value in pytree.tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-        read = [value for value in given if self._is_value(value)]
-        for value in given:
-            tensor = self.tensors.get(_memory(value))
-            if tensor is not None and tensor.rpartition(".")[0] in self.layers:
-                self.read_outside.setdefault(tensor.rpartition(".")[0], tensor)
-        if name in _DECIDING and read:
+    def _see(self, func: Any, given: Mapping[str, Any], made: Sequence[Tensor]) -> None:
+        name, read = str(func), _tensors(dict(given))
+        reads = tuple(number for value in read if (number := self.number(value)) != _CONSTANT)
+        if name in _DECIDING and reads:
             raise RefusedError("its control flow depends on the values of its input")
-        made = [value for value in pytree.tree_leaves(out) if isinstance(value, Tensor)]
-        if not made or not (read or given):
+        writes = [one.name for one in func._schema.arguments if one.alias_info is not None and one.alias_info.is_write]
+        if not made and not writes:
             return
-        writes = any(
-            argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
-        )
-        shape = tuple(made[0].shape)
-        plain = {key: value for key, value in kwargs.items() if not isinstance(value, Tensor)}
-        op = Op.OTHER if writes else classify(name, [tuple(v.shape) for v in read], shape, args, plain)
-        step = self.new(Step(op, name, self._reads(read), shape), made)
-        if writes:
-            for value in read:
-                self.changed[_memory(value)] = step
+        tensors = tuple(self.tensors[_memory(value)] for value in read if _memory(value) in self.tensors)
+        arguments = pytree.tree_map(lambda value: None if isinstance(value, Tensor) else value, dict(given))
+        shape, call = tuple(made[0].shape) if made else (), self.calls[0] if self.calls else ("", 0)
+        number = self._add(Operation(name, reads, shape, tensors, arguments, call), made)
+        if reads:
+            self.changed |= {_memory(value): number for one in writes for value in _tensors(given.get(one))}
 
-    def new(self, step: Step, made: Sequence[Tensor]) -> int:
-        number = len(self.steps)
-        self.steps.append(step)
-        for value in made:
-            self.alive.append(value)
-            self.values[id(value)] = number
-            self.memory.setdefault(_memory(value), []).append(number)
+    def _add(self, operation: Operation, made: Sequence[Tensor]) -> int:
+        number = len(self.operations)
+        self.operations.append(operation)
+        for value in made if operation.reads or operation.name == INPUT else ():
+            self.held.append(value)
+            self.values[id(value)] = self.memory[_memory(value)] = number
         return number
 
-    def _is_value(self, value: Tensor) -> bool:
-        return id(value) in self.values or _memory(value) in self.memory
+    def number(self, value: Tensor) -> int:
+        """Return the operation that a value comes from: the last one that changed its memory, if that is later."""
+        memory = _memory(value)
+        return max(self.values.get(id(value), self.memory.get(memory, _CONSTANT)), self.changed.get(memory, _CONSTANT))
 
-    def _reads(self, values: Sequence[Tensor]) -> tuple[int, ...]:
-        """The steps that the values come from; also those whose values lie in the same memory under another name."""
-        found: list[int] = []
-        for value in values:
-            if not self._is_value(value):
-                continue
-            memory = _memory(value)
-            number = self.values.get(id(value), self.memory[memory][-1] if memory in self.memory else 0)
-            number = max(number, self.changed.get(memory, number))
-            found.append(number)
-            # A value that shares this memory is read as well, unless it led here, which is a read already.
-            for other in self.memory.get(memory, ()):
-                if other != number and not self._leads(other, number):
-                    found.append(other)
-        return tuple(found)
+    def alive(self, expected: frozenset[int]) -> frozenset[int]:
+        """Return the operations whose values somebody holds; of those in one memory, whose views hold it, the last.
 
-    def _leads(self, first: int, last: int) -> bool:
-        """Whether the value of step `last` was made out of that of step `first`."""
-        ahead = [last]
-        while ahead:
-            number = ahead.pop()
-            if number == first:
-                return True
-            ahead += [before for before in self.steps[number].reads if before >= first]
-        return False
-
-    # --- what leaves
-
-    def leaving(self, output: Any) -> frozenset[int]:
-        found = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor)]
-        found += [value for value in _attributes(output) if isinstance(value, Tensor)]
-        return frozenset(number for value in found for number in self._reads([value]))
-
-    def still_alive(self) -> frozenset[int]:
-        """The steps whose values somebody keeps after the run."""
-        references = [(weakref.ref(value), self.values[id(value)]) for value in self.alive]
-        self.alive.clear()
-        self.pending = []
+        Args:
+            expected: those of which that is known.
+        """
+        if not self.references:
+            self.references = [(weakref.ref(value), self.values[id(value)], _memory(value)) for value in self.held]
+            self.held.clear()
 
         def alive() -> frozenset[int]:
-            return frozenset(n for reference, n in references if reference() is not None and self.steps[n].reads)
+            there = {memory: number for reference, number, memory in self.references if reference() is not None}
+            return frozenset(number for number in there.values() if self.operations[number].reads)
 
-        found = alive()
-        if not found:
-            return found
+        if alive() <= expected:
+            return alive()
         gc.collect()  # what only a cycle holds is held by nobody
         return alive()
-
-
-class _Hooks:
-    """The recorder's hooks on the layers, for as long as the run lasts."""
-
-    def __init__(self, recorder: _Recorder) -> None:
-        self.recorder = recorder
-        self.handles: list[Any] = []
-
-    def __enter__(self) -> None:
-        for name in self.recorder.layers:
-            module = self.recorder.model.get_submodule(name)
-            self.handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
-            self.handles.append(module.register_forward_hook(self._after(name)))
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _before(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.recorder.enter(name, [*args, *kwargs.values()])
-
-        return hook
-
-    def _after(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self.recorder.leave(name, output)
-
-        return hook
 
 
 def _memory(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
-def _attributes(output: Any) -> list[Any]:
-    return list(vars(output).values()) if hasattr(output, "__dict__") else []
+def _tensors(tree: Any) -> list[Tensor]:
+    return [value for value in pytree.tree_leaves(tree) if isinstance(value, Tensor)]

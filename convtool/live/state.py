@@ -26,7 +26,7 @@ class StateCheckpoint(Checkpoint):
         super().__init__(Path("the model"))
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self._record = record
-        self.infos = {name: _info(name, tensor) for name, tensor in self._tensors.items()}
+        self.infos = {name: tensor_info(name, tensor) for name, tensor in self._tensors.items()}
 
     @classmethod
     def of(cls, model: nn.Module) -> StateCheckpoint:
@@ -51,6 +51,6 @@ class StateCheckpoint(Checkpoint):
         return self._record
 
 
-def _info(name: str, tensor: Tensor) -> TensorInfo:
+def tensor_info(name: str, tensor: Tensor) -> TensorInfo:
     dtype = str(tensor.dtype).removeprefix("torch.")
     return TensorInfo(name, dtype, tuple(tensor.shape), tensor.numel() * tensor.element_size())

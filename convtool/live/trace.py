@@ -1,10 +1,11 @@
 """Following one run of a model: which layer reads whose value, and what happens in between.
 
-Three tracers, each for where the one before fails:
+A run is recorded, and before that it is seen to that other values would take the same way. Three ways to see that,
+each for where the one before fails:
 
-    torch.export   reads the whole run, in-place changes resolved; fails where control flow depends on values
+    torch.export   fails where control flow depends on values
     torch.fx       proves that control flow doesn't depend on the input; then a run of its graph is recorded
-    hooks          a run of the model itself is recorded; what its code would do for another input isn't seen
+    hooks          nothing is proved: what the code would do for another input isn't seen
 
 Nothing is computed by the first, and by the others only where the model isn't on the meta device.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,9 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from convtool.errors import RefusedError, UsageError
 from convtool.graph.flow import Flow
-from convtool.live.exported import changes_in_place, read_graph
-from convtool.live.layers import ModuleLayer, module_layers
-from convtool.live.recorder import kept_layers, record_run
+from convtool.graph.operations import Run, read_flow
+from convtool.live.layers import ModelLayers, found_layers, module_layers
+from convtool.live.recorder import record
 
 Inputs = tuple[Any, ...]
 
@@ -49,35 +50,36 @@ def nowhere(model: nn.Module) -> Iterator[None]:
 
 
 def trace(model: nn.Module, inputs: Inputs) -> Flow:
-    """The data flow of `model(*inputs)` in eval mode; see above for how.
+    """Return the data flow of `model(*inputs)` in eval mode; see above for how.
 
     Raises:
         RefusedError: no tracer could follow it; says why each could not.
         UsageError: the model doesn't run on these inputs.
     """
-    layers = module_layers(model)
-    with _at_rest(model):
-        failures: list[str] = []
+    known = module_layers(model)
+    # A scale of a block with more in it isn't a module by itself.
+    layers = {name: layer for name, layer in found_layers(model).items() if layer.kind.parameter} | known.layers
+    failures: list[str] = []
+    with at_rest(model):
         for name, tracer in _TRACERS.items():
             try:
                 with warnings.catch_warnings(), torch.no_grad():
                     warnings.simplefilter("ignore")
-                    flow = tracer(model, inputs, layers)
+                    flow = read_flow(tracer(model, inputs, known), layers, known.apart)
             except UsageError:
                 raise
             except Exception as error:  # tracers raise what they like, and the model's code too
-                failures.append(f"{name}: {_line(error)}")
+                failures.append(f"{name}: {error_line(error)}")
                 continue
-            return Flow(flow.steps, flow.outputs, flow.apart, name, (*_REMARKS[name], *failures))
+            return replace(flow, tracer=name, remarks=(*_REMARKS[name], *failures))
         _check_runs(model, inputs)
-        raise RefusedError(
-            "the model's data flow cannot be followed; name the layers to `convtool fuse` instead."
-            f" {'; '.join(failures)}"
-        )
+    raise RefusedError(
+        f"the model's data flow cannot be followed; name the layers to `convtool fuse` instead. {'; '.join(failures)}"
+    )
 
 
 @contextlib.contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
+def at_rest(model: nn.Module) -> Iterator[None]:
     """The model in eval mode for a while, in which batch norms are linear and dropouts do nothing."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -95,70 +97,42 @@ def _check_runs(model: nn.Module, inputs: Inputs) -> None:
     except Exception as error:
         sizes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
         raise UsageError(
-            f"the model doesn't run on an input of shape {sizes} (the batch first, then the input size): {_line(error)}"
+            f"the model doesn't run on an input of shape {sizes} (the batch first, then the input size):"
+            f" {error_line(error)}"
         ) from None
 
 
-def _line(error: BaseException) -> str:
+def error_line(error: BaseException) -> str:
     """The first line of an error that says something, at most 200 characters of it."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text[:200]}"
 
 
-# --- torch.export
-
-
-def _by_export(model: nn.Module, inputs: Inputs, layers: Mapping[str, ModuleLayer]) -> Flow:
-    exported = torch.export.export(model, inputs, strict=False)
-    if changes_in_place(exported.graph):
-        exported = exported.run_decompositions({})  # what is changed in place becomes a value of its own
-    signature = exported.graph_signature
-    tensors = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    flow = read_graph(exported.graph, tensors, model, layers)
-    # An exported graph doesn't show what the code puts aside for itself, or a hook does.
-    known = {name: layer for name, layer in layers.items() if not layer.foreign}
+def _by_export(model: nn.Module, inputs: Inputs, layers: ModelLayers) -> Run:
+    torch.export.export(model, inputs, strict=False)
     with nowhere(model):
-        kept = kept_layers(model, inputs, known)
-    return replace(flow, apart={**dict.fromkeys(sorted(kept), "the model's code keeps its value"), **flow.apart})
+        return record(model, model, inputs, layers.called())
 
 
-# --- torch.fx, and hooks
-
-
-def _by_fx(model: nn.Module, inputs: Inputs, layers: Mapping[str, ModuleLayer]) -> Flow:
-    tracer = _LayerTracer(layers)
+def _by_fx(model: nn.Module, inputs: Inputs, layers: ModelLayers) -> Run:
+    tracer = fx.Tracer()
+    is_leaf = tracer.is_leaf_module
+    # A layer of the model is one step of the graph.
+    tracer.is_leaf_module = lambda m, module_qualified_name: (  # type: ignore[method-assign]
+        module_qualified_name in layers.layers or is_leaf(m, module_qualified_name)
+    )
     graph = tracer.trace(model)
     for name, module in model.named_modules():
         if any(isinstance(value, fx.Proxy) for value in vars(module).values()):
             raise RefusedError(f"{name or 'the model'} keeps a value of the run")
-    return _recorded(fx.GraphModule(model, graph), model, inputs, layers)
+    return record(fx.GraphModule(model, graph), model, inputs, layers.called())
 
 
-class _LayerTracer(fx.Tracer):
-    """Knows the layers of a model as single steps."""
-
-    def __init__(self, layers: Mapping[str, ModuleLayer]) -> None:
-        super().__init__()
-        self.layers = layers
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name in self.layers or super().is_leaf_module(m, module_qualified_name)
+def _by_hooks(model: nn.Module, inputs: Inputs, layers: ModelLayers) -> Run:
+    return record(model, model, inputs, layers.called())
 
 
-def _by_hooks(model: nn.Module, inputs: Inputs, layers: Mapping[str, ModuleLayer]) -> Flow:
-    return _recorded(model, model, inputs, layers)
-
-
-def _recorded(run: Callable[..., Any], model: nn.Module, inputs: Inputs, layers: Mapping[str, ModuleLayer]) -> Flow:
-    known = {name: layer for name, layer in layers.items() if not layer.foreign}
-    steps, outputs, read_outside = record_run(run, model, inputs, known)
-    apart = {name: reason for name, layer in layers.items() if (reason := layer.foreign or layer.bound)}
-    for layer, tensor in read_outside.items():
-        apart.setdefault(layer, f"{tensor} is read outside of the layer's own run as well")
-    return Flow(tuple(steps), outputs, apart, "")
-
-
-_TRACERS: dict[str, Callable[[nn.Module, Inputs, Mapping[str, ModuleLayer]], Flow]] = {
+_TRACERS: dict[str, Callable[[nn.Module, Inputs, ModelLayers], Run]] = {
     "torch.export": _by_export,
     "torch.fx": _by_fx,
     "hooks": _by_hooks,

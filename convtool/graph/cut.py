@@ -1,0 +1,132 @@
+"""Stretches cut into pieces that one layer each takes the place of, as cheaply as it goes."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves
+from convtool.errors import ConvtoolError, RefusedError
+from convtool.graph.flow import Flow, LeftAlone, find_stretches
+from convtool.graph.judge import Exact, Judge, Merge
+
+Price: TypeAlias = tuple[float, ...]  # compared from the first number on, and added number by number
+
+
+def cut(flow: Flow, judge: Judge, *, fixed_size: bool, cheaper: bool) -> tuple[list[Merge], list[LeftAlone]]:
+    """Return what to make one layer of in a run, in order; and what stays apart though nothing is in between, and why.
+
+    Args:
+        fixed_size: also take what is exact for inputs of the run's size only.
+        cheaper: cut so that it takes the least work; otherwise into the fewest layers.
+    """
+    trees, left_alone = find_stretches(flow)
+    cutter = _Cutter(judge, fixed_size, cheaper)
+    merges = [merge for tree in trees for merge in cutter.cut(tree)[1]]
+    return merges, left_alone + cutter.left_alone
+
+
+class _Cutter:
+    def __init__(self, judge: Judge, fixed_size: bool, cheaper: bool) -> None:
+        self.judge, self.fixed_size, self.cheaper = judge, fixed_size, cheaper
+        self.left_alone: list[LeftAlone] = []
+
+    def cut(self, tree: Tree[LayerRef]) -> tuple[Price, list[Merge]]:
+        """Return the price of the cheapest way to run a tree, and what of it is merged for that."""
+        if isinstance(tree, Sum):
+            return self._cut_sum(tree)
+        if isinstance(tree, Chain):
+            return self._cut_chain(tree.parts)
+        return (0.0, 0.0) if tree.written else self._price(self.judge.price(tree.name)), []
+
+    def _cut_sum(self, tree: Sum[LayerRef]) -> tuple[Price, list[Merge]]:
+        apart = [self.cut(part) for part in tree.parts]
+        price = tuple(map(sum, zip(*(each for each, _ in apart), strict=True)))
+        try:
+            whole = self._merge(tree)
+            if not self.cheaper or self._price(_work(whole)) <= price:
+                return self._price(_work(whole)), [whole]
+        except ConvtoolError:
+            pass
+        self._leave(tree)
+        return price, [merge for _, merges in apart for merge in merges]
+
+    def _cut_chain(self, parts: Sequence[Tree[LayerRef]]) -> tuple[Price, list[Merge]]:
+        alone = [self.cut(part) for part in parts]
+        found: dict[tuple[int, int], Merge] = {}
+
+        def price(start: int, stop: int) -> Price | None:
+            if stop - start == 1:
+                return alone[start][0]
+            if _is_written(parts[start]) or _is_written(parts[stop - 1]):
+                return None
+            try:
+                merge = found[start, stop] = self._merge(Chain(tuple(parts[start:stop])))
+            except ConvtoolError:
+                return None
+            return self._price(_work(merge))
+
+        total, cuts = partition(len(parts), price)
+        solid = [cut for cut in cuts if not (cut[1] - cut[0] == 1 and _is_written(parts[cut[0]]))]
+        for (start, _), (_, stop) in itertools.pairwise(solid):
+            self._leave(Chain(tuple(parts[start:stop])))
+        return total, [merge for cut in cuts for merge in ([found[cut]] if cut in found else alone[cut[0]][1])]
+
+    def _merge(self, tree: Tree[LayerRef]) -> Merge:
+        """Return the tree as one layer; an error says why it cannot be one."""
+        for name in (leaf.name for leaf in leaves(tree) if not leaf.written):
+            if set(name) & set("{}*?!@:()[]"):
+                raise RefusedError(f"{name!r} has a sign in it that means something else in recipes")
+        merge = self.judge.merge(tree)
+        if merge.exact is Exact.THIS_SIZE and not self.fixed_size:
+            raise RefusedError("it would be exact for this input size only (--fixed-size takes it)")
+        return merge
+
+    def _leave(self, tree: Tree[LayerRef]) -> None:
+        """Say why a tree isn't one layer."""
+        try:
+            merge = self._merge(tree)
+            before, after = f"{merge.before.multiply_adds} multiply-adds", f"{merge.after.multiply_adds}"
+            if merge.seconds is not None:
+                before, after = (f"{seconds * 1e3:.3g} ms" for seconds in merge.seconds)
+            reason = f"it would cost more: {before} apart, {after} as one"
+        except ConvtoolError as error:
+            reason = str(error)
+        self.left_alone.append(LeftAlone.of(tree, reason))
+
+    def _price(self, work: float) -> Price:
+        """Return the price of one layer that takes so much work."""
+        return (work, 1.0) if self.cheaper else (1.0, work)
+
+
+def _work(merge: Merge) -> float:
+    return float(merge.after.multiply_adds) if merge.seconds is None else merge.seconds[1]
+
+
+def _is_written(part: Tree[LayerRef]) -> bool:
+    return isinstance(part, LayerRef) and part.written
+
+
+def partition(count: int, cost: Callable[[int, int], Price | None]) -> tuple[Price, list[tuple[int, int]]]:
+    """Return the cheapest partition of positions 0 ... count-1 into consecutive pieces.
+
+    Args:
+        count: of positions, at least 1.
+        cost: of the piece from `start` up to but without `stop`; None where there can be no such piece. A piece of one
+            position always has a cost.
+
+    Returns:
+        The total and the pieces (start, stop) in order. Of equally cheap partitions the one with the longest last
+        pieces.
+    """
+    best: list[tuple[Price, list[tuple[int, int]]]] = [((), [])]
+    for stop in range(1, count + 1):
+        prices = [(start, price) for start in range(stop) if (price := cost(start, stop)) is not None]
+        total, start = min((_plus(best[start][0], price), start) for start, price in prices)
+        best.append((total, [*best[start][1], (start, stop)]))
+    return best[count]
+
+
+def _plus(a: Price, b: Price) -> Price:
+    return tuple(x + y for x, y in zip(a, b, strict=True)) if a else b

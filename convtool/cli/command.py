@@ -20,7 +20,7 @@ from convtool.cli.document import whole_document
 from convtool.cli.help import argument_rows, option_rows, page, summary
 from convtool.cli.options import flag
 from convtool.cli.output import Reporter, print_document
-from convtool.cli.run import run
+from convtool.cli.run import run, stdout_kept
 from convtool.errors import UsageError, did_you_mean
 
 NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
@@ -53,7 +53,8 @@ class Command(Generic[Options, Result]):
 
     def __call__(self, options: Options, reporter: Reporter) -> int:
         """Run the command and say what came of it."""
-        result = self.run(options, reporter)
+        with stdout_kept():
+            result = self.run(options, reporter)
         if reporter.as_json:
             print_document(whole_document(reporter.command, result))
         elif not reporter.silent:

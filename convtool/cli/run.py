@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -39,6 +40,21 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
         return fail("input", "not enough memory for this; see the command's --help for smaller outputs")
     except Exception as error:
         return bug(error, reporter.command, as_json=reporter.as_json)
+    except BaseException as error:  # convtool's own are above, so it is the user's code that wants to end all this
+        ended = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+        return fail("usage", f"the model's own code ended the run, by {ended}; nothing came of it")
+
+
+@contextlib.contextmanager
+def stdout_kept() -> Iterator[None]:
+    """Send to stderr whatever is printed meanwhile, by a user's code or by what it starts: stdout is the result's."""
+    with contextlib.redirect_stdout(sys.stderr), contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # where one of them is closed there is nothing to keep apart
+            kept = os.dup(1)
+            stack.callback(os.close, kept)
+            os.dup2(2, 1)
+            stack.callback(os.dup2, kept, 1)
+        yield
 
 
 def bug(error: Exception, command: str | None, *, as_json: bool) -> int:

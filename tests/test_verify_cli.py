@@ -598,3 +598,10 @@ def test_the_largest_numbers_stay_valid_json(net: dict[str, Tensor]) -> None:
     found = cli("verify net.safetensors g.safetensors --json")
     assert found.code == 1
     assert math.isfinite(float(found.document["fusions"][0]["interior"]["error"]))
+
+
+def test_a_document_is_ok_exactly_where_the_exit_code_is_0(net: dict[str, Tensor]) -> None:
+    torch.save({**net, "first.weight": net["first.weight"] * 1.5}, "other.pt")
+    for line, code in (("verify net.pt net.pt", 0), ("verify net.pt other.pt", 1), ("verify net.pt missing.pt", 3)):
+        found = cli(f"{line} --before first --after first --input-size 9,8 --json")
+        assert (found.code, found.document["ok"]) == (code, code == 0)

@@ -55,11 +55,12 @@ class Command(Generic[Options, Result]):
         """Run the command and say what came of it."""
         with stdout_kept():
             result = self.run(options, reporter)
+        code = self.exit_code(result)
         if reporter.as_json:
-            print_document(whole_document(reporter.command, result))
+            print_document(whole_document(reporter.command, result, code))
         elif not reporter.silent:
             self.show(result, reporter)
-        return self.exit_code(result)
+        return code
 
     def register(self, application: typer.Typer, name: str) -> None:
         """Make it a command of the application."""

@@ -54,9 +54,12 @@ def fill(result: type[Result], *sources: object, **values: Any) -> Result:
     return result(**values)
 
 
-def whole_document(command: str | None, result: Any) -> dict[str, Any]:
-    """Return the document of a command's result, or of its failure, with what every document begins with."""
-    return {"schema": SCHEMA, "command": command, "ok": not isinstance(result, Failure)} | _object(result)
+def whole_document(command: str | None, result: Any, exit_code: int) -> dict[str, Any]:
+    """Return the document of a command's result, or of its failure, with what every document begins with.
+
+    `ok` is true exactly where the exit code is 0, so not of two checkpoints that differ.
+    """
+    return {"schema": SCHEMA, "command": command, "ok": exit_code == 0} | _object(result)
 
 
 def to_json(value: Any) -> Any:

@@ -213,7 +213,7 @@ def print_error(command: str | None, kind: str, message: str, *, as_json: bool) 
     code = exit_codes.FAILURES[kind]
     say(f"convtool: {printable(message)}")
     if as_json:
-        print_document(whole_document(command, Failure(Error(kind, code, message))))
+        print_document(whole_document(command, Failure(Error(kind, code, message)), code))
     return code
 
 

@@ -66,7 +66,7 @@ def _document(result: type, command: str, made: Definitions) -> str:
     head = {
         "schema": {"const": SCHEMA, "description": "raised when a property goes or changes its meaning"},
         "command": {"type": ["string", "null"], "description": "as typed"} if failed else {"const": command},
-        "ok": {"const": not failed},
+        "ok": {"const": False} if failed else {"type": "boolean", "description": "whether the exit code is 0"},
     }
     made[name]["properties"] = head | made[name]["properties"]
     made[name]["required"] = [*head, *made[name]["required"]]

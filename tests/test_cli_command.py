@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -16,7 +16,7 @@ from convtool.cli import exit_codes
 from convtool.cli.app import COMMANDS
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, INLINE, OPTIONAL, Count
-from convtool.cli.options import Force, argument, flag, option
+from convtool.cli.options import argument, flag, force_flag, option
 from convtool.cli.output import Reporter
 from convtool.cli.schemas import schema
 from convtool.errors import OutputError, RefusedError, UsageError
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 class Least:
     """Options that several commands might have."""
 
-    at_least: Annotated[int, option("N", "Only words of so many letters.")] = 1
-    force: Force = False
+    at_least: int = option("N", "Only words of so many letters.", default=1)
+    force: bool = force_flag()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """What to count."""
 
-    words: Annotated[list[str] | None, argument("WORD...", "The words.")] = None
+    words: list[str] | None = argument("WORD...", "The words.")
     least: Least
-    loud: Annotated[bool, flag("--loud", "In capitals.", "-l")] = False
-    out: Annotated[Path | None, option("OUT", "Where to.", "--out", "-o")] = None
+    loud: bool = flag("In capitals.", "-l")
+    out: Path | None = option("OUT", "Where to.", "--out", "-o")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,10 +6,10 @@ import copy
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -18,7 +18,7 @@ from convtool.cli import exit_codes
 from convtool.cli.complete import one_of
 from convtool.cli.document import whole_document
 from convtool.cli.help import argument_rows, option_rows, page, summary
-from convtool.cli.options import flag
+from convtool.cli.options import TYPER, Size, flag, parse_size
 from convtool.cli.output import Reporter, print_document
 from convtool.cli.run import run, stdout_kept
 from convtool.errors import UsageError, did_you_mean
@@ -86,60 +86,61 @@ class Command(Generic[Options, Result]):
 class _Speech:
     """How every command speaks."""
 
-    as_json: Annotated[bool, flag("--json", "Print one JSON document on stdout, also on failure.")] = False
-    quiet: Annotated[bool, flag("--quiet", "No remarks on stderr.", "-q")] = False
+    as_json: bool = flag("Print one JSON document on stdout, also on failure.", "--json")
+    quiet: bool = flag("No remarks on stderr.", "-q")
 
 
 @cache
 def _hints(options: Any) -> Mapping[str, Any]:
-    return get_type_hints(options, include_extras=True)
+    return get_type_hints(options)
 
 
 def _parameters(options: Any) -> Iterator[inspect.Parameter]:
+    """Yield options as a function's parameters; what is parsed later is text as yet."""
     for field in fields(options):
         hint = _hints(options)[field.name]
         if is_dataclass(hint):
             yield from _parameters(hint)
-        else:
-            default = inspect.Parameter.empty if field.default is MISSING else field.default
-            yield inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=_as_typed(hint)
-            )
+            continue
+        info, forms = copy.copy(field.metadata[TYPER]), _forms(hint)
+        if bool in forms and not any(name.startswith("--") for name in info.param_decls):  # typer would add a --no-NAME
+            info.param_decls = (f"--{field.name.replace('_', '-')}", *info.param_decls)
+        if choices := _choices(forms):
+            info.autocompletion = one_of(*choices)
+        if choices or info.parser or Size in forms:
+            hint = list[str] | None if any(get_origin(one) is list for one in forms) else str | None
+        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=hint)
 
 
-def _as_typed(hint: Any) -> Any:
-    """Return the annotation that typer gets, where what is given is text as yet."""
-    base, info = get_args(hint)
-    kinds = [get_origin(one) for one in (base, *get_args(base))]
-    if Literal in kinds:
-        info = copy.copy(info)
-        info.autocompletion = one_of(*_choices(base))
-    elif info.parser is None:
-        return hint
-    return Annotated[list[str] | None if list in kinds else str | None, info]
+def _forms(hint: Any) -> list[Any]:
+    """Return a type, and what it is a union or a list of."""
+    return [hint, *(one for part in get_args(hint) if get_origin(hint) is not tuple for one in _forms(part))]
 
 
-def _choices(base: Any) -> tuple[str, ...]:
-    return next((get_args(one) for one in (base, *get_args(base)) if get_origin(one) is Literal), ())
+def _choices(forms: list[Any]) -> tuple[str, ...]:
+    return next((get_args(one) for one in forms if get_origin(one) is Literal), ())
 
 
 def _gathered(options: Any, given: Mapping[str, Any]) -> Any:
     """Return the options as one value of what was given for each; raise UsageError where that can't be read."""
     made: dict[str, Any] = {}
-    for name, hint in _hints(options).items():
-        made[name] = _gathered(hint, given) if is_dataclass(hint) else _parsed(name, hint, given[name])
+    for field in fields(options):
+        hint = _hints(options)[field.name]
+        made[field.name] = _gathered(hint, given) if is_dataclass(hint) else _parsed(field, hint, given[field.name])
     return options(**made)
 
 
-def _parsed(name: str, hint: Any, value: Any) -> Any:
-    base, info = get_args(hint)
-    option = max(info.param_decls or ("",), key=len) or f"--{name.replace('_', '-')}"
-    choices = _choices(base)
-    if value is not None and choices and value not in choices:
+def _parsed(field: Any, hint: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    info, forms = field.metadata[TYPER], _forms(hint)
+    option = max(info.param_decls or (), key=len, default=f"--{field.name.replace('_', '-')}")
+    choices, parse = _choices(forms), info.parser or (parse_size if Size in forms else None)
+    if choices and value not in choices:
         raise UsageError(f"{option}: expected {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
-    if value is None or info.parser is None:
+    if parse is None:
         return value
-    return [info.parser(one, option) for one in value] if isinstance(value, list) else info.parser(value, option)
+    return [parse(one, option) for one in value] if isinstance(value, list) else parse(value, option)
 
 
 class Subcommand(TyperCommand):

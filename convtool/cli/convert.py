@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Dtype, LayerFields, Sizes
 from convtool.cli.layer import spatial_size
-from convtool.cli.options import CheckpointPath, DryRun, Force, SourceOptions, argument, dtype_name, option, parse_float
+from convtool.cli.options import SourceOptions, Writing, argument, checkpoint_argument, dtype_name, option, parse_float
 from convtool.cli.output import Reporter
 from convtool.cli.written import ChangedTensors, Written, changed_tensors, show_tensors, show_written, write
 from convtool.errors import UsageError
@@ -55,48 +55,33 @@ def _parse_bytes(text: str, option: str) -> int:
 class Options:
     """The checkpoint, and how its copy is to differ."""
 
-    checkpoint: CheckpointPath
-    out: Annotated[
-        Path,
-        argument(
-            "OUT",
-            "The new checkpoint: a file, whose suffix chooses the format; or a folder or index for several files.",
-        ),
-    ]
-    dtype: Annotated[
-        Any,
-        option(
-            "DTYPE",
-            "Of every floating-point tensor of 16 bits or more: float64, float32, float16 or bfloat16.",
-            parse=parse_float,
-        ),
-    ] = None
-    shard_size: Annotated[
-        int | None, option("SIZE", "Write files of at most 500MB, 5GB, ... and an index.", parse=_parse_bytes)
-    ] = None
-    as_linear: Annotated[
-        list[str] | None,
-        option(
-            "LAYER",
-            "Write a patch convolution (kernel = stride) as the linear layer that it is on a patch. Repeatable.",
-            completion=complete.layers,
-        ),
-    ] = None
-    as_toeplitz: Annotated[
-        list[str] | None,
-        option("LAYER=[C,]H,W", "Write a convolution as the linear layer that it is at one input size. Repeatable."),
-    ] = None
-    as_conv: Annotated[
-        list[str] | None,
-        option(
-            "LAYER=C,H,W[/KH,KW]",
-            "Write a linear layer as the convolution that its weight is the matrix of, for an input of that size"
-            " and that kernel (as large as the input by default); stride, padding, ... by --set. Repeatable.",
-        ),
-    ] = None
+    checkpoint: Path = checkpoint_argument()
+    out: Path = argument(
+        "OUT",
+        "The new checkpoint: a file, whose suffix chooses the format; or a folder or index for several files.",
+        required=True,
+    )
+    dtype: Any = option(
+        "DTYPE",
+        "Of every floating-point tensor of 16 bits or more: float64, float32, float16 or bfloat16.",
+        parse=parse_float,
+    )
+    shard_size: int | None = option("SIZE", "Write files of at most 500MB, 5GB, ... and an index.", parse=_parse_bytes)
+    as_linear: list[str] | None = option(
+        "LAYER",
+        "Write a patch convolution (kernel = stride) as the linear layer that it is on a patch. Repeatable.",
+        completion=complete.layers,
+    )
+    as_toeplitz: list[str] | None = option(
+        "LAYER=[C,]H,W", "Write a convolution as the linear layer that it is at one input size. Repeatable."
+    )
+    as_conv: list[str] | None = option(
+        "LAYER=C,H,W[/KH,KW]",
+        "Write a linear layer as the convolution that its weight is the matrix of, for an input of that size"
+        " and that kernel (as large as the input by default); stride, padding, ... by --set. Repeatable.",
+    )
     sources: SourceOptions
-    dry_run: DryRun = False
-    force: Force = False
+    writing: Writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +159,7 @@ def run(options: Options, reporter: Reporter) -> Result:
 
     out, size, sources = options.out, options.shard_size, options.sources
     dtype = None if options.dtype is None else dtype_name(options.dtype)
-    overwrite, state_only = options.force or options.dry_run, sources.root is not None
+    overwrite, state_only = options.writing.overwrite, sources.root is not None
     opened = sources.open(options.checkpoint, reporter)
     check_output(out, force=overwrite, source=opened, shard_size=size)
     to_folder = is_folder(out, opened, size)
@@ -193,8 +178,8 @@ def run(options: Options, reporter: Reporter) -> Result:
         state_only=state_only,
         shard_size=size,
     )
-    written = write(plan, opened, edit, reporter, dry_run=options.dry_run)
-    if options.dry_run and dtype is not None:
+    written = write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
+    if options.writing.dry_run and dtype is not None:
         reporter.remark(f"not looked at: whether every number has its place in {dtype}; that is found when writing")
     if left_out:
         reporter.remark(f"left out, beside the state dict: {_some(left_out)}")

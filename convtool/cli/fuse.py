@@ -6,26 +6,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from convtool.cli import complete
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Sizes
 from convtool.cli.options import (
     STREAM,
-    DryRun,
-    DtypeOption,
-    FixedSize,
-    Force,
-    InputSize,
-    Measure,
+    Size,
     SourceOptions,
-    With,
+    Writing,
     argument,
+    dtype_option,
+    fixed_size_flag,
     flag,
+    input_size_option,
+    measure_flag,
     open_others,
     option,
     read_toml,
+    with_option,
 )
 from convtool.cli.output import Reporter, table
 from convtool.cli.written import (
@@ -67,53 +67,30 @@ convtool fuse net.pt conv1 --normalize mean=.49,.46,.41 std=.23,.22,.23 --input-
 class Wanted:
     """Layers by name, a recipe, or what a plan finds; and where that has to be exact: as typed."""
 
-    layers: Annotated[
-        list[str] | None,
-        argument(
-            "LAYER LAYER...",
-            "The chain, first to last; also identity(), scale(X), pad(P), avg_pool(K; stride=S; padding=P),"
-            " upsample(N), and flatten(H,W) before a linear layer; a scale per channel by its tensor's full name.",
-            complete.layers,
-        ),
-    ] = None
-    name: Annotated[
-        str | None, option("NAME", "What the fused layer is called; the first layer's name by default.")
-    ] = None
-    recipe: Annotated[
-        str | None,
-        option(
-            "NAME|FILE",
-            "Fuse by a recipe instead of LAYERs; - for one on stdin.",
-            completion=complete.recipes,
-        ),
-    ] = None
-    strength: Annotated[float | None, option("X", "How much a LoRA recipe adds: X * alpha / rank.")] = None
-    normalize: Annotated[
-        tuple[str, str] | None,
-        option("mean=M,M,M std=S,S,S", "Fold (x - mean) / std of the input into the first layer."),
-    ] = None
-    input_scale: Annotated[
-        str | None, option("X", "Fold x * X, such as 1/255, into the first layer; before --normalize.")
-    ] = None
-    input_size: InputSize = None
-    allow_border: Annotated[bool, flag("--allow-border", "Fuse even where outputs near the border would differ.")] = (
-        False
+    layers: list[str] | None = argument(
+        "LAYER LAYER...",
+        "The chain, first to last; also identity(), scale(X), pad(P), avg_pool(K; stride=S; padding=P),"
+        " upsample(N), and flatten(H,W) before a linear layer; a scale per channel by its tensor's full name.",
+        complete.layers,
     )
-    bias_map: Annotated[
-        bool,
-        flag(
-            "--bias-map",
-            "Where padding hides a bias, store one for each output (NAME.bias_map): exact at --input-size.",
-        ),
-    ] = False
-    auto: Annotated[
-        bool, flag("--auto", "Fuse what `convtool plan` finds; with --model, and --input-size of its input.")
-    ] = False
-    fixed_size: FixedSize = False
-    measure: Measure = False
-    only_if_cheaper: Annotated[
-        bool, flag("--only-if-cheaper", "Leave alone what would take more multiply-adds fused.")
-    ] = False
+    name: str | None = option("NAME", "What the fused layer is called; the first layer's name by default.")
+    recipe: str | None = option(
+        "NAME|FILE", "Fuse by a recipe instead of LAYERs; - for one on stdin.", completion=complete.recipes
+    )
+    strength: float | None = option("X", "How much a LoRA recipe adds: X * alpha / rank.")
+    normalize: tuple[str, str] | None = option(
+        "mean=M,M,M std=S,S,S", "Fold (x - mean) / std of the input into the first layer."
+    )
+    input_scale: str | None = option("X", "Fold x * X, such as 1/255, into the first layer; before --normalize.")
+    input_size: Size | None = input_size_option()
+    allow_border: bool = flag("Fuse even where outputs near the border would differ.")
+    bias_map: bool = flag(
+        "Where padding hides a bias, store one for each output (NAME.bias_map): exact at --input-size."
+    )
+    auto: bool = flag("Fuse what `convtool plan` finds; with --model, and --input-size of its input.")
+    fixed_size: bool = fixed_size_flag()
+    measure: bool = measure_flag()
+    only_if_cheaper: bool = flag("Leave alone what would take more multiply-adds fused.")
 
     @property
     def chain(self) -> list[str]:
@@ -191,18 +168,15 @@ class Wanted:
 class Options:
     """What to fuse, of which checkpoint, and where to write it."""
 
-    checkpoint: Annotated[Path | None, argument("CKPT", "A .safetensors or torch (.pt, .pth, .bin) file.")] = None
+    checkpoint: Path | None = argument("CKPT", "A .safetensors or torch (.pt, .pth, .bin) file.")
     wanted: Wanted = field(default_factory=Wanted)
-    out: Annotated[Path | None, option("OUT", "The new checkpoint.", "--out", "-o")] = None
-    dtype: DtypeOption = None
+    out: Path | None = option("OUT", "The new checkpoint.", "--out", "-o")
+    dtype: Any = dtype_option()
     sources: SourceOptions = field(default_factory=SourceOptions)
-    sources_given: With = None
-    list_recipes: Annotated[bool, flag("--list-recipes", "List the recipes that ship with it.")] = False
-    no_verify: Annotated[
-        bool, flag("--no-verify", "Write what was fused without running it against its layers first.")
-    ] = False
-    dry_run: DryRun = False
-    force: Force = False
+    others: list[str] | None = with_option()
+    list_recipes: bool = flag("List the recipes that ship with it.")
+    no_verify: bool = flag("Write what was fused without running it against its layers first.")
+    writing: Writing = field(default_factory=Writing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +287,7 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.fusing.fusion import check_ties
     from convtool.fusing.plans import plan_all
 
-    wanted, sources, overwrite = options.wanted, options.sources, options.force or options.dry_run
+    wanted, sources, overwrite = options.wanted, options.sources, options.writing.overwrite
     if options.checkpoint is None:
         raise UsageError("expected CKPT, the checkpoint to fuse layers of")
     if options.out is None:
@@ -321,7 +295,7 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     wanted.check(sources.model)
     recipe = wanted.find_recipe()
     opened = sources.open(options.checkpoint, reporter)
-    checkpoints = {BASE: opened, **open_others(reporter, options.sources_given, mapped=not sources.no_mmap)}
+    checkpoints = {BASE: opened, **open_others(reporter, options.others, mapped=not sources.no_mmap)}
     check_output(options.out, force=overwrite, source=opened)
     fusions, fields = _find(wanted, recipe, checkpoints, sources, reporter)
     size = None if wanted.auto else wanted.input_size  # with --auto, each fusion has one of its own
@@ -343,7 +317,7 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     record = (opened.record or Record(__version__)).appended(__version__, [layer.record for layer in planned])
     plan = plan_edited(opened, edit, options.out, record, force=overwrite)
     reports = [[] for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
-    written = write(plan, opened, edit, reporter, dry_run=options.dry_run)
+    written = write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     made = (_fusion(layer, one, size) for layer, one in zip(planned, reports, strict=True))
     return Result(written, tuple(made), tuple(left_alone))
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete
 from convtool.cli.document import LayerFields, LayerKind, Sizes
-from convtool.cli.options import CheckpointPath, InputSize, SourceOptions, argument, flag, option
+from convtool.cli.options import Size, SourceOptions, argument, checkpoint_argument, flag, input_size_option, option
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
@@ -24,18 +25,18 @@ FIELDS = ("stride", "padding", "dilation", "groups", "padding_mode", "transposed
 class LayerOptions:
     """The layer, the size of its input, and what options such as --stride say of it: as typed."""
 
-    checkpoint: CheckpointPath
-    layer: Annotated[str, argument("LAYER", "Module path of the layer.", complete.layers)]
-    input_size: InputSize = None
-    stride: Annotated[str | None, option("N[,N]", "Stride of LAYER.")] = None
-    padding: Annotated[str | None, option("P", "1, or 1,2, or before:after (0:1,2:2), or same, or half.")] = None
-    dilation: Annotated[str | None, option("N[,N]", "Dilation of LAYER.")] = None
-    groups: Annotated[str | None, option("N", "Groups of LAYER.")] = None
-    padding_mode: Annotated[
-        str | None, option("MODE", "zeros, circular, replicate or reflect.", completion=complete.one_of(*MODES))
-    ] = None
-    transposed: Annotated[bool, flag("--transposed", "LAYER is a ConvTranspose.")] = False
-    output_padding: Annotated[str | None, option("N[,N]", "Of a transposed LAYER.")] = None
+    checkpoint: Path = checkpoint_argument()
+    layer: str = argument("LAYER", "Module path of the layer.", complete.layers, required=True)
+    input_size: Size | None = input_size_option()
+    stride: str | None = option("N[,N]", "Stride of LAYER.")
+    padding: str | None = option("P", "1, or 1,2, or before:after (0:1,2:2), or same, or half.")
+    dilation: str | None = option("N[,N]", "Dilation of LAYER.")
+    groups: str | None = option("N", "Groups of LAYER.")
+    padding_mode: str | None = option(
+        "MODE", "zeros, circular, replicate or reflect.", completion=complete.one_of(*MODES)
+    )
+    transposed: bool = flag("LAYER is a ConvTranspose.")
+    output_padding: str | None = option("N[,N]", "Of a transposed LAYER.")
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import typer
 
@@ -21,37 +22,47 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.kinds.stated import FieldSource, FieldSources
 
+TYPER = "typer"  # under which a field's metadata have what typer wants to know
+Size: TypeAlias = tuple[int, ...]  # is parsed as such
 STREAM = "-"  # in place of a file: stdin, or stdout
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 DTYPES = (*FLOATS, "complex64", "complex128")
 
 
-def argument(metavar: str, text: str, completion: complete.Completion | None = None) -> Any:
-    """Return what typer wants to know of an argument, as the metadata of its annotation."""
-    return typer.Argument(metavar=metavar, help=text, autocompletion=completion)
+def argument(metavar: str, text: str, completion: complete.Completion | None = None, *, required: bool = False) -> Any:
+    """Declare a field of options as an argument."""
+    default = ... if required else None
+    return _declared(typer.Argument(default, metavar=metavar, help=text, autocompletion=completion))
 
 
 def option(
     metavar: str,
     text: str,
     *names: str,
+    default: Any = None,
+    required: bool = False,
     completion: complete.Completion | None = None,
     parse: Callable[[str, str], Any] | None = None,
 ) -> Any:
-    """Return what typer wants to know of an option with a value.
+    """Declare a field of options as an option with a value.
 
     Args:
-        names: the field's by default.
+        names: made of the field's where there are none.
         parse: makes the value of a text and the option's name, which a UsageError begins with.
     """
-    info = typer.Option(*names, metavar=metavar, help=text, autocompletion=completion)
+    default = ... if required else default
+    info = typer.Option(default, *names, metavar=metavar, help=text, autocompletion=completion)
     info.parser = parse
-    return info
+    return _declared(info)
 
 
-def flag(name: str, text: str, *short: str) -> Any:
-    """Return what typer wants to know of an option without a value."""
-    return typer.Option(name, *short, help=text)
+def flag(text: str, *names: str) -> Any:
+    """Declare a field of options as an option without a value; short names come besides the one made of the field."""
+    return _declared(typer.Option(False, *names, help=text))
+
+
+def _declared(info: Any) -> Any:
+    return field(default=MISSING if info.default is ... else info.default, metadata={TYPER: info})
 
 
 def parse_dtype(name: str, option: str, known: Sequence[str] = DTYPES) -> torch.dtype:
@@ -94,68 +105,66 @@ def parse_size(text: str, option: str) -> tuple[int, ...]:
     return parse_sizes(text, option)
 
 
-CheckpointPath = Annotated[
-    Path, argument("CKPT", "A .safetensors or torch (.pt, .pth, .bin) file; or an index or folder of several.")
-]
-Force = Annotated[bool, flag("--force", "Overwrite OUT if it exists.", "-f")]
-DryRun = Annotated[bool, flag("--dry-run", "Say what would be written, and write nothing.")]
-Root = Annotated[str | None, option("KEYS", "In a nested torch file, the dotted keys of the state dict.")]
-ModelArgs = Annotated[str | None, option("JSON", "Arguments of the callable, as JSON.")]
-With = Annotated[
-    list[str] | None,
-    option("NAME=FILE", "Another checkpoint, whose layers are then called NAME:LAYER. Repeatable.", "--with"),
-]
-InputSize = Annotated[
-    tuple[int, ...] | None,
-    option(
-        "[C,]H,W",
-        "Spatial sizes of the first layer's input, with or without the channels in front.",
-        parse=parse_size,
-    ),
-]
-DtypeOption = Annotated[
-    Any,  # a torch.dtype or None; --help has no time to import torch
-    option(
-        "DTYPE",
-        "float64, float32, float16, bfloat16, complex64 or complex128.",
-        completion=complete.one_of(*DTYPES),
-        parse=parse_dtype,
-    ),
-]
-FixedSize = Annotated[bool, flag("--fixed-size", "Also fuse what is exact for inputs of --input-size only.")]
-Measure = Annotated[bool, flag("--measure", "Choose by the time that layers take on this machine, measured.")]
+# Fields that several commands have, to be called where they are declared.
+checkpoint_argument = partial(
+    argument,
+    "CKPT",
+    "A .safetensors or torch (.pt, .pth, .bin) file; or an index or folder of several.",
+    required=True,
+)
+root_option = partial(option, "KEYS", "In a nested torch file, the dotted keys of the state dict.")
+model_args_option = partial(option, "JSON", "Arguments of the callable, as JSON.")
+input_size_option = partial(
+    option, "[C,]H,W", "Spatial sizes of the first layer's input, with or without the channels in front."
+)
+with_option = partial(
+    option, "NAME=FILE", "Another checkpoint, whose layers are then called NAME:LAYER. Repeatable.", "--with"
+)
+dtype_option = partial(
+    option,
+    "DTYPE",
+    "float64, float32, float16, bfloat16, complex64 or complex128.",
+    completion=complete.one_of(*DTYPES),
+    parse=parse_dtype,
+)
+fixed_size_flag = partial(flag, "Also fuse what is exact for inputs of --input-size only.")
+measure_flag = partial(flag, "Choose by the time that layers take on this machine, measured.")
+force_flag = partial(flag, "Overwrite OUT if it exists.", "-f")
+
+
+@dataclass(frozen=True, slots=True)
+class Writing:
+    """Whether and over what is written."""
+
+    dry_run: bool = flag("Say what would be written, and write nothing.")
+    force: bool = force_flag()
+
+    @property
+    def overwrite(self) -> bool:
+        """Whether outputs may be there already."""
+        return self.force or self.dry_run
 
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
     """Where the fields that a checkpoint doesn't hold come from, and how it is opened: as typed."""
 
-    geometry: Annotated[
-        Path | None, option("FILE", "TOML with a table of fields per layer or pattern; - for stdin.")
-    ] = None
-    model: Annotated[
-        str | None,
-        option(
-            "CODE",
-            "The model's code, to read geometry off: pkg.mod:callable, file.py:callable, or a Hugging Face folder."
-            " This runs that code, your own, and nothing else in convtool does.",
-        ),
-    ] = None
-    model_args: ModelArgs = None
-    settings: Annotated[
-        list[str] | None,
-        option(
-            "LAYER.FIELD=VALUE",
-            "A field that the checkpoint doesn't hold, as torch calls it: stride, padding, dilation, groups,"
-            " padding_mode, transposed, output_padding, eps. Repeatable.",
-            "--set",
-            completion=complete.settings,
-        ),
-    ] = None
-    root: Root = None
-    no_mmap: Annotated[
-        bool, flag("--no-mmap", "Read files instead of mapping them, on file systems that can't map.")
-    ] = False
+    geometry: Path | None = option("FILE", "TOML with a table of fields per layer or pattern; - for stdin.")
+    model: str | None = option(
+        "CODE",
+        "The model's code, to read geometry off: pkg.mod:callable, file.py:callable, or a Hugging Face folder."
+        " This runs that code, your own, and nothing else in convtool does.",
+    )
+    model_args: str | None = model_args_option()
+    settings: list[str] | None = option(
+        "LAYER.FIELD=VALUE",
+        "A field that the checkpoint doesn't hold, as torch calls it: stride, padding, dilation, groups,"
+        " padding_mode, transposed, output_padding, eps. Repeatable.",
+        "--set",
+        completion=complete.settings,
+    )
+    root: str | None = root_option()
+    no_mmap: bool = flag("Read files instead of mapping them, on file systems that can't map.")
 
     def open(self, path: Path, reporter: Reporter) -> Checkpoint:
         """Return the checkpoint at that path."""
@@ -187,8 +196,8 @@ class SourceOptions:
         if self.geometry is not None:
             found.append(parse_tables(read_toml(self.geometry), str(self.geometry)))
         tables: dict[str, Any] = {}
-        for layer, field, value in map(_setting, self.settings or ()):
-            tables.setdefault(layer, {})[field] = value
+        for layer, name, value in map(_setting, self.settings or ()):
+            tables.setdefault(layer, {})[name] = value
         found += [FieldSource("--set", tables), FieldSource("options", own or {}, exact_names=True)]
         for source in found if layers is not None else ():
             _check_used(source, list(layers or ()))

@@ -10,17 +10,16 @@ from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, Count, Sizes, fill
 from convtool.cli.options import (
     STREAM,
-    DryRun,
-    FixedSize,
-    Force,
-    Measure,
-    ModelArgs,
-    Root,
+    Size,
+    Writing,
     argument,
+    fixed_size_flag,
     flag,
+    measure_flag,
+    model_args_option,
     open_reporting,
     option,
-    parse_size,
+    root_option,
 )
 from convtool.cli.output import Reporter, emit, table
 from convtool.core.tree import LayerRef, Tree, leaves, map_leaves
@@ -45,33 +44,20 @@ convtool plan folder/model.safetensors --model folder --input-size 3,224,224 --o
 class Options:
     """The model, and which of its fusions are wanted."""
 
-    checkpoint: Annotated[
-        Path | None, argument("[CKPT]", "The model's checkpoint, whose names and biases then count.")
-    ] = None
-    model: Annotated[
-        str | None,
-        option(
-            "CODE",
-            "The model's code: pkg.mod:callable, file.py:callable, or a Hugging Face folder. This runs that code,"
-            " your own, and nothing else in convtool does. Required.",
-        ),
-    ] = None
-    model_args: ModelArgs = None
-    input_size: Annotated[
-        tuple[int, ...] | None,
-        option("C,H,W", "Size of the model's input, the channels in front; without the batch.", parse=parse_size),
-    ] = None
-    out: Annotated[Path | None, option("OUT", "Write the plan as a recipe (.toml; - for stdout).", "--out", "-o")] = (
-        None
+    checkpoint: Path | None = argument("[CKPT]", "The model's checkpoint, whose names and biases then count.")
+    model: str | None = option(
+        "CODE",
+        "The model's code: pkg.mod:callable, file.py:callable, or a Hugging Face folder. This runs that code,"
+        " your own, and nothing else in convtool does. Required.",
     )
-    fixed_size: FixedSize = False
-    only_if_cheaper: Annotated[
-        bool, flag("--only-if-cheaper", "Cut each chain so that it takes the fewest multiply-adds.")
-    ] = False
-    measure: Measure = False
-    root: Root = None
-    dry_run: DryRun = False
-    force: Force = False
+    model_args: str | None = model_args_option()
+    input_size: Size | None = option("C,H,W", "Size of the model's input, the channels in front; without the batch.")
+    out: Path | None = option("OUT", "Write the plan as a recipe (.toml; - for stdout).", "--out", "-o")
+    fixed_size: bool = fixed_size_flag()
+    only_if_cheaper: bool = flag("Cut each chain so that it takes the fewest multiply-adds.")
+    measure: bool = measure_flag()
+    root: str | None = root_option()
+    writing: Writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,12 +153,12 @@ def run(options: Options, reporter: Reporter) -> Result:
     if piped and reporter.as_json:
         raise UsageError("--out -: stdout holds the recipe or the document of --json; name a file for one of them")
     if out is not None and not piped:
-        check_target(out, force=options.force or options.dry_run)
+        check_target(out, force=options.writing.overwrite)
     found = _plan(options, options.model, reporter)
     recipe = found.recipe().encode() if out is not None and found.fusions else None
-    written = out is not None and recipe is not None and not piped and not options.dry_run
+    written = out is not None and recipe is not None and not piped and not options.writing.dry_run
     if out is not None and recipe is not None and written:
-        with replacing(out, force=options.force) as file:
+        with replacing(out, force=options.writing.force) as file:
             file.write(recipe)
     return fill(
         Result,

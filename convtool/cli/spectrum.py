@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Sizes
@@ -35,8 +35,8 @@ class Options:
     """The layer, and how much is to be done for its singular values."""
 
     wanted: LayerOptions
-    tolerance: Annotated[float, option("T", "How far off the values may be, relative to the largest.")] = 1e-6
-    steps: Annotated[int | None, option("N", "Steps of each iteration at most; by default what usually does.")] = None
+    tolerance: float = option("T", "How far off the values may be, relative to the largest.", default=1e-6)
+    steps: int | None = option("N", "Steps of each iteration at most; by default what usually does.")
     sources: SourceOptions
 
 

@@ -5,21 +5,12 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, to_json
 from convtool.cli.layer import LayerAtSize, LayerOptions, OfLayer, find_layer
-from convtool.cli.options import (
-    DryRun,
-    DtypeOption,
-    Force,
-    SourceOptions,
-    check_not_source,
-    dtype_name,
-    flag,
-    option,
-)
+from convtool.cli.options import SourceOptions, Writing, check_not_source, dtype_name, dtype_option, flag, option
 from convtool.cli.output import Reporter
 from convtool.cli.ranks import launched_ranks, speaks
 from convtool.cli.written import Files, show_files
@@ -50,42 +41,32 @@ def _parse_rows(text: str, option: str) -> tuple[int, int]:
 class Options:
     """The layer, and how its matrix is to be written."""
 
-    out: Annotated[
-        Path,
-        option("OUT", "The matrix file: .npz (scipy), .npy (dense), .safetensors, .pt or .mtx (text).", "--out", "-o"),
-    ]
+    out: Path = option(
+        "OUT",
+        "The matrix file: .npz (scipy), .npy (dense), .safetensors, .pt or .mtx (text).",
+        "--out",
+        "-o",
+        required=True,
+    )
     wanted: LayerOptions
-    layout: Annotated[
-        Literal["csr", "coo", "dense"] | None,
-        option("LAYOUT", "csr, coo or dense; by default csr, dense for .npy, coo for .mtx."),
-    ] = None
-    dtype: DtypeOption = None
-    transpose: Annotated[
-        bool, flag("--transpose", "Write B for row vectors, y = x @ B, instead of T for y = T @ x.")
-    ] = False
-    affine: Annotated[bool, flag("--affine", "Append the bias as the last column, for inputs extended by a 1.")] = False
-    order: Annotated[
-        Literal["CHW", "HWC"], option("ORDER", "How x and y are flattened: CHW, or HWC for channels last.")
-    ] = "CHW"
-    rows: Annotated[tuple[int, int] | None, option("A:B", "Only rows A to B-1.", parse=_parse_rows)] = None
-    shards: Annotated[
-        int | None,
-        option(
-            "N",
-            "Write N .safetensors files, each a part of the rows, and an index; under torchrun the processes share"
-            " them.",
-        ),
-    ] = None
-    show: Annotated[bool, flag("--show", "Draw the matrix in the terminal as well.")] = False
-    plot: Annotated[Path | None, option("PNG", "Draw the matrix as well (needs matplotlib).")] = None
+    layout: Literal["csr", "coo", "dense"] | None = option(
+        "LAYOUT", "csr, coo or dense; by default csr, dense for .npy, coo for .mtx."
+    )
+    dtype: Any = dtype_option()
+    transpose: bool = flag("Write B for row vectors, y = x @ B, instead of T for y = T @ x.")
+    affine: bool = flag("Append the bias as the last column, for inputs extended by a 1.")
+    order: Literal["CHW", "HWC"] = option(
+        "ORDER", "How x and y are flattened: CHW, or HWC for channels last.", default="CHW"
+    )
+    rows: tuple[int, int] | None = option("A:B", "Only rows A to B-1.", parse=_parse_rows)
+    shards: int | None = option(
+        "N",
+        "Write N .safetensors files, each a part of the rows, and an index; under torchrun the processes share them.",
+    )
+    show: bool = flag("Draw the matrix in the terminal as well.")
+    plot: Path | None = option("PNG", "Draw the matrix as well (needs matplotlib).")
     sources: SourceOptions
-    dry_run: DryRun = False
-    force: Force = False
-
-    @property
-    def overwrite(self) -> bool:
-        """Whether outputs may be there already."""
-        return self.force or self.dry_run
+    writing: Writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +133,11 @@ def run(options: Options, reporter: Reporter) -> Result:
     record = Record(found.of, options.transpose, options.affine, options.order, plan.rows, dtype_name(matrix.dtype))
     write = _write_file if options.shards is None else _write_shards
     files = write(options, matrix, plan, to_json(record), reporter)
-    if options.plot is not None and not options.dry_run:
+    if options.plot is not None and not options.writing.dry_run:
         from convtool.matrix.plot import write_plot
 
         title = f"{found.of.layer}, {found.conv.geometry.describe()}"
-        write_plot(matrix, options.plot, force=options.force, title=title, rows=plan.rows)
+        write_plot(matrix, options.plot, force=options.writing.force, title=title, rows=plan.rows)
     bias = _bias(options, found, plan)
     _remark(options, found, plan, bias, reporter)
     return Result(
@@ -167,7 +148,7 @@ def run(options: Options, reporter: Reporter) -> Result:
         layout=plan.layout,
         shape=plan.shape,
         nnz=plan.nnz,
-        written=not options.dry_run,
+        written=not options.writing.dry_run,
         bytes=sum(files.values()),
         files=files,
         plot=options.plot,
@@ -184,16 +165,16 @@ def _check_outputs(options: Options) -> None:
 
     check_not_source(options.out, options.wanted.checkpoint)
     if options.shards is None:
-        check_target(options.out, force=options.overwrite)
+        check_target(options.out, force=options.writing.overwrite)
     elif options.rows is not None:
         raise UsageError("--shards cuts all rows into parts; it doesn't go with --rows")
     else:
-        check_shards(options.out, options.shards, force=options.overwrite)
+        check_shards(options.out, options.shards, force=options.writing.overwrite)
     if options.plot is not None:
         from convtool.matrix.plot import check_plot
 
         check_plot(options.plot)
-        check_target(options.plot, force=options.overwrite)
+        check_target(options.plot, force=options.writing.overwrite)
 
 
 def _matrix(options: Options, found: LayerAtSize) -> ToeplitzMatrix:
@@ -212,9 +193,9 @@ def _write_file(
 
     out = options.out
     files = {out: planned_size(matrix, plan, record)}
-    if not options.dry_run:
+    if not options.writing.dry_run:
         with reporter.progress(f"writing {out.name}", files[out]) as advance:
-            write_matrix(matrix, plan, out, force=options.force, record=record, progress=advance)
+            write_matrix(matrix, plan, out, force=options.writing.force, record=record, progress=advance)
     return files
 
 
@@ -226,11 +207,11 @@ def _write_shards(
 
     parts = plan_shards(matrix, options.out, options.shards or 1, layout=plan.layout, record=record)
     files = dict(parts.files)
-    if not options.dry_run:
+    if not options.writing.dry_run:
         with launched_ranks() as ranks:
             share = [files[path] for path in parts.shards][ranks.rank :: ranks.count]
             with reporter.progress(f"writing {options.out.name}", sum(share)) as advance:
-                write_shards(matrix, parts, force=options.force, ranks=ranks, progress=advance)
+                write_shards(matrix, parts, force=options.writing.force, ranks=ranks, progress=advance)
     return files
 
 

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Any, Literal
 
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Dtype, Sizes, to_json
 from convtool.cli.layer import LayerOptions, OfLayer, find_layer
-from convtool.cli.options import (
-    DryRun,
-    DtypeOption,
-    Force,
-    SourceOptions,
-    check_not_source,
-    dtype_name,
-    option,
-)
+from convtool.cli.options import SourceOptions, Writing, check_not_source, dtype_name, dtype_option, option
 from convtool.cli.output import Reporter
 from convtool.cli.written import Files, show_files
 
@@ -34,17 +26,17 @@ python -c 'import numpy, scipy.sparse; print(numpy.load("conv1.npz")["weight"].s
 class Options:
     """The layer, and where its matrices are to be written."""
 
-    out: Annotated[
-        Path,
-        option(
-            "OUT", "The file: .npz, .npy, .safetensors or .pt; with --input-size .npz or .safetensors.", "--out", "-o"
-        ),
-    ]
+    out: Path = option(
+        "OUT",
+        "The file: .npz, .npy, .safetensors or .pt; with --input-size .npz or .safetensors.",
+        "--out",
+        "-o",
+        required=True,
+    )
     wanted: LayerOptions
-    dtype: DtypeOption = None
+    dtype: Any = dtype_option()
     sources: SourceOptions
-    dry_run: DryRun = False
-    force: Force = False
+    writing: Writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +80,7 @@ def run(options: Options, reporter: Reporter) -> Result:
 
     out = options.out
     check_not_source(out, options.wanted.checkpoint)
-    check_target(out, force=options.force or options.dry_run)
+    check_target(out, force=options.writing.overwrite)
     found = find_layer(options.wanted, options.sources, reporter, needs_size=False)
     conv, values = found.conv, options.dtype or found.conv.weight.dtype
     gather = None
@@ -96,9 +88,9 @@ def run(options: Options, reporter: Reporter) -> Result:
         gather = GatherMatrix(conv.geometry, conv.in_channels, found.spatial, values)
     contents = unfolding_contents(conv, gather, out, values, to_json(found.of) | {"form": "unfold"})
     size = contents_size(contents, out)
-    if not options.dry_run:
+    if not options.writing.dry_run:
         with reporter.progress(f"writing {out.name}", size) as advance:
-            write_contents(contents, out, force=options.force, progress=advance)
+            write_contents(contents, out, force=options.writing.force, progress=advance)
     arrays = {array.name: tuple(array.shape) for array in contents.arrays}
     if conv.bias is not None and "bias" not in arrays:
         reporter.remark(f"{out} has no room for the bias of {found.of.layer}")
@@ -111,7 +103,7 @@ def run(options: Options, reporter: Reporter) -> Result:
         nnz=None if gather is None else gather.nnz,
         dtype=dtype_name(values),
         bias=None if conv.bias is None else "vector" if "bias" in arrays else "missing",
-        written=not options.dry_run,
+        written=not options.writing.dry_run,
         bytes=size,
         files={out: size},
         assumed=found.assumed,

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete, exit_codes
 from convtool.cli.command import Command
 from convtool.cli.document import fill
 from convtool.cli.options import (
+    Size,
     SourceOptions,
-    With,
     argument,
     dtype_name,
     flag,
@@ -20,7 +20,7 @@ from convtool.cli.options import (
     option,
     parse_device,
     parse_float,
-    parse_size,
+    with_option,
 )
 from convtool.cli.output import Reporter
 from convtool.cli.verify_text import (
@@ -59,14 +59,11 @@ convtool verify net.safetensors conv1.npz
 class Sources(SourceOptions):
     """Where fields come from, for two checkpoints."""
 
-    settings: Annotated[
-        list[str] | None,
-        option(
-            "LAYER.FIELD=VALUE",
-            "A field of a layer, in both checkpoints; before:LAYER... or after:LAYER... for one. Repeatable.",
-            "--set",
-        ),
-    ] = None
+    settings: list[str] | None = option(
+        "LAYER.FIELD=VALUE",
+        "A field of a layer, in both checkpoints; before:LAYER... or after:LAYER... for one. Repeatable.",
+        "--set",
+    )
 
     def of_both(self, model: FieldSource | None, layers: Iterable[str] | None) -> tuple[FieldSources, FieldSources]:
         """Return fields for BEFORE and for AFTER; a --set with before: or after: in front goes to one of them only."""
@@ -81,57 +78,38 @@ class Sources(SourceOptions):
 class Options:
     """What is compared, on which inputs."""
 
-    before: Annotated[Path, argument("BEFORE", "The original checkpoint, or a matrix file.")]
-    after: Annotated[Path, argument("AFTER", "The fused checkpoint, or a matrix file.")]
-    input_size: Annotated[
-        list[tuple[int, ...]] | None,
-        option(
-            "[C,]H,W",
-            "Size of the input to the first layer; repeatable. By default sizes that show border and interior.",
-            parse=parse_size,
-        ),
-    ] = None
-    before_layers: Annotated[
-        str | None,
-        option(
-            "A,B",
-            "The chain in BEFORE, or the matrix's layer, where AFTER has no record.",
-            "--before",
-            completion=complete.chain_of("before"),
-        ),
-    ] = None
-    after_layers: Annotated[
-        str | None,
-        option("C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after")),
-    ] = None
-    trials: Annotated[int, option("TRIALS", "Random inputs for each chain and size.")] = 8
-    seed: Annotated[int, option("SEED", "Seed of the random inputs.")] = 0
-    exhaustive: Annotated[bool, flag("--exhaustive", "Run every basis vector: settles equality for all inputs.")] = (
-        False
+    before: Path = argument("BEFORE", "The original checkpoint, or a matrix file.", required=True)
+    after: Path = argument("AFTER", "The fused checkpoint, or a matrix file.", required=True)
+    input_size: list[Size] | None = option(
+        "[C,]H,W", "Size of the input to the first layer; repeatable. By default sizes that show border and interior."
     )
-    rtol: Annotated[float | None, option("RTOL", "A relative tolerance instead of the derived bound.")] = None
-    atol: Annotated[float | None, option("ATOL", "An absolute tolerance instead of the derived bound.")] = None
-    computed_in: Annotated[
-        Any,
-        option(
-            "DTYPE",
-            "Precision in which another program fused AFTER; float64 by default, as convtool does.",
-            parse=parse_float,
-        ),
-    ] = None
-    device: Annotated[
-        Any, option("DEVICE", "Where to run it, such as cuda; the verdict is the same.", parse=parse_device)
-    ] = "cpu"
+    before_layers: str | None = option(
+        "A,B",
+        "The chain in BEFORE, or the matrix's layer, where AFTER has no record.",
+        "--before",
+        completion=complete.chain_of("before"),
+    )
+    after_layers: str | None = option(
+        "C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after")
+    )
+    trials: int = option("TRIALS", "Random inputs for each chain and size.", default=8)
+    seed: int = option("SEED", "Seed of the random inputs.", default=0)
+    exhaustive: bool = flag("Run every basis vector: settles equality for all inputs.")
+    rtol: float | None = option("RTOL", "A relative tolerance instead of the derived bound.")
+    atol: float | None = option("ATOL", "An absolute tolerance instead of the derived bound.")
+    computed_in: Any = option(
+        "DTYPE",
+        "Precision in which another program fused AFTER; float64 by default, as convtool does.",
+        parse=parse_float,
+    )
+    device: Any = option(
+        "DEVICE", "Where to run it, such as cuda; the verdict is the same.", parse=parse_device, default="cpu"
+    )
     sources: Sources
-    model_input: Annotated[
-        tuple[int, ...] | None,
-        option(
-            "C,H,W",
-            "With --model: also run the whole model on inputs of that size, before and after.",
-            parse=parse_size,
-        ),
-    ] = None
-    sources_given: With = None
+    model_input: Size | None = option(
+        "C,H,W", "With --model: also run the whole model on inputs of that size, before and after."
+    )
+    others: list[str] | None = with_option()
 
     def check(self, with_matrix: bool) -> None:
         """Raise UsageError for values that no comparison can have, and options that don't go with each other.
@@ -145,7 +123,7 @@ class Options:
             raise UsageError(f"--trials: expected at least 1, got {self.trials}; no comparison is no proof")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed: expected an integer from 0 to 2**63 - 1, got {self.seed}")
-        given = {"--rtol": self.rtol, "--atol": self.atol, "--after": self.after_layers, "--with": self.sources_given}
+        given = {"--rtol": self.rtol, "--atol": self.atol, "--after": self.after_layers, "--with": self.others}
         for name, value in given.items() if with_matrix else ():
             if value is not None:
                 raise UsageError(f"{name}: doesn't go with a matrix file")
@@ -251,7 +229,7 @@ def _open(options: Options, reporter: Reporter) -> _Sides:
     sources, mapped = options.sources, not options.sources.no_mmap
     one = sources.open(options.before, reporter)
     other = open_reporting(reporter, options.after, None if is_flat(options.after) else sources.root, mapped=mapped)
-    others = open_others(reporter, options.sources_given, mapped=mapped)
+    others = open_others(reporter, options.others, mapped=mapped)
     known = [name for opened in (one, other, *others.values()) for name in opened.layers]
     return _Sides(one, other, others, sources.of_both(sources.of_model(one, reporter), known))
 

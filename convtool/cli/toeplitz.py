@@ -12,7 +12,7 @@ from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, to_json
 from convtool.cli.layer import LayerAtSize, LayerOptions, OfLayer, find_layer
 from convtool.cli.options import SourceOptions, Writing, check_not_source, dtype_name, dtype_option, flag, option
 from convtool.cli.output import Reporter
-from convtool.cli.ranks import launched_ranks, speaks
+from convtool.matrix.ranks import launched_ranks, speaks
 from convtool.cli.written import Files, show_files
 from convtool.errors import UsageError
 

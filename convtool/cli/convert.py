@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import complete
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Dtype, LayerFields, Sizes
-from convtool.cli.layer import spatial_size
-from convtool.cli.options import SourceOptions, Writing, argument, checkpoint_argument, dtype_name, option, parse_float
+from convtool.cli.options import (
+    Size,
+    SourceOptions,
+    Writing,
+    argument,
+    checkpoint_argument,
+    dtype_name,
+    option,
+    parse_float,
+    parse_size,
+)
 from convtool.cli.output import Reporter
 from convtool.cli.written import ChangedTensors, Written, changed_tensors, show_tensors, show_written, write
 from convtool.errors import UsageError
@@ -19,8 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from convtool.checkpoint import Checkpoint, TensorInfo
-    from convtool.checkpoint.record import FusionRecord, Record
-    from convtool.fusing.lowering import LoweredLayer
+    from convtool.checkpoint.record import Record
     from convtool.fusing.reexpress import Reexpression
     from convtool.kinds.stated import FieldSources
 
@@ -51,6 +59,13 @@ def _parse_bytes(text: str, option: str) -> int:
     return int(number) * UNITS[unit]
 
 
+def _parse_sized(text: str, option: str) -> tuple[str, Size]:
+    name, equals, sizes = text.rpartition("=")
+    if not (name and equals and sizes):
+        raise UsageError(f"{option}: expected LAYER=[C,]H,W, got {text!r}")
+    return name, parse_size(sizes, option)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
     """The checkpoint, and how its copy is to differ."""
@@ -72,8 +87,10 @@ class Options:
         "Write a patch convolution (kernel = stride) as the linear layer that it is on a patch. Repeatable.",
         completion=complete.layers,
     )
-    as_toeplitz: list[str] | None = option(
-        "LAYER=[C,]H,W", "Write a convolution as the linear layer that it is at one input size. Repeatable."
+    as_toeplitz: list[tuple[str, Size]] | None = option(
+        "LAYER=[C,]H,W",
+        "Write a convolution as the linear layer that it is at one input size. Repeatable.",
+        parse=_parse_sized,
     )
     as_conv: list[str] | None = option(
         "LAYER=C,H,W[/KH,KW]",
@@ -218,12 +235,16 @@ def _reexpressions(options: Options, opened: Checkpoint, reporter: Reporter) -> 
         UsageError: values that can't be read, or don't fit the layers; fields of layers that aren't converted.
         RefusedError: a layer that has no such form.
     """
-    from convtool.fusing.reexpress import as_linear
+    from convtool.fusing.reexpress import as_linear, as_toeplitz, lower_convolution
 
     given = options.sources
     sources = given.fields(given.of_model(opened, reporter), opened.layers)
-    changes = [as_linear(_lowered(opened, name, sources, None, reporter)) for name in options.as_linear or ()]
-    changes += [_as_toeplitz(opened, text, sources, reporter) for text in options.as_toeplitz or ()]
+    changes = []
+    for name, size in [*((name, None) for name in options.as_linear or ()), *(options.as_toeplitz or ())]:
+        lowered = lower_convolution(opened, name, sources, size)
+        if lowered.assumed:
+            reporter.remark(f"assumed: {lowered.assumed}")
+        changes.append(as_linear(lowered) if size is None else as_toeplitz(lowered, size))
     changes += [_as_conv(opened, text, sources, reporter) for text in options.as_conv or ()]
     for number, change in enumerate(changes):
         if change.name in {other.name for other in changes[:number]}:
@@ -233,47 +254,19 @@ def _reexpressions(options: Options, opened: Checkpoint, reporter: Reporter) -> 
     return changes
 
 
-def _lowered(
-    opened: Checkpoint, name: str, sources: FieldSources, size: Sequence[int] | None, reporter: Reporter
-) -> LoweredLayer:
-    from convtool.fusing.lowering import lower_chain
-
-    layer = opened.layer(name)
-    if layer.axes() is None:
-        raise UsageError(f"{layer.name}: is a {layer.kind.label}, not a convolution; it stays as it is")
-    lowered = lower_chain(opened, [name], sources, size)[0]
-    if lowered.assumed:
-        reporter.remark(f"assumed: {lowered.assumed}")
-    return lowered
-
-
-def _as_toeplitz(opened: Checkpoint, text: str, sources: FieldSources, reporter: Reporter) -> Reexpression:
-    from convtool.core.fields import parse_sizes
-    from convtool.fusing.reexpress import as_toeplitz
-
-    name, equals, sizes = text.rpartition("=")
-    if not (name and equals and sizes):
-        raise UsageError(f"--as-toeplitz: expected LAYER=[C,]H,W, got {text!r}")
-    size = parse_sizes(sizes, "--as-toeplitz")
-    lowered = _lowered(opened, name, sources, size, reporter)
-    return as_toeplitz(lowered, spatial_size(lowered.conv, size) or ())
-
-
 def _as_conv(opened: Checkpoint, text: str, sources: FieldSources, reporter: Reporter) -> Reexpression:
     from convtool.core.fields import parse_sizes
-    from convtool.fusing.reexpress import as_conv
+    from convtool.fusing.reexpress import as_conv, made_linear
 
     name, _, given = text.rpartition("=") if "=" in text else (text, "", "")
     layer = opened.layer(name)
-    known = _recorded(opened, layer.name)
-    fields = sources.fields(layer.name)
+    made, fields = made_linear(opened, layer.name), sources.fields(layer.name)
     if given:
         sizes, slash, kernel_text = given.partition("/")
         size = parse_sizes(sizes, "--as-conv")
         kernel = parse_sizes(kernel_text, "--as-conv") if slash else size[1:]
-    elif known is not None and known.before and not known.after and known.input_size is not None:
-        size, kernel = known.input_size, known.input_size[1:]  # a patch convolution before convtool made it linear
-        fields = known.sources[0].fields | fields
+    elif made is not None:
+        size, kernel, fields = made[0], made[0][1:], made[1] | fields
     else:
         raise UsageError(
             f"--as-conv {text}: expected LAYER=C,H,W/KH,KW, the size of what is flattened and the kernel, such as"
@@ -285,11 +278,6 @@ def _as_conv(opened: Checkpoint, text: str, sources: FieldSources, reporter: Rep
         fields = fields | {"stride": tuple(kernel)}
         reporter.remark(f"assumed: {layer.name}: stride = kernel, patches beside one another")
     return as_conv(opened, layer, size, kernel, fields)
-
-
-def _recorded(opened: Checkpoint, name: str) -> FusionRecord | None:
-    fusions = opened.record.fusions if opened.record else ()
-    return next((fusion for fusion in reversed(fusions) if fusion.name == name), None)
 
 
 def show(result: Result, reporter: Reporter) -> None:

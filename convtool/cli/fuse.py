@@ -12,7 +12,6 @@ from convtool.cli import complete
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Sizes
 from convtool.cli.options import (
-    STREAM,
     Size,
     SourceOptions,
     Writing,
@@ -24,7 +23,6 @@ from convtool.cli.options import (
     measure_flag,
     open_others,
     option,
-    read_toml,
     with_option,
 )
 from convtool.cli.output import Reporter, table
@@ -38,7 +36,7 @@ from convtool.cli.written import (
     write,
 )
 from convtool.core.tree import tree_text
-from convtool.errors import RefusedError, UsageError, did_you_mean
+from convtool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
@@ -135,18 +133,9 @@ class Wanted:
 
     def find_recipe(self) -> Recipe | None:
         """Return --recipe by its name or the path of its file; None where there is none."""
-        if self.recipe is None:
-            return None
-        from convtool.fusing.recipe import parse_recipe
-        from convtool.fusing.shipped import shipped
+        from convtool.fusing.shipped import find_recipe
 
-        known = shipped()
-        if self.recipe in known:
-            return known[self.recipe]
-        if not self.recipe.endswith(".toml") and self.recipe != STREAM:
-            near = did_you_mean(self.recipe, known, f"; expected one of {', '.join(known)}, or a .toml file")
-            raise UsageError(f"--recipe: no recipe {self.recipe!r}{near}")
-        return parse_recipe(read_toml(Path(self.recipe)), self.recipe)
+        return None if self.recipe is None else find_recipe(self.recipe)
 
     def _input_layer(self) -> list[str]:
         arguments: list[str] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import MISSING, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from convtool.cli import complete
 from convtool.cli.output import Reporter
-from convtool.errors import InputError, UsageError, did_you_mean
+from convtool.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 
 TYPER = "typer"  # under which a field's metadata have what typer wants to know
 Size: TypeAlias = tuple[int, ...]  # is parsed as such
-STREAM = "-"  # in place of a file: stdin, or stdout
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 DTYPES = (*FLOATS, "complex64", "complex128")
 
@@ -190,35 +188,17 @@ class SourceOptions:
         Raises:
             UsageError: a table or a setting fits no layer; a misspelt one would be silently without effect.
         """
-        from convtool.kinds.stated import FieldSource, FieldSources, parse_tables
+        from convtool.formats.toml import read_toml
+        from convtool.kinds.stated import FieldSource, FieldSources, parse_settings, parse_tables
 
         found = [] if model is None else [model]
         if self.geometry is not None:
             found.append(parse_tables(read_toml(self.geometry), str(self.geometry)))
-        tables: dict[str, Any] = {}
-        for layer, name, value in map(_setting, self.settings or ()):
-            tables.setdefault(layer, {})[name] = value
-        found += [FieldSource("--set", tables), FieldSource("options", own or {}, exact_names=True)]
-        for source in found if layers is not None else ():
-            _check_used(source, list(layers or ()))
+        found += [parse_settings(self.settings or ()), FieldSource("options", own or {}, exact_names=True)]
+        known = None if layers is None else list(layers)
+        for source in found if known is not None else ():
+            source.check_used(known or ())
         return FieldSources(tuple(found))
-
-
-def _check_used(source: FieldSource, layers: list[str]) -> None:
-    for pattern in source.tables:
-        if not any(source.matches(pattern, layer) for layer in layers):
-            hint = did_you_mean(pattern, layers, "; `convtool inspect` lists the layers")
-            raise UsageError(f"{source.origin}: {pattern!r} fits no layer of the checkpoint{hint}")
-
-
-def _setting(text: str) -> tuple[str, str, Any]:
-    """Return a --set as (layer, field, value); raise UsageError, with what was typed, where it is none."""
-    from convtool.kinds.stated import parse_setting
-
-    try:
-        return parse_setting(text)
-    except UsageError as error:
-        raise UsageError(str(error) if str(error).startswith("--set") else f"--set {text}: {error}") from None
 
 
 def check_not_source(out: Path, checkpoint: Path) -> None:
@@ -244,22 +224,3 @@ def open_others(reporter: Reporter, given: list[str] | None, *, mapped: bool = T
             raise UsageError(f"--with: expected NAME=FILE, each name once, got {text!r}")
         opened[name] = open_reporting(reporter, Path(path), mapped=mapped)
     return opened
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Return a TOML file's content, or stdin's for '-'; raise InputError where it is missing or isn't one."""
-    from convtool.formats.toml import LARGEST, parse_toml
-
-    try:
-        if str(path) == STREAM:
-            data = sys.stdin.buffer.read(4 * LARGEST + 1)
-        else:
-            with path.open("rb") as file:
-                data = file.read(4 * LARGEST + 1)
-        return parse_toml(data.decode(), str(path))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: is not TOML: {error}") from None

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, Count, Sizes, fill
 from convtool.cli.options import (
-    STREAM,
     Size,
     Writing,
     argument,
@@ -149,7 +148,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     out = options.out
     if options.model is None:
         raise UsageError("expected --model, the code that builds the model: pkg.mod:callable or file.py:callable")
-    piped = out is not None and str(out) == STREAM
+    piped = out is not None and str(out) == "-"
     if piped and reporter.as_json:
         raise UsageError("--out -: stdout holds the recipe or the document of --json; name a file for one of them")
     if out is not None and not piped:

@@ -12,7 +12,6 @@ from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, to_json
 from convtool.cli.layer import LayerAtSize, LayerOptions, OfLayer, find_layer
 from convtool.cli.options import SourceOptions, Writing, check_not_source, dtype_name, dtype_option, flag, option
 from convtool.cli.output import Reporter
-from convtool.matrix.ranks import launched_ranks, speaks
 from convtool.cli.written import Files, show_files
 from convtool.errors import UsageError
 
@@ -122,6 +121,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     nn.Linear.weight. The bias is stored beside it as its own vector, except in .npy, which has no room for one.
     """
     from convtool.matrix import plan_matrix
+    from convtool.matrix.ranks import speaks
     from convtool.matrix.shards import index_path
 
     if not speaks():
@@ -203,6 +203,7 @@ def _write_shards(
     options: Options, matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, Any], reporter: Reporter
 ) -> dict[Path, int]:
     """Write this process's share of the parts, unless it's a dry run, and return all of them with their sizes."""
+    from convtool.matrix.ranks import launched_ranks
     from convtool.matrix.shards import plan_shards, write_shards
 
     parts = plan_shards(matrix, options.out, options.shards or 1, layout=plan.layout, record=record)

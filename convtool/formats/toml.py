@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import re
+import sys
 import tomllib
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 from convtool.errors import InputError
 
+STREAM = "-"  # in place of a file
 LARGEST = 4 << 20  # characters of a file; tomllib reads some 500,000 in a second
 _DOTS = 1_000_000  # dots of a line, squared and summed: a key of n parts takes tomllib n**2 / 2 steps, and places
 # Strings and comments; what isn't closed counts to the end of its line, so that no character is looked at twice.
 _APART = re.compile(r'"(?:[^"\\\n]|\\.)*+"?|\'[^\'\n]*+\'?|#[^\n]*+')
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Return the document in a file, or on stdin for '-'; raise InputError where it is missing or isn't one."""
+    try:
+        with nullcontext(sys.stdin.buffer) if str(path) == STREAM else path.open("rb") as file:
+            data = file.read(4 * LARGEST + 1)
+        return parse_toml(data.decode(), str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: is not TOML: {error}") from None
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:

@@ -17,12 +17,14 @@ from convtool.core.conv import Conv
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.reexpress import Residual, matrix_to_conv, patches_to_linear
+from convtool.core.sizes import split_input_size
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.tree import Chain
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.fusion import module_text
-from convtool.fusing.lowering import LoweredLayer
+from convtool.fusing.lowering import LoweredLayer, lower_chain
 from convtool.kinds.kind import Layer
+from convtool.kinds.stated import FieldSources
 from convtool.kinds.written import read_layer
 
 # Of the weight's own rounding steps, relative to its largest entry: a matrix whose taps padding summed up gives its
@@ -69,6 +71,9 @@ def as_linear(lowered: LoweredLayer) -> Reexpression:
 def as_toeplitz(lowered: LoweredLayer, size: Sequence[int]) -> Reexpression:
     """A convolution as the linear layer that it is at one input size.
 
+    Args:
+        size: of the input, with or without the channels in front.
+
     Raises:
         RefusedError: it has no spatial axes, so it is one already; or its matrix doesn't fit into memory.
         UsageError: it cannot run on that size.
@@ -76,7 +81,7 @@ def as_toeplitz(lowered: LoweredLayer, size: Sequence[int]) -> Reexpression:
     layer, conv = lowered.layer, lowered.conv
     if not conv.spatial_axes:
         raise RefusedError(f"{layer.name}: is a linear layer already")
-    matrix = ToeplitzMatrix(conv, size)
+    matrix = ToeplitzMatrix(conv, split_input_size(size, conv.in_channels, conv.spatial_axes))
     needed, there = math.prod(matrix.shape) * matrix.dtype.itemsize, _memory()
     if there is not None and needed > there:
         raise RefusedError(
@@ -95,6 +100,25 @@ def as_toeplitz(lowered: LoweredLayer, size: Sequence[int]) -> Reexpression:
         after=_text("unflatten", matrix.output_size),
     )
     return Reexpression(layer.name, _edit(layer, weight, bias), record, _linear_text(weight, bias))
+
+
+def lower_convolution(
+    checkpoint: Checkpoint, name: str, sources: FieldSources, size: Sequence[int] | None = None
+) -> LoweredLayer:
+    """Return a layer that is to be written otherwise, lowered; raise UsageError where it is no convolution."""
+    layer = checkpoint.layer(name)
+    if layer.axes() is None:
+        raise UsageError(f"{layer.name}: is a {layer.kind.label}, not a convolution; it stays as it is")
+    return lower_chain(checkpoint, [name], sources, size)[0]
+
+
+def made_linear(checkpoint: Checkpoint, name: str) -> tuple[tuple[int, ...], Fields] | None:
+    """Return the input size and the fields of a patch convolution that convtool made linear; None of other layers."""
+    fusions = checkpoint.record.fusions if checkpoint.record else ()
+    known = next((fusion for fusion in reversed(fusions) if fusion.name == name), None)
+    if known is None or known.input_size is None or known.after or not known.before:
+        return None
+    return known.input_size, known.sources[0].fields
 
 
 def as_conv(

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import tomllib
 from importlib import resources
+from pathlib import Path
 
+from convtool.errors import UsageError, did_you_mean
+from convtool.formats.toml import STREAM, read_toml
 from convtool.fusing.recipe import Recipe, parse_recipe
 
 
@@ -16,3 +19,14 @@ def shipped() -> dict[str, Recipe]:
         for file in files
         if file.name.endswith(".toml")
     }
+
+
+def find_recipe(name: str) -> Recipe:
+    """Return a recipe by its name or the path of its file; raise UsageError where there is none."""
+    known = shipped()
+    if name in known:
+        return known[name]
+    if not name.endswith(".toml") and name != STREAM:
+        near = did_you_mean(name, known, f"; expected one of {', '.join(known)}, or a .toml file")
+        raise UsageError(f"--recipe: no recipe {name!r}{near}")
+    return parse_recipe(read_toml(Path(name)), name)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from convtool.core.fields import Fields
 from convtool.core.names import toml_string, unwrap
-from convtool.errors import UsageError
+from convtool.errors import UsageError, did_you_mean
 from convtool.kinds import field_types, parse_field
 
 
@@ -20,6 +20,18 @@ def parse_setting(text: str) -> tuple[str, str, object]:
     if not equals or not name or (not layer and name not in field_types()):
         raise UsageError(f"--set: expected LAYER.FIELD=VALUE such as conv1.stride=2, got {text!r}")
     return layer, name, parse_field(name, value)
+
+
+def parse_settings(texts: Iterable[str]) -> FieldSource:
+    """Return what each --set says of a layer, as one source of fields; raise UsageError, with the text, for none."""
+    tables: dict[str, Fields] = {}
+    for text in texts:
+        try:
+            layer, name, value = parse_setting(text)
+        except UsageError as error:
+            raise UsageError(str(error) if str(error).startswith("--set") else f"--set {text}: {error}") from None
+        tables.setdefault(layer, {})[name] = value
+    return FieldSource("--set", tables)
 
 
 def geometry_toml(fields: Mapping[str, Fields]) -> str:
@@ -63,6 +75,13 @@ class FieldSource:
         if self.exact_names:
             return pattern == layer
         return any(pattern == name or fnmatchcase(name, pattern) for name in (layer, unwrap(layer)))
+
+    def check_used(self, layers: Sequence[str]) -> None:
+        """Raise UsageError where a table fits none of the layers; a misspelt one would be silently without effect."""
+        for pattern in self.tables:
+            if not any(self.matches(pattern, layer) for layer in layers):
+                hint = did_you_mean(pattern, layers, "; `convtool inspect` lists the layers")
+                raise UsageError(f"{self.origin}: {pattern!r} fits no layer of the checkpoint{hint}")
 
     def fields(self, layer: str) -> Fields:
         """What this place says of a layer; a later table that matches wins."""

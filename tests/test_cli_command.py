@@ -12,11 +12,11 @@ from jsonschema import Draft202012Validator
 from schemas import forget
 from shell import cli
 
-from convtool.cli import exit_codes
+from convtool.cli import exit_codes, shared
 from convtool.cli.app import COMMANDS
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, INLINE, OPTIONAL, Count
-from convtool.cli.options import argument, flag, force_flag, option
+from convtool.cli.options import argument, flag, option
 from convtool.cli.output import Reporter
 from convtool.cli.schemas import schema
 from convtool.errors import OutputError, RefusedError, UsageError
@@ -30,7 +30,7 @@ class Least:
     """Options that several commands might have."""
 
     at_least: int = option("N", "Only words of so many letters.", default=1)
-    force: bool = force_flag()
+    force: bool = shared.force()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

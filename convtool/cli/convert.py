@@ -6,22 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convtool.cli import complete
+from convtool.cli import complete, shared, written
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Dtype, LayerFields, Sizes
-from convtool.cli.options import (
-    Size,
-    SourceOptions,
-    Writing,
-    argument,
-    checkpoint_argument,
-    dtype_name,
-    option,
-    parse_float,
-    parse_size,
-)
+from convtool.cli.options import Size, argument, dtype_name, option, parse_float, parse_size
 from convtool.cli.output import Reporter
-from convtool.cli.written import ChangedTensors, Written, changed_tensors, show_tensors, show_written, write
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -70,7 +59,7 @@ def _parse_sized(text: str, option: str) -> tuple[str, Size]:
 class Options:
     """The checkpoint, and how its copy is to differ."""
 
-    checkpoint: Path = checkpoint_argument()
+    checkpoint: Path = shared.checkpoint()
     out: Path = argument(
         "OUT",
         "The new checkpoint: a file, whose suffix chooses the format; or a folder or index for several files.",
@@ -97,8 +86,8 @@ class Options:
         "Write a linear layer as the convolution that its weight is the matrix of, for an input of that size"
         " and that kernel (as large as the input by default); stride, padding, ... by --set. Repeatable.",
     )
-    sources: SourceOptions
-    writing: Writing
+    sources: shared.Sources
+    writing: shared.Writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +120,7 @@ class Reexpressed:
     module: str
     input_size: Sizes
     fields: LayerFields
-    tensors: ChangedTensors
+    tensors: written.ChangedTensors
     residual: Residual | None
 
     @classmethod
@@ -143,7 +132,7 @@ class Reexpressed:
             change.module,
             change.record.input_size or (),
             change.record.fields,
-            changed_tensors(change.edit),
+            written.changed_tensors(change.edit),
             None if found is None else Residual(found.largest, found.relative, found.unmet),
         )
 
@@ -158,7 +147,7 @@ class Result:
         reexpressed: layers in another form.
     """
 
-    checkpoint: Written = field(metadata=INLINE)
+    checkpoint: written.Written = field(metadata=INLINE)
     dtype: Dtype | None
     cast: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -195,13 +184,13 @@ def run(options: Options, reporter: Reporter) -> Result:
         state_only=state_only,
         shard_size=size,
     )
-    written = write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
+    new = written.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     if options.writing.dry_run and dtype is not None:
         reporter.remark(f"not looked at: whether every number has its place in {dtype}; that is found when writing")
     if left_out:
         reporter.remark(f"left out, beside the state dict: {_some(left_out)}")
     cast = () if dtype is None else _cast(opened.infos.values(), dtype)
-    return Result(written, dtype, cast, tuple(left_out), tuple(map(Reexpressed.of, changes)))
+    return Result(new, dtype, cast, tuple(left_out), tuple(map(Reexpressed.of, changes)))
 
 
 def _record(before: Record | None, changes: Sequence[Reexpression]) -> Record | None:
@@ -289,12 +278,12 @@ def show(result: Result, reporter: Reporter) -> None:
         near = "" if residual is None else f"; residual {residual.largest:.3g}, {residual.relative:.3g} relative"
         reporter.line(f"  the same on inputs of {at}{near}")
         if not result.checkpoint.written:
-            show_tensors(change.tensors, reporter)
+            written.show_tensors(change.tensors, reporter)
         if residual is not None and residual.unmet:
             reporter.line(f"  {residual.unmet} kernel entries that no such input meets are zero")
     if result.dtype is not None:
         reporter.line(f"{len(result.cast)} of {result.checkpoint.tensors} tensors rounded to {result.dtype}")
-    show_written(result.checkpoint, reporter)
+    written.show(result.checkpoint, reporter)
 
 
 COMMAND = Command("CKPT OUT", EXAMPLES, Options, run, show)

@@ -8,33 +8,11 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from convtool.cli import complete
+from convtool.cli import complete, shared, written
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Sizes
-from convtool.cli.options import (
-    Size,
-    SourceOptions,
-    Writing,
-    argument,
-    dtype_option,
-    fixed_size_flag,
-    flag,
-    input_size_option,
-    measure_flag,
-    open_others,
-    option,
-    with_option,
-)
+from convtool.cli.options import Size, argument, flag, option
 from convtool.cli.output import Reporter, table
-from convtool.cli.written import (
-    ChangedTensors,
-    Recorded,
-    Written,
-    changed_tensors,
-    show_tensors,
-    show_written,
-    write,
-)
 from convtool.core.tree import tree_text
 from convtool.errors import RefusedError, UsageError
 
@@ -80,14 +58,14 @@ class Wanted:
         "mean=M,M,M std=S,S,S", "Fold (x - mean) / std of the input into the first layer."
     )
     input_scale: str | None = option("X", "Fold x * X, such as 1/255, into the first layer; before --normalize.")
-    input_size: Size | None = input_size_option()
+    input_size: Size | None = shared.input_size()
     allow_border: bool = flag("Fuse even where outputs near the border would differ.")
     bias_map: bool = flag(
         "Where padding hides a bias, store one for each output (NAME.bias_map): exact at --input-size."
     )
     auto: bool = flag("Fuse what `convtool plan` finds; with --model, and --input-size of its input.")
-    fixed_size: bool = fixed_size_flag()
-    measure: bool = measure_flag()
+    fixed_size: bool = shared.fixed_size()
+    measure: bool = shared.measure()
     only_if_cheaper: bool = flag("Leave alone what would take more multiply-adds fused.")
 
     @property
@@ -160,12 +138,12 @@ class Options:
     checkpoint: Path | None = argument("CKPT", "A .safetensors or torch (.pt, .pth, .bin) file.")
     wanted: Wanted = field(default_factory=Wanted)
     out: Path | None = option("OUT", "The new checkpoint.", "--out", "-o")
-    dtype: Any = dtype_option()
-    sources: SourceOptions = field(default_factory=SourceOptions)
-    others: list[str] | None = with_option()
+    dtype: Any = shared.dtype()
+    sources: shared.Sources = field(default_factory=shared.Sources)
+    others: list[str] | None = shared.others()
     list_recipes: bool = flag("List the recipes that ship with it.")
     no_verify: bool = flag("Write what was fused without running it against its layers first.")
-    writing: Writing = field(default_factory=Writing)
+    writing: shared.Writing = field(default_factory=shared.Writing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +187,7 @@ class Fusion:
             --no-verify.
     """
 
-    record: Recorded = field(metadata=INLINE)
+    record: written.Recorded = field(metadata=INLINE)
     layers: tuple[str, ...]
     kernel_size: Sizes
     smallest_input: Sizes
@@ -219,7 +197,7 @@ class Fusion:
     bias_map: bool
     parameters: Change
     multiply_adds: Work
-    tensors: ChangedTensors
+    tensors: written.ChangedTensors
     verified: Proof | None
 
 
@@ -231,7 +209,7 @@ class Result:
         left_alone: what might have been fused and wasn't, in words.
     """
 
-    checkpoint: Written = field(metadata=INLINE)
+    checkpoint: written.Written = field(metadata=INLINE)
     fusions: tuple[Fusion, ...]
     left_alone: tuple[str, ...]
 
@@ -284,7 +262,7 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     wanted.check(sources.model)
     recipe = wanted.find_recipe()
     opened = sources.open(options.checkpoint, reporter)
-    checkpoints = {BASE: opened, **open_others(reporter, options.others, mapped=not sources.no_mmap)}
+    checkpoints = {BASE: opened, **sources.open_others(options.others, reporter)}
     check_output(options.out, force=overwrite, source=opened)
     fusions, fields = _find(wanted, recipe, checkpoints, sources, reporter)
     size = None if wanted.auto else wanted.input_size  # with --auto, each fusion has one of its own
@@ -306,16 +284,16 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     record = (opened.record or Record(__version__)).appended(__version__, [layer.record for layer in planned])
     plan = plan_edited(opened, edit, options.out, record, force=overwrite)
     reports = [[] for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
-    written = write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
+    new = written.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     made = (_fusion(layer, one, size) for layer, one in zip(planned, reports, strict=True))
-    return Result(written, tuple(made), tuple(left_alone))
+    return Result(new, tuple(made), tuple(left_alone))
 
 
 def _find(
     wanted: Wanted,
     recipe: Recipe | None,
     checkpoints: Mapping[str, Checkpoint],
-    sources: SourceOptions,
+    sources: shared.Sources,
     reporter: Reporter,
 ) -> tuple[list[PlannedFusion], FieldSources]:
     """Return the fusions that are wanted, by name, and where what is known of their layers comes from."""
@@ -343,20 +321,11 @@ def _find(
     return fusions, fields
 
 
-def _plan_model(wanted: Wanted, opened: Checkpoint, sources: SourceOptions, reporter: Reporter) -> Plan:
+def _plan_model(wanted: Wanted, opened: Checkpoint, sources: shared.Sources, reporter: Reporter) -> Plan:
     from convtool.cli.model import plan_for
 
     assert sources.model is not None  # as `Wanted.check` has it
-    plan = plan_for(
-        opened,
-        sources.model,
-        sources.model_args,
-        wanted.input_size,
-        reporter,
-        fixed_size=wanted.fixed_size,
-        only_if_cheaper=wanted.only_if_cheaper,
-        measure=wanted.measure,
-    )
+    plan = plan_for(opened, sources.model, sources.model_args, wanted, reporter)
     if not plan.fusions:
         raise RefusedError("--auto: found nothing to fuse; `convtool plan` says what was left alone, and why")
     return plan
@@ -385,7 +354,7 @@ def _fusion(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tup
     if reports:
         proof = Proof(max(one.interior.ratio for one in reports), tuple(one.input_size for one in reports))
     return Fusion(
-        record=Recorded.of(layer.record),
+        record=written.Recorded.of(layer.record),
         layers=tuple(one.layer.name for one in layer.layers),
         kernel_size=conv.geometry.kernel_size,
         smallest_input=verdict.smallest,
@@ -395,7 +364,7 @@ def _fusion(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tup
         bias_map=conv.has_bias_map,
         parameters=Change(*layer.parameters),
         multiply_adds=Work(*layer.multiply_adds(at), "input position" if at is None else "input"),
-        tensors=changed_tensors(layer.edit),
+        tensors=written.changed_tensors(layer.edit),
         verified=proof,
     )
 
@@ -409,12 +378,12 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
         for line in _lines(fusion):
             reporter.line(line)
         if not result.checkpoint.written:
-            show_tensors(fusion.tensors, reporter)
+            written.show_tensors(fusion.tensors, reporter)
     if len(result.fusions) > 1:
         before = sum(fusion.parameters.before for fusion in result.fusions)
         after = sum(fusion.parameters.after for fusion in result.fusions)
         reporter.line(f"{len(result.fusions)} fusions, {before} -> {after} parameters")
-    show_written(result.checkpoint, reporter)
+    written.show(result.checkpoint, reporter)
 
 
 def _lines(fusion: Fusion) -> list[str]:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from convtool.cli import complete
+from convtool.cli import complete, shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
-from convtool.cli.options import Size, SourceOptions, argument, checkpoint_argument, flag, force_flag, option
+from convtool.cli.options import Size, argument, flag, option
 from convtool.cli.output import Reporter, table
 from convtool.cli.written import Recorded
 from convtool.core.tree import tree_text
@@ -35,15 +35,15 @@ convtool inspect model.pt --json | jq -r '.layers[].name'
 class Options:
     """What to list, and where what a checkpoint doesn't hold comes from."""
 
-    checkpoint: Path = checkpoint_argument()
+    checkpoint: Path = shared.checkpoint()
     pattern: str | None = argument("PATTERN", "Only layers whose name matches, such as 'layer1.*'.", complete.layers)
     tensors: bool = flag("List every tensor.")
     input_size: Size | None = option(
         "C,H,W", "With --model: the size of its input, to show what each layer reads and gives, and its multiply-adds."
     )
     write_geometry: Path | None = option("FILE", "Write what is known of the layers' geometry as TOML for --geometry.")
-    sources: SourceOptions
-    force: bool = force_flag()
+    sources: shared.Sources
+    force: bool = shared.force()
 
 
 @dataclass(frozen=True, slots=True)

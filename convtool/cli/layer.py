@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convtool.cli import complete
+from convtool.cli import complete, shared
 from convtool.cli.document import LayerFields, LayerKind, Sizes
-from convtool.cli.options import Size, SourceOptions, argument, checkpoint_argument, flag, input_size_option, option
+from convtool.cli.options import Size, argument, flag, option
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
@@ -25,9 +25,9 @@ FIELDS = ("stride", "padding", "dilation", "groups", "padding_mode", "transposed
 class LayerOptions:
     """The layer, the size of its input, and what options such as --stride say of it: as typed."""
 
-    checkpoint: Path = checkpoint_argument()
+    checkpoint: Path = shared.checkpoint()
     layer: str = argument("LAYER", "Module path of the layer.", complete.layers, required=True)
-    input_size: Size | None = input_size_option()
+    input_size: Size | None = shared.input_size()
     stride: str | None = option("N[,N]", "Stride of LAYER.")
     padding: str | None = option("P", "1, or 1,2, or before:after (0:1,2:2), or same, or half.")
     dilation: str | None = option("N[,N]", "Dilation of LAYER.")
@@ -93,7 +93,7 @@ class LayerAtSize:
 
 
 def find_layer(
-    wanted: LayerOptions, given: SourceOptions, reporter: Reporter, *, needs_size: bool = True
+    wanted: LayerOptions, given: shared.Sources, reporter: Reporter, *, needs_size: bool = True
 ) -> LayerAtSize:
     """Return the layer that is wanted; what was assumed of it is remarked.
 

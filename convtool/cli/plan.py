@@ -6,20 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, Count, Sizes, fill
-from convtool.cli.options import (
-    Size,
-    Writing,
-    argument,
-    fixed_size_flag,
-    flag,
-    measure_flag,
-    model_args_option,
-    open_reporting,
-    option,
-    root_option,
-)
+from convtool.cli.options import Size, argument, flag, option
 from convtool.cli.output import Reporter, emit, table
 from convtool.core.tree import LayerRef, Tree, leaves, map_leaves
 from convtool.errors import UsageError
@@ -27,7 +17,6 @@ from convtool.errors import UsageError
 if TYPE_CHECKING:
     from convtool.graph.flow import LeftAlone
     from convtool.graph.judge import Cost, Exact, Merge
-    from convtool.graph.planned import Plan
 
 EXAMPLES = """
 convtool plan resnet.safetensors --model torchvision.models:resnet50 --input-size 3,224,224
@@ -49,14 +38,14 @@ class Options:
         "The model's code: pkg.mod:callable, file.py:callable, or a Hugging Face folder. This runs that code,"
         " your own, and nothing else in convtool does. Required.",
     )
-    model_args: str | None = model_args_option()
+    model_args: str | None = shared.model_args()
     input_size: Size | None = option("C,H,W", "Size of the model's input, the channels in front; without the batch.")
     out: Path | None = option("OUT", "Write the plan as a recipe (.toml; - for stdout).", "--out", "-o")
-    fixed_size: bool = fixed_size_flag()
+    fixed_size: bool = shared.fixed_size()
     only_if_cheaper: bool = flag("Cut each chain so that it takes the fewest multiply-adds.")
-    measure: bool = measure_flag()
-    root: str | None = root_option()
-    writing: Writing
+    measure: bool = shared.measure()
+    root: str | None = shared.root()
+    writing: shared.Writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +132,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     with nothing in between, branches that are added, and what comes behind a flatten. What is exact for every input
     size is listed, and written as a recipe with -o; what was left alone, and why, is listed after it.
     """
+    from convtool.cli.model import plan_for
     from convtool.formats.atomic import check_target, replacing
 
     out = options.out
@@ -153,7 +143,8 @@ def run(options: Options, reporter: Reporter) -> Result:
         raise UsageError("--out -: stdout holds the recipe or the document of --json; name a file for one of them")
     if out is not None and not piped:
         check_target(out, force=options.writing.overwrite)
-    found = _plan(options, options.model, reporter)
+    opened = None if options.checkpoint is None else shared.open_reporting(options.checkpoint, reporter, options.root)
+    found = plan_for(opened, options.model, options.model_args, options, reporter)
     recipe = found.recipe().encode() if out is not None and found.fusions else None
     written = out is not None and recipe is not None and not piped and not options.writing.dry_run
     if out is not None and recipe is not None and written:
@@ -170,21 +161,6 @@ def run(options: Options, reporter: Reporter) -> Result:
         written=written,
         bytes=None if recipe is None else len(recipe),
         piped=found.recipe() if piped else None,
-    )
-
-
-def _plan(options: Options, model: str, reporter: Reporter) -> Plan:
-    from convtool.cli.model import plan_for
-
-    return plan_for(
-        None if options.checkpoint is None else open_reporting(reporter, options.checkpoint, options.root),
-        model,
-        options.model_args,
-        options.input_size,
-        reporter,
-        fixed_size=options.fixed_size,
-        only_if_cheaper=options.only_if_cheaper,
-        measure=options.measure,
     )
 
 

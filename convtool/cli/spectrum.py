@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from convtool.cli import shared
 from convtool.cli.command import Command
-from convtool.cli.document import INLINE, Count, Sizes
+from convtool.cli.document import INLINE, Count, Sizes, fill
 from convtool.cli.layer import LayerOptions, OfLayer, find_layer
-from convtool.cli.options import SourceOptions, option
+from convtool.cli.options import option
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
@@ -37,7 +38,7 @@ class Options:
     wanted: LayerOptions
     tolerance: float = option("T", "How far off the values may be, relative to the largest.", default=1e-6)
     steps: int | None = option("N", "Steps of each iteration at most; by default what usually does.")
-    sources: SourceOptions
+    sources: shared.Sources
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,20 +83,8 @@ def run(options: Options, reporter: Reporter) -> Result:
     with reporter.progress("computing singular values", None):
         ends = spectrum(found.conv, found.spatial or (), tolerance=options.tolerance, steps=options.steps)
     known = ends.largest.converged and ends.smallest.converged
-    return Result(
-        source=options.wanted.checkpoint,
-        of=found.of,
-        shape=ends.shape,
-        largest=ends.largest,
-        smallest=ends.smallest,
-        condition=ends.condition if known else None,
-        condition_error=ends.condition_error if known else None,
-        condition_at_least=ends.condition_at_least,
-        tolerance=ends.tolerance,
-        methods=ends.methods,
-        steps=ends.steps,
-        assumed=found.assumed,
-    )
+    unknown = {} if known else {"condition": None, "condition_error": None}
+    return fill(Result, ends, found, source=options.wanted.checkpoint, **unknown)
 
 
 def show(result: Result, reporter: Reporter) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from convtool.cli import shared
 from convtool.cli.command import Command
-from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, to_json
+from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, fill, to_json
 from convtool.cli.layer import LayerAtSize, LayerOptions, OfLayer, find_layer
-from convtool.cli.options import SourceOptions, Writing, check_not_source, dtype_name, dtype_option, flag, option
+from convtool.cli.options import dtype_name, flag, option
 from convtool.cli.output import Reporter
 from convtool.cli.written import Files, show_files
 from convtool.errors import UsageError
@@ -51,7 +52,7 @@ class Options:
     layout: Literal["csr", "coo", "dense"] | None = option(
         "LAYOUT", "csr, coo or dense; by default csr, dense for .npy, coo for .mtx."
     )
-    dtype: Any = dtype_option()
+    dtype: Any = shared.dtype()
     transpose: bool = flag("Write B for row vectors, y = x @ B, instead of T for y = T @ x.")
     affine: bool = flag("Append the bias as the last column, for inputs extended by a 1.")
     order: Literal["CHW", "HWC"] = option(
@@ -64,8 +65,8 @@ class Options:
     )
     show: bool = flag("Draw the matrix in the terminal as well.")
     plot: Path | None = option("PNG", "Draw the matrix as well (needs matplotlib).")
-    sources: SourceOptions
-    writing: Writing
+    sources: shared.Sources
+    writing: shared.Writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,20 +141,18 @@ def run(options: Options, reporter: Reporter) -> Result:
         write_plot(matrix, options.plot, force=options.writing.force, title=title, rows=plan.rows)
     bias = _bias(options, found, plan)
     _remark(options, found, plan, bias, reporter)
-    return Result(
+    return fill(
+        Result,
+        plan,
+        found,
+        options,
         record=record,
         source=options.wanted.checkpoint,
         out=options.out if options.shards is None else index_path(options.out),
-        shards=options.shards,
-        layout=plan.layout,
-        shape=plan.shape,
-        nnz=plan.nnz,
         written=not options.writing.dry_run,
         bytes=sum(files.values()),
         files=files,
-        plot=options.plot,
         bias=bias,
-        assumed=found.assumed,
         drawing=_drawing(matrix, plan) if options.show and not (reporter.silent or reporter.as_json) else (),
     )
 
@@ -163,7 +162,7 @@ def _check_outputs(options: Options) -> None:
     from convtool.formats.atomic import check_target
     from convtool.matrix.shards import check_shards
 
-    check_not_source(options.out, options.wanted.checkpoint)
+    shared.check_not_source(options.out, options.wanted.checkpoint)
     if options.shards is None:
         check_target(options.out, force=options.writing.overwrite)
     elif options.rows is not None:

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from convtool.cli import shared
 from convtool.cli.command import Command
-from convtool.cli.document import INLINE, Count, Dtype, Sizes, to_json
+from convtool.cli.document import INLINE, Count, Dtype, Sizes, fill, to_json
 from convtool.cli.layer import LayerOptions, OfLayer, find_layer
-from convtool.cli.options import SourceOptions, Writing, check_not_source, dtype_name, dtype_option, option
+from convtool.cli.options import dtype_name, option
 from convtool.cli.output import Reporter
 from convtool.cli.written import Files, show_files
 
@@ -34,9 +35,9 @@ class Options:
         required=True,
     )
     wanted: LayerOptions
-    dtype: Any = dtype_option()
-    sources: SourceOptions
-    writing: Writing
+    dtype: Any = shared.dtype()
+    sources: shared.Sources
+    writing: shared.Writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     from convtool.matrix.unfolding import unfolding_contents
 
     out = options.out
-    check_not_source(out, options.wanted.checkpoint)
+    shared.check_not_source(out, options.wanted.checkpoint)
     check_target(out, force=options.writing.overwrite)
     found = find_layer(options.wanted, options.sources, reporter, needs_size=False)
     conv, values = found.conv, options.dtype or found.conv.weight.dtype
@@ -94,8 +95,9 @@ def run(options: Options, reporter: Reporter) -> Result:
     arrays = {array.name: tuple(array.shape) for array in contents.arrays}
     if conv.bias is not None and "bias" not in arrays:
         reporter.remark(f"{out} has no room for the bias of {found.of.layer}")
-    return Result(
-        of=found.of,
+    return fill(
+        Result,
+        found,
         source=options.wanted.checkpoint,
         out=out,
         weight=arrays["weight"],
@@ -106,7 +108,6 @@ def run(options: Options, reporter: Reporter) -> Result:
         written=not options.writing.dry_run,
         bytes=size,
         files={out: size},
-        assumed=found.assumed,
     )
 
 

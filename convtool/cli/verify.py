@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convtool.cli import complete, exit_codes
+from convtool.cli import complete, exit_codes, shared, verify_text
 from convtool.cli.command import Command
 from convtool.cli.document import fill
-from convtool.cli.options import (
-    Size,
-    SourceOptions,
-    argument,
-    dtype_name,
-    flag,
-    open_others,
-    open_reporting,
-    option,
-    parse_device,
-    parse_float,
-    with_option,
-)
+from convtool.cli.options import Size, argument, dtype_name, flag, option, parse_device, parse_float
 from convtool.cli.output import Reporter
-from convtool.cli.verify_text import (
-    BOUND,
-    EVERY_ENTRY,
-    Matrix,
-    MatrixResult,
-    OtherTensors,
-    Report,
-    Result,
-    Tolerance,
-    Whole,
-    show,
-)
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +33,7 @@ convtool verify net.safetensors conv1.npz
 
 
 @dataclass(frozen=True, slots=True)
-class Sources(SourceOptions):
+class Sources(shared.Sources):
     """Where fields come from, for two checkpoints."""
 
     settings: list[str] | None = option(
@@ -81,7 +58,8 @@ class Options:
     before: Path = argument("BEFORE", "The original checkpoint, or a matrix file.", required=True)
     after: Path = argument("AFTER", "The fused checkpoint, or a matrix file.", required=True)
     input_size: list[Size] | None = option(
-        "[C,]H,W", "Size of the input to the first layer; repeatable. By default sizes that show border and interior."
+        "[C,]H,W",
+        "Size of the input to the first layer; repeatable. By default sizes that show border and interior.",
     )
     before_layers: str | None = option(
         "A,B",
@@ -109,7 +87,7 @@ class Options:
     model_input: Size | None = option(
         "C,H,W", "With --model: also run the whole model on inputs of that size, before and after."
     )
-    others: list[str] | None = with_option()
+    others: list[str] | None = shared.others()
 
     def check(self, with_matrix: bool) -> None:
         """Raise UsageError for values that no comparison can have, and options that don't go with each other.
@@ -131,7 +109,7 @@ class Options:
             raise UsageError("--before and --after go together: the chain in BEFORE and the one that stands for it")
 
 
-def run(options: Options, reporter: Reporter) -> Result | MatrixResult:
+def run(options: Options, reporter: Reporter) -> verify_text.Result | verify_text.MatrixResult:
     """Prove that AFTER computes what BEFORE does, up to the rounding that storing it must bring.
 
     Goes by the record that convtool leaves in AFTER: every fused layer is run against the layers it stands for, and
@@ -152,7 +130,7 @@ def run(options: Options, reporter: Reporter) -> Result | MatrixResult:
     return (_verify_matrices if with_matrix else _verify_checkpoints)(options, how, reporter)
 
 
-def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporter) -> Result:
+def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporter) -> verify_text.Result:
     """Return the verdict on two checkpoints."""
     from convtool.fusing import verdict
 
@@ -171,23 +149,23 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
     whole = _whole_model(options, sides, reporter)
     own_bound = options.rtol is not None or options.atol is not None
     return fill(
-        Result,
+        verify_text.Result,
         options,
         equivalent=all(report.equivalent for _, report in results)
         and not (tensors and tensors.differing)
         and (whole is None or whole.equal),
         statement=verdict.statement(results, options.exhaustive, bool(sizes)),
         computed_in=dtype_name(how["computed_in"]),
-        tolerance=Tolerance(options.rtol, options.atol) if own_bound else BOUND,
+        tolerance=verify_text.Tolerance(options.rtol, options.atol) if own_bound else verify_text.BOUND,
         assumed=assumed,
         input_sizes="given" if sizes else "chosen",
-        fusions=tuple(Report.of(*result) for result in results),
+        fusions=tuple(verify_text.Report.of(*result) for result in results),
         other_tensors=tensors,
         whole_model=whole,
     )
 
 
-def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) -> MatrixResult:
+def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) -> verify_text.MatrixResult:
     """Return the verdict on a layer and its matrix, or on two matrices."""
     from convtool.fusing.matrices import compare_with_layer, compare_with_matrix, open_numbers
     from convtool.matrix.read import is_matrix_file
@@ -209,8 +187,16 @@ def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) 
             compared = compare_with_layer(found, opened, layer, sizes, fields, **how)
     for text in compared.assumed:
         reporter.remark(f"assumed: {text}")
-    matrix = Matrix.made_of(compared)
-    return fill(MatrixResult, options, compared.report, compared, statement=EVERY_ENTRY, tolerance=BOUND, matrix=matrix)
+    matrix = verify_text.Matrix.made_of(compared)
+    return fill(
+        verify_text.MatrixResult,
+        options,
+        compared.report,
+        compared,
+        statement=verify_text.EVERY_ENTRY,
+        tolerance=verify_text.BOUND,
+        matrix=matrix,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,14 +210,11 @@ class _Sides:
 
 
 def _open(options: Options, reporter: Reporter) -> _Sides:
-    from convtool.checkpoint import is_flat
-
-    sources, mapped = options.sources, not options.sources.no_mmap
-    one = sources.open(options.before, reporter)
-    other = open_reporting(reporter, options.after, None if is_flat(options.after) else sources.root, mapped=mapped)
-    others = open_others(reporter, options.others, mapped=mapped)
-    known = [name for opened in (one, other, *others.values()) for name in opened.layers]
-    return _Sides(one, other, others, sources.of_both(sources.of_model(one, reporter), known))
+    sources = options.sources
+    before, after = sources.open(options.before, reporter), sources.open(options.after, reporter, second=True)
+    others = sources.open_others(options.others, reporter)
+    known = [name for opened in (before, after, *others.values()) for name in opened.layers]
+    return _Sides(before, after, others, sources.of_both(sources.of_model(before, reporter), known))
 
 
 def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairing]:
@@ -260,13 +243,13 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in names]
 
 
-def _compare_tensors(sides: _Sides, pairings: list[Pairing], reporter: Reporter) -> OtherTensors:
+def _compare_tensors(sides: _Sides, pairings: list[Pairing], reporter: Reporter) -> verify_text.OtherTensors:
     """Return what became of every tensor that went into no fusion."""
     from convtool.fusing.compare import differing_tensors, untouched
 
     kept = untouched(sides.before, pairings)
     with reporter.progress("comparing tensors", sum(info.nbytes for info in kept)) as advance:
-        return OtherTensors(len(kept), differing_tensors(sides.before, sides.after, pairings, advance))
+        return verify_text.OtherTensors(len(kept), differing_tensors(sides.before, sides.after, pairings, advance))
 
 
 def _run(
@@ -282,18 +265,21 @@ def _run(
         return [(trial.pairing, trial.run(progress=advance, **how)) for trial in runs]
 
 
-def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> Whole | None:
+def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> verify_text.Whole | None:
     """Return how both networks' outputs compare; None where nobody asked for it."""
-    from convtool.cli.model import whole_model
+    from convtool.live.load import load_model
+    from convtool.live.whole import compare_whole
 
     model, arguments, size = options.sources.model, options.sources.model_args, options.model_input
     if model is None or size is None:
         return None
-    return Whole.of(whole_model(model, arguments, size, sides.before, sides.after, options.seed, reporter))
+    with reporter.progress("running the model", None):
+        build = partial(load_model, model, arguments, in_memory=True)
+        return verify_text.Whole.of(compare_whole(build, sides.before, sides.after, size, seed=options.seed))
 
 
-def _exit_code(result: Result | MatrixResult) -> int:
+def _exit_code(result: verify_text.Result | verify_text.MatrixResult) -> int:
     return exit_codes.OK if result.equivalent else exit_codes.NOT_EQUIVALENT
 
 
-COMMAND = Command("BEFORE AFTER", EXAMPLES, Options, run, show, _exit_code)
+COMMAND = Command("BEFORE AFTER", EXAMPLES, Options, run, verify_text.show, _exit_code)

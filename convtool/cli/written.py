@@ -125,7 +125,7 @@ def show_tensors(tensors: ChangedTensors, reporter: Reporter) -> None:
         reporter.line(f"  + {name} {'x'.join(map(str, shape))}")
 
 
-def show_written(one: Written, reporter: Reporter) -> None:
+def show(one: Written, reporter: Reporter) -> None:
     """Print the last line of what a command says of a checkpoint."""
     show_files(one.out, one.files, reporter, written=one.written, made_of=f", {one.tensors} tensors")
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from convtool.checkpoint import Checkpoint, Layer
 from convtool.core.names import unwrap
+from convtool.errors import UsageError
 from convtool.kinds.stated import FieldSource
 from convtool.live.layers import module_layers
 from convtool.live.state import StateCheckpoint
@@ -22,16 +23,33 @@ class Agreement:
     """What a model says of a checkpoint's layers.
 
     Attributes:
+        checkpoint: that one.
         geometry: the fields of every layer that both have and agree on, by the checkpoint's names.
         names: the checkpoint's name of each layer of the model that both have.
         unlike: layers of the model that the checkpoint lacks or has otherwise, with the reason.
         differences: names and shapes that disagree, and layers whose code tells nothing, a line each.
     """
 
+    checkpoint: Checkpoint
     geometry: FieldSource
     names: Mapping[str, str]
     unlike: Mapping[str, str]
     differences: tuple[str, ...]
+
+    def is_biased(self, name: str) -> bool:
+        """Return whether the checkpoint's bias of a layer of the model may have anything but zeros in it."""
+        bias = self.checkpoint.layer(self.names[name]).tensors.get("bias") if name in self.names else None
+        return bias is None or bool(self.checkpoint.tensor(bias.name).count_nonzero())
+
+    def check(self, model: nn.Module, spec: str) -> None:
+        """Raise UsageError where the model, called `spec`, and the checkpoint have no layer in common."""
+        if not self.names:
+            ours = ", ".join(name for name, _ in list(model.named_parameters())[:2])
+            theirs = ", ".join(list(self.checkpoint.infos)[:2])
+            raise UsageError(
+                f"--model: {spec} and {self.checkpoint.path} have no layer in common: the model has"
+                f" {ours or 'no tensors'}, ..., the checkpoint {theirs or 'none'}, ..."
+            )
 
 
 def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> Agreement:
@@ -69,7 +87,7 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
             if known.layers[name].fields
         ),
     ]
-    return Agreement(FieldSource(origin, tables, exact_names=True), names, unlike, tuple(differences))
+    return Agreement(checkpoint, FieldSource(origin, tables, exact_names=True), names, unlike, tuple(differences))
 
 
 def _names(ours: Mapping[str, Layer], theirs: Mapping[str, Layer]) -> dict[str, str]:

@@ -174,7 +174,7 @@ def convert(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, An
 def equivalent(capsys: pytest.CaptureFixture[str], before: Path, after: Path) -> bool:
     code = run_app(["verify", str(before), str(after), "--json"])
     document = json.loads(capsys.readouterr().out)
-    assert document["ok"], document
+    assert document["ok"] == (code == 0), document
     assert document["equivalent"] == (code == 0)
     return code == 0
 

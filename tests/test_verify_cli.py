@@ -256,7 +256,10 @@ def test_named_chains_of_any_length_on_both_sides(net: dict[str, Tensor]) -> Non
     for sides in ("--before first,second --after whole", "--before first,second,norm --after whole,norm"):
         found = cli(f"verify net.safetensors f.safetensors {sides} --json")
         assert found.code == 0
-        assert found.document["other_tensors"] is None
+        assert found.document["other_tensors"]["differing"] == {}
+        alone = cli(f"verify net.safetensors f.safetensors {sides} --only --json")
+        assert (alone.code, alone.document["other_tensors"]) == (0, None)
+        assert alone.document["statement"].endswith("; of the layers named alone")
     assert cli("verify net.safetensors net.safetensors --before first --after first").code == 0
     assert cli("verify net.safetensors net.safetensors --before first --after patch --input-size 8,8").code == 1
     assert cli("verify net.safetensors f.safetensors --before first,second --after 'whole,scale(2)'").code == 1
@@ -265,7 +268,7 @@ def test_named_chains_of_any_length_on_both_sides(net: dict[str, Tensor]) -> Non
 def test_a_patch_convolution_and_the_linear_layer_that_it_is(net: dict[str, Tensor]) -> None:
     as_linear = {"patch.weight": net["patch.weight"].reshape(8, -1), "patch.bias": net["patch.bias"]}
     save_file(as_linear, "linear.safetensors")
-    question = "verify net.safetensors linear.safetensors --before patch --after 'flatten(4,2),patch'"
+    question = "verify net.safetensors linear.safetensors --before patch --after 'flatten(4,2),patch' --only"
     assert cli(f"{question} --input-size 4,2 --exhaustive").code == 0
     as_linear["patch.weight"] = net["patch.weight"].mT.reshape(8, -1).contiguous()
     save_file(as_linear, "linear.safetensors")
@@ -388,7 +391,7 @@ def test_what_torch_fuses_in_lower_precision_passes_with_computed_in(name: str, 
 
 def test_a_model_rounded_layer_by_layer_is_what_rounding_can_do(net: dict[str, Tensor]) -> None:
     assert cli("convert net.safetensors half.safetensors --dtype bfloat16").code == 0
-    question = "verify net.safetensors half.safetensors --before first,second,norm --after first,second,norm"
+    question = "verify net.safetensors half.safetensors --before first,second,norm --after first,second,norm --only"
     assert cli(question).code == 0
     half = load_file("half.safetensors")
     half["norm.running_var"][3] *= 1.02  # two units in its last place
@@ -605,3 +608,36 @@ def test_a_document_is_ok_exactly_where_the_exit_code_is_0(net: dict[str, Tensor
     for line, code in (("verify net.pt net.pt", 0), ("verify net.pt other.pt", 1), ("verify net.pt missing.pt", 3)):
         found = cli(f"{line} --before first --after first --input-size 9,8 --json")
         assert (found.code, found.document["ok"]) == (code, code == 0)
+
+
+def test_a_pair_that_is_named_leaves_no_other_tensor_out(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.pt first second -o f.pt").code == 0
+    pair = "--before first,second --after first"
+    assert cli(f"verify net.pt f.pt {pair}").code == 0
+    state = torch.load("f.pt")
+    torch.save({**state, "patch.weight": state["patch.weight"] * 5}, "tampered.pt")
+    found = cli(f"verify net.pt tampered.pt {pair}")
+    assert found.code == 1
+    assert "patch.weight" in found.out
+    torch.save({name: tensor for name, tensor in state.items() if name != "patch.bias"}, "lacking.pt")
+    assert cli(f"verify net.pt lacking.pt {pair}").code == 1
+    assert cli(f"verify net.pt lacking.pt {pair} --only").code == 0
+
+
+def test_every_pair_is_looked_at(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.pt first second -o f.pt").code == 0
+    wrong, right = "--before patch --after first", "--before first,second --after first"
+    for pairs in (f"{wrong} {right}", f"{right} {wrong}"):
+        assert cli(f"verify net.pt f.pt {pairs} --input-size 9,8").code in (1, 2)
+    same = "--before patch --after patch"
+    found = cli(f"verify net.pt f.pt {right} {same} --input-size 9,8 --json")
+    assert (found.code, [one["name"] for one in found.document["fusions"]]) == (0, ["first", "patch"])
+    assert cli(f"verify net.pt f.pt {right} --before patch").message.startswith("--before and --after go together")
+
+
+def test_what_is_named_stands_in_place_of_the_record_and_the_rest_of_it_stands(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.safetensors first second -o one.safetensors").code == 0
+    assert cli("fuse one.safetensors patch 'scale(2)' -o two.safetensors").code == 0
+    found = cli("verify net.safetensors two.safetensors --before first,second --after first --json")
+    assert (found.code, [one["name"] for one in found.document["fusions"]]) == (0, ["first", "patch"])
+    assert cli("verify net.safetensors two.safetensors --before patch --after patch --input-size 8,8").code == 1

@@ -61,15 +61,16 @@ class Options:
         "[C,]H,W",
         "Size of the input to the first layer; repeatable. By default sizes that show border and interior.",
     )
-    before_layers: str | None = option(
+    before_layers: list[str] | None = option(
         "A,B",
-        "The chain in BEFORE, or the matrix's layer, where AFTER has no record.",
+        "A chain in BEFORE, in place of what AFTER records; or the matrix's layer. Repeatable, with --after.",
         "--before",
         completion=complete.chain_of("before"),
     )
-    after_layers: str | None = option(
+    after_layers: list[str] | None = option(
         "C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after")
     )
+    only: bool = flag("Compare the chains of --before and --after alone, and no other tensor.")
     trials: int = option("TRIALS", "Random inputs for each chain and size.", default=8)
     seed: int = option("SEED", "Seed of the random inputs.", default=0)
     exhaustive: bool = flag("Run every basis vector: settles equality for all inputs.")
@@ -105,8 +106,12 @@ class Options:
         for name, value in given.items() if with_matrix else ():
             if value is not None:
                 raise UsageError(f"{name}: doesn't go with a matrix file")
-        if not with_matrix and (self.before_layers is None) != (self.after_layers is None):
-            raise UsageError("--before and --after go together: the chain in BEFORE and the one that stands for it")
+        if with_matrix and (self.only or len(self.before_layers or ()) > 1):
+            raise UsageError("--only and several --before are for two checkpoints; a matrix is of one layer")
+        if not with_matrix and len(self.before_layers or ()) != len(self.after_layers or ()):
+            raise UsageError("--before and --after go together: a chain in BEFORE and the one that stands for it")
+        if self.only and not self.before_layers:
+            raise UsageError("--only: compares the chains of --before and --after, and none are given")
 
 
 def run(options: Options, reporter: Reporter) -> verify_text.Result | verify_text.MatrixResult:
@@ -136,7 +141,7 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
 
     sides, sizes = _open(options, reporter), options.input_size or []
     pairings = _pairings(options, sides, reporter)
-    tensors = None if options.before_layers is not None else _compare_tensors(sides, pairings, reporter)
+    tensors = None if options.only else _compare_tensors(sides, pairings, reporter)
     assumed = verdict.assumed(pairings)
     for text in assumed:
         reporter.remark(f"assumed: {text}")
@@ -154,7 +159,7 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         equivalent=all(report.equivalent for _, report in results)
         and not (tensors and tensors.differing)
         and (whole is None or whole.equal),
-        statement=verdict.statement(results, options.exhaustive, bool(sizes)),
+        statement=verdict.statement(results, options.exhaustive, bool(sizes), options.only),
         computed_in=dtype_name(how["computed_in"]),
         tolerance=verify_text.Tolerance(options.rtol, options.atol) if own_bound else verify_text.BOUND,
         assumed=assumed,
@@ -171,7 +176,7 @@ def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) 
     from convtool.matrix.read import is_matrix_file
 
     before, after, sources = options.before, options.after, options.sources
-    layer, sizes = options.before_layers, options.input_size or []
+    layer, sizes = next(iter(options.before_layers or ()), None), options.input_size or []
     opened = None if is_matrix_file(before) else sources.open(before, reporter)
     model = None if opened is None else sources.of_model(opened, reporter)
     fields, _ = sources.of_both(model, None if opened is None else opened.layers)
@@ -218,17 +223,17 @@ def _open(options: Options, reporter: Reporter) -> _Sides:
 
 
 def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairing]:
-    """Return the chains of --before and --after; without them, the fusions that AFTER records and BEFORE lacks."""
-    from convtool.fusing.compare import recorded_pairings
-    from convtool.fusing.trials import named_pairing
+    """Return the chains of --before and --after, and the fusions of other layers that AFTER records."""
+    from convtool.fusing.compare import named_pairing, recorded_pairings
 
-    if options.before_layers is not None and options.after_layers is not None:
-        chains = split_names(options.before_layers), split_names(options.after_layers)
-        return [named_pairing(sides.before, sides.after, chains, sides.fields)]
-    pairings = recorded_pairings(sides.before, sides.after, sides.fields[0], sides.others)
-    if not pairings:
+    chains = zip(options.before_layers or (), options.after_layers or (), strict=True)
+    named = [named_pairing(sides.before, sides.after, split_names(a), split_names(b), sides.fields) for a, b in chains]
+    if options.only or (named and sides.after.record is None):
+        return named
+    recorded = recorded_pairings(sides.before, sides.after, sides.fields[0], sides.others, named)
+    if not (named or recorded):
         reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
-    return pairings
+    return named + recorded
 
 
 def split_names(text: str) -> list[str]:

@@ -154,7 +154,7 @@ class Result:
     Attributes:
         equivalent: exit code 0 or 1.
         statement: what was shown, apart from the verdict.
-        other_tensors: null with --before and --after.
+        other_tensors: null with --only.
         whole_model: with --model-input: the outputs of both networks; null without.
     """
 

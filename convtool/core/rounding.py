@@ -7,7 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from convtool.errors import RefusedError, UsageError
+from convtool.errors import RefusedError
+
+PART = 1 << 18  # numbers looked at in one go, so that a large tensor takes no more memory than it has to
 
 
 def check_room(stored: torch.dtype, wanted: torch.dtype) -> None:
@@ -49,10 +51,10 @@ class Rounding:
     """
 
     def __init__(self, dtype: torch.dtype, what: str) -> None:
-        """Begin with a tensor that messages call `what`; UsageError for a dtype of integers."""
-        if not (dtype.is_floating_point or dtype.is_complex):
-            raise UsageError(f"{what}: expected a floating-point dtype, got {_name(dtype)}")
+        """Begin with a tensor that messages call `what`."""
         self.dtype, self.what = dtype, what
+        # Integers hold what they are, and nothing else.
+        self._unit = torch.finfo(dtype).eps / 2 if dtype.is_floating_point or dtype.is_complex else 0.0
         self._largest, self._worst = 0.0, (0.0, 0.0, 0.0)  # (by how much, number, as it would be stored)
 
     def piece(self, numbers: Tensor) -> Tensor:
@@ -60,11 +62,12 @@ class Rounding:
         made = rounded(numbers, self.dtype)
         if self._has_room(numbers):
             return made
-        exact, back = (one.flatten() for one in _both(numbers, made))
-        moved = (exact - back).abs().nan_to_num(nan=0.0, posinf=math.inf)  # what was inf, and stays so, isn't moved
-        at = int(moved.argmax())
-        self._largest = max(self._largest, float(exact.abs().nan_to_num(nan=0.0, posinf=0.0).max()))
-        self._worst = max(self._worst, (float(moved[at]), float(exact[at]), float(back[at])))
+        for some, stored in zip(numbers.flatten().split(PART), made.flatten().split(PART), strict=True):
+            exact, back = (one.flatten() for one in _both(some, stored))
+            moved = (exact - back).abs().nan_to_num(nan=0.0, posinf=math.inf)  # what was inf, and stays so, isn't moved
+            at = int(moved.argmax())
+            self._largest = max(self._largest, float(exact.abs().nan_to_num(nan=0.0, posinf=0.0).max()))
+            self._worst = max(self._worst, (float(moved[at]), float(exact[at]), float(back[at])))
         if self._worst[0] == math.inf or self._worst[0] > abs(self._worst[1]) * 2:
             self.end()
         return made
@@ -72,7 +75,7 @@ class Rounding:
     def end(self) -> None:
         """Raise RefusedError where the dtype doesn't hold the numbers seen, which belong together."""
         moved, number, stored = self._worst
-        if moved > torch.finfo(self.dtype).eps / 2 * self._largest:
+        if moved > self._unit * self._largest:
             raise self._refusal(f"{number:g} would be {stored:g}", self._largest)
 
     def rows(self, numbers: Tensor) -> Tensor:
@@ -84,7 +87,7 @@ class Rounding:
         exact, back = (one.reshape(count, -1) for one in _both(numbers, made))
         moved = (exact - back).abs().nan_to_num(nan=0.0, posinf=math.inf)
         size = exact.abs().nan_to_num(nan=0.0, posinf=0.0)
-        lost = moved > torch.finfo(self.dtype).eps / 2 * size.amax(1, keepdim=True)
+        lost = moved > self._unit * size.amax(1, keepdim=True)
         if bool(lost.any()):
             at = int(torch.where(lost, moved, 0.0).argmax())
             number, stored = float(exact.flatten()[at]), float(back.flatten()[at])
@@ -94,7 +97,8 @@ class Rounding:
 
     def _has_room(self, numbers: Tensor) -> bool:
         """Return whether every number of that dtype is one of the wanted one as well; or there are none."""
-        return numbers.dtype == self.dtype or self.dtype.itemsize > numbers.dtype.itemsize or not numbers.numel()
+        wider = self.dtype.itemsize > numbers.dtype.itemsize and bool(self._unit)
+        return numbers.dtype == self.dtype or wider or not numbers.numel()
 
     def _refusal(self, what: str, largest: float) -> RefusedError:
         wide = [dtype for dtype in (torch.float32, torch.float64) if largest <= torch.finfo(dtype).max]
@@ -109,10 +113,11 @@ def held(numbers: Tensor, dtype: torch.dtype, what: str) -> Tensor:
 
 
 def _both(numbers: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
-    """Return numbers and what they were rounded to in float64, complex ones as pairs."""
+    """Return numbers and what they were rounded to in one dtype that holds both, complex ones as pairs."""
     if made.is_complex():
         numbers, made = (torch.view_as_real(one.to(torch.complex128)) for one in (numbers, made))
-    return numbers.to(torch.float64), made.to(torch.float64)
+    wide = torch.float32 if numbers.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float64
+    return numbers.to(wide), made.to(wide)
 
 
 def _name(dtype: torch.dtype) -> str:

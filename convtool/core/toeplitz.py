@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convtool.core.conv import Conv, swap_channels
-from convtool.core.rounding import Rounding, check_room, held
+from convtool.core.rounding import check_room, held
 from convtool.core.rows import BLOCK_ENTRIES, Array, RowMatrix, Stretch, words
 from convtool.core.slots import axis_slots
 from convtool.core.taps import tap_table
@@ -70,7 +70,6 @@ class ToeplitzMatrix(RowMatrix):
         self.conv, self.input_size, self.output_size = conv, tuple(input_size), conv.output_size(input_size)
         self.dtype = conv.weight.dtype if dtype is None else dtype
         check_room(conv.weight.dtype, self.dtype)
-        Rounding(self.dtype, "a matrix")  # which no integers have room for
         self._bias = None if conv.bias is None else held(conv.bias, self.dtype, "the matrix's bias")
         self.transpose, self.affine = transpose, affine
         geometry, weight, row_size, column_size = conv.geometry, conv.weight, self.output_size, self.input_size

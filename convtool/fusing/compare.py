@@ -115,13 +115,49 @@ def _axis_size(tree: Expression, axis: int, size: int) -> int:
     return walk(tree, size, lambda conv, at: conv.geometry.axes[axis].output_size(at), lambda _, sizes: sizes[0])
 
 
+def named_pairing(
+    before: Checkpoint,
+    after: Checkpoint,
+    first: Sequence[str],
+    second: Sequence[str],
+    sources: tuple[FieldSources, FieldSources],
+) -> Pairing:
+    """Return the pairing of two chains of layers by name.
+
+    Args:
+        first, second: the chains in BEFORE and in AFTER.
+        sources: fields of the layers in either.
+
+    Raises:
+        UsageError: names, fields or channels that don't fit.
+    """
+    chain = lower_tree({BASE: before}, Chain(tuple(map(LayerRef, first))), sources[0])
+    conv = next(leaves(chain)).conv
+    stands = lower_tree(
+        {BASE: after},
+        Chain(tuple(map(LayerRef, second))),
+        sources[1],
+        axes=conv.spatial_axes,
+        channels=conv.in_channels,
+        channels_from="the chain in BEFORE",
+    )
+    return Pairing(",".join(second), chain, stands)
+
+
 def recorded_pairings(
-    before: Checkpoint, after: Checkpoint, sources: FieldSources, others: Mapping[str, Checkpoint] | None = None
+    before: Checkpoint,
+    after: Checkpoint,
+    sources: FieldSources,
+    others: Mapping[str, Checkpoint] | None = None,
+    named: Sequence[Pairing] = (),
 ) -> list[Pairing]:
-    """A pairing for each fusion that AFTER records and BEFORE doesn't; geometry as recorded, `sources` overruling it.
+    """Return a pairing for each fusion that AFTER records and BEFORE doesn't.
+
+    Geometry is as recorded, `sources` overruling it.
 
     Args:
         others: the other checkpoints that layers came from, by the names they were given.
+        named: what stands in place of the record for the layers in it.
 
     Raises:
         InputError: AFTER has no record of a fusion that BEFORE lacks, or the record doesn't fit the tensors.
@@ -135,8 +171,12 @@ def recorded_pairings(
     last = {fusion.name: fusion for fusion in fusions}
     checkpoints = {BASE: before, **(others or {})}
     pairings = []
+    taken = {leaf.layer.name for pairing in named for leaf in leaves(pairing.before) if leaf.own}
+    taken_after = {leaf.layer.name for pairing in named for leaf in leaves(pairing.after)}
     for name, spelled in spelled_out(fusions).items():
         tree = spelled.tree
+        if name in taken_after or any(source.name in taken for source in leaves(tree) if source.origin == BASE):
+            continue
         chain = [source for source in leaves(tree) if not source.written and source.origin == BASE]
         missing = [source.name for source in chain if not _has_layer(before, source.name)]
         if missing or name not in after.layers:
@@ -200,15 +240,14 @@ def _has_layer(checkpoint: Checkpoint, name: str) -> bool:
         return False
 
 
+def tensors_of(tree: Tree[LoweredLayer]) -> set[str]:
+    """Return the full names of the checkpoint's tensors that a tree of its layers consists of."""
+    return {name for leaf in leaves(tree) if leaf.origin == BASE for name in leaf.layer.tensor_names()}
+
+
 def untouched(before: Checkpoint, pairings: Sequence[Pairing]) -> list[TensorInfo]:
     """Return the tensors of BEFORE that no pairing accounts for."""
-    used = {
-        name
-        for pairing in pairings
-        for lowered in leaves(pairing.before)
-        if lowered.origin == BASE
-        for name in lowered.layer.tensor_names()
-    }
+    used = set().union(*(tensors_of(pairing.before) for pairing in pairings))
     return [info for name, info in before.infos.items() if name not in used]
 
 

@@ -12,14 +12,12 @@ from convtool.checkpoint import Checkpoint
 from convtool.core.bound import Stored
 from convtool.core.expression import Expression, in_channels
 from convtool.core.sizes import alike_size, default_sizes, split_input_size
-from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves
+from convtool.core.tree import BASE, Tree, leaves, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError
 from convtool.formats.dtypes import FLOATS
 from convtool.fusing.compare import Pairing
-from convtool.fusing.lowering import lower_tree
 from convtool.fusing.proof import exact_tree, stored_tree
-from convtool.kinds.stated import FieldSources
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +73,3 @@ def trials(
         chosen = default_sizes(chain) if fixed is None else [alike_size((chain, kept), fixed)]
     for size in chosen:
         yield Trial(pairing, chain, fused, size)
-
-
-def named_pairing(
-    before: Checkpoint,
-    after: Checkpoint,
-    chains: tuple[Sequence[str], Sequence[str]],
-    sources: tuple[FieldSources, FieldSources],
-) -> Pairing:
-    """Two chains of layers by name, for checkpoints without a record.
-
-    Args:
-        chains: first to last, in BEFORE and in AFTER.
-        sources: fields of the layers in either.
-
-    Raises:
-        UsageError: names, fields or channels that don't fit.
-    """
-    refs = [Chain(tuple(map(LayerRef, chain))) for chain in chains]
-    first = lower_tree({BASE: before}, refs[0], sources[0])
-    conv = next(leaves(first)).conv
-    second = lower_tree(
-        {BASE: after},
-        refs[1],
-        sources[1],
-        axes=conv.spatial_axes,
-        channels=conv.in_channels,
-        channels_from="the chain in BEFORE",
-    )
-    return Pairing(",".join(chains[1]), first, second)

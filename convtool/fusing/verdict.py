@@ -18,13 +18,15 @@ def assumed(pairings: Sequence[Pairing]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def statement(results: Results, exhaustive: bool, sizes: bool) -> str:
+def statement(results: Results, exhaustive: bool, sizes: bool, only: bool) -> str:
     """Return what was shown, apart from the verdict.
 
     Args:
         sizes: input sizes were given.
+        only: nothing but the named layers was compared.
     """
-    return _shown([report for _, report in results], exhaustive) + ("" if sizes else _narrowed(results))
+    shown = _shown([report for _, report in results], exhaustive) + ("" if sizes else _narrowed(results))
+    return f"{shown}; of the layers named alone" if only else shown
 
 
 def _shown(reports: list[EquivalenceReport], exhaustive: bool) -> str:

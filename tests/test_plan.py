@@ -8,7 +8,7 @@ import random
 import tomllib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -28,10 +28,11 @@ from convtool.fusing.recipe import Known, parse_recipe, resolve
 from convtool.graph.cut import Price, partition
 from convtool.graph.flow import Flow, Step, find_stretches
 from convtool.graph.judge import Exact
+from convtool.graph.operations import INPUT, Operation, Run, read_flow
 from convtool.graph.planned import Plan, tree_in_short
 from convtool.kinds.kind import Layer, TensorInfo
 from convtool.kinds.stated import FieldSources
-from convtool.kinds.written import read_layer
+from convtool.kinds.written import layer_of_operation, read_layer
 from convtool.live import trace as tracing
 from convtool.live.state import StateCheckpoint
 
@@ -161,6 +162,72 @@ def test_stretches_are_layers_with_nothing_in_between(
     stretches, left_alone = find_stretches(run)
     assert stretches == trees
     assert [one.reason for one in left_alone] == reasons
+
+
+# --- operations
+
+MAP = (2, 3, 4, 5)
+OPERATIONS: list[tuple[str, dict[str, Any], tuple[int, ...], str | None]] = [
+    ("flatten.using_ints", {"start_dim": 1}, (2, 60), "flatten(4,5)"),
+    ("view.default", {"size": [2, 60]}, (2, 60), "flatten(4,5)"),
+    ("view.default", {"size": [2, 3, 20]}, (2, 3, 20), None),  # only the map, and not the channels
+    ("view.default", {"size": [6, 20]}, (6, 20), None),  # the batch too
+    ("view.default", {"size": MAP}, MAP, "identity()"),
+    ("clone.default", {}, MAP, "identity()"),
+    ("dropout.default", {"p": 0.5, "train": False}, MAP, "identity()"),
+    ("dropout.default", {"p": 0.5, "train": True}, MAP, None),
+    ("add.Tensor", {"other": 0}, MAP, "identity()"),
+    ("add.Tensor", {"other": 0.5}, MAP, None),
+    ("add.Tensor", {"other": 0, "alpha": 2}, MAP, None),
+    ("add.Tensor", {"other": None}, MAP, None),
+    ("mul.Tensor", {"other": None}, MAP, None),  # by a tensor that nobody knows
+    ("relu.default", {}, MAP, None),
+]
+
+
+@pytest.mark.parametrize(("name", "arguments", "gives", "text"), OPERATIONS)
+def test_an_operation_is_the_layer_that_its_kind_says(
+    name: str, arguments: dict[str, Any], gives: tuple[int, ...], text: str | None
+) -> None:
+    found = layer_of_operation(f"aten.{name}", {"self": None, **arguments}, MAP, gives)
+    assert found == (None if text is None else read_layer(text))
+
+
+def operations(*run: Operation) -> Run:
+    return Run((Operation(INPUT, (), SHAPE), *run), frozenset({len(run)}))
+
+
+def inside(name: str, read: int, *tensors: str, count: int = 1) -> Operation:
+    return Operation("aten.convolution.default", (read,), SHAPE, tensors, {}, (name, count))
+
+
+def trees(run: Run, *names: str) -> tuple[list[Tree[LayerRef]], dict[str, str]]:
+    tensors = {name: {"weight": TensorInfo(f"{name}.weight", "float32", (3, 3, 1, 1), 36)} for name in names}
+    flow = read_flow(run, {name: Layer(name, kind("conv"), tensors[name]) for name in names}, {})
+    return find_stretches(flow)[0], dict(flow.apart)
+
+
+def test_the_operations_of_a_layers_run_are_one_step() -> None:
+    constant = Operation("aten.t.default", (), (3, 3), ("b.weight",), {}, ("b", 1))
+    run = operations(inside("a", 0, "a.weight"), constant, inside("b", 1), replace(inside("b", 3), name="aten.view"))
+    assert trees(run, "a", "b") == ([Chain((a, b))], {})
+
+
+@pytest.mark.parametrize(
+    ("run", "found", "apart"),
+    [
+        ([inside("a", 0, "a.weight"), inside("b", 1, "b.weight"), inside("b", 2, "a.weight")], [], {"a", "b"}),
+        ([inside("a", 0, "a.weight"), inside("b", 1, "b.weight"), inside("b", 1, "b.weight")], [a], {"b"}),
+        ([inside("a", 0, "a.weight"), inside("b", 1, "b.weight"), inside("b", 0, "b.weight")], [a], {"b"}),
+        ([inside("a", 0, "a.weight"), Operation("aten.abs.default", (), (3, 3, 1, 1), ("a.weight",))], [], {"a"}),
+    ],
+    ids=["another's tensors", "two values out", "two values in", "its tensors read outside"],
+)
+def test_what_a_layers_run_does_besides_makes_it_none(
+    run: list[Operation], found: list[Tree[LayerRef]], apart: set[str]
+) -> None:
+    made = trees(Run(operations(*run).operations, frozenset(range(2, len(run) + 1))), "a", "b")
+    assert (made[0], set(made[1])) == (found, apart)
 
 
 # --- architectures
@@ -475,13 +542,44 @@ def test_what_is_changed_in_place_is_another_value() -> None:
     assert planned(net)[0] == ["bn1 + b"]
 
 
-def test_branches_that_are_added_in_place_become_one_layer() -> None:
+@pytest.mark.parametrize("tracer", list(tracing._TRACERS))
+def test_branches_that_are_added_in_place_become_one_layer(tracer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y: Tensor = m.a(x)
         y.add_(m.b(x))  # and y is the name that is read
         return F.relu(y, inplace=True)
 
+    monkeypatch.setattr(tracing, "_TRACERS", {tracer: tracing._TRACERS[tracer]})
     assert planned(Net(forward, a=conv(), b=conv(bias=False)))[0] == ["(a | b)"]
+
+
+def reads_what_was_added(m: Any, x: Tensor) -> Tensor:
+    y, w = m.a(x), m.b(x)
+    y.add_(w)
+    return y * F.relu(w)  # type: ignore[no-any-return]
+
+
+def reads_what_was_there_before(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    z = F.relu(y)
+    y.add_(m.b(x))
+    return y + z  # type: ignore[no-any-return]
+
+
+def reads_a_view_of_before(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    view = y.flatten(1)
+    y.add_(m.b(x))
+    return view * 2  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("tracer", list(tracing._TRACERS))
+@pytest.mark.parametrize("run", [reads_what_was_added, reads_what_was_there_before, reads_a_view_of_before])
+def test_what_is_added_in_place_and_read_besides_stays(
+    tracer: str, run: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracing, "_TRACERS", {tracer: tracing._TRACERS[tracer]})
+    assert planned(Net(run, a=conv(), b=conv(bias=False)))[0] == []
 
 
 def test_dropouts_identities_and_copies_are_nothing() -> None:
@@ -735,8 +833,9 @@ def test_control_flow_that_depends_on_values_is_refused_with_each_tracers_reason
     assert "its control flow depends on the values of its input" in str(refused.value)
 
 
-@pytest.mark.parametrize("tracer", ["torch.fx", "hooks"])
-@pytest.mark.parametrize("name", ["chains", "conv_bn", "separable1d"])
+@pytest.mark.parametrize(
+    ("tracer", "name"), [*itertools.product(["torch.fx", "hooks"], SAMPLES), ("hooks", "convnext")]
+)  # fx cannot follow the code of transformers
 def test_the_other_tracers_see_the_same(tracer: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = case(name)
     monkeypatch.setattr(tracing, "_TRACERS", {tracer: tracing._TRACERS[tracer]})

@@ -20,7 +20,7 @@ from convtool.core.tree import LayerRef, Tree, leaves, map_leaves, walk
 from convtool.errors import RefusedError
 from convtool.graph.flow import Flow, Step
 from convtool.graph.stopwatch import Stopwatch
-from convtool.kinds.kind import UNKNOWN, Kind, Layer
+from convtool.kinds.kind import UNKNOWN, Layer
 from convtool.kinds.written import read_layer
 
 
@@ -133,7 +133,7 @@ class Judge:
         )
         seconds = None
         if self.watch is not None:
-            seconds = self._seconds(apart, size, positions), self.watch.seconds(Kind(), fused, size, positions)
+            seconds = self._seconds(apart, size, positions), self.watch.seconds(UNKNOWN, fused, size, positions)
         before, after = _cost(convs, size, positions), _cost(fused, size, positions)
         return Merge(main.name, tree, exact, (channels, *size), before, after, seconds, fused)
 
@@ -141,7 +141,7 @@ class Judge:
         """Return what one run of a layer takes: seconds where measured, else multiply-adds."""
         step, layer = self.calls[name]
         if self.watch is None:
-            return float(self.cost(step, layer).multiply_adds)
+            return float(self._cost(step, layer).multiply_adds)
         channels, size, positions = self._input(step)
         return self._seconds(self._lowered(LayerRef(name), step.axes, channels), size, positions)
 
@@ -149,36 +149,35 @@ class Judge:
         """Return every run of each layer, by its name."""
         runs: dict[str, list[LayerRun]] = {}
         for step, layer in self.flow.calls():
-            work = self.cost(step, layer).multiply_adds
+            work = self._cost(step, layer).multiply_adds
             runs.setdefault(layer.name, []).append(LayerRun(self.flow.input_shape(step)[1:], step.shape[1:], work))
         return runs
 
     def total(self) -> Cost:
         """Return the cost of all layers of the run, parameters counted once."""
-        total, counted = Cost(0, 0), set()
-        for step, layer in self.flow.calls():
-            cost = self.cost(step, layer)
-            total += cost if layer.name not in counted else replace(cost, parameters=0)
-            counted.add(layer.name)
-        return total
-
-    def cost(self, step: Step, layer: Layer) -> Cost:
-        """Return the cost of one run of a layer; nothing where only its own code knows of what its weight is made."""
-        if layer.kind is UNKNOWN:
-            return Cost(0, 0)
-        channels, size, positions = self._input(step)
-        return _cost(self._leaf(LayerRef(layer.name), step.axes, channels).conv, size, positions)
+        costs = [(layer.name, self._cost(step, layer)) for step, layer in self.flow.calls()]
+        parameters = sum(cost.parameters for cost in dict(costs).values())
+        return Cost(parameters, sum(cost.multiply_adds for _, cost in costs))
 
     def resized(self) -> dict[str, str]:
         """Return the layers whose output isn't of the size that their geometry says: transposed ones told another."""
         told = {}
         for step, layer in self.flow.calls():
-            channels, size, _ = self._input(step)
-            if layer.kind is UNKNOWN or not layer.axes():
-                continue
-            if step.shape[2:] != self._leaf(LayerRef(layer.name), step.axes, channels).conv.geometry.output_size(size):
+            conv = self._conv(step, layer)
+            if conv is not None and layer.axes() and step.shape[2:] != conv.output_size(self._input(step)[1]):
                 told[layer.name] = "the model's code gives it an output size of its own"
         return told
+
+    def _conv(self, step: Step, layer: Layer) -> Conv | None:
+        """Return a layer of the run; None where only its own code knows of what its weight is made."""
+        if layer.kind is UNKNOWN:
+            return None
+        return self._leaf(LayerRef(layer.name), step.axes, self._input(step)[0]).conv
+
+    def _cost(self, step: Step, layer: Layer) -> Cost:
+        """Return the cost of one run of a layer, as far as it is known."""
+        conv = self._conv(step, layer)
+        return Cost(0, 0) if conv is None else _cost(conv, *self._input(step)[1:])
 
     def _input(self, step: Step) -> tuple[int, tuple[int, ...], int]:
         """Return channels and spatial size of what a layer reads, and how often it runs beside each other: the axes

@@ -12,10 +12,9 @@ from convtool.core.names import unwrap
 from convtool.errors import UsageError
 from convtool.kinds.stated import FieldSource
 from convtool.live.layers import module_layers
-from convtool.live.state import StateCheckpoint
+from convtool.live.state import COUNTERS, StateCheckpoint
 
 MOST_NAMES = 6  # named one by one before the rest is only counted
-_COUNTS = "num_batches_tracked"  # of a batch norm: never computed with
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,45 +89,36 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
     return Agreement(checkpoint, FieldSource(origin, tables, exact_names=True), names, unlike, tuple(differences))
 
 
-def _names(ours: Mapping[str, Layer], theirs: Mapping[str, Layer]) -> dict[str, str]:
-    """The checkpoint's name of each layer of the model, where there is exactly one."""
+def _names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
+    """Return the checkpoint's name of each layer of the model, where there is exactly one."""
     plain: dict[str, list[str]] = {}
     for name in theirs:
         plain.setdefault(unwrap(name), []).append(name)
-    mine = {name: unwrap(name) for name in ours}
-    ahead, stripped = _prefix(set(mine.values()), set(plain))
-    names = {}
-    for name, bare in mine.items():
-        same = plain.get(ahead + bare.removeprefix(stripped) if bare.startswith(stripped) else bare, [])
-        if name in theirs:
-            names[name] = name
-        elif len(same) == 1:
-            names[name] = same[0]
-    return names
+    bare = {name: unwrap(name) for name in ours}
+    mine = set(bare.values())
+    apart = mine.isdisjoint(plain)
+    ahead, behind = (_prefix(mine, set(plain)), _prefix(set(plain), mine)) if apart else ("", "")
+    found = {name: plain.get(ahead + one.removeprefix(behind), []) for name, one in bare.items()}
+    known = {name for names in plain.values() for name in names}
+    return {name: name if name in known else one[0] for name, one in found.items() if name in known or len(one) == 1}
 
 
-def _prefix(ours: set[str], theirs: set[str]) -> tuple[str, str]:
-    """(what the checkpoint has in front of every name of the model, what the model has in front of the file's)."""
-    if not ours or not theirs or ours & theirs:
-        return "", ""
-    for shorter, longer, swapped in ((ours, theirs, False), (theirs, ours, True)):
-        name = max(shorter, key=lambda text: (len(text), text))
-        for other in sorted(longer):
-            prefix = other.removesuffix(name)
-            if other.endswith(f".{name}") and all(prefix + one in longer for one in shorter):
-                return ("", prefix) if swapped else (prefix, "")
-    return "", ""
+def _prefix(ours: set[str], theirs: set[str]) -> str:
+    """Return what the other side has in front of every name of this one; '' where nothing."""
+    longest = max(ours, key=lambda name: (len(name), name), default="")
+    ahead = (other.removesuffix(longest) for other in sorted(theirs) if other.endswith(f".{longest}"))
+    return next((prefix for prefix in ahead if all(prefix + name in theirs for name in ours)), "")
 
 
 def _shapes(ours: Layer, theirs: Layer) -> str:
-    """Where tensors of a layer differ in shape, or only one side has them; '' where they agree."""
+    """Say where tensors of a layer differ in shape, or only one side has them; '' where they agree."""
     mine, other = ({key: info.shape for key, info in layer.tensors.items()} for layer in (ours, theirs))
     for key in ("weight", *mine):  # the weight says most
         if key in mine and key in other and mine[key] != other[key]:
             return f"{theirs.name}.{key}: {_sized(other[key])} in the checkpoint, {_sized(mine[key])} in the model"
     if "weight" in mine and "weight" in other:  # of which one side may hold the parts
         mine, other = ({key: x for key, x in side.items() if key in ("weight", "bias")} for side in (mine, other))
-    for key in (mine.keys() ^ other.keys()) - {_COUNTS}:
+    for key in sorted((mine.keys() ^ other.keys()) - COUNTERS):
         return f"{theirs.name}.{key}: only in the {'model' if key in mine else 'checkpoint'}"
     return ""
 

@@ -18,6 +18,7 @@ from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.live.layers import difference
 from convtool.live.modules import Zeros, live_module
+from convtool.live.state import COUNTERS
 
 
 def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str | None = None) -> nn.Module:
@@ -25,15 +26,14 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
 
     Each fused layer takes its place; nn.Identity stands where the other layers of its chain were, and a scale that a
     block holds itself becomes None. Where the fused layer took the name of one of its sources, the branches of a sum
-    stay and give zeros, so that the model's forward goes on as it is; where it has a name of its own, by which the
-    forward has to know it, they are deleted, with the modules that held only them. The model is changed in place and
-    returned; where anything fails it is left as it was.
+    stay and give zeros; where it has a name of its own, by which the model's forward has to know it, they are deleted,
+    with the modules that held only them. The model is changed in place; where anything fails it is left as it was.
 
     Args:
         model: as before the fusions; layers are found by name, wrappers such as DistributedDataParallel seen through.
         path: a checkpoint that `convtool fuse` wrote.
-        check: hold each layer that goes against what the record says of it: its kind, stride, padding, eps and so on,
-            and that its forward is torch's own. With False, whatever has the name is replaced.
+        check: hold each layer that goes against what the record says of it, and that its forward is torch's own. With
+            False, whatever has the name is replaced.
         root: of a nested torch file with several state dicts, the dotted keys of the one meant.
 
     Raises:
@@ -133,7 +133,7 @@ class Applying:
         """Load every tensor of the checkpoint; InputError, before any is, where they don't fit."""
         places, own = self._places(), self.model.state_dict()
         state = {self._tensor_place(name, places): checkpoint.tensor(name) for name in checkpoint.infos}
-        missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+        missing = [name for name in own if name not in state and name.rpartition(".")[2] not in COUNTERS]
         unexpected = [name for name in state if name not in own]
         wrong = [
             f"{what} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from convtool.errors import InputError, RefusedError, UsageError
+from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
 
 EXPECTED = "pkg.mod:callable, path/to/file.py:callable, or a Hugging Face folder with a config.json"
 
 
 def load_model(spec: str, arguments: str | None = None, *, in_memory: bool = False) -> nn.Module:
-    """The model that `spec` names, in eval mode, its tensors on the meta device. This runs the code that it names.
+    """Return the model that `spec` names, in eval mode, its tensors on the meta device, by running the code it names.
 
     Args:
         spec: 'pkg.mod:callable', 'path/to/file.py:callable', or a folder with a Hugging Face config.json. What is
@@ -46,10 +46,10 @@ def load_model(spec: str, arguments: str | None = None, *, in_memory: bool = Fal
 
 
 def _from_code(spec: str, arguments: str | None, in_memory: bool) -> nn.Module:
-    where, colon, attribute = spec.rpartition(":")
-    if not colon or not where or not attribute:
+    where, _, attribute = spec.rpartition(":")
+    if not where or not attribute:
         raise UsageError(f"--model: expected {EXPECTED}, got {spec!r}")
-    positional, keywords = _arguments(arguments)
+    given = _arguments(arguments)
     with _importable(Path(where).parent if where.endswith(".py") else Path()):
         module = _file(Path(where)) if where.endswith(".py") else _import(where)
         try:
@@ -58,50 +58,45 @@ def _from_code(spec: str, arguments: str | None, in_memory: bool) -> nn.Module:
             public = [name for name in vars(module) if not name.startswith("_")]
             raise UsageError(f"--model: {where} has no {attribute!r}; it has {', '.join(public[:8])}") from None
         if not isinstance(made, nn.Module):
-            made = _call(spec, made, positional, keywords, in_memory)
+            with _user_code(f"{spec}: calling it failed"):
+                made = _call(made, *given, in_memory)
     if not isinstance(made, nn.Module):
         raise UsageError(f"--model: {spec} gave a {type(made).__name__}, expected an nn.Module")
     return made
 
 
-def _call(spec: str, make: Any, positional: list[Any], keywords: dict[str, Any], in_memory: bool) -> Any:
+def _call(make: Any, positional: list[Any], keywords: dict[str, Any], in_memory: bool) -> Any:
     """Call it with nothing allocated; in memory where that is asked for, or its code looks at a value as it builds."""
+    if in_memory:
+        return make(*positional, **keywords)
     try:
-        if in_memory:
-            return make(*positional, **keywords)
         with torch.device("meta"):
             made = make(*positional, **keywords)
         return made.to("meta") if isinstance(made, nn.Module) else made  # what it placed elsewhere by itself
-    except Exception as failed:
+    except Exception:
         with contextlib.suppress(Exception):
-            if not in_memory:
-                return make(*positional, **keywords)
-        raise UsageError(f"--model: {spec}: calling it failed: {_said(failed)}") from None
+            return make(*positional, **keywords)
+        raise
 
 
 def _arguments(text: str | None) -> tuple[list[Any], dict[str, Any]]:
-    if text is None:
-        return [], {}
     try:
-        value = json.loads(text)
+        value = {} if text is None else json.loads(text)
     except ValueError as error:
         raise UsageError(f"--model-args: is not JSON: {error}; such as '{{\"depth\": 18}}'") from None
-    if isinstance(value, dict):
-        return [], value
-    if isinstance(value, list):
-        return value, {}
-    raise UsageError(f"--model-args: expected a JSON object or list, got {text!r}")
+    if not isinstance(value, dict | list):
+        raise UsageError(f"--model-args: expected a JSON object or list, got {text!r}")
+    return ([], value) if isinstance(value, dict) else (value, {})
 
 
 def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
-            raise UsageError(f"--model: no module {name!r}; it is looked for here and where Python looks") from None
-        raise UsageError(f"--model: importing {name} failed: {_said(error)}") from None
-    except Exception as error:  # the user's code may raise anything
-        raise UsageError(f"--model: importing {name} failed: {_said(error)}") from None
+    with _user_code(f"importing {name} failed"):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is not None and f"{name}.".startswith(f"{error.name}."):
+                raise UsageError(f"--model: no module {name!r}; it is looked for here and where Python looks") from None
+            raise
 
 
 def _file(path: Path) -> Any:
@@ -114,16 +109,17 @@ def _file(path: Path) -> Any:
     module = importlib.util.module_from_spec(found)
     sys.modules[name] = module  # dataclasses and pickles of its classes look there
     try:
-        found.loader.exec_module(module)
-    except Exception as error:
+        with _user_code(f"running {path} failed"):
+            found.loader.exec_module(module)
+    except UsageError:
         del sys.modules[name]
-        raise UsageError(f"--model: running {path} failed: {_said(error)}") from None
+        raise
     return module
 
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """The folder first among the places to import from, as `python file.py` and `python -m` have it."""
+    """Put the folder first among the places to import from, as `python file.py` and `python -m` have it."""
     before = list(sys.path)
     sys.path.insert(0, str(folder.resolve()))
     try:
@@ -132,16 +128,23 @@ def _importable(folder: Path) -> Iterator[None]:
         sys.path[:] = before
 
 
-def _said(error: BaseException) -> str:
-    """An error of the user's code in one line, with the line of theirs that raised it."""
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
-    at = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}{at}"
+@contextlib.contextmanager
+def _user_code(what: str) -> Iterator[None]:
+    """Say of any error of the user's code, in one line as a UsageError, what failed and the line that raised it."""
+    try:
+        yield
+    except ConvtoolError:
+        raise
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        own = [frame for frame in frames if "importlib" not in frame.filename and frame.filename != __file__]
+        at = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
+        said = " ".join(str(error).split())
+        raise UsageError(f"--model: {what}: {type(error).__name__}: {said}{at}") from None
 
 
 def _from_config(folder: Path, in_memory: bool) -> nn.Module:
-    """The architecture that a Hugging Face config.json names, by the code of the installed transformers alone."""
+    """Return the architecture that a Hugging Face config.json names, by the installed transformers' code alone."""
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -166,12 +169,9 @@ def _from_config(folder: Path, in_memory: bool) -> nn.Module:
     kind: Any = getattr(transformers, str(names[0]), None) if names else transformers.AutoModel
     if kind is None:
         raise UsageError(f"--model: {path}: transformers {transformers.__version__} has no {names[0]}")
-    try:
+    device = "cpu" if in_memory else "meta"
+    with _user_code(f"{folder}: transformers could not build it"), torch.device(device):
         parsed = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         build = kind.from_config if kind is transformers.AutoModel else kind._from_config
-        device = "cpu" if in_memory else "meta"
-        with torch.device(device):
-            model: nn.Module = build(parsed).to(device)
-    except Exception as error:
-        raise UsageError(f"--model: {folder}: transformers could not build it: {_said(error)}") from None
+        model: nn.Module = build(parsed).to(device)
     return model

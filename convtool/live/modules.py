@@ -10,12 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convtool.core.conv import Conv
+from convtool.core.fields import geometry_fields
 from convtool.core.geometry import format_sizes
 from convtool.errors import RefusedError, UsageError
 
 
 def live_module(conv: Conv, dtype: torch.dtype) -> nn.Module:
-    """An nn.Conv, nn.ConvTranspose or nn.Linear of the layer's shape and geometry, its numbers not yet loaded.
+    """Return an nn.Conv, nn.ConvTranspose or nn.Linear of the layer's shape and geometry, its numbers not yet loaded.
 
     Padding that torch's module cannot say by itself is done by a hook, and so is a bias map, which is a parameter.
 
@@ -26,34 +27,29 @@ def live_module(conv: Conv, dtype: torch.dtype) -> nn.Module:
         RefusedError: torch has no module of that form.
     """
     geometry, axes = conv.geometry, conv.spatial_axes
+    bias = conv.bias is not None and not conv.has_bias_map
     dtype = conv.weight.dtype if conv.weight.is_complex() and not dtype.is_complex else dtype
-    plain_bias = conv.bias is not None and not conv.has_bias_map
     if axes == 0 and geometry.groups == 1:
-        return nn.Linear(conv.in_channels, conv.out_channels, plain_bias, dtype=dtype)
+        return nn.Linear(conv.in_channels, conv.out_channels, bias, dtype=dtype)
     if not 1 <= axes <= 3:
         raise RefusedError(f"cannot make a live module of a layer of {axes} spatial axes with {geometry.describe()}")
     if any(p >= max(s, d) for p, s, d in zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True)):
         raise RefusedError(f"torch's transposed convolutions don't know an output padding of {geometry.output_padding}")
     even = all(before == after for before, after in geometry.padding)
-    fields: dict[str, Any] = {
-        "stride": geometry.stride,
-        "padding": tuple(before if even else 0 for before, _ in geometry.padding),
-        "dilation": geometry.dilation,
-        "groups": geometry.groups,
-        "bias": plain_bias,
-        "dtype": dtype,
-    }
-    if geometry.transposed:
-        fields["output_padding"] = geometry.output_padding
-    elif even:
-        fields["padding_mode"] = geometry.padding_mode
+    fields = geometry_fields(geometry) | {"padding": [before if even else 0 for before, _ in geometry.padding]}
+    del fields["transposed"]
+    if not geometry.transposed:
+        del fields["output_padding"]
+    if not even:
+        fields["padding_mode"] = "zeros"
     kind: Any = getattr(nn, f"Conv{'Transpose' if geometry.transposed else ''}{axes}d")
-    module: nn.Module = kind(conv.in_channels, conv.out_channels, geometry.kernel_size, **fields)
+    shape = (conv.in_channels, conv.out_channels, geometry.kernel_size)
+    module: nn.Module = kind(*shape, **fields, bias=bias, dtype=dtype)
     if not even and geometry.transposed:
         module.register_forward_hook(CropOutput(geometry.padding))
     elif not even:
         module.register_forward_pre_hook(PadInput(geometry.padding, geometry.padding_mode))
-    if conv.bias is not None and conv.has_bias_map:
+    if conv.bias is not None and not bias:
         module.register_parameter("bias_map", nn.Parameter(torch.empty(conv.bias.shape, dtype=dtype)))
         module.register_forward_hook(AddBiasMap())
     return module
@@ -61,7 +57,7 @@ def live_module(conv: Conv, dtype: torch.dtype) -> nn.Module:
 
 @dataclass(frozen=True)
 class PadInput:
-    """Pads each side by its own amount before a layer runs, which nn.Conv cannot do by itself."""
+    """Pad each side by its own amount before a layer runs, which nn.Conv cannot do by itself."""
 
     sides: tuple[tuple[int, int], ...]
     padding_mode: str
@@ -73,7 +69,7 @@ class PadInput:
 
 @dataclass(frozen=True)
 class CropOutput:
-    """Cuts each side by its own amount after a transposed layer ran, whose padding that is."""
+    """Cut each side by its own amount after a transposed layer ran, whose padding that is."""
 
     sides: tuple[tuple[int, int], ...]
 
@@ -83,7 +79,7 @@ class CropOutput:
 
 @dataclass(frozen=True)
 class AddBiasMap:
-    """Adds a bias of its own to each output."""
+    """Add a bias of its own to each output."""
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         bias_map = module.bias_map
@@ -97,7 +93,7 @@ class AddBiasMap:
 
 
 class Zeros(nn.Module):
-    """Stands where a branch was that a fused layer has taken over: gives zeros of the fused layer's output shape.
+    """Stand where a branch was that a fused layer has taken over: gives zeros of the fused layer's output shape.
 
     Args:
         fused: the layer, where this reads the same input; None where it reads what that gave.
@@ -109,7 +105,7 @@ class Zeros(nn.Module):
         self.geometry = None if fused is None else fused.geometry
 
     def forward(self, x: Tensor) -> Tensor:
-        """Zeros (N, C_out, *output_size) that take no memory; or zeros of x's shape."""
+        """Return zeros (N, C_out, *output_size) that take no memory; or zeros of x's shape."""
         if self.geometry is None or self.channels is None:
             return x.new_zeros(()).expand(x.shape)
         if not self.geometry.kernel_size:

@@ -19,7 +19,7 @@ from convtool.fusing.fusion import check_ties, plan_layer
 from convtool.fusing.lowering import lower_tree
 from convtool.graph.cut import cut
 from convtool.graph.flow import LeftAlone
-from convtool.graph.judge import Judge, LayerRun
+from convtool.graph.judge import Judge, LayerRun, Merge
 from convtool.graph.planned import Plan
 from convtool.graph.stopwatch import Stopwatch
 from convtool.kinds.stated import FieldSources
@@ -63,11 +63,18 @@ def plan(
     judge = Judge(flow, is_biased or partial(_is_biased, StateCheckpoint.of(model)), _watch(model) if measure else None)
     flow = replace(flow, apart={**judge.resized(), **flow.apart, **(barred or {})})
     merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=only_if_cheaper or measure)
+    return _rehearsed(model, arguments, judge, merges, left_alone)
+
+
+def _rehearsed(
+    model: nn.Module, inputs: Sequence[Any], judge: Judge, merges: Sequence[Merge], left_alone: Sequence[LeftAlone]
+) -> Plan:
+    """Return the plan of all merges with which the model's code does what it did."""
 
     def source(leaf: LayerRef) -> SourceLayer:
         return SourceLayer(leaf.name, judge.layer(leaf.name).kind, {})  # its fields don't matter to a rehearsal
 
-    wrong, unseen = failures(model, arguments, [(one.name, map_leaves(source, one.tree), one.fused) for one in merges])
+    wrong, unseen = failures(model, inputs, [(one.name, map_leaves(source, one.tree), one.fused) for one in merges])
     kept = tuple(one for number, one in enumerate(merges) if number not in wrong)
     used = {leaf.name: judge.layer(leaf.name).fields for one in kept for leaf in leaves(one.tree) if not leaf.written}
     return Plan(
@@ -75,8 +82,8 @@ def plan(
         (*left_alone, *(LeftAlone.of(merges[number].tree, reason) for number, reason in wrong.items())),
         {name: used[name] for name, _ in model.named_modules() if used.get(name)},
         judge.total(),
-        flow.tracer,
-        (*flow.remarks, *([unseen] if unseen else [])),
+        judge.flow.tracer,
+        (*judge.flow.remarks, *([unseen] if unseen else [])),
     )
 
 
@@ -122,12 +129,7 @@ def fuse_model(
         as `plan` does; InputError where a fused layer isn't finite. Where anything fails the model is left as it was.
     """
     found = planned or plan(
-        model,
-        input_size,
-        inputs=inputs,
-        fixed_size=fixed_size,
-        only_if_cheaper=only_if_cheaper,
-        measure=measure,
+        model, input_size, inputs=inputs, fixed_size=fixed_size, only_if_cheaper=only_if_cheaper, measure=measure
     )
     base = StateCheckpoint.of(model)
     sources = FieldSources((found.geometry,))

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from convtool.checkpoint import Checkpoint, TensorInfo
 from convtool.checkpoint.record import Record
 from convtool.core.flat import tensor_bits
+from convtool.kinds import KINDS
+
+COUNTERS = frozenset(name for kind in KINDS for name in kind.counters)  # tensors that nothing is computed with
 
 
 class StateCheckpoint(Checkpoint):

@@ -23,6 +23,8 @@ from convtool.checkpoint import Checkpoint
 from convtool.errors import InputError, UsageError
 from convtool.live.agreement import agree
 from convtool.live.apply import apply_checkpoint
+from convtool.live.state import COUNTERS
+from convtool.live.trace import error_line
 
 # Times the effect of rounding every weight once that a difference may have: fused weights are rounded once as well,
 # but the maxima of a few random draws are compared. A layer in the wrong place differs by a million times and more.
@@ -83,64 +85,52 @@ def compare_whole(
         RefusedError: `convtool.apply`'s reasons.
     """
     original = _loaded(build(), before).eval()
-    fused = apply_checkpoint(copy.deepcopy(original), after).eval()
-    dtype_of = {name: value.dtype for name, value in original.state_dict().items()}
-    original, fused = original.double(), fused.double()
-    generator = torch.Generator().manual_seed(seed)
+    fused = apply_checkpoint(copy.deepcopy(original), after).eval().double()
+    dtypes = {name: value.dtype for name, value in original.state_dict().items()}
+    original, generator = original.double(), torch.Generator().manual_seed(seed)
     inputs = torch.randn(trials, *input_size, dtype=torch.float64, generator=generator)
-    expected = _outputs(original, inputs, before)
-    got = _outputs(fused, inputs, after)
+    expected, got = _outputs(original, inputs, before), _outputs(fused, inputs, after)
     if [value.shape for value in expected] != [value.shape for value in got]:
         raise InputError(f"{after.path}: the network with the fusions gives outputs of other shapes")
     rounding = 0.0
     for _ in range(DRAWS):
-        with _rounded(original, dtype_of, generator):
+        with _rounded(original, dtypes, generator):
             rounding = max(rounding, _distance(expected, _outputs(original, inputs, before)))
-    return WholeReport(
-        tuple(input_size),
-        _distance(expected, got),
-        max(float(value.abs().max()) for value in expected),
-        rounding,
-        sum(value.numel() for value in expected),
-    )
+    largest, count = max(float(value.abs().max()) for value in expected), sum(value.numel() for value in expected)
+    return WholeReport(tuple(input_size), _distance(expected, got), largest, rounding, count)
 
 
 def _loaded(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """The model with a checkpoint's tensors in it, each under the name that the model has for it."""
-    names = agree(model, checkpoint).names
-    state = {}
-    for key in model.state_dict():
+    """Return the model with a checkpoint's tensors in it, each under the name that the model has for it."""
+    names, own, state = agree(model, checkpoint).names, model.state_dict(), {}
+    for key, tensor in own.items():
         path, _, parameter = key.rpartition(".")
         theirs = names.get(path, path)
         full = f"{theirs}.{parameter}" if theirs else parameter
         if full in checkpoint.infos:
             state[key] = checkpoint.tensor(full)
-        elif parameter != "num_batches_tracked":
+        elif parameter not in COUNTERS:
             raise UsageError(f"{checkpoint.path}: has no {full!r}, which the model has; it is another model's")
-    own = model.state_dict()
-    for key, tensor in state.items():
-        if own[key].shape != tensor.shape:
+        if key in state and state[key].shape != tensor.shape:
             raise UsageError(
-                f"{checkpoint.path}: {key} is of shape {tuple(tensor.shape)}, and the model's of"
-                f" {tuple(own[key].shape)}; it is another model's"
+                f"{checkpoint.path}: {key} is of shape {tuple(state[key].shape)}, and the model's of"
+                f" {tuple(tensor.shape)}; it is another model's"
             )
-    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
-    model = model.to(dtype)
+    model = model.to(next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32))
     model.load_state_dict(state, strict=False)
     return model
 
 
 def _outputs(model: nn.Module, inputs: Tensor, checkpoint: Checkpoint) -> list[Tensor]:
-    """The floating-point outputs of a network."""
+    """Return the floating-point outputs of a network."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             output: Any = model(inputs)
     except Exception as error:  # the user's code
-        said = next(iter(str(error).splitlines()), "")
         raise UsageError(
             f"the model with the tensors of {checkpoint.path} doesn't run on inputs of shape {tuple(inputs.shape)}:"
-            f" {type(error).__name__}: {said}"
+            f" {error_line(error)}"
         ) from None
     found = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor) and value.is_floating_point()]
     if not found:
@@ -149,14 +139,14 @@ def _outputs(model: nn.Module, inputs: Tensor, checkpoint: Checkpoint) -> list[T
 
 
 def _distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
-    """The largest difference; NaN where there is one on either side."""
+    """Return the largest difference; NaN where there is one on either side."""
     differences = [float((a - b).abs().max()) for a, b in zip(expected, got, strict=True) if a.numel()]
     return next((value for value in differences if value != value), max(differences, default=0.0))
 
 
 @contextlib.contextmanager
 def _rounded(model: nn.Module, dtypes: Mapping[str, torch.dtype], generator: torch.Generator) -> Iterator[None]:
-    """Every number of a model, for a while, as far off as rounding it to its dtype may put it."""
+    """Put every number of a model, for a while, as far off as rounding it to its dtype may put it."""
     state = model.state_dict()
     kept = {name: tensor.clone() for name, tensor in state.items() if dtypes[name].is_floating_point}
     for name, tensor in kept.items():

@@ -23,6 +23,17 @@ First = TypeVar("First")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class NamedConv:
+    """A layer and what messages call it."""
+
+    name: str
+    conv: Conv
+
+
+Named = TypeVar("Named", bound=NamedConv)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Fusion:
     """One layer that stands for a chain.
 
@@ -60,16 +71,8 @@ def fuse_chain(
     )
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class NamedConv:
-    """A layer and what messages call it."""
-
-    name: str
-    conv: Conv
-
-
 def fuse_tree(
-    tree: Tree[NamedConv],
+    tree: Tree[Named],
     *,
     input_size: Sequence[int] | None,
     allow_border: bool,
@@ -97,7 +100,7 @@ def fuse_tree(
     return Fusion(_stored(fused, dtype, _list([leaf.name for leaf in leaves(tree)])), verdict)
 
 
-def _fuse_with_map(tree: Tree[NamedConv], size: tuple[int, ...]) -> tuple[Conv, Verdict]:
+def _fuse_with_map(tree: Tree[Named], size: tuple[int, ...]) -> tuple[Conv, Verdict]:
     """The tree as one layer at one size; with a bias map where a plain bias would not do.
 
     An affine map is its linear part and what it makes of zero: the biases are left out of the one, and the other is
@@ -106,16 +109,15 @@ def _fuse_with_map(tree: Tree[NamedConv], size: tuple[int, ...]) -> tuple[Conv, 
     try:
         return _fuse(tree, size, allow_border=False)
     except RefusedError:
-        fused, verdict = _fuse(
-            map_leaves(lambda leaf: NamedConv(leaf.name, leaf.conv.without_bias()), tree), size, allow_border=False
-        )
+        unbiased = map_leaves(lambda leaf: NamedConv(leaf.name, leaf.conv.without_bias()), tree)
+        fused, verdict = _fuse(unbiased, size, allow_border=False)
     exact = map_leaves(lambda leaf: leaf.conv.exact(), tree)
     zero = torch.zeros(1, in_channels(exact), *size, dtype=fused.weight.dtype)
     return Conv(fused.weight, run(exact, zero)[0], fused.geometry), verdict
 
 
 def _fuse(
-    tree: Tree[NamedConv], size: tuple[int, ...] | None, allow_border: bool, within: bool = False
+    tree: Tree[Named], size: tuple[int, ...] | None, allow_border: bool, within: bool = False
 ) -> tuple[Conv, Verdict]:
     """The layer and where it is exact.
 
@@ -130,9 +132,7 @@ def _fuse(
     return conv, decide([conv], conv.geometry, size)
 
 
-def _fuse_sum(
-    tree: Sum[NamedConv], size: tuple[int, ...] | None, allow_border: bool, within: bool
-) -> tuple[Conv, Verdict]:
+def _fuse_sum(tree: Sum[Named], size: tuple[int, ...] | None, allow_border: bool, within: bool) -> tuple[Conv, Verdict]:
     fused = [_fuse(part, size, allow_border, within) for part in tree.parts]
     total = fused[0][0]
     for part, (conv, _) in zip(tree.parts[1:], fused[1:], strict=True):
@@ -141,7 +141,7 @@ def _fuse_sum(
 
 
 def _fuse_chain(
-    tree: Chain[NamedConv], size: tuple[int, ...] | None, allow_border: bool, within: bool
+    tree: Chain[Named], size: tuple[int, ...] | None, allow_border: bool, within: bool
 ) -> tuple[Conv, Verdict]:
     parts = list(flat_parts(tree))
     if len(parts) == 1:
@@ -174,8 +174,8 @@ def _check_pair(first: tuple[Geometry, int], second: Conv) -> tuple[Geometry, in
 
 
 def _named(
-    parts: Sequence[Tree[NamedConv]],
-    last: Tree[NamedConv],
+    parts: Sequence[Tree[Named]],
+    last: Tree[Named],
     join: Callable[[First, Conv], First],
     a: First,
     b: Conv,
@@ -188,7 +188,7 @@ def _named(
         raise type(error)(f"cannot fuse {everything}: {_label(last)}: {error}") from None
 
 
-def _label(tree: Tree[NamedConv]) -> str:
+def _label(tree: Tree[Named]) -> str:
     if isinstance(tree, Sum):
         return f"({' | '.join(_label(part) for part in tree.parts)})"
     if isinstance(tree, Chain):

@@ -14,7 +14,7 @@ from convtool.core.compose import compose
 from convtool.core.conv import Conv, pointwise
 from convtool.core.expression import joined, multiply_adds, work_per_position
 from convtool.core.fields import geometry_fields
-from convtool.core.fuse import Fusion, NamedConv, fuse_tree
+from convtool.core.fuse import Fusion, fuse_tree
 from convtool.core.sizes import split_input_size
 from convtool.core.tree import BASE, LayerRef, Tree, first_leaves, has_sum, leaves, map_leaves, walk
 from convtool.errors import RefusedError, UsageError
@@ -147,9 +147,8 @@ def plan_layer(
         raise UsageError("expected at least one layer of the checkpoint in the fusion")
     if size is not None:
         _check_inputs(tree, size)
-    named = map_leaves(lambda layer: NamedConv(layer.full_name, layer.conv), joined(tree))
     fusion = fuse_tree(
-        named,
+        joined(tree),
         input_size=size,
         allow_border=allow_border,
         bias_map=bias_map,
@@ -174,7 +173,7 @@ def _check_inputs(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> None:
         try:
             leaf.layer.kind.check_input(leaf.layer.fields, at)
         except UsageError as error:
-            raise UsageError(f"{leaf.full_name}: {error}") from None
+            raise UsageError(f"{leaf.name}: {error}") from None
         return leaf.conv.output_size(at)
 
     walk(tree, size, step, lambda _, sizes: sizes[-1])

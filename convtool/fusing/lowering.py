@@ -11,8 +11,8 @@ import torch
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import SourceLayer
-from convtool.core.conv import Conv
 from convtool.core.fields import Fields
+from convtool.core.fuse import NamedConv
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, walk
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds.kind import Layer
@@ -23,27 +23,20 @@ SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a laye
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class LoweredLayer:
-    """One layer of a tree.
+class LoweredLayer(NamedConv):
+    """One layer of a tree, its name with the checkpoint in front where that isn't the one that is changed.
 
     Attributes:
         layer: as found in the checkpoint, or written.
-        conv: what it was lowered to.
         fields: all of its fields, the assumed ones too.
         assumed: what nobody stated, in words; '' where everything was stated.
         origin: the checkpoint that it is from, BASE for the one that is changed.
     """
 
     layer: Layer
-    conv: Conv
     fields: Fields
     assumed: str
     origin: str = BASE
-
-    @property
-    def full_name(self) -> str:
-        """Return the name, with the checkpoint in front where it isn't the one that is changed."""
-        return full_name(self.layer.name, self.origin)
 
     @property
     def own(self) -> bool:
@@ -194,7 +187,7 @@ class _TreeLowering:
                 raise UsageError(
                     f"{ref}: the number of channels isn't known here; give --input-size with the channels in front"
                 )
-            return LoweredLayer(layer, make_written(ref.name, into.channels, self.axes), layer.fields, "")
+            return LoweredLayer(ref.name, make_written(ref.name, into.channels, self.axes), layer, layer.fields, "")
         fields, assumed = layer.kind.settle(layer.shapes, self._fields(ref), into.channels, into.origin)
         conv = self.checkpoints[ref.source].lower(layer, fields, self.axes)
         if into.channels is not None and conv.in_channels != into.channels:
@@ -203,8 +196,9 @@ class _TreeLowering:
                 f" {into.channels}{self._other_reading(layer, into, conv.in_channels)}"
             )
         full = layer.kind.full_fields(conv, fields)
-        said = f"{full_name(layer.name, ref.source)}: {', '.join(assumed)}" if assumed else ""
-        return LoweredLayer(layer, conv, full, said, ref.source)
+        name = full_name(layer.name, ref.source)
+        said = f"{name}: {', '.join(assumed)}" if assumed else ""
+        return LoweredLayer(name, conv, layer, full, said, ref.source)
 
     def _other_reading(self, layer: Layer, into: _Channels, takes: int) -> str:
         """Return a hint for channels that would fit, were one of the two layers read in another way; else ''."""

@@ -117,4 +117,4 @@ def _dearer(planned: Iterable[PlannedLayer], size: tuple[int, ...] | None) -> It
         before, after = layer.multiply_adds(layer.fusion.verdict.input_size or size)
         if after > before:
             times = f"{after / before:.3g} times the multiply-adds" if before else "multiply-adds, and apart none"
-            yield layer, f"{tree_text(layer.tree, lambda leaf: leaf.full_name)}: fused it takes {times}"
+            yield layer, f"{tree_text(layer.tree, lambda leaf: leaf.name)}: fused it takes {times}"

@@ -16,7 +16,7 @@ from convtool.kinds.kind import Layer
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation, or one run of a layer.
+    """One operation of a run, or one run of a layer.
 
     Attributes:
         reads: the steps whose values it reads, by number.
@@ -41,7 +41,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """One run.
+    """What reads whose value in one run of a model.
 
     Attributes:
         steps: in order; a step reads earlier ones only.
@@ -81,7 +81,7 @@ class LeftAlone:
 
     @classmethod
     def of(cls, tree: Tree[LayerRef], reason: str) -> LeftAlone:
-        """Return that of a tree's layers."""
+        """Return it of the layers of a tree."""
         return cls(tuple(leaf.name for leaf in leaves(tree) if not leaf.written), reason)
 
 

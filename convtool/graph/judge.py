@@ -180,8 +180,9 @@ class Judge:
         return Cost(0, 0) if conv is None else _cost(conv, *self._input(step)[1:])
 
     def _input(self, step: Step) -> tuple[int, tuple[int, ...], int]:
-        """Return channels and spatial size of what a layer reads, and how often it runs beside each other: the axes
-        between batch and channels of a linear layer's input.
+        """Return channels and spatial size of what a layer reads, and how often it runs beside itself.
+
+        The latter is by the axes between batch and channels of a linear layer's input.
         """
         shape = self.flow.input_shape(step)
         return (shape[1], shape[2:], 1) if step.axes else (shape[-1], (), math.prod(shape[1:-1]))

@@ -163,6 +163,7 @@ class _Reader:
 
     def _stacked(self, number: int) -> int | None:
         """Return the torch.stack all of which an operation adds up again, and which nothing else reads."""
+        # torch.stack([a(x), b(x)]).sum(0) is how some code adds a list of branches up.
         operation = Operation("") if number == _OUTSIDE else self.operations[number]
         if operation.name != "aten.sum.dim_IntList" or len(operation.reads) != 1:
             return None

@@ -84,7 +84,7 @@ def _part(tree: Tree[LayerRef]) -> str:
 
 
 def tree_in_short(tree: Tree[LayerRef]) -> str:
-    """'layer1.0: conv1 + bn1' for a chain; '(a | b)' for a sum."""
+    """Return a tree with what its names share said once: 'layer1.0: conv1 + bn1', '(a | b)'."""
     names = [leaf.name for leaf in leaves(tree) if not leaf.written]
     shared = _shared(names)
     text = tree_text(tree, lambda leaf: leaf.name.removeprefix(shared))
@@ -92,14 +92,14 @@ def tree_in_short(tree: Tree[LayerRef]) -> str:
 
 
 def names_in_short(names: Sequence[str]) -> str:
-    """'layer1.0: conv1, bn1'."""
+    """Return names with what they share said once: 'layer1.0: conv1, bn1'."""
     shared = _shared(names)
     text = ", ".join(name.removeprefix(shared) for name in names)
     return f"{shared.removesuffix('.')}: {text}" if shared else text
 
 
 def _shared(names: Sequence[str]) -> str:
-    """The path that all of the names begin with, its dot included."""
+    """Return the path that all of the names begin with, its dot included."""
     split = [name.split(".")[:-1] for name in names]
     shared: list[str] = []
     for parts in zip(*split, strict=False):

@@ -32,11 +32,10 @@ class Stopwatch:
         self.known: dict[_Key, float] = {}
 
     def seconds(self, kind: Kind, conv: Conv, size: tuple[int, ...], positions: int) -> float:
-        """Return the seconds of one run of a layer: the shortest of several, as whatever else the machine does only
-        adds.
+        """Return the seconds of one run of a layer: of the shortest of several, as all else on the machine only adds.
 
         Args:
-            positions: how often it runs beside each other, where it has no spatial axes.
+            positions: how often it runs beside itself, where it has no spatial axes.
         """
         key = (kind, tuple(conv.weight.shape), conv.bias is not None, conv.geometry, size, positions)
         if key not in self.known:

@@ -251,8 +251,7 @@ def _joined(path: str, name: str) -> str:
 
 
 def _done_by_the_model(tree: Tree[SourceLayer], in_front: bool | None = None) -> Iterator[str]:
-    """Yield the layers without tensors in chains with layers of the model: what its forward does itself, by module or
-    function.
+    """Yield the layers without tensors that the model's forward does itself, in chains with layers of the model.
 
     An identity is none, and a normalisation of the whole input stands in front of the model.
 

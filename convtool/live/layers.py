@@ -27,7 +27,7 @@ _METHODS = ("forward", "_conv_forward", "_output_padding")  # what code of one's
 
 
 class ModelLayers(NamedTuple):
-    """The layers of a live model.
+    """What is known of a live model's layers.
 
     Attributes:
         layers: by module path, with the fields that their modules have; what a checkpoint doesn't hold.
@@ -165,7 +165,7 @@ def _known(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> tuple[Kind, type
 
 
 def _tied_layers(model: nn.Module) -> dict[str, str]:
-    """Layers that share memory with another layer, or are registered under a second name, with the reason."""
+    """Return the layers that share memory with another, or are registered under a second name, with the reason."""
     owners: dict[int, list[str]] = {}
     for kind in (model.named_parameters, model.named_buffers):
         for name, tensor in kind(remove_duplicate=False):

@@ -33,7 +33,7 @@ class StateCheckpoint(Checkpoint):
 
     @classmethod
     def of(cls, model: nn.Module) -> StateCheckpoint:
-        """A model's state dict; the tensors are the model's own."""
+        """Return a model's state dict; the tensors are the model's own."""
         return cls({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
 
     def stored_tensor(self, name: str) -> Tensor:

@@ -32,7 +32,7 @@ Inputs = tuple[Any, ...]
 
 
 def example_input(model: nn.Module, input_size: Sequence[int]) -> Tensor:
-    """One input of that size (without the batch axis), on the model's device and in its dtype."""
+    """Return one input of that size (without the batch axis), on the model's device and in its dtype."""
     tensors = [*model.parameters(), *model.buffers()]
     numbers = next((tensor for tensor in tensors if tensor.is_floating_point()), torch.empty(0))
     return torch.zeros(1, *input_size, dtype=numbers.dtype, device=numbers.device)
@@ -40,7 +40,7 @@ def example_input(model: nn.Module, input_size: Sequence[int]) -> Tensor:
 
 @contextlib.contextmanager
 def nowhere(model: nn.Module) -> Iterator[None]:
-    """Where tensors have shapes and no numbers, on whatever device the model is; it may be run on what it is run on."""
+    """Let tensors have shapes and no numbers, for a while; the model may be run on what it is run on elsewhere."""
     if all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
         with torch.device("meta"):
             yield
@@ -80,7 +80,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Flow:
 
 @contextlib.contextmanager
 def at_rest(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode for a while, in which batch norms are linear and dropouts do nothing."""
+    """Put the model into eval mode for a while, in which batch norms are linear and dropouts do nothing."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -103,7 +103,7 @@ def _check_runs(model: nn.Module, inputs: Inputs) -> None:
 
 
 def error_line(error: BaseException) -> str:
-    """The first line of an error that says something, at most 200 characters of it."""
+    """Return the first line of an error that says something, at most 200 characters of it."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text[:200]}"
 

@@ -52,14 +52,14 @@ class WholeReport:
 
     @property
     def ratio(self) -> float:
-        """Difference over rounding; 0 where there is no difference."""
+        """Return difference over rounding; 0 where there is no difference."""
         if self.difference == 0:
             return 0.0
         return self.difference / self.rounding if self.rounding else float("inf")
 
     @property
     def equal(self) -> bool:
-        """Whether the networks differ by no more than rounding does."""
+        """Return whether the networks differ by no more than rounding does."""
         return self.ratio <= MOST  # false of NaN
 
 

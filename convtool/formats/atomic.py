@@ -118,13 +118,12 @@ class FilePlan:
 
 @contextlib.contextmanager
 def replacing(
-    path: Path, *, force: bool, check: Callable[[Path], None] | None = None, progress: Progress | None = None
+    path: Path, *, force: bool, check: Callable[[Path], None] = lambda path: None, progress: Progress | None = None
 ) -> Iterator[Written]:
     """Open a binary file that becomes `path` when the block ends well, and vanishes if not.
 
-    It is written beside the target, synced, handed to `check` (which re-reads it and raises where it is not what it
-    should be), and renamed; then the folder is synced. An existing target's mode is kept. Without `force` a target
-    that appeared meanwhile is left alone.
+    It is written beside the target, synced, handed to `check` (which raises where it is not what it should be), and
+    renamed; then the folder is synced. A target's mode is kept; without `force`, one that appeared is left alone.
 
     Raises:
         OutputError: `check_target`'s reasons, or the write failed (full disk, no permission, ...).
@@ -145,8 +144,7 @@ def replacing(
             file.flush()
             os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
-        if check is not None:
-            check(temporary)
+        check(temporary)
         _publish(temporary, target, force=force)
         sync_folder(target.parent)
     except BaseException as error:

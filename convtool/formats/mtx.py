@@ -122,7 +122,7 @@ def _numbers(array: Piece) -> Iterator[npt.NDArray[Any]]:
 
 
 def _counted(indices: npt.NDArray[Any], width: int) -> Text:
-    """(entries, width) the numbers counted from 1 as digits, blanks in front."""
+    """Return the numbers counted from 1 as digits, blanks in front: (entries, width)."""
     rest = indices.astype(np.int64) + 1
     text = np.full((len(rest), width), ord(" "), dtype=np.uint8)
     for place in range(width - 1, -1, -1):
@@ -134,7 +134,7 @@ def _counted(indices: npt.NDArray[Any], width: int) -> Text:
 
 
 def _formatted(values: npt.NDArray[Any], pattern: str, width: int) -> Text:
-    """(entries, width) the values as text, blanks in front; a matrix has few different ones, and each is made once."""
+    """Return the values as text, blanks in front: (entries, width). A matrix has few different ones, each made once."""
     unique, where = np.unique(values.view(f"u{values.itemsize}"), return_inverse=True)
     lines = b"".join((pattern % value).rjust(width).encode("ascii") for value in unique.view(values.dtype).tolist())
     return np.frombuffer(lines, dtype=np.uint8).reshape(-1, width)[where]

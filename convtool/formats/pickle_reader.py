@@ -120,7 +120,7 @@ class TensorRef:
         return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
 
     def contiguous(self) -> bool:
-        """Whether its elements stand one after the other, row-major."""
+        """Tell whether its elements stand one after the other, row-major."""
         expected = 1
         for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
             if size != 1 and step != expected:
@@ -215,7 +215,7 @@ def loads(file: PickleFile, where: str, persistent: Callable[[Any], Any]) -> tup
 
 
 def storage_ref(pid: Any) -> StorageRef:
-    """What a persistent id of torch's stands for; PickleError where it is of another form."""
+    """Return what a persistent id of torch's stands for; PickleError where it is of another form."""
     if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"):
         raise PickleError("its pickle refers to something that isn't a storage")
     _, cls, key, location, count, *view = pid
@@ -385,7 +385,7 @@ class _Machine:
 
 
 def _tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
-    """The tensor that torch._utils' function of that name makes of these arguments."""
+    """Return the tensor that torch._utils' function of that name makes of these arguments."""
     storage, offset, shape, stride, *rest = arguments
     if not isinstance(storage, StorageRef):
         raise PickleError("its pickle makes a tensor of something that isn't a storage")

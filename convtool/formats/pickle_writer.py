@@ -15,7 +15,7 @@ _ENCODE = Global("_codecs", "encode")
 
 
 def dumps(value: Any, storage: Callable[[StorageRef], StorageRef], tensor: Callable[[Any], Any]) -> bytes:
-    """The pickle of a value.
+    """Return the pickle of a value.
 
     Args:
         storage: under what key, and as what, a storage is to be written; asked in the order of the pickle.
@@ -90,7 +90,7 @@ class _Writer:
             self.remember(value)
 
     def items_of(self, value: tuple[Any, ...]) -> None:
-        """A tuple that nothing refers to again: with a million tensors, remembering theirs would take gigabytes."""
+        """Write a tuple that nothing refers to again: to remember those of a million tensors would take gigabytes."""
         if not value:
             self.out.write(b")")
             return
@@ -134,7 +134,7 @@ class _Writer:
         self.filled(value.items, value.state)
 
     def made(self, value: Any, function: Global, *arguments: Any) -> None:
-        """Something that a call makes, known afterwards as `value`."""
+        """Write what a call makes, known afterwards as `value`."""
         self.save(function)
         self.items_of(arguments)
         self.out.write(b"R")

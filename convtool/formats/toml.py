@@ -33,7 +33,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def parse_toml(text: str, where: str) -> dict[str, Any]:
-    """The document; InputError, which begins with `where`, where it is none, or is larger or deeper than is read."""
+    """Return the document; InputError, beginning with `where`, where it is none, or larger or deeper than is read."""
     if len(text) > LARGEST:
         raise InputError(f"{where}: {len(text)} characters are too many for a recipe or a geometry file")
     if sum(line.count(".") ** 2 for line in _APART.sub("", text).splitlines()) > _DOTS:

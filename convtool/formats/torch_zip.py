@@ -227,7 +227,7 @@ def open_file(source: Source, root: str | None) -> TorchFile:
         UsageError: several state dicts and no `root`.
     """
     contents = read_contents(source)
-    keys = _find_root(contents.value, root, source.path)
+    keys = _find_root(source, contents.value, root)
     return TorchFile(source, contents, keys, _descend(contents.value, keys))
 
 
@@ -277,22 +277,22 @@ def _candidates(top: object, is_one: Callable[[object], bool]) -> list[tuple[str
     return found
 
 
-def _find_root(top: object, root: str | None, path: Path) -> tuple[str, ...]:
+def _find_root(source: Source, top: object, root: str | None) -> tuple[str, ...]:
     found = _candidates(top, _is_state)
     if not found:
         found = [()] if root is None and _only_numbers(top) else _candidates(top, _only_numbers)
-    names = [_dotted(keys) for keys in found]
+    names = ", ".join(map(_dotted, found))
     if root is not None:
         named = [keys for keys in _candidates(top, _only_numbers) if _dotted(keys) == root]
         named = [keys for keys in found if _dotted(keys) == root] or named
         if len(named) != 1:
-            known = ", ".join(names) or "none"
-            raise UsageError(f"{path}: --root {root}: there is no such state dict; state dicts found: {known}")
+            known = names or "none"
+            raise UsageError(f"{source.path}: --root {root}: there is no such state dict; state dicts found: {known}")
         return named[0]
     if not found:
-        raise InputError(f"{path}: holds no state dict (a dict of tensors by name), but {_kind(top)}")
+        raise source.error(f"holds no state dict (a dict of tensors by name), but {_kind(top)}")
     if len(found) > 1:
-        raise UsageError(f"{path}: holds several state dicts ({', '.join(names)}); choose one with --root")
+        raise UsageError(f"{source.path}: holds several state dicts ({names}); choose one with --root")
     return found[0]
 
 
@@ -493,26 +493,26 @@ def _open_matrix(source: Source, contents: Contents) -> tuple[TorchFile, tuple[i
     Raises:
         InputError: it holds no matrix, or a damaged one.
     """
-    path, value = source.path, contents.value
+    value = contents.value
     state = value if isinstance(value, dict) else {"weight": value}
     weight = bare(state.get("weight"))
     bias = {"bias": state["bias"]} if "bias" in state else {}
     if isinstance(weight, TensorRef):
         return TorchFile(source, contents, (), {"weight": weight} | bias), None
     if not (isinstance(weight, Call) and weight.function in _REBUILD_SPARSE):
-        raise InputError(f"{path}: holds no matrix: expected a tensor, or a dict with a tensor `weight`")
+        raise source.error("holds no matrix: expected a tensor, or a dict with a tensor `weight`")
     try:
         layout, parts = weight.arguments
         (name,) = layout.arguments
         names = _SPARSE_PARTS.get(name)
         if names is None:
-            raise InputError(f"{path}: holds a {name} tensor; expected a sparse CSR, sparse COO or dense one")
+            raise source.error(f"holds a {name} tensor; expected a sparse CSR, sparse COO or dense one")
         tensors = dict(zip(names, map(plain_tensor, parts), strict=False))
         rows, columns = numbers_of(parts[len(names)])
     except (PickleError, TypeError, ValueError, AttributeError, IndexError):
-        raise InputError(f"{path}: is damaged: its sparse tensor is not made as torch makes one") from None
+        raise source.damaged("its sparse tensor is not made as torch makes one") from None
     if None in tensors.values() or not (is_size(rows) and is_size(columns)):
-        raise InputError(f"{path}: is damaged: its sparse tensor is not made of tensors and a shape")
+        raise source.damaged("its sparse tensor is not made of tensors and a shape")
     return TorchFile(source, contents, (), tensors | bias), (rows, columns)
 
 
@@ -528,7 +528,7 @@ def read_matrix(source: Source) -> Found:
     if shape is not None and "indptr" not in arrays:
         pair = arrays.pop("indices")
         if pair.dim() != 2 or len(pair) != 2:
-            raise InputError(f"{source.path}: is damaged: its sparse tensor has indices of shape {tuple(pair.shape)}")
+            raise source.damaged(f"its sparse tensor has indices of shape {tuple(pair.shape)}")
         arrays["row"], arrays["col"] = pair
     placed = contents.extras.get(MATRIX_RECORD)
     record = None if placed is None else checked_bytes(source, MATRIX_RECORD, placed).decode("utf-8", "replace")

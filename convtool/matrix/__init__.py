@@ -56,7 +56,7 @@ class MatrixPlan:
 def plan_matrix(
     matrix: ToeplitzMatrix, path: Path, *, layout: Layout | None = None, rows: tuple[int, int] | None = None
 ) -> MatrixPlan:
-    """What writing a matrix to `path` will give; nothing is made or written.
+    """Say what writing a matrix to `path` will give; nothing is made or written.
 
     Args:
         path: its suffix chooses the format.
@@ -176,7 +176,7 @@ def _file(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, object] | 
 
 
 def _advice(matrix: ToeplitzMatrix, plan: MatrixPlan, size: int, free: int) -> str:
-    """The smallest file that holds as much, where that is worth saying."""
+    """Name the smallest file that holds as much, where that is worth saying."""
     others = [
         _plan(matrix, suffix, layout, plan.rows)
         for suffix, form in FORMATS.items()

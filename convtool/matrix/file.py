@@ -79,7 +79,7 @@ class Part:
         return out
 
     def _starts(self, start: int, stop: int) -> Tensor:
-        """(stop - start + 1,) int64: where the rows begin, and where the last one ends."""
+        """Return where the rows begin, and where the last one ends: (stop - start + 1,) int64."""
         nnz = self.values.numel()
         if self.layout == "coo":  # whose entries stand in the order of their rows
             row = self.arrays["row"]

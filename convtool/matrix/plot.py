@@ -16,7 +16,7 @@ PIXELS = 1024  # per side; a larger matrix is binned, each pixel showing the ent
 
 
 def check_plot(path: Path) -> None:
-    """Whether a picture can be drawn to `path`, before anything is written.
+    """Check that a picture can be drawn to `path`, before anything is written.
 
     Raises:
         UsageError: matplotlib isn't installed, or the name doesn't end in .png.
@@ -67,7 +67,7 @@ def write_plot(
 
 
 def drawn(matrix: ToeplitzMatrix, width: int, height: int, part: tuple[int, int] | None = None) -> list[str]:
-    """The matrix, or rows A:B of it, as lines of text, darker where it is larger.
+    """Return the matrix, or rows A:B of it, as lines of text, darker where it is larger.
 
     They have at most `width` characters, and there are about `height` of them. A character is about twice as high as
     wide, so a square matrix gets half as many lines as columns.
@@ -88,7 +88,7 @@ def drawn(matrix: ToeplitzMatrix, width: int, height: int, part: tuple[int, int]
 def _binned(
     matrix: ToeplitzMatrix, part: tuple[int, int], most_rows: int = PIXELS, most_columns: int = PIXELS
 ) -> Tensor:
-    """(at most most_rows, most_columns) float64: the entry of largest magnitude in each bin, 0 where there is none."""
+    """Return each bin's entry of largest magnitude, 0 without any: (at most most_rows, most_columns) float64."""
     rows, columns = part[1] - part[0], matrix.shape[1]
     height, width = min(rows, most_rows), min(columns, most_columns)
     high = torch.zeros(height * width, dtype=torch.float64)

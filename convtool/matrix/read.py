@@ -67,7 +67,7 @@ def is_matrix_file(path: str | Path) -> bool:
 
 
 def load_matrix(path: str | Path, kind: Kind = "torch") -> Any:
-    """The matrix in a file, as torch or scipy has it; see `open_matrix` for its bias, its record, and parts of it.
+    """Return the matrix in a file, as torch or scipy has it; `open_matrix` gives its bias, its record, and parts of it.
 
     Args:
         path: a .npz, .npy, .mtx, .safetensors or .pt file.

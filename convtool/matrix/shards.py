@@ -45,26 +45,26 @@ class Alone:
     count = 1
 
     def wait(self) -> None:
-        """There is nobody to wait for."""
+        """Go on at once: there is nobody to wait for."""
 
 
 def index_path(path: Path) -> Path:
-    """OUT.safetensors.index.json for OUT.safetensors."""
+    """Return OUT.safetensors.index.json for OUT.safetensors."""
     return path.with_name(f"{path.name}{INDEX_SUFFIX}")
 
 
 def shard_path(path: Path, number: int, count: int) -> Path:
-    """OUT-00001-of-00002.safetensors for the first of two."""
+    """Return OUT-00001-of-00002.safetensors for the first of two."""
     return path.with_name(f"{path.stem}-{number + 1:05d}-of-{count:05d}{SUFFIX}")
 
 
 def shard_rows(rows: int, number: int, count: int) -> tuple[int, int]:
-    """The rows A:B of a shard."""
+    """Return the rows A:B of a shard."""
     return rows * number // count, rows * (number + 1) // count
 
 
 def check_shards(path: Path, count: int, *, force: bool) -> None:
-    """Whether the shards can be written, before anything is computed.
+    """Check that the shards can be written, before anything is computed.
 
     Raises:
         UsageError: a name or a number that doesn't do.
@@ -105,7 +105,7 @@ def plan_shards(
     layout: Layout | None = None,
     record: dict[str, object] | None = None,
 ) -> ShardsPlan:
-    """What writing `count` shards and their index will give; nothing is made or written.
+    """Say what writing `count` shards and their index will give; nothing is made or written.
 
     Args:
         record: as of `write_matrix`; each shard's has its own `rows`.

@@ -26,7 +26,7 @@ WITH_GATHER = (".npz", ".safetensors")  # the formats that hold named arrays bes
 def unfolding_contents(
     conv: Conv, gather: GatherMatrix | None, path: Path, dtype: torch.dtype, record: dict[str, object] | None = None
 ) -> Contents:
-    """What the file at `path` will hold; nothing of the gather matrix is made.
+    """Say what the file at `path` will hold; nothing of the gather matrix is made.
 
     Raises:
         UsageError: a suffix of no format, or of one that has no room for all of it.

@@ -12,6 +12,8 @@ from convtool.core.rounding import Rounding, held
 from convtool.formats.dtypes import FLOATS, ITEMSIZE
 from convtool.formats.pieces import Chunk, Piece
 
+ROUNDED = 1 << 16  # numbers that are rounded together, which takes ten times their memory
+
 
 def cast_tensor(name: str, tensor: Tensor, after: str) -> Tensor:
     """Return a tensor in another dtype; as it is where it isn't of floating-point numbers of 16 bits and more.
@@ -49,5 +51,6 @@ def cast_chunks(name: str, chunks: Iterable[Chunk], before: str, after: str) -> 
     new: torch.dtype = getattr(torch, after)
     rounding = Rounding(new, name)
     for chunk in chunks:
-        yield Chunk(rounding.piece(torch.frombuffer(chunk.data, dtype=old)).view(torch.uint8).numpy().data)
+        for numbers in torch.frombuffer(chunk.data, dtype=old).split(ROUNDED):
+            yield Chunk(rounding.piece(numbers).view(torch.uint8).numpy().data)
     rounding.end()

@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 PART   := 20
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: help demo check test bench models fuzz clean
+.PHONY: help demo check test bench mutants models fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make check    set up $(VENV) and run ruff, mypy and a cross-section of the tests: under a minute, while working"
 	@echo "make test     set up $(VENV) and run every check: ruff, mypy, all tests (4 to 5 minutes on 2 cores)"
 	@echo "make bench    set up $(VENV) and measure convtool beside what people use instead (minutes; BENCH=--short: less)"
+	@echo "make mutants  change COUNT=150 places of PATHS=convtool at random (SEED=0), and see which no test notices (an hour)"
 	@echo "make models   train the sample models again (a minute)"
 	@echo "make fuzz     damage checkpoints for SECONDS=600, guided by coverage, and see that each is refused or true"
 	@echo "make clean    remove $(VENV), caches and outputs"
@@ -57,6 +58,10 @@ test: $(VENV)/installed-for-tests
 
 bench: $(VENV)/installed-for-tests
 	@PYTHONPATH=tests:sample_models $(BIN)/python -m bench $(BENCH)
+
+mutants: $(VENV)/installed-for-tests
+	@$(PIP) --editable '.[test,mutants]'
+	@$(BIN)/python tests/mutants.py --count $(or $(COUNT),150) --seed $(or $(SEED),0) $(PATHS)
 
 models: $(VENV)/installed
 	@$(PIP) --editable '.[train]'

@@ -9,6 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+collect_ignore = ["mutants.py"]  # which needs an extra of its own
+
 torch.set_num_threads(1)
 
 # The same cases on every machine and in every run, so that a failure is a change of the code. To look for new ones:

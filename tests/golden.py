@@ -1,12 +1,13 @@
 """Every command with all its options, over sample models and small fixtures: what it prints, its exit code, its files.
 
-    python tests/golden.py record OUT.json          run all cases
+    python tests/golden.py record OUT.json              run all cases
     python tests/golden.py compare OLD.json NEW.json    print each difference; exit code 1 if there is any
 
 Record before and after a change that must not change what users see. A recording holds for one machine, since the last
-digits of numbers depend on it. Cases only use command lines, so that they run unchanged whatever the package looks like
-inside. One case a line, run in order in one folder, where later ones read what earlier ones wrote; `<a|b>` stands for
-one case with each, `stdin:FILE` in front feeds a file.
+digits of numbers depend on it. Cases are command lines alone, so that they run unchanged whatever the package looks
+like inside. They stand in golden_cases.txt, one a line, and run in that order in one folder, where later ones read what
+earlier ones wrote; `<a|b>` stands for one case with each, `stdin:FILE` in front feeds a file. Behind the cases follow
+the small text files that they read, each under a line `=== NAME`.
 """
 
 from __future__ import annotations

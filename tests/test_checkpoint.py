@@ -332,7 +332,7 @@ def test_a_layer_goes_into_one_fusion_only() -> None:
         with pytest.raises(InputError, match=r"after it went into a fusion already|two fusions are called"):
             loads(Record("1", (one, second)).dumps(), "here")
     for name in ("f", "a", "g"):
-        further = Record("1", (one, replace(one, name=name, tree=Chain((made,)))))
+        further = Record("1", (one, replace(one, name=name, tree=Chain((made, SOURCES[2])))))
         assert loads(further.dumps(), "here") == further
 
 
@@ -409,7 +409,9 @@ def test_a_record_of_two_files_serves_both(tmp_path: Path) -> None:
     old, new = tmp_path / "old.pt", tmp_path / "new.pt"
     opened = open_checkpoint(save(small_network(), tmp_path / "in.pt"))
     write_edited(opened, Edit.nothing(), old, RECORD, force=False)
-    newer = RECORD.appended("2", [replace(RECORD.fusions[0], name="d", tree=SourceLayer("d", kind("conv"), {}))])
+    newer = RECORD.appended(
+        "2", [replace(RECORD.fusions[0], name="d", tree=Chain((SourceLayer("d", kind("conv"), {}), SOURCES[2])))]
+    )
     write_edited(opened, Edit.of(["head.weight"], {}, ""), new, newer, force=False)
     both = {"files": [json.loads(record_path(path).read_text()) for path in (new, old)]}
     for path, record in ((old, RECORD), (new, newer)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -641,3 +643,62 @@ def test_what_is_named_stands_in_place_of_the_record_and_the_rest_of_it_stands(n
     found = cli("verify net.safetensors two.safetensors --before first,second --after first --json")
     assert (found.code, [one["name"] for one in found.document["fusions"]]) == (0, ["first", "patch"])
     assert cli("verify net.safetensors two.safetensors --before patch --after patch --input-size 8,8").code == 1
+
+
+def recorded(path: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(metadata_of(path)["convtool"])
+    return found
+
+
+def test_the_verdict_prints_what_it_takes_from_the_record(net: dict[str, Tensor]) -> None:
+    settings = "--set norm.eps=1e-2 --set second.stride=2,1"
+    assert cli(f"fuse net.safetensors second norm {settings} -o f.safetensors").code == 0
+        cli("fuse net.safetensors second norm --set norm.eps=1e-2 --set second.stride=2,1 -o f.safetensors").code == 0
+    )
+    found = cli("verify net.safetensors f.safetensors")
+    assert found.code == 0
+    assert "as AFTER records: norm: eps 0.01\n" in found.out
+    assert re.search("as AFTER records: second: kernel .*stride 2,1", found.out)
+    # What somebody else states is no claim of the record's.
+    stated = cli("verify net.safetensors f.safetensors --set norm.eps=1e-2 --json")
+    assert [claim.partition(":")[0] for claim in stated.document["claims"]] == ["second"]
+
+
+def test_a_fusion_of_a_layer_with_itself_cannot_buy_a_tolerance(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.safetensors first second -o f.safetensors").code == 0
+    record, tensors = recorded("f.safetensors"), load_file("f.safetensors")
+    itself = {"name": "first", "kind": "conv", "fields": {}}
+    again = {**record["fusions"][0], "dtype": "bfloat16", "sources": {"chain": [itself]}}
+    tensors["first.weight"] *= 1.001
+
+    def with_fusion(more: dict[str, Any]) -> dict[str, str]:
+        return {"convtool": json.dumps({**record, "fusions": [*record["fusions"], more]})}
+
+    save_file(tensors, "wrong.safetensors", with_fusion(again))
+    found = cli("verify net.safetensors wrong.safetensors")
+    assert found.code == 3
+    assert "is said to be fused from itself alone" in found.err
+    # A step that does something is allowed for, and the verdict says so.
+    step = {**again, "sources": {"chain": [itself, {"name": "identity()", "kind": "identity", "fields": {}}]}}
+    save_file(tensors, "step.safetensors", with_fusion(step))
+    found = cli("verify net.safetensors step.safetensors --json")
+    assert found.document["statement"].endswith("roundings in between, as AFTER records: 1 to float32")
+
+
+def test_what_is_stored_in_another_dtype_than_recorded_is_no_fusion_of_the_record(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.safetensors first second -o f.safetensors").code == 0
+    tensors = load_file("f.safetensors")
+    tensors["first.weight"] = tensors["first.weight"].to(torch.float8_e4m3fn)
+    save_file(tensors, "stored.safetensors", metadata_of("f.safetensors"))
+    found = cli("verify net.safetensors stored.safetensors")
+    assert found.code == 1
+    assert "first.weight: isn't stored in the dtype that AFTER records" in found.out
+
+
+def test_taps_that_no_output_reads_are_said_of_the_verdict(net: dict[str, Tensor]) -> None:
+    state = {"a.weight": torch.ones(2, 2, 3, 3), "n.running_mean": torch.ones(2), "n.running_var": torch.ones(2)}
+    torch.save(state, "small.pt")
+    assert cli("fuse small.pt a n --set a.padding=1 --input-size 1,1 -o f.pt").code == 0
+    found = cli("verify small.pt f.pt --input-size 1,1")
+    assert found.code == 0
+    assert "1 of 9 taps are read at these sizes, and nothing is said of the others" in found.out.splitlines()[-1]

@@ -260,6 +260,8 @@ def _check_history(fusions: Sequence[FusionRecord]) -> None:
         own = [source.name for source in fusion.sources if source.origin == BASE and not source.written]
         if not own:
             raise UsageError(f"no layer of the checkpoint went into {fusion.name!r}")
+        if len(fusion.sources) == 1 and own == [fusion.name] and not fusion.before:
+            raise UsageError(f"{fusion.name!r} is said to be fused from itself alone, which changes nothing")
         again = [name for number, name in enumerate(own) if name in gone or name in own[:number]]
         if again:
             raise UsageError(f"{again[0]!r} goes into {fusion.name!r} after it went into a fusion already")

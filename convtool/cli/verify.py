@@ -163,6 +163,7 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         computed_in=dtype_name(how["computed_in"]),
         tolerance=verify_text.Tolerance(options.rtol, options.atol) if own_bound else verify_text.BOUND,
         assumed=assumed,
+        claims=verdict.claims(results),
         input_sizes="given" if sizes else "chosen",
         fusions=tuple(verify_text.Report.of(*result) for result in results),
         other_tensors=tensors,

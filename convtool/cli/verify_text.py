@@ -100,7 +100,7 @@ class OtherTensors:
     """
 
     compared: Count
-    differing: dict[str, Annotated[str, ("enum", ("changed", "missing", "new"))]]
+    differing: dict[str, Annotated[str, ("enum", ("changed", "missing", "new", "dtype"))]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +154,7 @@ class Result:
     Attributes:
         equivalent: exit code 0 or 1.
         statement: what was shown, apart from the verdict.
+        claims: what AFTER's record says of BEFORE's layers that BEFORE's tensors don't, and the verdict rests on.
         other_tensors: null with --only.
         whole_model: with --model-input: the outputs of both networks; null without.
     """
@@ -168,6 +169,7 @@ class Result:
     computed_in: Dtype
     tolerance: Tolerance | Literal["derived bound"]
     assumed: tuple[str, ...]
+    claims: tuple[str, ...]
     input_sizes: Literal["given", "chosen"]
     fusions: tuple[Report, ...]
     other_tensors: OtherTensors | None
@@ -238,6 +240,8 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
         _show_matrix(result, reporter)
     else:
         _show_fusions(result.fusions, reporter)
+        for claim in result.claims:
+            reporter.line(f"as AFTER records: {claim}")
         if result.other_tensors is not None:
             _show_tensors(result.other_tensors, reporter)
         if result.whole_model is not None:
@@ -264,9 +268,12 @@ def _show_fusions(reports: Sequence[Report], reporter: Reporter) -> None:
                 reporter.line(f"{report.name}, {name}: {_worst(region)}")
 
 
+TOLD = {"dtype": "isn't stored in the dtype that AFTER records"}
+
+
 def _show_tensors(others: OtherTensors, reporter: Reporter) -> None:
     for name, what in list(others.differing.items())[:MOST_NAMES]:
-        reporter.line(f"{name}: {what}, and no fusion accounts for it")
+        reporter.line(f"{name}: {TOLD.get(what, f'{what}, and no fusion accounts for it')}")
     verdict = f"{len(others.differing)} differ" if others.differing else "bit for bit the same"
     reporter.line(f"{others.compared} other tensors: {verdict}")
 

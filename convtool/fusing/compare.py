@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,8 @@ class Pairing:
         sizes: the parts of BEFORE that were fused for one input size only, with that size; of their own inputs.
         dtypes: in which parts of it were stored before they were fused further, one for each time.
         path: of AFTER, whose record says so.
+        dtype: that AFTER's layer is stored in, as it records; '' where it doesn't.
+        claims: what the record says of the layers that no tensor of BEFORE does, (layer, what).
     """
 
     name: str
@@ -42,6 +44,8 @@ class Pairing:
     sizes: tuple[tuple[Path, tuple[int, ...]], ...] = ()
     dtypes: tuple[str, ...] = ()
     path: str = ""
+    dtype: str = ""
+    claims: tuple[tuple[str, str], ...] = ()
 
     def input_size(self) -> tuple[int, ...] | None:
         """The input size at which all of its parts get the ones that they were fused for; None where any will do.
@@ -190,8 +194,19 @@ def recorded_pairings(
             raise _does_not_fit(after, error) from None
         axes = next(leaves(fused)).conv.spatial_axes  # which batch norms by themselves don't tell
         layers = _lower_recorded(tree, checkpoints, after, sources, axes)
-        pairings.append(Pairing(name, layers, fused, spelled.sizes, spelled.dtypes, str(after.path)))
+        claims = tuple(_claims(layers, sources))
+        path, dtype = str(after.path), last[name].dtype
+        pairings.append(Pairing(name, layers, fused, spelled.sizes, spelled.dtypes, path, dtype, claims))
     return pairings
+
+
+def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[str, str]]:
+    """Yield the fields of recorded layers that nobody else states, and that nothing in BEFORE shows."""
+    for leaf in leaves(tree):
+        stated = sources.fields(leaf.full_name)
+        claimed = {name: value for name, value in leaf.fields.items() if name not in stated}
+        if leaf.layer.kind.settable and claimed:
+            yield leaf.full_name, leaf.layer.kind.describe(claimed, leaf.layer.shapes)
 
 
 def _lower_recorded(
@@ -257,7 +272,8 @@ def differing_tensors(
     pairings: Sequence[Pairing],
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, str]:
-    """Tensors that no pairing accounts for and that aren't the same: name -> 'changed', 'missing' or 'new'.
+    """Tensors that no pairing accounts for and that aren't the same: name -> 'changed', 'missing', 'new', or
+    'dtype' of a fused one that isn't stored as recorded.
 
     Args:
         progress: called with the number of bytes of BEFORE that were compared since the last call.
@@ -273,6 +289,11 @@ def differing_tensors(
         progress(size)
     for name in after.infos.keys() - made - kept.keys():
         differing[name] = "new"
+    for pairing in pairings:
+        for leaf in leaves(pairing.after) if pairing.dtype else ():
+            for info in leaf.layer.stored():
+                if info.dtype != pairing.dtype:
+                    differing[info.name] = "dtype"
     return dict(sorted(differing.items()))
 
 

@@ -19,6 +19,7 @@ from convtool.kinds.kind import Layer
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import make_written, read_layer
 
+MOST_NAMES = 3  # layers named one by one before the rest is only counted
 SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a layer takes from the one that it is like
 
 
@@ -51,6 +52,24 @@ class LoweredLayer(NamedConv):
 def full_name(name: str, origin: str) -> str:
     """Return a layer's name as fields and messages call it: that of another checkpoint with NAME: in front."""
     return str(LayerRef(name, origin))
+
+
+def grouped(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Return what is said of layers, (layer, what), as lines; once where it is the same of many."""
+    layers: dict[str, list[str]] = {}
+    for layer, what in dict.fromkeys(said):
+        layers.setdefault(what, []).append(layer)
+    return [
+        f"{name}: {what}"
+        for what, names in layers.items()
+        for name in (names if len(names) <= MOST_NAMES else [some_of(names)])
+    ]
+
+
+def some_of(names: list[str]) -> str:
+    """Return the first of some names, and how many more there are."""
+    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
+    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def recorded(checkpoint: Checkpoint, origin: str = BASE) -> FieldSource:

@@ -10,11 +10,9 @@ from convtool.checkpoint import Checkpoint
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, tree_text
 from convtool.errors import RefusedError
 from convtool.fusing.fusion import PlannedLayer, assumptions, plan_layer
-from convtool.fusing.lowering import LoweredLayer, full_name, lower_tree
+from convtool.fusing.lowering import LoweredLayer, full_name, grouped, lower_tree, some_of
 from convtool.fusing.recipe import PlannedFusion
 from convtool.kinds.stated import FieldSources
-
-MOST_NAMES = 3  # layers named one by one before the rest is only counted
 
 
 def plan_all(
@@ -71,18 +69,9 @@ def plan_all(
 
 
 def _assumed(trees: Iterable[Tree[LoweredLayer]]) -> list[str]:
-    """What nobody stated, in words; said once where it is the same of many layers."""
-    layers: dict[str, list[str]] = {}
-    for text in dict.fromkeys(text for tree in trees for text in assumptions(tree)):
-        layer, _, what = text.rpartition(": ")
-        layers.setdefault(what, []).append(layer)
-    return [line for what, names in layers.items() for line in _one_or_many(names, what)]
-
-
-def _one_or_many(names: list[str], what: str) -> list[str]:
-    if len(names) <= MOST_NAMES:
-        return [f"{name}: {what}" for name in names]
-    return [f"{_some(names)}: {what}"]
+    """Return what nobody stated, in words; said once where it is the same of many layers."""
+    said = (text.rpartition(": ") for tree in trees for text in assumptions(tree))
+    return grouped((layer, what) for layer, _, what in said)
 
 
 def _left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]]) -> list[str]:
@@ -98,13 +87,8 @@ def _left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[Laye
         ]
         one, many = ("batch norm", "batch norms") if source == BASE else (f"layer of {source}", f"layers of {source}")
         if names:
-            lines.append(f"{len(names)} {one if len(names) == 1 else many}: {_some(names)}")
+            lines.append(f"{len(names)} {one if len(names) == 1 else many}: {some_of(names)}")
     return lines
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def _dearer(planned: Iterable[PlannedLayer], size: tuple[int, ...] | None) -> Iterator[tuple[PlannedLayer, str]]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from convtool.core.geometry import format_sizes
 from convtool.core.tree import leaves
 from convtool.core.verify import EquivalenceReport
 from convtool.fusing.compare import Pairing
+from convtool.fusing.lowering import grouped
 
 Results = Sequence[tuple[Pairing, EquivalenceReport]]
 
@@ -25,7 +27,8 @@ def statement(results: Results, exhaustive: bool, sizes: bool, only: bool) -> st
         sizes: input sizes were given.
         only: nothing but the named layers was compared.
     """
-    shown = _shown([report for _, report in results], exhaustive) + ("" if sizes else _narrowed(results))
+    reports = [report for _, report in results]
+    shown = _shown(reports, exhaustive) + _unread(reports) + ("" if sizes else _narrowed(results)) + _allowed(results)
     return f"{shown}; of the layers named alone" if only else shown
 
 
@@ -41,6 +44,25 @@ def _shown(reports: list[EquivalenceReport], exhaustive: bool) -> str:
         f"kernel entries met by themselves in {sum(n for n, _ in met)} of {sum(n for _, n in met)} input channels only"
         " where there are many; --exhaustive runs all"
     )
+
+
+def _unread(reports: list[EquivalenceReport]) -> str:
+    """Return what is said of taps that no output reads at the sizes that were run."""
+    taps = [report.taps for report in reports]
+    read, of = sum(read for read, _ in taps), sum(of for _, of in taps)
+    return "" if read == of else f"; {read} of {of} taps are read at these sizes, and nothing is said of the others"
+
+
+def _allowed(results: Results) -> str:
+    """Return the roundings in between that the record claims, and that the bound makes room for."""
+    counts = Counter(dtype for pairing, _ in results for dtype in pairing.dtypes)
+    said = [f"{count} to {dtype}" for dtype, count in sorted(counts.items()) if dtype != "float64"]
+    return f"; allowing for roundings in between, as AFTER records: {', '.join(said)}" if said else ""
+
+
+def claims(results: Results) -> tuple[str, ...]:
+    """Return what AFTER's record says of BEFORE's layers that BEFORE's tensors don't."""
+    return tuple(grouped(claim for pairing, _ in results for claim in pairing.claims))
 
 
 def _narrowed(results: Results) -> str:

@@ -653,8 +653,6 @@ def recorded(path: str) -> dict[str, Any]:
 def test_the_verdict_prints_what_it_takes_from_the_record(net: dict[str, Tensor]) -> None:
     settings = "--set norm.eps=1e-2 --set second.stride=2,1"
     assert cli(f"fuse net.safetensors second norm {settings} -o f.safetensors").code == 0
-        cli("fuse net.safetensors second norm --set norm.eps=1e-2 --set second.stride=2,1 -o f.safetensors").code == 0
-    )
     found = cli("verify net.safetensors f.safetensors")
     assert found.code == 0
     assert "as AFTER records: norm: eps 0.01\n" in found.out

@@ -210,7 +210,7 @@ def test_a_bias_map_is_written_as_the_bias(suffix: str, layout: Layout, tmp_path
 
 DTYPES = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2),
-    *(torch.complex128, torch.complex64),
+    *(torch.complex128, torch.complex64, torch.int64, torch.int32, torch.int16, torch.int8),
 )
 # What a format can't hold; everything else it has to.
 REFUSED = {

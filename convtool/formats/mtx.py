@@ -38,7 +38,7 @@ LONGEST = 1 << 16  # of a line before the entries
 LINES = 1 << 14  # entries made into text together
 BLOCK = 1 << 18  # bytes of text that are looked at together: they stay in the processor's cache
 
-# How each dtype of a matrix is written: what the header calls it, the format of one number, and its width.
+# How each dtype is written: what the header calls it, the format of one number, and its width.
 FIELDS = {
     "float64": ("real", "%.17g", 24),
     "float32": ("real", "%.9g", 16),
@@ -46,6 +46,11 @@ FIELDS = {
     "bfloat16": ("real", "%.9g", 16),
     "complex128": ("complex", "%.17g", 24),
     "complex64": ("complex", "%.9g", 16),
+    "int64": ("integer", "%d", 20),
+    "int32": ("integer", "%d", 11),
+    "int16": ("integer", "%d", 6),
+    "int8": ("integer", "%d", 4),
+    "uint8": ("integer", "%d", 3),
 }
 _WORDS = {"real": 3, "integer": 3, "complex": 4}  # numbers of a line, by what the header calls them
 _DIGITS = b"0123456789- \t\r\n"

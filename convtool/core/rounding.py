@@ -9,8 +9,6 @@ from torch import Tensor
 
 from convtool.errors import RefusedError
 
-PART = 1 << 18  # numbers looked at in one go, so that a large tensor takes no more memory than it has to
-
 
 def check_room(stored: torch.dtype, wanted: torch.dtype) -> None:
     """RefusedError where numbers of the one dtype have no room in the other: complex ones in a real one.
@@ -62,12 +60,11 @@ class Rounding:
         made = rounded(numbers, self.dtype)
         if self._has_room(numbers):
             return made
-        for some, stored in zip(numbers.flatten().split(PART), made.flatten().split(PART), strict=True):
-            exact, back = (one.flatten() for one in _both(some, stored))
-            moved = (exact - back).abs().nan_to_num(nan=0.0, posinf=math.inf)  # what was inf, and stays so, isn't moved
-            at = int(moved.argmax())
-            self._largest = max(self._largest, float(exact.abs().nan_to_num(nan=0.0, posinf=0.0).max()))
-            self._worst = max(self._worst, (float(moved[at]), float(exact[at]), float(back[at])))
+        exact, back = (one.flatten() for one in _both(numbers, made))
+        moved = (exact - back).abs().nan_to_num(nan=0.0, posinf=math.inf)  # what was inf, and stays so, isn't moved
+        at = int(moved.argmax())
+        self._largest = max(self._largest, float(exact.abs().nan_to_num(nan=0.0, posinf=0.0).max()))
+        self._worst = max(self._worst, (float(moved[at]), float(exact[at]), float(back[at])))
         if self._worst[0] == math.inf or self._worst[0] > abs(self._worst[1]) * 2:
             self.end()
         return made

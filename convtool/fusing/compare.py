@@ -203,10 +203,10 @@ def recorded_pairings(
 def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[str, str]]:
     """Yield the fields of recorded layers that nobody else states, and that nothing in BEFORE shows."""
     for leaf in leaves(tree):
-        stated = sources.fields(leaf.full_name)
+        stated = sources.fields(leaf.name)
         claimed = {name: value for name, value in leaf.fields.items() if name not in stated}
         if leaf.layer.kind.settable and claimed:
-            yield leaf.full_name, leaf.layer.kind.describe(claimed, leaf.layer.shapes)
+            yield leaf.name, leaf.layer.kind.describe(claimed, leaf.layer.shapes)
 
 
 def _lower_recorded(

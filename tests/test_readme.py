@@ -116,6 +116,15 @@ def test_make_targets_of_the_readme_exist() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
+def test_what_the_page_for_contributors_names_is_there() -> None:
+    text = (ROOT / "convtool" / "manual" / "contributing.md").read_text()
+    places = set(re.findall(r"`((?:convtool|tests)/[\w/.]*)`", text))
+    assert len(places) > 30
+    assert [place for place in places if not (ROOT / place).exists()] == []
+    rooms = {path.name for path in (ROOT / "convtool").iterdir() if path.is_dir() and (path / "__init__.py").exists()}
+    assert {f"convtool/{room}/" for room in rooms - {"manual"}} <= places
+
+
 if __name__ == "__main__":
     import tempfile
 

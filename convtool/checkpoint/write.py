@@ -21,7 +21,6 @@ from convtool.formats import CHECKPOINTS, checkpoint_format
 from convtool.formats.atomic import FilePlan, Progress, alone_in, check_space, check_target, discard, replacing
 from convtool.formats.indexes import INDEX_SUFFIX, index_text, is_plain_name, read_index
 from convtool.formats.pieces import Piece
-from convtool.formats.sidecar import RECORD_SUFFIX
 
 SHARD_SIZE = 5 * 10**9  # bytes of a file, where a folder is written of a single file; huggingface_hub's own
 CONFIGURATION = "config.json"  # of a model that a folder is all about
@@ -172,7 +171,8 @@ def _left_behind(source: Checkpoint, folder: Path) -> list[str]:
         return []
     if source.index is None and CONFIGURATION not in names:
         return []  # a file among others that have nothing to do with it
-    ours = (*CHECKPOINTS, INDEX_SUFFIX, RECORD_SUFFIX)
+    beside = (end for suffix in CHECKPOINTS for end in checkpoint_format(suffix).BESIDE)
+    ours = (*CHECKPOINTS, INDEX_SUFFIX, *beside)
     return [name for name in names if not (name.endswith(ours) or name[0] == "." or (folder / name).exists())]
 
 

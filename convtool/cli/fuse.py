@@ -96,17 +96,10 @@ class Wanted:
     def _check_auto(self, model: str | None) -> None:
         if model is None or self.input_size is None:
             raise UsageError("--auto: expected --model, and --input-size of the model's input, such as 3,224,224")
-        others = {
-            "LAYERs": self.layers,
-            "--recipe": self.recipe,
-            "--name": self.name,
-            "--normalize": self.normalize,
-            "--input-scale": self.input_scale,
-            "--allow-border": self.allow_border,
-            "--bias-map": self.bias_map,
-        }
-        for other, value in others.items():
-            if value:
+        own = ("layers", "recipe", "name", "normalize", "input_scale", "allow_border", "bias_map")
+        for name in own:
+            if getattr(self, name):
+                other = "LAYERs" if name == "layers" else f"--{name.replace('_', '-')}"
                 raise UsageError(f"--auto: fuses what is exact in the --model; {other} doesn't go with it")
 
     def find_recipe(self) -> Recipe | None:

@@ -25,7 +25,7 @@ NARROW = 64  # columns that a bar with all that it tells takes; below, it is per
 NARROWEST = 16  # columns that the last one of a table may be folded to
 
 Advance: TypeAlias = Callable[[float], None]
-Unit: TypeAlias = Literal["bytes", "items", "share"]
+Unit: TypeAlias = Literal["bytes", "share"]
 
 
 class StdoutError(OutputError):
@@ -123,54 +123,31 @@ class _Bar:
 
 
 def _progress(unit: Unit, *, known: bool) -> Progress:
-    """A bar with what is done, how much of it, the rate where it is bytes, and the remaining time.
+    """Return a bar with what is done, how much of it, the rate where it is bytes, and the remaining time.
 
-    In a narrow window what is done, percent and time.
+    In a narrow window it has what is done, percent and time. What else is printed meanwhile goes its own way: the
+    streams are nobody's to replace in the midst of a run.
     """
+    from rich import progress
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        MofNCompleteColumn,
-        Progress,
-        ProgressColumn,
-        Task,
-        TaskProgressColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
     from rich.text import Text
 
-    class Rate(ProgressColumn):
+    class Rate(progress.ProgressColumn):
         """In the units that sizes are given in, which rich's own column doesn't do."""
 
-        def render(self, task: Task) -> Text:
+        def render(self, task: progress.Task) -> Text:
             speed = task.finished_speed or task.speed
             return Text("" if speed is None else f"{human_bytes(speed)}/s")
 
+    window = window_columns()
+    percent = unit == "share" or window < NARROW
+    done = [progress.TaskProgressColumn()] if percent else [progress.DownloadColumn(binary_units=True), Rate()]
+    columns: list[ProgressColumn] = [progress.TextColumn("{task.description}", markup=False)]
+    columns += [progress.BarColumn(20)] if window >= NARROW else []
+    columns += [*done, progress.TimeRemainingColumn()] if known else [progress.TimeElapsedColumn()]
     # Without colours, none of which shows on every background.
-    console = Console(file=sys.stderr, width=(window := window_columns()), no_color=True)
-    counted: dict[Unit, tuple[ProgressColumn, ...]] = {
-        "bytes": (DownloadColumn(binary_units=True), Rate()),
-        "items": (MofNCompleteColumn(),),
-        "share": (TaskProgressColumn(),),
-    }
-    what = TextColumn("{task.description}", markup=False)
-    columns: tuple[ProgressColumn, ...]
-    if window < NARROW:
-        columns = (TaskProgressColumn(), TimeRemainingColumn()) if known else (TimeElapsedColumn(),)
-    else:
-        columns = (BarColumn(20), *((*counted[unit], TimeRemainingColumn()) if known else (TimeElapsedColumn(),)))
-    # What else is printed meanwhile goes its own way: the streams are nobody's to replace in the midst of a run.
-    return Progress(
-        what,
-        *columns,
-        console=console,
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )
+    console = Console(file=sys.stderr, width=window, no_color=True)
+    return progress.Progress(*columns, console=console, transient=True, redirect_stdout=False, redirect_stderr=False)
 
 
 def emit(text: str, end: str = "\n") -> None:
@@ -267,11 +244,7 @@ def _fitting(line: str, stream: TextIO) -> str:
         return line
     indent = " " * (len(line) - len(line.lstrip()) + 2)
     return textwrap.fill(
-        line,
-        window_columns(),
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
+        line, window_columns(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
     )
 
 

@@ -15,42 +15,20 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from convtool.cli.app import COMMANDS, find_command
-from convtool.cli.document import HIDDEN, INLINE, OPTIONAL, SCHEMA, Failure, LayerFields, Sizes
-from convtool.core.fields import FLAG, INTEGER, INTEGERS, MODE, PADDING, POSITIVE, SIZES, FieldType
-from convtool.core.geometry import PADDING_MODES
+from convtool.cli.document import HIDDEN, INLINE, OPTIONAL, SCHEMA, Failure, LayerFields
 from convtool.core.tree import Chain, Sum, Tree
 from convtool.kinds import field_types
 
-PLAIN: dict[Any, dict[str, Any]] = {
-    Any: {},
-    str: {"type": "string"},
-    Path: {"type": "string"},
-    bool: {"type": "boolean"},
-    int: {"type": "integer"},
-    type(None): {"type": "null"},
-    float: {
-        "anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}],
-        "description": "a number; what JSON has no number for is a string",
-    },
-}
-FIELDS: dict[FieldType, Any] = {  # as documents have them
-    INTEGER: int,
-    INTEGERS: Sizes,
-    PADDING: tuple[tuple[int, int], ...],
-    FLAG: bool,
-    POSITIVE: float,
-    SIZES: Sizes,
-    MODE: Literal[PADDING_MODES],
-}
+PLAIN = {str: "string", Path: "string", bool: "boolean", int: "integer", type(None): "null"}
+NUMBER = {"anyOf": [{"type": "number"}, {"enum": ["inf", "-inf", "nan"]}]}  # the latter are what JSON has no number for
 Definitions = dict[str, dict[str, Any]]
 
 
 def schema(command: str) -> dict[str, Any]:
     """Return the JSON Schema (draft 2020-12) of a command's document, complete in itself."""
     found = _hints(find_command(command).run)["return"]
-    results = get_args(found) or (found,)
     made: Definitions = {}
-    names = [_document(one, command, made) for one in (*results, Failure)]
+    names = [_document(one, command, made) for one in (*(get_args(found) or (found,)), Failure)]
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"what `convtool {command} --json` prints",
@@ -61,15 +39,14 @@ def schema(command: str) -> dict[str, Any]:
 
 def _document(result: type, command: str, made: Definitions) -> str:
     """Add a result's schema with what every document begins with, and return its name."""
-    name = _define(result, made)
-    failed = result is Failure
+    name, failed = _define(result, made), result is Failure
     head = {
         "schema": {"const": SCHEMA, "description": "raised when a property goes or changes its meaning"},
         "command": {"type": ["string", "null"], "description": "as typed"} if failed else {"const": command},
         "ok": {"const": False} if failed else {"type": "boolean", "description": "whether the exit code is 0"},
     }
-    made[name]["properties"] = head | made[name]["properties"]
-    made[name]["required"] = [*head, *made[name]["required"]]
+    own = made[name]
+    made[name] = own | {"properties": head | own["properties"], "required": [*head, *own["required"]]}
     return name
 
 
@@ -94,8 +71,8 @@ def _properties(made_of: Any, made: Definitions) -> tuple[dict[str, Any], set[st
     """Return the properties of an object, and which of them may be missing."""
     origin = get_origin(made_of) or made_of
     if origin in (Chain, Sum):
-        parts = {"type": "array", "items": _schema(Tree[get_args(made_of)], made)}  # type: ignore[misc]
-        return {origin.__name__.lower(): parts}, set()
+        tree: Any = Tree
+        return {origin.__name__.lower(): {"type": "array", "items": _schema(tree[get_args(made_of)], made)}}, set()
     hints, said = _hints(origin), _descriptions(origin)
     properties: dict[str, Any] = {}
     optional: set[str] = set()
@@ -113,20 +90,18 @@ def _schema(hint: Any, made: Definitions) -> dict[str, Any]:
     """Return the schema of a type."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint == LayerFields:
-        made["fields"] = {
-            "description": "what a checkpoint doesn't hold of a layer, in torch's words; one number per spatial axis",
-            "type": "object",
-            "additionalProperties": False,
-            "properties": {name: _schema(FIELDS.get(one, Any), made) for name, one in field_types().items()},
-        }
+        own = {name: _schema(one.recorded, made) for name, one in field_types().items()}
+        made["fields"] = {"type": "object", "additionalProperties": False, "properties": own}
         return {"$ref": "#/$defs/fields"}
     if origin is Annotated:
         base, (keyword, value) = arguments
         return _schema(base, made) | {keyword: list(value) if isinstance(value, tuple) else value}
+    if hint in (Any, float):
+        return NUMBER if hint is float else {}
     if hint in PLAIN:
-        return PLAIN[hint]
-    if origin is Literal:
-        return {"enum": list(arguments)}
+        return {"type": PLAIN[hint]}
+    if origin is Literal or (isinstance(hint, type) and issubclass(hint, Enum)):
+        return {"enum": [one.value if isinstance(one, Enum) else one for one in arguments or hint]}
     if origin in (Union, types.UnionType):
         return {"oneOf": [_schema(one, made) for one in arguments]}
     if origin is tuple and arguments[-1] is not Ellipsis:
@@ -136,8 +111,6 @@ def _schema(hint: Any, made: Definitions) -> dict[str, Any]:
         return {"type": "array", "items": _schema(arguments[0], made)}
     if origin in (dict, Mapping):
         return {"type": "object", "additionalProperties": _schema(arguments[1], made)}
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return {"enum": [one.value for one in hint]}
     return {"$ref": f"#/$defs/{_define(hint, made)}"}
 
 

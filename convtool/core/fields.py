@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from convtool.core.geometry import LARGEST, PADDING_MODES, Geometry
+from convtool.core.geometry import LARGEST, PADDING_MODES, Geometry, PaddingMode
 from convtool.errors import UsageError
 
 Fields: TypeAlias = dict[str, Any]
@@ -24,10 +24,12 @@ class FieldType:
     Attributes:
         parse: makes one of an option's text or of what a TOML or JSON file holds; TypeError or ValueError else.
         expected: what it takes, in words.
+        recorded: the type of its values in records and documents.
     """
 
     parse: Callable[[object], object]
     expected: str
+    recorded: Any = Any
 
     def read(self, name: str, value: object) -> object:
         """Return the value of a field of that name; UsageError where it isn't of this type. Ranges aren't checked."""
@@ -153,14 +155,14 @@ def _numbers(value: object) -> list[float]:
     return [_number(part) for part in _text(value).split(",")]
 
 
-INTEGER = FieldType(_integer, "an integer")
-INTEGERS = FieldType(_integers, "an integer or one per axis, such as 2 or 2,1")
-PADDING = FieldType(_padding, "1, one per axis (1,2), before:after (0:1,2:2), 'same' or 'half'")
-MODE = FieldType(_mode, "one of " + ", ".join(PADDING_MODES))
-FLAG = FieldType(_flag, "true or false")
-POSITIVE = FieldType(_eps, "a number of at least 0, such as 1e-3")
-SIZES = FieldType(_sizes, "spatial sizes, such as 7,7")
-NUMBER = FieldType(_number, "a finite number")
+INTEGER = FieldType(_integer, "an integer", int)
+INTEGERS = FieldType(_integers, "an integer or one per axis, such as 2 or 2,1", list[int])
+PADDING = FieldType(_padding, "1, one per axis (1,2), before:after (0:1,2:2), 'same' or 'half'", list[tuple[int, int]])
+MODE = FieldType(_mode, "one of " + ", ".join(PADDING_MODES), PaddingMode)
+FLAG = FieldType(_flag, "true or false", bool)
+POSITIVE = FieldType(_eps, "a number of at least 0, such as 1e-3", float)
+SIZES = FieldType(_sizes, "spatial sizes, such as 7,7", list[int])
+NUMBER = FieldType(_number, "a finite number", float)
 NUMBERS = FieldType(
-    lambda value: [_number(part) for part in _text(value).split(",")], "finite numbers, such as 0.5,0.4"
+    lambda value: [_number(part) for part in _text(value).split(",")], "finite numbers, such as 0.5,0.4", list[float]
 )

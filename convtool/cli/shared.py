@@ -19,10 +19,7 @@ if TYPE_CHECKING:
     from convtool.kinds.stated import FieldSource, FieldSources
 
 checkpoint = partial(
-    argument,
-    "CKPT",
-    "A .safetensors or torch (.pt, .pth, .bin) file; or an index or folder of several.",
-    required=True,
+    argument, "CKPT", "A .safetensors or torch (.pt, .pth, .bin) file; or an index or folder of several.", required=True
 )
 root = partial(option, "KEYS", "In a nested torch file, the dotted keys of the state dict.")
 model_args = partial(option, "JSON", "Arguments of the callable, as JSON.")

@@ -58,8 +58,7 @@ class Options:
     before: Path = argument("BEFORE", "The original checkpoint, or a matrix file.", required=True)
     after: Path = argument("AFTER", "The fused checkpoint, or a matrix file.", required=True)
     input_size: list[Size] | None = option(
-        "[C,]H,W",
-        "Size of the input to the first layer; repeatable. By default sizes that show border and interior.",
+        "[C,]H,W", "Size of the input to the first layer; repeatable. By default sizes that show border and interior."
     )
     before_layers: list[str] | None = option(
         "A,B",

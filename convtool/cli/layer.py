@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,49 +11,50 @@ from convtool.cli import complete, shared
 from convtool.cli.document import LayerFields, LayerKind, Sizes
 from convtool.cli.options import Size, argument, flag, option
 from convtool.cli.output import Reporter
+from convtool.core.geometry import PADDING_MODES
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from convtool.core.conv import Conv
 
-MODES = ("zeros", "circular", "replicate", "reflect")
 FIELDS = ("stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding")
+
+
+def _parse_field(text: str, option: str) -> Any:
+    """Return a field's value; a UsageError begins with the option's name."""
+    from convtool.kinds import parse_field
+
+    name = option.removeprefix("--").replace("-", "_")
+    try:
+        return parse_field(name, text)
+    except UsageError as error:
+        raise UsageError(f"{option}: {str(error).removeprefix(f'{name}: ')}") from None
+
+
+_field_option = partial(option, parse=_parse_field)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerOptions:
-    """The layer, the size of its input, and what options such as --stride say of it: as typed."""
+    """The layer, the size of its input, and what options such as --stride say of it."""
 
     checkpoint: Path = shared.checkpoint()
     layer: str = argument("LAYER", "Module path of the layer.", complete.layers, required=True)
     input_size: Size | None = shared.input_size()
-    stride: str | None = option("N[,N]", "Stride of LAYER.")
-    padding: str | None = option("P", "1, or 1,2, or before:after (0:1,2:2), or same, or half.")
-    dilation: str | None = option("N[,N]", "Dilation of LAYER.")
-    groups: str | None = option("N", "Groups of LAYER.")
-    padding_mode: str | None = option(
-        "MODE", "zeros, circular, replicate or reflect.", completion=complete.one_of(*MODES)
+    stride: Any = _field_option("N[,N]", "Stride of LAYER.")
+    padding: Any = _field_option("P", "1, or 1,2, or before:after (0:1,2:2), or same, or half.")
+    dilation: Any = _field_option("N[,N]", "Dilation of LAYER.")
+    groups: Any = _field_option("N", "Groups of LAYER.")
+    padding_mode: Any = _field_option(
+        "MODE", "zeros, circular, replicate or reflect.", completion=complete.one_of(*PADDING_MODES)
     )
     transposed: bool = flag("LAYER is a ConvTranspose.")
-    output_padding: str | None = option("N[,N]", "Of a transposed LAYER.")
+    output_padding: Any = _field_option("N[,N]", "Of a transposed LAYER.")
 
     @property
     def fields(self) -> dict[str, Any]:
-        """Those of --stride, --padding, ... that were given, parsed; UsageError where one can't be."""
-        from convtool.kinds import parse_field
-
-        fields = {}
-        for name in FIELDS:
-            value = getattr(self, name)
-            if value not in (None, False):
-                try:
-                    fields[name] = parse_field(name, value)
-                except UsageError as error:
-                    option = f"--{name.replace('_', '-')}"
-                    raise UsageError(f"{option}: {str(error).removeprefix(f'{name}: ')}") from None
-        return fields
+        """Those of --stride, --padding, ... that were given."""
+        return {name: value for name in FIELDS if (value := getattr(self, name)) not in (None, False)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,7 @@ def find_layer(
         UsageError, InputError: what opening a checkpoint and lowering a layer raise; or an input size is missing.
     """
     from convtool.core.fields import geometry_fields
+    from convtool.core.sizes import split_input_size
     from convtool.fusing.lowering import lower_chain
 
     size = wanted.input_size
@@ -117,7 +120,9 @@ def find_layer(
     lowered = lower_chain(opened, [wanted.layer], sources, size)[0]
     if lowered.assumed:
         reporter.remark(f"assumed: {lowered.assumed}")
-    conv, spatial = lowered.conv, spatial_size(lowered.conv, size)
+    conv = lowered.conv
+    unsized = size is None and conv.spatial_axes
+    spatial = None if unsized else split_input_size(size or (), conv.in_channels, conv.spatial_axes)
     of = OfLayer(
         found.name,
         found.kind.name,
@@ -126,12 +131,3 @@ def find_layer(
         None if spatial is None else (conv.out_channels, *conv.output_size(spatial)),
     )
     return LayerAtSize(of, conv, spatial, (lowered.assumed,) if lowered.assumed else ())
-
-
-def spatial_size(conv: Conv, size: Sequence[int] | None) -> tuple[int, ...] | None:
-    """Return the spatial part of an input size; None where there is none, and the layer has spatial axes."""
-    from convtool.core.sizes import split_input_size
-
-    if size is None and conv.spatial_axes:
-        return None
-    return split_input_size(size or (), conv.in_channels, conv.spatial_axes)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from convtool.checkpoint import Checkpoint, TensorInfo
-    from convtool.checkpoint.record import Record
     from convtool.fusing.reexpress import Reexpression
     from convtool.kinds.stated import FieldSources
 
@@ -160,8 +159,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     Tensors keep their names, order and, without --dtype, every bit; tied tensors stay tied. What the new format has no
     room for is refused, except what --root leaves out on purpose.
     """
-    from convtool.checkpoint.edit import Edit
-    from convtool.checkpoint.write import check_output, is_folder, plan_edited
+    from convtool.checkpoint.write import check_output, is_folder
 
     out, size, sources = options.out, options.shard_size, options.sources
     dtype = None if options.dtype is None else dtype_name(options.dtype)
@@ -173,16 +171,8 @@ def run(options: Options, reporter: Reporter) -> Result:
         raise UsageError(f"--shard-size: {out} is one file; name a folder, or an index, for several")
     left_out = opened.left_out if state_only and (out.suffix == ".safetensors" or to_folder) else []
     changes = _reexpressions(options, opened, reporter)
-    edit = Edit.together([change.edit for change in changes])
-    plan = plan_edited(
-        opened,
-        edit,
-        out,
-        _record(opened.record, changes),
-        force=overwrite,
-        dtype=dtype,
-        state_only=state_only,
-        shard_size=size,
+    edit, plan = written.plan_changed(
+        opened, changes, out, force=overwrite, dtype=dtype, state_only=state_only, shard_size=size
     )
     new = written.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     if options.writing.dry_run and dtype is not None:
@@ -191,16 +181,6 @@ def run(options: Options, reporter: Reporter) -> Result:
         reporter.remark(f"left out, beside the state dict: {_some(left_out)}")
     cast = () if dtype is None else _cast(opened.infos.values(), dtype)
     return Result(new, dtype, cast, tuple(left_out), tuple(map(Reexpressed.of, changes)))
-
-
-def _record(before: Record | None, changes: Sequence[Reexpression]) -> Record | None:
-    """Return the record of the new checkpoint."""
-    from convtool import __version__
-    from convtool.checkpoint.record import Record
-
-    if not changes:
-        return before
-    return (before or Record(__version__)).appended(__version__, [change.record for change in changes])
 
 
 def _cast(infos: Iterable[TensorInfo], dtype: str) -> tuple[str, ...]:

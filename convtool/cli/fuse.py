@@ -239,10 +239,7 @@ def run(options: Options, reporter: Reporter) -> Result | Recipes:
 
 
 def _fuse(options: Options, reporter: Reporter) -> Result:
-    from convtool import __version__
-    from convtool.checkpoint.edit import Edit
-    from convtool.checkpoint.record import Record
-    from convtool.checkpoint.write import check_output, plan_edited
+    from convtool.checkpoint.write import check_output
     from convtool.core.tree import BASE
     from convtool.fusing.fusion import check_ties
     from convtool.fusing.plans import plan_all
@@ -263,19 +260,16 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         checkpoints,
         fusions,
         fields,
+        reporter.remark,
         input_size=size,
+        surveyed=wanted.auto or recipe is not None,
+        only_if_cheaper=wanted.only_if_cheaper and not wanted.measure,
         allow_border=wanted.allow_border,
         bias_map=wanted.bias_map,
         dtype=options.dtype,
-        surveyed=wanted.auto or recipe is not None,
-        only_if_cheaper=wanted.only_if_cheaper and not wanted.measure,
-        remark=reporter.remark,
     )
-    edits = [layer.edit for layer in planned]
-    check_ties(opened, edits)
-    edit = Edit.together(edits)
-    record = (opened.record or Record(__version__)).appended(__version__, [layer.record for layer in planned])
-    plan = plan_edited(opened, edit, options.out, record, force=overwrite)
+    check_ties(opened, [layer.edit for layer in planned])
+    edit, plan = written.plan_changed(opened, planned, options.out, force=overwrite)
     reports = [[] for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
     new = written.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     made = (_fusion(layer, one, size) for layer, one in zip(planned, reports, strict=True))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from convtool.cli.document import OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes, fill
 from convtool.cli.output import Reporter
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from convtool.checkpoint.edit import Edit
     from convtool.checkpoint.record import FusionRecord
     from convtool.checkpoint.write import WritePlan
+    from convtool.fusing.fusion import PlannedLayer
+    from convtool.fusing.reexpress import Reexpression
 
 Files: TypeAlias = Annotated[
     dict[Path, Count],
@@ -97,6 +99,25 @@ class Recorded:
         """Return what there is to say of a record's fusion."""
         tree = map_leaves(lambda one: Source(one.name, one.kind.name, one.fields, one.origin or None), fusion.tree)
         return fill(cls, fusion, sources=tree, before=fusion.before or None, after=fusion.after or None)
+
+
+def plan_changed(
+    opened: Checkpoint, changes: Sequence[PlannedLayer | Reexpression], out: Path, *, force: bool, **options: Any
+) -> tuple[Edit, WritePlan]:
+    """Return what changes of a checkpoint come to together, and what writing it with them and their record will give.
+
+    Args:
+        force, options: as of `plan_edited`.
+    """
+    from convtool import __version__
+    from convtool.checkpoint.edit import Edit
+    from convtool.checkpoint.record import Record
+    from convtool.checkpoint.write import plan_edited
+
+    edit, record = Edit.together([change.edit for change in changes]), opened.record
+    if changes:
+        record = (record or Record(__version__)).appended(__version__, [change.record for change in changes])
+    return edit, plan_edited(opened, edit, out, record, force=force, **options)
 
 
 def write(plan: WritePlan, opened: Checkpoint, edit: Edit, reporter: Reporter, *, dry_run: bool) -> Written:

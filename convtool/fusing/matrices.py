@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from convtool.checkpoint import Checkpoint
 from convtool.core.order import MATRICES, Order
@@ -79,10 +78,7 @@ def compare_with_layer(
     layer: str | None,
     sizes: Sequence[tuple[int, ...]],
     sources: FieldSources,
-    *,
-    trials: int,
-    seed: int,
-    computed_in: torch.dtype,
+    **how: Any,
 ) -> Compared:
     """Hold a matrix against the layer that it is of.
 
@@ -90,27 +86,11 @@ def compare_with_layer(
         layer: its name, where the file has no record or to overrule it.
         sizes: of the layer's input: one, where the file has no record.
         sources: fields of the layer, overruling the record.
-        trials, seed, computed_in: as of `verify_matrix`.
+        how: trials, seed and computed_in, as of `verify_matrix`.
     """
     lowered, size = _lowered(found, checkpoint, layer, sizes, sources)
-    format_of_file = FORMATS.get(found.path.suffix)
-    stores_bias = format_of_file is None or format_of_file.STORES_BIAS
-
-    def verified(form: _Form) -> MatrixReport:
-        return verify_matrix(
-            lowered.conv,
-            size,
-            found,
-            bias=found.bias,
-            stores_bias=stores_bias,
-            **asdict(form),
-            trials=min(trials, MOST_TRIALS),
-            seed=seed,
-            computed_in=computed_in,
-        )
-
-    forms = list(_forms(found, lowered, size))
-    tried = ((form, report) for form, report in zip(forms, map(verified, forms), strict=True))
+    forms, verify = list(_forms(found, lowered, size)), partial(_verify, found, lowered, size, how)
+    tried = zip(forms, map(verify, forms), strict=True)  # one by one, until one is equal
     first = form, report = next(tried)
     if not report.equivalent:
         form, report = next((one for one in tried if one[1].equivalent), first)
@@ -119,6 +99,15 @@ def compare_with_layer(
         others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)
         assumed.append(f"{found.path}: {form}{others}")
     return Compared(lowered.layer.name, str(form), report, tuple(assumed))
+
+
+def _verify(
+    found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...], how: dict[str, Any], form: _Form
+) -> MatrixReport:
+    kind = FORMATS.get(found.path.suffix)
+    stores_bias = kind is None or kind.STORES_BIAS
+    how = how | {"trials": min(how["trials"], MOST_TRIALS)}
+    return verify_matrix(lowered.conv, size, found, bias=found.bias, stores_bias=stores_bias, **asdict(form), **how)
 
 
 def _lowered(

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-
-import torch
+from typing import Any
 
 from convtool.checkpoint import Checkpoint
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, tree_text
@@ -19,53 +18,52 @@ def plan_all(
     checkpoints: Mapping[str, Checkpoint],
     fusions: Sequence[PlannedFusion],
     sources: FieldSources,
+    remark: Callable[[str], None],
     *,
     input_size: tuple[int, ...] | None,
-    allow_border: bool,
-    bias_map: bool,
-    dtype: torch.dtype | None,
     surveyed: bool,
     only_if_cheaper: bool,
-    remark: Callable[[str], None],
+    **how: Any,
 ) -> tuple[list[PlannedLayer], list[str]]:
     """Return every fusion as a value, before anything is written; and what is left alone, in words.
 
     Args:
         checkpoints: by the source that layers name.
-        input_size, allow_border, bias_map, dtype: as of `plan_layer`, where a fusion hasn't a size of its own.
+        remark: is called with what was assumed, and what else is worth saying.
+        input_size: of those fusions that haven't one of their own.
         surveyed: the whole checkpoint was looked through, so that what stays is worth saying.
         only_if_cheaper: leave alone what takes more multiply-adds fused.
-        remark: is called with what was assumed, and what else is worth saying.
+        how: allow_border, bias_map and dtype, as of `plan_layer`.
 
     Raises:
         RefusedError, UsageError, InputError: as of `lower_tree` and `plan_layer`; or nothing is cheaper fused.
     """
-    trees = [lower_tree(checkpoints, one.tree, sources, one.input_size or input_size) for one in fusions]
+    sizes = [one.input_size or input_size for one in fusions]
+    trees = [lower_tree(checkpoints, one.tree, sources, size) for one, size in zip(fusions, sizes, strict=True)]
     for text in _assumed(trees):  # before anything is refused: what was assumed may be why
         remark(f"assumed: {text}")
     alone = _left_alone(checkpoints, [one.tree for one in fusions]) if surveyed else []
     for text in alone:
         remark(f"left alone: {text}")
     planned = [
-        plan_layer(
-            checkpoints[BASE],
-            one.name,
-            tree,
-            input_size=one.input_size or input_size,
-            allow_border=allow_border,
-            bias_map=bias_map,
-            dtype=dtype,
-        )
-        for one, tree in zip(fusions, trees, strict=True)
+        plan_layer(checkpoints[BASE], one.name, tree, input_size=size, **how)
+        for one, tree, size in zip(fusions, trees, sizes, strict=True)
     ]
-    dear = {id(layer): text for layer, text in _dearer(planned, input_size)}
+    kept, dear = _by_cost(planned, input_size, only_if_cheaper)
+    for line in dear:
+        remark(line)
+    return kept, alone + (dear if only_if_cheaper else [])
+
+
+def _by_cost(
+    planned: list[PlannedLayer], size: tuple[int, ...] | None, only_if_cheaper: bool
+) -> tuple[list[PlannedLayer], list[str]]:
+    """Return the fusions to carry out, and a line for each that takes more multiply-adds than its layers apart."""
+    dear = {id(layer): text for layer, text in _dearer(planned, size)}
     kept = [layer for layer in planned if not (only_if_cheaper and id(layer) in dear)]
     if not kept:
         raise RefusedError(f"nothing is cheaper fused: {next(iter(dear.values()))}")
-    lines = [f"{'left alone' if only_if_cheaper else 'slower'}: {text}" for text in dear.values()]
-    for line in lines:
-        remark(line)
-    return kept, alone + (lines if only_if_cheaper else [])
+    return kept, [f"{'left alone' if only_if_cheaper else 'slower'}: {text}" for text in dear.values()]
 
 
 def _assumed(trees: Iterable[Tree[LoweredLayer]]) -> list[str]:

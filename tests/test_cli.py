@@ -246,6 +246,7 @@ MISTAKES = [
     ("fuse net.pt first second --input-size 3,3,3 -o f.pt", 2, "smaller than the kernel"),
     ("toeplitz net.pt first --input-size 5,7 --groups 3 -o t.npz", 2, "groups"),
     ("toeplitz net.pt first --input-size 5,7 --padding=-1 -o t.npz", 2, "padding"),
+    ("toeplitz net.pt first --input-size 5,7 --dilation 0 -o t.npz", 2, "dilation: expected integers of at least 1"),
     # --- options and values
     *[
         (f"{command} --wrong", 2, rf"^no such option: --wrong \(see `convtool {command} --help`\)")

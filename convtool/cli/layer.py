@@ -54,7 +54,8 @@ class LayerOptions:
     @property
     def fields(self) -> dict[str, Any]:
         """Those of --stride, --padding, ... that were given."""
-        return {name: value for name in FIELDS if (value := getattr(self, name)) not in (None, False)}
+        given = {name: getattr(self, name) for name in FIELDS}
+        return {name: value for name, value in given.items() if value is not None and value is not False}  # 0 is given
 
 
 @dataclass(frozen=True, slots=True)

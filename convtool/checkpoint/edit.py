@@ -26,7 +26,7 @@ class Edit:
 
     @classmethod
     def of(cls, remove: Iterable[str], insert: Mapping[str, Tensor], anchor: str) -> Edit:
-        """All of `insert` in the place of one removed tensor, `anchor`."""
+        """Return all of `insert` in the place of one removed tensor, `anchor`."""
         return cls(frozenset(remove), {anchor: insert})
 
     @classmethod
@@ -54,7 +54,7 @@ class Edit:
         return cls(frozenset(), {})
 
     def changed(self, change: Callable[[str, Tensor], Tensor]) -> Edit:
-        """The same with something done to each new tensor."""
+        """Return the edit with something done to each new tensor."""
         places = {
             anchor: {name: change(name, tensor) for name, tensor in new.items()} for anchor, new in self.places.items()
         }
@@ -62,11 +62,11 @@ class Edit:
 
     @property
     def insert(self) -> dict[str, Tensor]:
-        """All new tensors by full name."""
+        """Return all new tensors by full name."""
         return {name: tensor for tensors in self.places.values() for name, tensor in tensors.items()}
 
     def order(self, names: Iterable[str]) -> list[tuple[str, Tensor | None]]:
-        """The edited checkpoint's tensors in order: (name, None) as it was, (name, tensor) new.
+        """Return the edited checkpoint's tensors in order: (name, None) as it was, (name, tensor) new.
 
         Raises:
             UsageError: a new name is taken by a tensor that stays.

@@ -75,7 +75,7 @@ class FusionRecord:
 
     @property
     def sources(self) -> tuple[SourceLayer, ...]:
-        """Every layer of the tree, in order."""
+        """Return every layer of the tree, in order."""
         return tuple(leaves(self.tree))
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Record:
         return known
 
     def since(self, earlier: Record | None) -> tuple[FusionRecord, ...]:
-        """The fusions that came after `earlier`, whose history must be the beginning of this one."""
+        """Return the fusions that came after `earlier`, whose history must be the beginning of this one."""
         done = () if earlier is None else earlier.fusions
         if self.fusions[: len(done)] != done:
             raise InputError("the record in AFTER doesn't continue the one in BEFORE; they are of different histories")
@@ -143,7 +143,7 @@ class Spelled:
 
 
 def spelled_out(fusions: Sequence[FusionRecord]) -> dict[str, Spelled]:
-    """What each layer that the fusions left behind stands for."""
+    """Return what each layer that the fusions left behind stands for."""
     made: dict[str, Spelled] = {}
     stored: dict[str, str] = {}  # by layer, the dtype that it was fused in
     around: dict[str, tuple[str, str]] = {}  # by layer, what gives input and output the form that its sources have
@@ -176,7 +176,7 @@ def _spell_out(tree: Tree[SourceLayer], made: dict[str, Spelled], around: dict[s
 
 
 def _together(tree: Tree[SourceLayer], parts: Sequence[Spelled]) -> Spelled:
-    """The tree of these parts."""
+    """Return the tree of these parts."""
     sizes = (((number, *path), size) for number, part in enumerate(parts) for path, size in part.sizes)
     return Spelled(tree, tuple(sizes), tuple(dtype for part in parts for dtype in part.dtypes))
 
@@ -211,7 +211,7 @@ def _tree_from_json(item: dict[str, Any]) -> Tree[SourceLayer]:
 
 
 def loads(text: str, where: str) -> Record:
-    """The record in `text`; InputError where it is not one."""
+    """Return the record in `text`; InputError where it is not one."""
     try:
         document = json.loads(text)
         if document["schema"] != SCHEMA:

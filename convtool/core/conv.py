@@ -63,12 +63,12 @@ class Conv:
 
     @property
     def has_bias(self) -> bool:
-        """Whether there is a bias that isn't zero throughout."""
+        """Return whether there is a bias that isn't zero throughout."""
         return self.bias is not None and bool(self.bias.count_nonzero())
 
     @property
     def has_bias_map(self) -> bool:
-        """Whether the bias differs from output position to output position."""
+        """Return whether the bias differs from output position to output position."""
         return self.bias is not None and self.bias.dim() > 1
 
     def output_size(self, input_size: Sequence[int]) -> tuple[int, ...]:
@@ -83,7 +83,7 @@ class Conv:
         return size
 
     def bias_over(self, output_size: Sequence[int]) -> Tensor | None:
-        """The bias for every output, (C_out, *output_size), or None."""
+        """Return the bias for every output, (C_out, *output_size), or None."""
         if self.bias is None or self.has_bias_map:
             return self.bias
         return self.bias.reshape(-1, *(1,) * self.spatial_axes).expand(-1, *output_size)
@@ -107,7 +107,7 @@ class Conv:
         return self.to(torch.complex128 if self.weight.is_complex() else torch.float64)
 
     def torch_weight(self) -> Tensor:
-        """The weight in the layout of torch's modules: (C_in, C_out/groups, *kernel) where transposed."""
+        """Return the weight in the layout of torch's modules: (C_in, C_out/groups, *kernel) where transposed."""
         return swap_channels(self.weight, self.geometry.groups) if self.geometry.transposed else self.weight
 
 
@@ -197,7 +197,7 @@ def conv(
     transposed: bool = False,
     output_padding: PerAxis = 0,
 ) -> Conv:
-    """A `Conv` from the tensors of an nn.Conv (nn.ConvTranspose where `transposed`) and its fields.
+    """Return a `Conv` from the tensors of an nn.Conv (nn.ConvTranspose where `transposed`) and its fields.
 
     Args:
         weight: as torch lays it out: (C_out, C_in/groups, *kernel), or (C_in, C_out/groups, *kernel) transposed.
@@ -223,7 +223,7 @@ def conv(
 
 
 def lower_conv(weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Conv:
-    """A `Conv` from the tensors of an nn.Conv or nn.ConvTranspose.
+    """Return a `Conv` from the tensors of an nn.Conv or nn.ConvTranspose.
 
     Args:
         weight: (C_out, C_in/groups, *kernel); (C_in, C_out/groups, *kernel) where `geometry.transposed`.
@@ -244,7 +244,7 @@ def lower_conv(weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Conv:
 
 
 def pointwise(axes: int, groups: int = 1) -> Geometry:
-    """The geometry of a 1x1 layer over `axes` spatial axes."""
+    """Return the geometry of a 1x1 layer over `axes` spatial axes."""
     return Geometry.of((1,) * axes, groups=groups)
 
 

@@ -81,7 +81,7 @@ def out_channels(expression: Expression) -> int:
 
 
 def depth(expression: Expression, of: Callable[[Conv], int]) -> int:
-    """`of` added up along the path where that comes to most; each addition of branches counts 1 besides."""
+    """Return `of` added up along the path where that comes to most; each addition of branches counts 1 besides."""
     return fold(expression, of, lambda parts: sum(parts), lambda parts: max(parts) + len(parts) - 1)
 
 

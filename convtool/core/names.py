@@ -22,10 +22,10 @@ def is_written(name: str) -> bool:
 
 
 def unwrap(name: str) -> str:
-    """The name without wrappers' components, at whatever depth they stand."""
+    """Return the name without wrappers' components, at whatever depth they stand."""
     return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def toml_string(text: str) -> str:
-    """A string in TOML: as in JSON, but with characters beyond U+FFFF as they are, and U+007F escaped."""
+    """Return a string in TOML: as in JSON, but with characters beyond U+FFFF as they are, and U+007F escaped."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")

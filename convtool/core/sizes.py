@@ -17,7 +17,7 @@ COMFORTABLE_INPUT = 1 << 18  # numbers of one input in the widest layer that tak
 
 
 def split_input_size(input_size: Sequence[int], channels: int, axes: int) -> tuple[int, ...]:
-    """The spatial part of an input size given with or without the channels in front.
+    """Return the spatial part of an input size given with or without the channels in front.
 
     Raises:
         UsageError: a wrong number of sizes, or other channels than the layer takes.
@@ -55,7 +55,7 @@ def default_sizes(tree: Sequence[Conv] | Expression) -> list[tuple[int, ...]]:
 
 
 def alike_size(trees: Sequence[Expression], size: tuple[int, ...]) -> tuple[int, ...]:
-    """A size to run in place of a large one: what is equal at the one is equal at the other.
+    """Return a size to run in place of a large one: what is equal at the one is equal at the other.
 
     Every output of a large input has its like in the smaller one. The smaller is long enough for both borders and a
     whole period of the strides in between, and leaves the same remainder by the strides, so that every layer meets
@@ -82,7 +82,7 @@ def alike_size(trees: Sequence[Expression], size: tuple[int, ...]) -> tuple[int,
 
 
 def _reach(tree: Expression, axes: int) -> tuple[list[int], list[int]]:
-    """Per axis, how far one output sees including padding, in input positions at most, and the stride."""
+    """Return per axis, how far one output sees including padding, in input positions at most, and the stride."""
 
     def step(conv: Conv, before: tuple[list[int], list[int]]) -> tuple[list[int], list[int]]:
         reach, stride = [*before[0]], [*before[1]]

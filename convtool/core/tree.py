@@ -71,7 +71,7 @@ Tree: TypeAlias = Leaf | Chain[Leaf] | Sum[Leaf]
 
 
 def leaves(tree: Tree[Leaf]) -> Iterator[Leaf]:
-    """Every leaf, in order."""
+    """Yield every leaf, in order."""
     if isinstance(tree, Chain | Sum):
         for part in tree.parts:
             yield from leaves(part)
@@ -80,12 +80,12 @@ def leaves(tree: Tree[Leaf]) -> Iterator[Leaf]:
 
 
 def has_sum(tree: Tree[Leaf]) -> bool:
-    """Whether there are branches anywhere in it."""
+    """Return whether there are branches anywhere in it."""
     return isinstance(tree, Sum) or (isinstance(tree, Chain) and any(has_sum(part) for part in tree.parts))
 
 
 def flat_parts(chain: Chain[Leaf]) -> Iterator[Leaf | Sum[Leaf]]:
-    """A chain's parts, chains directly inside of it spelled out, and a sum or chain of one part as that part."""
+    """Yield a chain's parts, chains directly inside of it spelled out, and a sum or chain of one part as that part."""
     for part in chain.parts:
         while isinstance(part, Sum) and len(part.parts) == 1:
             part = part.parts[0]
@@ -96,7 +96,7 @@ def flat_parts(chain: Chain[Leaf]) -> Iterator[Leaf | Sum[Leaf]]:
 
 
 def first_leaves(tree: Tree[Leaf]) -> Iterator[Leaf]:
-    """The leaves that the tree's input goes into."""
+    """Yield the leaves that the tree's input goes into."""
     if isinstance(tree, Sum):
         for part in tree.parts:
             yield from first_leaves(part)
@@ -126,7 +126,7 @@ def walk(
 
 
 def map_leaves(change: Callable[[Leaf], Made], tree: Tree[Leaf]) -> Tree[Made]:
-    """The same tree with every leaf changed."""
+    """Return the tree with every leaf changed."""
     if isinstance(tree, Chain):
         return Chain(tuple(map_leaves(change, part) for part in tree.parts))
     if isinstance(tree, Sum):
@@ -145,7 +145,7 @@ def fold(
     chain: Callable[[list[Made]], Made],
     total: Callable[[list[Made]], Made],
 ) -> Made:
-    """The tree's value from the bottom up."""
+    """Return the tree's value from the bottom up."""
     if isinstance(tree, Chain):
         return chain([fold(part, leaf, chain, total) for part in tree.parts])
     if isinstance(tree, Sum):

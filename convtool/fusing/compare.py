@@ -48,7 +48,7 @@ class Pairing:
     claims: tuple[tuple[str, str], ...] = ()
 
     def input_size(self) -> tuple[int, ...] | None:
-        """The input size at which all of its parts get the ones that they were fused for; None where any will do.
+        """Return the input size at which all parts get the ones that they were fused for; None where any will do.
 
         Raises:
             InputError: there is none; or the layers don't run on it, or it is too large to run here.
@@ -79,7 +79,7 @@ class Pairing:
 
 
 def _sizes_for(tree: Expression, path: Path, size: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Per axis, the smallest and the largest input size of the tree with which its part at `path` gets `size`."""
+    """Return per axis the smallest and the largest input size of the tree with which its part at `path` gets `size`."""
     before: list[Expression] = []
     part = tree
     for number in path:
@@ -94,7 +94,7 @@ def _sizes_for(tree: Expression, path: Path, size: tuple[int, ...]) -> list[tupl
 
 
 def _smallest_giving(layers: Sequence[Expression], axis: int, least: int) -> int:
-    """The smallest input size of an axis with which the layers give at least that; sizes grow with sizes."""
+    """Return the smallest input size of an axis with which the layers give at least that; sizes grow with sizes."""
     low, high = 1, LARGEST
     while low < high:
         middle = (low + high) // 2
@@ -106,7 +106,7 @@ def _smallest_giving(layers: Sequence[Expression], axis: int, least: int) -> int
 
 
 def _gives(layers: Sequence[Expression], axis: int, size: int) -> int:
-    """The output size of an axis; 0 where the input is too small."""
+    """Return the output size of an axis; 0 where the input is too small."""
     for layer in layers:
         try:
             size = _axis_size(layer, axis, size)
@@ -212,7 +212,7 @@ def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[s
 def _lower_recorded(
     tree: Tree[SourceLayer], checkpoints: Mapping[str, Checkpoint], after: Checkpoint, sources: FieldSources, axes: int
 ) -> Tree[LoweredLayer]:
-    """The layers of BEFORE; an error is the record's, unless what else is said of the layers may be the cause."""
+    """Return the layers of BEFORE; an error is the record's, unless what else is said of them may be the cause."""
     names = {full_name(source.name, source.origin): source for source in leaves(tree)}
     known = FieldSource("record", {name: source.fields for name, source in names.items()}, exact_names=True)
     try:
@@ -248,7 +248,7 @@ def _stands(fusion: FusionRecord) -> Tree[LayerRef]:
 
 
 def _has_layer(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether there is a layer of exactly that name, or a tensor of it that went into a fusion as a scale."""
+    """Return whether there is a layer of exactly that name, or a tensor of it that went into a fusion as a scale."""
     try:
         return checkpoint.part(name).name == name
     except UsageError:
@@ -298,7 +298,7 @@ def differing_tensors(
 
 
 def same_bits(before: Checkpoint, after: Checkpoint, name: str) -> bool:
-    """Whether the tensor is the same in both: dtype, shape, and every bit (so that NaN equals the same NaN)."""
+    """Return whether the tensor is the same in both: dtype, shape, and every bit (so that NaN equals the same NaN)."""
     one, other = before.infos[name], after.infos[name]
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False

@@ -41,17 +41,17 @@ class PlannedLayer:
 
     @property
     def layers(self) -> list[LoweredLayer]:
-        """Every layer of the tree, in order."""
+        """Return every layer of the tree, in order."""
         return list(leaves(self.tree))
 
     @property
     def assumed(self) -> list[str]:
-        """What nobody stated of the layers, in words."""
+        """Return what nobody stated of the layers, in words."""
         return assumptions(self.tree)
 
     @property
     def record(self) -> FusionRecord:
-        """What the new checkpoint says of it."""
+        """Return what the new checkpoint says of it."""
         conv, verdict = self.fusion.conv, self.fusion.verdict
         return FusionRecord(
             name=self.name,
@@ -80,7 +80,7 @@ class PlannedLayer:
 
     @property
     def module_edits(self) -> list[str]:
-        """The lines that make a model's code fit the new checkpoint."""
+        """Return the lines that make a model's code fit the new checkpoint."""
         lines = [f"{self.name} = {module_text(self.fusion.conv)}"]
         if self.fusion.conv.has_bias_map:
             lines.append(f"y = {self.name}(x) + bias_map  # that of the checkpoint, in place of {self.name}(x)")
@@ -101,7 +101,7 @@ class PlannedLayer:
         return lines
 
     def _normalizations(self) -> list[str]:
-        """What becomes of normalisations: one of the input stands in front of the model, others are its own code."""
+        """Return what becomes of normalisations: that of the input is in front of the model, others in its own code."""
         first = list(first_leaves(self.tree))
         in_front = first if len({layer.layer.name for layer in first}) == 1 else []
         lines = [
@@ -180,18 +180,18 @@ def _check_inputs(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> None:
 
 
 def _without_groups(conv: Conv) -> Conv:
-    """The layer with one group, which is all that nn.Linear knows; its numbers are the same."""
+    """Return the layer with one group, which is all that nn.Linear knows; its numbers are the same."""
     everything = Conv(torch.eye(conv.in_channels).reshape(conv.in_channels, -1), None, pointwise(0))
     return compose(everything, conv).to(conv.weight.dtype)
 
 
 def assumptions(tree: Tree[LoweredLayer]) -> list[str]:
-    """What nobody stated of the layers, in words."""
+    """Return what nobody stated of the layers, in words."""
     return [layer.assumed for layer in leaves(tree) if layer.assumed]
 
 
 def module_text(conv: Conv) -> str:
-    """The layer as a line of torch code: 'nn.Conv2d(3, 16, (5, 7), stride=2)'."""
+    """Return the layer as a line of torch code: 'nn.Conv2d(3, 16, (5, 7), stride=2)'."""
     geometry = conv.geometry
     arguments = [str(conv.in_channels), str(conv.out_channels)]
     before = after = ""

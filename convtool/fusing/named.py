@@ -19,7 +19,7 @@ from convtool.kinds.written import check_closed
 
 
 def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Checkpoint]) -> PlannedFusion:
-    """One chain of layers by name, first to last; SOURCE:LAYER for those of another checkpoint.
+    """Return one chain of layers by name, first to last; SOURCE:LAYER for those of another checkpoint.
 
     Args:
         name: of the fused layer, written as the checkpoint writes names; '' for that of the first one.
@@ -42,7 +42,7 @@ def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Chec
 def by_recipe(
     recipe: Recipe, checkpoints: Mapping[str, Checkpoint], fields: Callable[[str], Fields], strength: float = 1.0
 ) -> list[PlannedFusion]:
-    """The fusions that a recipe means for these checkpoints.
+    """Return the fusions that a recipe means for these checkpoints.
 
     Args:
         fields: what is stated of a layer's geometry.
@@ -76,7 +76,7 @@ def _layer_ref(text: str, checkpoints: Mapping[str, Checkpoint]) -> LayerRef:
 def _known(
     checkpoints: Mapping[str, Checkpoint], fields: Callable[[str], Fields], asked: set[tuple[str, str]]
 ) -> Known:
-    """What recipes are resolved against; the tensors whose numbers they ask for are added to `asked`."""
+    """Return what recipes are resolved against; the tensors whose numbers they ask for are added to `asked`."""
 
     def number(source: str, name: str) -> float | None:
         asked.add((source, name))
@@ -93,7 +93,7 @@ def _known(
 
 
 def _keeps_order(checkpoint: Checkpoint) -> bool:
-    """Whether a file has its tensors in the model's order: not where they are sorted, as in safetensors files."""
+    """Return whether a file has its tensors in the model's order, and not sorted, as safetensors files have them."""
     weights: dict[str, list[str]] = {}
     for info in checkpoint.infos.values():
         if info.name.endswith("weight"):

@@ -19,7 +19,7 @@ PLAN_WORK = 4_000_000_000  # multiply-adds for impulses: about a second
 
 
 def exact_tree(tree: Tree[LoweredLayer], checkpoints: Mapping[str, Checkpoint]) -> Expression:
-    """The layers of BEFORE, their numbers as they are in the file.
+    """Return the layers of BEFORE, their numbers as they are in the file.
 
     Args:
         checkpoints: by the origin that the layers name.
@@ -28,7 +28,7 @@ def exact_tree(tree: Tree[LoweredLayer], checkpoints: Mapping[str, Checkpoint]) 
 
 
 def stored_tree(tree: Tree[LoweredLayer], checkpoints: Mapping[str, Checkpoint]) -> Tree[Stored]:
-    """The layers of AFTER, each number with what rounding it when it was stored can have moved it by."""
+    """Return the layers of AFTER, each number with what rounding it when it was stored can have moved it by."""
 
     def one(leaf: LoweredLayer) -> Tree[Stored]:
         tensors = checkpoints[leaf.origin].tensors_of(leaf.layer) if leaf.layer.tensors else {}

@@ -52,7 +52,7 @@ class Reexpression:
 
 
 def as_linear(lowered: LoweredLayer) -> Reexpression:
-    """A patch convolution as the linear layer that it is on each patch.
+    """Return a patch convolution as the linear layer that it is on each patch.
 
     Raises:
         RefusedError: it is none.
@@ -69,7 +69,7 @@ def as_linear(lowered: LoweredLayer) -> Reexpression:
 
 
 def as_toeplitz(lowered: LoweredLayer, size: Sequence[int]) -> Reexpression:
-    """A convolution as the linear layer that it is at one input size.
+    """Return a convolution as the linear layer that it is at one input size.
 
     Args:
         size: of the input, with or without the channels in front.
@@ -124,7 +124,7 @@ def made_linear(checkpoint: Checkpoint, name: str) -> tuple[tuple[int, ...], Fie
 def as_conv(
     checkpoint: Checkpoint, layer: Layer, input_size: Sequence[int], kernel: Sequence[int], fields: Fields
 ) -> Reexpression:
-    """A linear layer behind a flatten as the convolution that its weight is the matrix of.
+    """Return a linear layer behind a flatten as the convolution that its weight is the matrix of.
 
     Args:
         input_size: with the channels in front, of what is flattened.

@@ -35,13 +35,13 @@ class Trial:
     size: tuple[int, ...]
 
     def run(self, **options: Any) -> EquivalenceReport:
-        """What `convtool.core.verify.verify` finds; `options` are its own."""
+        """Return what `convtool.core.verify.verify` finds; `options` are its own."""
         between = [_dtype(name, self.pairing) for name in self.pairing.dtypes]
         return verify(self.before, self.after, self.size, stored_between=between, **options)
 
 
 def _dtype(name: str, pairing: Pairing) -> torch.dtype:
-    """What a record says that a layer was stored in."""
+    """Return what a record says that a layer was stored in."""
     if name not in FLOATS | {"complex64", "complex128"}:
         raise InputError(
             f"{pairing.path}: its convtool record is damaged: a part of {pairing.name} was stored in {name!r}"
@@ -53,7 +53,7 @@ def _dtype(name: str, pairing: Pairing) -> torch.dtype:
 def trials(
     pairing: Pairing, before: Mapping[str, Checkpoint], after: Checkpoint, sizes: Sequence[tuple[int, ...]]
 ) -> Iterator[Trial]:
-    """A pairing at each size; where none is given, at the one that it was fused for or those that show most.
+    """Yield a pairing at each size; where none is given, at the one that it was fused for or those that show most.
 
     Args:
         before: by the origin that the layers name.

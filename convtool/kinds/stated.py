@@ -14,7 +14,7 @@ from convtool.kinds import field_types, parse_field
 
 
 def parse_setting(text: str) -> tuple[str, str, object]:
-    """'layer1.conv.stride=2' as ('layer1.conv', 'stride', 2)."""
+    """Return 'layer1.conv.stride=2' as ('layer1.conv', 'stride', 2)."""
     target, equals, value = text.partition("=")
     layer, _, name = target.rpartition(".")
     if not equals or not name or (not layer and name not in field_types()):
@@ -35,12 +35,12 @@ def parse_settings(texts: Iterable[str]) -> FieldSource:
 
 
 def geometry_toml(fields: Mapping[str, Fields]) -> str:
-    """The fields of layers, as JSON has them, as a TOML file that `parse_tables` reads back."""
+    """Return the fields of layers, as JSON has them, as a TOML file that `parse_tables` reads back."""
     return "\n".join(["# Geometry of layers, for --geometry FILE.", *field_tables(fields)]) + "\n"
 
 
 def field_tables(fields: Mapping[str, Fields]) -> list[str]:
-    """A line of TOML for each layer."""
+    """Return a line of TOML for each layer."""
     lines = []
     for name, table in fields.items():
         stated = {key: value for key, value in table.items() if key != "output_padding" or table.get("transposed")}
@@ -50,7 +50,7 @@ def field_tables(fields: Mapping[str, Fields]) -> list[str]:
 
 
 def _toml_value(value: object) -> str:
-    """A value in TOML; that of all axes once where they have the same."""
+    """Return a value in TOML; that of all axes once where they have the same."""
     if isinstance(value, list | tuple) and value and all(entry == value[0] for entry in value):
         entry = value[0]
         if not isinstance(entry, list | tuple):
@@ -84,7 +84,7 @@ class FieldSource:
                 raise UsageError(f"{self.origin}: {pattern!r} fits no layer of the checkpoint{hint}")
 
     def fields(self, layer: str) -> Fields:
-        """What this place says of a layer; a later table that matches wins."""
+        """Return what this place says of a layer; a later table that matches wins."""
         merged: Fields = {}
         for pattern, fields in self.tables.items():
             if self.matches(pattern, layer):
@@ -99,19 +99,19 @@ class FieldSources:
     sources: tuple[FieldSource, ...] = field(default=())
 
     def fields(self, layer: str) -> Fields:
-        """What is known of a layer's fields; what isn't here is nobody's word but torch's default."""
+        """Return what is known of a layer's fields; what isn't here is nobody's word but torch's default."""
         merged: Fields = {}
         for source in self.sources:
             merged.update(source.fields(layer))
         return merged
 
     def with_first(self, source: FieldSource) -> FieldSources:
-        """The same with one more place that all the others overrule."""
+        """Return these and one more place, which all the others overrule."""
         return FieldSources((source, *self.sources))
 
 
 def parse_tables(tables: Mapping[str, object], origin: str) -> FieldSource:
-    """A TOML document of tables, one per layer or pattern, as a source of fields."""
+    """Return a TOML document of tables, one per layer or pattern, as a source of fields."""
     parsed: dict[str, Fields] = {}
     for pattern, table in tables.items():
         if not isinstance(table, dict):

@@ -87,7 +87,7 @@ class Recipe:
 
 
 def parse_recipe(document: Mapping[str, Any], origin: str) -> Recipe:
-    """A recipe from its TOML document; UsageError where it is malformed."""
+    """Return a recipe from its TOML document; UsageError where it is malformed."""
     unknown = document.keys() - {"fuse", "geometry", "about"}
     if unknown:
         raise UsageError(
@@ -205,7 +205,7 @@ def _parse_patterns(texts: object, where: str) -> tuple[Pattern, ...]:
 
 
 def _check_variables(rule: Rule, where: str) -> None:
-    """One layer alone has to bind all of a rule's variables, and the name may use no others."""
+    """Raise UsageError unless one layer binds all of a rule's variables, and the name uses no others."""
     layers = list(leaves(rule.tree))
     if len(layers) > MOST_LAYERS:
         raise UsageError(f"{where}: {len(layers)} layers in one fusion; expected at most {MOST_LAYERS}")
@@ -229,6 +229,6 @@ def texts_of(rule: Rule) -> list[str]:
 
 
 def anchors_of(rule: Rule) -> list[Pattern]:
-    """The layers that say what is to be fused."""
+    """Return the layers that say what is to be fused."""
     named = [pattern for pattern in leaves(rule.tree) if not pattern.is_function]
     return [pattern for pattern in named if pattern.anchor] or named

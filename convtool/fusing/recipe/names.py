@@ -64,14 +64,14 @@ class Names:
         self._sorted = sorted(self._written)
 
     def find(self, name: str) -> str | None:
-        """The layer of that name as the checkpoint writes it; None where there is none."""
+        """Return the layer of that name as the checkpoint writes it; None where there is none."""
         key = self._key(name)
         return None if key is None else self._written[key]
 
     def fits(
         self, pattern: Pattern, binding: Binding, numbers: Collection[str], effort: Effort
     ) -> list[tuple[str, dict[str, str]]]:
-        """Layers that a pattern fits under a binding, as written, each with the values of its variables and its *.
+        """Return layers that a pattern fits under a binding, each with the values of its variables and its *.
 
         Args:
             numbers: those variables that stand for numbers.
@@ -99,7 +99,7 @@ class Names:
         return [(self._written[key], found[key]) for key in sorted(found, key=self._place.__getitem__)]
 
     def write(self, name: str, near: Iterable[str]) -> str:
-        """A name for a layer as the checkpoint would write it: with the wrappers of what stands beside it.
+        """Return a name for a layer as the checkpoint would write it: with the wrappers of what stands beside it.
 
         Args:
             near: written names to look at first.
@@ -126,7 +126,7 @@ class Names:
 
 
 def _as_written(parent: str, written: str) -> str | None:
-    """The first components of a written name that are `parent`, with all wrappers; None where it isn't inside of it."""
+    """Return the first components of a written name that are `parent`, with all wrappers; None where there are none."""
     wanted, parts = parent.split(".") if parent else [], written.split(".")
     met = 0
     for number, part in enumerate(parts):
@@ -159,7 +159,7 @@ class _Expression:
         self._regex = re.compile("".join(parts), re.DOTALL)
 
     def ways(self, name: str) -> int:
-        """The most steps that matching takes."""
+        """Return the most steps that matching takes."""
         components = name.split(".")
         ways = 1 + len(name) // 64  # comparing what was met before
         for inner in self._groups.values():
@@ -170,7 +170,7 @@ class _Expression:
         return ways
 
     def values(self, name: str) -> dict[str, str] | None:
-        """The variables' values where the name fits; None where it doesn't, or {i+1} doesn't go with {i}."""
+        """Return the variables' values where the name fits; None where it doesn't, or {i+1} doesn't go with {i}."""
         match = self._regex.fullmatch(name)
         if match is None:
             return None
@@ -182,7 +182,7 @@ class _Expression:
         return values
 
     def _known(self, match: re.Match[str], binding: Binding) -> str | None:
-        """What a token stands for; None where that is to be found."""
+        """Return what a token stands for; None where that is to be found."""
         variable, _, _, star, literal = match.groups()
         if literal is not None:
             return literal

@@ -51,7 +51,7 @@ class Pattern:
 
 
 def parse_pattern(text: str, where: str, like: Pattern | None = None) -> Pattern:
-    """A pattern from its text; UsageError, which begins with `where`, where it is malformed."""
+    """Return a pattern from its text; UsageError, which begins with `where`, where it is malformed."""
     if is_written(text):
         check_text(text, where)
         return Pattern(text)
@@ -85,12 +85,12 @@ def check_text(text: str, where: str) -> None:
 
 
 def shortened(text: str) -> str:
-    """The text, or its beginning and '...' where a message would be all of it."""
+    """Return the text, or its beginning and '...' where a message would be all of it."""
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def shown(value: object) -> str:
-    """A value of a recipe as a message repeats it."""
+    """Return a value of a recipe as a message repeats it."""
     try:
         return shortened(repr(value))
     except ValueError:  # an integer of thousands of digits
@@ -98,17 +98,17 @@ def shown(value: object) -> str:
 
 
 def variables_of(text: str) -> set[str]:
-    """The variables in a text."""
+    """Return the variables in a text."""
     return {match[1] for match in VARIABLE.finditer(text)}
 
 
 def counted_in(text: str) -> set[str]:
-    """Those of them that are numbers, as something is added to them."""
+    """Return those of them that are numbers, as something is added to them."""
     return {match[1] for match in VARIABLE.finditer(text) if match[2]}
 
 
 def filled(text: str, binding: Binding) -> str:
-    """A text with the values of its variables in their places."""
+    """Return a text with the values of its variables in their places."""
 
     def value(match: re.Match[str]) -> str:
         bound = binding[match[1]]

@@ -60,7 +60,7 @@ class Known:
 
 
 def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
-    """The fusions that a recipe means for these layers, in the order of the checkpoint.
+    """Return the fusions that a recipe means for these layers, in the order of the checkpoint.
 
     Raises:
         UsageError: a pattern fits nothing, a branch is only partly there, or two fusions claim one layer.
@@ -119,7 +119,7 @@ class _Resolution:
         yield from (pattern.text for pattern in leaves(self.rule.tree) if not pattern.is_function)
 
     def _bindings(self) -> list[dict[str, str]]:
-        """Every value of the variables that some anchor fits; one empty binding where there are none."""
+        """Return every value of the variables that some anchor fits; one empty binding where there are none."""
         anchors = anchors_of(self.rule)
         variables = {variable for text in self._texts() for variable in variables_of(text)}
         if not variables:
@@ -160,7 +160,7 @@ class _Resolution:
         return self.spellings[variable]
 
     def _tree(self, plan: Plan, binding: Binding) -> Ref | None:
-        """The plan with names filled in; None where all of it is optional and absent."""
+        """Return the plan with names filled in; None where all of it is optional and absent."""
         if isinstance(plan, Pattern):
             return self._layer(plan, binding)
         if isinstance(plan, Sum):
@@ -172,7 +172,7 @@ class _Resolution:
         return chains[0] if chains else None
 
     def _branches(self, branch: Plan, binding: Binding) -> Iterator[Ref]:
-        """One instance of a branch, or one for each value of its *."""
+        """Yield one instance of a branch, or one for each value of its *."""
         starred = [pattern for pattern in _direct_layers(branch) if "*" in pattern.text and not pattern.is_function]
         bindings: list[Binding] = [binding]
         if starred and "*" not in binding:
@@ -203,7 +203,7 @@ class _Resolution:
         yield Chain(tuple(part for part in made_parts if part is not None))
 
     def _part(self, part: Plan, binding: Binding) -> Ref | None:
-        """A part of a chain; where it is missing altogether the chain says so."""
+        """Return a part of a chain; where it is missing altogether the chain says so."""
         if isinstance(part, Pattern) and not part.is_function:
             refs = self._layers(part, binding)
             return refs[0] if refs else None
@@ -258,7 +258,7 @@ class _Resolution:
         return None if factor == 1 and not alpha else LayerRef(f"scale({factor!r})")
 
     def _tensor(self, source: str, name: str) -> str:
-        """A tensor's full name as the checkpoint writes it."""
+        """Return a tensor's full name as the checkpoint writes it."""
         layer, _, last = name.rpartition(".")
         written = self.names[source].find(layer) if source in self.names else None
         return name if written is None else f"{written}.{last}" if written else last
@@ -280,7 +280,7 @@ class _Resolution:
         return _ASKED.sub(answer, text)
 
     def _fits(self, pattern: Pattern, binding: Binding) -> list[tuple[str, dict[str, str]]]:
-        """Layers that a pattern fits under a binding, each with the values of its variables and its *."""
+        """Return layers that a pattern fits under a binding, each with the values of its variables and its *."""
         if pattern.source not in self.names:
             source = shortened(pattern.source)
             raise UsageError(
@@ -293,7 +293,7 @@ class _Resolution:
 
 
 def _direct_layers(plan: Plan) -> list[Pattern]:
-    """The layers of a branch that share its *: those not inside of a sum, whose branches have their own."""
+    """Return the layers of a branch that share its *: those not inside of a sum, whose branches have their own."""
     if isinstance(plan, Pattern):
         return [plan]
     if isinstance(plan, Sum):
@@ -348,7 +348,7 @@ def _where(binding: Binding) -> str:
 
 
 def _text(plan: Plan) -> str:
-    """A part of a recipe in words: all of it, or its beginning."""
+    """Return a part of a recipe in words: all of it, or its beginning."""
     if isinstance(plan, Pattern):
         return str(plan)
     inner = ", ".join(_text(part) for part in plan.parts[:_SHOWN])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -190,37 +191,46 @@ def assumptions(tree: Tree[LoweredLayer]) -> list[str]:
     return [layer.assumed for layer in leaves(tree) if layer.assumed]
 
 
+def torch_module(conv: Conv) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
+    """Return the name of torch's class for a layer, its shape as that takes it, and its other arguments.
+
+    Those at torch's defaults are left out. Padding that the class cannot say, as its sides differ, isn't among them.
+    """
+    geometry, axes = conv.geometry, conv.spatial_axes
+    sides = [before if before == after else 0 for before, after in geometry.padding]
+    even = all(before == after for before, after in geometry.padding)
+    fields = {
+        "stride": (geometry.stride, 1),
+        "padding": (tuple(sides) if even else (0,), 0),
+        "output_padding": (geometry.output_padding, 0),
+        "dilation": (geometry.dilation, 1),
+        "groups": (geometry.groups, 1),
+        "bias": (conv.bias is not None and not conv.has_bias_map, True),
+        "padding_mode": (geometry.padding_mode if even and geometry.padded else "zeros", "zeros"),
+    }
+    others = {
+        name: value
+        for name, (value, default) in fields.items()
+        if (set(value) - {default} if isinstance(value, tuple) else value != default)
+    }
+    shape = (conv.in_channels, conv.out_channels)
+    if not axes:
+        return "Linear", shape, others
+    return f"Conv{'Transpose' if geometry.transposed else ''}{axes}d", (*shape, geometry.kernel_size), others
+
+
 def module_text(conv: Conv) -> str:
     """Return the layer as a line of torch code: 'nn.Conv2d(3, 16, (5, 7), stride=2)'."""
-    geometry = conv.geometry
-    arguments = [str(conv.in_channels), str(conv.out_channels)]
-    before = after = ""
-    if conv.spatial_axes:
-        arguments.append(_tuple(geometry.kernel_size))
-        if set(geometry.stride) != {1}:
-            arguments.append(f"stride={_tuple(geometry.stride)}")
-        if geometry.padded:
-            sides = [side for pair in reversed(geometry.padding) for side in pair]
-            if all(start == end for start, end in geometry.padding):
-                arguments.append(f"padding={_tuple(tuple(start for start, _ in geometry.padding))}")
-            elif geometry.transposed:
-                after = f"  # then F.pad(y, {[-side for side in sides]})"
-            else:
-                mode = "" if geometry.padding_mode == "zeros" else f", mode={geometry.padding_mode!r}"
-                before = f"  # after F.pad(x, {sides}{mode})"
-        if any(geometry.output_padding):
-            arguments.append(f"output_padding={_tuple(geometry.output_padding)}")
-        if set(geometry.dilation) != {1}:
-            arguments.append(f"dilation={_tuple(geometry.dilation)}")
-        if geometry.groups != 1:
-            arguments.append(f"groups={geometry.groups}")
-    if conv.bias is None or conv.has_bias_map:
-        arguments.append("bias=False")
-    if geometry.padded and geometry.padding_mode != "zeros" and not before:
-        arguments.append(f"padding_mode={geometry.padding_mode!r}")
-    kind = "ConvTranspose" if geometry.transposed else "Conv"
-    module = f"{kind}{conv.spatial_axes}d" if conv.spatial_axes else "Linear"
-    return f"nn.{module}({', '.join(arguments)}){before}{after}"
+    name, shape, others = torch_module(conv)
+    arguments = [*map(_argument, shape), *(f"{key}={_argument(value)}" for key, value in others.items())]
+    text, geometry = f"nn.{name}({', '.join(arguments)})", conv.geometry
+    if all(before == after for before, after in geometry.padding):
+        return text
+    sides = [side for pair in reversed(geometry.padding) for side in pair]
+    if geometry.transposed:
+        return f"{text}  # then F.pad(y, {[-side for side in sides]})"
+    mode = "" if geometry.padding_mode == "zeros" else f", mode={geometry.padding_mode!r}"
+    return f"{text}  # after F.pad(x, {sides}{mode})"
 
 
 def check_nothing_missed(
@@ -265,5 +275,5 @@ def _parameters(conv: Conv) -> int:
     return conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel())
 
 
-def _tuple(values: tuple[int, ...]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else str(values)
+def _argument(value: object) -> str:
+    return str(value[0]) if isinstance(value, tuple) and len(set(value)) == 1 else repr(value)

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from convtool.core.conv import Conv
-from convtool.core.fields import geometry_fields
 from convtool.core.geometry import format_sizes
 from convtool.errors import RefusedError, UsageError
+from convtool.fusing.fusion import torch_module
 
 
 def live_module(conv: Conv, dtype: torch.dtype) -> nn.Module:
@@ -27,29 +27,20 @@ def live_module(conv: Conv, dtype: torch.dtype) -> nn.Module:
         RefusedError: torch has no module of that form.
     """
     geometry, axes = conv.geometry, conv.spatial_axes
-    bias = conv.bias is not None and not conv.has_bias_map
-    dtype = conv.weight.dtype if conv.weight.is_complex() and not dtype.is_complex else dtype
-    if axes == 0 and geometry.groups == 1:
-        return nn.Linear(conv.in_channels, conv.out_channels, bias, dtype=dtype)
-    if not 1 <= axes <= 3:
+    name, shape, others = torch_module(conv)
+    kind: Any = getattr(nn, name, None)
+    if kind is None or (axes == 0 and geometry.groups > 1):
         raise RefusedError(f"cannot make a live module of a layer of {axes} spatial axes with {geometry.describe()}")
     if any(p >= max(s, d) for p, s, d in zip(geometry.output_padding, geometry.stride, geometry.dilation, strict=True)):
         raise RefusedError(f"torch's transposed convolutions don't know an output padding of {geometry.output_padding}")
+    dtype = conv.weight.dtype if conv.weight.is_complex() and not dtype.is_complex else dtype
+    module: nn.Module = kind(*shape, **others, dtype=dtype)
     even = all(before == after for before, after in geometry.padding)
-    fields = geometry_fields(geometry) | {"padding": [before if even else 0 for before, _ in geometry.padding]}
-    del fields["transposed"]
-    if not geometry.transposed:
-        del fields["output_padding"]
-    if not even:
-        fields["padding_mode"] = "zeros"
-    kind: Any = getattr(nn, f"Conv{'Transpose' if geometry.transposed else ''}{axes}d")
-    shape = (conv.in_channels, conv.out_channels, geometry.kernel_size)
-    module: nn.Module = kind(*shape, **fields, bias=bias, dtype=dtype)
     if not even and geometry.transposed:
         module.register_forward_hook(CropOutput(geometry.padding))
     elif not even:
         module.register_forward_pre_hook(PadInput(geometry.padding, geometry.padding_mode))
-    if conv.bias is not None and not bias:
+    if conv.bias is not None and conv.has_bias_map:
         module.register_parameter("bias_map", nn.Parameter(torch.empty(conv.bias.shape, dtype=dtype)))
         module.register_forward_hook(AddBiasMap())
     return module

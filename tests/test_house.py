@@ -190,6 +190,20 @@ def test_only_the_command_line_prints() -> None:
             assert found == [], path
 
 
+def test_only_live_touches_a_users_modules() -> None:
+    """Elsewhere no class of torch's modules and nothing that runs or follows one is imported, but to be named."""
+    running = re.compile(r"torch\.(nn(?!\.functional)|fx|export|_subclasses|utils\._python_dispatch)")
+    for path in SOURCES:
+        tree = parsed(path)
+        named = {line for node in ast.walk(tree) if _is_for_types(node) for _, line in imports(node)}
+        found = [name for name, line in imports(tree) if running.match(name) and line not in named]
+        assert part_of(path) == "live" or found == [], path
+
+
+def _is_for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+
+
 def test_every_module_says_what_it_is_for() -> None:
     for path in SOURCES:
         tree = parsed(path)

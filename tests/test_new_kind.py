@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -117,3 +118,49 @@ def test_it_is_found_in_a_live_model_and_put_in(before: Path, tmp_path: Path) ->
     done("fuse", before, "0", "1", "--set", "1.power=3", "-o", out, "--force")
     with pytest.raises(RefusedError, match="1: power 3 was fused, and the model has power 2"):
         convtool.apply(network(), out)
+
+
+class Halve(Kind):
+    """A kind without tensors, which a model's code does by a function."""
+
+    name = "halve"
+    written = True
+    operations = ("aten.div.Tensor",)
+
+    def of_operation(
+        self, name: str, arguments: Mapping[str, Any], takes: tuple[int, ...], gives: tuple[int, ...]
+    ) -> Fields | None:
+        return {} if arguments.get("other") == 2 and takes == gives else None
+
+    def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
+        half = torch.full((channels or 0, 1, *(1,) * axes), 0.5, dtype=torch.float64)
+        return Conv(half, None, pointwise(axes, groups=channels or 0))
+
+
+class Halving(nn.Module):
+    def __init__(self, by: int) -> None:
+        super().__init__()
+        self.a, self.b, self.by = nn.Conv2d(3, 4, (3, 2)), nn.Conv2d(4, 2, (1, 3)), by
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(x) / self.by)
+        return y
+
+
+def test_an_operation_between_layers_is_a_layer_once_a_kind_says_that_it_is_one(tmp_path: Path) -> None:
+    assert convtool.plan(Halving(2), (3, 6, 7)).fusions == ()
+    KINDS.append(Halve())
+    try:
+        assert convtool.plan(Halving(3), (3, 6, 7)).fusions == ()
+        plan = convtool.plan(net := filled(Halving(2)), (3, 6, 7))
+        assert [[leaf.name for leaf in leaves(one.tree)] for one in plan.fusions] == [["a", "halve()", "b"]]
+        recipe, out = tmp_path / "plan.toml", tmp_path / "out.safetensors"
+        recipe.write_text(plan.recipe())
+        done("fuse", save(net, tmp_path / "net.safetensors"), "--recipe", recipe, "-o", out)
+        x = torch.randn(1, 3, 6, 7, dtype=torch.float64)
+        fused = convtool.forward(convtool.open_checkpoint(out).conv("a"), x)
+        torch.testing.assert_close(fused, net(x), rtol=1e-13, atol=1e-13)
+        with pytest.raises(RefusedError, match=r"a was fused with halve\(\), which the model's own code does"):
+            convtool.fuse_model(net, planned=plan)
+    finally:
+        KINDS.pop()

@@ -32,8 +32,7 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
     Args:
         model: as before the fusions; layers are found by name, wrappers such as DistributedDataParallel seen through.
         path: a checkpoint that `convtool fuse` wrote.
-        check: hold each layer that goes against what the record says of it, and that its forward is torch's own. With
-            False, whatever has the name is replaced.
+        check: hold each layer that goes against what the record says of it; else whatever has its name is replaced.
         root: of a nested torch file with several state dicts, the dotted keys of the one meant.
 
     Raises:

@@ -85,10 +85,12 @@ class LayerAtSize:
     """A layer, lowered, and the size of its input.
 
     Attributes:
+        source: the checkpoint.
         spatial: spatial sizes of its input; None where none were given and none are needed.
         assumed: what was assumed of it, in words.
     """
 
+    source: Path
     of: OfLayer
     conv: Conv
     spatial: tuple[int, ...] | None
@@ -131,4 +133,4 @@ def find_layer(
         None if spatial is None else (conv.in_channels, *spatial),
         None if spatial is None else (conv.out_channels, *conv.output_size(spatial)),
     )
-    return LayerAtSize(of, conv, spatial, (lowered.assumed,) if lowered.assumed else ())
+    return LayerAtSize(wanted.checkpoint, of, conv, spatial, (lowered.assumed,) if lowered.assumed else ())

@@ -53,6 +53,11 @@ class Writing:
         """Whether outputs may be there already."""
         return self.force or self.dry_run
 
+    @property
+    def written(self) -> bool:
+        """Whether anything is written."""
+        return not self.dry_run
+
 
 @dataclass(frozen=True, slots=True)
 class Sources:

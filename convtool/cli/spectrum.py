@@ -84,7 +84,7 @@ def run(options: Options, reporter: Reporter) -> Result:
         ends = spectrum(found.conv, found.spatial or (), tolerance=options.tolerance, steps=options.steps)
     known = ends.largest.converged and ends.smallest.converged
     unknown = {} if known else {"condition": None, "condition_error": None}
-    return fill(Result, ends, found, source=options.wanted.checkpoint, **unknown)
+    return fill(Result, ends, found, **unknown)
 
 
 def show(result: Result, reporter: Reporter) -> None:

@@ -134,7 +134,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     record = Record(found.of, options.transpose, options.affine, options.order, plan.rows, dtype_name(matrix.dtype))
     write = _write_file if options.shards is None else _write_shards
     files = write(options, matrix, plan, to_json(record), reporter)
-    if options.plot is not None and not options.writing.dry_run:
+    if options.plot is not None and options.writing.written:
         from convtool.matrix.plot import write_plot
 
         title = f"{found.of.layer}, {found.conv.geometry.describe()}"
@@ -146,10 +146,9 @@ def run(options: Options, reporter: Reporter) -> Result:
         plan,
         found,
         options,
+        options.writing,
         record=record,
-        source=options.wanted.checkpoint,
         out=options.out if options.shards is None else index_path(options.out),
-        written=not options.writing.dry_run,
         bytes=sum(files.values()),
         files=files,
         bias=bias,
@@ -192,7 +191,7 @@ def _write_file(
 
     out = options.out
     files = {out: planned_size(matrix, plan, record)}
-    if not options.writing.dry_run:
+    if options.writing.written:
         with reporter.progress(f"writing {out.name}", files[out]) as advance:
             write_matrix(matrix, plan, out, force=options.writing.force, record=record, progress=advance)
     return files
@@ -207,7 +206,7 @@ def _write_shards(
 
     parts = plan_shards(matrix, options.out, options.shards or 1, layout=plan.layout, record=record)
     files = dict(parts.files)
-    if not options.writing.dry_run:
+    if options.writing.written:
         with launched_ranks() as ranks:
             share = [files[path] for path in parts.shards][ranks.rank :: ranks.count]
             with reporter.progress(f"writing {options.out.name}", sum(share)) as advance:

@@ -84,12 +84,11 @@ def run(options: Options, reporter: Reporter) -> Result:
     check_target(out, force=options.writing.overwrite)
     found = find_layer(options.wanted, options.sources, reporter, needs_size=False)
     conv, values = found.conv, options.dtype or found.conv.weight.dtype
-    gather = None
-    if options.wanted.input_size is not None and found.spatial is not None:
-        gather = GatherMatrix(conv.geometry, conv.in_channels, found.spatial, values)
+    spatial = None if options.wanted.input_size is None else found.spatial
+    gather = None if spatial is None else GatherMatrix(conv.geometry, conv.in_channels, spatial, values)
     contents = unfolding_contents(conv, gather, out, values, to_json(found.of) | {"form": "unfold"})
     size = contents_size(contents, out)
-    if not options.writing.dry_run:
+    if options.writing.written:
         with reporter.progress(f"writing {out.name}", size) as advance:
             write_contents(contents, out, force=options.writing.force, progress=advance)
     arrays = {array.name: tuple(array.shape) for array in contents.arrays}
@@ -98,14 +97,13 @@ def run(options: Options, reporter: Reporter) -> Result:
     return fill(
         Result,
         found,
-        source=options.wanted.checkpoint,
-        out=out,
+        options,
+        options.writing,
         weight=arrays["weight"],
         gather=None if gather is None else gather.shape,
         nnz=None if gather is None else gather.nnz,
         dtype=dtype_name(values),
         bias=None if conv.bias is None else "vector" if "bias" in arrays else "missing",
-        written=not options.writing.dry_run,
         bytes=size,
         files={out: size},
     )

@@ -555,6 +555,12 @@ def test_lora(
     )
     source = ["--with", f"lora={tmp_path / 'lora.pt'}"]
     words = [*source, *fields, *([] if strength is None else ["--strength", strength])]
+    if base_unit := prefix == "lora_unet_":
+        incomplete = ("fuse", tmp_path / "base.pt", "--recipe", recipe, *words, "-o", tmp_path / "merged.safetensors")
+        code, message = error(*incomplete)
+        assert (code, "lora: 1 of its modules fit no layer, or are of a form" in message) == (4, True)
+        assert "lora_unet_y" in message
+    words += ["--leave", "lora_unet_*y"] if base_unit else []
     document = done("fuse", tmp_path / "base.pt", "--recipe", recipe, *words, "-o", tmp_path / "merged.safetensors")
     assert [fusion["name"].removeprefix(base) for fusion in document["fusions"]] == list(added)
     assert document["left_alone"] == ["2 layers of lora: lora:lora_other_x.lora_down, lora:lora_unet_y"]

@@ -59,6 +59,8 @@ class Command(Generic[Options, Result]):
         if reporter.as_json:
             print_document(whole_document(reporter.command, result, code))
         elif not reporter.silent:
+            for text in reporter.notes:
+                reporter.line(text)
             self.show(result, reporter)
         return code
 

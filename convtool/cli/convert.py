@@ -212,7 +212,7 @@ def _reexpressions(options: Options, opened: Checkpoint, reporter: Reporter) -> 
     for name, size in [*((name, None) for name in options.as_linear or ()), *(options.as_toeplitz or ())]:
         lowered = lower_convolution(opened, name, sources, size)
         if lowered.assumed:
-            reporter.remark(f"assumed: {lowered.assumed}")
+            reporter.note(f"assumed: {lowered.assumed}")
         changes.append(as_linear(lowered) if size is None else as_toeplitz(lowered, size))
     changes += [_as_conv(opened, text, sources, reporter) for text in options.as_conv or ()]
     for number, change in enumerate(changes):
@@ -245,7 +245,7 @@ def _as_conv(opened: Checkpoint, text: str, sources: FieldSources, reporter: Rep
         raise UsageError(f"--as-conv {text}: expected C,H,W/KH,KW, as many kernel sizes as spatial ones, got {given!r}")
     if "stride" not in fields and tuple(kernel) == tuple(size[1:]):
         fields = fields | {"stride": tuple(kernel)}
-        reporter.remark(f"assumed: {layer.name}: stride = kernel, patches beside one another")
+        reporter.note(f"assumed: {layer.name}: stride = kernel, patches beside one another")
     return as_conv(opened, layer, size, kernel, fields)
 
 

@@ -54,6 +54,7 @@ class Wanted:
         "NAME|FILE", "Fuse by a recipe instead of LAYERs; - for one on stdin.", completion=complete.recipes
     )
     strength: float | None = option("X", "How much a LoRA recipe adds: X * alpha / rank.")
+    leave: list[str] | None = option("PATTERN", "Modules of --with files to leave out, such as 'lora_te*'; repeatable.")
     normalize: tuple[str, str] | None = option(
         "mean=M,M,M std=S,S,S", "Fold (x - mean) / std of the input into the first layer."
     )
@@ -90,6 +91,8 @@ class Wanted:
             raise UsageError(f"{'--fixed-size' if self.fixed_size else '--measure'}: goes with --auto")
         if self.strength is not None and (self.recipe is None or not isfinite(self.strength)):
             raise UsageError("--strength: expected a number, and a --recipe that adds a LoRA")
+        if self.leave and self.recipe is None:
+            raise UsageError("--leave: goes with a --recipe that takes in what --with files hold")
         if self.bias_map and (self.allow_border or self.input_size is None):
             raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
 
@@ -261,6 +264,7 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         fusions,
         fields,
         reporter.remark,
+        reporter.note,
         input_size=size,
         surveyed=wanted.auto or recipe is not None,
         only_if_cheaper=wanted.only_if_cheaper and not wanted.measure,
@@ -300,7 +304,8 @@ def _find(
     fields = fields.with_first(recipe.geometry)
     for pattern in without_effect(recipe, checkpoints):
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
-    fusions = by_recipe(recipe, checkpoints, fields.fields, 1.0 if wanted.strength is None else wanted.strength)
+    strength = 1.0 if wanted.strength is None else wanted.strength
+    fusions = by_recipe(recipe, checkpoints, fields.fields, strength, wanted.leave or ())
     if wanted.input_size is not None and len(fusions) > 1:
         raise UsageError(
             f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"

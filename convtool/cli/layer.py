@@ -122,7 +122,7 @@ def find_layer(
         )
     lowered = lower_chain(opened, [wanted.layer], sources, size)[0]
     if lowered.assumed:
-        reporter.remark(f"assumed: {lowered.assumed}")
+        reporter.note(f"assumed: {lowered.assumed}")
     conv = lowered.conv
     unsized = size is None and conv.spatial_axes
     spatial = None if unsized else split_input_size(size or (), conv.in_channels, conv.spatial_axes)

@@ -51,6 +51,7 @@ class Reporter:
         self.as_json = as_json
         self.quiet = quiet
         self.silent = False
+        self.notes: list[str] = []
 
     def silence(self) -> None:
         """Say nothing but errors from now on: another process of the same launch speaks for all."""
@@ -60,6 +61,10 @@ class Reporter:
         """A line for people, on stderr."""
         if not (self.quiet or self.as_json):
             say(printable(text))
+
+    def note(self, text: str) -> None:
+        """Keep what a result rests on or leaves undone: it is printed with the result, also where remarks aren't."""
+        self.notes.append(text)
 
     def line(self, text: str) -> None:
         """A line of the result, on stdout."""

@@ -23,6 +23,8 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
     """Run a command's body and give its exit code, whatever happens in it."""
 
     def fail(kind: str, message: str) -> int:
+        for text in reporter.notes:  # what was assumed may be why
+            reporter.remark(text)
         return print_error(reporter.command, kind, message, as_json=reporter.as_json)
 
     try:

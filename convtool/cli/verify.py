@@ -143,7 +143,7 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
     tensors = None if options.only else _compare_tensors(sides, pairings, reporter)
     assumed = verdict.assumed(pairings)
     for text in assumed:
-        reporter.remark(f"assumed: {text}")
+        reporter.note(f"assumed: {text}")
     how |= {name: getattr(options, name) for name in ("exhaustive", "rtol", "atol", "device")}
     results = _run(pairings, sides, sizes, how, reporter)
     if not results and not sides.before.infos:
@@ -191,7 +191,7 @@ def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) 
         else:
             compared = compare_with_layer(found, opened, layer, sizes, fields, **how)
     for text in compared.assumed:
-        reporter.remark(f"assumed: {text}")
+        reporter.note(f"assumed: {text}")
     matrix = verify_text.Matrix.made_of(compared)
     return fill(
         verify_text.MatrixResult,

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from math import isfinite, prod
 
 from convtool.checkpoint import Checkpoint
 from convtool.core.fields import Fields
 from convtool.core.names import unwrap
-from convtool.core.tree import BASE, Chain, LayerRef
-from convtool.errors import InputError
+from convtool.core.tree import BASE, Chain, LayerRef, leaves
+from convtool.errors import InputError, RefusedError
 from convtool.fusing.fusion import check_nothing_missed
-from convtool.fusing.lowering import full_name
+from convtool.fusing.lowering import full_name, some_of
 from convtool.fusing.recipe import Known, Names, PlannedFusion, Recipe, resolve
 from convtool.fusing.shipped import shipped
 from convtool.kinds.written import check_closed
@@ -40,23 +42,63 @@ def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Chec
 
 
 def by_recipe(
-    recipe: Recipe, checkpoints: Mapping[str, Checkpoint], fields: Callable[[str], Fields], strength: float = 1.0
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    fields: Callable[[str], Fields],
+    strength: float = 1.0,
+    leave: Sequence[str] = (),
 ) -> list[PlannedFusion]:
     """Return the fusions that a recipe means for these checkpoints.
 
     Args:
         fields: what is stated of a layer's geometry.
         strength: a factor for what has an alpha.
+        leave: patterns of modules of the other checkpoints that are to be left out.
 
     Raises:
         UsageError: the recipe doesn't fit the layers.
-        RefusedError: it would take layers apart from tensors that say how they are meant.
+        RefusedError: it would take layers apart from tensors that say how they are meant, or a part of another
+            checkpoint without the rest of that part.
         InputError: a number that it asks for isn't finite.
     """
     asked: set[tuple[str, str]] = set()
     planned = resolve(recipe, replace(_known(checkpoints, fields, asked), strength=strength))
     check_nothing_missed(checkpoints, [one.tree for one in planned], asked)
+    used = {(ref.source, ref.name) for one in planned for ref in leaves(one.tree) if ref.source != BASE}
+    for source, opened in checkpoints.items():
+        if source != BASE:
+            _check_complete(source, opened, {name for other, name in used if other == source}, leave)
     return planned
+
+
+# What a file of adapters calls the networks that it has modules for: 'lora_unet', 'lora_te1', 'unet', 'text_encoder'.
+_COMPONENT = re.compile(r"lora_[a-z0-9]+|[^.]+")
+
+
+def _check_complete(source: str, opened: Checkpoint, used: set[str], leave: Sequence[str]) -> None:
+    """Raise RefusedError where some modules of a component are merged, and others are neither merged nor left out.
+
+    A component that has no module in the checkpoint, such as a text encoder's, is another network's.
+    """
+    around = {name.rpartition(".")[0] for name in used}  # hold an alpha, say
+    components = {_component(name) for name in used}
+    missed = [
+        name
+        for name in opened.layers
+        if name not in used | around
+        and _component(name) in components
+        and not any(fnmatchcase(name, pattern) for pattern in leave)
+    ]
+    if missed:
+        raise RefusedError(
+            f"{source}: {len(missed)} of its modules fit no layer, or are of a form that the recipe doesn't know:"
+            f" {some_of(missed)}; merged without them it would mean something else. --leave PATTERN leaves modules out"
+        )
+
+
+def _component(name: str) -> str:
+    found = _COMPONENT.match(name)
+    return found[0] if found else ""
 
 
 def without_effect(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[str]:

@@ -19,6 +19,7 @@ def plan_all(
     fusions: Sequence[PlannedFusion],
     sources: FieldSources,
     remark: Callable[[str], None],
+    note: Callable[[str], None],
     *,
     input_size: tuple[int, ...] | None,
     surveyed: bool,
@@ -29,7 +30,8 @@ def plan_all(
 
     Args:
         checkpoints: by the source that layers name.
-        remark: is called with what was assumed, and what else is worth saying.
+        remark: is called with what is worth saying.
+        note: is called with what was assumed, and what is left undone.
         input_size: of those fusions that haven't one of their own.
         surveyed: the whole checkpoint was looked through, so that what stays is worth saying.
         only_if_cheaper: leave alone what takes more multiply-adds fused.
@@ -40,18 +42,18 @@ def plan_all(
     """
     sizes = [one.input_size or input_size for one in fusions]
     trees = [lower_tree(checkpoints, one.tree, sources, size) for one, size in zip(fusions, sizes, strict=True)]
-    for text in _assumed(trees):  # before anything is refused: what was assumed may be why
-        remark(f"assumed: {text}")
+    for text in _assumed(trees):
+        note(f"assumed: {text}")
     alone = _left_alone(checkpoints, [one.tree for one in fusions]) if surveyed else []
     for text in alone:
-        remark(f"left alone: {text}")
+        note(f"left alone: {text}")
     planned = [
         plan_layer(checkpoints[BASE], one.name, tree, input_size=size, **how)
         for one, tree, size in zip(fusions, trees, sizes, strict=True)
     ]
     kept, dear = _by_cost(planned, input_size, only_if_cheaper)
     for line in dear:
-        remark(line)
+        (note if only_if_cheaper else remark)(line)
     return kept, alone + (dear if only_if_cheaper else [])
 
 

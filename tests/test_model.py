@@ -456,3 +456,16 @@ def test_a_sample_network_runs_as_before_in_python() -> None:
     after = convtool.fuse_model(model, planned=found)(x).detach()
     assert float((before - after).abs().max()) < 1e-5 * float(before.abs().max())
     assert isinstance(found, convtool.Plan)
+
+
+def test_a_model_of_another_network_is_refused_and_one_with_another_head_is_not(tmp_path: Path) -> None:
+    def network(depth: int, width: int, classes: int) -> nn.Sequential:
+        blocks = [nn.Sequential(nn.Conv2d(width, width, 3), nn.BatchNorm2d(width)) for _ in range(depth)]
+        return nn.Sequential(*blocks, nn.Linear(width, classes))
+
+    checkpoint = open_checkpoint(save(network(3, 4, 5), tmp_path / "net.pt"))
+    for other in (network(12, 4, 5), network(3, 6, 5)):
+        with pytest.raises(UsageError, match=r"net.py:Net is of another network than .*net.pt: of its \d+ layers \d+"):
+            agree(other, checkpoint).check(other, "net.py:Net")
+    for like in (network(3, 4, 7), network(3, 4, 5), network(2, 4, 5)):
+        agree(like, checkpoint).check(like, "net.py:Net")

@@ -14,6 +14,7 @@ from convtool.kinds.stated import FieldSource
 from convtool.live.layers import module_layers
 from convtool.live.state import COUNTERS, StateCheckpoint
 
+FUSED = "convtool fused it already"
 MOST_NAMES = 6  # named one by one before the rest is only counted
 
 
@@ -41,13 +42,21 @@ class Agreement:
         return bias is None or bool(self.checkpoint.tensor(bias.name).count_nonzero())
 
     def check(self, model: nn.Module, spec: str) -> None:
-        """Raise UsageError where the model, called `spec`, and the checkpoint have no layer in common."""
+        """Raise UsageError where the model, called `spec`, is of another network than the checkpoint."""
         if not self.names:
             ours = ", ".join(name for name, _ in list(model.named_parameters())[:2])
             theirs = ", ".join(list(self.checkpoint.infos)[:2])
             raise UsageError(
                 f"--model: {spec} and {self.checkpoint.path} have no layer in common: the model has"
                 f" {ours or 'no tensors'}, ..., the checkpoint {theirs or 'none'}, ..."
+            )
+        # Folding takes out as many layers as it leaves, a new head has another shape: more than that is no accident.
+        strange = [name for name, why in self.unlike.items() if why != FUSED]
+        every = len(self.names.keys() | self.unlike.keys())
+        if 3 * len(strange) > 2 * every:
+            raise UsageError(
+                f"--model: {spec} is of another network than {self.checkpoint.path}: of its {every} layers"
+                f" {len(strange)} aren't in the checkpoint or have other shapes there, such as {', '.join(strange[:2])}"
             )
 
 
@@ -74,7 +83,7 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
     unlike = {
         **{name: "it isn't in the checkpoint" for name in ours if name not in names},
         **{name: f"model and checkpoint disagree: {line}" for name, line in shapes.items()},
-        **{name: "convtool fused it already" for name, other in names.items() if other in gone},
+        **{name: FUSED for name, other in names.items() if other in gone},
     }
     differences = [
         *_listed("only in the checkpoint", (name for name in theirs if name not in found | gone)),

@@ -59,6 +59,7 @@ class _Cutter:
         def price(start: int, stop: int) -> Price | None:
             if stop - start == 1:
                 return alone[start][0]
+            # At an end of a chain, what has no tensors can as well stay in the model's code, where it is.
             if _is_written(parts[start]) or _is_written(parts[stop - 1]):
                 return None
             try:
@@ -68,6 +69,7 @@ class _Cutter:
             return self._price(_work(merge))
 
         total, cuts = partition(len(parts), price)
+        # A written layer alone between two cuts is nothing that anybody expects to be merged.
         solid = [cut for cut in cuts if not (cut[1] - cut[0] == 1 and _is_written(parts[cut[0]]))]
         for (start, _), (_, stop) in itertools.pairwise(solid):
             self._leave(Chain(tuple(parts[start:stop])))

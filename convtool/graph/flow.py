@@ -132,7 +132,7 @@ class _Finder:
         """Let a layer go on with the stretch that ends with what it reads, or begin one."""
         value, kind, barred = step.reads[0], layer.kind, layer.name in self.barred
         before = None if barred else self._ended_by(value)
-        if before is not None and kind.neutral:
+        if before is not None and kind.neutral:  # what changes nothing isn't worth a place in the tree
             self.growing[number] = self.growing.pop(value)
         elif before is not None and before.axes == step.axes and (kind.channels_last or not before.flat):
             before.parts.append(LayerRef(layer.name))

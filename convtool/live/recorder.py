@@ -105,12 +105,13 @@ class _Recorder(TorchDispatchMode):
         arguments = pytree.tree_map(lambda value: None if isinstance(value, Tensor) else value, dict(given))
         shape, call = tuple(made[0].shape) if made else (), self.calls[0] if self.calls else ("", 0)
         number = self._add(Operation(name, reads, shape, tensors, arguments, call), made)
-        if reads:
+        if reads:  # whoever reads that memory from now on, by whatever name, reads the new value
             self.changed |= {_memory(value): number for one in writes for value in _tensors(given.get(one))}
 
     def _add(self, operation: Operation, made: Sequence[Tensor]) -> int:
         number = len(self.operations)
         self.operations.append(operation)
+        # Of what nothing of the input goes into nobody has to know where it is read.
         for value in made if operation.reads or operation.name == INPUT else ():
             self.held.append(value)
             self.values[id(value)] = self.memory[_memory(value)] = number

@@ -16,7 +16,7 @@ from convtool.cli import exit_codes
 from convtool.cli.command import Command, Group
 from convtool.cli.output import StdoutError, print_error
 from convtool.cli.run import bug, flushed
-from convtool.errors import did_you_mean
+from convtool.errors import UsageError, did_you_mean
 
 PROGRAM = "convtool"
 COMPLETE = "_CONVTOOL_COMPLETE"  # set by the shell when it asks for completions
@@ -105,6 +105,8 @@ def _parse_and_call(command: Any, arguments: list[str]) -> int:
         return exit_codes.USAGE if stop.exit_code else exit_codes.OK
     except (typer.Abort, KeyboardInterrupt):
         return exit_codes.INTERRUPTED
+    except UsageError as error:  # of an option's value
+        return print_error(arguments[0], "usage", str(error), as_json="--json" in arguments)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
-import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperCommand, TyperGroup
@@ -78,7 +77,8 @@ class Command(Generic[Options, Result]):
             reporter = Reporter(name, as_json=speech.as_json, quiet=speech.quiet)
             return run(reporter, lambda: self(_gathered(self.options, given), reporter))
 
-        parameters = [*_parameters(self.options), *_parameters(_Speech)]
+        function.declared = dict([*_declared(self.options), *_declared(_Speech)])  # type: ignore[attr-defined]
+        parameters = [_parameter(one, *declared) for one, declared in function.declared.items()]  # type: ignore[attr-defined]
         function.__annotations__ = {one.name: one.annotation for one in parameters}
         function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return function
@@ -97,52 +97,41 @@ def _hints(options: Any) -> Mapping[str, Any]:
     return get_type_hints(options)
 
 
-def _parameters(options: Any) -> Iterator[inspect.Parameter]:
-    """Yield options as a function's parameters; what is parsed later is text as yet."""
+def _declared(options: Any) -> Iterator[tuple[str, tuple[Any, list[Any]]]]:
+    """Yield each option's name, and what typer is to know of it and the types that its value may have."""
     for field in fields(options):
         hint = _hints(options)[field.name]
         if is_dataclass(hint):
-            yield from _parameters(hint)
-            continue
-        info, forms = copy.copy(field.metadata[TYPER]), _forms(hint)
-        if bool in forms and not any(name.startswith("--") for name in info.param_decls):  # typer would add a --no-NAME
-            info.param_decls = (f"--{field.name.replace('_', '-')}", *info.param_decls)
-        if choices := _choices(forms):
-            info.autocompletion = one_of(*choices)
-        if choices or info.parser or Size in forms:
-            hint = list[str] | None if any(get_origin(one) is list for one in forms) else str | None
-        yield inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=hint)
+            yield from _declared(hint)
+        else:
+            yield field.name, (field.metadata[TYPER], _types(hint))
 
 
-def _forms(hint: Any) -> list[Any]:
+def _types(hint: Any) -> list[Any]:
     """Return a type, and what it is a union or a list of."""
-    return [hint, *(one for part in get_args(hint) if get_origin(hint) is not tuple for one in _forms(part))]
+    return [hint, *(one for part in get_args(hint) if get_origin(hint) is not tuple for one in _types(part))]
 
 
-def _choices(forms: list[Any]) -> tuple[str, ...]:
-    return next((get_args(one) for one in forms if get_origin(one) is Literal), ())
+def _choices(kinds: list[Any]) -> tuple[str, ...]:
+    return next((get_args(one) for one in kinds if get_origin(one) is Literal), ())
+
+
+def _parameter(name: str, info: Any, kinds: list[Any]) -> inspect.Parameter:
+    """Return an option as typer reads it, to whom all that isn't a flag is text."""
+    info, pair = copy.copy(info), tuple[str, str]
+    if bool in kinds and not any(one.startswith("--") for one in info.param_decls):  # typer would add a --no-NAME
+        info.param_decls = (f"--{name.replace('_', '-')}", *info.param_decls)
+    if choices := _choices(kinds):
+        info.autocompletion = one_of(*choices)
+    listed = any(get_origin(one) is list for one in kinds)
+    hint: Any = bool if bool in kinds else list[str] if listed else pair if pair in kinds else str
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=hint)
 
 
 def _gathered(options: Any, given: Mapping[str, Any]) -> Any:
-    """Return the options as one value of what was given for each; raise UsageError where that can't be read."""
-    made: dict[str, Any] = {}
-    for field in fields(options):
-        hint = _hints(options)[field.name]
-        made[field.name] = _gathered(hint, given) if is_dataclass(hint) else _parsed(field, hint, given[field.name])
-    return options(**made)
-
-
-def _parsed(field: Any, hint: Any, value: Any) -> Any:
-    if value is None:
-        return None
-    info, forms = field.metadata[TYPER], _forms(hint)
-    option = max(info.param_decls or (), key=len, default=f"--{field.name.replace('_', '-')}")
-    choices, parse = _choices(forms), info.parser or (parse_size if Size in forms else None)
-    if choices and value not in choices:
-        raise UsageError(f"{option}: expected {', '.join(choices[:-1])} or {choices[-1]}, got {value!r}")
-    if parse is None:
-        return value
-    return [parse(one, option) for one in value] if isinstance(value, list) else parse(value, option)
+    """Return the options as one value of what was given for each."""
+    hints = [(field.name, _hints(options)[field.name]) for field in fields(options)]
+    return options(**{name: _gathered(hint, given) if is_dataclass(hint) else given[name] for name, hint in hints})
 
 
 class Subcommand(TyperCommand):
@@ -158,12 +147,12 @@ class Subcommand(TyperCommand):
         if ctx.resilient_parsing and not given.keys() & set(arguments):
             # The option that is being typed lacks its value, which ends the parser before it gets to the arguments.
             given |= dict(zip(arguments, rest, strict=False))
-        wanted = get_type_hints(inspect.unwrap(self.callback)) if self.callback else {}
+        declared = getattr(inspect.unwrap(self.callback), "declared", {}) if self.callback else {}
         for param in sorted(self.get_params(ctx), key=lambda param: not param.is_eager):
             value, source = param.consume_value(ctx, given)
             ctx.set_parameter_source(param.name, source)
-            if not ctx.resilient_parsing:  # as it is while the shell asks for completions
-                value = _value(ctx, param, value, wanted.get(param.name, bool))
+            if param.name in declared and not ctx.resilient_parsing:  # as it is while the shell asks for completions
+                value = _value(ctx, param, value, *declared[param.name])
             if param.callback is not None:
                 value = param.callback(ctx, param, value)
             if param.expose_value:
@@ -200,8 +189,8 @@ class Group(TyperGroup):
         return page(f"{ctx.command_path} {self.options_metavar}", self.help or "", sections, self.epilog or "")
 
 
-def _value(ctx: typer.Context, param: Any, given: Any, wanted: Any) -> Any:
-    """Return what was given as the annotation wants it; end with a usage error where it can't be."""
+def _value(ctx: typer.Context, param: Any, given: Any, info: Any, kinds: list[Any]) -> Any:
+    """Return the value of what was given; end with a usage error, or raise UsageError, where there is none."""
     is_option = param.param_type_name == "option"
     form = param.metavar or param.name.upper()
     name = max(param.opts, key=len) if is_option else form
@@ -209,23 +198,23 @@ def _value(ctx: typer.Context, param: Any, given: Any, wanted: Any) -> Any:
         if param.required:
             ctx.fail(f"expected {name}: {param.help}")
         return None
-    if get_origin(wanted) in (Union, types.UnionType):
-        wanted = next(one for one in get_args(wanted) if one is not type(None))
     said = given if isinstance(given, list | tuple) else (given,)
-    if "" in said and (is_option or wanted is Path):
+    if "" in said and (is_option or Path in kinds):
         # As a path it would be the current folder, and what else it should mean nobody can tell.
         ctx.fail(f"{f'{name}: ' if is_option else ''}expected {form.strip('[]')}, got an empty string")
-    if get_origin(wanted) is list:
-        return [_converted(ctx, name, item, get_args(wanted)[0]) for item in given]
-    if get_origin(wanted) is tuple:
-        return tuple(_converted(ctx, name, item, one) for item, one in zip(given, get_args(wanted), strict=True))
-    return _converted(ctx, name, given, wanted)
+    values = [_read(ctx, name, one, info.parser or (parse_size if Size in kinds else None), kinds) for one in said]
+    if any(get_origin(one) is list for one in kinds):
+        return values
+    return tuple(values) if isinstance(given, tuple) else values[0]
 
 
-def _converted(ctx: typer.Context, name: str, given: Any, wanted: Callable[[Any], Any]) -> Any:
-    if wanted in (Path, int, float):
-        try:
-            return wanted(given)
-        except ValueError:
-            ctx.fail(f"{name}: expected {NUMBERS[wanted]}, got {given!r}")
-    return given
+def _read(ctx: typer.Context, name: str, text: Any, parse: Callable[[str, str], Any] | None, kinds: list[Any]) -> Any:
+    choices, wanted = _choices(kinds), next((one for one in kinds if one in (Path, int, float)), None)
+    if choices and text not in choices:
+        raise UsageError(f"{name}: expected {', '.join(choices[:-1])} or {choices[-1]}, got {text!r}")
+    if parse is not None:
+        return parse(text, name)
+    try:
+        return text if wanted is None else wanted(text)
+    except ValueError:
+        ctx.fail(f"{name}: expected {NUMBERS[wanted]}, got {text!r}")

@@ -244,24 +244,32 @@ def _with_metadata(tensor: Tensor, metadata: Any, where: str) -> Tensor:
     return torch._neg_view(tensor) if metadata.get("neg") else tensor
 
 
-def _is_state(value: object) -> bool:
-    """Tell whether a dict is one of named tensors; numbers alone (an accuracy, a counter) don't make it one."""
-    if not isinstance(value, dict):
-        return False
-    tensors = ((plain_tensor(item), why_unusable(item)) for name, item in value.items() if isinstance(name, str))
-    return any((plain is not None and plain.shape) or why is not None for plain, why in tensors)
+def _find_root(source: Source, top: object, root: str | None) -> tuple[str, ...]:
+    candidates = _candidates(top)
+    found = [keys for keys, more in candidates.items() if more]
+    if not found:
+        found = [()] if root is None and () in candidates else list(candidates)
+    names = ", ".join(map(_dotted, found))
+    if root is not None:
+        named = [keys for keys in found if _dotted(keys) == root]
+        named = named or [keys for keys in candidates if _dotted(keys) == root]
+        if len(named) == 1:
+            return named[0]
+        known = names or "none"
+        raise UsageError(f"{source.path}: --root {root}: there is no such state dict; state dicts found: {known}")
+    if not found:
+        raise source.error(f"holds no state dict (a dict of tensors by name), but {_kind(top)}")
+    if len(found) > 1:
+        raise UsageError(f"{source.path}: holds several state dicts ({names}); choose one with --root")
+    return found[0]
 
 
-def _only_numbers(value: object) -> bool:
-    """Tell whether a dict holds tensors by name, though it be numbers alone."""
-    return isinstance(value, dict) and any(
-        isinstance(name, str) and plain_tensor(item) is not None for name, item in value.items()
-    )
+def _candidates(top: object) -> dict[tuple[str, ...], bool]:
+    """Return the keys that lead to each dict of tensors by name, each dict looked at once.
 
-
-def _candidates(top: object, is_one: Callable[[object], bool]) -> list[tuple[str, ...]]:
-    """Return the keys that lead to each dict that is one, each dict looked at once."""
-    found: list[tuple[str, ...]] = []
+    With them whether it holds more than numbers: an accuracy or a counter alone don't make a state dict.
+    """
+    found: dict[tuple[str, ...], bool] = {}
     seen: set[int] = set()
     level: list[tuple[tuple[str, ...], object]] = [((), top)]
     for _ in range(DEPTH + 1):
@@ -270,30 +278,14 @@ def _candidates(top: object, is_one: Callable[[object], bool]) -> list[tuple[str
             if not isinstance(value, dict) or id(value) in seen:
                 continue
             seen.add(id(value))
-            if is_one(value):
-                found.append(keys)
-            following += [((*keys, name), item) for name, item in value.items() if isinstance(name, str)]
+            items = {name: item for name, item in value.items() if isinstance(name, str)}
+            tensors = [tensor for tensor in map(plain_tensor, items.values()) if tensor is not None]
+            more = any(tensor.shape for tensor in tensors) or any(map(why_unusable, items.values()))
+            if tensors or more:
+                found[keys] = more
+            following += [((*keys, name), item) for name, item in items.items()]
         level = following
     return found
-
-
-def _find_root(source: Source, top: object, root: str | None) -> tuple[str, ...]:
-    found = _candidates(top, _is_state)
-    if not found:
-        found = [()] if root is None and _only_numbers(top) else _candidates(top, _only_numbers)
-    names = ", ".join(map(_dotted, found))
-    if root is not None:
-        named = [keys for keys in _candidates(top, _only_numbers) if _dotted(keys) == root]
-        named = [keys for keys in found if _dotted(keys) == root] or named
-        if len(named) != 1:
-            known = names or "none"
-            raise UsageError(f"{source.path}: --root {root}: there is no such state dict; state dicts found: {known}")
-        return named[0]
-    if not found:
-        raise source.error(f"holds no state dict (a dict of tensors by name), but {_kind(top)}")
-    if len(found) > 1:
-        raise UsageError(f"{source.path}: holds several state dicts ({names}); choose one with --root")
-    return found[0]
 
 
 def _dotted(keys: tuple[str, ...]) -> str:

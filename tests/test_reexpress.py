@@ -379,3 +379,23 @@ def test_what_convert_refuses(
     assert document["error"]["exit_code"] == code
     assert message in document["error"]["message"]
     assert not out.exists()
+
+
+def test_a_matrix_of_which_only_one_side_is_fused_is_verified_in_the_form_that_it_has(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = tmp_path / "there.safetensors"
+    convert(capsys, str(checkpoint), str(there), "--as-toeplitz", "conv=4,5,7", *CONV)
+    fused = tmp_path / "fused.safetensors"
+    assert run_app(["fuse", str(there), "flatten(5,7)", "conv", "--name", "conv", "-o", str(fused)]) == 0
+    assert run_app(["verify", str(checkpoint), str(fused)]) == 0, capsys.readouterr()
+    start = fused.read_bytes()
+    tensors, header = load_file(fused), json.loads(start[8 : 8 + int.from_bytes(start[:8], "little")])
+    tensors["conv.weight"].view(-1)[5] += 1e-2
+    save_file(tensors, fused, metadata=header["__metadata__"])
+    assert run_app(["verify", str(checkpoint), str(fused)]) == 1
+    # Where no form goes over into the other the record can't be gone by, and that is said.
+    flat = tmp_path / "flat.safetensors"
+    assert run_app(["fuse", str(there), "conv", "scale(2)", "-o", str(flat)]) == 0
+    assert run_app(["verify", str(checkpoint), str(flat)]) == 3
+    assert "its record can't say how 'conv', which takes flat numbers" in capsys.readouterr().err

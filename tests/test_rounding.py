@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from live import done, error, load, save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import convtool
@@ -147,3 +148,22 @@ def test_float8_saturates_in_torch_and_is_refused_here() -> None:
     conv = convtool.conv(torch.full((1, 1, 3), 1000.0))
     with pytest.raises(RefusedError, match="which would be 448"):
         convtool.toeplitz(conv, (5,), dtype=torch.float8_e4m3fn).to_dense()
+
+
+def test_a_cast_that_would_make_one_output_channel_zero_is_refused(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(4, 300, 9, 29)  # more than is cast in one go
+    for lost in (3, 0):
+        state = {"c.weight": weight.clone()}
+        state["c.weight"][lost] *= 1e-9
+        for suffix in (".pt", ".safetensors"):
+            path, out = tmp_path / f"net{suffix}", tmp_path / f"out{suffix}"
+            if suffix == ".pt":
+                torch.save(state, path)
+            else:
+                save_file(state, path)
+            code, message = error("convert", path, out, "--dtype", "float16")
+            assert (code, "c.weight: float16 cannot hold its numbers: 1 of 4 rows are lost" in message) == (4, True)
+            assert not out.exists()
+    torch.save({"c.weight": weight}, tmp_path / "fine.pt")
+    done("convert", tmp_path / "fine.pt", tmp_path / "fine16.pt", "--dtype", "float16")

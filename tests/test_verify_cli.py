@@ -656,7 +656,7 @@ def test_the_verdict_prints_what_it_takes_from_the_record(net: dict[str, Tensor]
     found = cli("verify net.safetensors f.safetensors")
     assert found.code == 0
     assert "as AFTER records: norm: eps 0.01\n" in found.out
-    assert re.search("as AFTER records: second: kernel .*stride 2,1", found.out)
+    assert re.search("as AFTER records: second: stride 2,1, padding", found.out)
     # What somebody else states is no claim of the record's.
     stated = cli("verify net.safetensors f.safetensors --set norm.eps=1e-2 --json")
     assert [claim.partition(":")[0] for claim in stated.document["claims"]] == ["second"]
@@ -700,3 +700,9 @@ def test_taps_that_no_output_reads_are_said_of_the_verdict(net: dict[str, Tensor
     found = cli("verify small.pt f.pt --input-size 1,1")
     assert found.code == 0
     assert "1 of 9 taps are read at these sizes, and nothing is said of the others" in found.out.splitlines()[-1]
+
+
+def test_a_claim_that_equals_the_default_is_printed_like_any_other(net: dict[str, Tensor]) -> None:
+    assert cli("fuse net.safetensors second norm -o f.safetensors").code == 0
+    found = cli("verify net.safetensors f.safetensors")
+    assert re.search("as AFTER records: second: stride 1,1, padding .*0.*groups 1, not transposed", found.out)

@@ -32,24 +32,27 @@ def cast_piece(piece: Piece, after: str) -> Piece:
     if before not in FLOATS - {after}:
         return piece
     nbytes = piece.nbytes // ITEMSIZE[before] * ITEMSIZE[after]
-    chunks = lambda: cast_chunks(piece.name, piece.chunks(), before, after)  # noqa: E731
+    chunks = lambda: cast_chunks(piece.name, piece.chunks(), before, after, piece.shape)  # noqa: E731
     return replace(piece, dtype=after, nbytes=nbytes, chunks=chunks, copy=None)
 
 
-def cast_chunks(name: str, chunks: Iterable[Chunk], before: str, after: str) -> Iterator[Chunk]:
+def cast_chunks(
+    name: str, chunks: Iterable[Chunk], before: str, after: str, shape: tuple[int, ...] = ()
+) -> Iterator[Chunk]:
     """Yield a tensor's bytes in another dtype.
 
     Args:
         name: of the tensor, for messages.
         chunks: its bytes, in chunks of whole elements.
         before, after: dtypes by torch's names.
+        shape: of the tensor; the numbers of a row belong together.
 
     Raises:
         RefusedError: the new dtype doesn't hold the tensor's numbers.
     """
     old: torch.dtype = getattr(torch, before)
     new: torch.dtype = getattr(torch, after)
-    rounding = Rounding(new, name)
+    rounding = Rounding(new, name, shape)
     for chunk in chunks:
         for numbers in torch.frombuffer(chunk.data, dtype=old).split(ROUNDED):
             yield Chunk(rounding.piece(numbers).view(torch.uint8).numpy().data)

@@ -18,6 +18,7 @@ from convtool.core.tree import BASE, Chain, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, InputError, UsageError
 from convtool.kinds import kind_named, parse_field
 from convtool.kinds.kind import Kind
+from convtool.kinds.written import undoing
 
 SCHEMA = 1
 Path = tuple[int, ...]  # of a tree's part: which part of it, which part of that, and so on
@@ -154,25 +155,46 @@ def spelled_out(fusions: Sequence[FusionRecord]) -> dict[str, Spelled]:
         dtypes = found.dtypes + tuple(stored[name] for name in sorted(before))
         made[fusion.name] = Spelled(found.tree, own + found.sizes, dtypes)
         stored[fusion.name] = fusion.dtype
-        around[fusion.name] = (fusion.before, fusion.after)
+        around[fusion.name] = (fusion.before, fusion.after)  # of the layer as it is now
     return made
 
 
 def _spell_out(tree: Tree[SourceLayer], made: dict[str, Spelled], around: dict[str, tuple[str, str]]) -> Spelled:
     if isinstance(tree, Chain):
-        # What stands around a fused layer only for the form of its tensors isn't there around its sources.
-        spare: set[int] = set()
-        for number, part in enumerate(tree.parts):
-            before, after = around.get(_name(part), ("", "")) if _is_base(part, made) else ("", "")
-            spare |= {number - 1} if before and number and _name(tree.parts[number - 1]) == before else set()
-            spare |= {number + 1} if after and _name(next(iter(tree.parts[number + 1 :]), None)) == after else set()
-        parts = [part for number, part in enumerate(tree.parts) if number not in spare]
-        found = [_spell_out(part, made, around) for part in parts]
+        # What stands around a fused layer only for the form of its tensors isn't there around its sources; and where it
+        # doesn't stand there, what undoes it has to, around them.
+        parts: list[Tree[SourceLayer]] = []
+        awaited = ""
+        for part in tree.parts:
+            if awaited and _name(part) == awaited:
+                awaited = ""
+                continue
+            parts += [_undoing(awaited)] if awaited else []
+            before, awaited = around.get(_name(part), ("", "")) if _is_base(part, made) else ("", "")
+            if before and parts and _name(parts[-1]) == before:
+                parts.pop()
+            elif before:
+                parts.append(_undoing(before))
+            parts.append(part)
+        parts += [_undoing(awaited)] if awaited else []
+        found = [
+            _spell_out_leaf(part, made) if isinstance(part, SourceLayer) else _spell_out(part, made, around)
+            for part in parts
+        ]
         return _together(Chain(tuple(one.tree for one in found)), found)
     if isinstance(tree, Sum):
         found = [_spell_out(part, made, around) for part in tree.parts]
         return _together(Sum(tuple(one.tree for one in found)), found)
-    return made.pop(tree.name, Spelled(tree)) if tree.origin == BASE else Spelled(tree)
+    return _spell_out(Chain((tree,)), made, around) if any(around.get(tree.name, ())) else _spell_out_leaf(tree, made)
+
+
+def _spell_out_leaf(leaf: SourceLayer, made: dict[str, Spelled]) -> Spelled:
+    return made.pop(leaf.name, Spelled(leaf)) if leaf.origin == BASE else Spelled(leaf)
+
+
+def _undoing(text: str) -> SourceLayer:
+    layer = undoing(text)
+    return SourceLayer(layer.name, layer.kind, {})
 
 
 def _together(tree: Tree[SourceLayer], parts: Sequence[Spelled]) -> Spelled:

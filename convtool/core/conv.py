@@ -64,7 +64,10 @@ class Conv:
     @property
     def has_bias(self) -> bool:
         """Return whether there is a bias that isn't zero throughout."""
-        return self.bias is not None and bool(self.bias.count_nonzero())
+        if self.bias is None:
+            return False
+        bias = self.bias if self.bias.element_size() > 1 else self.bias.to(torch.float32)  # float8 knows no counting
+        return bool(bias.count_nonzero())
 
     @property
     def has_bias_map(self) -> bool:

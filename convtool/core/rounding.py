@@ -48,32 +48,47 @@ class Rounding:
     them. What overflows, saturates or is flushed to zero moves by more.
     """
 
-    def __init__(self, dtype: torch.dtype, what: str) -> None:
-        """Begin with a tensor that messages call `what`."""
+    def __init__(self, dtype: torch.dtype, what: str, shape: tuple[int, ...] = ()) -> None:
+        """Begin with a tensor of that shape that messages call `what`; without rows all of it belongs together."""
         self.dtype, self.what = dtype, what
         # Integers hold what they are, and nothing else.
         self._unit = torch.finfo(dtype).eps / 2 if dtype.is_floating_point or dtype.is_complex else 0.0
-        self._largest, self._worst = 0.0, (0.0, 0.0, 0.0)  # (by how much, number, as it would be stored)
+        rows = max(1, shape[0]) if len(shape) > 1 else 1
+        self._row, self._seen = max(1, math.prod(shape) // rows), 0  # numbers in a row, and so far
+        self._largest, self._worst = torch.zeros(2, rows, dtype=torch.float64)
+        self._example = (0.0, 0.0, 0.0)  # of what moves most: by how much, the number, and as it would be stored
 
     def piece(self, numbers: Tensor) -> Tensor:
-        """Return some of the numbers, rounded; RefusedError where one of them is beyond the dtype's range."""
+        """Return the next numbers, rounded; RefusedError where one of them is beyond the dtype's range."""
         made = rounded(numbers, self.dtype)
         if self._has_room(numbers):
             return made
-        exact, back = (one.flatten() for one in _both(numbers, made))
+        exact, back = (one.flatten().to(torch.float64) for one in _both(numbers, made))
         moved = (exact - back).abs().nan_to_num(nan=0.0, posinf=math.inf)  # what was inf, and stays so, isn't moved
-        at = int(moved.argmax())
-        self._largest = max(self._largest, float(exact.abs().nan_to_num(nan=0.0, posinf=0.0).max()))
-        self._worst = max(self._worst, (float(moved[at]), float(exact[at]), float(back[at])))
-        if self._worst[0] == math.inf or self._worst[0] > abs(self._worst[1]) * 2:
+        size, at = exact.abs().nan_to_num(nan=0.0, posinf=0.0), int(moved.argmax())
+        if len(self._largest) > 1:
+            row = (torch.arange(len(exact)) // (len(exact) // numbers.numel()) + self._seen) // self._row
+        else:
+            row = torch.zeros(len(exact), dtype=torch.int64)
+        self._largest.scatter_reduce_(0, row, size, "amax")
+        self._worst.scatter_reduce_(0, row, moved, "amax")
+        self._seen += numbers.numel()
+        self._example = max(self._example, (float(moved[at]), float(exact[at]), float(back[at])))
+        if self._example[0] == math.inf:
             self.end()
         return made
 
     def end(self) -> None:
-        """Raise RefusedError where the dtype doesn't hold the numbers seen, which belong together."""
-        moved, number, stored = self._worst
-        if moved > self._unit * self._largest:
-            raise self._refusal(f"{number:g} would be {stored:g}", self._largest)
+        """Raise RefusedError where the dtype doesn't hold the numbers of a row."""
+        lost = self._worst > self._unit * self._largest
+        if not bool(lost.any()):
+            return
+        _, number, stored = self._example
+        how = f"{number:g} would be {stored:g}"
+        if len(lost) > 1 and self._example[0] < math.inf:
+            largest = float(self._largest[lost].max())
+            how = f"{int(lost.sum())} of {len(lost)} rows are lost, whose numbers are at most {largest:g}"
+        raise self._refusal(how, float(self._largest.max()))
 
     def rows(self, numbers: Tensor) -> Tensor:
         """Return all of the numbers, rounded; those of each row (along the first of several axes) belong together."""

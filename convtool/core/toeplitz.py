@@ -70,7 +70,6 @@ class ToeplitzMatrix(RowMatrix):
         self.conv, self.input_size, self.output_size = conv, tuple(input_size), conv.output_size(input_size)
         self.dtype = conv.weight.dtype if dtype is None else dtype
         check_room(conv.weight.dtype, self.dtype)
-        self._bias = None if conv.bias is None else held(conv.bias, self.dtype, "the matrix's bias")
         self.transpose, self.affine = transpose, affine
         geometry, weight, row_size, column_size = conv.geometry, conv.weight, self.output_size, self.input_size
         slots = [axis_slots(tap_table(axis, size)) for axis, size in zip(geometry.axes, input_size, strict=True)]
@@ -94,6 +93,11 @@ class ToeplitzMatrix(RowMatrix):
         full = affine and transpose
         self.nnz = len(weight) * self._channel.entries + full * self._plain_columns
         self.shape = self._plain_rows + full, self._plain_columns + self._has_bias_column
+
+    @cached_property
+    def _bias(self) -> Tensor | None:
+        """The layer's bias in the matrix's dtype, which has to hold it only where it is asked for."""
+        return None if self.conv.bias is None else held(self.conv.bias, self.dtype, "the matrix's bias")
 
     @property
     def bias(self) -> Tensor | None:

@@ -152,6 +152,11 @@ class TorchFile(TensorFile):
         dtypes: dict[str, set[str]] = {}  # of the tensors that lie in each storage
         for ref in self.tensors.values():
             dtypes.setdefault(ref.storage.key, set()).add(ref.dtype if ref.storage.typed else "untyped")
+        whole = {
+            ref.storage.key: ref.shape
+            for ref in self.tensors.values()
+            if ref.contiguous() and ref.count == ref.storage.count
+        }
         described = {}
         for name, piece in entries:
             if piece is None and name in self.tensors:
@@ -167,7 +172,9 @@ class TorchFile(TensorFile):
             key = ref.key
             chunks = lambda: checked_chunks(self.source, self._called(key), self.contents.storages[key])  # noqa: E731
             piece = Piece(self._users.get(key, "the saved object"), ref.dtype, (ref.count,), ref.nbytes, chunks)
-            return cast(piece) if dtypes.get(key) == {ref.dtype} else piece
+            # Numbers are held by rows, which only a tensor has that is the whole of its storage.
+            rows = replace(piece, shape=whole.get(key, piece.shape))
+            return replace(cast(rows), shape=piece.shape) if dtypes.get(key) == {ref.dtype} else piece
 
         state = OrderedItems(state=self.state.state) if isinstance(self.state, OrderedItems) else {}
         for name, piece in entries:

@@ -194,6 +194,11 @@ def recorded_pairings(
             raise _does_not_fit(after, error) from None
         axes = next(leaves(fused)).conv.spatial_axes  # which batch norms by themselves don't tell
         layers = _lower_recorded(tree, checkpoints, after, sources, axes)
+        if next(leaves(layers)).conv.spatial_axes != axes:  # a matrix fused further in the flat form that it has
+            raise InputError(
+                f"{after.path}: its record can't say how {name!r}, which takes flat numbers, stands for layers over"
+                " feature maps; name them: --before a,b --after c"
+            )
         claims = tuple(_claims(layers, sources))
         path, dtype = str(after.path), last[name].dtype
         pairings.append(Pairing(name, layers, fused, spelled.sizes, spelled.dtypes, path, dtype, claims))
@@ -206,7 +211,7 @@ def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[s
         stated = sources.fields(leaf.name)
         claimed = {name: value for name, value in leaf.fields.items() if name not in stated}
         if leaf.layer.kind.settable and claimed:
-            yield leaf.name, leaf.layer.kind.describe(claimed, leaf.layer.shapes)
+            yield leaf.name, leaf.layer.kind.claim(claimed, leaf.layer.shapes)
 
 
 def _lower_recorded(

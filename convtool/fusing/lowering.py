@@ -186,7 +186,7 @@ class _TreeLowering:
     def _lower_chain(self, chain: Chain[LayerRef], into: _Channels) -> tuple[Tree[LoweredLayer], _Channels]:
         parts: list[Tree[LoweredLayer]] = []
         for number, part in enumerate(chain.parts):
-            guessed = into.channels is None and isinstance(part, LayerRef) and part.written
+            guessed = into.channels is None and _is_written(part)
             if guessed:
                 # What is only guessed for a layer without tensors is nothing for the next one to infer groups from.
                 rest: Chain[LayerRef] = Chain(chain.parts[number:])
@@ -275,7 +275,7 @@ def stored_dtype(layers: Sequence[LoweredLayer]) -> torch.dtype:
 
 
 def _is_written(tree: Tree[LayerRef]) -> bool:
-    return isinstance(tree, LayerRef) and tree.written
+    return all(leaf.written for leaf in leaves(tree))
 
 
 def _spatial_axes(layers: Sequence[Layer], given: int | None, size: Sequence[int] | None) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import FLAG, INTEGER, INTEGERS, MODE, PADDING, Fields, geometry_fields
-from convtool.core.geometry import Geometry
+from convtool.core.geometry import Geometry, format_padding, format_sizes
 from convtool.errors import InputError, UsageError
 from convtool.kinds.kind import Kind, Reading, Shapes, TensorInfo, Tensors
 
@@ -125,6 +125,15 @@ class Convolution(Kind):
         if not module.transposed:
             fields["output_padding"] = 0
         return geometry_fields(Geometry.of(tuple(module.kernel_size), **fields))
+
+    def claim(self, fields: Fields, shapes: Shapes) -> str:
+        geometry, large = Geometry.of(shapes["weight"][2:], **fields), any(k > 1 for k in shapes["weight"][2:])
+        said = [f"stride {format_sizes(geometry.stride)}", f"padding {format_padding(geometry.padding)}"]
+        said += [f"padding_mode {geometry.padding_mode}"] if geometry.padded else []
+        said += [f"dilation {format_sizes(geometry.dilation)}"] if large else []
+        said += [f"groups {geometry.groups}", "transposed" if geometry.transposed else "not transposed"]
+        said += [f"output_padding {format_sizes(geometry.output_padding)}"] if any(geometry.output_padding) else []
+        return ", ".join(said)
 
     def describe(self, fields: Fields, shapes: Shapes) -> str:
         return Geometry.of(shapes["weight"][2:], **fields).describe()

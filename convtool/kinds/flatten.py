@@ -30,6 +30,7 @@ class Flatten(Kind):
     """A feature map of that size as channels at one position."""
 
     name = "flatten"
+    inverse = "unflatten"
     fields = {"size": SIZES}
     written = True
     reshapes = True
@@ -71,6 +72,7 @@ class Unflatten(Kind):
     """Channels at one position as a feature map of that size."""
 
     name = "unflatten"
+    inverse = "flatten"
     fields = {"size": SIZES}
     written = True
     reshapes = True

@@ -107,6 +107,7 @@ class Kind:
         spare: whether people expect it to be gone once a network is fused.
         channels_last: whether it runs over the last axis of its input, and so over a feature map only once that is
             flat.
+        inverse: the name of the kind that undoes it with the same arguments, if there is one.
         reshapes: whether it makes a feature map flat, or a flat one a feature map.
         parameter: whether its tensor is a parameter of the block that multiplies by it, which stays when it is gone.
         code: where a layer without tensors is in a model: in its code, in front of its input, or nowhere.
@@ -124,6 +125,7 @@ class Kind:
     usual_axes: ClassVar[int] = 0
     main: ClassVar[bool] = False
     spare: ClassVar[bool] = False
+    inverse: ClassVar[str] = ""
     channels_last: ClassVar[bool] = False
     reshapes: ClassVar[bool] = False
     parameter: ClassVar[bool] = False
@@ -267,6 +269,10 @@ class Kind:
             None where it computes something else.
         """
         return None
+
+    def claim(self, fields: Fields, shapes: Shapes) -> str:
+        """Return all of the fields that numbers or sizes hang on, those at their defaults too."""
+        return self.describe(fields, shapes)
 
     def describe(self, fields: Fields, shapes: Shapes) -> str:
         """Return the fields in words, equal for two layers exactly if they mean the same."""

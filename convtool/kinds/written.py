@@ -49,6 +49,12 @@ def layer_of_operation(name: str, arguments: Mapping[str, Any], takes: Shape, gi
     return None
 
 
+def undoing(text: str) -> Layer:
+    """Return the layer that undoes the one that the text describes: 'unflatten(2,3)' of 'flatten(2,3)'."""
+    layer = read_layer(text)
+    return read_layer(layer.kind.inverse + text.removeprefix(layer.kind.name))
+
+
 def check_closed(text: str) -> None:
     """Raise UsageError for what begins as one of these layers does and lacks its end: 'avg_pool(2'."""
     name, opened, _ = text.partition("(")

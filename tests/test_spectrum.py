@@ -396,7 +396,9 @@ def test_steps_bound_every_iteration() -> None:
     assert found.steps == 4
     assert not found.largest.converged
     assert not found.largest.proved
-    assert low <= found.smallest.value <= found.largest.value <= high
+    within = 1 + 1e-12  # of the dense values, which are rounded too
+    assert low <= found.smallest.value * within
+    assert found.smallest.value <= found.largest.value <= high * within
 
 
 def test_many_groups_take_no_longer_than_one_large_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

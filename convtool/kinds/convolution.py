@@ -128,7 +128,7 @@ class Convolution(Kind):
 
     def claim(self, fields: Fields, shapes: Shapes) -> str:
         geometry, large = Geometry.of(shapes["weight"][2:], **fields), any(k > 1 for k in shapes["weight"][2:])
-        said = [f"stride {format_sizes(geometry.stride)}", f"padding {format_padding(geometry.padding)}"]
+        said = [f"stride {format_sizes(geometry.stride)}", f"padding {','.join(format_padding(geometry.padding))}"]
         said += [f"padding_mode {geometry.padding_mode}"] if geometry.padded else []
         said += [f"dilation {format_sizes(geometry.dilation)}"] if large else []
         said += [f"groups {geometry.groups}", "transposed" if geometry.transposed else "not transposed"]

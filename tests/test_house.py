@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import convtool
+from convtool.cli.app import COMMANDS
 from convtool.kinds import KINDS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -157,6 +159,12 @@ def test_only_kinds_know_one_kind_from_another(path: Path) -> None:
 )
 def test_a_comparison_of_kinds_would_be_seen(line: str) -> None:
     assert compared_kinds(ast.parse(line))
+
+
+def test_no_two_modules_have_one_name() -> None:
+    """But for packages, and a command's module, which bears the name of its command."""
+    names = Counter(path.stem for path in SOURCES if path.stem != "__init__" and path.stem not in COMMANDS)
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_no_two_modules_import_each_other() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convtool.cli import complete, shared, written
+from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Dtype, LayerFields, Sizes
 from convtool.cli.options import Size, argument, dtype_name, option, parse_float, parse_size
@@ -119,7 +119,7 @@ class Reexpressed:
     module: str
     input_size: Sizes
     fields: LayerFields
-    tensors: written.ChangedTensors
+    tensors: saved.ChangedTensors
     residual: Residual | None
 
     @classmethod
@@ -131,7 +131,7 @@ class Reexpressed:
             change.module,
             change.record.input_size or (),
             change.record.fields,
-            written.changed_tensors(change.edit),
+            saved.changed_tensors(change.edit),
             None if found is None else Residual(found.largest, found.relative, found.unmet),
         )
 
@@ -146,7 +146,7 @@ class Result:
         reexpressed: layers in another form.
     """
 
-    checkpoint: written.Written = field(metadata=INLINE)
+    checkpoint: saved.Written = field(metadata=INLINE)
     dtype: Dtype | None
     cast: tuple[str, ...]
     left_out: tuple[str, ...]
@@ -171,10 +171,10 @@ def run(options: Options, reporter: Reporter) -> Result:
         raise UsageError(f"--shard-size: {out} is one file; name a folder, or an index, for several")
     left_out = opened.left_out if state_only and (out.suffix == ".safetensors" or to_folder) else []
     changes = _reexpressions(options, opened, reporter)
-    edit, plan = written.plan_changed(
+    edit, plan = saved.plan_changed(
         opened, changes, out, force=overwrite, dtype=dtype, state_only=state_only, shard_size=size
     )
-    new = written.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
+    new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     if options.writing.dry_run and dtype is not None:
         reporter.remark(f"not looked at: whether every number has its place in {dtype}; that is found when writing")
     if left_out:
@@ -258,12 +258,12 @@ def show(result: Result, reporter: Reporter) -> None:
         near = "" if residual is None else f"; residual {residual.largest:.3g}, {residual.relative:.3g} relative"
         reporter.line(f"  the same on inputs of {at}{near}")
         if not result.checkpoint.written:
-            written.show_tensors(change.tensors, reporter)
+            saved.show_tensors(change.tensors, reporter)
         if residual is not None and residual.unmet:
             reporter.line(f"  {residual.unmet} kernel entries that no such input meets are zero")
     if result.dtype is not None:
         reporter.line(f"{len(result.cast)} of {result.checkpoint.tensors} tensors rounded to {result.dtype}")
-    written.show(result.checkpoint, reporter)
+    saved.show(result.checkpoint, reporter)
 
 
 COMMAND = Command("CKPT OUT", EXAMPLES, Options, run, show)

@@ -8,7 +8,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from convtool.cli import complete, shared, written
+from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Sizes
 from convtool.cli.options import Size, argument, flag, option
@@ -183,7 +183,7 @@ class Fusion:
             --no-verify.
     """
 
-    record: written.Recorded = field(metadata=INLINE)
+    record: saved.Recorded = field(metadata=INLINE)
     layers: tuple[str, ...]
     kernel_size: Sizes
     smallest_input: Sizes
@@ -193,7 +193,7 @@ class Fusion:
     bias_map: bool
     parameters: Change
     multiply_adds: Work
-    tensors: written.ChangedTensors
+    tensors: saved.ChangedTensors
     verified: Proof | None
 
 
@@ -205,7 +205,7 @@ class Result:
         left_alone: what might have been fused and wasn't, in words.
     """
 
-    checkpoint: written.Written = field(metadata=INLINE)
+    checkpoint: saved.Written = field(metadata=INLINE)
     fusions: tuple[Fusion, ...]
     left_alone: tuple[str, ...]
 
@@ -273,9 +273,9 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         dtype=options.dtype,
     )
     check_ties(opened, [layer.edit for layer in planned])
-    edit, plan = written.plan_changed(opened, planned, options.out, force=overwrite)
+    edit, plan = saved.plan_changed(opened, planned, options.out, force=overwrite)
     reports = [[] for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
-    new = written.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
+    new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     made = (_fusion(layer, one, size) for layer, one in zip(planned, reports, strict=True))
     return Result(new, tuple(made), tuple(left_alone))
 
@@ -346,7 +346,7 @@ def _fusion(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tup
     if reports:
         proof = Proof(max(one.interior.ratio for one in reports), tuple(one.input_size for one in reports))
     return Fusion(
-        record=written.Recorded.of(layer.record),
+        record=saved.Recorded.of(layer.record),
         layers=tuple(one.layer.name for one in layer.layers),
         kernel_size=conv.geometry.kernel_size,
         smallest_input=verdict.smallest,
@@ -356,7 +356,7 @@ def _fusion(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tup
         bias_map=conv.has_bias_map,
         parameters=Change(*layer.parameters),
         multiply_adds=Work(*layer.multiply_adds(at), "input position" if at is None else "input"),
-        tensors=written.changed_tensors(layer.edit),
+        tensors=saved.changed_tensors(layer.edit),
         verified=proof,
     )
 
@@ -370,12 +370,12 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
         for line in _lines(fusion):
             reporter.line(line)
         if not result.checkpoint.written:
-            written.show_tensors(fusion.tensors, reporter)
+            saved.show_tensors(fusion.tensors, reporter)
     if len(result.fusions) > 1:
         before = sum(fusion.parameters.before for fusion in result.fusions)
         after = sum(fusion.parameters.after for fusion in result.fusions)
         reporter.line(f"{len(result.fusions)} fusions, {before} -> {after} parameters")
-    written.show(result.checkpoint, reporter)
+    saved.show(result.checkpoint, reporter)
 
 
 def _lines(fusion: Fusion) -> list[str]:

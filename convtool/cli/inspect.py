@@ -11,7 +11,7 @@ from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
 from convtool.cli.options import Size, argument, flag, option
 from convtool.cli.output import Reporter, table
-from convtool.cli.written import Recorded
+from convtool.cli.saved import Recorded
 from convtool.core.tree import tree_text
 from convtool.errors import UsageError, human_bytes
 from convtool.kinds import kind_named

@@ -13,7 +13,7 @@ from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, fill, to_
 from convtool.cli.layer import LayerAtSize, LayerOptions, OfLayer, find_layer
 from convtool.cli.options import dtype_name, flag, option
 from convtool.cli.output import Reporter
-from convtool.cli.written import Files, show_files
+from convtool.cli.saved import Files, show_files
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:

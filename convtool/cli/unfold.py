@@ -12,7 +12,7 @@ from convtool.cli.document import INLINE, Count, Dtype, Sizes, fill, to_json
 from convtool.cli.layer import LayerOptions, OfLayer, find_layer
 from convtool.cli.options import dtype_name, option
 from convtool.cli.output import Reporter
-from convtool.cli.written import Files, show_files
+from convtool.cli.saved import Files, show_files
 
 EXAMPLES = """
 # W alone: the kernel as a matrix

@@ -172,7 +172,7 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
 
 def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) -> verify_text.MatrixResult:
     """Return the verdict on a layer and its matrix, or on two matrices."""
-    from convtool.fusing.matrices import compare_with_layer, compare_with_matrix, open_numbers
+    from convtool.fusing.matrix_proof import compare_with_layer, compare_with_matrix, open_numbers
     from convtool.matrix.read import is_matrix_file
 
     before, after, sources = options.before, options.after, options.sources

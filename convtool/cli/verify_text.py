@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from convtool.core.tally import Region
     from convtool.core.verify import EquivalenceReport, StoredError
     from convtool.fusing.compare import Pairing
-    from convtool.fusing.matrices import Compared
+    from convtool.fusing.matrix_proof import Compared
     from convtool.live.whole import WholeReport
 
 KINDS = {"normal": "a random input", "zero": "an input of zeros", "constant": "an input of ones"}

@@ -16,7 +16,7 @@ from convtool.checkpoint.record import FusionRecord, SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import Geometry, format_sizes
-from convtool.core.reexpress import Residual, matrix_to_conv, patches_to_linear
+from convtool.core.recover import Residual, matrix_to_conv, patches_to_linear
 from convtool.core.sizes import split_input_size
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.tree import Chain

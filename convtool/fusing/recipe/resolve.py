@@ -13,7 +13,7 @@ from convtool.core.geometry import format_sizes
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import UsageError
 from convtool.fusing.recipe.language import ALPHA, Plan, Recipe, Rule, anchors_of, texts_of
-from convtool.fusing.recipe.names import Effort, Layers, Names
+from convtool.fusing.recipe.layer_names import Effort, Layers, Names
 from convtool.fusing.recipe.pattern import (
     VARIABLE,
     Binding,

@@ -172,14 +172,18 @@ def test_spectrum_says_the_ends_and_how_it_got_them(widen: convtool.Conv, capsys
 def test_spectrum_does_not_claim_what_it_does_not_know(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("convtool.core.spectrum.DENSE_SIDE", 0)
-    monkeypatch.setattr("convtool.core.gram.FACTOR_WORK", 0)
+    monkeypatch.setattr("convtool.core.spectrum.DENSE_WORK", -1)
+    monkeypatch.setattr("convtool.core.gram.FACTOR_WORK", -1)
     document = run(capsys, "spectrum", CHAINS, *WIDEN, "--steps", "5")
     assert document["condition"] is None
     assert not document["smallest"]["converged"]
     assert run_app(["spectrum", CHAINS, *WIDEN, "--steps", "5"]) == 0
     said = capsys.readouterr()
-    assert "smallest singular value  at most" in said.out
+    bounds = re.search("largest singular value   at least (.*), at most (.*)", said.out)
+    assert bounds is not None
+    least, most = map(float, bounds.groups())
+    assert least <= document["largest"]["value"] < document["largest"]["value"] + document["largest"]["error"] <= most
+    assert re.search("smallest singular value  at most [^,]*$", said.out, re.MULTILINE)
     assert "condition number         at least" in said.out
     assert "not settled to 1e-06 in 5 steps" in said.err
 

@@ -27,7 +27,7 @@ METHODS = {
     "fourier": "by Fourier transform, exact to rounding",
     "dense": "by a dense SVD, exact to rounding",
     "cholesky": "by Lanczos, and with a factored Gram matrix",
-    "lanczos": "by Lanczos bidiagonalisation",
+    "lanczos": "by Lanczos, and the bound of an endless input",
 }
 
 
@@ -69,9 +69,10 @@ class Result:
 def run(options: Options, reporter: Reporter) -> Result:
     """The largest and the smallest singular value of a layer's matrix, and its condition number.
 
-    A large matrix isn't built. Where the product with its transpose can be factored in a few minutes (64 to 64
-    channels, 3x3, up to about 28x28), that is done, which finds the smallest and proves the answers. Each value is
-    given with how far off it may be; where one isn't settled, it says so and gives what it is at least or at most.
+    A large matrix isn't built: it is taken apart where dilation, strides, groups or padding that wraps around allow it.
+    Where its product with its transpose can be factored in a minute or two (64 to 64 channels, 3x3, up to about 28x28),
+    both ends are proved. Each value is given with how far off it may be; where that is more than the tolerance, as the
+    bounds that hold for certain. The largest always has one above.
     """
     from convtool.core.spectrum import spectrum
 
@@ -93,16 +94,23 @@ def show(result: Result, reporter: Reporter) -> None:
     how = ", ".join(METHODS[method] for method in result.methods)
     after = f", {result.steps} steps" if result.steps else ""
     reporter.line(f"{result.of.layer}: {result.of.sizes_text}, matrix {rows} x {columns}")
-    reporter.line(f"  largest singular value   {_value(result.largest, 'at least')}")
-    reporter.line(f"  smallest singular value  {_value(result.smallest, 'at most')}")
+    reporter.line(f"  largest singular value   {_value(result.largest, 1)}")
+    reporter.line(f"  smallest singular value  {_value(result.smallest, -1)}")
     reporter.line(f"  condition number         {_condition(result)}")
     reporter.line(f"  {how}{after}{_proved(result)}")
     if not (result.largest.converged and result.smallest.converged):
-        reporter.remark(f"not settled to {result.tolerance:g} in {result.steps} steps; --steps takes it further")
+        reporter.remark(f"not settled to {result.tolerance:g} in {result.steps} steps: what is printed are bounds")
 
 
-def _value(value: SingularValue, bound: str) -> str:
-    return f"{value.value:.9g} (+- {value.error:.1g})" if value.converged else f"{bound} {value.value:.6g}"
+def _value(value: SingularValue, side: int) -> str:
+    """Return a value or its bounds; the side is 1 where the value is below what it stands for, and -1 where above."""
+    if value.converged:
+        return f"{value.value:.9g} (+- {value.error:.1g})"
+    first, second = ("at least", "at most")[::side]
+    beyond = value.value + side * value.error
+    # Six digits, rounded away from what is held in between.
+    bounds = f"{first} {value.value * (1 - side * 5e-6):.6g}"
+    return f"{bounds}, {second} {beyond * (1 + side * 5e-6):.6g}" if beyond > 0 else bounds
 
 
 def _condition(result: Result) -> str:

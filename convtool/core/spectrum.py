@@ -1,44 +1,42 @@
 """The largest and the smallest singular value of a layer's matrix, and with them its condition number.
 
-What is called the smallest is the last of min(rows, columns) singular values. The matrix of a layer in groups is
-block diagonal; of groups with equal weights, one is looked at. Then, in this order:
-
-- circular padding at stride 1: a Fourier transform makes the matrix block diagonal, with a C_out x C_in block for each
-  frequency (Sedghi, Gupta, Long: The Singular Values of Convolutional Layers, 2019); exact to rounding;
-- a small matrix: a dense SVD of each group; exact to rounding;
-- a matrix whose Gram matrix can be factored by nested dissection (`core.gram`): restarted Lanczos for the largest, for
-  the smallest a descent with that factor, which may be one in float32. Each is the norm of T on some unit vector, so
-  neither lies outside the spectrum; and a factorisation in float64 of the Gram matrix, shifted to just outside of it,
-  proves that nothing lies beyond;
-- else Golub-Kahan-Lanczos bidiagonalisation: the singular values of the bidiagonal matrix approach those of T from
-  inside, and the residual of each is a bound on its distance to a singular value of T. What the largest still lacks,
-  restarted Lanczos adds.
+What is called the smallest is the last of min(rows, columns) singular values. First the matrix falls apart where it can
+(`core.blocks`); then each block by itself, equal ones once. A small one has a dense SVD, exact to rounding. Of a large
+one ARPACK finds the vectors, with G = T* T or its inverse; the norm of T on a unit vector lies between the ends. That
+nothing lies beyond is proved by a factorisation (`core.gram`), and of the largest by the symbol as well, which bounds
+it always. So each end is held from both sides; where they are further apart than the tolerance, they are given as the
+bounds that they are.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor
 
+from convtool.core.blocks import Apart, Block, ShortSide
 from convtool.core.conv import Conv
-from convtool.core.flat import tensor_bits
-from convtool.core.gram import Factor, Gram, gram
-from convtool.core.krylov import BLOCK, LARGEST_STEPS, Descent, Krylov, ShortSide, bidiagonalise, climb
+from convtool.core.gram import Gram
 from convtool.core.operator import ConvOperator
-from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import InputError, UsageError
 
 Method: TypeAlias = Literal["fourier", "dense", "cholesky", "lanczos"]
 
-DENSE_SIDE = 4096  # the smaller side of a matrix whose dense SVD takes some ten seconds
-DENSE_ELEMENTS = 1 << 25
-DESCENT_STEPS = 150  # of a descent: it takes three to ten with a factor in float64, some tens with one in float32
-LARGEST_WORK = 1 << 39  # multiply-adds of a factorisation that is made for no more than to prove the largest
+DENSE_WORK = 1 << 36  # short * short * long of all dense SVDs together: some ten seconds
+DENSE_ELEMENTS = 1 << 25  # of one
+SMALLEST_SIDE = 16  # of a matrix that is iterated with
+PRODUCTS = 1000  # of an iteration with G, at most
+ITERATION_WORK = 1 << 40  # multiply-adds of one
+GRID_WORK = 1 << 31  # multiply-adds of looking at a grid of frequencies; more of it where that is all there is
+INVERTED = 200  # a factorisation is made for the largest alone where it takes no more than so many products
+COARSER = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)  # accuracies of an iteration that may not end
 ROUNDING = 2.0**-45  # relative to the largest, of what is exact in float64 to rounding: some hundred units
 
 
@@ -47,17 +45,16 @@ class SingularValue:
     """A singular value and how well it is known.
 
     Attributes:
-        value: the estimate. Not converged, the largest is at least this, and the smallest at most.
-        error: there is a singular value no further than this from `value`.
-        converged: whether the error is within the tolerance.
-        proved: whether it is certain that the singular value within the error is the last at its end. Lanczos from a
-            random vector misses that one with a probability that is as good as zero, but not zero.
+        value: of some unit vector. The largest is at least this, and the smallest at most, up to rounding.
+        error: it is no further than this from `value`; that is proved.
+        converged: whether the error is within the tolerance; else the value is a bound, and the error says how vague.
+        proved: likewise, as what isn't proved is no answer.
     """
 
     value: float
     error: float
     converged: bool
-    proved: bool = False
+    proved: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +107,7 @@ def spectrum(
 
     Args:
         tolerance: how far from a singular value each may be, relative to the largest.
-        steps: of each iteration, at most; by default what usually does, within half a GiB of vectors.
+        steps: of each iteration, at most; by default what usually does.
         seed: of the random vector that iterations start from.
 
     Raises:
@@ -122,183 +119,180 @@ def spectrum(
         raise UsageError(f"tolerance: expected a number between 0 and 1, got {tolerance:g}")
     if not bool(conv.weight.isfinite().all()):
         raise InputError("the weight holds values that are not finite; its matrix has no singular values")
-    conv.output_size(input_size)
-    distinct = _distinct(conv)
-    found = _ends(distinct, tuple(input_size), tolerance, steps, seed)
-    return replace(found, shape=ConvOperator(conv, input_size).shape)
-
-
-def _distinct(conv: Conv) -> Conv:
-    """The layer without those groups that have the same weights as an earlier one."""
-    groups = conv.geometry.groups
-    parts = conv.weight.chunk(groups)
-    weights = parts if groups == 1 else tuple({tensor_bits(part).numpy().tobytes(): part for part in parts}.values())
-    if len(weights) == groups:
-        return Conv(conv.weight, None, conv.geometry)
-    return Conv(torch.cat(weights), None, replace(conv.geometry, groups=len(weights)))
-
-
-def _ends(conv: Conv, size: tuple[int, ...], tolerance: float, steps: int | None, seed: int) -> Spectrum:
     # Squares are formed on the way, and sums: of numbers near 1, whatever the weights.
-    exact = conv.exact().weight
-    most = float(exact.abs().max())
-    scale = 2.0 ** max(math.frexp(most)[1] - 1, -1000) if most > 0 else 1.0
-    found = _ends_near_one(Conv(exact / scale, None, conv.geometry), size, tolerance, steps, seed)
-    largest, smallest = _times(found.largest, scale), _times(found.smallest, scale)
+    exact, shape = conv.without_bias().exact(), ConvOperator(conv, input_size).shape
+    heaviest = float(exact.weight.abs().max()) if exact.weight.numel() else 0.0
+    scale = 2.0 ** max(math.frexp(heaviest)[1] - 1, -1000) if heaviest > 0 else 1.0
+    ends = _Ends(tolerance)
+    methods = _find(ends, Apart.of(Conv(exact.weight / scale, None, conv.geometry), input_size), shape, steps, seed)
+    largest, smallest = ends.values(scale)
     if math.isinf(largest.value):
-        raise InputError(f"weights as large as {most:.3g} have singular values beyond what float64 holds, 1.8e308")
-    return replace(found, largest=largest, smallest=smallest)
+        raise InputError(f"weights as large as {heaviest:.3g} have singular values beyond what float64 holds, 1.8e308")
+    return Spectrum(shape, largest, smallest, methods, ends.steps, tolerance)
 
 
-def _ends_near_one(conv: Conv, size: tuple[int, ...], tolerance: float, steps: int | None, seed: int) -> Spectrum:
-    shape, groups = ConvOperator(conv, size).shape, conv.geometry.groups
-    if _is_circulant(conv, size):
-        return _known(_by_frequency(conv, size), shape, "fourier", tolerance)
-    rows, columns = (side // groups for side in shape)
-    # All groups together take no longer than one matrix of DENSE_SIDE.
-    if min(rows, columns) <= int(DENSE_SIDE / groups ** (1 / 3)) and rows * columns <= DENSE_ELEMENTS:
-        values = [torch.linalg.svdvals(ToeplitzMatrix(part, size).to_dense()) for part in _parts(conv)]
-        return _known(torch.cat(values), shape, "dense", tolerance)
-    matrix, product = ConvOperator(conv, size), gram(conv, size)
-    if product is not None:
-        return _by_cholesky(matrix, product, tolerance, steps, seed)
-    return _by_lanczos(matrix, tolerance, steps, seed)
+@dataclass(slots=True)
+class _Ends:
+    """What is known of both ends while blocks come in.
+
+    Attributes:
+        tolerance: relative to the largest.
+        high, low: the largest and the smallest that are the norm of T on some unit vector.
+        most, least: what nothing is above and below; that is proved.
+        rounding: how far off `high` and `low` may be.
+        steps: most of an iteration.
+    """
+
+    tolerance: float
+    high: float = 0.0
+    low: float = math.inf
+    most: float = 0.0
+    least: float = math.inf
+    rounding: float = 0.0
+    steps: int = 0
+
+    def exact(self, values: torch.Tensor) -> None:
+        """Count singular values that are exact to rounding."""
+        high, low = float(values.max()), float(values.min())
+        self.found(high, high * ROUNDING, 0)
+        self.low, self.most, self.least = min(self.low, low), max(self.most, high), min(self.least, low)
+
+    def found(self, value: float, rounding: float, steps: int) -> None:
+        """Count the norm of T on a unit vector."""
+        self.high, self.low = max(self.high, value), min(self.low, value)
+        self.rounding, self.steps = max(self.rounding, rounding), max(self.steps, steps)
+
+    def values(self, scale: float) -> tuple[SingularValue, SingularValue]:
+        """Return the largest and the smallest, times the scale."""
+        errors = max(self.most - self.high, self.rounding), max(self.low - self.least, self.rounding)
+        known = [error <= self.tolerance * self.high for error in errors]
+        largest, smallest = (
+            SingularValue(value * scale, error * scale, here, here)
+            for value, error, here in zip((self.high, self.low), errors, known, strict=True)
+        )
+        return largest, smallest
 
 
-def _parts(conv: Conv) -> Iterator[Conv]:
-    """Each group as a layer of its own."""
-    geometry = replace(conv.geometry, groups=1)
-    yield from (Conv(part, None, geometry) for part in conv.exact().weight.chunk(conv.geometry.groups))
-
-
-def _times(one: SingularValue, scale: float) -> SingularValue:
-    return replace(one, value=one.value * scale, error=one.error * scale)
-
-
-def _known(values: Tensor, shape: tuple[int, int], method: Method, tolerance: float) -> Spectrum:
-    high, low = float(values.max()), float(values.min())
-    error = high * ROUNDING
-    largest, smallest = SingularValue(high, error, True, True), SingularValue(low, error, True, True)
-    return Spectrum(shape, largest, smallest, (method,), 0, tolerance)
-
-
-def _is_circulant(conv: Conv, size: tuple[int, ...]) -> bool:
-    geometry = conv.geometry
-    whole = conv.output_size(size) == size and all(stride == 1 for stride in geometry.stride)
-    # A transposed layer can have taken from one end what it added at the other.
-    pointwise = geometry.kernel_size == (1,) * len(size) and not geometry.padded
-    return bool(size) and whole and (geometry.padding_mode == "circular" or pointwise)
-
-
-def _by_frequency(conv: Conv, size: tuple[int, ...]) -> Tensor:
-    """All singular values of a layer that wraps around: those of its frequency response, one block per frequency."""
-    groups = conv.geometry.groups
-    exact = conv.exact().weight.reshape(groups, conv.out_channels // groups, conv.in_channels // groups, -1)
-    if conv.geometry.kernel_size == (1,) * len(size):  # the same block at every frequency
-        same: Tensor = torch.linalg.svdvals(exact[..., 0])
-        return same
-    place = torch.zeros((), dtype=torch.int64)  # of each tap in the whole input, wrapped around
-    for axis, length in zip(conv.geometry.axes, size, strict=True):
-        place = place[..., None] * length + torch.arange(axis.kernel) * axis.dilation % length
-    kernel = torch.zeros(*exact.shape[:3], math.prod(size), dtype=exact.dtype)
-    kernel.index_add_(3, place.flatten(), exact)  # taps may meet
-    response = torch.fft.fftn(kernel.unflatten(3, size), dim=tuple(range(3, 3 + len(size))))
-    values: Tensor = torch.linalg.svdvals(response.flatten(3).permute(0, 3, 1, 2))
-    return values
-
-
-def _by_cholesky(matrix: ConvOperator, product: Gram, tolerance: float, steps: int | None, seed: int) -> Spectrum:
-    side = ShortSide(matrix)
-    krylov = Krylov(side.gram, side.start(seed)[:, 0])
-    climb(krylov, tolerance, LARGEST_STEPS if steps is None else steps)
-    value, error = side.measured(krylov.top()[2])
-    rounding = ROUNDING * value
-    high = SingularValue(value, error + rounding, error + rounding <= tolerance * value)
-    if value == 0:  # of a random vector: T is zero
-        high = low = SingularValue(0.0, 0.0, True, product.norm == 0)
-        return Spectrum(matrix.shape, high, low, ("cholesky",), krylov.steps, tolerance)
-    if high.converged and product.work <= LARGEST_WORK:
-        high = _nothing_above(product, high, tolerance)
-    low, taken = _smallest(side, product, high.value, tolerance, DESCENT_STEPS if steps is None else steps, seed)
-    return Spectrum(matrix.shape, high, low, ("cholesky",), max(krylov.steps, taken), tolerance)
-
-
-def _nothing_above(product: Gram, high: SingularValue, tolerance: float) -> SingularValue:
-    """The same, proved where the matrix less everything up to just above it is negative definite."""
-    above = (high.value * (1 + 0.5 * tolerance) + ROUNDING * high.value) ** 2
-    factor = product.factor(above, -1)
-    if factor is None:
-        # There is more above, unless it is rounding that fails.
-        return replace(high, converged=above - high.value**2 <= product.rounding)
-    error = math.sqrt(above + factor.rounding) - high.value
-    if error > tolerance * high.value:
-        return high
-    return SingularValue(high.value, max(error, high.error), True, True)
-
-
-def _smallest(
-    side: ShortSide, product: Gram, high: float, tolerance: float, limit: int, seed: int
-) -> tuple[SingularValue, int]:
-    """The smallest singular value, and in how many steps of a descent."""
-    factor = _near_inverse(product, high)
-    if factor is None:
-        return SingularValue(high, math.inf, False), 0
-    within, rounding = tolerance * high, ROUNDING * high
-    descent = Descent(side, factor.solve, side.start(seed + 1, min(BLOCK, side.size)))
-    tried = math.inf
-    while True:
-        value, error = side.measured(descent.vectors[:, 0])
-        best = SingularValue(value, error + rounding, False)
-        if value + rounding <= 0.01 * within:
-            break
-        if best.error <= 0.5 * min(within, value) and value < tried - 0.1 * within:
-            below, tried = _nothing_below(product, best, within, factor.rounding), value
-            if below is not None:
-                best = below
-                break
-        if descent.exhausted or descent.steps >= limit:
-            break
-        descent.step()
-    if not best.proved and best.value + rounding <= within:  # then it is somewhere from 0 to there
-        best = SingularValue(best.value, best.value + rounding, True, True)
-    return best, descent.steps
-
-
-def _near_inverse(product: Gram, high: float) -> Factor | None:
-    """A factor of the Gram matrix, as near to it as rounding leaves it positive definite even if it is singular."""
-    shift = 2.0**-46 * product.norm if product.kept_dtype.to_real().itemsize == 8 else 2.0**-21 * high**2
-    while (factor := product.factor(-shift, keep=product.kept_dtype)) is None:
-        shift *= 16
-        if shift > product.norm:
-            return None
-    return factor
-
-
-def _nothing_below(product: Gram, low: SingularValue, within: float, rounding: float) -> SingularValue | None:
-    """The same, proved if rounding allows for it; None if the matrix has something below."""
-    # First just below it: where the smallest is small, an error of the whole tolerance makes its condition vague.
-    for gap in (min(2 * low.error, 0.5 * within), 0.5 * within):
-        floor = max(low.value - gap, 0.0)
-        below = min(floor**2, low.value**2 - 2 * rounding)
-        if below <= rounding:
-            return replace(low, converged=True)
-        if (factor := product.factor(below)) is None:
+def _find(ends: _Ends, apart: Apart, shape: tuple[int, int], steps: int | None, seed: int) -> tuple[Method, ...]:
+    """Find the ends of all blocks, and return how that was done."""
+    parts, budget = {apart.lines: 1}, DENSE_WORK
+    if apart.work(apart.lines) > budget:
+        parts = apart.parts()
+    by_frequency = any(len(wave.phases(real=True)) > 1 for wave in apart.waves) or (apart.waves and not apart.lines)
+    methods: dict[Method, None] = {"fourier": None} if by_frequency else {}  # in the order of first use
+    large: list[Block] = []
+    for lines in sorted(parts, key=apart.work):
+        budget -= apart.work(lines)
+        sides = apart.shape(lines)
+        if min(sides) > SMALLEST_SIDE and (budget < 0 or math.prod(sides) > DENSE_ELEMENTS):
+            large += (Block(weight, lines) for batch in apart.batches() for weight in batch)
             continue
-        error = low.value - math.sqrt(max(below - factor.rounding, 0.0))
-        if error > within:
-            return replace(low, converged=True)
-        return SingularValue(low.value, max(error, low.error), True, True)
-    return None
+        for batch in apart.batches() if min(sides) else ():
+            for some in (Block(weight, lines).dense() for weight in batch) if lines else (batch,):
+                ends.exact(torch.linalg.svdvals(some))
+                methods |= {} if apart.waves and not lines else {"dense": None}
+    for block in large:
+        methods |= dict.fromkeys(_largest(ends, block, steps, seed))
+    if sum(apart.repeats * count * min(apart.shape(lines)) for lines, count in parts.items()) < max(1, min(shape)):
+        ends.low = ends.least = 0.0  # a row or a column of zeros, or more of them than the others
+    else:
+        for block in large:
+            methods |= dict.fromkeys(_smallest(ends, block, steps, seed + 1))
+    return tuple(methods) or ("dense",)
 
 
-def _by_lanczos(matrix: ConvOperator, tolerance: float, steps: int | None, seed: int) -> Spectrum:
-    ends, taken = bidiagonalise(ShortSide(matrix), tolerance, steps, seed)
-    within = tolerance * ends.high
-    return Spectrum(
-        matrix.shape,
-        SingularValue(ends.high, max(ends.high_error, ends.high * ROUNDING), ends.high_error <= within),
-        SingularValue(ends.low, max(ends.low_error, ends.high * ROUNDING), ends.low_error <= within),
-        ("lanczos",),
-        taken,
-        tolerance,
-    )
+def _largest(ends: _Ends, block: Block, steps: int | None, seed: int) -> list[Method]:
+    """Take the largest of a block into account, and return what that took."""
+    if not block.weight.any():
+        ends.exact(torch.zeros(1))
+        return ["dense"]
+    bound, above = block.bound(GRID_WORK), 1 + 0.5 * ends.tolerance
+    methods: list[Method] = []
+    if bound > ends.high * above:
+        side = ShortSide(block)
+        gram, methods = Gram.of(side), ["lanczos"]
+        factor = gram.factor(-1, bound**2 * above) if gram and gram.work < INVERTED * side.work else None
+        if gram is None or factor is None:
+            _iterate(ends, side, side.gram, (1e-2, 1e-4, ends.tolerance), steps, seed)
+        else:
+            _iterate(ends, gram.side, partial(gram.solve, factor), (1e-3, 1e-6), steps, seed)
+        if gram is None:
+            bound = min(bound, block.bound(16 * GRID_WORK))
+        elif bound > ends.high * above:
+            methods = ["cholesky"]
+            rounding = gram.proves(-1, (ends.high * above) ** 2)
+            bound = bound if rounding is None else min(bound, math.sqrt((ends.high * above) ** 2 + rounding))
+    ends.most = max(ends.most, bound)
+    return methods
+
+
+def _smallest(ends: _Ends, block: Block, steps: int | None, seed: int) -> list[Method]:
+    """Take the smallest of a block into account, and return what that took."""
+    if not block.weight.any():
+        return []
+    side = ShortSide(block)
+    gram, over = Gram.of(side), block.bound(GRID_WORK) ** 2
+    if gram is None:
+        _iterate(ends, side, lambda x: over * x - side.gram(x), COARSER, steps, seed)
+        ends.least = 0.0
+        return ["lanczos"]
+    floor = _floor(gram, ends) if ends.least < math.inf else 0.0
+    if floor < ends.low - ends.tolerance * ends.high:  # something of this block may lie below what is known
+        shifts = (-gram.norm * 2.0**-power for power in range(46, 0, -4))  # a singular matrix needs some
+        factor = next((factor for shift in shifts if (factor := gram.factor(1, shift)) is not None), None)
+        if factor is not None:
+            _iterate(ends, gram.side, partial(gram.solve, factor), (1e-3, 1e-8), steps, seed)
+        del factor
+        floor = _floor(gram, ends)
+    ends.least = min(ends.least, floor)
+    return ["cholesky"]
+
+
+def _floor(gram: Gram, ends: _Ends) -> float:
+    """Return what a block has no singular value below, near under what is known already; 0 where that isn't proved."""
+    within = 0.5 * ends.tolerance * ends.high
+    # First just below it: where the smallest is small, an error of the whole tolerance makes its condition vague.
+    for gap in sorted({min(0.5 * ends.tolerance * ends.low + ends.rounding, within), within}):
+        floor = ends.low - gap
+        if floor > 0 and (rounding := gram.proves(1, floor**2)) is not None:
+            return math.sqrt(max(floor**2 - rounding, 0.0))
+    return 0.0
+
+
+class _EnoughError(Exception):
+    """An iteration has taken all of its steps."""
+
+
+def _iterate(
+    ends: _Ends,
+    side: ShortSide,
+    apply: Callable[[Any], Any],
+    tolerances: Sequence[float],
+    steps: int | None,
+    seed: int,
+) -> None:
+    """Count the norm of T on nearly an eigenvector of the largest eigenvalue of a Hermitian map.
+
+    It is found more accurately each time, from where the last one ended: what ARPACK doesn't finish it doesn't give.
+    """
+    from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
+
+    limit = max(40, min(PRODUCTS, ITERATION_WORK // max(1, side.work))) if steps is None else steps
+    taken = 0
+
+    def counted(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        nonlocal taken
+        if taken >= limit:
+            raise _EnoughError
+        taken += 1
+        return np.asarray(apply(torch.from_numpy(x.reshape(1, -1)))).reshape(-1)
+
+    random = torch.randn(side.size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    vector = random.to(side.block.weight.dtype).numpy()
+    matrix = LinearOperator((side.size, side.size), matvec=counted, dtype=vector.dtype)
+    with suppress(_EnoughError, ArpackError):
+        for tolerance in tolerances:
+            vector = eigsh(matrix, k=1, which="LA", v0=vector, tol=tolerance)[1][:, 0]
+            if side.measured(torch.from_numpy(vector[None]))[0] <= 0.5 * ends.tolerance * ends.high:
+                break  # the smallest is zero, as far as was asked
+    ends.found(*side.measured(torch.from_numpy(vector[None])), taken)

@@ -1,0 +1,323 @@
+"""A layer's matrix as the smaller ones that it falls apart into: their singular values together are its own.
+
+- A layer in groups has a block for each group.
+- Where an axis wraps around without a rest (O*s = I, each row the one before it moved by the stride), a Fourier
+  transform of both sides leaves a block for each frequency, in which the s inputs of a stride are channels (Sedghi,
+  Gupta, Long: The Singular Values of Convolutional Layers, 2019). A kernel as long as its stride, without padding, is
+  such an axis too, with the same block at every frequency.
+- On the other axes, outputs are connected with the inputs that they read; positions that no path connects never meet.
+  Dilation, stride and padding make such components, many of them alike.
+
+A transposed layer's matrix is the transpose of a plain one's, so that only plain tables come up here.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convtool.core.bound import U64, gamma
+from convtool.core.conv import Conv, swap_channels
+from convtool.core.flat import tensor_bits
+from convtool.core.geometry import Axis
+from convtool.core.taps import PADDED, Table, tap_table
+from convtool.errors import UsageError
+
+FINEST = 1 << 10  # frequencies for each degree of a symbol, at most
+CHUNK = 1 << 22  # numbers of the blocks that are made at a time
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Line:
+    """One axis of a matrix: `size` inputs, and which of them each tap of each output reads.
+
+    Attributes:
+        table: (outputs, taps)
+        axis: that it was made of.
+        copies: how many positions of the padded input hold the same input, at most.
+    """
+
+    size: int
+    table: Table
+    axis: Axis
+    copies: int = 1
+
+    @classmethod
+    def of(cls, axis: Axis, size: int, outputs: int) -> Line:
+        """Return a plain axis at one input size."""
+        table, copies = tap_table(axis, size, 0, outputs), 1
+        if axis.padding_mode != "zeros":
+            padded = replace(axis, kernel=1, stride=1, dilation=1)
+            copies = int(np.bincount(tap_table(padded, size)[:, 0]).max())
+        return cls(size, table, axis, copies)
+
+    @property
+    def wraps(self) -> bool:
+        """Whether each row is the one before it, moved by the stride, all around."""
+        outputs = len(self.table)
+        if self.size % outputs or (self.table == PADDED).any():
+            return False
+        moved = self.table - self.table[:1] - self.size // outputs * np.arange(outputs)[:, None]
+        return not (moved % self.size).any()
+
+    def components(self) -> Counter[Line]:
+        """Return the parts that have nothing to do with each other, equal ones once and counted; needs scipy."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        outputs = len(self.table)
+        row, tap = np.nonzero(self.table != PADDED)
+        edges = np.ones(len(row), dtype=np.int8), (row, outputs + self.table[row, tap])
+        _, label = connected_components(coo_array(edges, shape=(outputs + self.size,) * 2), directed=False)
+        nodes = np.argsort(label, kind="stable")
+        found: dict[tuple[int, bytes], Line] = {}
+        counts: Counter[Line] = Counter()
+        place = np.zeros(self.size, dtype=np.int64)
+        for part in np.split(nodes, np.cumsum(np.bincount(label))[:-1]):
+            rows, columns = part[part < outputs], part[part >= outputs] - outputs
+            place[columns] = np.arange(len(columns))
+            table = np.where(self.table[rows] == PADDED, PADDED, place[self.table[rows]])
+            line = found.setdefault((len(columns), table.tobytes()), Line(len(columns), table, self.axis, self.copies))
+            counts[line] += 1
+        return counts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Block:
+    """A matrix with a number for each pair of channels and each tap.
+
+    Attributes:
+        weight: (C_out, C_in, *taps) in float64 or complex128.
+        lines: of each axis.
+    """
+
+    weight: Tensor
+    lines: tuple[Line, ...]
+
+    @property
+    def sides(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """((C_out, outputs), (C_in, inputs))."""
+        (rows, columns), outputs = self.weight.shape[:2], math.prod(len(line.table) for line in self.lines)
+        return (rows, outputs), (columns, math.prod(line.size for line in self.lines))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns)."""
+        rows, columns = self.sides
+        return math.prod(rows), math.prod(columns)
+
+    def taps(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (C_out, C_in) the numbers of each tap that reads anything, of which outputs, and what these read."""
+        by_tap = self.weight.movedim((0, 1), (-2, -1))
+        for tap in itertools.product(*map(range, self.weight.shape[2:])):
+            place, live = np.zeros(1, dtype=np.int64), np.ones(1, dtype=bool)
+            for line, t in zip(self.lines, tap, strict=True):
+                column = line.table[:, t]
+                place = (place[:, None] * line.size + column).ravel()
+                live = (live[:, None] & (column != PADDED)).ravel()
+            if live.any():
+                yield by_tap[tap], torch.from_numpy(np.flatnonzero(live)), torch.from_numpy(place[live])
+
+    def dense(self) -> Tensor:
+        """Return the matrix itself."""
+        out = self.weight.new_zeros(*(part for side in self.sides for part in side))  # (C_out, outputs, C_in, inputs)
+        for numbers, output, source in self.taps():
+            out[:, output, :, source] += numbers
+        return out.reshape(self.shape)
+
+    def norm(self) -> float:
+        """Return a bound on the norm of the matrix of absolute values: the root of its largest row and column sums."""
+        side = ShortSide(Block(self.weight.abs(), self.lines))
+        ones = (torch.ones(1, size, dtype=torch.float64) for size in sorted(self.shape))
+        return math.sqrt(float(side.there(next(ones)).max()) * float(side.back(next(ones)).max()))
+
+    def bound(self, work: int) -> float:
+        """Return a bound on the largest singular value: the norm of the convolution of an endless input.
+
+        That one has the matrix as a part of it (of padding that copies inputs, once these are copied, by a map whose
+        norm is the root of the most copies of one). Its norm is the largest that its symbol's is at any frequency. For
+        a unit vector v, |H(f) v|^2 = p(f) is a trigonometric polynomial on each axis, of degree n, the steps of the
+        kernel; p(f) >= cos(n (f - f0) / 2)^2 p(f0) near where it is largest (M. Riesz; with more axes Pfister and
+        Bresler: Bounding Multivariate Trigonometric Polynomials, 2018), and of N points one is within pi/N of there.
+
+        Args:
+            work: multiply-adds that looking at a grid of frequencies may take, and some for each besides.
+        """
+        axes = [line.axis for line in self.lines]
+        steps = [axis.reach // axis.stride for axis in axes]
+        rows, columns = self.weight.shape[0], self.weight.shape[1] * math.prod(axis.stride for axis in axes)
+        each = rows * columns * min(rows, columns) + (1 << 14)
+        finer = (FINEST >> halvings for halvings in range(9))
+        fits = (fine for fine in finer if each * math.prod(fine * n or 1 for n in steps) <= work)
+        fine = next(fits, 2)
+        largest = 0.0
+        waves = [
+            Wave(np.arange(a.kernel) * a.dilation, a.stride, fine * n or 1) for a, n in zip(axes, steps, strict=True)
+        ]
+        for part in transformed(self.weight[None], waves):
+            product = part @ part.mH if rows <= columns else part.mH @ part
+            largest = max(largest, float(torch.linalg.eigvalsh(product).max()))
+        copies = math.prod(line.copies for line in self.lines)
+        between = math.cos(math.pi / 2 / fine) ** sum(n > 0 for n in steps)
+        return math.sqrt(max(largest, 0.0) * copies) / between * (1 + 2.0**-36)
+
+
+class ShortSide:
+    """A block, or its adjoint where that starts from the shorter side: from the longer one, T has zeros of its own.
+
+    Attributes:
+        flipped: whether it is the adjoint.
+        size, channels, positions: of the shorter side: size = channels * prod(positions).
+        terms: of the sums that a product with T* T takes.
+        work: multiply-adds of such a product.
+    """
+
+    def __init__(self, block: Block) -> None:
+        (rows, columns), sides = block.shape, block.sides
+        self.block, self.size, self.flipped = block, min(rows, columns), rows < columns
+        self._long, self._short = sides[::-1] if self.flipped else sides
+        self.channels = self._short[0]
+        self.positions = tuple(len(line.table) if self.flipped else line.size for line in block.lines)
+        self._taps = [(w.mH, i, o) if self.flipped else (w, o, i) for w, o, i in block.taps()]
+        readers = math.prod(int(np.bincount(line.table[line.table >= 0]).max(initial=1)) for line in block.lines)
+        self.terms = block.weight[0].numel() + len(block.weight) * readers
+        self.work = 2 * block.weight.numel() * sides[0][1]
+
+    def there(self, x: Tensor) -> Tensor:
+        """Return T x for the rows of x, (n, size)."""
+        return _through(self._taps, x.reshape(-1, *self._short), self._long)
+
+    def back(self, y: Tensor) -> Tensor:
+        """Return T* y for the rows of y."""
+        return _through([(w.mH, i, o) for w, o, i in self._taps], y.reshape(-1, *self._long), self._short)
+
+    def gram(self, x: Tensor) -> Tensor:
+        """Return T* T x for the rows of x."""
+        return self.back(self.there(x))
+
+    def measured(self, x: Tensor) -> tuple[float, float]:
+        """Return |T x| / |x|, which lies between the ends, and how far off that may be."""
+        image, rounding = self.there(x), gamma(4 * self.terms + 64, U64) * self.block.norm()
+        sums = (float(np.square(np.abs(part.numpy())).sum()) for part in (image, x))  # numpy adds up pair by pair
+        return math.sqrt(next(sums) / next(sums)), rounding
+
+
+def _through(taps: Sequence[tuple[Tensor, Tensor, Tensor]], x: Tensor, size: tuple[int, int]) -> Tensor:
+    out = x.new_zeros(len(x), *size)
+    for numbers, to, source in taps:
+        out.index_add_(2, to, numbers @ x[:, :, source])
+    return out.flatten(1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wave:
+    """The frequencies of an axis.
+
+    Attributes:
+        reads: (taps,) where each tap reads, relative to an output's own place.
+        stride: from one output's place to the next one's.
+        points: of a period.
+    """
+
+    reads: Table
+    stride: int
+    points: int
+
+    def phases(self, real: bool) -> Tensor:
+        """Return (frequencies, stride, taps) by what each tap's numbers go into which of the stride's inputs.
+
+        The sign of a frequency conjugates a real symbol, so half of them will do then.
+        """
+        step, place = np.divmod(self.reads, self.stride)
+        step = step - step.min()
+        count = self.points // 2 + 1 if real else self.points
+        turns = np.outer(np.arange(count if step.any() else 1), step) % self.points
+        out = np.zeros((len(turns), self.stride, len(step)), dtype=np.complex128)
+        out[:, place, np.arange(len(step))] = np.exp(2j * np.pi * turns / self.points)
+        return torch.from_numpy(out if step.any() else out.real.copy())
+
+
+def transformed(weights: Tensor, waves: Sequence[Wave], first: int = 3) -> Iterator[Tensor]:
+    """Yield (..., C_out, C_in, *taps) of all frequencies, some at a time; the axes from `first` on are transformed."""
+    if not waves:
+        yield weights
+        return
+    phases = waves[0].phases(not weights.is_complex())
+    each = weights[..., 0].numel() * waves[0].stride
+    for part in phases.split(max(1, CHUNK // max(1, each))):
+        kind = torch.promote_types(weights.dtype, part.dtype)
+        # (batch, C_out, C_in, *other taps, frequencies, stride)
+        moved = torch.tensordot(weights.movedim(first, -1).to(kind), part.to(kind), dims=([-1], [2]))
+        moved = moved.movedim(-2, 1).movedim(-1, 4).flatten(3, 4).flatten(0, 1)
+        yield from transformed(moved, waves[1:], first)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Apart:
+    """A layer's matrix in pieces.
+
+    Attributes:
+        weights: (groups, C_out, C_in, *taps) the groups that differ.
+        waves: the axes that are transformed; they stand in front.
+        lines: the others.
+        repeats: how many blocks there are for each component of `lines`, equal ones too.
+    """
+
+    weights: Tensor
+    waves: tuple[Wave, ...]
+    lines: tuple[Line, ...]
+    repeats: int
+
+    @classmethod
+    def of(cls, conv: Conv, input_size: Sequence[int]) -> Apart:
+        """Take a layer's matrix apart, at one input size."""
+        geometry, weight, output_size = conv.geometry, conv.exact().weight, conv.output_size(input_size)
+        sizes = zip(geometry.axes, input_size, output_size, strict=True)
+        if geometry.transposed:
+            weight = swap_channels(weight, geometry.groups)
+            plain = (replace(axis, transposed=False, output_padding=0) for axis in geometry.axes)
+            sizes = zip(plain, output_size, input_size, strict=True)
+        lines = [Line.of(axis, size, outputs) for axis, size, outputs in sizes]
+        groups = {tensor_bits(part).numpy().tobytes(): part for part in weight.chunk(geometry.groups)}
+        wraps = [number for number, line in enumerate(lines) if line.wraps]
+        others = [number for number, line in enumerate(lines) if not line.wraps]
+        waves = [Wave(line.table[0], line.size // len(line.table), len(line.table)) for line in lines if line.wraps]
+        weights = torch.stack(tuple(groups.values())).permute(0, 1, 2, *(3 + number for number in wraps + others))
+        repeats = geometry.groups * math.prod(wave.points for wave in waves)
+        return cls(weights, tuple(waves), tuple(lines[number] for number in others), repeats)
+
+    def shape(self, lines: Sequence[Line]) -> tuple[int, int]:
+        """Return (rows, columns) of the block of some component of `lines`."""
+        rows, columns = self.weights.shape[1:3]
+        columns *= math.prod(wave.stride for wave in self.waves)
+        return rows * math.prod(len(line.table) for line in lines), columns * math.prod(line.size for line in lines)
+
+    def work(self, lines: Sequence[Line]) -> int:
+        """Return short * short * long of all that differ of the blocks of some component of `lines`, added up."""
+        shape = self.shape(lines)
+        differ = len(self.weights) * math.prod(len(wave.phases(real=True)) for wave in self.waves)
+        return differ * min(shape) ** 2 * max(shape)
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield (blocks, C_out, C_in, *taps) the weights of all that differ, some at a time."""
+        yield from transformed(self.weights, self.waves)
+
+    def parts(self) -> Counter[tuple[Line, ...]]:
+        """Return the components of `lines`, equal ones once and counted; UsageError where scipy isn't installed."""
+        try:
+            import scipy  # noqa: F401
+        except ImportError:
+            raise UsageError(
+                "singular values of a layer this large need scipy: pip install 'convtool[scipy]'"
+            ) from None
+        counts: Counter[tuple[Line, ...]] = Counter()
+        for parts in itertools.product(*(line.components().items() for line in self.lines)):
+            counts[tuple(line for line, _ in parts)] = math.prod(count for _, count in parts)
+        return counts

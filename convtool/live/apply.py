@@ -50,7 +50,7 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
     ...     torch.save(model.state_dict(), f"{folder}/net.pt")
     ...     code = run_app(["fuse", f"{folder}/net.pt", "0", "1", "-o", f"{folder}/fused.pt"])
     ...     convtool.apply(model, f"{folder}/fused.pt")
-    0 + 1 -> 0
+    assumed: 0: stride 1, ...
     ...
     Sequential(
       (0): Conv2d(2, 3, kernel_size=(3, 1), stride=(1, 1))

@@ -471,3 +471,9 @@ def test_weights_and_tolerances_that_do_not_do() -> None:
     conv.weight[0, 0, 0, 0] = math.nan
     with pytest.raises(InputError, match="not finite"):
         spectrum(conv, (4, 5))
+
+
+def test_numbers_of_8_bits_have_singular_values_too() -> None:
+    weight = real_numbers(0, 3, 2, 3).to(torch.float8_e4m3fn)
+    found = spectrum(Conv(weight, None, Geometry.of((3,))), (7,))
+    assert found.largest.value == spectrum(Conv(weight.double(), None, Geometry.of((3,))), (7,)).largest.value

@@ -117,7 +117,7 @@ def spectrum(
     """
     if not 0 < tolerance < 1:
         raise UsageError(f"tolerance: expected a number between 0 and 1, got {tolerance:g}")
-    if not bool(conv.weight.isfinite().all()):
+    if not bool(conv.exact().weight.isfinite().all()):
         raise InputError("the weight holds values that are not finite; its matrix has no singular values")
     # Squares are formed on the way, and sums: of numbers near 1, whatever the weights.
     exact, shape = conv.without_bias().exact(), ConvOperator(conv, input_size).shape

@@ -27,7 +27,6 @@ class Scale(Kind):
     tensors = ("gamma", "layer_scale_parameter", "lambda1")  # as timm and transformers call them
     fields = {"factor": NUMBER}
     written = True
-    channels_last = False
     parameter = True
     operations = ("aten.mul.Tensor", "aten.mul_.Tensor")
 

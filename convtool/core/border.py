@@ -92,7 +92,7 @@ class Border:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Where a fusion is exact: over all input sizes, or at the one asked about.
+    """Say where a fusion is exact: over all input sizes, or at the one asked about.
 
     Attributes:
         exact: the decision.
@@ -125,7 +125,7 @@ class Verdict:
 
 
 def decide(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int] | None = None) -> Verdict:
-    """Whether a layer of geometry `fused` can stand for the chain exactly.
+    """Decide whether a layer of geometry `fused` can stand for the chain exactly.
 
     Args:
         chain: the layers, first to last; of their numbers only whether a bias is zero is looked at.
@@ -160,7 +160,7 @@ def decide(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int] | N
 
 
 def all_of(verdicts: Sequence[Verdict]) -> Verdict:
-    """The verdict on a sum, from those on its branches: exact where all are."""
+    """Combine the verdicts on a sum's branches: exact where all are."""
     axes = range(len(verdicts[0].rim))
     inexact = [verdict for verdict in verdicts if not verdict.exact]
     return Verdict(
@@ -174,7 +174,7 @@ def all_of(verdicts: Sequence[Verdict]) -> Verdict:
 
 
 def border_at(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int]) -> Border:
-    """The comparison at one input size, position by position; see `decide`."""
+    """Compare at one input size, position by position; see `decide`."""
     biased = tuple(conv.has_bias for conv in chain)
     size = tuple(input_size)
     for conv in chain:
@@ -209,7 +209,7 @@ def _compare_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axi
 def _compose_axis_tables(
     layers: tuple[Axis, ...], biased: tuple[bool, ...], size: int
 ) -> tuple[Table, npt.NDArray[np.int64], Mask]:
-    """What the chain's taps read: table (O, columns), each column's offset within the fused kernel, lost biases (O,).
+    """Return what the chain's taps read: table (O, columns), each column's offset in the fused kernel, lost biases.
 
     Columns that agree in offset and in every entry are merged, so that the table stays about as wide as the fused
     kernel however long the chain.
@@ -296,7 +296,7 @@ def _both_run(layers: tuple[Axis, ...], fused: Axis, size: int) -> bool:
 
 
 def _rim(mask: Mask) -> tuple[int, int]:
-    """Length of the mask's leading part and of its trailing part that hold all its True entries."""
+    """Return the length of the mask's leading part and of its trailing part that hold all its True entries."""
     where = np.flatnonzero(mask)
     if not len(where):
         return 0, 0

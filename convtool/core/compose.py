@@ -37,7 +37,7 @@ from convtool.errors import RefusedError, UsageError
 
 
 def compose_geometry(first: Geometry, second: Geometry) -> Geometry:
-    """The geometry of the one layer that does `second` after `first`.
+    """Return the geometry of the one layer that does `second` after `first`.
 
     Raises:
         RefusedError: no single layer has that form.
@@ -78,7 +78,7 @@ _NOWHERE = AxisComposition(Axis(kernel=1), 0, 1, 1)  # the axis that a layer wit
 
 
 def compose_axis(first: Axis, second: Axis, mode: PaddingMode) -> AxisComposition:
-    """One axis of `compose_geometry`, with the place of each pair of taps."""
+    """Compose one axis of `compose_geometry`, with the place of each pair of taps."""
     # All four cases are one. The layer whose taps keep their spacing is `outer`: the first of two plain ones, and a
     # transposed one wherever it is the second. The other's are spread by the stride in between, and run backwards where
     # only one of the two is transposed, since t*d then stands on opposite sides of i = o*s - p + t*d.
@@ -110,7 +110,7 @@ def compose_axis(first: Axis, second: Axis, mode: PaddingMode) -> AxisCompositio
 
 
 def _with_small_output_padding(axis: Axis) -> Axis:
-    """The same layer with output padding below stride or dilation, as torch wants it: zero taps at the end do the rest.
+    """Bring output padding below stride or dilation, as torch wants it: zero taps at the end do the rest.
 
     Both make the output longer, a tap by the dilation.
     """
@@ -161,7 +161,7 @@ def compose_chain(chain: Sequence[Conv]) -> Conv:
 
 
 def _cheapest_splits(chain: Sequence[Conv]) -> dict[tuple[int, int], int]:
-    """Where to split each range of layers for the fewest multiply-adds: the matrix chain's dynamic programming."""
+    """Find where to split each range of layers for the fewest multiply-adds, as for a product of matrices."""
     count = len(chain)
     shape: dict[tuple[int, int], Geometry] = {}
     for first in range(count):
@@ -211,7 +211,7 @@ def _padding_mode(first: Geometry, second: Geometry) -> PaddingMode:
 
 
 def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
-    """The kernels convolved with each other, (C_out, C_in/groups, *kernel).
+    """Convolve the kernels with each other, (C_out, C_in/groups, *kernel).
 
     The channels in between are cut where either layer's groups cut them, into lcm(g1, g2) pieces: piece by piece the
     layers are dense, and the products fill exactly the blocks of the fused weight that aren't structurally zero.
@@ -306,7 +306,7 @@ def _meet(total: Tensor, g1: int, g2: int) -> Tensor:
 
 
 def _landing(plan: AxisComposition, taps: int, tap: int) -> slice:
-    """Where the first layer's taps land, in ascending order, for one tap of the second."""
+    """Return where the first layer's taps land, in ascending order, for one tap of the second."""
     start = (plan.base + tap * plan.step2 + min(0, plan.step1) * (taps - 1)) // plan.axis.dilation
     step = max(1, abs(plan.step1) // plan.axis.dilation)
     return slice(start, start + (taps - 1) * step + 1, step)

@@ -18,7 +18,7 @@ from convtool.errors import UsageError
 
 
 def forward(conv: Conv, x: Tensor) -> Tensor:
-    """The layer's output for x, computed in x's dtype.
+    """Return the layer's output for x, computed in x's dtype.
 
     Args:
         x: (N, C_in, *input_size)
@@ -48,7 +48,7 @@ def forward(conv: Conv, x: Tensor) -> Tensor:
 
 
 def _only_scales(conv: Conv) -> bool:
-    """Whether each output is one input times a number: a depthwise 1x1 layer, as a batch norm is."""
+    """Tell whether each output is one input times a number: a depthwise 1x1 layer, as a batch norm is."""
     geometry = conv.geometry
     plain = set(geometry.kernel_size) == {1} and set(geometry.stride) == {1} and not geometry.padded
     return plain and not geometry.transposed and geometry.groups == conv.in_channels == conv.out_channels

@@ -268,7 +268,7 @@ def explain(
 
 
 def _is_exact_with_early_padding(chain: Sequence[Conv], fused: Geometry) -> bool:
-    """Whether the chain becomes the fused layer, exactly, once its first layer does all of the padding.
+    """Tell whether the chain becomes the fused layer, exactly, once its first layer does all of the padding.
 
     Always so for plain layers; a transposed layer's padding crops, and may have no counterpart.
     """

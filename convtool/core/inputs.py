@@ -62,16 +62,16 @@ class Impulses:
         return self
 
     def to(self, device: torch.device) -> Impulses:
-        """The same on another device."""
+        """Return these inputs on another device."""
         rows = None if self.rows is None else tuple(row.to(device) for row in self.rows)
         return replace(self, chosen=self.chosen.to(device), positions=self.positions.to(device), rows=rows)
 
     def into(self, following: Sequence[Tree[Leaf]]) -> Impulses:
-        """The same for a layer in front of `following`: with all output rows, unless these keep to their place."""
+        """Return these inputs for a layer before `following`: with all output rows, unless those keep places."""
         return self if self.rows is None or _keep_place(following) else replace(self, rows=None)
 
     def wanted(self, out: Tensor, following: Sequence[Tree[Leaf]]) -> Tensor:
-        """The wanted rows of a chain's output, (N, C_out, *output_size), where its first layer gave all."""
+        """Pick the wanted rows of a chain's output, (N, C_out, *output_size), where its first layer gave all."""
         if self.rows is None or _keep_place(following):
             return out
         for axis, rows in enumerate(self.rows, 2):
@@ -82,7 +82,7 @@ class Impulses:
         return len(self.chosen)
 
     def dense(self) -> Tensor:
-        """The inputs written out, (N, C, *size) in float64."""
+        """Write the inputs out, (N, C, *size) in float64."""
         x = torch.zeros(len(self), self.groups, self.channels // self.groups, *self.size, dtype=torch.float64)
         for number, (channel, position) in enumerate(zip(self.chosen.tolist(), self.positions.tolist(), strict=True)):
             x[(number, slice(None), channel, *position)] = 1.0
@@ -110,7 +110,7 @@ Leaf = TypeVar("Leaf", bound=HasGeometry)
 
 
 def _keep_place(trees: Sequence[Tree[Leaf]]) -> bool:
-    """Whether every layer gives at a place what it makes of its input at that place alone: 1x1, as batch norms are."""
+    """Tell whether every layer gives at a place what it makes of its input there alone: 1x1, as batch norms are."""
     return all(
         set(leaf.geometry.kernel_size) <= {1} and set(leaf.geometry.stride) <= {1} and not leaf.geometry.padded
         for tree in trees
@@ -119,7 +119,7 @@ def _keep_place(trees: Sequence[Tree[Leaf]]) -> bool:
 
 
 def apply(tree: Expression, x: Input) -> Tensor:
-    """The tree's output, (N, C_out, *output_size)."""
+    """Return the tree's output, (N, C_out, *output_size)."""
     if isinstance(x, Tensor):
         return run(tree, x)
     if isinstance(tree, Chain):
@@ -197,7 +197,7 @@ def plan_impulses(
     seed: int,
     exhaustive: bool,
 ) -> ImpulsePlan:
-    """The impulses for one input size.
+    """Plan the impulses for one input size.
 
     Args:
         trees: both sides.
@@ -236,7 +236,7 @@ def _reached(
     size: tuple[int, ...],
     positions: Sequence[tuple[int, ...]],
 ) -> tuple[tuple[Tensor, ...] | None, ...]:
-    """For each position, the output rows on each axis where a tap of any of the geometries reads it; None for all."""
+    """Return for each position the output rows on each axis where a tap of some geometry reads it; None for all."""
     if len(geometries) < len(trees):  # not every tree has a single layer's geometry
         return (None,) * len(positions)
     found: list[dict[int, Tensor]] = []
@@ -251,7 +251,7 @@ def _reached(
 
 
 def _covering(tables: Sequence[Table], size: int) -> list[int]:
-    """Positions of one axis at which every tap is met: by itself, where it can be; the middle ones first."""
+    """Choose positions of one axis at which every tap is met: by itself, where it can be; the middle ones first."""
     if not tables or sum(table.shape[1] for table in tables) * size > COVER_ENTRIES:
         return list(range(size))
     met = np.concatenate([_met(table, size) for table in tables])  # (taps of all tables, size)
@@ -285,7 +285,7 @@ def _met(table: Table, size: int) -> npt.NDArray[np.bool_]:
 
 
 def _response_work(tree: Expression, size: tuple[int, ...]) -> int:
-    """Multiply-adds of a tree's answer to one impulse; looking a number up takes as long as some of them."""
+    """Count the multiply-adds of a tree's answer to one impulse; looking a number up takes as long as some of them."""
     if isinstance(tree, Sum):
         return sum(_response_work(part, size) for part in tree.parts)
     if isinstance(tree, Chain):
@@ -300,7 +300,7 @@ def _response_work(tree: Expression, size: tuple[int, ...]) -> int:
 def dense_inputs(
     channels: int, size: tuple[int, ...], trials: int, seed: int, widest: int
 ) -> Iterator[tuple[str, Tensor]]:
-    """Batches of inputs (N, C, *size) in float64, each with the name of its kind: normals, zero, a constant.
+    """Yield batches of inputs (N, C, *size) in float64, each with the name of its kind: normals, zero, a constant.
 
     Args:
         widest: numbers for one input in the widest layer; sets the batches' size.
@@ -320,12 +320,12 @@ def dense_inputs(
 
 
 def dense_count(trials: int) -> int:
-    """How many inputs `dense_inputs` makes of so many trials."""
+    """Return how many inputs `dense_inputs` makes of so many trials."""
     return trials + 2
 
 
 def impulse_inputs(plan: ImpulsePlan, size: tuple[int, ...], widest: int) -> Iterator[Impulses]:
-    """The planned impulses in batches; see `dense_inputs`."""
+    """Yield the planned impulses in batches; see `dense_inputs`."""
     batch = max(1, BATCH_ELEMENTS // max(1, widest))
 
     def impulses(places: Sequence[tuple[tuple[int, ...], int]], rows: tuple[Tensor, ...] | None) -> Impulses:
@@ -344,13 +344,13 @@ def impulse_inputs(plan: ImpulsePlan, size: tuple[int, ...], widest: int) -> Ite
 
 
 def taps_read(geometry: Geometry, size: tuple[int, ...]) -> tuple[int, int]:
-    """How many of a kernel's taps some output reads the input with at this size, and of how many."""
+    """Count of a kernel's taps those that some output reads the input with at this size, and of how many."""
     read = [int((tap_table(axis, n) != PADDED).any(axis=0).sum()) for axis, n in zip(geometry.axes, size, strict=True)]
     return math.prod(read), math.prod(geometry.kernel_size)
 
 
 def widest_layer(tree: Expression, size: tuple[int, ...]) -> int:
-    """Numbers of one input in the widest place of a tree: its input, any output, or the kernel pieces of an impulse."""
+    """Count numbers of one input where a tree is widest: its input, an output, or an impulse's kernel pieces."""
     if isinstance(tree, Sum):
         return sum(widest_layer(part, size) for part in tree.parts)
     if isinstance(tree, Chain):

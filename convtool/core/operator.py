@@ -74,7 +74,7 @@ class ConvOperator:
 
 
 def operator(conv: Conv, input_size: Sequence[int], *, dtype: torch.dtype | None = None) -> LinearOperator:
-    """The layer's matrix as a scipy LinearOperator, for iterative solvers; nothing of it is built. Needs scipy.
+    """Return the layer's matrix as a scipy LinearOperator, for iterative solvers; nothing of it is built. Needs scipy.
 
     It has matvec, rmatvec, matmat and rmatmat; the bias is left out, as in `toeplitz`.
 

@@ -72,7 +72,7 @@ def patches_to_linear(conv: Conv) -> Tensor:
 def matrix_to_conv(
     weight: Tensor, bias: Tensor | None, geometry: Geometry, input_size: Sequence[int]
 ) -> tuple[Conv, Residual]:
-    """The convolution whose matrix comes nearest to a linear layer's weight, and how near that is.
+    """Find the convolution whose matrix comes nearest to a linear layer's weight, and how near that is.
 
     Args:
         weight: (C_out * prod(output_size), C_in * prod(input_size))
@@ -150,7 +150,7 @@ def _gather_axis(entries: Tensor, number: int, axes: int, axis: AxisSlots) -> Te
 
 
 def _met(axis: AxisSlots) -> int:
-    """How many taps of an axis read the input anywhere."""
+    """Return how many taps of an axis read the input anywhere."""
     used = axis.subsets[axis.columns != PADDED]
     return int((axis.members[used] > 0).any(0).sum())
 

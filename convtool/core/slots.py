@@ -33,7 +33,7 @@ class AxisSlots:
         return bool(subsets > kernel)
 
     def adjoint(self, rows: int) -> AxisSlots:
-        """The same axis read the other way: for each of `rows` input positions the output positions that use it."""
+        """Read the axis the other way: for each of `rows` input positions the output positions that use it."""
         output, slot = np.nonzero(self.columns != PADDED)  # ascending in output
         column = self.columns[output, slot]
         order = np.argsort(column, kind="stable")  # by input position, output ascending within it
@@ -48,7 +48,7 @@ class AxisSlots:
 
 
 def axis_slots(table: Table) -> AxisSlots:
-    """The slots of one axis from its tap table, taps that share a column merged."""
+    """Read the slots of one axis off its tap table, taps that share a column merged."""
     kernel = table.shape[1]
     last = np.iinfo(np.int64).max
     keyed = np.where(table == PADDED, last, table)  # padded taps sort to the end

@@ -130,7 +130,7 @@ class Tallies:
         """Count outputs (N, C_out, *output_size), those expected, those found, and their bound."""
         error, ratio = ratios(expected, found, bound)
         for part in (self.interior, self.rim):
-            part.add(kind, x, error, ratio, bound, expected.abs())
+            part.add(kind, x, error, ratio, bound, expected)
 
 
 class Tally:
@@ -140,7 +140,7 @@ class Tally:
         self._mask, self._differs = mask, torch.zeros_like(mask)
         self._worst = Worst()
 
-    def add(self, kind: str, x: Input, error: Tensor, ratio: Tensor, bound: Tensor, size: Tensor) -> None:
+    def add(self, kind: str, x: Input, error: Tensor, ratio: Tensor, bound: Tensor, expected: Tensor) -> None:
         """Count a batch; see `Tallies.add`."""
         rows = x.rows if isinstance(x, Impulses) else None
         grid = torch.meshgrid(*rows, indexing="ij") if rows else ...  # of output positions
@@ -148,6 +148,7 @@ class Tally:
         positions = int(mask.sum())
         if not positions or not error.numel():
             return
+        size = expected.abs()
         if positions < mask.numel():
             ratio = torch.where(mask, ratio, -1.0)  # below all others, so that the largest is inside
             error, size = torch.where(mask, error, 0.0), torch.where(mask, size, 0.0)

@@ -28,7 +28,7 @@ PADDED = -1  # a tap that reads a padded zero, or that a transposed convolution 
 
 
 def tap_table(axis: Axis, size: int, start: int = 0, stop: int | None = None) -> Table:
-    """Rows start:stop (all by default) of the axis's tap table for `size` input positions, shape (rows, kernel)."""
+    """Return rows start:stop (all by default) of the axis's tap table for `size` input positions, (rows, kernel)."""
     stop = axis.output_size(size) if stop is None else stop
     if (stop - start) * axis.kernel > MOST_ENTRIES:
         raise UsageError(f"an axis of {stop - start} outputs with {axis.kernel} taps each is too long for a tap table")
@@ -49,7 +49,7 @@ def tap_table(axis: Axis, size: int, start: int = 0, stop: int | None = None) ->
 
 
 def compose_tables(first: Table, second: Table) -> Table:
-    """What `second` reads through `first`: entry [o, t2, t1] = first[second[o, t2], t1]; a padded tap stays padded.
+    """Return what `second` reads through `first`: [o, t2, t1] = first[second[o, t2], t1]; a padded tap stays padded.
 
     Args:
         first: (O1, columns) table of the first layer, or of several composed.

@@ -68,7 +68,7 @@ class Template(NamedTuple):
     sources: npt.NDArray[np.int64]  # (entries,) where among the channel's values each value stands
 
     def of(self, run: Run) -> Template:
-        """That of a run's part of the tile."""
+        """Return that of a run's part of the tile."""
         first, last = run.part
         here = slice(int(self.starts[first]), int(self.starts[last]))
         return Template(self.starts[first : last + 1] - here.start, self.columns[here], self.sources[here])
@@ -114,7 +114,7 @@ class ChannelRows:
         return self.entries_before(self.positions)
 
     def entries_before(self, position: int) -> int:
-        """Entries in the rows of all positions before this one."""
+        """Count the entries in the rows of all positions before this one."""
         if position == self.positions:
             before = math.prod(int(starts[-1]) for starts in self._counts_before)
         else:
@@ -150,7 +150,7 @@ class ChannelRows:
         return np.unravel_index(position, self._row_size) if self._row_size else ()
 
     def runs(self, start: int, stop: int) -> list[Run]:
-        """Positions start:stop cut into runs of at most `RUN_ENTRIES` entries (one tile at least)."""
+        """Cut positions start:stop into runs of at most `RUN_ENTRIES` entries (one tile at least)."""
         return self._all_runs if (start, stop) == (0, self.positions) else list(self._find_runs(start, stop))
 
     @cached_property
@@ -189,7 +189,7 @@ class ChannelRows:
         return 0, 1, 1
 
     def _tile(self, position: int) -> Tile:
-        """The tile that a position is in."""
+        """Return the tile that a position is in."""
         if not self._row_size:
             return Tile(0, 1, (), 0)
         number, step, inner = self._tiling
@@ -210,7 +210,7 @@ class ChannelRows:
         return Tile((offset + begin) * inner, (offset + end) * inner, tuple(pattern), shift)
 
     def _range(self, number: int, start: int, stop: int) -> tuple[int, int]:
-        """What positions start:stop of an axis look like, as a number, and the lowest column that they have."""
+        """Return what positions start:stop of an axis look like, as a number, and the lowest column that they have."""
         key = number, start, stop
         with self._lock:
             if key not in self._ranges:
@@ -225,7 +225,7 @@ class ChannelRows:
             return self._ranges[key]
 
     def template(self, run: Run, dtype: npt.DTypeLike) -> Template:
-        """What each tile of a run looks like, with columns of that dtype."""
+        """Return what each tile of a run looks like, with columns of that dtype."""
         key = (dtype, *run.tile.pattern)
         with self._lock:
             if key not in self._templates:

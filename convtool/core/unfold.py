@@ -22,7 +22,7 @@ from convtool.errors import UsageError
 
 
 def gather_taps(x: Tensor, geometry: Geometry) -> Tensor:
-    """What every tap of every output position reads.
+    """Return what every tap of every output position reads.
 
     Args:
         x: (N, C, *input_size)
@@ -48,7 +48,7 @@ def gather_taps(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def unfold(x: Tensor, geometry: Geometry) -> Tensor:
-    """im2col: (N, C * prod(kernel_size), prod(output_size)), as torch.nn.functional.unfold, for any geometry.
+    """Return the im2col form, (N, C * prod(kernel_size), prod(output_size)), as torch's unfold, of any geometry.
 
     Args:
         x: (N, C, *input_size)
@@ -64,7 +64,7 @@ def unfold(x: Tensor, geometry: Geometry) -> Tensor:
 
 
 def kernel_matrix(conv: Conv) -> Tensor:
-    """W, (C_out, C_in * prod(kernel_size)): the kernel as a matrix, block diagonal where there are groups."""
+    """Return W, (C_out, C_in * prod(kernel_size)), the kernel as a matrix, block diagonal where there are groups."""
     groups = conv.geometry.groups
     flat = conv.weight.flatten(1)  # (C_out, C_in/groups * prod(kernel_size))
     if groups == 1:

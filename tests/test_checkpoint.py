@@ -7,8 +7,8 @@ import copy
 import itertools
 import json
 import os
-import shutil
 import warnings
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ from convtool.checkpoint.record import FusionRecord, Record, SourceLayer, loads
 from convtool.cli.app import run_app
 from convtool.core.names import unwrap
 from convtool.core.tree import Chain, Sum, map_leaves
-from convtool.errors import InputError, OutputError, RefusedError, UsageError
-from convtool.formats.sidecar import record_path
+from convtool.errors import InputError, RefusedError, UsageError
 from convtool.kinds.found import group_layers
 
 SUFFIXES = (".safetensors", ".pt")
@@ -363,7 +362,8 @@ def test_a_record_that_cannot_be_read_is_named_when_it_is_asked_for(
 ) -> None:
     path = save(small_network(), tmp_path / f"in{suffix}", {"convtool": text})
     if suffix == ".pt":
-        record_path(path).write_text(text)
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("in/convtool.json", text)
     opened = open_checkpoint(path)
     assert opened.tensor("head.weight").shape == (2, 5)
     with pytest.raises(InputError, match=message):
@@ -392,31 +392,17 @@ def test_a_record_travels_with_its_file(tmp_path: Path, suffix: str) -> None:
     assert open_checkpoint(out).record == RECORD
     write_edited(opened, Edit.nothing(), out, None, force=True)
     assert open_checkpoint(out).record is None
-    assert not record_path(out).exists()
 
 
-def test_the_record_of_another_file_is_not_taken_for_this_one_s(tmp_path: Path) -> None:
-    out = tmp_path / "out.pt"
-    opened = open_checkpoint(save(small_network(), tmp_path / "in.pt"))
+@pytest.mark.parametrize("options", [{}, {"weights_only": False}, {"mmap": True}], ids=str)
+def test_torch_passes_over_the_record_in_its_file(tmp_path: Path, options: dict[str, Any]) -> None:
+    out, state = tmp_path / "out.pt", small_network()
+    opened = open_checkpoint(save(state, tmp_path / "in.pt"))
     write_edited(opened, Edit.nothing(), out, RECORD, force=False)
-    shutil.copy(tmp_path / "in.pt", out)
-    with pytest.raises(InputError, match=r"out\.pt\.convtool\.json: is the record of another file than out\.pt"):
-        _ = open_checkpoint(out).record
-
-
-def test_a_record_of_two_files_serves_both(tmp_path: Path) -> None:
-    """What stands beside a torch file between the two renames of a write."""
-    old, new = tmp_path / "old.pt", tmp_path / "new.pt"
-    opened = open_checkpoint(save(small_network(), tmp_path / "in.pt"))
-    write_edited(opened, Edit.nothing(), old, RECORD, force=False)
-    newer = RECORD.appended(
-        "2", [replace(RECORD.fusions[0], name="d", tree=Chain((SourceLayer("d", kind("conv"), {}), SOURCES[2])))]
-    )
-    write_edited(opened, Edit.of(["head.weight"], {}, ""), new, newer, force=False)
-    both = {"files": [json.loads(record_path(path).read_text()) for path in (new, old)]}
-    for path, record in ((old, RECORD), (new, newer)):
-        record_path(path).write_text(json.dumps(both))
-        assert open_checkpoint(path).record == record
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pt", "out.pt"]  # and nothing beside it
+    loaded = torch.load(out, **options)
+    assert loaded.keys() == state.keys()
+    assert all(same_bits(loaded[name], state[name]) for name in state)
 
 
 # Edits
@@ -462,14 +448,6 @@ def test_an_unknown_suffix_is_refused_before_anything_is_written(tmp_path: Path,
     with pytest.raises(UsageError, match=r"expected a name that ends in \.safetensors, \.pt"):
         write_edited(opened, Edit.nothing(), tmp_path / name, None, force=False)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_record_that_cannot_be_replaced_is_said(tmp_path: Path) -> None:
-    record_path(tmp_path / "out.pt").mkdir()
-    opened = open_checkpoint(save(small_network(), tmp_path / "in.pt"))
-    with pytest.raises(OutputError, match=r"out\.pt\.convtool\.json: is a folder"):
-        write_edited(opened, Edit.nothing(), tmp_path / "out.pt", RECORD, force=True)
-    assert not (tmp_path / "out.pt").exists()
 
 
 def test_what_a_nested_file_holds_beside_its_state_dict_is_not_dropped_silently(tmp_path: Path) -> None:

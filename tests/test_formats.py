@@ -70,7 +70,6 @@ class Toy(ModuleType):
     """The module of the format; in a file of its own these would be its functions and constants."""
 
     NAME = "toy"
-    BESIDE: tuple[str, ...] = ()
     LAYOUTS: tuple[Layout, ...] = ("coo",)
     STORES_BIAS = True
     COO_INDICES = None

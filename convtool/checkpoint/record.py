@@ -1,7 +1,7 @@
 """What convtool did to a checkpoint, as the JSON that travels with it.
 
-In .safetensors it is the value of `__metadata__["convtool"]`; beside a .pt it is the file OUT.convtool.json. It holds
-no time and no path, so that equal inputs give equal files.
+In .safetensors it is the value of `__metadata__["convtool"]`; in a torch zip it is the member ROOT/convtool.json, which
+torch.load passes over. It holds no time and no path, so that equal inputs give equal files.
 """
 
 from __future__ import annotations

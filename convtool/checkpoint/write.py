@@ -84,8 +84,8 @@ def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, s
     if is_folder(path, source, shard_size):
         _check_folder(path, source, force=force)
         return
-    for end in ("", *format_of(path).BESIDE):
-        check_target(path.with_name(path.name + end), force=force)
+    format_of(path)
+    check_target(path, force=force)
 
 
 def plan_edited(
@@ -120,7 +120,7 @@ def plan_edited(
     if is_folder(path, source, shard_size):
         return _plan_folder(source, edit, path, record, options, force=force)
     plan = plan_file(source, edit, path, format_of(path), record, options)
-    return WritePlan(path, plan.files(path), lambda progress: plan.write(path, force=force, progress=progress))
+    return WritePlan(path, {path: plan.size}, lambda progress: plan.write(path, force=force, progress=progress))
 
 
 def is_folder(path: Path, source: Checkpoint | None, shard_size: int | None) -> bool:
@@ -171,8 +171,7 @@ def _left_behind(source: Checkpoint, folder: Path) -> list[str]:
         return []
     if source.index is None and CONFIGURATION not in names:
         return []  # a file among others that have nothing to do with it
-    beside = (end for suffix in CHECKPOINTS for end in checkpoint_format(suffix).BESIDE)
-    ours = (*CHECKPOINTS, INDEX_SUFFIX, *beside)
+    ours = (*CHECKPOINTS, INDEX_SUFFIX)
     return [name for name in names if not (name.endswith(ours) or name[0] == "." or (folder / name).exists())]
 
 

@@ -41,10 +41,6 @@ class CheckpointFormat(Protocol):
     def NAME(self) -> str:  # noqa: N802
         """What `inspect` calls it."""
 
-    @property
-    def BESIDE(self) -> tuple[str, ...]:  # noqa: N802
-        """What is appended to a file's name for those that stand beside it."""
-
     def recognises(self, start: bytes, /) -> bool:
         """Tell whether a file that begins so could be one."""
 

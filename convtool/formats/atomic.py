@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from convtool.errors import OutputError, human_bytes
 
@@ -80,25 +80,18 @@ class FilePlan:
         size: in bytes, exactly.
         fill: writes all of it to a file from the start.
         check: opens what was written with another reader than the one who wrote it; OutputError where it isn't what it
-            was to be. What it returns is for whoever asked for the plan.
+            was to be.
     """
 
     size: int
     fill: Callable[[Written], None]
-    check: Callable[[Path], Any]
+    check: Callable[[Path], None]
 
-    def files(self, path: Path) -> dict[Path, int]:
-        """Return all files that writing it to `path` makes, with their sizes in bytes."""
-        return {path: self.size}
-
-    def write(
-        self, path: Path, *, force: bool, progress: Progress | None = None, accept: Callable[[Any], None] | None = None
-    ) -> None:
+    def write(self, path: Path, *, force: bool, progress: Progress | None = None) -> None:
         """Write it, wholly and checked, or not at all.
 
         Args:
             progress: the numbers that it is told add up to `size`.
-            accept: is handed what `check` returns, before the file takes its name.
 
         Raises:
             OutputError: as of `replacing`, or what was written isn't what was to be.
@@ -108,9 +101,7 @@ class FilePlan:
             found = at.stat().st_size
             if found != self.size:
                 raise OutputError(f"{found} bytes were written instead of {self.size}; nothing was changed")
-            result = self.check(at)
-            if accept is not None:
-                accept(result)
+            self.check(at)
 
         with replacing(path, force=force, check=check, progress=progress) as file:
             self.fill(file)

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "safetensors"
-BESIDE: tuple[str, ...] = ()
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
 COO_INDICES: str | None = None

@@ -39,13 +39,11 @@ class Contents:
         value: what was pickled, as `pickle_reader` reads it.
         storages: by key.
         extras: other members of the archive, by name.
-        mark: bytes that differ wherever two files do: what a record beside the file knows it by.
     """
 
     value: Any
     storages: Mapping[str, Placed]
     extras: Mapping[str, Placed]
-    mark: bytes
 
 
 def read_contents(source: Source) -> Contents:
@@ -64,7 +62,7 @@ def read_contents(source: Source) -> Contents:
 
 
 def _read_zip(source: Source) -> Contents:
-    members, directory = _members(source)
+    members = _members(source)
     roots = [name.removesuffix("data.pkl") for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(roots) != 1:
         what = "no data.pkl" if not roots else "several data.pkl"
@@ -81,7 +79,7 @@ def _read_zip(source: Source) -> Contents:
     storages = {name.removeprefix("data/"): placed for name, placed in own.items() if name.startswith("data/")}
     _check_tensors(source, tensors, storages)
     extras = {name: placed for name, placed in own.items() if name not in _OWN_MEMBERS and not name.startswith("data/")}
-    return Contents(value, storages, extras, directory)
+    return Contents(value, storages, extras)
 
 
 def checked_chunks(source: Source, what: str, placed: Placed) -> Iterator[Chunk]:
@@ -107,8 +105,8 @@ def checked_bytes(source: Source, what: str, placed: Placed) -> bytes:
     return b"".join(bytes(chunk.data) for chunk in checked_chunks(source, what, placed))
 
 
-def _members(source: Source) -> tuple[dict[str, Placed], bytes]:
-    """Return every member's place, all of the archive's bookkeeping checked; and its directory's bytes."""
+def _members(source: Source) -> dict[str, Placed]:
+    """Return every member's place, all of the archive's bookkeeping checked."""
     listed, start = _directory(source)
     if any(info.filename.rpartition("/")[2] == "constants.pkl" for info in listed):
         raise source.error("is TorchScript; save its weights: torch.save(torch.jit.load(PATH).state_dict(), NEW)")
@@ -132,7 +130,7 @@ def _members(source: Source) -> tuple[dict[str, Placed], bytes]:
         if info.compress_size != size or taken > start:
             raise source.damaged(f"the member {name!r} is declared to take {size} bytes, which aren't there")
         placed[name] = Placed(data_start, size, info.CRC if checked else None)
-    return placed, directory
+    return placed
 
 
 def _directory(source: Source) -> tuple[list[zipfile.ZipInfo], int]:
@@ -202,7 +200,7 @@ def _read_legacy(source: Source) -> Contents:
         position = file.tell()
     storages = _legacy_storages(source, [refs[key] for key in keys], position)
     _check_tensors(source, tensors, storages)
-    return Contents(value, storages, {}, bytes(source.view(0, position)))
+    return Contents(value, storages, {})
 
 
 def _legacy_storages(source: Source, refs: Iterable[StorageRef], position: int) -> dict[str, Placed]:

@@ -15,14 +15,14 @@ import copy
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convtool.errors import ConvtoolError, InputError, OutputError, RefusedError, UsageError
 from convtool.formats import pickle_writer
-from convtool.formats.atomic import FilePlan, Progress, Written
+from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.dtypes import ITEMSIZE, STORAGE_CLASSES
 from convtool.formats.matrices import RECORD_NAME, Found, Layout
 from convtool.formats.matrices import Contents as MatrixContents
@@ -40,7 +40,6 @@ from convtool.formats.pickle_reader import (
     why_unusable,
 )
 from convtool.formats.pieces import Chunk, Piece, tensor_chunks
-from convtool.formats.sidecar import RECORD_SUFFIX, read_record, record_beside, record_path, record_size
 from convtool.formats.source import Source
 from convtool.formats.stored_zip import LONGEST_NAME, archive_size, write_archive
 from convtool.formats.tensor_file import Place, TensorFile
@@ -50,7 +49,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 NAME = "torch"
-BESIDE: tuple[str, ...] = (RECORD_SUFFIX,)
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
 COO_INDICES: str | None = "int64"  # all that torch's COO tensors take
@@ -58,6 +56,7 @@ COO_INDICES: str | None = "int64"  # all that torch's COO tensors take
 FOLDER = "archive"  # of the members of a zip file; torch's name for it where it writes to no named file
 DEPTH = 4  # how many dicts deep a state dict is looked for
 MATRIX_RECORD = f"extra/{RECORD_NAME}.json"
+RECORD = "convtool.json"  # the member that holds convtool's record of a checkpoint
 
 _REBUILD_SPARSE = [Global("torch._utils", name) for name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor")]
 _SPARSE_PARTS = {"torch.sparse_csr": ("indptr", "indices", "data"), "torch.sparse_coo": ("indices", "data")}
@@ -103,8 +102,8 @@ class TorchFile(TensorFile):
         return outside + self.others
 
     def record(self) -> tuple[str, Path] | None:
-        text = read_record(self.path, self.contents)
-        return None if text is None else (text, record_path(self.path))
+        text = _member_text(self.source, self.contents, RECORD)
+        return None if text is None else (text, self.path)
 
     def tensor(self, name: str) -> Tensor:
         import torch
@@ -180,9 +179,10 @@ class TorchFile(TensorFile):
         for name, piece in entries:
             state[name] = self.state[name] if piece is None else piece
         value = _replace(self.contents.value, self.root, state)
-        extras = [self._extra(name, placed) for name, placed in self.contents.extras.items()]
+        others = ((name, placed) for name, placed in self.contents.extras.items() if name != RECORD)
+        extras = [*(self._extra(name, placed) for name, placed in others), *_record_member(record)]
         reopen = lambda source, back: TorchFile(source, back, self.root, _descend(back.value, self.root))  # noqa: E731
-        return _RecordedPlan(*_archive(value, extras, storage), lambda path: _check(path, described, reopen), record)
+        return FilePlan(*_archive(value, extras, storage), lambda path: _check(path, described, reopen, record))
 
     def _extra(self, name: str, placed: Placed) -> Piece:
         if len(f"{FOLDER}/{name}".encode()) > LONGEST_NAME:
@@ -372,23 +372,14 @@ class _Storages:
         return StorageRef(key, piece.dtype, cls, location, piece.nbytes // ITEMSIZE[piece.dtype])
 
 
-@dataclass(frozen=True)
-class _RecordedPlan(FilePlan):
-    """A torch file and the record beside it; None for none, where one that is there goes."""
+def _record_member(record: str | None) -> list[Piece]:
+    return [] if record is None else [Piece.of(RECORD, record.encode())]
 
-    record: str | None
 
-    def files(self, path: Path) -> dict[Path, int]:
-        beside = {} if self.record is None else {record_path(path): record_size(self.record)}
-        return super().files(path) | beside
-
-    def write(
-        self, path: Path, *, force: bool, progress: Progress | None = None, accept: Callable[[Any], None] | None = None
-    ) -> None:
-        with record_beside(path, self.record) as prepare:
-            super().write(path, force=force, progress=progress, accept=prepare)
-        if progress is not None and self.record is not None:
-            progress(record_size(self.record))
+def _member_text(source: Source, contents: Contents, name: str) -> str | None:
+    """Return a member of the archive as text; None where there is none."""
+    placed = contents.extras.get(name)
+    return None if placed is None else checked_bytes(source, name, placed).decode("utf-8", "replace")
 
 
 def plan_state(pieces: Sequence[Piece], metadata: Mapping[str, str], record: str | None) -> FilePlan:
@@ -398,7 +389,8 @@ def plan_state(pieces: Sequence[Piece], metadata: Mapping[str, str], record: str
             raise RefusedError(f"{piece.name}: torch has no dtype {piece.dtype}; write a .safetensors file instead")
     state = {piece.name: piece for piece in pieces}
     reopen = lambda source, back: TorchFile(source, back, (), back.value)  # noqa: E731
-    return _RecordedPlan(*_archive(OrderedItems(state)), lambda path: _check(path, state, reopen), record)
+    archive = _archive(OrderedItems(state), _record_member(record))
+    return FilePlan(*archive, lambda path: _check(path, state, reopen, record))
 
 
 def _archive(
@@ -425,11 +417,17 @@ def _archive(
     return archive_size(members), lambda file: write_archive(file, members)
 
 
-def _check(path: Path, described: Mapping[str, Piece], reopen: Callable[[Source, Contents], TorchFile]) -> Contents:
-    """Read back what was written: the tensors that were to be in it, and the new ones to the bit.
+def _check(
+    path: Path,
+    described: Mapping[str, Piece],
+    reopen: Callable[[Source, Contents], TorchFile],
+    record: str | None = None,
+) -> None:
+    """Read back what was written: the tensors that were to be in it, the new ones to the bit, and the record.
 
     Args:
         reopen: finds the tensors in the file.
+        record: convtool's, of a checkpoint.
 
     Raises:
         OutputError: it is not what was to be written.
@@ -443,11 +441,12 @@ def _check(path: Path, described: Mapping[str, Piece], reopen: Callable[[Source,
         for piece in described.values():
             if piece.verified and not piece.is_in(back.data(piece.name)):
                 raise OutputError(f"{piece.name} read back differs from what was written; nothing was changed")
+        if _member_text(source, back.contents, RECORD) != record:
+            raise OutputError("the record read back differs from what was written; nothing was changed")
     except OutputError:
         raise
     except ConvtoolError as error:
         raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
-    return back.contents
 
 
 # Matrices
@@ -529,9 +528,7 @@ def read_matrix(source: Source) -> Found:
         if pair.dim() != 2 or len(pair) != 2:
             raise source.damaged(f"its sparse tensor has indices of shape {tuple(pair.shape)}")
         arrays["row"], arrays["col"] = pair
-    placed = contents.extras.get(MATRIX_RECORD)
-    record = None if placed is None else checked_bytes(source, MATRIX_RECORD, placed).decode("utf-8", "replace")
-    return Found(arrays, record)
+    return Found(arrays, _member_text(source, contents, MATRIX_RECORD))
 
 
 def is_matrix(source: Source) -> bool:

@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 from layers import average_pool, identity
 from strategies import MODES, geometry_of, runs, smallest_size
 
-from convtool.core.compose import add, add_geometry
+from convtool.core.compose import add
 from convtool.core.conv import Conv
 from convtool.core.fields import geometry_fields
 from convtool.core.forward import forward
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
+from convtool.core.joint import add_geometry
 from convtool.core.toeplitz import toeplitz
 from convtool.errors import RefusedError, UsageError
 

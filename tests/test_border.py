@@ -25,12 +25,13 @@ from oracles import NOTHING, axis_taps
 from strategies import chain_runs, chains, geometry_of, geometry_runs, mixed_chains, runs, sizes_that_run
 
 from convtool.core.border import Border, Mask, Verdict, all_of, border_at, decide, describe_sizes
-from convtool.core.compose import compose_chain, compose_geometry
+from convtool.core.compose import compose_chain
 from convtool.core.conv import Conv
 from convtool.core.expression import run
 from convtool.core.forward import forward
 from convtool.core.fuse import explain, fuse
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
+from convtool.core.joint import compose_geometry
 from convtool.core.tree import Chain
 from convtool.errors import RefusedError, UsageError
 

@@ -35,13 +35,14 @@ from strategies import (
 )
 
 import convtool
-from convtool.core.compose import add, compose, compose_chain, compose_geometry, compose_work
+from convtool.core.compose import add, compose, compose_chain, compose_work
 from convtool.core.conv import Conv
 from convtool.core.expression import run
 from convtool.core.fields import geometry_fields
 from convtool.core.forward import forward
 from convtool.core.fuse import NamedConv, fuse_chain, fuse_tree
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
+from convtool.core.joint import compose_geometry
 from convtool.core.toeplitz import toeplitz
 from convtool.core.tree import Chain, Sum
 from convtool.errors import InputError, RefusedError, UsageError

@@ -27,9 +27,9 @@ from functools import lru_cache, partial, reduce
 import numpy as np
 import numpy.typing as npt
 
-from convtool.core.compose import compose_axis
 from convtool.core.conv import Conv
 from convtool.core.geometry import Axis, Geometry, format_sizes
+from convtool.core.joint import compose_axis
 from convtool.core.taps import PADDED, Table, compose_tables, tap_table
 from convtool.errors import RefusedError, UsageError
 

@@ -56,11 +56,11 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from convtool.core.compose import add_geometry, compose_geometry
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, in_channels
 from convtool.core.geometry import Geometry
 from convtool.core.inputs import Impulses, Input, Leaf, apply, respond
+from convtool.core.joint import add_geometry, compose_geometry
 from convtool.core.tree import Chain, Sum, Tree, fold, map_leaves
 from convtool.errors import ConvtoolError, UsageError
 

@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from convtool.core.compose import compose_geometry
 from convtool.core.conv import Conv, Selection
 from convtool.core.forward import forward
+from convtool.core.joint import compose_geometry
 from convtool.core.tree import Chain, Leaf, Sum, Tree, flat_parts, fold, walk
 from convtool.errors import UsageError
 

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from convtool.core.border import Verdict, all_of, decide, describe_sizes
-from convtool.core.compose import add, compose_chain, compose_geometry
+from convtool.core.compose import add, compose_chain
 from convtool.core.conv import Conv
 from convtool.core.expression import in_channels, run
 from convtool.core.geometry import Geometry, format_padding, format_sizes
+from convtool.core.joint import compose_geometry
 from convtool.core.rounding import check_room, held
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from convtool.core.border import Mask, border_at
 from convtool.core.bound import Bound, Stored, Tolerance, fused_geometry, sole_layer, stored
-from convtool.core.compose import add, compose_chain, compose_geometry
+from convtool.core.compose import add, compose_chain
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, multiply_adds, out_channels, output_size, run
 from convtool.core.geometry import Geometry, format_sizes
@@ -34,6 +34,7 @@ from convtool.core.inputs import (
     taps_read,
     widest_layer,
 )
+from convtool.core.joint import compose_geometry
 from convtool.core.sizes import split_input_size
 from convtool.core.tally import Region, Tallies, check_trials
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves

@@ -1,27 +1,31 @@
-"""The README is true: its commands run as written and print what it shows, its Python runs, its tables are complete.
+"""README and manual are true: commands run as written and print what is shown, Python runs.
 
-What stands between `<!-- NAME -->` and `<!-- end -->` is made here from the code. `python tests/test_readme.py` writes
-that and the outputs of the day into the README; read the difference before keeping it.
+What stands between `<!-- NAME -->` and `<!-- end -->` is made here from the code. `python tests/test_readme.py [PAGE]`
+writes that and the outputs of the day into the pages; read the difference before keeping it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import typer
 
 from convtool.cli import exit_codes
-from convtool.cli.app import COMMANDS, find_command
+from convtool.cli.app import COMMANDS, application, find_command
 from convtool.cli.help import summary
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
-CONSOLE = re.compile(r"```console\n(.*?)```", re.DOTALL)
+PAGES = {path.stem: path for path in (README, *sorted((ROOT / "convtool" / "manual").glob("*.md")))}
+BLOCK = re.compile(r"```(console|python)\n(.*?)```", re.DOTALL)
 
 
 def commands_table() -> str:
@@ -32,6 +36,17 @@ def commands_table() -> str:
     ]
     lines = [f"| {usage} | {summary(text)} |" for usage, text in rows]
     return "\n".join(["| command | |", "| --- | --- |", *lines])
+
+
+def every_help() -> str:
+    """The help of every command, as a window of 100 columns shows it."""
+    command = typer.main.get_command(application(COMMANDS))
+    pages = []
+    for name, one in command.commands.items():  # type: ignore[attr-defined]
+        with mock.patch.dict(os.environ, COLUMNS="100", NO_COLOR="1"):
+            text = one.get_help(typer.Context(one, info_name=f"convtool {name}"))
+        pages.append(f"## {name}\n\n```text\n{text}\n```")
+    return "\n\n".join(pages)
 
 
 def exit_codes_table() -> str:
@@ -45,17 +60,18 @@ def pipeline_files() -> str:
     return "\n".join(f"```{kinds[file.suffix]}\n{file.read_text()}```" for file in files)
 
 
-GENERATED = {"commands": commands_table, "exit codes": exit_codes_table, "pipeline": pipeline_files}
+GENERATED = {
+    "commands": commands_table,
+    "help": every_help,
+    "exit codes": exit_codes_table,
+    "pipeline": pipeline_files,
+}
+PLACE = re.compile(r"<!-- (?P<name>(?!end)[\w ]+) -->\n.*?<!-- end -->", re.DOTALL)
 
 
 def with_generated(text: str) -> str:
-    """The README's text with what is made from the code put in its place."""
-    for name, make in GENERATED.items():
-        place = re.compile(rf"(<!-- {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        assert place.search(text), f"the README has no <!-- {name} --> ... <!-- end -->"
-        content = make()
-        text = place.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", text)  # type: ignore[misc]
-    return text
+    """A page's text with what is made from the code put in its place."""
+    return PLACE.sub(lambda match: f"<!-- {match['name']} -->\n{GENERATED[match['name']]()}\n<!-- end -->", text)
 
 
 def run_block(block: str, folder: Path) -> str:
@@ -82,32 +98,42 @@ def run_block(block: str, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_all(folder: Path) -> str:
-    """The README with every console block run in order, in one folder that has the sample models."""
+def run_page(page: Path, folder: Path) -> str:
+    """A page with its blocks run in order, in one folder that has the sample models."""
     shutil.copytree(ROOT / "sample_models", folder / "sample_models")
-    text = with_generated(README.read_text())
-    return CONSOLE.sub(lambda match: f"```console\n{run_block(match[1], folder)}```", text)
+    known: dict[str, object] = {}
+
+    def block(match: re.Match[str]) -> str:
+        if match[1] == "console":
+            return f"```console\n{run_block(match[2], folder)}```"
+        with contextlib.chdir(folder):
+            exec(compile(match[2], str(page), "exec"), known)
+        return match[0]
+
+    return BLOCK.sub(block, with_generated(page.read_text()))
 
 
-def test_console_blocks_print_what_the_readme_shows(tmp_path: Path) -> None:
-    assert run_all(tmp_path) == README.read_text()
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_shows_what_its_commands_print(page: str, tmp_path: Path) -> None:
+    assert run_page(PAGES[page], tmp_path) == PAGES[page].read_text()
 
 
-def test_python_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
-    assert blocks
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+def test_everything_made_of_the_code_is_shown_once() -> None:
+    shown = [name for page in PAGES.values() for name in PLACE.findall(page.read_text())]
+    assert sorted(shown) == sorted(GENERATED)
 
 
-def test_tables_and_scripts_are_those_of_the_code() -> None:
-    assert with_generated(README.read_text()) == README.read_text()
+def test_links_lead_somewhere() -> None:
+    for page in PAGES.values():
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-def test_the_reference_shows_every_commands_help() -> None:
-    blocks = "".join(CONSOLE.findall(README.read_text()))
-    assert [name for name in COMMANDS if f"$ convtool {name} --help" not in blocks] == []
+def test_the_readme_is_short_and_names_every_page() -> None:
+    text = README.read_text()
+    assert len(text.splitlines()) <= 300
+    assert len(text.split()) <= 2500
+    assert [page for page in PAGES if page != "README" and f"convtool/manual/{page}.md" not in text] == []
 
 
 def test_make_targets_of_the_readme_exist() -> None:
@@ -128,5 +154,6 @@ def test_what_the_page_for_contributors_names_is_there() -> None:
 if __name__ == "__main__":
     import tempfile
 
-    with tempfile.TemporaryDirectory() as folder:
-        README.write_text(run_all(Path(folder)))
+    for name in sys.argv[1:] or PAGES:
+        with tempfile.TemporaryDirectory() as folder:
+            PAGES[name].write_text(run_page(PAGES[name], Path(folder)))

@@ -30,6 +30,7 @@ COMMANDS = {  # in the order of --help; each is the COMMAND of its module
     "fuse": "convtool.cli.fuse",
     "verify": "convtool.cli.verify",
     "convert": "convtool.cli.convert",
+    "manual": "convtool.cli.manual",
 }
 
 
@@ -49,7 +50,7 @@ def application(names: Iterable[str]) -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
         rich_markup_mode=None,  # importing rich would take longer than all the rest of --help
         pretty_exceptions_enable=False,
-        epilog="convtool COMMAND --help\nconvtool inspect model.safetensors",
+        epilog="convtool help fuse\nconvtool manual\nconvtool inspect model.safetensors",
     )
     made.callback()(convtool)
     for name in names:
@@ -65,7 +66,7 @@ def _version(wanted: bool) -> None:
 
 def convtool(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """Exact linear algebra on the convolutions inside saved checkpoints.
@@ -81,6 +82,8 @@ def run_app(arguments: list[str]) -> int:
 
 
 def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["help"]:  # as git and others have it
+        arguments = [*arguments[1:2], "--help"]
     alone = arguments[:1] if arguments[:1] and arguments[0] in COMMANDS and COMPLETE not in os.environ else None
     try:
         return _parse_and_call(typer.main.get_command(application(alone or COMMANDS)), arguments)

@@ -48,6 +48,13 @@ def recipes(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:
     return _beginning(incomplete, shipped())
 
 
+def topics(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:
+    """Pages of the manual."""
+    from convtool.manual import topics
+
+    return _beginning(incomplete, topics())
+
+
 def one_of(*choices: str) -> Completion:
     """Some fixed words."""
     return lambda ctx, args, incomplete: _beginning(incomplete, choices)

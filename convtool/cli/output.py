@@ -243,6 +243,21 @@ def _rich_table(cells: Sequence[Sequence[str]], right: Sequence[str], styled: bo
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
+def markdown(text: str) -> None:
+    """Markdown on stdout: laid out on a terminal, as it is in a pipe."""
+    if not sys.stdout.isatty():
+        emit(text, end="")
+        return
+    import io
+
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    console = Console(file=io.StringIO(), width=window_columns(), force_terminal=stdout_styled(), no_color=True)
+    console.print(Markdown(text, code_theme="bw", hyperlinks=False))
+    emit(console.file.getvalue(), end="")  # type: ignore[attr-defined]
+
+
 def _fitting(line: str, stream: TextIO) -> str:
     """The line, on a terminal folded between words instead of anywhere."""
     if not stream.isatty():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete, exit_codes, shared, verify_text
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.core.verify import EquivalenceReport
     from convtool.fusing.compare import Pairing
+    from convtool.graph.planned import Plan
     from convtool.kinds.stated import FieldSource, FieldSources
 
 EXAMPLES = """
@@ -69,7 +71,12 @@ class Options:
     after_layers: list[str] | None = option(
         "C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after")
     )
-    only: bool = flag("Compare the chains of --before and --after alone, and no other tensor.")
+    recipe: str | None = option(
+        "NAME|FILE",
+        "What another program fused, by a recipe, in place of what AFTER records.",
+        completion=complete.recipes,
+    )
+    only: bool = flag("Compare the chains of --before and --after, or of --recipe, alone, and no other tensor.")
     trials: int = option("TRIALS", "Random inputs for each chain and size.", default=8)
     seed: int = option("SEED", "Seed of the random inputs.", default=0)
     exhaustive: bool = flag("Run every basis vector: settles equality for all inputs.")
@@ -80,12 +87,20 @@ class Options:
         "Precision in which another program fused AFTER; float64 by default, as convtool does.",
         parse=parse_float,
     )
+    rounded_to: Any = option(
+        "DTYPE", "Tensors of AFTER may also be BEFORE's, rounded once to that dtype.", parse=parse_float
+    )
     device: Any = option(
         "DEVICE", "Where to run it, such as cuda; the verdict is the same.", parse=parse_device, default="cpu"
     )
     sources: Sources
     model_input: Size | None = option(
-        "C,H,W", "With --model: also run the whole model on inputs of that size, before and after."
+        "C,H,W",
+        "With --model: the size of the model's input. Also run the whole model before and after; without a record, the"
+        " model tells which layers another program may have fused.",
+    )
+    model_after: str | None = option(
+        "CODE", "The code of AFTER's network: run both on random inputs, which covers what no pair of layers does."
     )
     others: list[str] | None = shared.others()
 
@@ -97,11 +112,19 @@ class Options:
         """
         if self.model_input is not None and self.sources.model is None:
             raise UsageError("--model-input: goes with --model")
+        if self.model_after is not None and (self.model_input is None or self.only):
+            raise UsageError("--model-after: goes with --model and --model-input, and not with --only")
         if self.trials < 1 and not self.exhaustive:
             raise UsageError(f"--trials: expected at least 1, got {self.trials}; no comparison is no proof")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed: expected an integer from 0 to 2**63 - 1, got {self.seed}")
-        given = {"--rtol": self.rtol, "--atol": self.atol, "--after": self.after_layers, "--with": self.others}
+        given: dict[str, Any] = {
+            "--rtol": self.rtol,
+            "--atol": self.atol,
+            "--after": self.after_layers,
+            "--with": self.others,
+        }
+        given |= {"--recipe": self.recipe, "--rounded-to": self.rounded_to, "--model-after": self.model_after}
         for name, value in given.items() if with_matrix else ():
             if value is not None:
                 raise UsageError(f"{name}: doesn't go with a matrix file")
@@ -109,8 +132,8 @@ class Options:
             raise UsageError("--only and several --before are for two checkpoints; a matrix is of one layer")
         if not with_matrix and len(self.before_layers or ()) != len(self.after_layers or ()):
             raise UsageError("--before and --after go together: a chain in BEFORE and the one that stands for it")
-        if self.only and not self.before_layers:
-            raise UsageError("--only: compares the chains of --before and --after, and none are given")
+        if self.only and not (self.before_layers or self.recipe):
+            raise UsageError("--only: compares the chains of --before and --after, or of --recipe; none are given")
 
 
 def run(options: Options, reporter: Reporter) -> verify_text.Result | verify_text.MatrixResult:
@@ -140,29 +163,33 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
 
     sides, sizes = _open(options, reporter), options.input_size or []
     pairings = _pairings(options, sides, reporter)
-    tensors = None if options.only else _compare_tensors(sides, pairings, reporter)
+    tensors = None if options.only else _compare_tensors(options, sides, pairings, reporter)
     assumed = verdict.assumed(pairings)
     for text in assumed:
         reporter.note(f"assumed: {text}")
     how |= {name: getattr(options, name) for name in ("exhaustive", "rtol", "atol", "device")}
-    results = _run(pairings, sides, sizes, how, reporter)
+    results, explained = _run(pairings, sides, sizes, how, options, reporter)
     if not results and not sides.before.infos:
         raise UsageError("there is nothing to compare: no fusion and no tensor")
     for text in verdict.hints(results, bool(sizes), options.computed_in is not None):
         reporter.remark(text)
     whole = _whole_model(options, sides, reporter)
     own_bound = options.rtol is not None or options.atol is not None
+    differing = bool(tensors and tensors.differing)
     return fill(
         verify_text.Result,
         options,
         equivalent=all(report.equivalent for _, report in results)
-        and not (tensors and tensors.differing)
+        and (not differing or options.model_after is not None)
         and (whole is None or whole.equal),
-        statement=verdict.statement(results, options.exhaustive, bool(sizes), options.only),
+        statement=verdict.statement(results, options.exhaustive, bool(sizes), options.only)
+        + ("; what no pair covers, by random inputs" if differing and options.model_after else ""),
         computed_in=dtype_name(how["computed_in"]),
+        rounded_to=None if options.rounded_to is None else dtype_name(options.rounded_to),
         tolerance=verify_text.Tolerance(options.rtol, options.atol) if own_bound else verify_text.BOUND,
         assumed=assumed,
         claims=verdict.claims(results),
+        explained=explained,
         input_sizes="given" if sizes else "chosen",
         fusions=tuple(verify_text.Report.of(*result) for result in results),
         other_tensors=tensors,
@@ -223,17 +250,53 @@ def _open(options: Options, reporter: Reporter) -> _Sides:
 
 
 def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairing]:
-    """Return the chains of --before and --after, and the fusions of other layers that AFTER records."""
+    """Return the chains of --before and --after, the fusions of --recipe, and those of other layers that AFTER records.
+
+    Without a record, they are those of the model.
+    """
     from convtool.fusing.compare import named_pairing, recorded_pairings
 
     chains = zip(options.before_layers or (), options.after_layers or (), strict=True)
     named = [named_pairing(sides.before, sides.after, split_names(a), split_names(b), sides.fields) for a, b in chains]
-    if options.only or (named and sides.after.record is None):
+    named += _claimed(options, sides, named, reporter)
+    if options.only or (sides.after.record is None and (named or options.recipe or options.model_input)):
         return named
     recorded = recorded_pairings(sides.before, sides.after, sides.fields[0], sides.others, named)
     if not (named or recorded):
         reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
     return named + recorded
+
+
+def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Reporter) -> list[Pairing]:
+    """Return what --recipe says that another program fused; without a record, what the model says."""
+    from convtool.core.tree import BASE
+    from convtool.fusing.claimed import claimed_pairings, not_named
+    from convtool.fusing.named import by_recipe
+    from convtool.fusing.recipe import PlannedFusion
+    from convtool.fusing.shipped import find_recipe
+
+    checkpoints = {BASE: sides.before, **sides.others}
+    if options.recipe is not None:
+        recipe = find_recipe(options.recipe)
+        fields, origin = sides.fields[0].with_first(recipe.geometry), f"--recipe {options.recipe}"
+        fusions = by_recipe(recipe, checkpoints, fields.fields)
+    elif options.model_input is not None and sides.after.record is None:
+        plan = _plan(options, sides.before, reporter)
+        fields, origin = sides.fields[0].with_first(plan.geometry), f"--model {options.sources.model}"
+        fusions = [PlannedFusion(one.name, one.tree, one.only_size) for one in plan.fusions]
+    else:
+        return []
+    covered = options.model_after is not None
+    return claimed_pairings(checkpoints, sides.after, not_named(fusions, named), fields, origin, skip=covered)
+
+
+def _plan(options: Options, before: Checkpoint, reporter: Reporter) -> Plan:
+    """Return the chains that the model has."""
+    from convtool.cli.model import plan_for
+
+    assert options.sources.model is not None  # as `Options.check` has it
+    how = SimpleNamespace(input_size=options.model_input, fixed_size=False, only_if_cheaper=False, measure=False)
+    return plan_for(before, options.sources.model, options.sources.model_args, how, reporter)
 
 
 def split_names(text: str) -> list[str]:
@@ -248,39 +311,56 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in names]
 
 
-def _compare_tensors(sides: _Sides, pairings: list[Pairing], reporter: Reporter) -> verify_text.OtherTensors:
+def _compare_tensors(
+    options: Options, sides: _Sides, pairings: list[Pairing], reporter: Reporter
+) -> verify_text.OtherTensors:
     """Return what became of every tensor that went into no fusion."""
     from convtool.fusing.compare import differing_tensors, untouched
 
     kept = untouched(sides.before, pairings)
     with reporter.progress("comparing tensors", sum(info.nbytes for info in kept)) as advance:
-        return verify_text.OtherTensors(len(kept), differing_tensors(sides.before, sides.after, pairings, advance))
+        rounded_to = "" if options.rounded_to is None else dtype_name(options.rounded_to)
+        differing = differing_tensors(sides.before, sides.after, pairings, advance, rounded_to)
+    return verify_text.OtherTensors(len(kept), differing, options.model_after is not None)
 
 
 def _run(
-    pairings: list[Pairing], sides: _Sides, sizes: list[tuple[int, ...]], how: dict[str, Any], reporter: Reporter
-) -> list[tuple[Pairing, EquivalenceReport]]:
-    """Run every pairing at every input size."""
+    pairings: list[Pairing],
+    sides: _Sides,
+    sizes: list[tuple[int, ...]],
+    how: dict[str, Any],
+    options: Options,
+    reporter: Reporter,
+) -> tuple[list[tuple[Pairing, EquivalenceReport]], tuple[str, ...]]:
+    """Run every pairing at every input size; return what lower precision would explain of what differs as well."""
     from convtool.core.tree import BASE
-    from convtool.fusing.trials import trials
+    from convtool.fusing.trials import explanations, trials
 
     checkpoints = {BASE: sides.before, **sides.others}
     runs = [trial for pairing in pairings for trial in trials(pairing, checkpoints, sides.after, sizes)]
     with reporter.progress("verifying", len(runs), "share") as advance:
-        return [(trial.pairing, trial.run(progress=advance, **how)) for trial in runs]
+        reports = [trial.run(progress=advance, **how) for trial in runs]
+    given = {options.rtol, options.atol, options.computed_in} != {None}
+    results = [(trial.pairing, report) for trial, report in zip(runs, reports, strict=True)]
+    return results, () if given else explanations(zip(runs, reports, strict=True), how)
 
 
 def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> verify_text.Whole | None:
-    """Return how both networks' outputs compare; None where nobody asked for it."""
+    """Return how both networks' outputs compare; None where nobody asked for it, or nothing says what AFTER's is."""
     from convtool.live.load import load_model
-    from convtool.live.whole import compare_whole
+    from convtool.live.whole import compare_networks, compare_whole
 
     model, arguments, size = options.sources.model, options.sources.model_args, options.model_input
-    if model is None or size is None:
+    if model is None or size is None or (options.model_after is None and sides.after.record is None):
         return None
+    build = partial(load_model, model, arguments, in_memory=True)
     with reporter.progress("running the model", None):
-        build = partial(load_model, model, arguments, in_memory=True)
-        return verify_text.Whole.of(compare_whole(build, sides.before, sides.after, size, seed=options.seed))
+        if options.model_after is None:
+            found = compare_whole(build, sides.before, sides.after, size, seed=options.seed)
+        else:
+            other = load_model(options.model_after, in_memory=True)
+            found = compare_networks(build(), sides.before, other, sides.after, size, seed=options.seed)
+    return verify_text.Whole.of(found)
 
 
 def _exit_code(result: verify_text.Result | verify_text.MatrixResult) -> int:

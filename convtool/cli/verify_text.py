@@ -97,10 +97,12 @@ class OtherTensors:
 
     Attributes:
         differing: by full name.
+        by_random_inputs: with --model-after: those that differ are covered by running both networks.
     """
 
     compared: Count
     differing: dict[str, Annotated[str, ("enum", ("changed", "missing", "new", "dtype"))]]
+    by_random_inputs: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +157,7 @@ class Result:
         equivalent: exit code 0 or 1.
         statement: what was shown, apart from the verdict.
         claims: what AFTER's record says of BEFORE's layers that BEFORE's tensors don't, and the verdict rests on.
+        explained: what of a difference computing in a lower precision would explain.
         other_tensors: null with --only.
         whole_model: with --model-input: the outputs of both networks; null without.
     """
@@ -167,9 +170,11 @@ class Result:
     seed: int
     trials: Count
     computed_in: Dtype
+    rounded_to: Dtype | None
     tolerance: Tolerance | Literal["derived bound"]
     assumed: tuple[str, ...]
     claims: tuple[str, ...]
+    explained: tuple[str, ...]
     input_sizes: Literal["given", "chosen"]
     fusions: tuple[Report, ...]
     other_tensors: OtherTensors | None
@@ -242,8 +247,10 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
         _show_fusions(result.fusions, reporter)
         for claim in result.claims:
             reporter.line(f"as AFTER records: {claim}")
+        for text in result.explained:
+            reporter.line(text)
         if result.other_tensors is not None:
-            _show_tensors(result.other_tensors, reporter)
+            _show_tensors(result.other_tensors, result.rounded_to, reporter)
         if result.whole_model is not None:
             reporter.line(str(result.whole_model))
     said = f", {result.statement}" if result.statement else ""
@@ -271,10 +278,14 @@ def _show_fusions(reports: Sequence[Report], reporter: Reporter) -> None:
 TOLD = {"dtype": "isn't stored in the dtype that AFTER records"}
 
 
-def _show_tensors(others: OtherTensors, reporter: Reporter) -> None:
+def _show_tensors(others: OtherTensors, rounded_to: str | None, reporter: Reporter) -> None:
     for name, what in list(others.differing.items())[:MOST_NAMES]:
         reporter.line(f"{name}: {TOLD.get(what, f'{what}, and no fusion accounts for it')}")
     verdict = f"{len(others.differing)} differ" if others.differing else "bit for bit the same"
+    if rounded_to and not others.differing:
+        verdict += f", or rounded once to {rounded_to}"
+    if others.differing and others.by_random_inputs:
+        verdict += "; they went into the networks that were run on random inputs"
     reporter.line(f"{others.compared} other tensors: {verdict}")
 
 

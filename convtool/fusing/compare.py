@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from convtool.checkpoint import Checkpoint, TensorInfo
+from convtool.checkpoint.cast import cast_piece
 from convtool.checkpoint.record import FusionRecord, Path, SourceLayer, spelled_out
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, output_size
@@ -16,12 +17,10 @@ from convtool.core.inputs import widest_layer
 from convtool.core.sizes import alike_size, split_input_size
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves, walk
 from convtool.core.verify import LARGEST_INPUT
-from convtool.errors import InputError, UsageError
+from convtool.errors import InputError, RefusedError, UsageError
 from convtool.fusing.lowering import LoweredLayer, full_name, lower_tree
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import read_layer
-
-CHUNK = 1 << 24  # bytes compared at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -276,11 +275,13 @@ def differing_tensors(
     after: Checkpoint,
     pairings: Sequence[Pairing],
     progress: Callable[[int], None] = lambda count: None,
+    rounded_to: str = "",
 ) -> dict[str, str]:
     """Tensors that no pairing accounts for and that aren't the same: name -> 'changed', 'missing', 'new', or
     'dtype' of a fused one that isn't stored as recorded.
 
     Args:
+        rounded_to: a dtype that AFTER's may be rounded to.
         progress: called with the number of bytes of BEFORE that were compared since the last call.
     """
     made = {key for pairing in pairings for lowered in leaves(pairing.after) for key in lowered.layer.tensor_names()}
@@ -289,7 +290,7 @@ def differing_tensors(
     for name, size in kept.items():
         if name not in after.infos:
             differing[name] = "missing"
-        elif not same_bits(before, after, name):
+        elif not same_numbers(before, after, name, rounded_to):
             differing[name] = "changed"
         progress(size)
     for name in after.infos.keys() - made - kept.keys():
@@ -297,16 +298,30 @@ def differing_tensors(
     for pairing in pairings:
         for leaf in leaves(pairing.after) if pairing.dtype else ():
             for info in leaf.layer.stored():
-                if info.dtype != pairing.dtype:
+                if info.dtype not in (pairing.dtype, rounded_to):
                     differing[info.name] = "dtype"
     return dict(sorted(differing.items()))
 
 
-def same_bits(before: Checkpoint, after: Checkpoint, name: str) -> bool:
-    """Return whether the tensor is the same in both: dtype, shape, and every bit (so that NaN equals the same NaN)."""
+def same_numbers(before: Checkpoint, after: Checkpoint, name: str, rounded_to: str = "") -> bool:
+    """Return whether the tensor is the same in both: dtype, shape, and every bit (so that NaN equals the same NaN).
+
+    Args:
+        rounded_to: a dtype that those of AFTER may have been rounded to, once.
+    """
     one, other = before.infos[name], after.infos[name]
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    piece = before.piece(name)
+    if rounded_to and one.dtype != other.dtype == rounded_to:
+        piece = cast_piece(piece, rounded_to)
+    if (piece.dtype, one.shape, piece.nbytes) != (other.dtype, other.shape, other.nbytes):
         return False
-    a, b = before.bits(name), after.bits(name)
-    pieces = range(0, max(len(a), len(b)), CHUNK)
-    return len(a) == len(b) and all(torch.equal(a[i : i + CHUNK], b[i : i + CHUNK]) for i in pieces)
+    there, at = after.bits(name).numpy(), 0
+    try:
+        for chunk in piece.chunks():
+            here = np.frombuffer(chunk.data, dtype=np.uint8)
+            if not np.array_equal(here, there[at : at + len(here)]):
+                return False
+            at += len(here)
+    except RefusedError:  # the dtype doesn't hold BEFORE's numbers
+        return False
+    return True

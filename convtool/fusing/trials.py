@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +15,10 @@ from convtool.core.expression import Expression, in_channels
 from convtool.core.sizes import alike_size, default_sizes, split_input_size
 from convtool.core.tree import BASE, Tree, leaves, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
-from convtool.errors import InputError
+from convtool.errors import InputError, UsageError
 from convtool.formats.dtypes import FLOATS
 from convtool.fusing.compare import Pairing
+from convtool.fusing.lowering import some_of
 from convtool.fusing.proof import exact_tree, stored_tree
 
 
@@ -38,6 +40,33 @@ class Trial:
         """Return what `convtool.core.verify.verify` finds; `options` are its own."""
         between = [_dtype(name, self.pairing) for name in self.pairing.dtypes]
         return verify(self.before, self.after, self.size, stored_between=between, **options)
+
+
+def explanations(trials: Iterable[tuple[Trial, EquivalenceReport]], options: dict[str, Any]) -> tuple[str, ...]:
+    """Say in which precision AFTER may have been computed, where it differs by no more than that explains.
+
+    Args:
+        options: as of `Trial.run`; the precision in them is replaced.
+    """
+    found: dict[str, list[tuple[str, float, float]]] = {}
+    for trial, report in trials:
+        for dtype in () if report.equivalent or report.mismatch else _lower(report.dtype):
+            with contextlib.suppress(UsageError):  # sums so long that it bounds nothing
+                again = trial.run(**{**options, "computed_in": getattr(torch, dtype)})
+                if again.equivalent:
+                    found.setdefault(dtype, []).append((trial.pairing.name, report.ratio, again.ratio))
+                    break
+    return tuple(
+        f"{some_of(list(dict.fromkeys(name for name, _, _ in each)))}: error/bound up to"
+        f" {max(ratio for _, ratio, _ in each):.3g} is beyond what storing can do; computing in {dtype} explains it"
+        f" (error/bound {max(ratio for _, _, ratio in each):.2g}): --computed-in {dtype}, if AFTER was made so"
+        for dtype, each in found.items()
+    )
+
+
+def _lower(stored: str) -> list[str]:
+    """Return the precisions in which what is stored in a dtype may have been computed, the higher first."""
+    return ["float32", *([stored] if stored in ("float16", "bfloat16") else ())]
 
 
 def _dtype(name: str, pairing: Pairing) -> torch.dtype:

@@ -85,11 +85,50 @@ def compare_whole(
         RefusedError: `convtool.apply`'s reasons.
     """
     original = _loaded(build(), before).eval()
-    fused = apply_checkpoint(copy.deepcopy(original), after).eval().double()
+    fused = apply_checkpoint(copy.deepcopy(original), after).eval()
+    return _compared(original, before, fused, after, input_size, trials, seed)
+
+
+def compare_networks(
+    original: nn.Module,
+    before: Checkpoint,
+    fused: nn.Module,
+    after: Checkpoint,
+    input_size: Sequence[int],
+    *,
+    trials: int = 2,
+    seed: int = 0,
+) -> WholeReport:
+    """Run two networks, each with all of the tensors of its own checkpoint.
+
+    Args:
+        original, fused: in memory.
+        input_size, trials: as of `compare_whole`.
+
+    Raises:
+        UsageError: a network and its checkpoint don't fit each other, or one doesn't run on that size.
+        InputError: their outputs are of other shapes.
+    """
+    loaded = [
+        _loaded(model, checkpoint, strict=True).eval() for model, checkpoint in ((original, before), (fused, after))
+    ]
+    return _compared(loaded[0], before, loaded[1], after, input_size, trials, seed)
+
+
+def _compared(
+    original: nn.Module,
+    before: Checkpoint,
+    fused: nn.Module,
+    after: Checkpoint,
+    input_size: Sequence[int],
+    trials: int,
+    seed: int,
+) -> WholeReport:
+    """Run both networks, loaded, on the same inputs."""
     dtypes = {name: value.dtype for name, value in original.state_dict().items()}
     original, generator = original.double(), torch.Generator().manual_seed(seed)
     inputs = torch.randn(trials, *input_size, dtype=torch.float64, generator=generator)
-    expected, got = _outputs(original, inputs, before), _outputs(fused, inputs, after)
+    expected, got = _outputs(original, inputs, before), _outputs(fused.double(), inputs, after)
     if [value.shape for value in expected] != [value.shape for value in got]:
         raise InputError(f"{after.path}: the network with the fusions gives outputs of other shapes")
     rounding = 0.0
@@ -100,15 +139,21 @@ def compare_whole(
     return WholeReport(tuple(input_size), _distance(expected, got), largest, rounding, count)
 
 
-def _loaded(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
-    """Return the model with a checkpoint's tensors in it, each under the name that the model has for it."""
+def _loaded(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = False) -> nn.Module:
+    """Return the model with a checkpoint's tensors in it, each under the name that the model has for it.
+
+    Args:
+        strict: raise UsageError also where the model has no place for one of them.
+    """
     names, own, state = agree(model, checkpoint).names, model.state_dict(), {}
+    left = dict.fromkeys(checkpoint.infos)
     for key, tensor in own.items():
         path, _, parameter = key.rpartition(".")
         theirs = names.get(path, path)
         full = f"{theirs}.{parameter}" if theirs else parameter
         if full in checkpoint.infos:
             state[key] = checkpoint.tensor(full)
+            left.pop(full, None)
         elif parameter not in COUNTERS:
             raise UsageError(f"{checkpoint.path}: has no {full!r}, which the model has; it is another model's")
         if key in state and state[key].shape != tensor.shape:
@@ -116,6 +161,11 @@ def _loaded(model: nn.Module, checkpoint: Checkpoint) -> nn.Module:
                 f"{checkpoint.path}: {key} is of shape {tuple(state[key].shape)}, and the model's of"
                 f" {tuple(tensor.shape)}; it is another model's"
             )
+    if strict and (unread := [name for name in left if name.rpartition(".")[2] not in COUNTERS]):
+        raise UsageError(
+            f"{checkpoint.path}: the model has no place for {unread[0]!r}, and all of its tensors are to be run; it is"
+            " another model's"
+        )
     model = model.to(next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32))
     model.load_state_dict(state, strict=False)
     return model

@@ -9,11 +9,12 @@ from cases import real_numbers, whole_numbers
 from torch import Tensor
 
 from convtool.core.compose import compose
-from convtool.core.conv import Conv, Selection
+from convtool.core.conv import Conv
 from convtool.core.expression import Expression, joined, multiply_adds, work_per_position
 from convtool.core.forward import forward
 from convtool.core.fuse import NamedConv
 from convtool.core.geometry import Geometry
+from convtool.core.moves import Selection
 from convtool.core.names import is_written
 from convtool.core.tree import Chain, Sum, Tree, leaves
 from convtool.errors import RefusedError, UsageError
@@ -27,6 +28,11 @@ def channel(values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1)
 
 
+def sobel(x: Tensor) -> Tensor:
+    kernel = torch.tensor([[1, 0, -1], [2, 0, -2], [1, 0, -1]], dtype=x.dtype)
+    return F.conv2d(x, kernel.expand(3, 1, 3, 3), padding=1, groups=3)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -38,6 +44,8 @@ def channel(values: tuple[float, ...]) -> Tensor:
         ("avg_pool(2,3)", lambda x: F.avg_pool2d(x, (2, 3))),
         ("avg_pool(3; stride=1,2; padding=1,0)", lambda x: F.avg_pool2d(x, 3, (1, 2), (1, 0))),
         ("avg_pool(kernel_size=3; stride=2; count_include_pad=false)", lambda x: F.avg_pool2d(x, 3, 2)),
+        ("avg_pool(2; divisor_override=3)", lambda x: F.avg_pool2d(x, 2, divisor_override=3)),
+        ("avg_pool(1; stride=1; dilation=2)", lambda x: x),
         ("upsample(2)", lambda x: F.interpolate(x, scale_factor=2.0)),
         ("upsample(2,3)", lambda x: F.interpolate(x, scale_factor=(2.0, 3.0))),
         ("pad(1)", lambda x: F.pad(x, (1, 1, 1, 1))),
@@ -49,6 +57,16 @@ def channel(values: tuple[float, ...]) -> Tensor:
         ("normalize(mean=0.5; std=0.25; scale=1/255)", lambda x: (x / 255 - 0.5) / 0.25),
         ("normalize(scale=1/255)", lambda x: x / 255),
         ("normalize(0.485,0.456,0.406)", lambda x: x - channel(MEAN)),
+        ("pixel_unshuffle(3)", lambda x: F.pixel_unshuffle(x, 3)),
+        ("permute(2,0,1)", lambda x: x[:, [2, 0, 1]]),
+        ("select(1:3)", lambda x: x[:, 1:3]),
+        ("select(1:)", lambda x: x[:, 1:]),
+        ("place(1:4; of=6)", lambda x: F.pad(x, (0, 0, 0, 0, 1, 2))),
+        ("channel_shuffle(3)", lambda x: F.channel_shuffle(x, 3)),
+        ("offset(0.5,-1,2)", lambda x: x + channel((0.5, -1, 2))),
+        ("offset(-1/2)", lambda x: x - 0.5),
+        ("kernel([[1,0,-1],[2,0,-2],[1,0,-1]]; each; padding=1)", lambda x: sobel(x)),
+        ("kernel([[[[2]],[[3]],[[-1]]]])", lambda x: (x * channel((2, 3, -1))).sum(1, keepdim=True)),
     ],
 )  # fmt: skip
 def test_what_they_compute(text: str, expected: object) -> None:
@@ -70,7 +88,7 @@ def test_what_is_not_linear_is_refused_by_name(name: str) -> None:
     [
         ("blur(3)", "unknown layer 'blur'; expected one of identity, scale, avg_pool, upsample, pad"),
         ("avg_pool()", "avg_pool takes kernel_size, stride, padding, count_include_pad"),
-        ("avg_pool(2; ceil_mode=true)", "avg_pool takes kernel_size, stride, padding, count_include_pad, got"),
+        ("avg_pool(2; ceil_mode=true)", "count_include_pad, dilation, divisor_override, got 'ceil_mode=true'"),
         ("avg_pool(2; 3)", "expected name=value after the first argument, got '3'"),
         ("avg_pool(two)", "avg_pool(two): kernel_size: expected an integer or one per axis, such as 2 or 2,1,"),
         ("avg_pool(2,2,2)", "kernel_size: expected one value or 2 values, one per spatial axis, got 2,2,2"),
@@ -81,6 +99,14 @@ def test_what_is_not_linear_is_refused_by_name(name: str) -> None:
         ("scale(1/0)", "factor: expected a finite number, got '1/0'"),
         ("scale(nan)", "factor: expected a finite number, got 'nan'"),
         ("scale(inf)", "factor: expected a finite number, got 'inf'"),
+        ("permute(0,1,1)", "expected each of the channels 0 to 2 once, got [0, 1, 1]"),
+        ("select(2:4)", "expected channels of the 3 that there are, got 2:4"),
+        ("select(2:2)", "channels: expected channels A:B, from A up to B, which is left out, got '2:2'"),
+        ("channel_shuffle(2)", "groups: expected a divisor of the 3 channels, got 2"),
+        ("pixel_shuffle(2)", "3 numbers don't make channels of that size"),
+        ("kernel([[1,2],[3]]; each)", "kernel: expected a tensor's full name, or numbers in a JSON list, got"),
+        ("kernel([[1,2],[3,4]])", "expected a weight (C_out, C_in/groups, ...), got (2, 2); or add `; each`"),
+        ("offset(1,2)", "expected 1 or 3 numbers, one per channel, got 2"),
         ("pad(-1)", "padding: expected integers of at least 0"),
         ("normalize(mean=1,2)", "mean: expected 1 or 3 numbers, one per channel, got 2"),
         ("normalize(std=0)", "std: expected numbers above 0, got 0.0"),
@@ -167,9 +193,11 @@ def test_channels_that_arguments_tell() -> None:
 
 
 def test_every_written_layer_works_along_one_and_three_axes() -> None:
-    argument = {"identity": "", "normalize": "std=2"}
+    argument = {"identity": "", "normalize": "std=2", "select": "0:3", "place": "0:3; of=3", "permute": "2,0,1"}
+    argument |= {"channel_shuffle": "3"}
+    other = ("kernel", "pixel_unshuffle", "pixel_shuffle", "focus")  # of other channels: see test_words
     for kind in KINDS:
-        if not kind.written or kind.reshapes:
+        if not kind.written or kind.reshapes or kind.name in other:
             continue
         for axes in (1, 3):
             conv = make_written(f"{kind.name}({argument.get(kind.name, '2')})", 3, axes)

@@ -43,6 +43,18 @@ ROWS: list[Row] = [
     ("pad", {}, {"padding": [(1, 2)]}, 2, 0),
     ("flatten", {}, {"size": 4}, 2, 4),
     ("unflatten", {}, {"size": 2}, 8, 1),
+    ("avg_pool", {}, {"kernel_size": 2, "dilation": 2, "divisor_override": 3}, 2, 0),
+    ("pixel_unshuffle", {}, {"factor": 2}, 3, 4),
+    ("pixel_shuffle", {}, {"factor": 2}, 8, 3),
+    ("focus", {}, {}, 3, 4),
+    ("select", {}, {"channels": [1, 3]}, 4, 0),
+    ("place", {}, {"channels": [1, 3], "of": 4}, 2, 0),
+    ("permute", {}, {"order": [2, 0, 1]}, 3, 0),
+    ("channel_shuffle", {}, {"groups": 2}, 6, 0),
+    ("kernel", {"kernel": (4, 2)}, {"kernel": 3, "stride": 2, "padding": 1}, 4, 0),  # a tensor, two groups
+    ("kernel", {}, {"numbers": [1.0, 2.0, -1.0], "each": True, "padding": 1, "padding_mode": "reflect"}, 3, 0),
+    ("offset", {"offset": (1, 3)}, {}, 3, 0),
+    ("offset", {}, {"offset": [0.5]}, 3, 0),
 ]  # fmt: skip
 same = functools.partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)
 IDS = [f"{number}-{row[0]}" for number, row in enumerate(ROWS)]
@@ -54,15 +66,18 @@ def lowered(row: Row, axes: int) -> tuple[Conv, tuple[int, ...]]:
     name, shapes, given, channels, size = row
     fields = dict(given)
     kernel = (fields.pop("kernel"),) * axes if "kernel" in fields else ()
+    if "numbers" in fields:  # a kernel of these along every axis
+        numbers = torch.tensor(fields.pop("numbers"))
+        fields["kernel"] = functools.reduce(lambda a, b: a[..., None] * b, [numbers] * axes).tolist()
     if "size" in fields:
         fields["size"] = [fields["size"]] * axes
     if isinstance(fields.get("padding"), list):
         fields["padding"] = fields["padding"] * axes
     tensors = {
-        tensor: whole_numbers(number, *shape, *(kernel if tensor == "weight" else ())).abs() + 1
+        tensor: whole_numbers(number, *shape, *(kernel if tensor in ("weight", "kernel") else ())).abs() + 1
         for number, (tensor, shape) in enumerate(shapes.items())
     }
-    conv = kind(name).lower(tensors, fields, axes, channels)
+    conv = kind(name).lower(tensors, kind(name).over(fields, axes), axes, channels)
     return conv, (size,) * axes if size else SIZES[:axes]
 
 
@@ -152,8 +167,10 @@ def test_channels_are_what_the_kind_says(row: Row, axes: int) -> None:
     conv, size, _ = made(row, axes)
     name, shapes, fields, _, _ = row
     fields = {key: [value] * axes if key == "size" else value for key, value in fields.items() if key != "kernel"}
-    full = {key: (*shape, *(1,) * axes) if name == "conv" else shape for key, shape in shapes.items()}
-    groups = {"groups": conv.geometry.groups} if name == "conv" else {}
-    assert kind(name).takes(full, fields | groups, conv.out_channels) == conv.in_channels
+    fields = kind(name).over(fields, axes)
+    kernels = name in ("conv", "kernel")
+    full = {key: (*shape, *(1,) * axes) if kernels else shape for key, shape in shapes.items()}
+    groups = {"groups": conv.geometry.groups} if kernels else {}
+    assert kind(name).takes(full, fields | groups, conv.out_channels) in (conv.in_channels, None)
     assert kind(name).gives(full, fields | groups, conv.in_channels) == conv.out_channels
     assert math.prod(conv.output_size(size)) > 0

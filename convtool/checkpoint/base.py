@@ -247,7 +247,7 @@ class Checkpoint:
         """Return a layer's tensors by parameter name, those computed from others included."""
         return {name: self.tensor(info.name) for name, info in layer.tensors.items()}
 
-    def lower(self, layer: Layer, fields: Fields, axes: int) -> Conv:
+    def lower(self, layer: Layer, fields: Fields, axes: int, channels: int | None = None) -> Conv:
         """Return a layer of this checkpoint, with the given fields, as a `Conv`; see `convtool.kinds.kind.to_conv`."""
         where = f"{self.path}: {layer.name or 'the bare module'}"
-        return to_conv(layer, self.tensors_of(layer), fields, axes, where, why_not_plain(layer.tensors))
+        return to_conv(layer, self.tensors_of(layer), fields, axes, where, why_not_plain(layer.tensors), channels)

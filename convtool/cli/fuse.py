@@ -45,8 +45,8 @@ class Wanted:
 
     layers: list[str] | None = argument(
         "LAYER LAYER...",
-        "The chain, first to last; also identity(), scale(X), pad(P), avg_pool(K; stride=S; padding=P),"
-        " upsample(N), and flatten(H,W) before a linear layer; a scale per channel by its tensor's full name.",
+        "The chain, first to last; also layers that are written, such as avg_pool(2), flatten(7,7) or kernel(TENSOR)"
+        " (`convtool manual layers`), and a scale per channel by its tensor's full name.",
         complete.layers,
     )
     name: str | None = option("NAME", "What the fused layer is called; the first layer's name by default.")

@@ -33,6 +33,7 @@ from torch import Tensor
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
 from convtool.core.joint import NOWHERE, AxisComposition, add_geometry, compose_axis, compose_geometry
+from convtool.core.moves import Selection, compose_moves, regrouped
 from convtool.errors import RefusedError, UsageError
 
 
@@ -55,6 +56,8 @@ def compose(first: Conv, second: Conv) -> Conv:
         )
     geometry = compose_geometry(first.geometry, second.geometry)
     first, second = _alike(first, second)
+    if isinstance(first, Selection) or isinstance(second, Selection):
+        return compose_moves(first, second, geometry)
     weight = _compose_weights(first, second, geometry)
     return Conv(weight, _compose_biases(first, second), geometry)
 
@@ -65,7 +68,7 @@ def compose_chain(chain: Sequence[Conv]) -> Conv:
         raise UsageError("expected at least one layer to fuse")
     if len(chain) < 3 or any(conv.geometry.transposed for conv in chain):
         # Which pairs of plain and transposed layers have a form depends on the order; first to last is the one checked.
-        return reduce(compose, chain[1:], chain[0].exact())
+        return regrouped(reduce(compose, chain[1:], chain[0].exact()), chain)
     splits = _cheapest_splits(chain)
 
     def compose_range(first: int, last: int) -> Conv:
@@ -74,7 +77,7 @@ def compose_chain(chain: Sequence[Conv]) -> Conv:
         middle = splits[first, last]
         return compose(compose_range(first, middle), compose_range(middle + 1, last))
 
-    return compose_range(0, len(chain) - 1)
+    return regrouped(compose_range(0, len(chain) - 1), chain)
 
 
 def _cheapest_splits(chain: Sequence[Conv]) -> dict[tuple[int, int], int]:
@@ -109,7 +112,7 @@ def compose_work(first: Geometry, second: Geometry, channels: tuple[int, int, in
 
 def _alike(a: Conv, b: Conv) -> tuple[Conv, Conv]:
     """Both in float64, or both in complex128 where one is complex."""
-    dtype = torch.promote_types(a.exact().weight.dtype, b.exact().weight.dtype)
+    dtype = torch.promote_types(a.exact().dtype, b.exact().dtype)
     return a.to(dtype), b.to(dtype)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from convtool.core.geometry import Geometry, Padding, PerAxis, format_sizes
@@ -62,6 +60,11 @@ class Conv:
         return self.weight.dim() - 2
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Return the dtype of the numbers."""
+        return self.weight.dtype
+
+    @property
     def has_bias(self) -> bool:
         """Return whether there is a bias that isn't zero throughout."""
         if self.bias is None:
@@ -112,80 +115,6 @@ class Conv:
     def torch_weight(self) -> Tensor:
         """Return the weight in the layout of torch's modules: (C_in, C_out/groups, *kernel) where transposed."""
         return swap_channels(self.weight, self.geometry.groups) if self.geometry.transposed else self.weight
-
-
-class Selection(Conv):
-    """A layer that only copies: each output channel is one entry of its group's window.
-
-    Its weight is a 0 or 1 for each pair of output channel and entry (5 GB for the flattening of 64 channels at 56x56),
-    and so is made only when it is asked for; `convtool.core.compose` goes by the entries themselves.
-
-    Attributes:
-        picked: (C_out,) the entry that each output channel copies, of C_in/groups * taps, taps running fastest.
-    """
-
-    __slots__ = ("inputs", "picked")
-    inputs: int
-    picked: Tensor
-
-    def __init__(self, picked: Tensor, in_channels: int, geometry: Geometry) -> None:
-        for name, value in (("picked", picked), ("inputs", in_channels), ("bias", None), ("geometry", geometry)):
-            object.__setattr__(self, name, value)
-
-    @property
-    def entries(self) -> int:
-        """Return how many entries a group's window has."""
-        return self.inputs // max(1, self.geometry.groups) * math.prod(self.geometry.kernel_size)
-
-    @property
-    def weight(self) -> Tensor:
-        if self.out_channels * self.entries > MOST_NUMBERS:
-            raise UsageError(f"a layer that copies {self.entries} entries would need a kernel of too many numbers")
-        dense = F.one_hot(self.picked, self.entries).to(torch.float64)
-        return dense.reshape(self.out_channels, -1, *self.geometry.kernel_size)
-
-    @property
-    def out_channels(self) -> int:
-        return len(self.picked)
-
-    @property
-    def in_channels(self) -> int:
-        return self.inputs
-
-    @property
-    def spatial_axes(self) -> int:
-        return len(self.geometry.kernel_size)
-
-    def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Conv:
-        # Zeros and ones are what they are in every dtype.
-        return self if device is None else Selection(self.picked.to(device), self.inputs, self.geometry)
-
-    def exact(self) -> Conv:
-        return self
-
-    def absolute(self) -> Conv:
-        return self
-
-    def then(self, second: Conv, geometry: Geometry) -> Conv | None:
-        """Return the one layer that does `second` after this one, by moving its numbers; None where that isn't enough.
-
-        Args:
-            second: any layer; a dense 1x1 one is what a flatten is followed by.
-            geometry: of the result.
-        """
-        if second.geometry.groups != 1 or geometry.kernel_size != self.geometry.kernel_size:
-            return None
-        per_group = self.out_channels // max(1, self.geometry.groups)
-        columns = torch.arange(self.out_channels) // max(1, per_group) * self.entries + self.picked
-        width = self.inputs * math.prod(geometry.kernel_size)
-        if torch.equal(columns, torch.arange(width)):  # a flatten: its numbers are in their places already
-            return Conv(second.weight.reshape(-1, self.inputs, *geometry.kernel_size), second.bias, geometry)
-        weight = second.weight.new_zeros(second.out_channels, width)
-        if len(columns.unique()) < len(columns):
-            weight.index_add_(1, columns, second.weight.flatten(1))
-        else:
-            weight.index_copy_(1, columns, second.weight.flatten(1))  # keeps the sign of zeros
-        return Conv(weight.reshape(second.out_channels, -1, *geometry.kernel_size), second.bias, geometry)
 
 
 def conv(

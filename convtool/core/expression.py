@@ -10,9 +10,10 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from convtool.core.conv import Conv, Selection
+from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.joint import compose_geometry
+from convtool.core.moves import Selection, compose_moves
 from convtool.core.tree import Chain, Leaf, Sum, Tree, flat_parts, fold, walk
 from convtool.errors import UsageError
 
@@ -32,14 +33,17 @@ def joined(tree: Tree[Leaf]) -> Tree[Leaf]:
     parts: list[Any] = []
     for part in map(joined, flat_parts(tree)):
         moves, conv = getattr(parts[-1] if parts else None, "conv", None), getattr(part, "conv", None)
-        read = None
-        if isinstance(moves, Selection) and conv is not None:
-            read = moves.then(conv, compose_geometry(moves.geometry, conv.geometry))
-        if read is None:
-            parts.append(part)
+        if isinstance(moves, Selection) and conv is not None and _reads_each_once(conv):
+            geometry = compose_geometry(moves.geometry, conv.geometry)
+            parts[-1] = replace(part, conv=compose_moves(moves, conv, geometry))  # in its own dtype
         else:
-            parts[-1] = replace(part, conv=read)
+            parts.append(part)
     return Chain(tuple(parts))
+
+
+def _reads_each_once(conv: Conv) -> bool:
+    """Return whether it is a dense layer over the channels of one position, as what follows a flatten is."""
+    return conv.geometry.groups == 1 and math.prod(conv.geometry.kernel_size) == 1
 
 
 def run(expression: Expression, x: Tensor) -> Tensor:

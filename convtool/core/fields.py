@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from json import loads
 from typing import Any, TypeAlias
 
 from convtool.core.geometry import LARGEST, PADDING_MODES, Geometry, PaddingMode
@@ -25,11 +26,15 @@ class FieldType:
         parse: makes one of an option's text or of what a TOML or JSON file holds; TypeError or ValueError else.
         expected: what it takes, in words.
         recorded: the type of its values in records and documents.
+        names_tensors: whether a text that it takes is the full name of a tensor.
+        between: what stands between the entries of a list.
     """
 
     parse: Callable[[object], object]
     expected: str
     recorded: Any = Any
+    names_tensors: bool = False
+    between: str = ","
 
     def read(self, name: str, value: object) -> object:
         """Return the value of a field of that name; UsageError where it isn't of this type. Ranges aren't checked."""
@@ -155,6 +160,47 @@ def _numbers(value: object) -> list[float]:
     return [_number(part) for part in _text(value).split(",")]
 
 
+def _range(value: object) -> list[int | None]:
+    """Return '2:5' as [2, 5], and '2:' as [2, None]."""
+    if isinstance(value, str):
+        value = value.split(":")
+    if not isinstance(value, list | tuple):
+        raise TypeError
+    first, last = value
+    start, stop = _integer(first or 0), None if last in ("", None) else _integer(last)
+    if start < 0 or (stop is not None and stop <= start):
+        raise ValueError
+    return [start, stop]
+
+
+def _list(value: object) -> list[int]:
+    integers = _integers(value)
+    return [integers] if isinstance(integers, int) else integers
+
+
+def _kernel(value: object) -> object:
+    """Return a tensor's name, or numbers in lists in lists, all of one length on each axis."""
+    if not _text(value).startswith("["):
+        return value
+
+    def checked(part: Any) -> Any:
+        if isinstance(part, list):
+            if len({len(one) if isinstance(one, list) else 0 for one in part}) != 1:
+                raise ValueError
+            return [checked(one) for one in part]
+        return _number(str(part)) if type(part) in (int, float) else _number(part)
+
+    return checked(loads(_text(value)))
+
+
+def _offset(value: object) -> object:
+    """Return numbers, or a tensor's name."""
+    text = _text(value)
+    if text.startswith("["):
+        return [_number(str(part)) for part in loads(text)]
+    return _numbers(text) if re.match(r"[-+.0-9]", text) else text
+
+
 INTEGER = FieldType(_integer, "an integer", int)
 INTEGERS = FieldType(_integers, "an integer or one per axis, such as 2 or 2,1", list[int])
 PADDING = FieldType(_padding, "1, one per axis (1,2), before:after (0:1,2:2), 'same' or 'half'", list[tuple[int, int]])
@@ -163,6 +209,8 @@ FLAG = FieldType(_flag, "true or false", bool)
 POSITIVE = FieldType(_eps, "a number of at least 0, such as 1e-3", float)
 SIZES = FieldType(_sizes, "spatial sizes, such as 7,7", list[int])
 NUMBER = FieldType(_number, "a finite number", float)
-NUMBERS = FieldType(
-    lambda value: [_number(part) for part in _text(value).split(",")], "finite numbers, such as 0.5,0.4", list[float]
-)
+NUMBERS = FieldType(_numbers, "finite numbers, such as 0.5,0.4", list[float])
+RANGE = FieldType(_range, "channels A:B, from A up to B, which is left out", list[int], between=":")
+LIST = FieldType(_list, "channels, such as 2,1,0", list[int])
+TENSOR = FieldType(_kernel, "a tensor's full name, or numbers in a JSON list", names_tensors=True)
+NUMBERS_OR_TENSOR = FieldType(_offset, "numbers such as 0.5,0.4, or a tensor's full name", names_tensors=True)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from convtool.core.conv import Conv
+from convtool.core.moves import NOTHING, Selection
 from convtool.core.unfold import gather_taps
 from convtool.errors import UsageError
 
@@ -36,6 +38,8 @@ def forward(conv: Conv, x: Tensor) -> Tensor:
         )
     output_size = conv.output_size(x.shape[2:])
     conv = conv.to(x.dtype)
+    if isinstance(conv, Selection):
+        return _picked(conv, x)
     if conv.spatial_axes not in (1, 2, 3):
         out = _by_taps(conv, x)
     elif _only_scales(conv):
@@ -45,6 +49,15 @@ def forward(conv: Conv, x: Tensor) -> Tensor:
         out = _transposed(conv, x) if conv.geometry.transposed else _direct(conv, x)
     bias = conv.bias_over(output_size)
     return out if bias is None else out + bias
+
+
+def _picked(conv: Selection, x: Tensor) -> Tensor:
+    axes = conv.spatial_axes
+    taps = gather_taps(x, conv.geometry).flatten(2 + axes) if axes else x[:, :, None]  # (N, C_in, *output, taps)
+    entries = taps.movedim(-1, 2).flatten(1, 2)  # (N, C_in * taps, *output)
+    out = entries.index_select(1, conv.picked.clamp(min=0))
+    nothing = (conv.picked == NOTHING).reshape(-1, *(1,) * axes)
+    return torch.where(nothing, torch.zeros((), dtype=x.dtype), out) if bool(nothing.any()) else out
 
 
 def _only_scales(conv: Conv) -> bool:

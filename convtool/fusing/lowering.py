@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import NamedTuple
 
@@ -13,11 +13,12 @@ from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.fields import Fields
 from convtool.core.fuse import NamedConv
+from convtool.core.names import is_written
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, walk
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds.kind import Layer
 from convtool.kinds.stated import FieldSource, FieldSources
-from convtool.kinds.written import make_written, read_layer
+from convtool.kinds.written import make_written, read_layer, with_tensors
 
 MOST_NAMES = 3  # layers named one by one before the rest is only counted
 SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a layer takes from the one that it is like
@@ -46,7 +47,8 @@ class LoweredLayer(NamedConv):
 
     def source(self) -> SourceLayer:
         """Return what a record says of it."""
-        return SourceLayer(self.layer.name, self.layer.kind, self.fields if self.layer.tensors else {}, self.origin)
+        fields = {} if is_written(self.layer.name) else self.fields
+        return SourceLayer(self.layer.name, self.layer.kind, fields, self.origin)
 
 
 def full_name(name: str, origin: str) -> str:
@@ -149,6 +151,9 @@ class _TreeLowering:
                 raise UsageError(f"{layer.name} is named twice; a fusion runs through each layer once")
             used |= names
         self.axes = _spatial_axes(list(self.layers.values()), axes, input_size)
+        for ref, layer in self.layers.items():
+            if ref.written:
+                self.layers[ref] = replace(layer, fields=layer.kind.over(layer.fields, self.axes))
 
     def lower(self, tree: Tree[LayerRef], into: _Channels) -> tuple[Tree[LoweredLayer], _Channels]:
         """Return the lowered tree, and the channels of its output."""
@@ -165,16 +170,15 @@ class _TreeLowering:
         return leaf, _Channels(leaf.conv.out_channels, leaf.layer.name)
 
     def _find(self, ref: LayerRef) -> Layer:
-        if ref.written:
-            return read_layer(ref.name)
         if ref.source not in self.checkpoints:
             raise UsageError(f"{ref}: no checkpoint is called {ref.source!r}; give it with --with {ref.source}=FILE")
-        return self.checkpoints[ref.source].part(ref.name)
+        checkpoint = self.checkpoints[ref.source]
+        return with_tensors(read_layer(ref.name), checkpoint.infos) if ref.written else checkpoint.part(ref.name)
 
     def _fields(self, ref: LayerRef) -> Fields:
         """Return what is stated of a layer, by itself or by the one that it is like."""
         layer = self.layers[ref]
-        if not layer.tensors:
+        if ref.written:
             return layer.fields
         sources = self.sources.with_first(recorded(self.checkpoints[ref.source], ref.source))
         own = sources.fields(full_name(layer.name, ref.source))
@@ -207,6 +211,9 @@ class _TreeLowering:
                     f"{ref}: the number of channels isn't known here; give --input-size with the channels in front"
                 )
             return LoweredLayer(ref.name, make_written(ref.name, into.channels, self.axes), layer, layer.fields, "")
+        if ref.written:
+            conv = self.checkpoints[ref.source].lower(layer, {}, self.axes, into.channels)
+            return LoweredLayer(str(ref), conv, layer, layer.fields, "", ref.source)
         fields, assumed = layer.kind.settle(layer.shapes, self._fields(ref), into.channels, into.origin)
         conv = self.checkpoints[ref.source].lower(layer, fields, self.axes)
         if into.channels is not None and conv.in_channels != into.channels:

@@ -61,11 +61,10 @@ class Flatten(Kind):
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         import torch
 
-        from convtool.core.conv import Selection
+        from convtool.core.moves import Selection
 
         size = tuple(fields["size"])
-        picked = torch.arange(math.prod(size)).repeat(channels or 0)  # (C*P,) the tap that each output channel reads
-        return Selection(picked, channels or 0, Geometry.of(size, groups=channels or 0))
+        return Selection(torch.arange(math.prod(size) * (channels or 0)), channels or 0, Geometry.of(size))
 
 
 class Unflatten(Kind):
@@ -87,19 +86,26 @@ class Unflatten(Kind):
         return FLATTEN.takes(shapes, fields, takes)
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
-        import torch
-
-        from convtool.core.conv import Conv
-
         size = tuple(fields["size"])
-        positions = math.prod(size)
-        if len(size) != axes or (channels or 0) % positions:
-            raise UsageError(f"{channels} numbers don't make channels of that size")
-        check_size(positions**2, self.name)
-        kernel = torch.eye(positions, dtype=torch.float64).reshape(1, positions, *size)
-        groups = (channels or 0) // positions
-        geometry = Geometry.of(size, groups=groups, transposed=True)
-        return Conv(kernel.expand(groups, -1, *(-1,) * axes), None, geometry)
+        if len(size) != axes:
+            raise UsageError(f"expected {axes} sizes, got {format_sizes(size)}")
+        return spread_out(size, channels or 0, stride=(1,) * axes)
 
 
 FLATTEN, UNFLATTEN = Flatten(), Unflatten()
+
+
+def spread_out(size: tuple[int, ...], channels: int, stride: tuple[int, ...]) -> Conv:
+    """Return the transposed layer that makes positions of channels: channel c*P + p is position p of output c."""
+    import torch
+
+    from convtool.core.conv import Conv
+
+    positions = math.prod(size)
+    if channels % positions:
+        raise UsageError(f"{channels} numbers don't make channels of that size")
+    check_size(positions**2, "the layer")
+    kernel = torch.eye(positions, dtype=torch.float64).reshape(1, positions, *size)
+    groups = channels // positions
+    geometry = Geometry.of(size, stride=stride, groups=groups, transposed=True)
+    return Conv(kernel.expand(groups, -1, *(-1,) * len(size)), None, geometry)

@@ -199,6 +199,10 @@ class Kind:
     def check_input(self, fields: Fields, size: tuple[int, ...]) -> None:
         """Raise UsageError where inputs of that spatial size aren't what the layer's fields say of them."""
 
+    def over(self, fields: Fields, axes: int) -> Fields:
+        """Return the fields of a layer that is written, over that many axes, as `takes` and `gives` need them."""
+        return fields
+
     # --- the numbers
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
@@ -301,7 +305,15 @@ def format_value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def to_conv(layer: Layer, tensors: Tensors, fields: Fields, axes: int, where: str, why_not: str | None = None) -> Conv:
+def to_conv(
+    layer: Layer,
+    tensors: Tensors,
+    fields: Fields,
+    axes: int,
+    where: str,
+    why_not: str | None = None,
+    channels: int | None = None,
+) -> Conv:
     """Return a found layer with the given fields as a `Conv`, once its tensors are seen to be what its kind has.
 
     Args:
@@ -310,6 +322,7 @@ def to_conv(layer: Layer, tensors: Tensors, fields: Fields, axes: int, where: st
         axes: spatial axes of the layer's input, for the kinds whose tensors don't tell.
         where: what messages call it.
         why_not: why its weight isn't what its tensors hold, if so.
+        channels: of its input, for a written layer.
 
     Raises:
         InputError: it isn't a linear map that convtool knows, or a tensor holds inf or NaN.
@@ -318,7 +331,9 @@ def to_conv(layer: Layer, tensors: Tensors, fields: Fields, axes: int, where: st
     kind = layer.kind
     if kind is UNKNOWN:
         reason = f"is not a convolution, linear layer or batch norm (it holds {', '.join(sorted(layer.tensors))})"
-        raise InputError(f"{where}: {why_not or reason}")
+        kernel = next((info.name for info in layer.tensors.values() if len(info.shape) > 2), None)
+        hint = f"; a fixed kernel is written kernel({kernel}), an offset offset(TENSOR)" if kernel else ""
+        raise InputError(f"{where}: {why_not or reason + hint}")
     sources = {name for info in layer.tensors.values() for name in info.derived_from}
     others = [name for name, info in layer.tensors.items() if name not in kind.tensors and info.name not in sources]
     if others:
@@ -332,7 +347,7 @@ def to_conv(layer: Layer, tensors: Tensors, fields: Fields, axes: int, where: st
             _check_numbers(tensor, f"{where}.{name}")
     try:
         Kind.check_fields(kind, fields)  # what their values have to be hangs on the tensors, and is seen by lowering
-        return kind.lower(own, {**layer.fields, **fields}, axes, None)
+        return kind.lower(own, {**layer.fields, **fields}, axes, channels)
     except ConvtoolError as error:
         raise type(error)(f"{where}: {error}") from None
 

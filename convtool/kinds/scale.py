@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ class Scale(Kind):
         return len(tensors) == 1 and all(name in self.tensors and _is_factor(info) for name, info in tensors.items())
 
     def is_tensor(self, name: str, info: TensorInfo) -> bool:
-        return _is_factor(info)
+        return channels_of(info.shape) is not None
 
     def check_found(self, layer: Layer) -> None:
         if "norm" in layer.name.rpartition(".")[2].lower():
@@ -45,13 +46,14 @@ class Scale(Kind):
             )
 
     def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
-        return next((shape[0] for shape in shapes.values()), gives)
+        return next((channels_of(shape) for shape in shapes.values()), gives)
 
     def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
-        return next((shape[0] for shape in shapes.values()), takes)
+        return next((channels_of(shape) for shape in shapes.values()), takes)
 
     def moves_over(self, rank: int, shapes: Shapes, fields: Fields) -> int | None:
-        axes = max((len(shape) - 1 for shape in shapes.values()), default=0)  # (C, 1, 1) runs over the last two
+        # (C, 1, 1) and (1, C, 1, 1) run over the last two.
+        axes = max((len(shape) - 1 - _channel_axis(shape) for shape in shapes.values()), default=0)
         return axes if rank == axes + 2 or (axes == 0 and rank >= 2) else None
 
     def of_operation(self, name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Fields | None:
@@ -145,6 +147,15 @@ def per_channel(factors: Tensor, axes: int, offsets: Tensor | None = None) -> Co
     from convtool.core.conv import Conv, pointwise
 
     return Conv(factors.reshape(-1, 1, *(1,) * axes), offsets, pointwise(axes, groups=len(factors)))
+
+
+def channels_of(shape: Shape) -> int | None:
+    """Return how many channels a tensor has a number for: the one axis that isn't 1; None where there are more."""
+    return math.prod(shape) if shape and sum(size != 1 for size in shape) <= 1 else None
+
+
+def _channel_axis(shape: Shape) -> int:
+    return next((axis for axis, size in enumerate(shape) if size != 1), 0)
 
 
 def _is_factor(info: TensorInfo) -> bool:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from convtool.core.fields import FLAG, INTEGERS, PADDING, Fields
+from convtool.core.fields import FLAG, INTEGER, INTEGERS, PADDING, Fields
 from convtool.core.geometry import Geometry, per_axis
-from convtool.errors import RefusedError
+from convtool.errors import RefusedError, UsageError
 from convtool.kinds.kind import Kind, Tensors, check_size
 
 if TYPE_CHECKING:
@@ -19,22 +19,33 @@ class AvgPool(Kind):
     """nn.AvgPool as a depthwise convolution; its stride is the kernel size unless it is said."""
 
     name = "avg_pool"
-    fields = {"kernel_size": INTEGERS, "stride": INTEGERS, "padding": PADDING, "count_include_pad": FLAG}
-    defaults = {"stride": None, "padding": 0, "count_include_pad": True}
+    fields = {
+        "kernel_size": INTEGERS,
+        "stride": INTEGERS,
+        "padding": PADDING,
+        "count_include_pad": FLAG,
+        "dilation": INTEGERS,
+        "divisor_override": INTEGER,
+    }
+    defaults = {"stride": None, "padding": 0, "count_include_pad": True, "dilation": 1, "divisor_override": None}
     written = True
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         kernel = per_axis("kernel_size", fields["kernel_size"], axes, least=1)
         given = {**self.defaults, **fields}
         stride = kernel if given["stride"] is None else given["stride"]
-        geometry = Geometry.of(kernel, stride=stride, padding=given["padding"], groups=channels or 0)
-        if geometry.padded and not given["count_include_pad"]:
+        where = {"padding": given["padding"], "dilation": given["dilation"]}
+        geometry = Geometry.of(kernel, stride=stride, groups=channels or 0, **where)
+        if geometry.padded and not given["count_include_pad"] and given["divisor_override"] is None:
             # Then the divisor changes at the border, and no convolution does that.
             raise RefusedError(
                 "an average pooling with padding and count_include_pad=False divides by less at the border, which no"
                 " convolution does"
             )
-        return _everywhere(1.0 / math.prod(kernel), channels or 0, kernel, geometry, self.name)
+        divisor = math.prod(kernel) if given["divisor_override"] is None else given["divisor_override"]
+        if not divisor:
+            raise UsageError("divisor_override: expected a number other than 0")
+        return _everywhere(1.0 / divisor, channels or 0, kernel, geometry, self.name)
 
 
 class Upsample(Kind):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from convtool.core.fields import Fields
-from convtool.core.names import CALL
-from convtool.errors import RefusedError, UsageError
+from convtool.core.fields import FLAG, Fields
+from convtool.core.names import CALL, unwrap
+from convtool.errors import RefusedError, UsageError, did_you_mean
 from convtool.kinds import KINDS, kind_named, names_of
-from convtool.kinds.kind import Kind, Layer, Shape
+from convtool.kinds.kind import Kind, Layer, Shape, TensorInfo
 
 if TYPE_CHECKING:
     from convtool.core.conv import Conv
@@ -38,6 +39,22 @@ def read_layer(text: str) -> Layer:
     if call is None:
         raise UsageError(f"{text!r}: expected NAME(ARGUMENTS)")
     return Layer(text, kind, {}, _read_arguments(text, call[2], kind))
+
+
+def with_tensors(layer: Layer, infos: Mapping[str, TensorInfo]) -> Layer:
+    """Return a written layer with the tensors of a checkpoint that it names.
+
+    Raises:
+        UsageError: there is no such tensor.
+    """
+    found = {}
+    for field, name in layer.fields.items():
+        if isinstance(name, str) and field in layer.kind.fields and layer.kind.fields[field].names_tensors:
+            same = [info for full, info in infos.items() if unwrap(full) == unwrap(name)]
+            if name not in infos and len(same) != 1:
+                raise UsageError(f"{layer.name}: no tensor {name!r}{did_you_mean(name, infos)}")
+            found[field] = infos.get(name) or same[0]
+    return replace(layer, tensors=found)
 
 
 def layer_of_operation(name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Layer | None:
@@ -83,7 +100,9 @@ def _text(kind: Kind, fields: Fields) -> str:
         return between.join(value(part, ":") for part in one) if isinstance(one, list | tuple) else str(one)
 
     first = next(iter(kind.fields), "")
-    inside = "; ".join(f"{name}={value(fields[name])}" for name in kind.fields if name in fields)
+    inside = "; ".join(
+        f"{name}={value(fields[name], kind.fields[name].between)}" for name in kind.fields if name in fields
+    )
     return f"{kind.name}({inside.removeprefix(f'{first}=')})"
 
 
@@ -93,7 +112,9 @@ def _read_arguments(text: str, inside: str, kind: Kind) -> Fields:
     takes = ", ".join(kind.fields) or "nothing"
     for number, part in enumerate(part.strip() for part in inside.split(";") if part.strip()):
         key, equals, value = (word.strip() for word in part.partition("="))
-        if not equals:
+        if not equals and kind.fields.get(part) is FLAG:
+            key, value = part, "true"
+        elif not equals:
             key, value = next(iter(kind.fields), ""), part
             if number:
                 raise UsageError(f"{text}: expected name=value after the first argument, got {part!r}")

@@ -344,15 +344,23 @@ def test_a_damaged_record_is_an_error_or_another_record(record: Record, data: st
         loads(text[:place] + new + text[place + 1 :], "here")
 
 
+def with_record(path: Path, text: str) -> Path:
+    """Put a record into a torch file; a .safetensors file has it already."""
+    if path.suffix == ".pt":
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr(f"{path.stem}/convtool.json", text)
+    return path
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("", "damaged"),
         ("[]", "damaged"),
         ("3", "damaged"),
-        ('{"schema": 99, "version": "9", "fusions": []}', "schema 99, this version reads 1; use the version"),
-        ('{"schema": 1, "version": "1"}', "damaged"),
-        ('{"schema": 1, "version": "1", "fusions": [{}]}', "damaged"),
+        ('{"schema": 2, "version": "1"}', "damaged"),
+        ('{"schema": 2, "version": "1", "fusions": [{}]}', "damaged"),
+        ('{"schema": 2, "schema": 2, "version": "1", "fusions": []}', "damaged .*a key twice"),
         ("[" * 200_000, "damaged"),
     ],
 )
@@ -360,14 +368,28 @@ def test_a_damaged_record_is_an_error_or_another_record(record: Record, data: st
 def test_a_record_that_cannot_be_read_is_named_when_it_is_asked_for(
     tmp_path: Path, suffix: str, text: str, message: str
 ) -> None:
-    path = save(small_network(), tmp_path / f"in{suffix}", {"convtool": text})
-    if suffix == ".pt":
-        with zipfile.ZipFile(path, "a") as archive:
-            archive.writestr("in/convtool.json", text)
+    path = with_record(save(small_network(), tmp_path / f"in{suffix}", {"convtool": text}), text)
     opened = open_checkpoint(path)
     assert opened.tensor("head.weight").shape == (2, 5)
     with pytest.raises(InputError, match=message):
         _ = opened.record
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"schema": 99, "version": "9", "fusions": []}', "schema 99, this version reads 2; use the version"),
+        ('{"schema": 2, "version": "9", "fusions": [], "more": 1}', "has the key 'more'"),
+    ],
+)
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_record_that_this_version_does_not_know_is_none_and_the_reason_is_there(
+    tmp_path: Path, suffix: str, text: str, message: str
+) -> None:
+    path = with_record(save(small_network(), tmp_path / f"in{suffix}", {"convtool": text}), text)
+    opened = open_checkpoint(path)
+    assert opened.record is None
+    assert message in opened.unknown_record
 
 
 def test_histories_continue_or_are_of_another_file() -> None:

@@ -244,7 +244,7 @@ def test_a_layer_of_another_file_is_not_the_one_of_its_name(net: dict[str, Tenso
     verdict = cli(f"{question} --json").document
     assert verdict["equivalent"] is True
     parts = {part["name"]: part["before"] for part in verdict["fusions"]}
-    assert parts == {"second": ["second", "norm"], "first": ["first", "second"]}
+    assert parts == {"second": ["second", "norm"], "first": ["first", "other:second"]}
 
 
 def metadata_of(path: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convtool.checkpoint.find import find_layer, named_part
-from convtool.checkpoint.record import Record, loads
+from convtool.checkpoint.record import Record, UnknownRecordError, loads
 from convtool.errors import InputError
 from convtool.formats.indexes import RECORD_KEY
 from convtool.formats.pieces import Piece
@@ -147,22 +147,31 @@ class Checkpoint:
 
     @property
     def record(self) -> Record | None:
-        """What convtool recorded when it wrote the file, or None.
+        """What convtool recorded when it wrote the file, or None; also None for a record that is unknown.
 
         Raises:
             InputError: there is a record, and it is damaged.
         """
-        return self._record
+        found = self._record
+        return None if isinstance(found, UnknownRecordError) else found
+
+    @property
+    def unknown_record(self) -> str:
+        """Why the record that is there says what this version doesn't know, in words; '' where it doesn't."""
+        return str(self._record) if isinstance(self._record, UnknownRecordError) else ""
 
     @cached_property
-    def _record(self) -> Record | None:
+    def _record(self) -> Record | UnknownRecordError | None:
         if self.index is None:
             text, where = self._home("").record() or (None, self.path)
         else:
             text, where = self.index["metadata"].get(RECORD_KEY), self.path
         if not isinstance(text, str | None):
             raise InputError(f"{where}: its convtool record is damaged (expected text)")
-        return None if text is None else loads(text, str(where))
+        try:
+            return None if text is None else loads(text, str(where))
+        except UnknownRecordError as unknown:
+            return unknown
 
     def _home(self, name: str) -> TensorFile:
         """Return the file that a tensor is in."""

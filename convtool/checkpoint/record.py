@@ -7,7 +7,8 @@ torch.load passes over. It holds no time and no path, so that equal inputs give 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,8 +21,12 @@ from convtool.kinds import kind_named, parse_field
 from convtool.kinds.kind import Kind
 from convtool.kinds.written import undoing
 
-SCHEMA = 1
+SCHEMA = 2
 Path = tuple[int, ...]  # of a tree's part: which part of it, which part of that, and so on
+
+
+class UnknownRecordError(InputError):
+    """A record may be sound, and says what this version doesn't know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,8 @@ class FusionRecord:
         rim: where not: per axis, how many rows at the start and at the end differ.
         before, after: the layers without tensors that stand before and behind the fused one for it to equal its
             sources: a flatten and an unflatten around a linear layer that stands for a convolution; '' for none.
+        takes, gives: the digests of its sources' tensors and of its own, by their full names; NAME: in front of one of
+            another checkpoint.
     """
 
     name: str
@@ -73,6 +80,8 @@ class FusionRecord:
     rim: tuple[tuple[int, int], ...]
     before: str = ""
     after: str = ""
+    takes: Mapping[str, str] = field(default_factory=dict)
+    gives: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def sources(self) -> tuple[SourceLayer, ...]:
@@ -89,6 +98,8 @@ class FusionRecord:
             "exact": self.exact,
             "input_size": None if self.input_size is None else list(self.input_size),
             "rim": [list(sides) for sides in self.rim],
+            "takes": dict(self.takes),
+            "gives": dict(self.gives),
         } | {key: name for key, name in around.items() if name}
 
 
@@ -233,13 +244,22 @@ def _tree_from_json(item: dict[str, Any]) -> Tree[SourceLayer]:
 
 
 def loads(text: str, where: str) -> Record:
-    """Return the record in `text`; InputError where it is not one."""
+    """Return the record in `text`.
+
+    Raises:
+        UnknownRecordError: of a schema, or with a key, that this version doesn't know.
+        InputError: it isn't one.
+    """
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_without_repetition)
         if document["schema"] != SCHEMA:
-            raise InputError(
+            raise UnknownRecordError(
                 f"{where}: holds a convtool record of schema {document['schema']!r}, this version reads {SCHEMA};"
                 " use the version that wrote it"
+            )
+        for key in _unknown_keys(document):
+            raise UnknownRecordError(
+                f"{where}: its convtool record has the key {key!r}, which this version doesn't know"
             )
         fusions = tuple(_fusion(item) for item in document["fusions"])
         _check_history(fusions)
@@ -249,6 +269,43 @@ def loads(text: str, where: str) -> Record:
     except Exception as error:  # anything at all may stand in a damaged record
         what = str(error) if isinstance(error, ConvtoolError) else f"{type(error).__name__}: {error}"
         raise InputError(f"{where}: its convtool record is damaged ({what})") from None
+
+
+# The keys of the record, of a fusion in it, of a layer and of a sum or chain.
+_KEYS = {"schema", "version", "fusions"}
+_FUSION = {"name", "sources", "fields", "dtype", "exact", "input_size", "rim", "before", "after", "takes", "gives"}
+_LAYER = {"name", "kind", "fields", "origin"}
+
+
+def _unknown_keys(document: dict[str, Any]) -> Iterator[str]:
+    """Yield keys that this version doesn't know; what holds them may mean what it can't judge."""
+    yield from document.keys() - _KEYS
+    for fusion in document["fusions"]:
+        yield from fusion.keys() - _FUSION
+        yield from _unknown_in_tree(fusion["sources"])
+
+
+def _unknown_in_tree(item: dict[str, Any]) -> Iterator[str]:
+    for key in ("chain", "sum"):
+        if key in item:
+            yield from item.keys() - {key}
+            for part in item[key]:
+                yield from _unknown_in_tree(part)
+            return
+    yield from item.keys() - _LAYER
+
+
+def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise UsageError("it has a key twice")
+    return found
+
+
+def _digests(what: str, value: object) -> dict[str, str]:
+    if not isinstance(value, dict) or not all(re.fullmatch("[0-9a-f]{64}", str(one)) for one in value.values()):
+        raise UsageError(f"{what}: expected a SHA-256 for each tensor")
+    return value
 
 
 def _fusion(item: dict[str, Any]) -> FusionRecord:
@@ -262,6 +319,8 @@ def _fusion(item: dict[str, Any]) -> FusionRecord:
         rim=tuple((_integer("rim", start, 0), _integer("rim", end, 0)) for start, end in item["rim"]),
         before=_written("before", item.get("before", "")),
         after=_written("after", item.get("after", "")),
+        takes=_digests("takes", item["takes"]),
+        gives=_digests("gives", item["gives"]),
     )
     axes = len(fusion.rim)
     if others := fusion.fields.keys() - geometry_fields(Geometry.of((1,))).keys():

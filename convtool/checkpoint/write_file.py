@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.cast import cast_piece
+from convtool.checkpoint.cast import cast_piece, cast_tensor
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.errors import RefusedError, UsageError
@@ -63,6 +63,19 @@ def plan_file(
             return plan
     check_flat(source, path, options)
     return form.plan_state(pieces_of(source, edit, options), source.metadata, text)
+
+
+def new_pieces(edit: Edit, dtype: str | None = None) -> list[Piece]:
+    """Return the tensors that an edit puts in, as they are stored.
+
+    Args:
+        dtype: of every floating-point tensor; None for what it has.
+
+    Raises:
+        RefusedError: the dtype doesn't hold a tensor's numbers.
+    """
+    cast = edit if dtype is None else edit.changed(lambda name, tensor: cast_tensor(name, tensor, dtype))
+    return [Piece.of_tensor(name, tensor) for name, tensor in cast.insert.items()]
 
 
 def pieces_of(source: Checkpoint, edit: Edit, options: Options) -> list[Piece]:

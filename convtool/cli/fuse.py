@@ -273,7 +273,7 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         dtype=options.dtype,
     )
     check_ties(opened, [layer.edit for layer in planned])
-    edit, plan = saved.plan_changed(opened, planned, options.out, force=overwrite)
+    edit, plan = saved.plan_changed(opened, planned, options.out, force=overwrite, others=checkpoints)
     reports = [[] for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
     new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     made = (_fusion(layer, one, size) for layer, one in zip(planned, reports, strict=True))

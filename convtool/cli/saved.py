@@ -102,22 +102,35 @@ class Recorded:
 
 
 def plan_changed(
-    opened: Checkpoint, changes: Sequence[PlannedLayer | Reexpression], out: Path, *, force: bool, **options: Any
+    opened: Checkpoint,
+    changes: Sequence[PlannedLayer | Reexpression],
+    out: Path,
+    *,
+    force: bool,
+    others: Mapping[str, Checkpoint] | None = None,
+    dtype: str | None = None,
+    **options: Any,
 ) -> tuple[Edit, WritePlan]:
     """Return what changes of a checkpoint come to together, and what writing it with them and their record will give.
 
     Args:
-        force, options: as of `plan_edited`.
+        others: checkpoints that layers came from besides, by name.
+        force, dtype, options: as of `plan_edited`.
     """
     from convtool import __version__
+    from convtool.checkpoint.digests import with_digests
     from convtool.checkpoint.edit import Edit
     from convtool.checkpoint.record import Record
     from convtool.checkpoint.write import plan_edited
+    from convtool.checkpoint.write_file import new_pieces
+    from convtool.core.tree import BASE
 
     edit, record = Edit.together([change.edit for change in changes]), opened.record
     if changes:
-        record = (record or Record(__version__)).appended(__version__, [change.record for change in changes])
-    return edit, plan_edited(opened, edit, out, record, force=force, **options)
+        sources = {**(others or {}), BASE: opened}
+        made = [with_digests(change.record, sources, new_pieces(change.edit, dtype)) for change in changes]
+        record = (record or Record(__version__)).appended(__version__, made)
+    return edit, plan_edited(opened, edit, out, record, force=force, dtype=dtype, **options)
 
 
 def write(plan: WritePlan, opened: Checkpoint, edit: Edit, reporter: Reporter, *, dry_run: bool) -> Written:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import complete
 from convtool.cli.options import DTYPES, argument, flag, option, parse_dtype
 from convtool.cli.output import Reporter
-from convtool.errors import UsageError
+from convtool.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -141,4 +142,8 @@ def open_reporting(path: Path, reporter: Reporter, root: str | None = None, *, m
     from convtool.checkpoint import open_checkpoint
 
     with reporter.progress(f"reading {path.name}", None):
-        return open_checkpoint(path, root, mapped=mapped)
+        opened = open_checkpoint(path, root, mapped=mapped)
+    with contextlib.suppress(InputError):  # a damaged record is said where it is needed
+        if opened.unknown_record:
+            reporter.remark(f"ignored: {opened.unknown_record}")
+    return opened

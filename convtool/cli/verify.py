@@ -13,7 +13,7 @@ from convtool.cli.command import Command
 from convtool.cli.document import fill
 from convtool.cli.options import Size, argument, dtype_name, flag, option, parse_device, parse_float
 from convtool.cli.output import Reporter
-from convtool.errors import UsageError
+from convtool.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -175,15 +175,16 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         reporter.remark(text)
     whole = _whole_model(options, sides, reporter)
     own_bound = options.rtol is not None or options.atol is not None
-    differing = bool(tensors and tensors.differing)
+    differing = set(() if tensors is None else tensors.differing.values())
+    covered = {"changed", "missing", "new"} if options.model_after is not None else set()
     return fill(
         verify_text.Result,
         options,
         equivalent=all(report.equivalent for _, report in results)
-        and (not differing or options.model_after is not None)
+        and differing <= covered
         and (whole is None or whole.equal),
         statement=verdict.statement(results, options.exhaustive, bool(sizes), options.only)
-        + ("; what no pair covers, by random inputs" if differing and options.model_after else ""),
+        + ("; what no pair covers, by random inputs" if differing & covered else ""),
         computed_in=dtype_name(how["computed_in"]),
         rounded_to=None if options.rounded_to is None else dtype_name(options.rounded_to),
         tolerance=verify_text.Tolerance(options.rtol, options.atol) if own_bound else verify_text.BOUND,
@@ -244,6 +245,9 @@ class _Sides:
 def _open(options: Options, reporter: Reporter) -> _Sides:
     sources = options.sources
     before, after = sources.open(options.before, reporter), sources.open(options.after, reporter, second=True)
+    for opened in () if options.only else (before, after):
+        if opened.unknown_record:
+            raise InputError(opened.unknown_record)
     others = sources.open_others(options.others, reporter)
     known = [name for opened in (before, after, *others.values()) for name in opened.layers]
     return _Sides(before, after, others, sources.of_both(sources.of_model(before, reporter), known))
@@ -315,12 +319,14 @@ def _compare_tensors(
     options: Options, sides: _Sides, pairings: list[Pairing], reporter: Reporter
 ) -> verify_text.OtherTensors:
     """Return what became of every tensor that went into no fusion."""
-    from convtool.fusing.compare import differing_tensors, untouched
+    from convtool.core.tree import BASE
+    from convtool.fusing.compare import differing_tensors, unfitting, untouched
 
     kept = untouched(sides.before, pairings)
     with reporter.progress("comparing tensors", sum(info.nbytes for info in kept)) as advance:
         rounded_to = "" if options.rounded_to is None else dtype_name(options.rounded_to)
         differing = differing_tensors(sides.before, sides.after, pairings, advance, rounded_to)
+    differing = unfitting(pairings, {BASE: sides.before, **sides.others}, sides.after, rounded_to) | differing
     return verify_text.OtherTensors(len(kept), differing, options.model_after is not None)
 
 

@@ -80,8 +80,8 @@ class Report:
             cls,
             report,
             pairing,
-            before=tuple(one.layer.name for one in leaves(pairing.before)),
-            after=tuple(one.layer.name for one in leaves(pairing.after)),
+            before=tuple(one.name for one in leaves(pairing.before)),
+            after=tuple(one.name for one in leaves(pairing.after)),
             mismatch=report.mismatch or None,
             input_channels_met=Met(*report.met),
             taps_read=Read(*report.taps),
@@ -101,7 +101,7 @@ class OtherTensors:
     """
 
     compared: Count
-    differing: dict[str, Annotated[str, ("enum", ("changed", "missing", "new", "dtype"))]]
+    differing: dict[str, Annotated[str, ("enum", ("changed", "missing", "new", "dtype", "digest"))]]
     by_random_inputs: bool
 
 
@@ -275,7 +275,10 @@ def _show_fusions(reports: Sequence[Report], reporter: Reporter) -> None:
                 reporter.line(f"{report.name}, {name}: {_worst(region)}")
 
 
-TOLD = {"dtype": "isn't stored in the dtype that AFTER records"}
+TOLD = {
+    "dtype": "isn't stored in the dtype that AFTER records",
+    "digest": "isn't the tensor that AFTER records, by its digest",
+}
 
 
 def _show_tensors(others: OtherTensors, rounded_to: str | None, reporter: Reporter) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from convtool.checkpoint import Checkpoint, TensorInfo
 from convtool.checkpoint.cast import cast_piece
+from convtool.checkpoint.digests import digests_of
 from convtool.checkpoint.record import FusionRecord, Path, SourceLayer, spelled_out
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, output_size
@@ -35,6 +36,7 @@ class Pairing:
         path: of AFTER, whose record says so.
         dtype: that AFTER's layer is stored in, as it records; '' where it doesn't.
         claims: what the record says of the layers that no tensor of BEFORE does, (layer, what).
+        takes, gives: the digests that the record has of the tensors on either side, by name as it writes them.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Pairing:
     path: str = ""
     dtype: str = ""
     claims: tuple[tuple[str, str], ...] = ()
+    takes: Mapping[str, str] = field(default_factory=dict)
+    gives: Mapping[str, str] = field(default_factory=dict)
 
     def input_size(self) -> tuple[int, ...] | None:
         """Return the input size at which all parts get the ones that they were fused for; None where any will do.
@@ -198,10 +202,59 @@ def recorded_pairings(
                 f"{after.path}: its record can't say how {name!r}, which takes flat numbers, stands for layers over"
                 " feature maps; name them: --before a,b --after c"
             )
-        claims = tuple(_claims(layers, sources))
-        path, dtype = str(after.path), last[name].dtype
-        pairings.append(Pairing(name, layers, fused, spelled.sizes, spelled.dtypes, path, dtype, claims))
+        pairings.append(
+            Pairing(
+                name,
+                layers,
+                fused,
+                spelled.sizes,
+                spelled.dtypes,
+                str(after.path),
+                last[name].dtype,
+                tuple(_claims(layers, sources)),
+                _taken(fusions),
+                last[name].gives,
+            )
+        )
     return pairings
+
+
+def _taken(fusions: Sequence[FusionRecord]) -> dict[str, str]:
+    """Return the digests of the tensors that the first of these fusions found, and none of them made."""
+    taken: dict[str, str] = {}
+    made: set[str] = set()
+    for fusion in fusions:
+        taken |= {name: digest for name, digest in fusion.takes.items() if name not in made}
+        made |= fusion.gives.keys()
+    return taken
+
+
+def unfitting(
+    pairings: Sequence[Pairing], checkpoints: Mapping[str, Checkpoint], after: Checkpoint, rounded_to: str = ""
+) -> dict[str, str]:
+    """Return the tensors whose digests aren't those that AFTER records, BEFORE's with before: in front, -> 'digest'.
+
+    Args:
+        checkpoints: BEFORE and others, by the origin that the layers name.
+        rounded_to: a dtype that those of AFTER may have been rounded to since.
+
+    Raises:
+        InputError: the record has no digest of a tensor that went into a fusion.
+    """
+    found: dict[str, str] = {}
+    for pairing in (pairing for pairing in pairings if pairing.path):
+        for leaf in leaves(pairing.before):
+            for name, digest in digests_of(checkpoints[leaf.origin], leaf.layer.tensor_names(), leaf.origin).items():
+                if name not in pairing.takes:
+                    raise InputError(f"{pairing.path}: its convtool record is damaged: it has no digest of {name}")
+                if pairing.takes[name] != digest:
+                    found[f"before:{name}"] = "digest"
+        stored = {info.name: info.dtype for leaf in leaves(pairing.after) for info in leaf.layer.stored()}
+        recast = {name for name, dtype in stored.items() if dtype == rounded_to != pairing.dtype}
+        digests = digests_of(after, stored.keys() - recast)
+        found |= {name: "digest" for name in pairing.gives.keys() - recast if digests.get(name) != pairing.gives[name]}
+        found |= dict.fromkeys(digests.keys() - pairing.gives.keys(), "digest")
+    return found
 
 
 def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[str, str]]:

@@ -28,7 +28,7 @@ class StateCheckpoint(Checkpoint):
     def __init__(self, tensors: Mapping[str, Tensor], record: Record | None = None) -> None:
         super().__init__(Path("the model"))
         self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        self._record = record
+        self._known_record = record
         self.infos = {name: tensor_info(name, tensor) for name, tensor in self._tensors.items()}
 
     @classmethod
@@ -51,7 +51,7 @@ class StateCheckpoint(Checkpoint):
 
     @property
     def record(self) -> Record | None:
-        return self._record
+        return self._known_record
 
 
 def tensor_info(name: str, tensor: Tensor) -> TensorInfo:

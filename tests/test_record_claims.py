@@ -223,7 +223,7 @@ def fitted(record: Any, state: State) -> Any:
     return document
 
 
-def claim(found: Run) -> Any:
+def claim(found: Run) -> str:
     """Return what a verdict prints of what the record claims."""
     document = found.document
     fusions = [(one["name"], one["before"], one["after"], one["input_size"]) for one in document["fusions"]]
@@ -235,9 +235,10 @@ def fuzz(folder: Path, count: int, seed: int = 0) -> tuple[int, int]:
     """Verify wrong files with edited records; return how many were taken as records, and how many verdicts were 0."""
     chance, (read, passed) = random.Random(seed), (0, 0)
     state, record = load_file(folder / "f.safetensors"), record_of(folder / "f.safetensors")
-    said, records = {}, {}
+    said: dict[str, str] = {}
+    records: dict[str, Any] = {}
     other = load_file(folder / "eps.safetensors")  # which another claim than the record's would make right
-    faults = {**WRONG, "another eps": lambda state: state | other}
+    faults: dict[str, Callable[[State], State]] = {**WRONG, "another eps": lambda state: state | other}
     for name, wrong in faults.items():
         records[name] = fitted(record, wrong(state))
         save(wrong(state), records[name], folder / "edited.safetensors")

@@ -458,7 +458,7 @@ def test_a_checkpoint_can_be_written_over_itself(tmp_path: Path, suffix: str) ->
     edit = Edit.of(["head.weight"], {"head.weight": torch.zeros(3)}, "head.weight")
     write_edited(opened, edit, link, None, force=True)
     assert link.is_symlink()
-    assert all(same_bits(opened.tensor(name), tensor) for name, tensor in before.items())  # the old file, still mapped
+    assert all(same_bits(opened.tensor(name), tensor) for name, tensor in before.items())  # the old file, still open
     back = open_checkpoint(path)
     assert torch.equal(back.tensor("head.weight"), torch.zeros(3))
     assert all(same_bits(back.tensor(name), before[name]) for name in before if name != "head.weight")

@@ -842,7 +842,7 @@ def test_a_signal_leaves_nothing_half_written(here: Path, number: int, line: str
         assert snapshot(here) != before  # the temporary file is there
         process.send_signal(number)
         out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (code, f"convtool: {kind}; nothing half-written was left behind\n")
+    assert (process.returncode, err) == (code, f"convtool: {kind}; nothing was changed\n")
     assert json.loads(out)["error"]["kind"] == kind
     assert snapshot(here) == before
 

@@ -123,24 +123,6 @@ def test_what_unfold_refuses(
 # --- what all three share
 
 
-@pytest.mark.parametrize("command", ["toeplitz", "unfold", "spectrum"])
-def test_a_checkpoint_can_be_read_instead_of_mapped(
-    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    opened = []
-
-    def spy(*arguments: Any, mapped: bool = True) -> Any:
-        opened.append(mapped)
-        return open_checkpoint(*arguments, mapped=mapped)
-
-    open_checkpoint = convtool.checkpoint.open_checkpoint
-    monkeypatch.setattr("convtool.checkpoint.open_checkpoint", spy)
-    out = [] if command == "spectrum" else ["-o", str(tmp_path / "m.npz")]
-    plain = run(capsys, command, CHAINS, *WIDEN, *out)
-    assert run(capsys, command, CHAINS, *WIDEN, *out, *(["-f"] if out else []), "--no-mmap") == plain
-    assert opened == [True, False]
-
-
 def test_every_option_about_a_layer_reaches_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"stride": "2,1", "padding": "1:0,2:1", "dilation": "1,2", "padding_mode": "reflect"}
     options = [part for name, value in fields.items() for part in (f"--{name.replace('_', '-')}", value)]

@@ -464,7 +464,7 @@ def test_an_array_that_announces_more_than_the_file_holds(tmp_path: Path) -> Non
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         with zipfile.ZipFile(path, "w", method) as archive:
             archive.writestr("weight.npy", header.getvalue() + bytes(80))
-        with pytest.raises(InputError, match=r"weight\.npy doesn't hold the 100000000000000 elements"):
+        with pytest.raises(InputError, match=r"weight\.npy: it doesn't hold the 100000000000000 elements"):
             open_matrix(path)
     np.save(tmp_path / "m.npy", np.ones((2, 2)))
     (tmp_path / "m.npy").write_bytes(header.getvalue() + bytes(80))

@@ -26,7 +26,7 @@ from convtool.errors import ConvtoolError, InputError, OutputError, UsageError
 from convtool.formats.matrices import Layout
 from convtool.matrix import plan_matrix, write_matrix
 from convtool.matrix.read import load_matrix, open_matrix
-from convtool.matrix.shards import index_path, plan_shards, shard_path, shard_rows, write_shards
+from convtool.matrix.shards import index_path, plan_shards, shard_rows, write_shards
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 
@@ -86,11 +86,11 @@ def test_processes_write_what_one_alone_would(layout: Layout, shards: int, ranks
         plan_shards(matrix(), folder / "m.safetensors", shards, layout=layout, record=RECORD)
         for folder in (alone, together)
     ]
-    write_shards(matrix(), planned[0], force=False)
+    write_shards(planned[0], force=False)
     assert planned[0].files == {path: path.stat().st_size for path in alone.iterdir()}
 
     def job(rank: Together) -> None:
-        write_shards(matrix(), planned[1], force=False, ranks=rank)
+        write_shards(planned[1], force=False, ranks=rank)
 
     assert run_together(ranks, job) == [None] * ranks
     assert files(alone) == files(together)
@@ -102,7 +102,7 @@ def test_processes_write_what_one_alone_would(layout: Layout, shards: int, ranks
 @pytest.mark.parametrize("shards", [1, 4])
 def test_shards_are_the_matrix(layout: Layout, form: dict[str, bool], shards: int, tmp_path: Path) -> None:
     whole, path = matrix(**form), tmp_path / "m.safetensors"
-    write_shards(whole, plan_shards(whole, path, shards, layout=layout, record={**RECORD, **form}), force=False)
+    write_shards(plan_shards(whole, path, shards, layout=layout, record={**RECORD, **form}), force=False)
     opened, dense = open_matrix(index_path(path)), whole.to_dense()
     assert (opened.shape, opened.layout, opened.dtype) == (whole.shape, layout, torch.float64)
     assert opened.nnz == (whole.nnz if layout != "dense" else dense.numel())
@@ -131,13 +131,13 @@ def test_shards_are_the_matrix(layout: Layout, form: dict[str, bool], shards: in
 
 def test_a_shard_is_what_its_rows_alone_would_be(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(matrix(), plan_shards(matrix(), path, 4, record=RECORD), force=False)
+    write_shards(plan_shards(matrix(), path, 4, record=RECORD), force=False)
     for number in range(4):
         span = shard_rows(90, number, 4)
         alone = tmp_path / "rows.safetensors"
         record = RECORD | {"rows": list(span)}
         write_matrix(matrix(), plan_matrix(matrix(), alone, rows=span), alone, force=True, record=record)
-        assert shard_path(path, number, 4).read_bytes() == alone.read_bytes()
+        assert (tmp_path / f"m-{number + 1:05}-of-00004.safetensors").read_bytes() == alone.read_bytes()
 
 
 # --- what goes wrong
@@ -147,41 +147,44 @@ class Broken(BaseException):
     """The end of a rank."""
 
 
-def test_a_rank_that_ends_midway_leaves_no_index(tmp_path: Path) -> None:
+def test_a_rank_that_ends_midway_leaves_the_older_matrix(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(
-        matrix(), plan_shards(matrix(), path, 4), force=False
-    )  # an older matrix, of which nothing may pass for the new one
+    write_shards(plan_shards(matrix(), path, 4), force=False)
+    before = files(tmp_path)
 
     def job(rank: Together) -> None:
         def progress(count: int) -> None:
             if rank.rank == 1:
                 raise Broken
 
-        write_shards(matrix(), plan_shards(matrix(), path, 4), force=True, ranks=rank, progress=progress)
+        write_shards(plan_shards(matrix(), path, 4), force=True, ranks=rank, progress=progress)
 
     first, second = run_together(2, job)
     assert isinstance(first, OutputError)
     assert isinstance(second, Broken)
-    assert not index_path(path).exists()
-    assert not any(name.endswith(".tmp") for name in files(tmp_path))
+    assert files(tmp_path) == before
+
+
+def test_without_an_index_there_is_no_matrix(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file; without its index a matrix in shards isn't whole"):
-        open_matrix(index_path(path))
+        open_matrix(index_path(tmp_path / "m.safetensors"))
 
 
-def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
+def test_nothing_is_overwritten_without_force_and_old_shards_go_last(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(matrix(), plan_shards(matrix(), path, 2), force=False)
+    write_shards(plan_shards(matrix(), path, 2), force=False)
     before = files(tmp_path)
     for count in (2, 3):
         with pytest.raises(OutputError, match="exists already"):
-            write_shards(matrix(), plan_shards(matrix(), path, count), force=False)
+            write_shards(plan_shards(matrix(), path, count), force=False)
     assert files(tmp_path) == before
-    index_path(path).unlink()  # what a process that was killed leaves
-    with pytest.raises(OutputError, match=r"m-00001-of-00002\.safetensors: exists already"):
-        write_shards(matrix(), plan_shards(matrix(), path, 2), force=False)
-    write_shards(matrix(), plan_shards(matrix(), path, 2), force=True)
-    assert files(tmp_path) == before
+    write_shards(plan_shards(matrix(), path, 2), force=True)
+    after = files(tmp_path)
+    assert after.keys() == {index_path(path).name, "m-00001-of-00002-2.safetensors", "m-00002-of-00002-2.safetensors"}
+    assert torch.equal(load_matrix(index_path(path)).to_dense(), matrix().to_dense())
+    index_path(path).unlink()  # what a process that was killed leaves are files that no index names
+    write_shards(plan_shards(matrix(), path, 2), force=False)
+    assert files(tmp_path) == before | {name: data for name, data in after.items() if name != index_path(path).name}
 
 
 @pytest.mark.parametrize(
@@ -194,7 +197,7 @@ def test_nothing_is_overwritten_without_force(tmp_path: Path) -> None:
 )
 def test_names_and_numbers_that_do_not_do(name: str, shards: int, message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
-        write_shards(matrix(), plan_shards(matrix(), tmp_path / name, shards), force=False)
+        write_shards(plan_shards(matrix(), tmp_path / name, shards), force=False)
     assert files(tmp_path) == {}
 
 
@@ -222,7 +225,7 @@ def damaged_indices(index: dict[str, Any]) -> list[object]:
 
 def test_an_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(matrix(), plan_shards(matrix(), path, 2), force=False)
+    write_shards(plan_shards(matrix(), path, 2), force=False)
     index = json.loads(index_path(path).read_bytes())
     open_matrix(index_path(path))
     for damaged in damaged_indices(index):
@@ -310,6 +313,5 @@ def test_two_processes_and_one_that_is_killed(tmp_path: Path) -> None:
     (_, error), _ = (process.communicate(timeout=120) for process in broken)
     assert [process.returncode for process in broken] == [5, -signal.SIGKILL], error
     assert "another process of this launch is gone" in error
-    assert "no index was written" in error
-    assert not (killed / "m.safetensors.index.json").exists()
-    assert (killed / "m-00001-of-00002.safetensors").exists()
+    assert "; nothing was changed" in error
+    assert all(name.startswith(".convtool-") for name in files(killed))

@@ -33,13 +33,12 @@ _TAR_AT = 257  # where a tar archive says "ustar"
 _TEXT = frozenset(range(32, 127)) | set(b"\t\r\n\f")
 
 
-def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool = True) -> Checkpoint:
+def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
     """Open a .safetensors or torch file, an index of several, or a folder; no tensor is read yet, and no code runs.
 
     Args:
         path: a file; a .index.json; or a folder that holds one checkpoint.
         root: in a nested torch file with several state dicts, the dotted keys of the one meant.
-        mapped: map files into memory; where False, what is asked for is read (for file systems that can't map).
 
     Raises:
         InputError: the file is missing, damaged, or of no supported format.
@@ -53,18 +52,18 @@ def open_checkpoint(path: str | Path, root: str | None = None, *, mapped: bool =
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if not path.name.endswith(INDEX_SUFFIX):
-        return Checkpoint(path, {"": _open_file(path, root, mapped)})
+        return Checkpoint(path, {"": _open_file(path, root)})
     if root is not None:
         raise UsageError(f"{path}: --root is for nested torch files; the files of an index are flat")
-    return _open_index(path, mapped)
+    return _open_index(path)
 
 
-def _open_index(path: Path, mapped: bool) -> Checkpoint:
+def _open_index(path: Path) -> Checkpoint:
     before = _version(path)
     index = read_index(path)
     try:
         names = dict.fromkeys(index["weight_map"].values())
-        files = {name: _open_file(named_file(path, name), None, mapped) for name in names}
+        files = {name: _open_file(named_file(path, name), None) for name in names}
     finally:
         if _version(path) != before:  # files of the one and of the other would be taken together
             raise InputError(f"{path}: was replaced while its files were opened; try again")
@@ -105,7 +104,7 @@ def is_flat(path: Path) -> bool:
     return path.suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX) or path.is_dir()
 
 
-def _open_file(path: Path, root: str | None, mapped: bool) -> TensorFile:
+def _open_file(path: Path, root: str | None) -> TensorFile:
     start, tar = _beginning(path)
     for beginning, what in _NOT_A_CHECKPOINT:
         if start[: len(beginning)].lower() == beginning.lower():
@@ -127,9 +126,9 @@ def _open_file(path: Path, root: str | None, mapped: bool) -> TensorFile:
     for suffix in CHECKPOINTS:
         form = checkpoint_format(suffix)
         if form.recognises(start):
-            return form.open_file(Source(path, mapped=mapped), root)
+            return form.open_file(Source(path), root)
     if path.suffix in CHECKPOINTS:
-        return checkpoint_format(path.suffix).open_file(Source(path, mapped=mapped), root)
+        return checkpoint_format(path.suffix).open_file(Source(path), root)
     raise InputError(f"{path}: is neither a safetensors nor a torch file")
 
 

@@ -68,7 +68,7 @@ class Checkpoint:
         self.format = formats if index is None else f"{formats} in {count}"
 
     def tensor(self, name: str) -> Tensor:
-        """Return the tensor of that full name, mapped from the file where the format allows; not to be written to.
+        """Return the tensor of that full name, read from its file.
 
         A weight that a weight norm makes of two others is computed in float64 and rounded once.
 
@@ -91,6 +91,10 @@ class Checkpoint:
 
         data = self._home(name).data(name)
         return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+    def chunks(self, name: str) -> Iterator[memoryview]:
+        """Yield the tensor's bytes, row-major, in pieces; each is valid until the next is asked for."""
+        return (chunk.data for chunk in self.piece(name).chunks())
 
     def piece(self, name: str) -> Piece:
         """Return the tensor as it goes into a file."""

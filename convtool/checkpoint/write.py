@@ -5,9 +5,7 @@ What the edit doesn't touch stays as it is, bit for bit.
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +14,13 @@ from convtool.checkpoint.cast import cast_tensor
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.write_file import Options, check_flat, format_of, pieces_of, plan_file
-from convtool.errors import InputError, OutputError, RefusedError, UsageError
+from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format
-from convtool.formats.atomic import FilePlan, Progress, alone_in, check_space, check_target, discard, replacing
-from convtool.formats.indexes import INDEX_SUFFIX, index_text, is_plain_name, read_index
+from convtool.formats.account import accounting
+from convtool.formats.atomic import FilePlan, Progress, check_space, check_target
+from convtool.formats.indexes import INDEX_SUFFIX, index_text
 from convtool.formats.pieces import Piece
+from convtool.formats.several import SeveralPlan, free_names
 
 SHARD_SIZE = 5 * 10**9  # bytes of a file, where a folder is written of a single file; huggingface_hub's own
 CONFIGURATION = "config.json"  # of a model that a folder is all about
@@ -120,7 +120,18 @@ def plan_edited(
     if is_folder(path, source, shard_size):
         return _plan_folder(source, edit, path, record, options, force=force)
     plan = plan_file(source, edit, path, format_of(path), record, options)
-    return WritePlan(path, {path: plan.size}, lambda progress: plan.write(path, force=force, progress=progress))
+    run = lambda progress: plan.write(path, force=force, progress=progress)  # noqa: E731
+    return WritePlan(path, {path: plan.size}, _watched(source, run))
+
+
+def _watched(source: Checkpoint, run: Callable[[Progress], None]) -> Callable[[Progress], None]:
+    """Return what writes a checkpoint, and doesn't where the source's files have changed since they were opened."""
+
+    def watched(progress: Progress) -> None:
+        with accounting(file.source.seen for file in source.files.values()):
+            run(progress)
+
+    return watched
 
 
 def is_folder(path: Path, source: Checkpoint | None, shard_size: int | None) -> bool:
@@ -187,26 +198,19 @@ class _Shard:
 def _plan_folder(
     source: Checkpoint, edit: Edit, path: Path, record: Record | None, options: Options, *, force: bool
 ) -> WritePlan:
-    """Plan files under names that nothing has, and the index that names them.
-
-    Written, they come first, then the index, then files go that the old index named and the new one doesn't: whoever
-    reads the index finds the old checkpoint or the new one, whole.
-    """
+    """Plan files under names that nothing has, and the index that names them."""
     index = _index_path(path, source)
     shards = _kept_shards(source, edit, index, options) or _new_shards(source, edit, index, options)
     if not any(shard.names for shard in shards):
         raise RefusedError(f"{path}: there are no tensors for an index to name; write a single file instead")
-    planned = dict(zip(_free_names(index, len(shards)), shards, strict=True))
+    planned = dict(zip(free_names(index, _shard_suffix(index), len(shards)), shards, strict=True))
     homes = {tensor: name for name, shard in planned.items() for tensor in shard.names}
     homes = {name: homes[name] for name, _ in edit.order([*source.infos, *source.unusable])}
     total = sum(shard.nbytes for shard in shards)
     text = index_text(source.index or {}, homes, total, None if record is None else record.dumps())
-    files = {index: len(text)} | {index.with_name(name): shard.plan.size for name, shard in planned.items()}
-
-    def run(progress: Progress) -> None:
-        _write_folder(index, {name: shard.plan for name, shard in planned.items()}, text, progress, force=force)
-
-    return WritePlan(path, files, run, _left_behind(source, index.parent))
+    plan = SeveralPlan(index, text, {name: shard.plan for name, shard in planned.items()})
+    run = lambda progress: plan.write(force=force, progress=progress)  # noqa: E731
+    return WritePlan(path, plan.files(), _watched(source, run), _left_behind(source, index.parent))
 
 
 def _kept_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -> list[_Shard]:
@@ -253,71 +257,3 @@ def _new_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -
 
 def _shard_suffix(index: Path) -> str:
     return f".{index.name.removesuffix(INDEX_SUFFIX).rpartition('.')[2]}"
-
-
-def _free_names(index: Path, count: int) -> list[str]:
-    """Return names for the files of a folder, as huggingface_hub makes them, and numbered anew where there are such."""
-    stem, suffix = index.name.removesuffix(INDEX_SUFFIX).rpartition(".")[0], _shard_suffix(index)
-    for generation in itertools.count(1):
-        more = "" if generation == 1 else f"-{generation}"
-        names = [f"{stem}-{number:05}-of-{count:05}{more}{suffix}" for number in range(1, count + 1)]
-        if all(_is_free(index.parent / name) for name in names):
-            return names
-    raise AssertionError
-
-
-def _is_free(path: Path) -> bool:
-    return not (path.exists() or path.is_symlink())
-
-
-def _names_in(index: Path) -> set[str]:
-    """Return the files that an index names, as far as they are in its folder; none where there is no index."""
-    if not index.exists():
-        return set()
-    try:
-        names = set(read_index(index)["weight_map"].values())
-    except InputError:
-        return set()
-    return {name for name in names if is_plain_name(name) and "/" not in name}
-
-
-def _write_folder(index: Path, plans: Mapping[str, FilePlan], text: bytes, progress: Progress, *, force: bool) -> None:
-    folder = index.parent
-    made_folder = not folder.is_dir()
-    try:
-        if made_folder:
-            try:
-                folder.mkdir()
-            except OSError as error:
-                raise OutputError(f"{folder}: cannot be created: {error.strerror or error}") from None
-        with alone_in(folder):
-            _write_files(index, plans, text, progress, force=force)
-    except BaseException:
-        if made_folder:
-            with contextlib.suppress(OSError):  # not empty: the index is there
-                folder.rmdir()
-        raise
-
-
-def _write_files(index: Path, plans: Mapping[str, FilePlan], text: bytes, progress: Progress, *, force: bool) -> None:
-    folder, old, names = index.parent, _names_in(index), set(plans)
-    if not all(_is_free(folder / name) for name in names):
-        raise OutputError(f"{folder}: another process has written to it meanwhile; nothing was changed")
-    written: set[str] = set()
-    try:
-        for name, plan in plans.items():
-            plan.write(folder / name, force=False, progress=progress)
-            written.add(name)
-        with replacing(index, force=force, progress=progress) as file:
-            file.write(text)
-    except BaseException:
-        # Where the index has its name already, its files belong to it.
-        _remove(folder, old - names if _names_in(index) == names else written)
-        raise
-    _remove(folder, old - names)
-
-
-def _remove(folder: Path, names: set[str]) -> None:
-    """Remove files that no index names any more; one that stays does no harm."""
-    for name in sorted(names):
-        discard(folder / name)

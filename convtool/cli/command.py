@@ -21,6 +21,7 @@ from convtool.cli.options import TYPER, Size, flag, parse_size
 from convtool.cli.output import Reporter, print_document
 from convtool.cli.run import run, stdout_kept
 from convtool.errors import UsageError, did_you_mean
+from convtool.formats.account import account
 
 NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
 
@@ -54,6 +55,7 @@ class Command(Generic[Options, Result]):
         """Run the command and say what came of it."""
         with stdout_kept():
             result = self.run(options, reporter)
+        account().check_unchanged()
         code = self.exit_code(result)
         if reporter.as_json:
             print_document(whole_document(reporter.command, result, code))

@@ -8,16 +8,22 @@ OK = 0
 NOT_EQUIVALENT = 1  # of `verify`, and of nothing else
 USAGE = 2
 INTERNAL = 70
-INTERRUPTED = 130  # 128 + SIGINT
-BROKEN_PIPE = 141  # 128 + SIGPIPE: whoever read our output went away
-TERMINATED = 143  # 128 + SIGTERM
+HUNG_UP = 129  # 128 + SIGHUP, and so on
+INTERRUPTED = 130
+QUIT = 131
+BROKEN_PIPE = 141  # SIGPIPE: whoever read our output went away
+ALARM = 142
+TERMINATED = 143
 
 FAILURES = {  # by the kind's name in JSON
     "usage": USAGE,
     "input": 3,
     "refused": 4,
     "output": 5,
+    "hangup": HUNG_UP,
     "interrupted": INTERRUPTED,
+    "quit": QUIT,
+    "alarm": ALARM,
     "terminated": TERMINATED,
     "internal": INTERNAL,
 }
@@ -32,13 +38,16 @@ MEANINGS = {
     OK: "done; verify: equivalent",
     NOT_EQUIVALENT: "verify: not equivalent, and nothing else ever exits 1",
     USAGE: "usage: unknown option, layer or value",
-    3: "input missing, corrupt, unsupported, or not finite",
+    3: "input missing, corrupt, changed while it was read, unsupported, not finite, or more than memory allows",
     4: "refused: it would not be exact, or the pickle holds code",
     5: "output exists without --force, or could not be written",
     INTERNAL: "a bug in convtool, with how to report it",
-    INTERRUPTED: "interrupted; nothing half-written left behind",
+    HUNG_UP: "ended by SIGHUP, as when a connection drops; nothing half-written left behind",
+    INTERRUPTED: "interrupted (SIGINT, Ctrl-C); nothing half-written left behind",
+    QUIT: "ended by SIGQUIT; nothing half-written left behind",
     BROKEN_PIPE: "whoever read the output went away, as `head` does",
-    TERMINATED: "terminated; nothing half-written left behind",
+    ALARM: "ended by SIGALRM; nothing half-written left behind",
+    TERMINATED: "terminated (SIGTERM); nothing half-written left behind",
 }
 
 

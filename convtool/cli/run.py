@@ -4,47 +4,45 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from types import FrameType
 
 from convtool.cli import exit_codes
 from convtool.cli.output import Reporter, StdoutError, leave, print_error
+from convtool.cli.signals import Signalled, ending_signals_raise
 from convtool.errors import ConvtoolError
-
-
-class _Terminated(BaseException):
-    """SIGTERM, as an exception, so that half-written files are cleaned up on its way."""
+from convtool.formats.account import accounting
+from convtool.formats.resources import ran_out
 
 
 def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
     """Run a command's body and give its exit code, whatever happens in it."""
+    with accounting() as account:
 
-    def fail(kind: str, message: str) -> int:
-        for text in reporter.notes:  # what was assumed may be why
-            reporter.remark(text)
-        return print_error(reporter.command, kind, message, as_json=reporter.as_json)
+        def fail(kind: str, message: str) -> int:
+            for text in reporter.notes:  # what was assumed may be why
+                reporter.remark(text)
+            said = f"{message}; {account.outcome()}" if account.began else message
+            return print_error(reporter.command, kind, said, as_json=reporter.as_json)
 
-    try:
-        with _termination_raises():
-            return body() or exit_codes.OK
-    except (BrokenPipeError, StdoutError):
-        raise  # `flushed` deals with that
-    except ConvtoolError as error:
-        return fail(exit_codes.kind_of(error), str(error))
-    except KeyboardInterrupt:
-        return fail("interrupted", "interrupted; nothing half-written was left behind")
-    except _Terminated:
-        return fail("terminated", "terminated; nothing half-written was left behind")
-    except MemoryError:
-        return fail("input", "not enough memory for this; see the command's --help for smaller outputs")
-    except Exception as error:
-        return bug(error, reporter.command, as_json=reporter.as_json)
-    except BaseException as error:  # convtool's own are above, so it is the user's code that wants to end all this
-        ended = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
-        return fail("usage", f"the model's own code ended the run, by {ended}; nothing came of it")
+        try:
+            with ending_signals_raise(account):
+                return body() or exit_codes.OK
+        except (BrokenPipeError, StdoutError):
+            raise  # `flushed` deals with that
+        except ConvtoolError as error:
+            return fail(exit_codes.kind_of(error), str(error))
+        except Signalled as error:
+            return fail(error.kind, error.kind)
+        except Exception as error:
+            exhausted = ran_out(error)
+            if exhausted is not None:
+                return fail("output" if account.unfinished else "input", exhausted)
+            return bug(error, reporter.command, as_json=reporter.as_json)
+        except BaseException as error:  # convtool's own are above, so it's the user's code that wants to end all this
+            ended = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+            return fail("usage", f"the model's own code ended the run, by {ended}; nothing came of it")
 
 
 @contextlib.contextmanager
@@ -85,21 +83,3 @@ def flushed(action: Callable[[], int]) -> int:
             f"stdout: could not be written: {error.strerror or error}" if isinstance(error, OSError) else str(error)
         )
         return print_error(None, "output", message, as_json=False)
-
-
-@contextlib.contextmanager
-def _termination_raises() -> Iterator[None]:
-    """SIGTERM raises, and so unwinds what is half-done; not so where a parent has it ignored (as `nohup` does)."""
-    previous = signal.getsignal(signal.SIGTERM)
-    if previous is not signal.SIG_DFL:
-        yield
-        return
-    signal.signal(signal.SIGTERM, _terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    raise _Terminated

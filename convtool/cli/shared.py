@@ -79,14 +79,13 @@ class Sources:
         completion=complete.settings,
     )
     root: str | None = root()
-    no_mmap: bool = flag("Read files instead of mapping them, on file systems that can't map.")
 
     def open(self, path: Path, reporter: Reporter, *, second: bool = False) -> Checkpoint:
         """Open a checkpoint; of a second one that is flat, --root says nothing."""
         from convtool.checkpoint import is_flat
 
         root = None if second and is_flat(path) else self.root
-        return open_reporting(path, reporter, root, mapped=not self.no_mmap)
+        return open_reporting(path, reporter, root)
 
     def open_others(self, given: list[str] | None, reporter: Reporter) -> dict[str, Checkpoint]:
         """Return the checkpoints of --with by name; raise UsageError where one is malformed or given twice."""
@@ -95,7 +94,7 @@ class Sources:
             name, equals, path = text.partition("=")
             if not (name and equals and path) or ":" in name or name in opened:
                 raise UsageError(f"--with: expected NAME=FILE, each name once, got {text!r}")
-            opened[name] = open_reporting(Path(path), reporter, mapped=not self.no_mmap)
+            opened[name] = open_reporting(Path(path), reporter)
         return opened
 
     def of_model(self, checkpoint: Checkpoint, reporter: Reporter) -> FieldSource | None:
@@ -137,12 +136,12 @@ def check_not_source(out: Path, checkpoint: Path) -> None:
         raise UsageError(f"{out}: is the checkpoint itself, and a matrix in its place would lose it; name another OUT")
 
 
-def open_reporting(path: Path, reporter: Reporter, root: str | None = None, *, mapped: bool = True) -> Checkpoint:
+def open_reporting(path: Path, reporter: Reporter, root: str | None = None) -> Checkpoint:
     """Open a checkpoint, with a bar where the names of very many tensors take long to read."""
     from convtool.checkpoint import open_checkpoint
 
     with reporter.progress(f"reading {path.name}", None):
-        opened = open_checkpoint(path, root, mapped=mapped)
+        opened = open_checkpoint(path, root)
     with contextlib.suppress(InputError):  # a damaged record is said where it is needed
         if opened.unknown_record:
             reporter.remark(f"ignored: {opened.unknown_record}")

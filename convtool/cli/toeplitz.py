@@ -208,9 +208,9 @@ def _write_shards(
     files = dict(parts.files)
     if options.writing.written:
         with launched_ranks() as ranks:
-            share = [files[path] for path in parts.shards][ranks.rank :: ranks.count]
+            share = [plan.size for plan in parts.several.plans.values()][ranks.rank :: ranks.count]
             with reporter.progress(f"writing {options.out.name}", sum(share)) as advance:
-                write_shards(matrix, parts, force=options.writing.force, ranks=ranks, progress=advance)
+                write_shards(parts, force=options.writing.force, ranks=ranks, progress=advance)
     return files
 
 

@@ -1,4 +1,14 @@
-"""The one way in which a file comes into being: its name holds what was there before, or the whole, checked new one."""
+"""The one way in which a file comes into being: its name holds what was there before, or the whole, checked new one.
+
+Whatever is written goes this way:
+- a file whose size is known before its bytes are made is a `FilePlan`, and `FilePlan.write` writes it;
+- any other (a picture, a loader, a small text) is written inside of `with replacing(path, force=...) as file`;
+- where two files belong together, the `with` of one stands inside the other's: both are complete before one has a name;
+- several files and the index that names them go through `convtool.formats.several`.
+
+An error says what went wrong. What is there now is noted as it happens (`convtool.formats.account`), and said once, by
+the command line: no message here claims anything about it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +19,6 @@ import os
 import secrets
 import shutil
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,9 +26,8 @@ from pathlib import Path
 from typing import TypeAlias
 
 from convtool.errors import OutputError, human_bytes
-
-if sys.platform != "win32":
-    import fcntl
+from convtool.formats.account import account
+from convtool.formats.resources import ran_out
 
 WRITE_BACK_BYTES = 16 << 20  # written between two nudges to the disk
 TEMPORARY = ".convtool-{}.tmp"  # what an unfinished file is called; one left over (by SIGKILL) can be deleted
@@ -99,50 +107,66 @@ class FilePlan:
 
         def check(at: Path) -> None:
             found = at.stat().st_size
-            if found != self.size:
-                raise OutputError(f"{found} bytes were written instead of {self.size}; nothing was changed")
-            self.check(at)
+            try:
+                if found != self.size:
+                    raise OutputError(f"{found} bytes were written instead of {self.size}")
+                self.check(at)
+            except OutputError as error:
+                raise OutputError(f"{path}: {error}") from None
 
-        with replacing(path, force=force, check=check, progress=progress) as file:
+        with replacing(path, force=force, check=check, progress=progress, size=self.size) as file:
             self.fill(file)
 
 
 @contextlib.contextmanager
 def replacing(
-    path: Path, *, force: bool, check: Callable[[Path], None] = lambda path: None, progress: Progress | None = None
+    path: Path,
+    *,
+    force: bool,
+    check: Callable[[Path], None] = lambda path: None,
+    progress: Progress | None = None,
+    size: int | None = None,
 ) -> Iterator[Written]:
     """Open a binary file that becomes `path` when the block ends well, and vanishes if not.
 
     It is written beside the target, synced, handed to `check` (which raises where it is not what it should be), and
-    renamed; then the folder is synced. A target's mode is kept; without `force`, one that appeared is left alone.
+    renamed, if the files that were read are still what they were; then the folder is synced. A target's mode is kept;
+    without `force`, one that appeared is left alone.
+
+    Args:
+        size: in bytes, where it is known, for the message where there is no room for them.
 
     Raises:
         OutputError: `check_target`'s reasons, or the write failed (full disk, no permission, ...).
+        InputError: a file that was read has changed.
     """
     target = check_target(path, force=force)
     _remove_stale(target.parent)
-    temporary = target.with_name(TEMPORARY.format(secrets.token_hex(RANDOM_BYTES)))
-    ours: os.stat_result | None = None
-    lock: int | None = None
+    temporary = target.with_name(TEMPORARY.format(secrets.token_hex(RANDOM_BYTES))).absolute()
+    noted, ours, lock = account(), None, None
+    noted.began, noted.unfinished[temporary] = True, None
     try:
         mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with Written(descriptor, progress) as file:
             ours = os.fstat(descriptor)
             lock = os.dup(descriptor)  # holds it until the file has its name
-            _locked(lock)
+            lock_file(lock)
             yield file
             file.flush()
-            os.fchmod(file.fileno(), mode)
+            if hasattr(os, "fchmod"):
+                os.fchmod(file.fileno(), mode)
             os.fsync(file.fileno())
         check(temporary)
+        noted.check_unchanged()
+        noted.writes(target, ours)
         _publish(temporary, target, force=force)
         sync_folder(target.parent)
     except BaseException as error:
         if not force and ours is not None:
             _take_back(target, ours)
         if isinstance(error, OSError):
-            raise OutputError(f"{path}: cannot be written: {_reason(error)}; nothing was changed") from None
+            raise OutputError(f"{path}: cannot be written: {_reason(error, size)}") from None
         raise
     finally:
         discard(temporary)
@@ -150,40 +174,21 @@ def replacing(
             os.close(lock)
 
 
-def _locked(descriptor: int) -> bool:
-    """Lock a file for as long as its descriptor, or a copy of it, is open; False where another process has."""
-    if sys.platform == "win32":
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # or a file system without locks
-        return False
-    return True
+def lock_file(descriptor: int) -> bool | None:
+    """Lock a file for as long as its descriptor, or a copy of it, is open.
 
-
-@contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keep other processes from replacing several files of a folder meanwhile; no use on systems without locks.
-
-    Raises:
-        OutputError: another process does already.
+    Returns:
+        False where another process has; None where the system has no locks.
     """
-    if sys.platform == "win32":
-        yield
-        return
     try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {_reason(error)}; nothing was changed") from None
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise OutputError(f"{folder}: another process is writing to it; nothing was changed") from None
-        yield
-    finally:
-        os.close(descriptor)
+        import fcntl
+
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (OSError, ImportError):  # a file system without locks, or Windows
+        return None
+    return True
 
 
 def _remove_stale(folder: Path) -> None:
@@ -199,7 +204,7 @@ def _remove_if_stale(path: Path) -> None:
         return
     descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
     try:
-        if _locked(descriptor):
+        if lock_file(descriptor):
             path.unlink()
     finally:
         os.close(descriptor)
@@ -265,12 +270,16 @@ class Written(io.BufferedRandom):
 def discard(path: Path) -> None:
     """Remove a file if it is there and can be removed; a signal that comes meanwhile is heard afterwards."""
     try:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        _unlink(path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            path.unlink()
+        _unlink(path)
         raise
+
+
+def _unlink(path: Path) -> None:
+    with contextlib.suppress(OSError):
+        path.unlink(missing_ok=True)
+        account().removes(path)
 
 
 def _take_back(target: Path, ours: os.stat_result) -> None:
@@ -286,6 +295,8 @@ def sync_folder(folder: Path) -> None:
     Raises:
         OutputError: the disk refused.
     """
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no folders, and keeps its names by itself
+        return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -321,5 +332,5 @@ def _umask() -> int:
     return mask
 
 
-def _reason(error: Exception) -> str:
-    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+def _reason(error: Exception, size: int | None = None) -> str:
+    return ran_out(error, size) or str(getattr(error, "strerror", None) or error)

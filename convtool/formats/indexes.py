@@ -104,6 +104,16 @@ def matrix_index_text(index: MatrixIndex, nnz: int, sizes: Sequence[int]) -> byt
     return json.dumps(document, indent=1).encode("ascii") + b"\n"
 
 
+def named_beside(index: Path) -> set[str]:
+    """Return the files in its folder that an index of either kind names; none where it isn't there, or is damaged."""
+    try:
+        document = _document(index)
+        names = [one["file"] for one in document["shards"]] if "shards" in document else document["weight_map"].values()
+        return {name for name in names if is_plain_name(name) and "/" not in name}
+    except (InputError, TypeError, KeyError, AttributeError):
+        return set()
+
+
 def is_matrix_index(path: Path) -> bool:
     """Tell whether an index is of a matrix in shards."""
     index = _document(path)

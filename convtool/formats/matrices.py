@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from convtool.formats.pieces import Piece
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from convtool.formats.stored_array import Array
 
 Layout: TypeAlias = Literal["csr", "coo", "dense"]
 
@@ -53,5 +51,5 @@ class Found(NamedTuple):
         record: as it stands there.
     """
 
-    arrays: Mapping[str, Tensor]
+    arrays: Mapping[str, Array]
     record: str | None

@@ -94,7 +94,7 @@ def plan_matrix(contents: Contents) -> FilePlan:
             head = file.read(len(header))
             file.seek(-len(last), os.SEEK_END)
             if (head, file.read()) != (header, last):
-                raise OutputError("the file read back isn't what was written; nothing was changed")
+                raise OutputError("the file read back isn't what was written")
 
     return FilePlan(len(header) + data.shape[0] * line, fill, check)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from convtool.formats.dtypes import NUMPY
 from convtool.formats.matrices import Contents, Found, Layout
 from convtool.formats.pieces import Piece
 from convtool.formats.source import Source
+from convtool.formats.stored_array import Array, StoredArray
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -55,26 +57,60 @@ def _check(path: Path, weight: Piece) -> None:
     try:
         back = np.load(path, mmap_mode="r", allow_pickle=False)
     except ValueError as error:
-        raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
+        raise OutputError(f"the file read back is damaged ({error})") from None
     if back.shape != weight.shape or back.dtype.str != NUMPY[weight.dtype]:
-        raise OutputError(f"the file read back holds {back.dtype} {back.shape}; nothing was changed")
+        raise OutputError(f"the file read back holds {back.dtype} {back.shape}")
 
 
 def read_matrix(source: Source) -> Found:
     """Return the array of a file; InputError where it isn't one of this format, or is damaged."""
     try:
-        array = np.load(source.path, mmap_mode="c", allow_pickle=False)
+        with source.opened() as file:
+            array = array_in(source, file, 0, source.size)
     except (ValueError, EOFError) as error:
         raise source.error(f"not an .npy file, or damaged: {error}") from None
     return Found({"weight": tensor_of(source, array)}, None)
 
 
-def tensor_of(source: Source, array: np.ndarray[Any, Any]) -> Tensor:
-    """Return an array as a tensor over the same memory; InputError where it holds no numbers."""
+def array_in(
+    source: Source, file: IO[bytes], start: int, size: int, *, stored: bool = True
+) -> np.ndarray[Any, Any] | StoredArray:
+    """Return an array of a file, read from its header on; numbers that stand in the source as they are, in parts.
+
+    Args:
+        file: what the header, and an array that isn't read in parts, are read from.
+        start: of the header in the source.
+        size: in bytes, of header and array.
+        stored: whether the source has the bytes as `file` has them.
+
+    Raises:
+        ValueError: it is no such array, or of another size.
+    """
+    version = np.lib.format.read_magic(file)
+    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, fortran, dtype = read(file)
+    header, count = file.tell(), math.prod(shape)
+    if dtype.hasobject or header + count * dtype.itemsize != size:
+        raise ValueError(f"it doesn't hold the {count} elements that it announces, or holds Python's objects")
+    if stored and shape and not fortran and dtype.isnative and dtype.kind in "biufc":
+        return StoredArray(source, start + header, _tensor(source, np.empty(0, dtype)).dtype, shape)
+    numbers = np.frombuffer(bytearray(file.read(count * dtype.itemsize)), dtype)
+    return numbers.reshape(shape, order="F" if fortran else "C")
+
+
+def tensor_of(source: Source, array: np.ndarray[Any, Any] | StoredArray) -> Array:
+    """Return an array's numbers as a tensor, or in the file; InputError where it holds none."""
+    if isinstance(array, StoredArray):
+        return array
+    return _tensor(source, array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
+
+
+def _tensor(source: Source, array: np.ndarray[Any, Any]) -> Tensor:
     import torch
 
     if array.dtype.kind not in "biufc":
         raise source.error(f"expected numbers, got an array of {array.dtype}")
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    return torch.from_numpy(array)
+    try:
+        return torch.from_numpy(array)
+    except TypeError:
+        raise source.error(f"torch has no {array.dtype}; save it in another dtype") from None

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import io
 import itertools
-import math
 import struct
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -24,10 +23,8 @@ from convtool.formats.atomic import FilePlan
 from convtool.formats.matrices import ARRAYS, RECORD_NAME, Contents, Found, Layout
 from convtool.formats.pieces import Chunk, Piece
 from convtool.formats.source import Source
+from convtool.formats.stored_array import Array, StoredArray
 from convtool.formats.stored_zip import archive_size, write_archive
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
@@ -80,13 +77,13 @@ def _check(path: Path, members: Sequence[Piece], heads: Mapping[str, bytes]) -> 
         with zipfile.ZipFile(path) as archive:
             sizes = {info.filename: info.file_size for info in archive.infolist()}
             if sizes != {member.name: member.nbytes for member in members}:
-                raise OutputError("the file read back holds other arrays than were written; nothing was changed")
+                raise OutputError("the file read back holds other arrays than were written")
             for name, head in heads.items():
                 with archive.open(name) as back:
                     if back.read(len(head)) != head:
-                        raise OutputError(f"{name} read back differs from what was written; nothing was changed")
+                        raise OutputError(f"{name} read back differs from what was written")
     except zipfile.BadZipFile as error:
-        raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
+        raise OutputError(f"the file read back is damaged ({error})") from None
 
 
 def read_matrix(source: Source) -> Found:
@@ -95,7 +92,7 @@ def read_matrix(source: Source) -> Found:
     Raises:
         InputError: it isn't one of this format, or is damaged.
     """
-    arrays: dict[str, Tensor] = {}
+    arrays: dict[str, Array] = {}
     texts: dict[str, str] = {}
     try:
         with source.opened() as file, zipfile.ZipFile(file) as archive:
@@ -104,7 +101,7 @@ def read_matrix(source: Source) -> Found:
                 raise source.error(f"the checksum of {damaged} doesn't fit what it holds; the file is damaged")
             for info in archive.infolist():
                 name, array = info.filename.removesuffix(".npy"), _array(source, archive, info)
-                if array.dtype.kind in "SU":
+                if isinstance(array, np.ndarray) and array.dtype.kind in "SU":
                     item = array.item() if array.size == 1 else b""
                     texts[name] = item.decode("ascii", "replace") if isinstance(item, bytes) else item
                 else:
@@ -117,22 +114,13 @@ def read_matrix(source: Source) -> Found:
     return Found(arrays, texts.get(RECORD_NAME))
 
 
-def _array(source: Source, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray[Any, Any]:
-    """Return a member's array; mapped where it is stored as it is."""
-    with archive.open(info) as member:
-        version = np.lib.format.read_magic(member)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran, dtype = read(member)
-        header = member.tell()
-    if not dtype.hasobject and header + math.prod(shape) * dtype.itemsize != info.file_size:
-        raise ValueError(f"{info.filename} doesn't hold the {math.prod(shape)} elements that it announces")
-    if info.compress_type != zipfile.ZIP_STORED or not shape or dtype.hasobject:
-        with archive.open(info) as member:
-            return np.lib.format.read_array(member, allow_pickle=False)
-    if 0 in shape:
-        return np.empty(shape, dtype)
+def _array(source: Source, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray[Any, Any] | StoredArray:
+    """Return a member's array; read in parts where it is stored as it is."""
     local = info.header_offset
     lengths = struct.unpack("<2H", source.view(local + 26, local + 30))  # of the name and of what stands behind it
-    start = local + 30 + sum(lengths) + header
-    numbers = np.frombuffer(source.view(start, start + math.prod(shape) * dtype.itemsize), dtype)
-    return numbers.reshape(shape, order="F" if fortran else "C")
+    stored = info.compress_type == zipfile.ZIP_STORED
+    with archive.open(info) as member:
+        try:
+            return npy.array_in(source, member, local + 30 + sum(lengths), info.file_size, stored=stored)
+        except ValueError as error:
+            raise ValueError(f"{info.filename}: {error}") from None

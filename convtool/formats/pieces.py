@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -89,23 +90,45 @@ class Piece:
 
     def is_in(self, data: memoryview) -> bool:
         """Tell whether these bytes, read back from a file, are the ones that it was to hold."""
-        at = 0
-        for chunk in self.chunks():
-            size = chunk.data.nbytes
-            # As bytes, since memoryviews are compared number by number, which takes ten times as long.
-            if bytes(data[at : at + size]) != bytes(chunk.data):
-                return False
-            at += size
-        return at == len(data)
+        return same_bytes((chunk.data for chunk in self.chunks()), [data])
 
 
 def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """Yield a tensor's bytes in pieces, row-major, however it lies in memory."""
     from convtool.core.flat import tensor_bits
 
-    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()
-    if tensor.nbytes > CHUNK and tensor.dim() > 0 and not tensor.is_contiguous():
-        yield from itertools.chain.from_iterable(map(tensor_chunks, tensor))
-    elif tensor.numel():
-        view = tensor_bits(tensor).numpy().data
+    tensor = tensor.detach().cpu()
+    for block in [tensor] if tensor.is_contiguous() else _blocks(tensor):
+        view = tensor_bits(block).numpy().data
         yield from (view[start : start + CHUNK] for start in range(0, len(view), CHUNK))
+
+
+def _blocks(tensor: Tensor) -> Iterator[Tensor]:
+    """Cut a tensor into parts that follow one another row-major, each of about `CHUNK` bytes and put in order at once.
+
+    The first axes are gone through index by index, as far as what lies behind them is still more than a chunk; of the
+    next one as many indices are taken together as make a chunk.
+    """
+    sizes = [math.prod(tensor.shape[axis + 1 :]) * tensor.itemsize for axis in range(tensor.dim())]
+    axis = next((axis for axis, size in enumerate(sizes) if size <= CHUNK), None)
+    if axis is None or not tensor.numel():
+        yield tensor
+        return
+    step = max(1, CHUNK // sizes[axis])
+    for place in itertools.product(*map(range, tensor.shape[:axis])):
+        yield from tensor[place].split(step)
+
+
+def same_bytes(one: Iterable[memoryview], other: Iterable[memoryview]) -> bool:
+    """Tell whether two rows of pieces hold the same bytes, however each is cut."""
+    ones, others, empty = filter(len, one), filter(len, other), memoryview(b"")
+    a = b = empty
+    while True:
+        a, b = a or next(ones, empty), b or next(others, empty)
+        if not (a and b):
+            return not (a or b)
+        size = min(len(a), len(b))
+        # As bytes, since memoryviews are compared number by number, which takes ten times as long.
+        if bytes(a[:size]) != bytes(b[:size]):
+            return False
+        a, b = a[size:], b[size:]

@@ -27,11 +27,12 @@ from convtool.formats.dtypes import ITEMSIZE, LARGEST, MOST_AXES, SAFETENSORS, S
 from convtool.formats.matrices import ARRAYS, RECORD_NAME, Contents, Found, Layout
 from convtool.formats.pieces import Chunk, Piece
 from convtool.formats.source import Source
+from convtool.formats.stored_array import StoredArray
 from convtool.formats.strict_json import is_unicode, parse_json
 from convtool.formats.tensor_file import Place, TensorFile
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, dtype
 
 NAME = "safetensors"
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
@@ -95,17 +96,25 @@ class SafetensorsFile(TensorFile):
     def tensor(self, name: str) -> Tensor:
         import torch
 
-        span = self.tensors[name]
-        dtype = getattr(torch, span.dtype, None)
-        if span.dtype not in ITEMSIZE or dtype is None:
-            raise InputError(f"{self.path}: {name}: dtype {span.code} is not supported")
+        span, dtype = self.tensors[name], self._dtype(name)
         if not span.nbytes:
             return torch.empty(span.shape, dtype=dtype)
-        view = self.data(name)
-        if span.start % dtype.itemsize:  # torch wants aligned memory, the format doesn't promise it
-            view = memoryview(bytearray(view))
-        tensor: Tensor = torch.frombuffer(view, dtype=dtype).reshape(span.shape)
+        tensor: Tensor = torch.frombuffer(self.data(name), dtype=dtype).reshape(span.shape)
         return tensor
+
+    def array(self, name: str) -> StoredArray:
+        """Return a tensor that is read in parts; raises what `tensor` does."""
+        span = self.tensors[name]
+        return StoredArray(self.source, span.start, self._dtype(name), span.shape)
+
+    def _dtype(self, name: str) -> dtype:
+        import torch
+
+        span = self.tensors[name]
+        found: dtype | None = getattr(torch, span.dtype, None)
+        if span.dtype not in ITEMSIZE or found is None:
+            raise InputError(f"{self.path}: {name}: dtype {span.code} is not supported")
+        return found
 
     def data(self, name: str) -> memoryview:
         return self.source.view(*self.tensors[name][2:])
@@ -308,14 +317,14 @@ def _check(path: Path, stored: Sequence[Piece], metadata: Mapping[str, str]) -> 
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             found = {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}
             if found != expected or (opened.metadata() or {}) != metadata:
-                raise OutputError("the file read back holds other tensors than were written; nothing was changed")
+                raise OutputError("the file read back holds other tensors than were written")
             for piece in stored:
                 if piece.verified:
                     back = opened.get_tensor(piece.name).reshape(-1).view(torch.uint8)
                     if not piece.is_in(back.numpy().data):
-                        raise OutputError(f"{piece.name} read back differs from what was written; nothing was changed")
+                        raise OutputError(f"{piece.name} read back differs from what was written")
     except SafetensorError as error:
-        raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
+        raise OutputError(f"the file read back is damaged ({error})") from None
 
 
 # Matrices
@@ -341,7 +350,7 @@ def plan_matrix(contents: Contents) -> FilePlan:
 def read_matrix(source: Source) -> Found:
     """Return the arrays and the record of a matrix file; InputError where it is damaged."""
     file = SafetensorsFile(source)
-    return Found({name: file.tensor(name) for name in file.tensors}, file.metadata.get(RECORD_NAME))
+    return Found({name: file.array(name) for name in file.tensors}, file.metadata.get(RECORD_NAME))
 
 
 def is_matrix(source: Source) -> bool:

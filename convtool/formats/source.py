@@ -1,16 +1,22 @@
-"""The bytes of a file that is read: mapped into memory, or read piece by piece where the file system can't map."""
+"""The bytes of a file that is read, block by block.
+
+It isn't mapped into memory: a file that another program cuts short meanwhile would kill the process, without a word.
+Who asks for a matrix's arrays as they stand in the file gets them mapped all the same (`convtool.load_matrix`).
+"""
 
 from __future__ import annotations
 
+import io
 import mmap
 import os
 import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
-from convtool.errors import InputError
+from convtool.errors import InputError, human_bytes
+from convtool.formats.account import Seen, account, version_of
 
 if TYPE_CHECKING:
     from convtool.formats.atomic import Written
@@ -26,23 +32,23 @@ class Source:
     Attributes:
         path: of the file.
         size: in bytes, as it was when the file was opened.
-
-    Args:
-        mapped: map the file into memory; where False, or where the file system can't, what is asked for is read.
+        seen: the file as it was then.
 
     Raises:
         InputError: the file cannot be read.
     """
 
-    def __init__(self, path: Path, *, mapped: bool = True) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = os.open(path, os.O_RDONLY)
+            self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             weakref.finalize(self, os.close, self._file)
-            self.size = os.fstat(self._file).st_size
-        except OSError as error:
-            raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-        self._map = self._mapped() if mapped and self.size else None
+            status = os.fstat(self._file)
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        self.size = status.st_size
+        self.seen = Seen(path.absolute(), version_of(status))
+        account().reads(self.seen)
 
     def error(self, what: str) -> InputError:
         """Return the error that says something of the file."""
@@ -54,29 +60,43 @@ class Source:
 
     def opened(self) -> BinaryIO:
         """Open the same file once more, to be read from its beginning, whatever has its name by now."""
-        file = os.fdopen(os.dup(self._file), "rb")
-        file.seek(0)
-        return file
+        return cast(BinaryIO, io.BufferedReader(_Stream(self)))
 
     def view(self, start: int, stop: int) -> memoryview:
-        """Return bytes start to stop, in writable memory, though nothing written to it reaches the file."""
-        if self._map is not None:
-            return memoryview(self._map)[start:stop]
-        data = bytearray(stop - start)
-        self._read_into(memoryview(data), start)
+        """Return bytes start to stop, in memory of their own, which may be written to.
+
+        Raises:
+            InputError: they can't be read, aren't there, or don't fit into memory.
+        """
+        if not 0 <= start <= stop <= self.size:  # before any memory is taken for them
+            raise self.error(f"is truncated: bytes {start} to {stop} are asked for, and it has {self.size}")
+        try:
+            data = bytearray(stop - start)
+        except MemoryError:
+            raise self.error(f"a part of it takes {human_bytes(stop - start)} of memory, which aren't free") from None
+        self.read_into(memoryview(data), start)
         return memoryview(data)
 
     def chunks(self, start: int, stop: int) -> Iterator[memoryview]:
-        """Yield bytes start to stop in pieces, each valid until the next is asked for.
-
-        They are read rather than mapped, so that a file that another program cuts short meanwhile is an error here
-        and not the end of the process.
-        """
+        """Yield bytes start to stop in pieces, each valid until the next is asked for."""
         buffer = memoryview(bytearray(min(CHUNK, stop - start)))
         for position in range(start, stop, CHUNK):
             piece = buffer[: min(CHUNK, stop - position)]
-            self._read_into(piece, position)
+            self.read_into(piece, position)
             yield piece
+
+    def mapped(self, start: int, stop: int) -> memoryview:
+        """Return bytes start to stop over the file itself, where its file system can map; see the module's docstring.
+
+        The memory is writable, which torch asks for, though nothing written to it reaches the file.
+        """
+        try:
+            # None of it will be written to, so that no memory need be set aside for that.
+            flags = getattr(mmap, "MAP_PRIVATE", 0) | MAP_NORESERVE
+            made = mmap.mmap(self._file, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except (OSError, ValueError, AttributeError):  # AttributeError: Windows
+            return self.view(start, stop)
+        return memoryview(made)[start:stop]
 
     def copy_to(self, file: Written, start: int, stop: int) -> None:
         """Write bytes start to stop to a file, past this process's memory where the systems of both files can.
@@ -90,22 +110,56 @@ class Source:
         for piece in self.chunks(position, stop):  # says what is wrong, where something is
             file.write(piece)
 
-    def _mapped(self) -> mmap.mmap | None:
-        try:
-            # A private mapping: torch asks for writable memory, and nothing written could reach the file. None of it
-            # will be written to, so that no memory need be set aside for that (a file may be larger than all there is).
-            flags = mmap.MAP_PRIVATE | MAP_NORESERVE
-            return mmap.mmap(self._file, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-        except (OSError, ValueError):
-            return None
-
-    def _read_into(self, buffer: memoryview, start: int) -> None:
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        """Fill a buffer with the bytes from `start` on; InputError where they can't be read or are gone."""
         done = 0
         while done < len(buffer):
             try:
-                count = os.preadv(self._file, [buffer[done:]], start + done)
+                count = _read_at(self._file, buffer[done:], start + done)
             except OSError as error:
                 raise self.error(f"cannot be read: {error.strerror or error}") from None
             if not count:
                 raise self.error("became shorter while it was read")
             done += count
+
+
+def _read_at(descriptor: int, buffer: memoryview, start: int) -> int:
+    """Read into a buffer from a position, and return how many bytes came."""
+    if hasattr(os, "preadv"):
+        return os.preadv(descriptor, [buffer], start)
+    os.lseek(descriptor, start, os.SEEK_SET)  # Windows has nothing better; nobody else uses this descriptor's position
+    data = os.read(descriptor, len(buffer))
+    buffer[: len(data)] = data
+    return len(data)
+
+
+class _Stream(io.RawIOBase):
+    """A source as a file that is read from one end to the other, as the readers of other packages want it."""
+
+    def __init__(self, source: Source) -> None:
+        super().__init__()
+        self._source = source
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._source.size}[whence]
+        if base + offset < 0:
+            raise OSError("a position before the beginning")
+        self._position = base + offset
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, buffer: Any, /) -> int:
+        view = memoryview(buffer).cast("B")
+        count = max(0, min(len(view), self._source.size - self._position))
+        self._source.read_into(view[:count], self._position)
+        self._position += count
+        return count

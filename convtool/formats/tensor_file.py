@@ -77,7 +77,7 @@ class TensorFile(abc.ABC):
 
     @abc.abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """Return a tensor, mapped where the format allows; not to be written to.
+        """Return a tensor, read from the file.
 
         Raises:
             InputError: its bytes are damaged, or of a dtype that torch doesn't have.

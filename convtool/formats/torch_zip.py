@@ -41,6 +41,7 @@ from convtool.formats.pickle_reader import (
 )
 from convtool.formats.pieces import Chunk, Piece, tensor_chunks
 from convtool.formats.source import Source
+from convtool.formats.stored_array import Array, StoredArray
 from convtool.formats.stored_zip import LONGEST_NAME, archive_size, write_archive
 from convtool.formats.tensor_file import Place, TensorFile
 from convtool.formats.torch_contents import ZIP_MAGIC, Contents, Placed, checked_bytes, checked_chunks, read_contents
@@ -115,6 +116,16 @@ class TorchFile(TensorFile):
         view = self._view(name, ref.reach)
         flat: Tensor = torch.frombuffer(view, dtype=dtype)
         return _with_metadata(flat.as_strided(ref.shape, ref.stride), ref.metadata, f"{self.path}: {name}")
+
+    def array(self, name: str) -> Array:
+        """Return a tensor that is read in parts, where it stands in the file as it is; raises what `tensor` does."""
+        import torch
+
+        ref = self.tensors[name]
+        if not (ref.count and ref.contiguous()) or ref.metadata:
+            return self.tensor(name)
+        start = self._verified(ref.storage.key, name).start + ref.offset * ITEMSIZE[ref.dtype]
+        return StoredArray(self.source, start, getattr(torch, ref.dtype), ref.shape)
 
     def data(self, name: str) -> memoryview:
         ref = self.tensors[name]
@@ -195,9 +206,7 @@ class TorchFile(TensorFile):
         ref = self.tensors[name]
         size = ITEMSIZE[ref.dtype]
         start = self._verified(ref.storage.key, name).start + ref.offset * size
-        view = self.source.view(start, start + count * size)
-        # torch wants aligned memory, the older format doesn't promise it
-        return memoryview(bytearray(view)) if start % size else view
+        return self.source.view(start, start + count * size)
 
     def _verified(self, key: str, name: str) -> Placed:
         """Return a storage's place, its checksum compared at the first use."""
@@ -437,16 +446,16 @@ def _check(
         source = Source(path)
         back = reopen(source, read_contents(source))
         if {name: (ref.dtype, ref.shape) for name, ref in back.tensors.items()} != expected:
-            raise OutputError("the file read back holds other tensors than were written; nothing was changed")
+            raise OutputError("the file read back holds other tensors than were written")
         for piece in described.values():
             if piece.verified and not piece.is_in(back.data(piece.name)):
-                raise OutputError(f"{piece.name} read back differs from what was written; nothing was changed")
+                raise OutputError(f"{piece.name} read back differs from what was written")
         if _member_text(source, back.contents, RECORD) != record:
-            raise OutputError("the record read back differs from what was written; nothing was changed")
+            raise OutputError("the record read back differs from what was written")
     except OutputError:
         raise
     except ConvtoolError as error:
-        raise OutputError(f"the file read back is damaged ({error}); nothing was changed") from None
+        raise OutputError(f"the file read back is damaged ({error})") from None
 
 
 # Matrices
@@ -520,14 +529,14 @@ def read_matrix(source: Source) -> Found:
 
     contents = read_contents(source)
     file, shape = _open_matrix(source, contents)
-    arrays = {name: file.tensor(name) for name in file.tensors}
+    arrays = {name: file.array(name) for name in file.tensors}
     if shape is not None:
         arrays["shape"] = torch.tensor(shape)
     if shape is not None and "indptr" not in arrays:
         pair = arrays.pop("indices")
-        if pair.dim() != 2 or len(pair) != 2:
+        if len(pair.shape) != 2 or len(pair) != 2:
             raise source.damaged(f"its sparse tensor has indices of shape {tuple(pair.shape)}")
-        arrays["row"], arrays["col"] = pair
+        arrays["row"], arrays["col"] = pair.unbind()
     return Found(arrays, _member_text(source, contents, MATRIX_RECORD))
 
 

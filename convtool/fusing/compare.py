@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from convtool.checkpoint import Checkpoint, TensorInfo
 from convtool.checkpoint.cast import cast_piece
 from convtool.checkpoint.digests import digests_of
@@ -19,6 +17,7 @@ from convtool.core.sizes import alike_size, split_input_size
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves, walk
 from convtool.core.verify import LARGEST_INPUT
 from convtool.errors import InputError, RefusedError, UsageError
+from convtool.formats.pieces import same_bytes
 from convtool.fusing.lowering import LoweredLayer, full_name, lower_tree
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import read_layer
@@ -368,13 +367,7 @@ def same_numbers(before: Checkpoint, after: Checkpoint, name: str, rounded_to: s
         piece = cast_piece(piece, rounded_to)
     if (piece.dtype, one.shape, piece.nbytes) != (other.dtype, other.shape, other.nbytes):
         return False
-    there, at = after.bits(name).numpy(), 0
     try:
-        for chunk in piece.chunks():
-            here = np.frombuffer(chunk.data, dtype=np.uint8)
-            if not np.array_equal(here, there[at : at + len(here)]):
-                return False
-            at += len(here)
+        return same_bytes((chunk.data for chunk in piece.chunks()), after.chunks(name))
     except RefusedError:  # the dtype doesn't hold BEFORE's numbers
         return False
-    return True

@@ -88,7 +88,7 @@ def plan_matrix(
 
 def planned_size(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, object] | None = None) -> int:
     """Return the exact size in bytes of the file that `write_matrix` would write with this record."""
-    return _file(matrix, plan, record).size
+    return matrix_file(matrix, plan, record).size
 
 
 def write_matrix(
@@ -115,7 +115,7 @@ def write_matrix(
     if path.suffix != plan.format:
         raise UsageError(f"{path}: the plan is for a {plan.format} file")
     advice = lambda size, free: _advice(matrix, plan, size, free)  # noqa: E731
-    _write(_file(matrix, plan, record), path, force=force, progress=progress, advice=advice)
+    _write(matrix_file(matrix, plan, record), path, force=force, progress=progress, advice=advice)
 
 
 def contents_size(contents: Contents, path: Path) -> int:
@@ -163,10 +163,11 @@ def _plan(matrix: ToeplitzMatrix, suffix: str, layout: Layout, rows: tuple[int, 
         indices = index_dtype(max(shape) if layout == "coo" else max(nnz, *shape))
     bias = matrix.conv.bias is not None and not matrix.affine and FORMATS[suffix].STORES_BIAS
     plan = MatrixPlan(suffix, layout, rows, shape, nnz, matrix.dtype, indices, 0, bias)
-    return replace(plan, size=_file(matrix, plan, None).size)
+    return replace(plan, size=matrix_file(matrix, plan, None).size)
 
 
-def _file(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, object] | None) -> FilePlan:
+def matrix_file(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, object] | None) -> FilePlan:
+    """Return the file that is made of a plan, with this record in it."""
     rows = (0, matrix.shape[0]) if plan.rows is None else plan.rows
     arrays = matrix_arrays(matrix, plan.layout, rows, plan.index_dtype or torch.int64)
     bias = bias_array(matrix, rows) if plan.stores_bias else None

@@ -6,6 +6,7 @@ it is handed to read memory that isn't theirs.
 
 from __future__ import annotations
 
+import bisect
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from torch import Tensor
 from convtool.core.rows import BLOCK_ENTRIES, CsrBlock
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.formats.matrices import ARRAYS, Layout
+from convtool.formats.stored_array import Array, mapped
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -30,16 +32,16 @@ class Part:
     Attributes:
         path: the file.
         shape: (rows, columns) of the part.
-        arrays: the file's arrays by their names in `ARRAYS`, mapped into memory where the format allows; not checked.
+        arrays: the file's arrays by their names in `ARRAYS`, read in parts where the format allows; not checked.
     """
 
     path: Path
     layout: Layout
     shape: tuple[int, int]
-    arrays: Mapping[str, Tensor]
+    arrays: Mapping[str, Array]
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Array:
         """The stored numbers."""
         return self.arrays[ARRAYS[self.layout][-1]]
 
@@ -83,9 +85,9 @@ class Part:
         nnz = self.values.numel()
         if self.layout == "coo":  # whose entries stand in the order of their rows
             row = self.arrays["row"]
-            starts = torch.searchsorted(
-                row, torch.arange(start, stop + 1).clamp(max=torch.iinfo(row.dtype).max).to(row)
-            )
+            first = bisect.bisect_left(range(nnz), start, key=lambda entry: int(row[entry : entry + 1]))
+            last = bisect.bisect_left(range(nnz), stop, first, key=lambda entry: int(row[entry : entry + 1]))
+            starts = first + torch.searchsorted(row[first:last].long(), torch.arange(start, stop + 1))
         else:
             starts = self.arrays["indptr"][start : stop + 1].long()
         ends = (start == 0 and int(starts[0]) != 0) or (stop == self.shape[0] and int(starts[-1]) != nnz)
@@ -178,7 +180,9 @@ class MatrixFile:
         return out
 
     def to_torch(self) -> Tensor:
-        """Return the matrix as torch has it: sparse CSR, sparse COO or dense, as in the file, over its mapped arrays.
+        """Return the matrix as torch has it: sparse CSR, sparse COO or dense, as in the file.
+
+        Its arrays stand on the file, mapped into memory, where the format allows: it has to stay as it is meanwhile.
 
         Shards don't lie beside one another: a matrix in several is put together in memory, as CSR where it is sparse.
 
@@ -219,12 +223,12 @@ class MatrixFile:
     def _whole(self) -> tuple[Layout, Mapping[str, Tensor]]:
         """Return the arrays of all rows, checked."""
         if self.layout == "dense":
-            weight = self.parts[0].values if len(self.parts) == 1 else self.dense_rows(0, self.shape[0])
+            weight = mapped(self.parts[0].values) if len(self.parts) == 1 else self.dense_rows(0, self.shape[0])
             return "dense", {"weight": weight}
         if len(self.parts) == 1:
             for start, stop in self.blocks():
                 self.rows(start, stop)
-            return self.layout, self.parts[0].arrays
+            return self.layout, {name: mapped(array) for name, array in self.parts[0].arrays.items()}
         counts, columns, values = self.rows(0, self.shape[0])
         starts = _from_counts(counts).to(columns.dtype if len(columns) < 2**31 else torch.int64)
         return "csr", {"indptr": starts, "indices": columns.to(starts.dtype), "data": values}

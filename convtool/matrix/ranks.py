@@ -1,4 +1,4 @@
-"""The processes that torchrun started, as `convtool.matrix.shards` wants them."""
+"""The processes that torchrun started, as `convtool.formats.several` wants them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from convtool.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
-    from convtool.matrix.shards import Ranks
+    from convtool.formats.several import Ranks
 
 PATIENCE = timedelta(hours=12)  # for the slowest shard
 
@@ -23,7 +23,7 @@ def launched_ranks() -> Iterator[Ranks]:
     Raises:
         UsageError: torchrun's variables are there, and the processes don't find each other.
     """
-    from convtool.matrix.shards import Alone
+    from convtool.formats.several import Alone
 
     if not _launched():
         yield Alone()
@@ -70,9 +70,7 @@ class _Launched:
         try:
             dist.barrier()
         except RuntimeError as error:
-            raise OutputError(
-                f"another process of this launch is gone ({_first_line(error)}); no index was written"
-            ) from None
+            raise OutputError(f"another process of this launch is gone ({_first_line(error)})") from None
 
 
 def _first_line(error: Exception) -> str:

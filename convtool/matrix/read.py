@@ -1,4 +1,4 @@
-"""Opening matrix files: mapped where the format allows, so that a matrix larger than memory can be gone through.
+"""Opening matrix files: read in parts where the format allows, so that one larger than memory can be gone through.
 
 `open_matrix` reads what the formats of this package write, and what scipy, numpy and torch write in the same formats.
 """
@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
 
 from convtool.errors import ConvtoolError, InputError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format
 from convtool.formats.indexes import INDEX_SUFFIX, is_matrix_index, read_matrix_index
 from convtool.formats.matrices import ARRAYS, Found
 from convtool.formats.source import Source
+from convtool.formats.stored_array import Array
 from convtool.matrix import FORMATS
 from convtool.matrix.file import MatrixFile, Part
 
@@ -30,7 +30,7 @@ _SEARCHED = 1 << 20  # row numbers of a coo file looked at together
 def open_matrix(path: str | Path) -> MatrixFile:
     """Open a matrix file: .npz, .npy, .mtx, .safetensors or .pt, or the index of one in shards.
 
-    .safetensors, .npy, .pt and what isn't deflated in .npz is mapped into memory; .mtx is read by scipy, all of it.
+    .safetensors, .npy, .pt and what isn't deflated in .npz is read in parts; .mtx is read by scipy, all of it.
     The checksums of .npz and .pt are checked, which reads the file once.
 
     Raises:
@@ -72,7 +72,8 @@ def load_matrix(path: str | Path, kind: Kind = "torch") -> Any:
     Args:
         path: a .npz, .npy, .mtx, .safetensors or .pt file.
         kind: "torch" for a sparse CSR, sparse COO or dense tensor, as the file has it; "scipy" for a csr_array or
-            coo_array. Both stand on the mapped file where the format allows (.safetensors always).
+            coo_array. Both stand on the file, mapped into memory, where the format allows (.safetensors always): as
+            long as they are used, the file has to stay as it is, and a program that cuts it short ends this one.
 
     Raises:
         InputError: the file is missing, damaged, or holds no matrix.
@@ -130,12 +131,12 @@ def _checked(path: Path, found: Found) -> MatrixFile:
     parts = {name: arrays[name] for name in ARRAYS[layout]}
     values = parts[ARRAYS[layout][-1]]
     if layout == "dense":
-        if values.dim() != 2:
+        if len(values.shape) != 2:
             raise InputError(f"{path}: holds no matrix: expected an array of 2 axes, got shape {tuple(values.shape)}")
         shape = (values.shape[0], values.shape[1])
     else:
         shape = _shape(path, arrays.get("shape"))
-        lengths = [len(part) if part.dim() == 1 else -1 for part in parts.values()]
+        lengths = [len(part) if len(part.shape) == 1 else -1 for part in parts.values()]
         nnz = values.numel()
         if lengths != [shape[0] + 1 if layout == "csr" else nnz, nnz, nnz]:
             raise InputError(
@@ -148,27 +149,29 @@ def _checked(path: Path, found: Found) -> MatrixFile:
     if layout == "coo":
         parts = _in_order(parts)
         row = parts["row"]
-        if len(row) and not 0 <= int(row[0]) <= int(row[-1]) < shape[0]:
+        if len(row) and not 0 <= int(row[:1]) <= int(row[len(row) - 1 :]) < shape[0]:
             raise InputError(f"{path}: the matrix is damaged: entries name rows that it doesn't have")
     try:
         noted = None if found.record is None else json.loads(found.record)
     except (ValueError, RecursionError):
         raise InputError(f"{path}: the record of what was done is not JSON") from None
     part = Part(path, layout, shape, parts)
-    return MatrixFile(path, shape, (part,), arrays.get("bias"), noted if isinstance(noted, dict) else None)
+    bias = arrays["bias"][:] if "bias" in arrays else None
+    return MatrixFile(path, shape, (part,), bias, noted if isinstance(noted, dict) else None)
 
 
-def _shape(path: Path, stored: Tensor | None) -> tuple[int, int]:
-    if stored is None or stored.shape != (2,) or int(stored.min()) < 0:
+def _shape(path: Path, stored: Array | None) -> tuple[int, int]:
+    numbers = [] if stored is None or tuple(stored.shape) != (2,) else stored[:].tolist()
+    if len(numbers) != 2 or not all(isinstance(number, int) and number >= 0 for number in numbers):
         raise InputError(f"{path}: holds no sparse matrix: expected a shape of 2 numbers")
-    return int(stored[0]), int(stored[1])
+    return numbers[0], numbers[1]
 
 
-def _in_order(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+def _in_order(parts: dict[str, Array]) -> dict[str, Array]:
     """Return a coo matrix's arrays in the order of its rows: as they are where it is convtool's."""
     row = parts["row"]
     steps = range(0, len(row), _SEARCHED)
     if all(bool((row[at : at + _SEARCHED + 1].diff() >= 0).all()) for at in steps):
         return parts
-    order = torch.argsort(row, stable=True)
-    return {name: part[order] for name, part in parts.items()}
+    order = torch.argsort(row[:], stable=True)
+    return {name: part[:][order] for name, part in parts.items()}

@@ -1,0 +1,136 @@
+"""An account of one run: which files it has read, and what it has done to the disk.
+
+The first is for refusing what rests on a file that changed meanwhile, and the second for saying after a failure what is
+there now: never a claim of whoever happened to fail, always what was noted as it was done. Without an account nothing
+is noted, as in a program that uses convtool for one thing among others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from convtool.errors import InputError
+
+Version = tuple[int, ...]
+
+
+def version_of(status: os.stat_result) -> Version:
+    """Return what differs once a file has been written to, cut short, or replaced.
+
+    A change that leaves all of these as they were goes unnoticed: one within a tick of the file system's clock (some
+    milliseconds) after the one before, or through a mapping that isn't written back yet.
+    """
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _version_at(path: Path) -> Version:
+    """Return the version of the file at a path; () where there is none."""
+    try:
+        return version_of(path.stat())
+    except (OSError, ValueError):
+        return ()
+
+
+class Seen(NamedTuple):
+    """A file as it was when it was opened to be read."""
+
+    path: Path
+    version: Version
+
+    def check(self) -> None:
+        """Raise InputError where it isn't what it was.
+
+        Raises:
+            InputError: it was written to, cut short, replaced or deleted.
+        """
+        now = _version_at(self.path)
+        if now != self.version:
+            how = "is gone" if not now else "is another file" if now[:2] != self.version[:2] else "was written to"
+            raise InputError(f"{self.path}: changed while it was read: it {how}; run this again once it stays as it is")
+
+
+@dataclass
+class Account:
+    """What a run has done so far.
+
+    Attributes:
+        seen: files that were read.
+        outputs: files that were about to get their names, and which file each is: its device and inode.
+        removed: files that aren't needed any more, and went.
+        unfinished: files beside the outputs that are no output yet.
+        began: whether anything was to be written yet.
+    """
+
+    seen: dict[Seen, None] = field(default_factory=dict)
+    outputs: dict[Path, Version] = field(default_factory=dict)
+    removed: set[Path] = field(default_factory=set)
+    unfinished: dict[Path, None] = field(default_factory=dict)
+    began: bool = False
+
+    def reads(self, seen: Seen) -> None:
+        """Note a file that is read, but for what this run is about to write and looks at again."""
+        if seen.path not in self.unfinished:
+            self.seen[seen] = None
+
+    def check_unchanged(self) -> None:
+        """Raise InputError where a file that was read isn't what it was; what this run itself has replaced may be."""
+        written = self.written()
+        for seen in self.seen:
+            if seen.path.resolve() not in written and seen.path.resolve() not in self.removed:
+                seen.check()
+
+    def writes(self, path: Path, ours: os.stat_result) -> None:
+        """Note that a file is about to get its name."""
+        self.outputs[path.resolve()] = version_of(ours)[:2]
+
+    def removes(self, path: Path) -> None:
+        """Note that a file is gone."""
+        self.unfinished.pop(path.absolute(), None)
+        if self.outputs.pop(path.resolve(), None) is None:
+            self.removed.add(path.resolve())
+
+    def finishes(self, paths: Iterable[Path]) -> None:
+        """Note that files are complete, together with whatever they belong to."""
+        for path in paths:
+            self.unfinished.pop(path, None)
+
+    def written(self) -> list[Path]:
+        """Return the outputs that have their names by now: which file has a name is looked at, not remembered."""
+        return [path for path, ours in self.outputs.items() if _version_at(path)[:2] == ours]
+
+    def outcome(self) -> str:
+        """Return what is there now, in a few words."""
+        left = [path.name for path in self.unfinished if _version_at(path)]
+        there = [path.name for path in self.written() if path not in self.unfinished]
+        said = f"written before that: {', '.join(there)}" if there else "nothing was changed"
+        return f"{said}; left over, and can be deleted: {', '.join(left)}" if left else said
+
+
+_current: ContextVar[Account | None] = ContextVar("account", default=None)
+
+
+@contextlib.contextmanager
+def accounting(seen: Iterable[Seen] = ()) -> Iterator[Account]:
+    """Keep an account of what is done in the block: the one that is kept already, or else one of its own.
+
+    Args:
+        seen: files that were read before.
+    """
+    account = _current.get() or Account()
+    account.seen.update(dict.fromkeys(seen))
+    token = _current.set(account)
+    try:
+        yield account
+    finally:
+        _current.reset(token)
+
+
+def account() -> Account:
+    """Return the account that is kept; one that nobody looks at, where none is."""
+    return _current.get() or Account()

@@ -6,14 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
-from convtool.cli.document import INLINE, Count, Sizes
+from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Proof, Recipes, Result, Work, show
 from convtool.cli.options import Size, argument, flag, option
-from convtool.cli.output import Reporter, table
-from convtool.core.tree import tree_text
+from convtool.cli.output import Reporter
 from convtool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -139,90 +138,8 @@ class Options:
     others: list[str] | None = shared.others()
     list_recipes: bool = flag("List the recipes that ship with it.")
     no_verify: bool = flag("Write what was fused without running it against its layers first.")
+    details: bool = flag("Of several fusions, print all that there is to say of each.")
     writing: shared.Writing = field(default_factory=shared.Writing)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """A number before and after."""
-
-    before: Count
-    after: Count
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Multiply-adds before and after."""
-
-    before: float
-    after: float
-    per: Literal["input position", "input"]
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """How the fused layer did against its layers.
-
-    Attributes:
-        ratio: largest error by its bound.
-    """
-
-    ratio: float
-    input_sizes: tuple[Sizes, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Fusion:
-    """A fused layer.
-
-    Attributes:
-        layers: the leaves of sources.
-        differs: the rim in words; null where exact.
-        edits: lines that make a model's code fit the new checkpoint.
-        verified: run against its layers before it was written, the border apart where not exact; null with
-            --no-verify.
-    """
-
-    record: saved.Recorded = field(metadata=INLINE)
-    layers: tuple[str, ...]
-    kernel_size: Sizes
-    smallest_input: Sizes
-    differs: str | None
-    assumed: tuple[str, ...]
-    edits: tuple[str, ...]
-    bias_map: bool
-    parameters: Change
-    multiply_adds: Work
-    tensors: saved.ChangedTensors
-    verified: Proof | None
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """A new checkpoint.
-
-    Attributes:
-        left_alone: what might have been fused and wasn't, in words.
-    """
-
-    checkpoint: saved.Written = field(metadata=INLINE)
-    fusions: tuple[Fusion, ...]
-    left_alone: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class KnownRecipe:
-    """A recipe that ships with convtool."""
-
-    name: str
-    about: str
-
-
-@dataclass(frozen=True, slots=True)
-class Recipes:
-    """What --list-recipes lists."""
-
-    recipes: tuple[KnownRecipe, ...]
 
 
 def run(options: Options, reporter: Reporter) -> Result | Recipes:
@@ -277,7 +194,7 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     reports = [[] for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
     new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     made = (_fusion(layer, one, size) for layer, one in zip(planned, reports, strict=True))
-    return Result(new, tuple(made), tuple(left_alone))
+    return Result(new, tuple(made), tuple(left_alone), options.details)
 
 
 def _find(
@@ -359,59 +276,6 @@ def _fusion(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tup
         tensors=saved.changed_tensors(layer.edit),
         verified=proof,
     )
-
-
-def show(result: Result | Recipes, reporter: Reporter) -> None:
-    """Print each fusion and what was written; or the recipes."""
-    if isinstance(result, Recipes):
-        table(("recipe", "fuses"), [(one.name, one.about) for one in result.recipes])
-        return
-    for fusion in result.fusions:
-        for line in _lines(fusion):
-            reporter.line(line)
-        if not result.checkpoint.written:
-            saved.show_tensors(fusion.tensors, reporter)
-    if len(result.fusions) > 1:
-        before = sum(fusion.parameters.before for fusion in result.fusions)
-        after = sum(fusion.parameters.after for fusion in result.fusions)
-        reporter.line(f"{len(result.fusions)} fusions, {before} -> {after} parameters")
-    saved.show(result.checkpoint, reporter)
-
-
-def _lines(fusion: Fusion) -> list[str]:
-    record, proof, numbers, work = fusion.record, fusion.verified, fusion.parameters, fusion.multiply_adds
-    lines = [f"{tree_text(record.sources)} -> {record.name}", *(f"  {line}" for line in fusion.edits)]
-    lines.append(f"  {_exactness(fusion)}")
-    if proof is not None:
-        sizes = " and ".join("x".join(map(str, one)) for one in proof.input_sizes)
-        where = "" if record.exact else ", the border apart"
-        lines.append(f"  verified at {sizes}{where}: error/bound {proof.ratio:.3g}")
-    per = " per input position" if work.per == "input position" else ""
-    lines.append(
-        f"  {numbers.before} -> {numbers.after} parameters,"
-        f" {_count(work.before)} -> {_count(work.after)} multiply-adds{per}, {record.dtype}"
-    )
-    return lines
-
-
-def _exactness(fusion: Fusion) -> str:
-    record = fusion.record
-    if not record.exact:
-        return f"NOT exact: {fusion.differs} of the output differ"
-    if record.input_size is not None:
-        return f"exact at input size {_sizes(record.input_size)}"
-    if record.fields.get("padding_mode", "zeros") != "zeros" and fusion.smallest_input:
-        return f"exact at every input size from {_sizes(fusion.smallest_input)} up"
-    return "exact at every input size"
-
-
-def _count(number: float) -> str:
-    """Return whole numbers as they are, others to two places."""
-    return str(int(number)) if number == int(number) else f"{number:.2f}"
-
-
-def _sizes(values: Sequence[int]) -> str:
-    return ",".join(map(str, values))
 
 
 COMMAND = Command("CKPT LAYER LAYER... -o OUT", EXAMPLES, Options, run, show)

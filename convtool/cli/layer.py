@@ -77,7 +77,7 @@ class OfLayer:
     @property
     def sizes_text(self) -> str:
         """'3x32x32 -> 16x30x30'."""
-        return " -> ".join("x".join(map(str, size or ())) for size in (self.input_size, self.output_size))
+        return " → ".join("x".join(map(str, size or ())) for size in (self.input_size, self.output_size))
 
 
 @dataclass(frozen=True, slots=True)

@@ -199,11 +199,17 @@ def print_error(command: str | None, kind: str, message: str, *, as_json: bool) 
     return code
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> None:
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = (), most: int | None = None
+) -> None:
     """A table on stdout: aligned columns; in a window too narrow for them the last one is folded, or each row is.
 
-    A pipe gets whole lines, however long.
+    A pipe gets whole lines, however long, and all of them; a terminal `most` rows and the number of the others.
     """
+    if most is not None and len(rows) > most and sys.stdout.isatty():
+        table(columns, rows[:most], right=right)
+        emit(f"... and {len(rows) - most} more; a pipe gets all of them, such as | less")
+        return
     cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     if not sys.stdout.isatty():

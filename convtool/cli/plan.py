@@ -194,7 +194,7 @@ def _row(fusion: Fusion) -> list[str]:
     tree = map_leaves(lambda part: LayerRef(part.name), fusion.sources)
     exact = fusion.exact.value.removeprefix("at ")
     seconds = fusion.seconds
-    time = "" if seconds is None else f"{seconds.before * 1e3:.3g} -> {seconds.after * 1e3:.3g}"
+    time = "" if seconds is None else f"{seconds.before * 1e3:.3g} → {seconds.after * 1e3:.3g}"
     return [tree_in_short(tree), exact, *_costs(fusion), time]
 
 
@@ -215,7 +215,7 @@ def _costs(one: Fusion | Total) -> tuple[str, str]:
 
 
 def _change(before: int, after: int) -> str:
-    return f"{_count(before)} -> {_count(after)}" if before != after else _count(before)
+    return f"{_count(before)} → {_count(after)}" if before != after else _count(before)
 
 
 def _count(number: int) -> str:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from convtool.cli.document import Count, Dtype, Sizes, fill
+from convtool.cli.document import HIDDEN, Count, Dtype, Sizes, fill
 from convtool.cli.output import Reporter, table
 from convtool.core.geometry import format_sizes
-from convtool.core.tree import leaves
+from convtool.core.tree import leaves, tree_text
 
 if TYPE_CHECKING:
     from convtool.core.tally import Region
     from convtool.core.verify import EquivalenceReport, StoredError
     from convtool.fusing.compare import Pairing
+    from convtool.fusing.lowering import LoweredLayer
     from convtool.fusing.matrix_proof import Compared
     from convtool.live.whole import WholeReport
 
@@ -58,6 +59,7 @@ class Report:
     """
 
     name: str
+    layers: str = field(metadata=HIDDEN)
     before: tuple[str, ...]
     after: tuple[str, ...]
     equivalent: bool
@@ -80,6 +82,7 @@ class Report:
             cls,
             report,
             pairing,
+            layers=f"{tree_text(pairing.before, _name)} = {tree_text(pairing.after, _name)}",
             before=tuple(one.name for one in leaves(pairing.before)),
             after=tuple(one.name for one in leaves(pairing.after)),
             mismatch=report.mismatch or None,
@@ -234,6 +237,10 @@ class MatrixResult:
     matrix: Matrix
 
 
+def _name(layer: LoweredLayer) -> str:
+    return layer.name
+
+
 def _compared(region: Region) -> Region | None:
     """Return a region, or None where it is empty."""
     return region if region.positions else None
@@ -297,7 +304,7 @@ def _row(report: Report) -> tuple[str, ...]:
     relative = max((region.relative_error for region in regions), default=None)
     stored = report.run_as_stored
     return (
-        " + ".join(report.before) + " = " + " + ".join(report.after),
+        report.layers,
         _times(report.input_size),
         _region(report.interior),
         _region(report.rim),

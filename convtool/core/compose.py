@@ -243,8 +243,8 @@ def add(a: Conv, b: Conv) -> Conv:
         raise RefusedError("a layer with a bias map cannot be fused further; start from the original layers")
     if (a.in_channels, a.out_channels) != (b.in_channels, b.out_channels):
         raise UsageError(
-            f"channels don't fit: cannot add a layer of {a.in_channels} -> {a.out_channels} channels"
-            f" and one of {b.in_channels} -> {b.out_channels}"
+            f"channels don't fit: cannot add a layer of {a.in_channels} → {a.out_channels} channels"
+            f" and one of {b.in_channels} → {b.out_channels}"
         )
     geometry = add_geometry(a.geometry, b.geometry)
     a, b = _alike(a, b)

@@ -135,8 +135,11 @@ def map_leaves(change: Callable[[Leaf], Made], tree: Tree[Leaf]) -> Tree[Made]:
 
 
 def tree_text(tree: Tree[Leaf], name: Callable[[Leaf], str] = str) -> str:
-    """Return the tree in words: 'a + (b + c | d)'."""
-    return fold(tree, name, " + ".join, lambda parts: f"({' | '.join(parts)})")
+    """Return the tree in words: 'a → ((b → c) + d)', → for then and + for added."""
+    if not isinstance(tree, Chain | Sum):
+        return name(tree)
+    texts = [(tree_text(part, name), isinstance(part, Chain | Sum)) for part in tree.parts]
+    return (" → " if isinstance(tree, Chain) else " + ").join(f"({text})" if inner else text for text, inner in texts)
 
 
 def fold(

@@ -1,0 +1,163 @@
+"""What `convtool fuse` says: its results, and their lines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from convtool.cli import saved
+from convtool.cli.document import HIDDEN, INLINE, Count, Sizes
+from convtool.cli.output import Reporter, table
+from convtool.core.geometry import format_sizes
+from convtool.core.tree import tree_text
+
+MOST_ROWS = 40  # of a table on a terminal, before the rest is only counted
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A number before and after."""
+
+    before: Count
+    after: Count
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Multiply-adds before and after."""
+
+    before: float
+    after: float
+    per: Literal["input position", "input"]
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How the fused layer did against its layers.
+
+    Attributes:
+        ratio: largest error by its bound.
+    """
+
+    ratio: float
+    input_sizes: tuple[Sizes, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """A fused layer.
+
+    Attributes:
+        layers: the leaves of sources.
+        differs: the rim in words; null where exact.
+        edits: lines that make a model's code fit the new checkpoint.
+        verified: run against its layers before it was written, the border apart where not exact; null with
+            --no-verify.
+    """
+
+    record: saved.Recorded = field(metadata=INLINE)
+    layers: tuple[str, ...]
+    kernel_size: Sizes
+    smallest_input: Sizes
+    differs: str | None
+    assumed: tuple[str, ...]
+    edits: tuple[str, ...]
+    bias_map: bool
+    parameters: Change
+    multiply_adds: Work
+    tensors: saved.ChangedTensors
+    verified: Proof | None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A new checkpoint.
+
+    Attributes:
+        left_alone: what might have been fused and wasn't, in words.
+    """
+
+    checkpoint: saved.Written = field(metadata=INLINE)
+    fusions: tuple[Fusion, ...]
+    left_alone: tuple[str, ...]
+    details: bool = field(metadata=HIDDEN)
+
+
+@dataclass(frozen=True, slots=True)
+class KnownRecipe:
+    """A recipe that ships with convtool."""
+
+    name: str
+    about: str
+
+
+@dataclass(frozen=True, slots=True)
+class Recipes:
+    """What --list-recipes lists."""
+
+    recipes: tuple[KnownRecipe, ...]
+
+
+def show(result: Result | Recipes, reporter: Reporter) -> None:
+    """Print each fusion and what was written; or the recipes."""
+    if isinstance(result, Recipes):
+        table(("recipe", "fuses"), [(one.name, one.about) for one in result.recipes])
+        return
+    fusions = result.fusions
+    if len(fusions) == 1 or result.details:
+        for fusion in fusions:
+            _show_one(fusion, reporter, dry_run=not result.checkpoint.written)
+    else:
+        columns = ("layers", "become", "exact", "error/bound", "parameters", "multiply-adds")
+        table(columns, list(map(_row, fusions)), most=MOST_ROWS)
+    if len(fusions) > 1:
+        before = sum(fusion.parameters.before for fusion in fusions)
+        after = sum(fusion.parameters.after for fusion in fusions)
+        reporter.line(f"{len(fusions)} fusions, {before} → {after} parameters; --details lists the edits of each")
+    saved.show(result.checkpoint, reporter)
+
+
+def _row(fusion: Fusion) -> tuple[str, ...]:
+    record, proof, numbers, work = fusion.record, fusion.verified, fusion.parameters, fusion.multiply_adds
+    return (
+        tree_text(record.sources),
+        record.name,
+        _exactness(fusion).removeprefix("exact at "),
+        "not verified" if proof is None else f"{proof.ratio:.3g}",
+        f"{numbers.before} → {numbers.after}",
+        f"{_count(work.before)} → {_count(work.after)}",
+    )
+
+
+def _show_one(fusion: Fusion, reporter: Reporter, *, dry_run: bool) -> None:
+    record, proof, numbers, work = fusion.record, fusion.verified, fusion.parameters, fusion.multiply_adds
+    reporter.line(f"{tree_text(record.sources)} becomes {record.name}")
+    for line in (*fusion.edits, _exactness(fusion)):
+        reporter.line(f"  {line}")
+    if proof is not None:
+        sizes = " and ".join("x".join(map(str, one)) for one in proof.input_sizes)
+        where = "" if record.exact else ", the border apart"
+        reporter.line(f"  verified at {sizes}{where}: error/bound {proof.ratio:.3g}")
+    per = " per input position" if work.per == "input position" else ""
+    reporter.line(
+        f"  {numbers.before} → {numbers.after} parameters,"
+        f" {_count(work.before)} → {_count(work.after)} multiply-adds{per}, {record.dtype}"
+    )
+    if dry_run:
+        saved.show_tensors(fusion.tensors, reporter)
+
+
+def _exactness(fusion: Fusion) -> str:
+    record = fusion.record
+    if not record.exact:
+        return f"NOT exact: {fusion.differs} of the output differ"
+    if record.input_size is not None:
+        return f"exact at input size {format_sizes(record.input_size)}"
+    if record.fields.get("padding_mode", "zeros") != "zeros" and fusion.smallest_input:
+        return f"exact at every input size from {format_sizes(fusion.smallest_input)} up"
+    return "exact at every input size"
+
+
+def _count(number: float) -> str:
+    """Return whole numbers as they are, others to two places."""
+    return str(int(number)) if number == int(number) else f"{number:.2f}"

@@ -320,7 +320,7 @@ def test_layers_that_cannot_be_added(a: Geometry, b: Geometry, message: str) -> 
 
 def test_layers_that_do_not_fit() -> None:
     conv = make_conv(Geometry.of(3), 2, 3)
-    with pytest.raises(UsageError, match="cannot add a layer of 2 -> 3 channels and one of 3 -> 2"):
+    with pytest.raises(UsageError, match="cannot add a layer of 2 → 3 channels and one of 3 → 2"):
         add(conv, make_conv(Geometry.of(3), 3, 2))
     with pytest.raises(UsageError, match="cannot add layers of 1 and 2 spatial axes"):
         add(conv, make_conv(Geometry.of((3, 1)), 2, 3))

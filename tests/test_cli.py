@@ -452,7 +452,7 @@ def test_inspect_shows_geometry_only_where_it_is_known(cli: Cli) -> None:
     assert cli("fuse net.pt first second -o f.safetensors --set second.stride=1,2").code == 0
     recorded = geometry("f.safetensors", "first")
     assert (recorded["stride"], recorded["padding"]) == ([1, 2], [[0, 0], [0, 0]])
-    assert cli("inspect f.safetensors").err.endswith("first was fused by convtool from first + second\n")
+    assert cli("inspect f.safetensors").err.endswith("first was fused by convtool from first → second\n")
 
 
 # Names that would mean another layer too, were they taken as people's words: without a wrapper's prefix, as patterns.

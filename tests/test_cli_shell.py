@@ -262,7 +262,7 @@ def test_geometry_and_recipes_are_read_from_stdin(
     recipe = '[[fuse]]\nname = "whole"\nchain = ["reduce", "spread"]\n'
     code, shown = run("fuse chains.safetensors --recipe - -o whole.safetensors --dry-run", recipe)
     said = [line for line in shown.splitlines() if not line.startswith("assumed: ")]
-    assert (code, said[0]) == (0, "reduce + spread -> whole")
+    assert (code, said[0]) == (0, "reduce → spread becomes whole")
     code, shown = run("inspect chains.safetensors --geometry -", "widen = {")
     assert code == 3
     assert shown.startswith("convtool: -: is not TOML")

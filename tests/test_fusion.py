@@ -541,7 +541,7 @@ def test_what_it_costs_is_counted_and_what_gets_slower_is_said(tmp_path: Path) -
     (per_position,) = done("fuse", before, "a", "b", "-o", after, "--force")["fusions"]
     assert per_position["multiply_adds"] == {"before": 48 + 108, "after": 480, "per": "input position"}
     code, message = error("fuse", before, "a", "b", "-o", tmp_path / "out.pt", "--only-if-cheaper")
-    assert (code, message) == (4, "nothing is cheaper fused: a + b: fused it takes 3.08 times the multiply-adds")
+    assert (code, message) == (4, "nothing is cheaper fused: a → b: fused it takes 3.08 times the multiply-adds")
     assert not (tmp_path / "out.pt").exists()
 
 
@@ -557,7 +557,7 @@ def test_only_what_is_cheaper(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert both["left_alone"] == []
     one = done(*words, "--only-if-cheaper", "--force")
     assert [fusion["name"] for fusion in one["fusions"]] == ["wide.a"]
-    assert one["left_alone"] == ["left alone: narrow.a + narrow.b: fused it takes 2.78 times the multiply-adds"]
+    assert one["left_alone"] == ["left alone: narrow.a → narrow.b: fused it takes 2.78 times the multiply-adds"]
     left = load(tmp_path / "out.safetensors")
     assert torch.equal(left["narrow.b.weight"], load(path)["narrow.b.weight"])
 
@@ -873,14 +873,17 @@ def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixtur
         "assumed: 0.bn, 1.bn, 2.bn and 2 more: eps 1e-05",
         "left alone: 1 batch norm: up.bn",
     ]
-    lines = [line for line in said[3:] if not line.startswith("  verified at 4x5x6: error/bound 0.")]
-    assert len(lines) == len(said) - 3 - 5
+    assert said[3].split() == ["layers", "become", "exact", "error/bound", "parameters", "multiply-adds"]
+    assert [line.partition("  ")[0] for line in said[4:9]] == [f"{n}.conv → {n}.bn" for n in range(5)]
+    assert [[cell.strip() for cell in line.split("  ")[-2:]] for line in said[4:9]] == [["156 → 148", "148 → 144"]] * 5
+    assert said[-2] == "5 fusions, 780 → 740 parameters; --details lists the edits of each"
+    assert said[-1].startswith(f"wrote {tmp_path / 'out.pt'}")
+    assert run_app(["fuse", str(path), *recipe, "-o", str(tmp_path / "out2.pt"), "--details"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines()[3:] if not line.startswith("  verified at 4x5x6: ")]
     assert lines[:5] == [
-        "0.conv + 0.bn -> 0.conv",
+        "0.conv → 0.bn becomes 0.conv",
         "  0.conv = nn.Conv2d(4, 4, 3)",
         "  0.bn = nn.Identity()",
         "  exact at every input size",
-        "  156 -> 148 parameters, 148 -> 144 multiply-adds per input position, float64",
+        "  156 → 148 parameters, 148 → 144 multiply-adds per input position, float64",
     ]
-    assert lines[-2] == "5 fusions, 780 -> 740 parameters"
-    assert lines[-1].startswith(f"wrote {tmp_path / 'out.pt'}")

@@ -347,14 +347,14 @@ def test_every_convolution_with_its_batch_norm_is_found_and_nothing_that_is_none
 
 
 SAMPLE_STRETCHES = {
-    "chains": ["reduce + spread + gather", "widen + narrow"],
-    "conv_bn": ["conv1 + bn1", "conv2 + bn2", "conv3 + bn3", "conv4 + bn4"],
+    "chains": ["reduce → spread → gather", "widen → narrow"],
+    "conv_bn": ["conv1 → bn1", "conv2 → bn2", "conv3 → bn3", "conv4 → bn4"],
     "repvgg": [
-        "stage0: (rbr_dense.conv + rbr_dense.bn | rbr_1x1.conv + rbr_1x1.bn)",
-        "stage1: (rbr_dense.conv + rbr_dense.bn | rbr_1x1.conv + rbr_1x1.bn | rbr_identity)",
-        "stage2: (rbr_dense.conv + rbr_dense.bn | rbr_1x1.conv + rbr_1x1.bn)",
+        "stage0: (rbr_dense.conv → rbr_dense.bn) + (rbr_1x1.conv → rbr_1x1.bn)",
+        "stage1: (rbr_dense.conv → rbr_dense.bn) + (rbr_1x1.conv → rbr_1x1.bn) + rbr_identity",
+        "stage2: (rbr_dense.conv → rbr_dense.bn) + (rbr_1x1.conv → rbr_1x1.bn)",
     ],
-    "separable1d": [f"block{i}: depthwise + pointwise" for i in range(3)],
+    "separable1d": [f"block{i}: depthwise → pointwise" for i in range(3)],
 }
 
 
@@ -442,7 +442,7 @@ def test_registration_order_is_not_believed() -> None:
         conv2=conv(),
         bn2=nn.BatchNorm2d(4),
     )
-    assert planned(net)[0] == ["conv1 + bn2"]
+    assert planned(net)[0] == ["conv1 → bn2"]
 
 
 def test_a_batch_norm_before_a_convolution_is_exact_where_that_does_not_pad() -> None:
@@ -454,7 +454,7 @@ def test_a_batch_norm_before_a_convolution_is_exact_where_that_does_not_pad() ->
         b=conv(padding=(1, 0)),
     )
     chains, alone, _ = planned(net)
-    assert chains == ["bn1 + a"]
+    assert chains == ["bn1 → a"]
     assert alone == {"bn2 b": "the first row and the last row of the output would differ"}
 
 
@@ -539,7 +539,7 @@ def test_what_is_changed_in_place_is_another_value() -> None:
         return m.bn2(w)  # type: ignore[no-any-return]
 
     net = Net(forward, a=conv(), bn1=nn.BatchNorm2d(4), b=conv(), bn2=nn.BatchNorm2d(4))
-    assert planned(net)[0] == ["bn1 + b"]
+    assert planned(net)[0] == ["bn1 → b"]
 
 
 @pytest.mark.parametrize("tracer", list(tracing._TRACERS))
@@ -550,7 +550,7 @@ def test_branches_that_are_added_in_place_become_one_layer(tracer: str, monkeypa
         return F.relu(y, inplace=True)
 
     monkeypatch.setattr(tracing, "_TRACERS", {tracer: tracing._TRACERS[tracer]})
-    assert planned(Net(forward, a=conv(), b=conv(bias=False)))[0] == ["(a | b)"]
+    assert planned(Net(forward, a=conv(), b=conv(bias=False)))[0] == ["a + b"]
 
 
 def reads_what_was_added(m: Any, x: Tensor) -> Tensor:
@@ -590,7 +590,7 @@ def test_dropouts_identities_and_copies_are_nothing() -> None:
         i=nn.Identity(),
         bn=nn.BatchNorm2d(4),
     )
-    assert planned(net)[0] == ["a + bn"]
+    assert planned(net)[0] == ["a → bn"]
 
 
 def test_branches_that_add_become_one_layer_and_a_skip_stays() -> None:
@@ -602,7 +602,7 @@ def test_branches_that_add_become_one_layer_and_a_skip_stays() -> None:
         c=conv(k=3, padding=1),
     )
     chains, _, found = planned(net)
-    assert chains == ["(a | norm | b)"]
+    assert chains == ["a + norm + b"]
     assert found.fusions[0].name == "a"
     fused = convtool.fuse_model(copy.deepcopy(net), planned=found)
     assert isinstance(fused.get_submodule("a"), nn.Conv2d)
@@ -619,7 +619,7 @@ def test_a_sum_inside_of_a_chain() -> None:
         bn=nn.BatchNorm2d(3),
     )
     chains, alone, _ = planned(net)
-    assert chains == ["(b | c.0 + c.1) + tail + bn"]
+    assert chains == ["(b + (c.0 → c.1)) → tail → bn"]
     assert alone["a b"] == alone["a c.0"] == "the value between them is read 2 times"
 
 
@@ -632,7 +632,7 @@ def test_a_stack_is_a_sum_where_it_is_added_up_along_its_own_axis(stacked: int, 
         return torch.stack([m.a(x), m.b(x)], stacked).sum(summed, keepdim=keepdim)
 
     net = Net(forward, a=conv(k=3, padding=1), b=conv(k=1))
-    assert planned(net)[0] == (["(a | b)"] if stacked % 5 == summed % 5 and not keepdim else [])
+    assert planned(net)[0] == (["a + b"] if stacked % 5 == summed % 5 and not keepdim else [])
 
 
 def test_branches_of_different_strides_stay_apart_with_the_reason() -> None:
@@ -652,10 +652,10 @@ def test_a_convolution_a_flatten_and_a_linear_layer_become_one() -> None:
         second=nn.Linear(6, 3),
     )
     chains, _, found = planned(net)
-    assert chains == ["a + flatten(7,6) + first + second"]
+    assert chains == ["a → flatten(7,6) → first → second"]
     assert found.fusions[0].fused.geometry.kernel_size == (9, 7)
     cheap, alone, _ = planned(net, only_if_cheaper=True)
-    assert cheap == ["a + flatten(7,6) + first + second"]
+    assert cheap == ["a → flatten(7,6) → first → second"]
     assert alone == {}
 
 
@@ -744,7 +744,7 @@ class LayerScale(nn.Module):
 
 def test_dangling_scales_go_into_the_layer_before() -> None:
     net = Net(lambda m, x: m.c(m.b(F.gelu(m.a(x)))), a=Scaled(False), b=nn.Linear(5, 5), c=LayerScale())
-    assert planned(net, (3, 5))[0] == ["a.linear + a", "b + c"]
+    assert planned(net, (3, 5))[0] == ["a.linear → a", "b → c"]
     net = Net(lambda m, x: m.c(m.b(F.gelu(m.a(x)))), a=Scaled(True), b=nn.Linear(5, 5), c=LayerScale(1.0))
     chains, alone, _ = planned(net, (3, 5))
     assert chains == []
@@ -769,7 +769,7 @@ class FrozenBatchNorm(nn.Module):
 
 def test_a_frozen_batch_norm_is_one_with_the_eps_that_its_code_has() -> None:
     net = Net(lambda m, x: m.bn(m.a(x)), a=conv(bias=False), bn=FrozenBatchNorm(4))
-    assert planned(net)[0] == ["a + bn"]
+    assert planned(net)[0] == ["a → bn"]
     assert convtool.geometry_of(net)["bn"] == {"eps": 3e-4}
 
 
@@ -781,7 +781,7 @@ def test_what_is_exact_for_one_size_is_taken_when_that_is_enough(size: tuple[int
     net = Net(lambda m, x: m.b(m.a(x)), a=conv(k=(2, 3), stride=(2, 3), bias=False), b=conv(k=3, padding=1))
     assert planned(net, size)[0] == []
     chains, alone, found = planned(net, size, fixed_size=True)
-    assert chains == (["a + b"] if verdict else [])
+    assert chains == (["a → b"] if verdict else [])
     if verdict:
         assert found.fusions[0].exact is verdict
         assert f"input_size = {list(size)}" in found.recipe()
@@ -798,9 +798,9 @@ def test_the_cheapest_partition_keeps_a_bottleneck_apart() -> None:
         c=conv(2, 16, 1),
         bn=nn.BatchNorm2d(16),
     )
-    assert planned(net)[0] == ["a + b + c + bn"]
+    assert planned(net)[0] == ["a → b → c → bn"]
     chains, alone, found = planned(net, only_if_cheaper=True)
-    assert chains == ["a + b", "c + bn"]
+    assert chains == ["a → b", "c → bn"]
     assert "it would cost more" in next(iter(alone.values()))
     assert found.total.multiply_adds > found.total_after.multiply_adds
     assert planned(net, measure=True)[2].fusions[0].seconds is not None
@@ -871,7 +871,7 @@ def test_an_unknown_kind_of_output_is_followed_by_hooks_and_its_values_stay() ->
     found = convtool.plan(net, (4, 9, 7))
     assert found.tracer == "hooks"
     # b + bn2: b's value is kept by the model; d + bn4: d's is in the result
-    assert [tree_in_short(one.tree) for one in found.fusions] == ["a + bn1", "c + bn3"]
+    assert [tree_in_short(one.tree) for one in found.fusions] == ["a → bn1", "c → bn3"]
 
 
 def test_hooks_see_what_is_changed_in_place_and_read_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -891,7 +891,7 @@ def test_hooks_see_what_is_changed_in_place_and_read_by_another_name(monkeypatch
         found = convtool.plan(net, (4, 9, 7))
         assert found.tracer == tracer
         chains.append([tree_in_short(one.tree) for one in found.fusions])
-    assert chains == [["c + bn3"]] * 3
+    assert chains == [["c → bn3"]] * 3
 
 
 _TRACERS = dict(tracing._TRACERS)

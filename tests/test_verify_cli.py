@@ -96,7 +96,7 @@ def test_what_people_read(net: dict[str, Tensor]) -> None:
     found = cli("verify net.pt f.pt")
     lines = found.out.splitlines()
     assert lines[0].split("  ")[0] == "layers"
-    assert lines[1].startswith("first + second + norm = first  3x")
+    assert lines[1].startswith("first → second → norm = first  3x")
     assert "equal, error/bound 0.9" in lines[1]
     assert " in float32  equivalent" in lines[1]
     assert lines[-2:] == ["4 other tensors: bit for bit the same", "equivalent, every kernel entry met by itself"]

@@ -138,8 +138,9 @@ def tree_text(tree: Tree[Leaf], name: Callable[[Leaf], str] = str) -> str:
     """Return the tree in words: 'a → ((b → c) + d)', → for then and + for added."""
     if not isinstance(tree, Chain | Sum):
         return name(tree)
-    texts = [(tree_text(part, name), isinstance(part, Chain | Sum)) for part in tree.parts]
-    return (" → " if isinstance(tree, Chain) else " + ").join(f"({text})" if inner else text for text, inner in texts)
+    texts = [tree_text(part, name) for part in tree.parts]
+    joint = " → " if isinstance(tree, Chain) else " + "
+    return joint.join(f"({text})" if " → " in text or " + " in text else text for text in texts)
 
 
 def fold(

@@ -79,63 +79,53 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from convtool.checkpoint import open_checkpoint as open_checkpoint
-    from convtool.core.compose import add as add
-    from convtool.core.compose import compose as compose
     from convtool.core.conv import Conv as Conv
-    from convtool.core.conv import conv as conv
-    from convtool.core.forward import forward as forward
-    from convtool.core.fuse import fuse as fuse
     from convtool.core.geometry import Geometry as Geometry
-    from convtool.core.operator import operator as operator
-    from convtool.core.spectrum import spectrum as spectrum
     from convtool.core.toeplitz import ToeplitzMatrix as ToeplitzMatrix
-    from convtool.core.toeplitz import toeplitz as toeplitz
-    from convtool.core.unfold import unfold as unfold
     from convtool.core.verify import EquivalenceReport as EquivalenceReport
-    from convtool.core.verify import verify as verify
     from convtool.errors import ConvtoolError as ConvtoolError
     from convtool.errors import InputError as InputError
     from convtool.errors import OutputError as OutputError
     from convtool.errors import RefusedError as RefusedError
     from convtool.errors import UsageError as UsageError
     from convtool.graph.planned import Plan as Plan
-    from convtool.live.apply import apply as apply
-    from convtool.live.layers import geometry_of as geometry_of
-    from convtool.live.plan import fuse_model as fuse_model
-    from convtool.live.plan import plan as plan
-    from convtool.matrix.read import load_matrix as load_matrix
-    from convtool.matrix.read import open_matrix as open_matrix
+    from convtool.live.public import add as add
+    from convtool.live.public import apply as apply
+    from convtool.live.public import compose as compose
+    from convtool.live.public import conv as conv
+    from convtool.live.public import forward as forward
+    from convtool.live.public import fuse as fuse
+    from convtool.live.public import fuse_model as fuse_model
+    from convtool.live.public import geometry_of as geometry_of
+    from convtool.live.public import load_matrix as load_matrix
+    from convtool.live.public import open_checkpoint as open_checkpoint
+    from convtool.live.public import open_matrix as open_matrix
+    from convtool.live.public import operator as operator
+    from convtool.live.public import plan as plan
+    from convtool.live.public import spectrum as spectrum
+    from convtool.live.public import toeplitz as toeplitz
+    from convtool.live.public import unfold as unfold
+    from convtool.live.public import verify as verify
 
-_HOME = {
-    "apply": "convtool.live.apply",
-    "conv": "convtool.core.conv",
-    "open_checkpoint": "convtool.checkpoint",
-    "add": "convtool.core.compose",
-    "compose": "convtool.core.compose",
-    "Conv": "convtool.core.conv",
-    "forward": "convtool.core.forward",
-    "fuse": "convtool.core.fuse",
-    "Geometry": "convtool.core.geometry",
-    "operator": "convtool.core.operator",
-    "spectrum": "convtool.core.spectrum",
-    "ToeplitzMatrix": "convtool.core.toeplitz",
-    "toeplitz": "convtool.core.toeplitz",
-    "unfold": "convtool.core.unfold",
-    "EquivalenceReport": "convtool.core.verify",
-    "verify": "convtool.core.verify",
-    "ConvtoolError": "convtool.errors",
-    "InputError": "convtool.errors",
-    "OutputError": "convtool.errors",
-    "RefusedError": "convtool.errors",
-    "UsageError": "convtool.errors",
-    "geometry_of": "convtool.live.layers",
-    "Plan": "convtool.graph.planned",
-    "fuse_model": "convtool.live.plan",
-    "plan": "convtool.live.plan",
-    "load_matrix": "convtool.matrix.read",
-    "open_matrix": "convtool.matrix.read",
+_HOMES = {
+    "convtool.core.conv": ("Conv",),
+    "convtool.core.geometry": ("Geometry",),
+    "convtool.core.toeplitz": ("ToeplitzMatrix",),
+    "convtool.core.verify": ("EquivalenceReport",),
+    "convtool.errors": (
+        "ConvtoolError",
+        "InputError",
+        "OutputError",
+        "RefusedError",
+        "UsageError",
+    ),
+    "convtool.graph.planned": ("Plan",),
+    "convtool.live.public": (
+        *("add", "apply", "compose", "conv", "forward", "fuse", "fuse_model", "geometry_of", "load_matrix"),
+        *("open_checkpoint", "open_matrix", "operator", "plan", "spectrum", "toeplitz", "unfold", "verify"),
+    ),
 }
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = ["__version__", *sorted(_HOME)]
 

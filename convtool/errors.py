@@ -6,7 +6,9 @@ line maps each class to one exit code (`convtool.cli.exit_codes`); the classes t
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
 
 
 class ConvtoolError(Exception):
@@ -27,6 +29,20 @@ class RefusedError(ConvtoolError):
 
 class OutputError(ConvtoolError):
     """The output exists already, or could not be written."""
+
+
+_NO_MEMORY = re.compile("can't allocate memory|out of memory", re.IGNORECASE)  # in torch's RuntimeErrors
+
+
+@contextlib.contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Raise InputError, with what it was for, where memory doesn't suffice."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _NO_MEMORY.search(str(error)):
+            raise
+        raise InputError(f"{what}: not enough memory for that") from None
 
 
 def did_you_mean(given: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.5) -> str:

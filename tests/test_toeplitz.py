@@ -27,9 +27,9 @@ from convtool.core import toeplitz as module
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
-from convtool.core.order import matrix_in_order
+from convtool.core.order import toeplitz
 from convtool.core.rows import index_dtype
-from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
+from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import UsageError
 
 Size: TypeAlias = tuple[int, ...]
@@ -337,7 +337,7 @@ def check_channels_last(conv: Conv, size: Size) -> None:
 
     outputs, inputs = last(conv.out_channels, conv.output_size(size)), last(conv.in_channels, size)
     for form, (plain, dense) in zip(FORMS, wholes(conv, size), strict=True):
-        matrix = matrix_in_order("HWC", conv, size, **form)
+        matrix = toeplitz(conv, size, order="HWC", **form)
         rows, columns = (inputs, outputs) if form["transpose"] else (outputs, inputs)
         end = torch.tensor([dense.shape[form["transpose"] ^ 1] - 1])  # the bias stays the last
         if form["affine"]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import convtool
 from convtool.core.conv import Conv
-from convtool.core.order import MATRICES, Order, matrix_in_order
+from convtool.core.order import MATRICES, Order, toeplitz
 from convtool.core.rows import CsrBlock
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
@@ -61,7 +61,7 @@ def layer(case: Case) -> Conv:
 def test_the_matrix_of_every_kind_of_layer(case: Case, transpose: bool, affine: bool, order: Order) -> None:
     conv = layer(case)
     options: dict[str, Any] = {"transpose": transpose, "affine": affine}
-    matrix = matrix_in_order(order, conv, case.input_size, dtype=torch.float32, **options)
+    matrix = toeplitz(conv, case.input_size, dtype=torch.float32, order=order, **options)
     part = (matrix.shape[0] // 3, max(matrix.shape[0] // 3 + 1, matrix.shape[0] * 2 // 3))
     for rows in (None, part):
         bias = None if affine else matrix.bias

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.checkpoint.find import find_layer, named_part
 from convtool.checkpoint.record import Record, UnknownRecordError, loads
-from convtool.errors import InputError
+from convtool.errors import InputError, UsageError, did_you_mean
 from convtool.formats.indexes import RECORD_KEY
 from convtool.formats.pieces import Piece
 from convtool.formats.tensor_file import Place, TensorFile
@@ -66,6 +66,9 @@ class Checkpoint:
         formats = " and ".join(sorted({file.format for file in self.files.values()}))
         count = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
         self.format = formats if index is None else f"{formats} in {count}"
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {self.format}, {len(self.infos)} tensors)"
 
     def tensor(self, name: str) -> Tensor:
         """Return the tensor of that full name, read from its file.
@@ -208,6 +211,8 @@ class Checkpoint:
             UsageError: there is none; the nearest names are suggested.
             InputError: it has a tensor that can't be computed with.
         """
+        if not isinstance(name, str):
+            raise UsageError(f"expected a layer's name, got {name!r}")
         for key, reason in self.unusable.items():
             if name in (key, key.rpartition(".")[0]):
                 raise InputError(f"{self.path}: {key} {reason}")
@@ -226,6 +231,7 @@ class Checkpoint:
         output_padding: PerAxis | None = None,
         eps: float | None = None,
         spatial_axes: int | None = None,
+        **others: Any,
     ) -> Conv:
         """Return a layer of the checkpoint as a `Conv`.
 
@@ -242,6 +248,8 @@ class Checkpoint:
         """
         given = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "eps": eps}
         given |= {"padding_mode": padding_mode, "transposed": transposed, "output_padding": output_padding}
+        for other in others:
+            raise UsageError(f"conv: a layer has no field {other!r}{did_you_mean(other, [*given, 'spatial_axes'])}")
         layer = self.layer(name)
         recorded = self.record.fields().get(layer.name, {}) if self.record else {}
         fields = recorded | {field: value for field, value in given.items() if value is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from convtool.errors import UsageError
 MOST_NUMBERS = 1 << 28  # of a kernel that is written in a few characters and stored nowhere: 2 GiB in float64
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Conv:
     """A convolution of any number of spatial axes: its numbers and where they read.
 
@@ -46,6 +47,12 @@ class Conv:
         shape = tuple(self.bias.shape)
         if shape[:1] != (self.out_channels,) or len(shape) not in (1, 1 + self.spatial_axes):
             raise UsageError(f"expected a bias of shape ({self.out_channels},), got {shape}")
+
+    def __repr__(self) -> str:
+        kind = str(self.weight.dtype).removeprefix("torch.")
+        bias = "no bias" if self.bias is None else "a bias map" if self.has_bias_map else "bias"
+        channels = f"{self.in_channels} -> {self.out_channels} channels"
+        return f"{type(self).__name__}({channels}, {self.geometry.describe()}, {kind}, {bias})"
 
     @property
     def out_channels(self) -> int:
@@ -118,7 +125,7 @@ class Conv:
 
 
 def conv(
-    weight: Tensor,
+    weight: Tensor | Conv,
     bias: Tensor | None = None,
     *,
     stride: PerAxis = 1,
@@ -132,7 +139,8 @@ def conv(
     """Return a `Conv` from the tensors of an nn.Conv (nn.ConvTranspose where `transposed`) and its fields.
 
     Args:
-        weight: as torch lays it out: (C_out, C_in/groups, *kernel), or (C_in, C_out/groups, *kernel) transposed.
+        weight: as torch lays it out: (C_out, C_in/groups, *kernel), or (C_in, C_out/groups, *kernel) transposed. Or a
+            module of a known kind, and nothing else.
         bias: (C_out,) or None.
         stride, dilation, output_padding: an int, or one int per spatial axis.
         padding: an int; an int or a pair (before, after) per axis; 'same'; 'half'.
@@ -141,16 +149,13 @@ def conv(
     Raises:
         UsageError: a field is out of range, or doesn't fit the weight.
     """
-    geometry = Geometry.of(
-        tuple(weight.shape[2:]),
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        groups=groups,
-        padding_mode=padding_mode,
-        transposed=transposed,
-        output_padding=output_padding,
-    )
+    fields: dict[str, Any] = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+    fields |= {"padding_mode": padding_mode, "transposed": transposed, "output_padding": output_padding}
+    if isinstance(weight, Conv):
+        if bias is not None or Geometry.of((1,), **fields) != pointwise(1):
+            raise UsageError("conv: a module says itself what its bias and its fields are; pass it alone")
+        return weight
+    geometry = Geometry.of(tuple(weight.shape[2:]), **fields)
     return lower_conv(weight, bias, geometry)
 
 
@@ -182,5 +187,5 @@ def pointwise(axes: int, groups: int = 1) -> Geometry:
 
 def swap_channels(weight: Tensor, groups: int) -> Tensor:
     """Swap output and input channels, (groups*A, B, *kernel) <-> (groups*B, A, *kernel); its own inverse."""
-    grouped = weight.reshape(groups, -1, *weight.shape[1:])  # (groups, A, B, *kernel)
+    grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])  # (groups, A, B, *kernel)
     return grouped.transpose(1, 2).flatten(0, 1)

@@ -40,7 +40,9 @@ def forward(conv: Conv, x: Tensor) -> Tensor:
     conv = conv.to(x.dtype)
     if isinstance(conv, Selection):
         return _picked(conv, x)
-    if conv.spatial_axes not in (1, 2, 3):
+    if not conv.in_channels or not conv.out_channels:
+        out = x.new_zeros(len(x), conv.out_channels, *output_size)
+    elif conv.spatial_axes not in (1, 2, 3):
         out = _by_taps(conv, x)
     elif _only_scales(conv):
         # torch takes a float64 convolution of many groups one group at a time: 100 times as long as the products.

@@ -41,6 +41,9 @@ class Selection(Conv):
         for name, value in (*values, ("geometry", replace(geometry, groups=groups))):
             object.__setattr__(self, name, value)
 
+    def __repr__(self) -> str:
+        return f"Selection({self.in_channels} -> {self.out_channels} channels, {self.geometry.describe()})"
+
     @property
     def weight(self) -> Tensor:
         width = self.inputs // self.geometry.groups * math.prod(self.geometry.kernel_size)  # of a group's window

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from convtool.core.conv import Conv
+from convtool.core.expression import Expression
 from convtool.core.rows import BLOCK_ENTRIES, Array, Stretch
 from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.tree import Chain
 from convtool.errors import UsageError
 
 Order: TypeAlias = Literal["CHW", "HWC"]
@@ -35,11 +37,11 @@ class _Sorted(NamedTuple):
 
 
 class ChannelsLastMatrix(ToeplitzMatrix):
-    """The matrix of one layer at one input size, channels last; everything else is as in `ToeplitzMatrix`."""
+    """The matrix of layers at one input size, channels last; everything else is as in `ToeplitzMatrix`."""
 
     @property
     def _channels(self) -> int:
-        return len(self._weight)
+        return self._kernels.row_channels
 
     @property
     def _bias_grid(self) -> Tensor:
@@ -70,7 +72,7 @@ class ChannelsLastMatrix(ToeplitzMatrix):
 
     def _plain_indices(self, start: int, stop: int, out: Array) -> None:
         def of_channel(channel: int, tile: _Sorted) -> Array:
-            moved = tile.columns + channel // self._per_group * self._weight.shape[1]
+            moved = tile.columns + channel // self._kernels.per_group * self._kernels.column_channels
             return (
                 np.where(tile.columns == self._plain_columns, tile.columns, moved) if self._has_bias_column else moved
             )
@@ -107,7 +109,7 @@ class ChannelsLastMatrix(ToeplitzMatrix):
         plain = np.empty(int(counts.sum()), dtype=np.int64)
         super()._plain_indices(first, last, plain)
         source, position = np.divmod(plain, max(1, self._column_positions))
-        columns = position * (self._weight.shape[1] * self.conv.geometry.groups) + source
+        columns = position * (self._kernels.column_channels * self._kernels.groups) + source
         columns = np.where(plain == self._plain_columns, plain, columns) if self._has_bias_column else columns
         order = np.lexsort((columns, np.repeat(np.arange(last - first), counts)))
         return _Sorted(first, last, counts, columns[order], order)
@@ -116,20 +118,43 @@ class ChannelsLastMatrix(ToeplitzMatrix):
 MATRICES: dict[Order, type[ToeplitzMatrix]] = {"CHW": ToeplitzMatrix, "HWC": ChannelsLastMatrix}
 
 
-def matrix_in_order(
-    order: Order,
-    conv: Conv,
+def toeplitz(
+    layers: Conv | Sequence[Conv] | Expression,
     input_size: Sequence[int],
     *,
     dtype: torch.dtype | None = None,
     transpose: bool = False,
     affine: bool = False,
+    order: Order = "CHW",
 ) -> ToeplitzMatrix:
-    """Return the matrix of a layer whose data is flattened in that order.
+    """Return the matrix of a layer, or of a chain, on inputs of that spatial size; see `ToeplitzMatrix`.
+
+    Args:
+        layers: a layer; or several, first to last, with every border as it is and their biases carried into one.
+        input_size: spatial sizes of the input.
+        dtype: of the values; the first layer's by default.
+        transpose: make the matrix B for row vectors, x @ B, instead of T.
+        affine: append the bias as T's last column.
+        order: how inputs and outputs are flattened: "CHW", or "HWC" for channels last.
 
     Raises:
-        UsageError: another order, or the layer cannot run on that input size.
+        UsageError: another order, or the layers cannot run on that input size.
+        RefusedError: `dtype` doesn't hold the numbers.
+
+    >>> import torch, convtool
+    >>> kernel = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    >>> layer = convtool.conv(kernel)
+    >>> matrix = convtool.toeplitz(layer, (3, 3))
+    >>> matrix
+    ToeplitzMatrix(4 x 9, 16 entries, float32)
+    >>> matrix.to_dense()[0]
+    tensor([1., 2., 0., 3., 4., 0., 0., 0., 0.])
+    >>> pair = convtool.toeplitz([convtool.conv(kernel, padding=1), layer], (2, 2))
+    >>> x = torch.tensor([1.0, 0.0, 0.0, 2.0])
+    >>> pair @ x
+    tensor([26., 42., 18., 26.])
     """
     if order not in MATRICES:
-        raise UsageError(f"--order: expected {' or '.join(MATRICES)}, got {order!r}")
-    return MATRICES[order](conv, input_size, dtype=dtype, transpose=transpose, affine=affine)
+        raise UsageError(f"order: expected {' or '.join(MATRICES)}, got {order!r}")
+    tree: Expression = Chain(tuple(layers)) if isinstance(layers, Sequence) else layers
+    return MATRICES[order](tree, input_size, dtype=dtype, transpose=transpose, affine=affine)

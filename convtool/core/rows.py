@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from convtool.errors import UsageError
+from convtool.errors import RefusedError, UsageError, enough_memory
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -42,6 +43,12 @@ class CsrBlock(NamedTuple):
     indices: Tensor  # (entries,) columns, ascending within a row
     values: Tensor  # (entries,)
 
+    def to_torch(self, columns: int, dtype: torch.dtype) -> Tensor:
+        """Return the rows as a torch sparse CSR tensor of that many columns, with 64-bit indices."""
+        starts = torch.zeros(len(self.counts) + 1, dtype=torch.int64)
+        torch.cumsum(self.counts, 0, out=starts[1:])
+        return sparse_csr(starts, self.indices.long(), self.values.to(dtype), (len(self.counts), columns))
+
 
 class Stretch(NamedTuple):
     """Consecutive rows that are best made in one go, and what else they are equal to.
@@ -62,9 +69,27 @@ def words(tensor: Tensor) -> Array:
     return made
 
 
+def sparse_csr(starts: Tensor, indices: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return a torch sparse CSR tensor over these arrays, which aren't checked."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
+        return torch.sparse_csr_tensor(starts, indices, values, shape, check_invariants=False)
+
+
 def index_dtype(largest: int) -> torch.dtype:
     """Return int32 wherever `largest`, of the numbers of entries, rows and columns, fits, and int64 elsewhere."""
     return torch.int32 if largest <= INT32_MAX else torch.int64
+
+
+def check_scipy(dtype: torch.dtype, advice: str) -> None:
+    """Raise UsageError where scipy isn't installed, and RefusedError where it has no sparse matrices of that dtype."""
+    try:
+        import scipy.sparse  # noqa: F401
+    except ImportError:
+        raise UsageError("a scipy matrix needs scipy: pip install 'convtool[scipy]'") from None
+    if dtype.is_floating_point and dtype.itemsize < 4:
+        name = str(dtype).removeprefix("torch.")
+        raise RefusedError(f"scipy has no sparse matrices of {name}; {advice}")
 
 
 class RowMatrix(ABC):
@@ -81,6 +106,11 @@ class RowMatrix(ABC):
     dtype: torch.dtype
     _period: int  # rows after which the matrix repeats itself, but for shifts: shares of threads are cut there
     _plain_rows: int  # all rows, or all but the last where that one is full: the bias under a transposed matrix
+
+    def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
+        """Yield ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
+        step = max(1, entries * self.shape[0] // max(1, self.nnz))
+        return ((first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step))
 
     @abstractmethod
     def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]: ...
@@ -143,7 +173,8 @@ class RowMatrix(ABC):
 
     def rows(self, start: int, stop: int) -> CsrBlock:
         """Return rows start:stop in CSR form, the columns of each row ascending and unique."""
-        return CsrBlock(self.row_counts(start, stop), self.indices(start, stop), self.values(start, stop))
+        with enough_memory(f"{self!r}: rows {start}:{stop}"):
+            return CsrBlock(self.row_counts(start, stop), self.indices(start, stop), self.values(start, stop))
 
     def indices(self, start: int, stop: int) -> Tensor:
         """Return the (entries,) columns of rows start:stop, those of each row ascending and unique."""
@@ -215,14 +246,48 @@ class RowMatrix(ABC):
     def to_sparse_csr(self) -> Tensor:
         """Return the whole matrix as a torch sparse CSR tensor."""
         _, indices, values = self.rows(0, self.shape[0])
-        return torch.sparse_csr_tensor(self.indptr(), indices, values, size=self.shape, check_invariants=False)
+        return sparse_csr(self.indptr(), indices, values, self.shape)
+
+    def to_sparse_coo(self) -> Tensor:
+        """Return the whole matrix as a torch sparse COO tensor, coalesced."""
+        counts, indices, values = self.rows(0, self.shape[0])
+        row = torch.repeat_interleave(torch.arange(self.shape[0]), counts)
+        return torch.sparse_coo_tensor(
+            torch.stack([row, indices.long()]), values, self.shape, check_invariants=False, is_coalesced=True
+        )
 
     def to_dense(self) -> Tensor:
-        """Return the whole matrix as a dense tensor."""
-        return self.dense_rows(0, self.shape[0])
+        """Return the whole matrix as a dense tensor; InputError where memory doesn't suffice."""
+        with enough_memory(f"{self!r}: to_dense"):
+            return self.dense_rows(0, self.shape[0])
+
+    def __matmul__(self, x: Any) -> Any:
+        """Return the matrix times x, (columns,) or (columns, n), made block by block; a tensor, or an array for one."""
+        given = torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+        if not isinstance(given, Tensor):
+            return NotImplemented
+        if given.dim() not in (1, 2) or len(given) != self.shape[1]:
+            raise UsageError(f"expected x of shape ({self.shape[1]},) or ({self.shape[1]}, n), got {tuple(x.shape)}")
+        dtype = torch.promote_types(self.dtype, given.dtype)
+        out = torch.empty(self.shape[0], *given.shape[1:], dtype=dtype)
+        for start, stop in self.blocks():
+            out[start:stop] = self.rows(start, stop).to_torch(self.shape[1], dtype) @ given.to(dtype)
+        return out.numpy() if isinstance(x, np.ndarray) else out
+
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        return (
+            f"{type(self).__name__}({rows} x {columns}, {self.nnz} entries, {str(self.dtype).removeprefix('torch.')})"
+        )
 
     def to_scipy(self) -> scipy.sparse.csr_array[Any]:
-        """Return the whole matrix as a scipy.sparse.csr_array in canonical form; needs scipy."""
+        """Return the whole matrix as a scipy.sparse.csr_array in canonical form.
+
+        Raises:
+            UsageError: scipy isn't installed.
+            RefusedError: a dtype that scipy doesn't have.
+        """
+        check_scipy(self.dtype, "pass dtype=torch.float32, or take to_sparse_csr()")
         import scipy.sparse
 
         _, indices, values = self.rows(0, self.shape[0])
@@ -231,5 +296,5 @@ class RowMatrix(ABC):
         return matrix
 
     def _check_rows(self, start: int, stop: int) -> None:
-        if not 0 <= start <= stop <= self.shape[0]:
+        if type(start) is not int or type(stop) is not int or not 0 <= start <= stop <= self.shape[0]:
             raise UsageError(f"rows: expected 0 <= A <= B <= {self.shape[0]}, got {start}:{stop}")

@@ -1,4 +1,4 @@
-"""The Toeplitz matrix of a convolution: T @ x.reshape(-1) == conv(x).reshape(-1), less the bias.
+"""The Toeplitz matrix of a convolution, or of several: T @ x.reshape(-1) == conv(x).reshape(-1), less the bias.
 
 Rows are (output channel, output position), columns (input channel, input position), both row-major, which is
 nn.Linear.weight's layout. Which columns a row has is read off the tap tables, an axis at a time, and is the same for
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -21,11 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from convtool.core.conv import Conv, swap_channels
+from convtool.core.expression import Expression
+from convtool.core.kernels import kernels
 from convtool.core.rounding import check_room, held
 from convtool.core.rows import BLOCK_ENTRIES, Array, RowMatrix, Stretch, words
-from convtool.core.slots import axis_slots
-from convtool.core.taps import tap_table
 from convtool.core.tiles import RUN_ENTRIES, ChannelRows, Run
 
 
@@ -39,19 +37,19 @@ class _Band(NamedTuple):
 
 
 class ToeplitzMatrix(RowMatrix):
-    """The matrix of one layer at one input size; its size is known at once, its rows are made on demand.
+    """The matrix of layers at one input size; its size is known at once, its rows are made on demand.
 
     Args:
-        conv: the layer.
-        input_size: spatial sizes of its input.
-        dtype: of the values; the weight's by default. Sums of taps are formed in float64 and rounded once.
+        layers: one, or chains and sums of them, every border as it is and the biases carried into one.
+        input_size: spatial sizes of the input.
+        dtype: of the values; the first weight's by default. Sums are formed in float64 and rounded once.
         transpose: make the matrix B for row vectors, x @ B, instead of T.
         affine: append the bias as T's last column (its last row with `transpose`), so that an input extended by a
             final 1 gives the layer's output, bias included.
 
     Attributes:
         shape: (rows, columns).
-        nnz: number of stored entries; every live tap counts, also where the weight is zero.
+        nnz: number of stored entries; every place that a live tap reaches counts, also where the weight is zero.
 
     Raises:
         UsageError: the layer cannot run on that input size.
@@ -60,44 +58,55 @@ class ToeplitzMatrix(RowMatrix):
 
     def __init__(
         self,
-        conv: Conv,
+        layers: Expression,
         input_size: Sequence[int],
         *,
         dtype: torch.dtype | None = None,
         transpose: bool = False,
         affine: bool = False,
     ) -> None:
-        self.conv, self.input_size, self.output_size = conv, tuple(input_size), conv.output_size(input_size)
-        self.dtype = conv.weight.dtype if dtype is None else dtype
-        check_room(conv.weight.dtype, self.dtype)
+        self._kernels = made = kernels(layers, tuple(input_size), transpose)
+        self.layers, self.input_size, self.output_size = layers, tuple(input_size), made.output_size
+        self.dtype = made.dtype if dtype is None else dtype
+        check_room(made.dtype, self.dtype)
         self.transpose, self.affine = transpose, affine
-        geometry, weight, row_size, column_size = conv.geometry, conv.weight, self.output_size, self.input_size
-        slots = [axis_slots(tap_table(axis, size)) for axis, size in zip(geometry.axes, input_size, strict=True)]
-        if transpose:
-            slots = [axis.adjoint(size) for axis, size in zip(slots, input_size, strict=True)]
-            weight = swap_channels(weight, geometry.groups)  # (C_in, C_out/groups, *kernel)
-            row_size, column_size = column_size, row_size
-        self._slots, self._weight = slots, weight
-        self._per_group = max(1, weight.shape[0] // geometry.groups)  # row channels
+        row_size, column_size = self.output_size, self.input_size
+        row_size, column_size = (column_size, row_size) if transpose else (row_size, column_size)
         self._period = math.prod(row_size)  # each channel is like the first
         self._column_positions = math.prod(column_size)
-        self._column_step = weight.shape[1] * self._column_positions  # columns of one group
-        # A transposed layer reads in the rhythm of its stride, and so does the transpose of a plain one.
-        periods = geometry.stride if geometry.transposed != transpose else (1,) * len(row_size)
+        self._column_step = made.column_channels * self._column_positions  # columns of one group
         self._has_bias_column = affine and not transpose
         self._channel = ChannelRows(
-            slots, row_size, column_size, weight.shape[1], periods, bias_column=self._has_bias_column
+            made.slots, row_size, column_size, made.column_channels, made.periods, bias_column=self._has_bias_column
         )
         self._channel_values: tuple[tuple[int, int], Array] | None = None
-        self._plain_rows, self._plain_columns = len(weight) * self._period, self._column_step * geometry.groups
+        self._plain_rows, self._plain_columns = made.row_channels * self._period, self._column_step * made.groups
         full = affine and transpose
-        self.nnz = len(weight) * self._channel.entries + full * self._plain_columns
+        self.nnz = made.row_channels * self._channel.entries + full * self._plain_columns
         self.shape = self._plain_rows + full, self._plain_columns + self._has_bias_column
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether the layers have a bias."""
+        return self._kernels.bias is not None
+
+    @property
+    def outputs(self) -> int:
+        """How many outputs there are: the length of the bias."""
+        return self._plain_columns if self.transpose else self._plain_rows
+
+    @property
+    def T(self) -> Self:  # noqa: N802
+        """The matrix's transpose."""
+        return type(self)(
+            self.layers, self.input_size, dtype=self.dtype, transpose=not self.transpose, affine=self.affine
+        )
 
     @cached_property
     def _bias(self) -> Tensor | None:
         """The layer's bias in the matrix's dtype, which has to hold it only where it is asked for."""
-        return None if self.conv.bias is None else held(self.conv.bias, self.dtype, "the matrix's bias")
+        bias = self._kernels.bias
+        return None if bias is None else held(bias, self.dtype, "the matrix's bias")
 
     @property
     def bias(self) -> Tensor | None:
@@ -112,7 +121,7 @@ class ToeplitzMatrix(RowMatrix):
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
         together = self._period
-        per_channel = max(1, self.nnz // max(1, len(self._weight)))
+        per_channel = max(1, self.nnz // max(1, self._kernels.row_channels))
         if per_channel <= entries:
             step = together = self._period * max(1, entries // per_channel)
         else:
@@ -127,12 +136,12 @@ class ToeplitzMatrix(RowMatrix):
     def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]:
         """Cut the rows into stretches of about `RUN_ENTRIES` entries (one row at least)."""
         for (first, last, begin, end), runs in self._pieces(start, stop):
-            groups = first // self._per_group, (last - 1) // self._per_group
+            groups = first // self._kernels.per_group, (last - 1) // self._kernels.per_group
             # Channels of one group have the same columns; where groups meet, it matters where in the piece they do.
             place = (*groups, last - first, first if groups[0] < groups[1] else None)
             columns = tuple((run.tile.shift, run.step, run.tiles, *run.look) for run in runs)
             looks = tuple((run.tiles, *run.look) for run in runs)
-            bias = begin if self._has_bias_column and self.conv.has_bias_map else None
+            bias = begin if self._has_bias_column and self._varying_bias else None
             rows = first * self._period + begin, (last - 1) * self._period + end
             yield Stretch(*rows, (*place, *columns), (first, last, bias, *looks))
 
@@ -148,7 +157,7 @@ class ToeplitzMatrix(RowMatrix):
 
     def _plain_indices(self, start: int, stop: int, out: Array) -> None:
         for band, target in self._targets(start, stop, out):
-            offset = np.arange(band.first, band.last) // self._per_group * self._column_step  # (channels,)
+            offset = np.arange(band.first, band.last) // self._kernels.per_group * self._column_step  # (channels,)
             further = (offset[1:, None] - offset[0]).astype(out.dtype)
             done = 0
             for run in self._channel.runs(band.start, band.stop):
@@ -213,22 +222,21 @@ class ToeplitzMatrix(RowMatrix):
         return kept[1]
 
     def _make_values(self, first: int, last: int) -> Tensor:
-        weight = self._weight[first:last]
-        for number, axis in enumerate(self._slots):
-            if axis.merges:
-                exact = weight.to(torch.promote_types(weight.dtype, torch.float64))
-                members = torch.from_numpy(axis.members).to(exact.dtype)  # (subsets, kernel)
-                weight = torch.tensordot(exact, members, dims=([number + 2], [1])).movedim(-1, number + 2)
-        values = held(weight.flatten(1), self.dtype, "the matrix")
+        values = held(self._kernels.values(first, last), self.dtype, "the matrix")
         return F.pad(values, (0, 1)) if self._has_bias_column else values.contiguous()
+
+    @property
+    def _varying_bias(self) -> bool:
+        """Whether the bias differs from position to position."""
+        return self._kernels.bias is not None and self._kernels.bias.dim() > 1
 
     @cached_property
     def _bias_rows(self) -> Tensor:
         """(C_out, prod(output_size)) the bias of every output, zero where there is none; a view."""
-        bias = replace(self.conv, bias=self._bias).bias_over(self.output_size)
-        if bias is None:
-            bias = torch.zeros((), dtype=self.dtype).expand(self.conv.out_channels, *self.output_size)
-        return bias.reshape(self.conv.out_channels, math.prod(self.output_size))
+        positions = math.prod(self.output_size)
+        channels = self.outputs // max(1, positions)
+        bias = torch.zeros(1, dtype=self.dtype) if self._bias is None else self._bias
+        return (bias if self._varying_bias else bias[:, None]).flatten(1).expand(channels, positions)
 
     @property
     def _bias_grid(self) -> Tensor:
@@ -273,24 +281,3 @@ class ToeplitzMatrix(RowMatrix):
         """Return where in a channel of a band the last entry of each row is."""
         ends: npt.NDArray[np.int64] = np.cumsum(self._channel.counts(np.arange(band.start, band.stop))) - 1
         return ends
-
-
-def toeplitz(
-    conv: Conv,
-    input_size: Sequence[int],
-    *,
-    dtype: torch.dtype | None = None,
-    transpose: bool = False,
-    affine: bool = False,
-) -> ToeplitzMatrix:
-    """Return the matrix of `conv` on inputs of spatial size `input_size`; see `ToeplitzMatrix` for what it offers.
-
-    >>> import torch, convtool
-    >>> kernel = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
-    >>> matrix = convtool.toeplitz(convtool.conv(kernel), (3, 3))
-    >>> matrix.shape, matrix.nnz
-    ((4, 9), 16)
-    >>> matrix.to_dense()[0]
-    tensor([1., 2., 0., 3., 4., 0., 0., 0., 0.])
-    """
-    return ToeplitzMatrix(conv, input_size, dtype=dtype, transpose=transpose, affine=affine)

@@ -187,6 +187,8 @@ class _Sides:
         if (other := next(leaves(self.kept)).spatial_axes) != axes:
             raise UsageError(f"the inputs differ: {axes} spatial axes before, {other} after")
         size = split_input_size(input_size, channels, axes)
+        if not channels or not all(conv.out_channels for conv in leaves(self.before)):
+            raise UsageError("a layer without channels computes nothing that could be compared")
         shape = (out_channels(self.before), *output_size(self.before, size))
         if (widest := widest_layer(self.before, size)) > LARGEST_INPUT:
             raise UsageError(

@@ -9,7 +9,6 @@ as well, and the products are held against what torch's convolution gives.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -22,7 +21,7 @@ from convtool.core.bound import U64, fusing_terms, gamma, half_ulp, less_inwards
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.inputs import dense_inputs
-from convtool.core.order import Order, matrix_in_order
+from convtool.core.order import Order, toeplitz
 from convtool.core.rows import CsrBlock
 from convtool.core.tally import Region, Worst, check_trials, ratios
 from convtool.core.toeplitz import ToeplitzMatrix
@@ -108,7 +107,7 @@ def verify_matrix(
         conv, matrix: the layer, its numbers taken as exact, and what was exported.
         bias: the vector stored with it, or None.
         stores_bias: whether there is room for one where it is stored; else a missing one is no difference.
-        transpose, affine, order: as in `convtool.core.order.matrix_in_order`.
+        transpose, affine, order: as in `convtool.core.order.toeplitz`.
         rows: the range A:B that `matrix` holds; all of them where None.
         trials, seed, computed_in: as in `convtool.core.verify.verify`.
     """
@@ -164,7 +163,7 @@ class _Layer:
 
     def matrix(self, conv: Conv) -> ToeplitzMatrix:
         """Return the whole matrix of a layer like this one."""
-        return matrix_in_order(self.order, conv, self.input_size, transpose=self.transpose, affine=self.affine)
+        return toeplitz(conv, self.input_size, transpose=self.transpose, affine=self.affine, order=self.order)
 
     @cached_property
     def whole(self) -> ToeplitzMatrix:
@@ -338,7 +337,7 @@ class _Products:
                 row = torch.repeat_interleave(torch.arange(start, stop), block.counts) + self.rows[0]
                 total.index_add_(0, block.indices.long(), values.to(total.dtype)[:, None] * x[row])
             else:
-                total[start:stop] += _times(block, values.to(total.dtype), x)
+                total[start:stop] += block._replace(values=values).to_torch(len(x), total.dtype) @ x
 
     def region(self) -> Region:
         """Hold the products against the convolutions."""
@@ -350,19 +349,6 @@ class _Products:
         worst, each = Worst("product"), self.found.shape[1]
         _hold(worst, expected.flatten(), self.found.flatten(), bound.flatten(), lambda at: divmod(at, each)[:1])
         return worst.region
-
-
-def _times(block: CsrBlock, values: Tensor, x: Tensor) -> Tensor:
-    """Multiply rows in CSR form with x, (columns, n)."""
-    starts = torch.zeros(len(block.counts) + 1, dtype=torch.int64)
-    torch.cumsum(block.counts, 0, out=starts[1:])
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        matrix = torch.sparse_csr_tensor(
-            starts, block.indices.long(), values, (len(block.counts), len(x)), check_invariants=False
-        )
-        product: Tensor = matrix @ x
-    return product
 
 
 def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int) -> Region:

@@ -161,7 +161,7 @@ def _plan(matrix: ToeplitzMatrix, suffix: str, layout: Layout, rows: tuple[int, 
         indices = getattr(torch, needed)
     elif layout != "dense":
         indices = index_dtype(max(shape) if layout == "coo" else max(nnz, *shape))
-    bias = matrix.conv.bias is not None and not matrix.affine and FORMATS[suffix].STORES_BIAS
+    bias = matrix.has_bias and not matrix.affine and FORMATS[suffix].STORES_BIAS
     plan = MatrixPlan(suffix, layout, rows, shape, nnz, matrix.dtype, indices, 0, bias)
     return replace(plan, size=matrix_file(matrix, plan, None).size)
 

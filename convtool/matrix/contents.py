@@ -70,10 +70,9 @@ def bias_array(matrix: ToeplitzMatrix, rows: tuple[int, int]) -> Piece | None:
 
     A transposed matrix has an output in each column, so all of its bias belongs to any of its rows.
     """
-    if matrix.conv.bias is None or matrix.affine:
+    if not matrix.has_bias or matrix.affine:
         return None
-    positions = math.prod(matrix.output_size)
-    start, stop = (0, matrix.conv.out_channels * positions) if matrix.transpose else rows
+    start, stop = (0, matrix.outputs) if matrix.transpose else rows
 
     def chunks() -> Iterator[Chunk]:
         for first, last in _spans(start, stop, CHUNK_BYTES // 8):

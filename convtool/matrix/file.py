@@ -7,7 +7,6 @@ it is handed to read memory that isn't theirs.
 from __future__ import annotations
 
 import bisect
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from convtool.core.rows import BLOCK_ENTRIES, CsrBlock
-from convtool.errors import InputError, RefusedError, UsageError
+from convtool.core.rows import BLOCK_ENTRIES, CsrBlock, check_scipy, sparse_csr
+from convtool.errors import InputError, UsageError
 from convtool.formats.matrices import ARRAYS, Layout
 from convtool.formats.stored_array import Array, mapped
 
@@ -117,6 +116,11 @@ class MatrixFile:
     bias: Tensor | None
     record: dict[str, Any] | None
 
+    def __repr__(self) -> str:
+        rows, columns = self.shape
+        kind = str(self.dtype).removeprefix("torch.")
+        return f"MatrixFile({str(self.path)!r}, {rows} x {columns}, {self.nnz} entries, {kind}, {self.layout})"
+
     @property
     def layout(self) -> Layout:
         """csr, coo or dense."""
@@ -175,8 +179,8 @@ class MatrixFile:
                 continue
             counts, columns, values = self.rows(start, stop)
             values = values.to(x.dtype)
-            block = _sparse_csr(_from_counts(counts), columns.long(), values.abs() if absolute else values, x.shape[0])
-            out[start:stop] = block @ x
+            made = CsrBlock(counts, columns, values.abs() if absolute else values)
+            out[start:stop] = made.to_torch(x.shape[0], x.dtype) @ x
         return out
 
     def to_torch(self) -> Tensor:
@@ -195,7 +199,7 @@ class MatrixFile:
         if layout == "coo":
             indices = torch.stack([arrays["row"].long(), arrays["col"].long()])
             return torch.sparse_coo_tensor(indices, arrays["data"], self.shape, check_invariants=False)
-        return _sparse_csr(arrays["indptr"], arrays["indices"], arrays["data"], self.shape[1])
+        return sparse_csr(arrays["indptr"], arrays["indices"], arrays["data"], self.shape)
 
     def to_scipy(self) -> scipy.sparse.csr_array[Any] | scipy.sparse.coo_array[Any]:
         """Return the matrix as a scipy csr_array or coo_array, as `to_torch`; a dense one becomes a csr_array.
@@ -205,13 +209,9 @@ class MatrixFile:
             RefusedError: a dtype that scipy doesn't have.
             InputError: the file is damaged.
         """
-        try:
-            import scipy.sparse
-        except ImportError:
-            raise UsageError("a scipy matrix needs scipy: pip install 'convtool[scipy]'") from None
-        if self.dtype.is_floating_point and self.dtype.itemsize < 4:
-            name = str(self.dtype).removeprefix("torch.")
-            raise RefusedError(f"{self.path}: scipy has no sparse matrices of {name}; load it as torch's")
+        check_scipy(self.dtype, f"load {self.path} as torch's")
+        import scipy.sparse
+
         layout, tensors = self._whole()
         arrays = [tensors[name].numpy() for name in ARRAYS[layout]]
         if layout == "dense":
@@ -262,10 +262,3 @@ def _from_counts(counts: Tensor) -> Tensor:
     starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
     torch.cumsum(counts, 0, out=starts[1:])
     return starts
-
-
-def _sparse_csr(starts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-        shape = (len(starts) - 1, width)
-        return torch.sparse_csr_tensor(starts, columns, values, shape, check_invariants=False)

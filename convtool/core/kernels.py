@@ -1,0 +1,272 @@
+"""The numbers of a matrix: what can stand in the rows of a channel, for one layer and for layers in chains and sums.
+
+On each axis a row has slots (`convtool.core.slots`), each with a column and the number of what stands there. The
+channels' numbers are made for a few channels at a time, so that a matrix of any size takes the memory of these.
+
+A chain's numbers are those of its unfused layers at each place, with every border as it is. On each axis, outputs with
+the same pattern of live taps through all layers form a class, and all outputs of a class share one kernel. It is found
+by going from an output back to the input: what an output weighs is carried from each layer's outputs to its inputs, by
+its tap table, for one output of each class and all pairs of classes of two axes at once.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from dataclasses import replace
+from fractions import Fraction
+from functools import cached_property, reduce
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from convtool.core.conv import Conv, swap_channels
+from convtool.core.expression import Expression, in_channels, out_channels, output_size, run
+from convtool.core.moves import NOTHING, Selection
+from convtool.core.slots import AxisSlots, axis_slots
+from convtool.core.taps import MOST_ENTRIES, PADDED, Table, tap_table
+from convtool.core.tree import Chain, Sum, leaves, map_leaves, walk
+from convtool.core.ways import Places, way_back
+from convtool.errors import UsageError
+
+BLOCK_NUMBERS = 1 << 19  # of the kernels, or of what is on the way to them, that are made at a time: 4 MiB
+KEPT_BLOCKS = 4  # of these
+CLASS_ENTRIES = 1 << 22  # of tap tables that are looked through at a time
+
+
+class Kernels(ABC):
+    """What a matrix is made of.
+
+    Attributes:
+        output_size: of the layers, at the matrix's input size.
+        dtype: of their numbers.
+        bias: (C_out,) or (C_out, *output_size), or None.
+        slots: of each axis, by the positions of the matrix's rows.
+        row_channels: of all groups.
+        column_channels: of one group.
+        groups: the most that are sure to have nothing to do with each other.
+        periods: after how many of the rows' positions each axis repeats itself, away from the borders.
+    """
+
+    output_size: tuple[int, ...]
+    dtype: torch.dtype
+    bias: Tensor | None
+    slots: list[AxisSlots]
+    row_channels: int
+    column_channels: int
+    groups: int
+    periods: tuple[int, ...]
+
+    @abstractmethod
+    def values(self, first: int, last: int) -> Tensor:
+        """Return (channels, column_channels * numbers of each axis) what can stand in rows of channels first:last."""
+
+    @property
+    def per_group(self) -> int:
+        """Return how many row channels a group has."""
+        return max(1, self.row_channels // max(1, self.groups))
+
+
+class LayerKernels(Kernels):
+    """The numbers of one layer: its weight, and sums of taps where padding brings several to one place."""
+
+    def __init__(self, conv: Conv, input_size: tuple[int, ...], transpose: bool) -> None:
+        geometry, weight = conv.geometry, conv.weight
+        self.output_size, self.dtype, self.bias = conv.output_size(input_size), weight.dtype, conv.bias
+        slots = [axis_slots(tap_table(axis, size)) for axis, size in zip(geometry.axes, input_size, strict=True)]
+        if transpose:
+            slots = [axis.adjoint(size) for axis, size in zip(slots, input_size, strict=True)]
+            weight = swap_channels(weight, geometry.groups)  # (C_in, C_out/groups, *kernel)
+        self.slots, self._weight = slots, weight
+        self.row_channels, self.column_channels, self.groups = len(weight), weight.shape[1], geometry.groups
+        # A transposed layer reads in the rhythm of its stride, and so does the transpose of a plain one.
+        self.periods = geometry.stride if geometry.transposed != transpose else (1,) * len(slots)
+
+    def values(self, first: int, last: int) -> Tensor:
+        weight = self._weight[first:last]
+        for number, axis in enumerate(self.slots):
+            if axis.merges:
+                exact = weight.to(torch.promote_types(weight.dtype, torch.float64))
+                members = torch.from_numpy(axis.members).to(exact.dtype)  # (subsets, kernel)
+                weight = torch.tensordot(exact, members, dims=([number + 2], [1])).movedim(-1, number + 2)
+        return weight.flatten(1)
+
+
+class TreeKernels(Kernels):
+    """The numbers of layers in chains and sums, in float64 (complex128)."""
+
+    def __init__(self, tree: Expression, input_size: tuple[int, ...], transpose: bool) -> None:
+        self.output_size, self.dtype = output_size(tree, input_size), next(leaves(tree)).dtype
+        self._tree, self._transpose, self.bias = tree, transpose, _bias(tree, input_size)
+        complex_ones = any(conv.dtype.is_complex for conv in leaves(tree))
+        self._exact = torch.complex128 if complex_ones else torch.float64
+        found = [_classes(tree, input_size, axis, size) for axis, size in enumerate(self.output_size)]
+        slots, given = [slots for slots, _ in found], [Places(np.arange(len(first)), first) for _, first in found]
+        self._way, _ = way_back(tree, input_size, given, range(len(slots)))
+        self.slots = [axis.adjoint(n) for axis, n in zip(slots, input_size, strict=True)] if transpose else slots
+        self.groups = reduce(math.gcd, (conv.geometry.groups for conv in leaves(tree)))
+        self._sides = out_channels(tree), in_channels(tree)
+        self.row_channels, columns = self._sides[::-1] if transpose else self._sides
+        self.column_channels = columns // max(1, self.groups)
+        self.periods = tuple(_period(tree, axis, transpose) for axis in range(len(slots)))
+        self._spread = math.prod(len(axis.members) for axis in slots)  # numbers for each pair of channels
+        self._blocks: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._layers: tuple[int, list[Conv]] = -1, []  # of a group
+        self._lock = threading.Lock()
+
+    def values(self, first: int, last: int) -> Tensor:
+        parts, step = [], self._step()
+        while first < last:
+            group, channel = divmod(first, self.per_group)
+            number = channel // step
+            stop = min(last - first + channel, self.per_group, (number + 1) * step)
+            parts.append(self._block(group, number, step)[channel - number * step : stop - number * step])
+            first += stop - channel
+        if not parts:
+            return torch.zeros(0, self.column_channels * self._spread, dtype=self._exact)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _step(self) -> int:
+        """Return how many row channels are made at a time."""
+        widest = self.column_channels * self._spread
+        return max(1, min(self.per_group, BLOCK_NUMBERS // max(1, widest)))
+
+    def _block(self, group: int, number: int, step: int) -> Tensor:
+        """Return the numbers of one block of a group's row channels, (channels, column channels * spread)."""
+        key = group, number
+        with self._lock:  # the threads that fill one matrix mostly want the same block
+            if key not in self._blocks:
+                start, stop = number * step, min((number + 1) * step, self.per_group)
+                made = self._turned(group, start, stop) if self._transpose else self._pulled(group, start, stop)
+                self._blocks[key] = made.flatten(1)
+                while len(self._blocks) > KEPT_BLOCKS:
+                    self._blocks.popitem(last=False)
+            return self._blocks[key]
+
+    def _turned(self, group: int, start: int, stop: int) -> Tensor:
+        """Return (stop - start, C_out/groups, spread) the numbers of some of a group's input channels."""
+        step = max(1, BLOCK_NUMBERS // max(1, self._sides[1] // max(1, self.groups) * self._spread))
+        cuts = range(0, self.column_channels, step)
+        made = (self._pulled(group, at, min(at + step, self.column_channels))[:, start:stop].clone() for at in cuts)
+        return torch.cat(list(made)).transpose(0, 1).contiguous()
+
+    def _pulled(self, group: int, start: int, stop: int) -> Tensor:
+        """Return (stop - start, C_in/groups, spread) the numbers of some of a group's output channels."""
+        if self._layers[0] != group:
+            self._layers = group, [_of_group(conv, group, self.groups, self._exact) for conv in leaves(self._tree)]
+        made, outputs = [], self._sides[0] // max(1, self.groups)
+        for first in range(start, stop, self._together):
+            some = torch.arange(first, min(first + self._together, stop))
+            weighs = torch.zeros(len(some), outputs, *self._way.sizes, dtype=self._exact)
+            weighs[torch.arange(len(some)), some] = 1.0
+            made.append(self._way.pull(weighs, self._layers[1][:]).flatten(2))
+        return torch.cat(made)
+
+    @cached_property
+    def _together(self) -> int:
+        """How many output channels are carried back at a time."""
+        sizes = (way.conv.out_channels * math.prod(way.sizes) for way in self._way.of_layers())
+        return max(1, BLOCK_NUMBERS * max(1, self.groups) // max(1, *sizes))
+
+
+def kernels(layers: Expression, input_size: tuple[int, ...], transpose: bool) -> Kernels:
+    """Return what the matrix of a layer, or of layers in chains and sums, is made of; see `Kernels`.
+
+    Raises:
+        UsageError: they cannot run on that input size, or on each other's outputs.
+    """
+    while isinstance(layers, Chain | Sum) and len(layers.parts) == 1:
+        layers = layers.parts[0]
+    if isinstance(layers, Conv):
+        return LayerKernels(layers, input_size, transpose)
+    _check_channels(layers)
+    return TreeKernels(layers, input_size, transpose)
+
+
+def _check_channels(tree: Expression) -> None:
+    def step(conv: Conv, channels: int) -> int:
+        if conv.in_channels != channels:
+            raise UsageError(
+                f"channels don't fit: a layer takes {conv.in_channels}, and the one before gives {channels}"
+            )
+        if conv.spatial_axes != axes:
+            raise UsageError(f"layers of {axes} and {conv.spatial_axes} spatial axes cannot be chained")
+        return conv.out_channels
+
+    def merge(_: int, channels: list[int]) -> int:
+        if len(set(channels)) > 1:
+            raise UsageError(f"the branches of a sum give different numbers of channels: {sorted(set(channels))}")
+        return channels[0]
+
+    axes = next(leaves(tree)).spatial_axes
+    walk(tree, in_channels(tree), step, merge)
+
+
+def _bias(tree: Expression, input_size: tuple[int, ...]) -> Tensor | None:
+    """Return (C_out, *output_size) what comes of zeros, or None where no layer has a bias."""
+    if all(conv.bias is None for conv in leaves(tree)):
+        return None
+    exact = map_leaves(Conv.exact, tree)
+    kinds = {conv.dtype for conv in leaves(exact)}
+    zeros = torch.zeros(1, in_channels(tree), *input_size, dtype=reduce(torch.promote_types, kinds, torch.float64))
+    return run(exact, zeros)[0]
+
+
+def _of_group(conv: Conv, group: int, groups: int, dtype: torch.dtype) -> Conv:
+    """Return the part of a layer that one of a chain's groups runs through."""
+    if groups > 1:
+        per_group, geometry = (
+            conv.out_channels // groups,
+            replace(conv.geometry, groups=conv.geometry.groups // groups),
+        )
+        part = slice(group * per_group, (group + 1) * per_group)
+        if isinstance(conv, Selection):
+            inputs = conv.in_channels // groups
+            own = conv.picked[part] - group * inputs * math.prod(geometry.kernel_size)
+            return Selection(torch.where(conv.picked[part] == NOTHING, NOTHING, own), inputs, geometry)
+        conv = Conv(conv.weight[part], None, geometry)
+    return conv if isinstance(conv, Selection) else conv.without_bias().to(dtype)
+
+
+def _classes(tree: Expression, size: tuple[int, ...], axis: int, outputs: int) -> tuple[AxisSlots, Table]:
+    """Return the slots of one axis, and the first output of each class; see the module."""
+    wide = sum(conv.geometry.kernel_size[axis] for conv in leaves(tree))
+    classes: dict[bytes, int] = {}
+    first: list[int] = []
+    rows: list[Table] = []
+    of_output = np.zeros(outputs, dtype=np.int64)
+    for some in np.array_split(np.arange(outputs), min(outputs, 1 + outputs * wide**2 // CLASS_ENTRIES)):
+        way, (read,) = way_back(tree, size, [Places(np.arange(len(some)), some)], [axis])
+        looks = [b""] * len(some)
+        for step in way.steps():
+            looks = [look + seen for look, seen in zip(looks, step.looks(len(some)), strict=True)]
+        rows += np.split(read.positions, read.starts(len(some))[1:-1])
+        for output, look in zip(some, looks, strict=True):
+            if look not in classes:
+                classes[look] = len(first)
+                first.append(output)
+            of_output[output] = classes[look]
+    counts = np.array([len(row) for row in rows], dtype=np.int64)
+    if outputs * int(counts.max(initial=0)) > MOST_ENTRIES:
+        raise UsageError(f"an axis of {outputs} outputs that read up to {counts.max()} inputs each is too long")
+    columns = np.full((outputs, int(counts.max(initial=0))), PADDED)
+    columns[np.arange(columns.shape[1]) < counts[:, None]] = np.concatenate(rows)
+    begins = np.concatenate([[0], np.cumsum(counts[first])])  # of each class among the numbers
+    subsets = np.where(columns == PADDED, 0, begins[of_output][:, None] + np.arange(columns.shape[1]))
+    return AxisSlots(columns, subsets, counts, np.empty((max(1, int(begins[-1])), 0))), np.array(first, dtype=np.int64)
+
+
+def _period(tree: Expression, axis: int, transpose: bool) -> int:
+    """Return after how many positions of the rows an axis repeats itself, away from the borders."""
+    rates = [Fraction(1)]  # positions for each of the input
+
+    def step(conv: Conv, rate: Fraction) -> Fraction:
+        stride = conv.geometry.stride[axis]
+        rates.append(rate * stride if conv.geometry.transposed else rate / stride)
+        return rates[-1]
+
+    given = walk(tree, rates[0], step, lambda _, branches: branches[0])
+    return math.lcm(*((rate if transpose else rate / given).denominator for rate in rates))

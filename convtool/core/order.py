@@ -152,7 +152,7 @@ def toeplitz(
     >>> pair = convtool.toeplitz([convtool.conv(kernel, padding=1), layer], (2, 2))
     >>> x = torch.tensor([1.0, 0.0, 0.0, 2.0])
     >>> pair @ x
-    tensor([26., 42., 18., 26.])
+    tensor([52., 54., 36., 41.])
     """
     if order not in MATRICES:
         raise UsageError(f"order: expected {' or '.join(MATRICES)}, got {order!r}")

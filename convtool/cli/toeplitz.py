@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -133,12 +134,8 @@ def run(options: Options, reporter: Reporter) -> Result:
     plan = plan_matrix(matrix, options.out, layout=options.layout, rows=options.rows)
     record = Record(found.of, options.transpose, options.affine, options.order, plan.rows, dtype_name(matrix.dtype))
     write = _write_file if options.shards is None else _write_shards
-    files = write(options, matrix, plan, to_json(record), reporter)
-    if options.plot is not None and options.writing.written:
-        from convtool.matrix.plot import write_plot
-
-        title = f"{found.of.layer}, {found.conv.geometry.describe()}"
-        write_plot(matrix, options.plot, force=options.writing.force, title=title, rows=plan.rows)
+    with _plotted(options, found, matrix, plan):
+        files = write(options, matrix, plan, to_json(record), reporter)
     bias = _bias(options, found, plan)
     _remark(options, found, plan, bias, reporter)
     return fill(
@@ -173,6 +170,20 @@ def _check_outputs(options: Options) -> None:
 
         check_plot(options.plot)
         check_target(options.plot, force=options.writing.overwrite)
+
+
+def _plotted(
+    options: Options, found: LayerAtSize, matrix: ToeplitzMatrix, plan: MatrixPlan
+) -> AbstractContextManager[None]:
+    """Return the block in which the matrix is to be written, so that its picture comes into being with it."""
+    from convtool.matrix.ranks import speaks
+
+    if options.plot is None or not (options.writing.written and speaks()):
+        return nullcontext()
+    from convtool.matrix.plot import plotted
+
+    title = f"{found.of.layer}, {found.conv.geometry.describe()}"
+    return plotted(matrix, options.plot, force=options.writing.force, title=title, rows=plan.rows)
 
 
 def _matrix(options: Options, found: LayerAtSize) -> ToeplitzMatrix:

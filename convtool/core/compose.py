@@ -31,10 +31,12 @@ import torch
 from torch import Tensor
 
 from convtool.core.conv import Conv
-from convtool.core.geometry import Geometry
+from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.joint import NOWHERE, AxisComposition, add_geometry, compose_axis, compose_geometry
 from convtool.core.moves import Selection, compose_moves, regrouped
-from convtool.errors import RefusedError, UsageError
+from convtool.errors import RefusedError, UsageError, human_bytes
+
+MOST = 1 << 32  # numbers of a kernel: 32 GiB in float64
 
 
 def compose(first: Conv, second: Conv) -> Conv:
@@ -126,6 +128,7 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
     pieces = math.lcm(g1, g2)
     middle = first.out_channels // pieces
     rows, columns = second.out_channels // g2, first.in_channels // g1
+    _check_room(second.out_channels, first.in_channels // g, geometry.kernel_size)
     k1, k2, k = (one.kernel_size or (1,) for one in (first.geometry, second.geometry, geometry))
     plan = [
         compose_axis(a, b, geometry.padding_mode)
@@ -151,6 +154,16 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
     weight = blocks.movedim(1, -2)  # (g2, rows, *k, g1/g, columns)
     weight = weight.flatten(-2).flatten(0, 1).movedim(-1, 1)  # (C_out, C_in/groups, *k)
     return _laid_out(weight).reshape(*weight.shape[:2], *geometry.kernel_size)
+
+
+def _check_room(rows: int, columns: int, kernel: tuple[int, ...]) -> None:
+    """Refuse a kernel that no machine would make, before any of it is made."""
+    count = rows * columns * math.prod(kernel)
+    if count > MOST:
+        raise RefusedError(
+            f"the fused kernel would be {format_sizes(kernel)}, {human_bytes(8 * count)} of numbers, which is more than"
+            " is computed with; check dilation, stride and padding, or fuse fewer of these layers"
+        )
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -248,6 +261,7 @@ def add(a: Conv, b: Conv) -> Conv:
         )
     geometry = add_geometry(a.geometry, b.geometry)
     a, b = _alike(a, b)
+    _check_room(a.out_channels, a.in_channels // geometry.groups, geometry.kernel_size)
     weight = a.weight.new_zeros(a.out_channels, a.in_channels // geometry.groups, *geometry.kernel_size)
     for conv in (a, b):
         weight[(slice(None), slice(None), *_embedding(conv.geometry, geometry))] += _regroup(conv, geometry.groups)

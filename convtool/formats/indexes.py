@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from convtool.errors import InputError
 from convtool.formats.dtypes import LARGEST
 from convtool.formats.matrices import RECORD_NAME
+from convtool.formats.source import Source
 from convtool.formats.strict_json import parse_json
 
 INDEX_SUFFIX = ".index.json"
@@ -156,7 +157,8 @@ def _document(path: Path, missing: str = "") -> Any:
     try:
         if path.stat().st_size > MAX_INDEX:
             raise InputError(f"{path}: is larger than any index")
-        data = path.read_bytes()
+        source = Source(path)
+        data = bytes(source.view(0, source.size))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file{missing}") from None
     except OSError as error:

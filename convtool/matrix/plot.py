@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,10 +31,11 @@ def check_plot(path: Path) -> None:
         raise UsageError("--plot needs matplotlib: pip install 'convtool[plot]'") from None
 
 
-def write_plot(
+@contextlib.contextmanager
+def plotted(
     matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str, rows: tuple[int, int] | None = None
-) -> None:
-    """Draw the matrix, or rows A:B of it, as a PNG.
+) -> Iterator[None]:
+    """Draw the matrix, or rows A:B of it, as a PNG, which gets its name when the block ends well.
 
     Raises:
         UsageError: matplotlib isn't installed, or the name doesn't end in .png.
@@ -64,6 +67,8 @@ def write_plot(
     figure.colorbar(shown, ax=axes, shrink=0.8)
     with replacing(path, force=force) as file:
         figure.savefig(file, format="png", metadata={"Software": None})  # no version: equal inputs, equal files
+        file.flush()  # a full disk is found before the matrix is written
+        yield
 
 
 def drawn(matrix: ToeplitzMatrix, width: int, height: int, part: tuple[int, int] | None = None) -> list[str]:

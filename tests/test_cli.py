@@ -847,6 +847,13 @@ def test_a_signal_leaves_nothing_half_written(here: Path, number: int, line: str
     assert snapshot(here) == before
 
 
+def test_dtypes_have_short_names(cli: Cli, tmp_path: Path) -> None:
+    whole = ROOT / "sample_models" / "chains.safetensors"
+    for short, name in (("bf16", "bfloat16"), ("half", "float16"), ("fp64", "float64"), ("torch.float16", "float16")):
+        done = cli(f"convert {whole} {tmp_path / short}.pt --dtype {short} --json")
+        assert (done.code, json.loads(done.out)["dtype"]) == (0, name)
+
+
 def test_help_as_a_word(cli: Cli) -> None:
     assert cli("help fuse").out == cli("fuse --help").out
     assert cli("help").out == cli("--help").out

@@ -182,6 +182,37 @@ def test_a_table_is_columns_in_a_pipe_whatever_its_width(monkeypatch: pytest.Mon
     assert "\x1b" not in styled.partition("\n")[2]
 
 
+def test_a_long_table_is_cut_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, shown = [(f"layer{n}",) for n in range(9)], {}
+    for stream in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", stream)
+        output.table(("layer",), rows, most=3)
+        shown[type(stream)] = stream.getvalue().splitlines()
+    assert shown[Terminal][-2:] == ["layer2", "... and 6 more; a pipe gets all of them, such as | less"]
+    assert len(shown[io.StringIO]) == 10
+
+
+@pytest.mark.parametrize(
+    ("colour", "on_terminal", "no_color", "coloured"),
+    [
+        (None, True, "", True),
+        ("auto", True, "1", False),
+        (None, False, "", False),
+        ("always", False, "1", True),
+        ("never", True, "", False),
+    ],
+)
+def test_a_verdict_has_a_colour_where_one_is_wanted(
+    colour: output.Colour | None, on_terminal: bool, no_color: str, coloured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_COLOR", no_color)
+    monkeypatch.setenv("TERM", "xterm")
+    for good, number in ((True, 32), (False, 31)):
+        monkeypatch.setattr(sys, "stdout", stream := Terminal() if on_terminal else io.StringIO())
+        output.Reporter("verify", colour=colour).verdict("so it is", good=good)
+        assert stream.getvalue() == (f"\x1b[{number}mso it is\x1b[0m\n" if coloured else "so it is\n")
+
+
 def test_the_last_column_of_a_table_is_folded_first(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Terminal()
     monkeypatch.setattr(sys, "stdout", stream)

@@ -17,8 +17,8 @@ from convtool.cli import exit_codes
 from convtool.cli.complete import one_of
 from convtool.cli.document import whole_document
 from convtool.cli.help import argument_rows, option_rows, page, summary
-from convtool.cli.options import TYPER, Size, flag, parse_size
-from convtool.cli.output import Reporter, print_document
+from convtool.cli.options import TYPER, Size, flag, option, parse_size
+from convtool.cli.output import Colour, Reporter, print_document
 from convtool.cli.run import run, stdout_kept
 from convtool.errors import UsageError, did_you_mean
 from convtool.formats.account import account
@@ -76,7 +76,7 @@ class Command(Generic[Options, Result]):
 
         def function(**given: Any) -> int:
             speech = _gathered(_Speech, given)
-            reporter = Reporter(name, as_json=speech.as_json, quiet=speech.quiet)
+            reporter = Reporter(name, as_json=speech.as_json, quiet=speech.quiet, colour=speech.color)
             return run(reporter, lambda: self(_gathered(self.options, given), reporter))
 
         function.declared = dict([*_declared(self.options), *_declared(_Speech)])  # type: ignore[attr-defined]
@@ -91,7 +91,8 @@ class _Speech:
     """How every command speaks."""
 
     as_json: bool = flag("Print one JSON document on stdout, also on failure.", "--json")
-    quiet: bool = flag("No remarks on stderr.", "-q")
+    quiet: bool = flag("No remarks on stderr. Results and what they rest on are printed all the same.", "-q")
+    color: Colour | None = option("WHEN", "A verdict in green or red: auto (on a terminal), always or never.")
 
 
 @cache

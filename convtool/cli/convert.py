@@ -66,7 +66,7 @@ class Options:
     )
     dtype: Any = option(
         "DTYPE",
-        "Of every floating-point tensor of 16 bits or more: float64, float32, float16 or bfloat16.",
+        "Of every floating-point tensor of 16 bits or more: float64, float32, float16 (fp16) or bfloat16 (bf16).",
         parse=parse_float,
     )
     shard_size: int | None = option("SIZE", "Write files of at most 500MB, 5GB, ... and an index.", parse=_parse_bytes)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
 from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Proof, Recipes, Result, Work, show
-from convtool.cli.options import Size, argument, flag, option
+from convtool.cli.options import DTYPES, Size, argument, flag, option, parse_dtype
 from convtool.cli.output import Reporter
 from convtool.errors import RefusedError, UsageError
 
@@ -133,7 +133,12 @@ class Options:
     checkpoint: Path | None = argument("CKPT", "A .safetensors or torch (.pt, .pth, .bin) file.")
     wanted: Wanted = field(default_factory=Wanted)
     out: Path | None = option("OUT", "The new checkpoint.", "--out", "-o")
-    dtype: Any = shared.dtype()
+    dtype: Any = option(
+        "DTYPE",
+        "Of the fused layers alone, such as float32 or bf16; the rest stays as it is (convert --dtype has it all).",
+        completion=complete.one_of(*DTYPES),
+        parse=parse_dtype,
+    )
     sources: shared.Sources = field(default_factory=shared.Sources)
     others: list[str] | None = shared.others()
     list_recipes: bool = flag("List the recipes that ship with it.")

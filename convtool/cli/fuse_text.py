@@ -9,7 +9,7 @@ from convtool.cli import saved
 from convtool.cli.document import HIDDEN, INLINE, Count, Sizes
 from convtool.cli.output import Reporter, table
 from convtool.core.geometry import format_sizes
-from convtool.core.tree import tree_text
+from convtool.core.tree import LayerRef, map_leaves, tree_text
 
 MOST_ROWS = 40  # of a table on a terminal, before the rest is only counted
 
@@ -118,9 +118,11 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
 
 
 def _row(fusion: Fusion) -> tuple[str, ...]:
+    from convtool.graph.planned import tree_in_short
+
     record, proof, numbers, work = fusion.record, fusion.verified, fusion.parameters, fusion.multiply_adds
     return (
-        tree_text(record.sources),
+        tree_in_short(map_leaves(lambda one: LayerRef(str(one)), record.sources)),
         record.name,
         _exactness(fusion).removeprefix("exact at "),
         "not verified" if proof is None else f"{proof.ratio:.3g}",

@@ -20,6 +20,16 @@ TYPER = "typer"  # under which a field's metadata have what typer wants to know
 Size: TypeAlias = tuple[int, ...]  # is parsed as such
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 DTYPES = (*FLOATS, "complex64", "complex128")
+SHORT_DTYPES = {
+    short: name
+    for name, shorts in {
+        "float64": ("fp64", "f64", "double"),
+        "float32": ("fp32", "f32", "float"),
+        "float16": ("fp16", "f16", "half"),
+        "bfloat16": ("bf16",),
+    }.items()
+    for short in shorts
+}
 
 
 def argument(metavar: str, text: str, completion: complete.Completion | None = None, *, required: bool = False) -> Any:
@@ -59,7 +69,11 @@ def _declared(info: Any) -> Any:
 
 
 def parse_dtype(name: str, option: str, known: Sequence[str] = DTYPES) -> torch.dtype:
-    """Return an option's value as torch's dtype; raise UsageError for one that isn't known."""
+    """Return an option's value as torch's dtype; raise UsageError for one that isn't known.
+
+    Short names do as well: fp16, half, bf16, ...
+    """
+    name = SHORT_DTYPES.get(name.removeprefix("torch."), name.removeprefix("torch."))
     if name not in known:
         raise UsageError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
     import torch

@@ -26,6 +26,7 @@ NARROWEST = 16  # columns that the last one of a table may be folded to
 
 Advance: TypeAlias = Callable[[float], None]
 Unit: TypeAlias = Literal["bytes", "share"]
+Colour: TypeAlias = Literal["auto", "always", "never"]
 
 
 class StdoutError(OutputError):
@@ -44,9 +45,13 @@ class Reporter:
         command: its name, for the JSON document.
         as_json: print one document on stdout and nothing else there.
         quiet: print no remarks on stderr.
+        colour: of a verdict; "auto" has it on a terminal, unless NO_COLOR or TERM says otherwise.
     """
 
-    def __init__(self, command: str, *, as_json: bool = False, quiet: bool = False) -> None:
+    def __init__(
+        self, command: str, *, as_json: bool = False, quiet: bool = False, colour: Colour | None = None
+    ) -> None:
+        self.colour = colour
         self.command = command
         self.as_json = as_json
         self.quiet = quiet
@@ -69,6 +74,11 @@ class Reporter:
     def line(self, text: str) -> None:
         """A line of the result, on stdout."""
         emit(_fitting(printable(text), sys.stdout))
+
+    def verdict(self, text: str, *, good: bool) -> None:
+        """A line of the result on which the exit code rests: in green or red where colours are wanted."""
+        line = _fitting(printable(text), sys.stdout)
+        emit(f"\x1b[{32 if good else 31}m{line}\x1b[0m" if stdout_coloured(self.colour) else line)
 
     @contextlib.contextmanager
     def progress(self, what: str, total: float | None, unit: Unit = "bytes") -> Iterator[Advance]:
@@ -293,6 +303,11 @@ def window_columns() -> int:
 def stdout_styled() -> bool:
     """Whether stdout takes bold type: a terminal that isn't dumb, and nobody asked for none (no-color.org)."""
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+
+
+def stdout_coloured(wanted: Colour | None) -> bool:
+    """Whether a verdict has a colour."""
+    return wanted == "always" or (wanted != "never" and stdout_styled())
 
 
 def bold(text: str, styled: bool) -> str:

@@ -33,7 +33,7 @@ others = partial(
 dtype = partial(
     option,
     "DTYPE",
-    "float64, float32, float16, bfloat16, complex64 or complex128.",
+    "float64, float32, float16 (fp16), bfloat16 (bf16), complex64 or complex128.",
     completion=complete.one_of(*DTYPES),
     parse=parse_dtype,
 )

@@ -261,7 +261,7 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
         if result.whole_model is not None:
             reporter.line(str(result.whole_model))
     said = f", {result.statement}" if result.statement else ""
-    reporter.line(f"equivalent{said}" if result.equivalent else "NOT equivalent")
+    reporter.verdict(f"equivalent{said}" if result.equivalent else "NOT equivalent", good=result.equivalent)
 
 
 def _show_fusions(reports: Sequence[Report], reporter: Reporter) -> None:

@@ -164,7 +164,7 @@ def test_root_leaves_the_rest_out_and_says_so(tmp_path: Path, capsys: pytest.Cap
     code, result = document(capsys, path, tmp_path / "out.safetensors", "--root", "state_dict")
     assert (code, result["left_out"]) == (0, ["epoch", "optimizer"])
     assert run_app(["convert", str(path), str(tmp_path / "o.safetensors"), "--root", "state_dict"]) == 0
-    assert "left out, beside the state dict: epoch, optimizer" in capsys.readouterr().err
+    assert "left out: epoch, optimizer" in capsys.readouterr().err
     assert list(safetensors.torch.load_file(tmp_path / "out.safetensors")) == list(small_network())
     code, result = document(capsys, path, tmp_path / "out", "--root", "state_dict", "--shard-size", "1MB")
     assert (code, result["left_out"]) == (0, ["epoch", "optimizer"])

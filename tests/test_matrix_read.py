@@ -357,9 +357,9 @@ class Evil:
 def test_no_code_is_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"weight": torch.ones(2, 2), "x": Evil()}, tmp_path / "m.pt")
     np.savez(tmp_path / "m.npz", weight=np.array([Evil()], dtype=object))
-    for path in sorted(tmp_path.iterdir()):
-        with pytest.raises((InputError, RefusedError)):
-            open_matrix(path)
+    with pytest.raises(InputError):
+        open_matrix(tmp_path / "m.npz")
+    assert open_matrix(tmp_path / "m.pt").shape == (2, 2)  # what stands beside the weight is passed over
     assert capsys.readouterr().out == ""
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.checkpoint.find import find_layer, named_part
 from convtool.checkpoint.record import Record, UnknownRecordError, loads
+from convtool.checkpoint.saved_fields import fields_of_modules, fields_of_program, other_classes
 from convtool.errors import InputError, UsageError, did_you_mean
 from convtool.formats.indexes import RECORD_KEY
 from convtool.formats.pieces import Piece
@@ -139,18 +140,43 @@ class Checkpoint:
         return None
 
     @property
-    def others(self) -> list[str]:
-        """Names of entries that aren't tensors of plain numbers."""
-        return [name for file in self.files.values() for name in file.others]
+    def others(self) -> dict[str, str]:
+        """Entries that aren't tensors of plain numbers, and what they are."""
+        return {name: what for file in self.files.values() for name, what in file.others.items()}
 
     @property
-    def left_out(self) -> list[str]:
-        """All that a file of the tensors alone would not hold."""
-        return [name for file in self.files.values() for name in file.left_out]
+    def left_out(self) -> dict[str, str]:
+        """All that a file of the tensors alone would not hold, and what it is."""
+        return {name: what for file in self.files.values() for name, what in file.left_out.items()}
+
+    @property
+    def replaced(self) -> dict[str, str]:
+        """What even a file of the same format would not hold: a pickled module, whose state dict is written."""
+        return {name: what for file in self.files.values() for name, what in file.replaced.items()}
+
+    @property
+    def classes(self) -> list[str]:
+        """Classes and functions that the files name, dotted, and that no state dict is made of; none is looked up."""
+        return list(dict.fromkeys(name for file in self.files.values() for name in file.classes))
 
     def in_order_of_bytes(self) -> list[str]:
         """Return the tensors' names in the order of their bytes, where a new file is to keep that."""
         return list(self.infos) if self._only is None else self._only.in_order_of_bytes()
+
+    @cached_property
+    def stated(self) -> dict[str, Fields]:
+        """The fields that the file itself states of its layers, by layer, beside a record of convtool's."""
+        found: dict[str, Fields] = {}
+        for file in self.files.values():
+            found |= fields_of_modules(self.layers, file.modules)
+            if file.program is not None:
+                found |= fields_of_program(self.layers, file.program)
+        return found
+
+    @cached_property
+    def other_classes(self) -> dict[str, str]:
+        """The classes of its modules that aren't torch's own, by path; what those compute isn't known."""
+        return other_classes({path: one for file in self.files.values() for path, one in file.modules.items()})
 
     @property
     def record(self) -> Record | None:
@@ -251,7 +277,7 @@ class Checkpoint:
         for other in others:
             raise UsageError(f"conv: a layer has no field {other!r}{did_you_mean(other, [*given, 'spatial_axes'])}")
         layer = self.layer(name)
-        recorded = self.record.fields().get(layer.name, {}) if self.record else {}
+        recorded = (self.record.fields() if self.record else self.stated).get(layer.name, {})
         fields = recorded | {field: value for field, value in given.items() if value is not None}
         return self.lower(layer, fields, layer.kind.usual_axes if spatial_axes is None else spatial_axes)
 

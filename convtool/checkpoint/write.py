@@ -36,12 +36,14 @@ class WritePlan:
             (the one at `path`, or the index of the folder there).
         run: writes it.
         left_behind: files beside the source that a folder written of it will not have; none where a file is written.
+        left_out: what the source holds besides its tensors and this will not, by name.
     """
 
     path: Path
     files: dict[Path, int]
     run: Callable[[Progress], None]
     left_behind: list[str] = field(default_factory=list)
+    left_out: tuple[str, ...] = ()
 
     @property
     def main(self) -> Path:
@@ -97,6 +99,7 @@ def plan_edited(
     force: bool,
     dtype: str | None = None,
     state_only: bool = False,
+    tensors_only: bool = False,
     shard_size: int | None = None,
 ) -> WritePlan:
     """Say what writing `source` with `edit` applied, and the record of it, will give; nothing is written.
@@ -105,7 +108,7 @@ def plan_edited(
         path: a file, whose suffix chooses the format; or a folder or index, for a checkpoint in several files.
         record: None for a checkpoint without one.
         force: overwrite what is there.
-        dtype, state_only, shard_size: see `Options`.
+        dtype, state_only, tensors_only, shard_size: see `Options`.
 
     Raises:
         OutputError: something is in the way (`check_output`).
@@ -113,15 +116,18 @@ def plan_edited(
         UsageError: no known suffix, or a new name is taken.
         InputError: a new tensor holds a number that is too large for `dtype`.
     """
-    options = Options(dtype, state_only, shard_size)
+    options = Options(dtype, state_only, tensors_only, shard_size)
     check_output(path, force=force, source=source, shard_size=shard_size)
     if dtype is not None:
         edit = edit.changed(lambda name, tensor: cast_tensor(name, tensor, dtype))
     if is_folder(path, source, shard_size):
         return _plan_folder(source, edit, path, record, options, force=force)
-    plan = plan_file(source, edit, path, format_of(path), record, options)
+    form = format_of(path)
+    plan = plan_file(source, edit, path, form, record, options)
+    kept = source.format == form.NAME and not tensors_only
+    left_out = source.replaced if kept else source.left_out
     run = lambda progress: plan.write(path, force=force, progress=progress)  # noqa: E731
-    return WritePlan(path, {path: plan.size}, _watched(source, run))
+    return WritePlan(path, {path: plan.size}, _watched(source, run), left_out=tuple(left_out))
 
 
 def _watched(source: Checkpoint, run: Callable[[Progress], None]) -> Callable[[Progress], None]:
@@ -210,7 +216,8 @@ def _plan_folder(
     text = index_text(source.index or {}, homes, total, None if record is None else record.dumps())
     plan = SeveralPlan(index, text, {name: shard.plan for name, shard in planned.items()})
     run = lambda progress: plan.write(force=force, progress=progress)  # noqa: E731
-    return WritePlan(path, plan.files(), _watched(source, run), _left_behind(source, index.parent))
+    left_out = tuple(source.left_out if source.index is None else ())
+    return WritePlan(path, plan.files(), _watched(source, run), _left_behind(source, index.parent), left_out)
 
 
 def _kept_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -> list[_Shard]:

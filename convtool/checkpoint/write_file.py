@@ -22,11 +22,13 @@ class Options:
     Attributes:
         dtype: of every floating-point tensor of 16 bits and more; None for what it has.
         state_only: leave out what a torch file holds beside its state dict, where the format has no room for it.
+        tensors_only: leave all out that isn't tensors.
         shard_size: bytes of tensors in a file of a folder; None for the files that the source has.
     """
 
     dtype: str | None = None
     state_only: bool = False
+    tensors_only: bool = False
     shard_size: int | None = None
 
     def cast(self, piece: Piece) -> Piece:
@@ -58,7 +60,7 @@ def plan_file(
         (file,) = source.files.values()
         order = edit.order(file.entries)
         entries = [(name, None if tensor is None else Piece.of_tensor(name, tensor)) for name, tensor in order]
-        plan = file.rewritten(entries, text, options.cast)
+        plan = file.rewritten(entries, text, options.cast, alone=options.tensors_only)
         if plan is not None:
             return plan
     check_flat(source, path, options)
@@ -98,16 +100,16 @@ def check_flat(source: Checkpoint, path: Path, options: Options) -> None:
             f"{path}: {overlap[0]} and {overlap[1]} share a part of their memory, which can be kept only from one .pt"
             " file to another"
         )
-    if options.state_only:
+    if options.state_only or options.tensors_only:
         return
     if source.root:
         root = ".".join(source.root)
         raise RefusedError(
             f"{path}: {source.path} holds more than the state dict at {root!r}, and there is no room for it; write a"
-            f" .pt file instead, or leave the rest out with `convtool convert --root {root}`"
+            f" .pt file instead, or leave the rest out with --root {root} or --tensors-only"
         )
     if source.others:
         raise RefusedError(
             f"{path}: {source.path} holds entries that aren't tensors, and there is no room for them"
-            f" ({', '.join(source.others[:3])}); write a .pt file instead"
+            f" ({', '.join([*source.others][:3])}); write a .pt file instead, or leave them out with --tensors-only"
         )

@@ -14,7 +14,7 @@ from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable
 
     from convtool.checkpoint import Checkpoint, TensorInfo
     from convtool.fusing.reexpress import Reexpression
@@ -85,6 +85,7 @@ class Options:
         "Write a linear layer as the convolution that its weight is the matrix of, for an input of that size"
         " and that kernel (as large as the input by default); stride, padding, ... by --set. Repeatable.",
     )
+    tensors_only: bool = shared.tensors_only()
     sources: shared.Sources
     writing: shared.Writing
 
@@ -142,14 +143,12 @@ class Result:
 
     Attributes:
         cast: tensors that were rounded to dtype.
-        left_out: what lay beside the state dict of --root.
         reexpressed: layers in another form.
     """
 
     checkpoint: saved.Written = field(metadata=INLINE)
     dtype: Dtype | None
     cast: tuple[str, ...]
-    left_out: tuple[str, ...]
     reexpressed: tuple[Reexpressed, ...]
 
 
@@ -157,30 +156,34 @@ def run(options: Options, reporter: Reporter) -> Result:
     """Write a checkpoint in another format or dtype, or with layers in another form.
 
     Tensors keep their names, order and, without --dtype, every bit; tied tensors stay tied. What the new format has no
-    room for is refused, except what --root leaves out on purpose.
+    room for is refused, except what --root or --tensors-only leaves out on purpose.
     """
     from convtool.checkpoint.write import check_output, is_folder
 
     out, size, sources = options.out, options.shard_size, options.sources
     dtype = None if options.dtype is None else dtype_name(options.dtype)
-    overwrite, state_only = options.writing.overwrite, sources.root is not None
+    overwrite = options.writing.overwrite
     opened = sources.open(options.checkpoint, reporter)
     check_output(out, force=overwrite, source=opened, shard_size=size)
     to_folder = is_folder(out, opened, size)
     if size is not None and not to_folder:
         raise UsageError(f"--shard-size: {out} is one file; name a folder, or an index, for several")
-    left_out = opened.left_out if state_only and (out.suffix == ".safetensors" or to_folder) else []
     changes = _reexpressions(options, opened, reporter)
     edit, plan = saved.plan_changed(
-        opened, changes, out, force=overwrite, dtype=dtype, state_only=state_only, shard_size=size
+        opened,
+        changes,
+        out,
+        force=overwrite,
+        dtype=dtype,
+        state_only=sources.root is not None,
+        tensors_only=options.tensors_only,
+        shard_size=size,
     )
     new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     if options.writing.dry_run and dtype is not None:
         reporter.remark(f"not looked at: whether every number has its place in {dtype}; that is found when writing")
-    if left_out:
-        reporter.remark(f"left out, beside the state dict: {_some(left_out)}")
     cast = () if dtype is None else _cast(opened.infos.values(), dtype)
-    return Result(new, dtype, cast, tuple(left_out), tuple(map(Reexpressed.of, changes)))
+    return Result(new, dtype, cast, tuple(map(Reexpressed.of, changes)))
 
 
 def _cast(infos: Iterable[TensorInfo], dtype: str) -> tuple[str, ...]:
@@ -188,10 +191,6 @@ def _cast(infos: Iterable[TensorInfo], dtype: str) -> tuple[str, ...]:
     from convtool.formats.dtypes import FLOATS as CASTABLE
 
     return tuple(info.name for info in infos if info.dtype in CASTABLE - {dtype})
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # --- layers in another form

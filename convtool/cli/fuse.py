@@ -142,6 +142,7 @@ class Options:
     sources: shared.Sources = field(default_factory=shared.Sources)
     others: list[str] | None = shared.others()
     list_recipes: bool = flag("List the recipes that ship with it.")
+    tensors_only: bool = shared.tensors_only()
     no_verify: bool = flag("Write what was fused without running it against its layers first.")
     details: bool = flag("Of several fusions, print all that there is to say of each.")
     writing: shared.Writing = field(default_factory=shared.Writing)
@@ -195,7 +196,15 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         dtype=options.dtype,
     )
     check_ties(opened, [layer.edit for layer in planned])
-    edit, plan = saved.plan_changed(opened, planned, options.out, force=overwrite, others=checkpoints)
+    edit, plan = saved.plan_changed(
+        opened,
+        planned,
+        options.out,
+        force=overwrite,
+        others=checkpoints,
+        state_only=sources.root is not None,
+        tensors_only=options.tensors_only,
+    )
     reports = [[] for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
     new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     made = (_fusion(layer, one, size) for layer, one in zip(planned, reports, strict=True))

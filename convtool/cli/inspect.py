@@ -11,7 +11,7 @@ from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
 from convtool.cli.options import Size, argument, flag, option
 from convtool.cli.output import Reporter, table
-from convtool.cli.saved import Recorded
+from convtool.cli.saved import Recorded, some_of
 from convtool.core.tree import tree_text
 from convtool.errors import UsageError, human_bytes
 from convtool.kinds import kind_named
@@ -20,6 +20,7 @@ from convtool.kinds.kind import UNKNOWN, Kind
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from convtool.checkpoint import Checkpoint
     from convtool.graph.judge import LayerRun
     from convtool.kinds.kind import Layer as FoundLayer
 
@@ -64,6 +65,7 @@ class Layer:
         name: module path; '' for a bare module.
         shape: of its weight, or else of its first tensor.
         geometry: null: not in the file.
+        module: its class, where the file names one that isn't torch's own; what that computes isn't known.
         tensors: with --tensors.
         runs: with --input-size: each time that the layer runs; none where the model's run doesn't show it.
     """
@@ -75,6 +77,7 @@ class Layer:
     dtype: Dtype
     bytes: Count
     geometry: LayerFields | None
+    module: str | None
     tensors: tuple[Tensor, ...] | None = field(metadata=OPTIONAL)
     runs: Sequence[LayerRun] | None = field(metadata=OPTIONAL)
 
@@ -92,15 +95,19 @@ class Result:
 
     Attributes:
         bytes: of all tensors together.
+        others: what isn't tensors, among them and beside them, by name, and what it is.
+        classes: classes and functions that a pickle names and no state dict is made of; none of them is run.
         record: what convtool recorded when it wrote the file.
     """
 
     file: Path
-    format: Annotated[str, ("enum", ("safetensors", "torch"))]
+    format: Annotated[str, ("enum", ("safetensors", "torch", "torchscript", "pt2", "dcp"))]
     bytes: Count
     tensors: Count
     record: Record | None
     layers: tuple[Layer, ...]
+    others: dict[str, str]
+    classes: tuple[str, ...]
     by_tensor: bool = field(metadata=HIDDEN)
 
 
@@ -116,14 +123,15 @@ def run(options: Options, reporter: Reporter) -> Result:
     record = opened.record
     found = read_model(sources.model, sources.model_args, opened, reporter)
     fields = sources.fields(None if found is None else found[1].geometry, opened.layers)
-    fields = fields.with_first(FieldSource("record", record.fields() if record else {}, exact_names=True))
+    own = record.fields() if record else opened.stated
+    fields = fields.with_first(FieldSource("record" if record else str(path), own, exact_names=True))
     names = [name for name in opened.layers if pattern is None or name == pattern or fnmatchcase(name, pattern)]
     if pattern is not None and not names:
         raise UsageError(f"{path}: no layer matches {pattern!r}; without a pattern all are listed")
     known = {name: _geometry(opened.layers[name], fields.fields(name)) for name in names}
     runs = runs_of_layers(found, options.input_size)
     layers = [
-        _layer(opened.layers[name], known[name], options.tensors, None if runs is None else runs.get(name, ()))
+        _layer(opened, name, known[name], options.tensors, None if runs is None else runs.get(name, ()))
         for name in names
     ]
     if options.write_geometry is not None:
@@ -135,6 +143,8 @@ def run(options: Options, reporter: Reporter) -> Result:
         len(opened.infos),
         None if record is None else Record(tuple(map(Recorded.of, record.fusions))),
         tuple(layers),
+        opened.left_out,
+        tuple(opened.classes),
         options.tensors,
     )
 
@@ -150,7 +160,10 @@ def _write_geometry(path: Path, geometry: dict[str, dict[str, Any] | None], forc
         file.write(geometry_toml(known).encode())
 
 
-def _layer(layer: FoundLayer, geometry: dict[str, Any] | None, tensors: bool, runs: Sequence[LayerRun] | None) -> Layer:
+def _layer(
+    opened: Checkpoint, name: str, geometry: dict[str, Any] | None, tensors: bool, runs: Sequence[LayerRun] | None
+) -> Layer:
+    layer = opened.layers[name]
     weight = layer.tensors.get("weight") or next(iter(layer.tensors.values()))
     return Layer(
         layer.name,
@@ -160,6 +173,7 @@ def _layer(layer: FoundLayer, geometry: dict[str, Any] | None, tensors: bool, ru
         weight.dtype,
         sum(info.nbytes for info in layer.stored()),
         geometry,
+        opened.other_classes.get(name),
         tuple(Tensor(info.name, info.dtype, info.shape, info.nbytes) for info in layer.stored()) if tensors else None,
         runs,
     )
@@ -180,13 +194,19 @@ def show(result: Result, reporter: Reporter) -> None:
     elif result.layers and result.layers[0].runs is not None:
         _show_runs(result, reporter)
     else:
-        table(
-            ("layer", "kind", "weight", "dtype", "size", "geometry"),
-            [_row(one) for one in result.layers],
-            right=("size",),
-        )
-        for fusion in result.record.fusions if result.record else ():
-            reporter.remark(f"{fusion.name} was fused by convtool from {tree_text(fusion.sources)}")
+        _show_layers(result, reporter)
+    if result.others:
+        reporter.remark(f"not tensors: {some_of([f'{name} ({what})' for name, what in result.others.items()])}")
+    if result.classes:
+        reporter.remark(f"names classes and functions, none of which is run: {some_of(result.classes)}")
+
+
+def _show_layers(result: Result, reporter: Reporter) -> None:
+    """Print a line for each layer, and what convtool did to it."""
+    columns = ("layer", "kind", "weight", "dtype", "size", "geometry")
+    table(columns, [_row(one) for one in result.layers], right=("size",))
+    for fusion in result.record.fusions if result.record else ():
+        reporter.remark(f"{fusion.name} was fused by convtool from {tree_text(fusion.sources)}")
 
 
 def _row(layer: Layer) -> tuple[str, ...]:
@@ -222,7 +242,7 @@ def _fields_text(layer: Layer) -> str:
     if not _kind(layer).settable:
         return ""
     if not layer.geometry:
-        return "not in the file"
+        return f"not in the file (a {layer.module})" if layer.module else "not in the file"
     return ", ".join(f"{name} {_value(value)}" for name, value in layer.geometry.items() if _worth_saying(name, value))
 
 

@@ -34,6 +34,7 @@ class Written:
         written: false after --dry-run.
         tensors: in the new checkpoint.
         bytes: of all its files together.
+        left_out: what the source holds besides its tensors and the new one doesn't.
     """
 
     source: Path
@@ -42,6 +43,7 @@ class Written:
     tensors: Count
     bytes: Count
     files: Files
+    left_out: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +143,17 @@ def write(plan: WritePlan, opened: Checkpoint, edit: Edit, reporter: Reporter, *
         if plan.left_behind:
             names = ", ".join(plan.left_behind[:5]) + (" ..." if len(plan.left_behind) > 5 else "")
             reporter.remark(f"left where they were: {names}; copy those that fit the new checkpoint too")
+    for name, what in opened.replaced.items():
+        reporter.remark(f"{name} is {what}, which can't be written; its state dict is")
+    if left := [name for name in plan.left_out if name not in opened.replaced]:
+        reporter.remark(f"left out: {some_of(left)}")
     tensors = len(edit.order(opened.infos))
-    return Written(opened.path, plan.path, not dry_run, tensors, plan.size, plan.files)
+    return Written(opened.path, plan.path, not dry_run, tensors, plan.size, plan.files, plan.left_out)
+
+
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of some names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def changed_tensors(edit: Edit) -> ChangedTensors:

@@ -39,6 +39,9 @@ dtype = partial(
 )
 fixed_size = partial(flag, "Also fuse what is exact for inputs of --input-size only.")
 measure = partial(flag, "Choose by the time that layers take on this machine, measured.")
+tensors_only = partial(
+    flag, "Leave out all that isn't tensors: what lies beside the state dict, and entries of it that are none."
+)
 force = partial(flag, "Overwrite OUT if it exists.", "-f")
 
 

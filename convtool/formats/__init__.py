@@ -29,7 +29,7 @@ MATRICES = {
     ".npz": "npz",
     ".npy": "npy",
     ".safetensors": "safetensors",
-    ".pt": "torch_zip",
+    ".pt": "torch_matrix",
     ".mtx": "mtx",
 }
 

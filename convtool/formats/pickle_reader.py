@@ -1,162 +1,57 @@
 """A pickle as plain values, read without running anything: what it would call is described, never called.
 
 torch's own `weights_only` reader does call what it allows (`bytearray(10**12)`, `torch.Tensor(10**12)`), and it needs
-torch. Here each opcode builds plain Python values; classes and functions are a `Global`, what would be called is a
-`Call`, and a tensor is a `TensorRef` to a storage by its key. `pickle_writer` makes a pickle of the same values again.
-Anything that torch's own files have no need for is refused by its name.
+torch. Here each opcode builds the plain values of `pickle_values`: a class or function is inert, whatever its name, and
+so is all that would be made with it. `pickle_writer` makes a pickle of the same values again.
 """
 
 from __future__ import annotations
 
-import math
 import pickletools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import IO, Any, Protocol, cast
 
-from convtool.errors import ConvtoolError, InputError, RefusedError
-from convtool.formats.dtypes import ITEMSIZE, LARGEST, MOST_AXES, STORAGES
+from convtool.errors import ConvtoolError, InputError
+from convtool.formats.dtypes import ITEMSIZE, STORAGES
+from convtool.formats.numpy_arrays import read_array
+from convtool.formats.pickle_values import (
+    ARRAY,
+    NEWOBJ,
+    NEWOBJ_EX,
+    OBJ,
+    PARAMETERS,
+    PLAIN_CLASSES,
+    QUANTIZED,
+    REDUCE,
+    TENSORS,
+    UNUSABLE,
+    Call,
+    Global,
+    OldText,
+    OrderedItems,
+    PickleError,
+    StorageRef,
+    TensorRef,
+    make_tensor,
+    plain_tensor,
+)
 
-QUANTIZED = {"QInt8Storage": "int8", "QUInt8Storage": "uint8", "QInt32Storage": "int32"}  # classes, by what they hold
-
-
-class PickleError(Exception):
-    """The bytes are not a pickle such as torch writes; the message says what is wrong."""
-
-
-@dataclass(frozen=True, slots=True)
-class Global:
-    """A class or function by name."""
-
-    module: str
-    name: str
-
-    def __str__(self) -> str:
-        return f"{self.module}.{self.name}"
-
-
-@dataclass(slots=True, eq=False)
-class Call:
-    """What a call would have made.
-
-    Attributes:
-        function: what would be called.
-        arguments: with what.
-        new: whether through its `__new__` alone.
-        items: what is put into it by key afterwards.
-        state: what its attributes are set from afterwards; None for nothing.
-    """
-
-    function: Global
-    arguments: tuple[Any, ...]
-    new: bool = False
-    items: dict[Any, Any] = field(default_factory=dict)
-    state: Any = None
-
-
-class OrderedItems(dict[Any, Any]):
-    """A collections.OrderedDict, and the attributes that it carries (a state dict's `_metadata`) as `state`."""
-
-    def __init__(self, items: Mapping[Any, Any] | None = None, state: Any = None) -> None:
-        super().__init__(items or {})
-        self.state = state
-
-
-@dataclass(frozen=True, slots=True)
-class StorageRef:
-    """A tensor's memory by its key.
-
-    Attributes:
-        key: by which the file knows its bytes.
-        dtype: torch's name, or 'uint8' of a storage without one.
-        cls: the name of torch's class for it where that has the dtype; '' of an untyped one.
-        location: the device that it was saved from.
-        count: number of elements of all the storage.
-        start: the first element of it that is meant, of a view in the older format.
-    """
-
-    key: str
-    dtype: str
-    cls: str
-    location: str
-    count: int
-    start: int = 0
-
-    @property
-    def typed(self) -> bool:
-        return bool(self.cls)
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * ITEMSIZE[self.dtype]
-
-
-@dataclass(slots=True, eq=False)
-class TensorRef:
-    """A tensor: which elements of which storage; offset and strides in elements."""
-
-    storage: StorageRef
-    dtype: str
-    offset: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    requires_grad: bool = False
-    hooks: Any = None
-    metadata: Any = None
-
-    @property
-    def count(self) -> int:
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        return self.count * ITEMSIZE[self.dtype]
-
-    @property
-    def reach(self) -> int:
-        """One past the last element that it reads, counted from its offset."""
-        if not self.count:
-            return 0
-        return 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride, strict=True))
-
-    def contiguous(self) -> bool:
-        """Tell whether its elements stand one after the other, row-major."""
-        expected = 1
-        for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and step != expected:
-                return False
-            expected *= size
-        return True
-
-
-TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"}
-PARAMETERS = {"_rebuild_parameter", "_rebuild_parameter_with_state"}
-# Tensors without plain numbers, which can be passed on but not computed with: what they are, and what to do.
-_SPARSE = "is sparse; save it dense: tensor.to_dense()"
-_OTHER_DEVICE = "was saved from a device that torch has no storages of; save it after .cpu()"
-_SUBCLASS = "is of a tensor subclass; save the plain tensor that it stands for"
-UNUSABLE = {
-    "_rebuild_qtensor": "is quantized; save it dequantized: tensor.dequantize()",
-    "_rebuild_sparse_tensor": _SPARSE,
-    "_rebuild_sparse_csr_tensor": _SPARSE,
-    "_rebuild_nested_tensor": "is a nested tensor; save its parts as tensors of their own",
-    "_rebuild_meta_tensor_no_storage": "is on the meta device and holds no numbers; load the weights before saving",
-    "_rebuild_device_tensor_from_numpy": _OTHER_DEVICE,
-    "_rebuild_device_tensor_from_cpu_tensor": _OTHER_DEVICE,
-    "_rebuild_wrapper_subclass": _SUBCLASS,
-    "_rebuild_from_type_v2": _SUBCLASS,
-}
-# All classes and functions that a checkpoint's pickle may name, by their modules. None of them is ever called.
-_BUILTINS = "set frozenset bytearray complex slice list dict int float"
+_BUILTINS = "set frozenset bytearray complex slice list dict int float object"
+# What people's state dicts and plain numbers beside them are made of, by module; all else is foreign, and listed.
 _NAMES = {
     "builtins": _BUILTINS,
     "__builtin__": _BUILTINS,
     "collections": "OrderedDict Counter defaultdict",
     "argparse": "Namespace",
     "_codecs": "encode",
+    "copyreg": "_reconstructor",
+    "copy_reg": "_reconstructor",
     "numpy": "dtype ndarray",
     "numpy.core.multiarray": "scalar _reconstruct",
     "numpy._core.multiarray": "scalar _reconstruct",
+    "numpy.core.numeric": "_frombuffer",
+    "numpy._core.numeric": "_frombuffer",
     "torch._utils": " ".join((*TENSORS, *PARAMETERS, *UNUSABLE)),
     "torch._tensor": "_rebuild_from_type_v2",
     "torch.nn.parameter": "Parameter Buffer",
@@ -168,14 +63,15 @@ _NAMES = {
             *("Size", "device", "Tensor", "strided", "UntypedStorage"),
             *(*ITEMSIZE, *STORAGES, *QUANTIZED, "quint8", "qint8", "qint32", "quint4x2", "quint2x4"),
             *(f"{sign}int{bits}" for sign in ("", "u") for bits in range(1, 8)),
-            *("float4_e2m1fn_x2", "per_tensor_affine", "per_tensor_symmetric", "per_channel_affine"),
+            *("per_tensor_affine", "per_tensor_symmetric", "per_channel_affine"),
             *("per_channel_symmetric", "per_channel_affine_float_qparams"),
         )
     ),
 }
-_ALLOWED = {(module, name): Global(module, name) for module, names in _NAMES.items() for name in names.split()}
+_KNOWN = {Global(module, name) for module, names in _NAMES.items() for name in names.split()}
 _ORDERED = Global("collections", "OrderedDict")
-_STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
+_ENCODE = Global("_codecs", "encode")
+MOST_IN_KEY = 1000  # values in a key, counted each time that they are met
 
 
 class PickleFile(Protocol):
@@ -188,76 +84,44 @@ class PickleFile(Protocol):
     def tell(self) -> int: ...
 
 
-def loads(file: PickleFile, where: str, persistent: Callable[[Any], Any]) -> tuple[Any, list[TensorRef]]:
+@dataclass(slots=True)
+class Pickled:
+    """What a pickle says.
+
+    Attributes:
+        value: what was pickled.
+        tensors: every tensor in it, arrays included.
+        foreign: the classes and functions it names that are none of a state dict's, in order.
+        arrays: the bytes of its arrays of numpy, by the keys of their storages.
+    """
+
+    value: Any = None
+    tensors: list[TensorRef] = field(default_factory=list)
+    foreign: dict[Global, None] = field(default_factory=dict)
+    arrays: dict[str, bytes] = field(default_factory=dict)
+
+
+def loads(file: PickleFile, where: str, persistent: Callable[[Any], Any]) -> Pickled:
     """Read one pickle from where the file stands, up to its end.
 
     Args:
         where: the file, for messages.
         persistent: what a persistent id stands for.
 
-    Returns:
-        what was pickled, and every tensor in it.
-
     Raises:
         PickleError: it is not a pickle, or one of a form that torch doesn't write.
-        RefusedError: it asks for classes or functions that aren't a checkpoint's.
         InputError: it holds something that cannot be read, by name.
     """
     machine = _Machine(where, persistent)
     try:
-        return machine.run(file), machine.tensors
+        machine.read.value = machine.run(file)
     except (ConvtoolError, PickleError):
         raise
     except IndexError:
         raise PickleError("its pickle takes more from its stack than is there") from None
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError, AttributeError, EOFError) as error:
         raise PickleError(f"its pickle cannot be read ({str(error)[:100] or type(error).__name__})") from None
-
-
-def storage_ref(pid: Any) -> StorageRef:
-    """Return what a persistent id of torch's stands for; PickleError where it is of another form."""
-    if not (isinstance(pid, tuple) and len(pid) in (5, 6) and pid[0] == "storage"):
-        raise PickleError("its pickle refers to something that isn't a storage")
-    _, cls, key, location, count, *view = pid
-    if not (isinstance(cls, Global) and cls.module in _STORAGE_MODULES and isinstance(key, str)):
-        raise PickleError("its pickle refers to a storage of a class that torch doesn't have")
-    if not isinstance(location, str) or not is_size(count):
-        raise PickleError(f"its pickle describes the storage {key!r} wrongly")
-    dtype = (STORAGES | QUANTIZED | {"UntypedStorage": "uint8"}).get(cls.name)
-    if dtype is None:
-        raise PickleError(f"its pickle refers to a storage of class {cls}")
-    ref = StorageRef(key, dtype, "" if cls.name == "UntypedStorage" else cls.name, location, count)
-    if view and view[0] is not None:
-        if not (isinstance(view[0], tuple) and len(view[0]) == 3 and is_size(view[0][1])):
-            raise PickleError(f"its pickle describes the storage {key!r} wrongly")
-        ref = replace(ref, start=view[0][1])
-    return ref
-
-
-def bare(value: Any) -> Any:
-    """Return what a parameter wraps; anything else as it is."""
-    if isinstance(value, Call) and value.function.module == "torch._utils" and value.function.name in PARAMETERS:
-        return value.arguments[0] if value.arguments else None
-    return value
-
-
-def plain_tensor(value: Any) -> TensorRef | None:
-    """Return the tensor that a value is, also where it is a parameter; None where it isn't one."""
-    value = bare(value)
-    return value if isinstance(value, TensorRef) else None
-
-
-def why_unusable(value: Any) -> str | None:
-    """Say what an entry is that is a tensor but not one of plain numbers, and what to do; None for all others."""
-    value = bare(value)
-    if isinstance(value, Call) and value.function.module in ("torch._utils", "torch._tensor"):
-        return UNUSABLE.get(value.function.name)
-    return None
-
-
-def is_size(value: object) -> bool:
-    """Tell whether a value can be a number of elements."""
-    return type(value) is int and 0 <= value <= LARGEST
+    return machine.read
 
 
 class _Machine:
@@ -269,7 +133,8 @@ class _Machine:
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
-        self.tensors: list[TensorRef] = []
+        self.remembered: set[int] = set()  # calls by their addresses; the memo keeps them alive
+        self.read = Pickled()
 
     def run(self, file: PickleFile) -> Any:
         for opcode, argument, _ in pickletools.genops(cast(IO[bytes], file)):
@@ -295,13 +160,21 @@ class _Machine:
         self.stack = []
 
     def pop(self, _: Any) -> None:
-        if self.stack:
-            self.stack.pop()
-        else:
+        if not self.stack:
             self.pop_mark()
+            return
+        value = self.stack.pop()
+        if isinstance(value, Call) and id(value) not in self.remembered:
+            # Nothing refers to what it gives: it is called for what it does to its first argument.
+            target = value.arguments[0] if value.arguments else None
+            if not isinstance(target, Call):
+                raise PickleError("its pickle calls something and throws away what it gives")
+            target.then.append(value)
 
     def put(self, index: int) -> None:
-        self.memo[index] = self.stack[-1]
+        value = self.memo[index] = self.stack[-1]
+        if isinstance(value, Call):
+            self.remembered.add(id(value))
 
     def tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
@@ -312,6 +185,8 @@ class _Machine:
 
     def append(self, items: list[Any]) -> None:
         target = self.stack[-1]
+        if isinstance(target, Call):
+            target = target.appended
         if not isinstance(target, list):
             raise PickleError("its pickle appends to something that isn't a list")
         target.extend(items)
@@ -323,8 +198,10 @@ class _Machine:
         if not isinstance(target, dict) or len(items) % 2:
             raise PickleError("its pickle puts items into something that isn't a dict")
         for key, value in zip(items[::2], items[1::2], strict=True):
+            check_key(key)
             if key in target:
-                raise InputError(f"{self.where}: is damaged: a dict in its pickle has the key {key!r} twice")
+                named = f"the key {key!r:.100}" if isinstance(key, str | int) else "a key"
+                raise InputError(f"{self.where}: is damaged: a dict in its pickle has {named} twice")
             target[key] = value
 
     def dict_of(self, items: list[Any]) -> None:
@@ -335,110 +212,118 @@ class _Machine:
         target = self.stack[-1]
         if not isinstance(target, set):
             raise PickleError("its pickle adds to something that isn't a set")
-        target.update(items)
+        for item in items:
+            check_key(item)
+            target.add(item)
 
-    def find(self, module: str, name: str) -> None:
-        found = _ALLOWED.get((module, name))
-        if found is None:
-            raise _refusal(self.where, module, name)
-        self.push(found)
+    def frozen_set(self, _: Any) -> None:
+        items = self.pop_mark()
+        for item in items:
+            check_key(item)
+        self.push(frozenset(items))
+
+    def find(self, module: str, name: str) -> Global:
+        found = Global(module, name)
+        if found not in _KNOWN:
+            self.read.foreign[found] = None
+        return found
 
     def stack_global(self, _: Any) -> None:
         name, module = self.stack.pop(), self.stack.pop()
         if not (isinstance(name, str) and isinstance(module, str)):
             raise PickleError("its pickle names a class by something that isn't text")
-        self.find(module, name)
+        self.push(self.find(module, name))
 
-    def called(self, what: str) -> tuple[Global, tuple[Any, ...]]:
-        """Return what is to be called, and with what."""
-        arguments, function = self.stack.pop(), self.stack.pop()
-        if not (isinstance(function, Global) and isinstance(arguments, tuple)):
-            raise PickleError(f"its pickle {what}")
-        return function, arguments
+    def call(self, opcode: bytes, count: int = 1) -> None:
+        """Make what a function or class gives for `count` arguments of the opcode, a tuple first."""
+        arguments = tuple(self.stack.pop() for _ in range(count))[::-1]
+        function = self.stack.pop()
+        if not isinstance(function, Global | Call) or not isinstance(arguments[0], tuple):
+            raise PickleError("its pickle calls something that isn't a function")
+        self.push(self.made(function, arguments[0]) if opcode == REDUCE else _new(function, opcode, arguments))
 
-    def reduce(self, _: Any) -> None:
-        self.push(self.made(*self.called("calls something that isn't a function")))
+    def instance(self, function: Any, arguments: list[Any]) -> None:
+        if not isinstance(function, Global):
+            raise PickleError("its pickle makes an object of something that isn't a class")
+        self.push(Call(function, tuple(arguments), OBJ))
 
-    def new(self, _: Any) -> None:
-        self.push(Call(*self.called("makes an object of something that isn't a class"), new=True))
-
-    def made(self, function: Global, arguments: tuple[Any, ...]) -> Any:
+    def made(self, function: Global | Call, arguments: tuple[Any, ...]) -> Any:
+        """Return what a function would give: a value where that is one of a state dict's, else the call."""
         if function == _ORDERED:
-            pairs = arguments[0] if arguments else []
-            if not isinstance(pairs, list) or any(len(pair) != 2 for pair in pairs):
-                raise PickleError("its pickle makes an OrderedDict of something that isn't a list of pairs")
-            made = OrderedItems(dict(pairs))
-            if len(made) != len(pairs):
-                raise InputError(f"{self.where}: is damaged: an OrderedDict in its pickle has a key twice")
-            return made
-        if function.module == "torch._utils" and function.name in TENSORS:
-            tensor = _tensor(function.name, arguments)
-            self.tensors.append(tensor)
+            return self.ordered(arguments)
+        if function == _ENCODE and len(arguments) == 2 and arguments[1] == "latin1" and isinstance(arguments[0], str):
+            return arguments[0].encode("latin-1")
+        call = Call(function, arguments)
+        name = call.calls("torch._utils")
+        if name in TENSORS and not (arguments and isinstance(arguments[0], Call)):
+            tensor = make_tensor(name, arguments)
+            self.read.tensors.append(tensor)
             return tensor
-        return Call(function, arguments)
+        if name in PARAMETERS and arguments:
+            call.tensor = plain_tensor(arguments[0])
+        elif call.calls("torch._tensor") == "_rebuild_from_type_v2" and len(arguments) == 4:
+            self.with_attributes(call, *arguments)
+        return self.array(call)
+
+    def with_attributes(self, call: Call, function: Any, cls: Any, arguments: Any, _: Any) -> None:
+        """Find the numbers of a tensor with attributes of Python's, where it is a plain one for the rest."""
+        if not (isinstance(function, Global) and isinstance(arguments, tuple) and arguments and cls in PLAIN_CLASSES):
+            return
+        if function.module == "torch._utils" and function.name in TENSORS and isinstance(arguments[0], StorageRef):
+            if arguments[0].start:
+                return  # of a form that torch no longer wrote when tensors had attributes
+            call.tensor = make_tensor(function.name, arguments)
+            self.read.tensors.append(call.tensor)
+        elif function.module == "torch._utils" and function.name in PARAMETERS:
+            call.tensor = plain_tensor(arguments[0])
+
+    def array(self, call: Call) -> Call:
+        """Return a call, with the numbers that it holds where it makes an array of numpy."""
+        found = read_array(call, f"{ARRAY}{len(self.read.arrays)}")
+        if found is not None:
+            call.tensor, self.read.arrays[found[0].storage.key] = found
+            self.read.tensors.append(call.tensor)
+        return call
+
+    def ordered(self, arguments: tuple[Any, ...]) -> OrderedItems:
+        pairs = arguments[0] if arguments else []
+        if not isinstance(pairs, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
+            raise PickleError("its pickle makes an OrderedDict of something that isn't a list of pairs")
+        for key, _ in pairs:
+            check_key(key)
+        made = OrderedItems(dict(pairs))
+        if len(made) != len(pairs):
+            raise InputError(f"{self.where}: is damaged: an OrderedDict in its pickle has a key twice")
+        return made
 
     def build(self, _: Any) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if not isinstance(target, Call | OrderedItems):
             raise PickleError("its pickle sets attributes of something that has none")
+        if target.state is not None:
+            raise PickleError("its pickle sets the attributes of an object twice")
         target.state = state
+        if isinstance(target, Call):
+            self.array(target)
 
 
-def _tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
-    """Return the tensor that torch._utils' function of that name makes of these arguments."""
-    storage, offset, shape, stride, *rest = arguments
-    if not isinstance(storage, StorageRef):
-        raise PickleError("its pickle makes a tensor of something that isn't a storage")
-    shape, stride = (tuple(numbers_of(value)) for value in (shape, stride))
-    if len(shape) > MOST_AXES:
-        raise PickleError(f"its pickle holds a tensor of {len(shape)} axes")
-    if not is_size(offset) or len(shape) != len(stride) or not all(map(is_size, (*shape, *stride))):
-        raise PickleError("its pickle holds a tensor whose offset, shape or strides make no sense")
-    least = {"_rebuild_tensor": 0, "_rebuild_tensor_v2": 2, "_rebuild_tensor_v3": 3}[function]
-    if not least <= len(rest) <= least + (function != "_rebuild_tensor"):
-        raise PickleError("its pickle makes a tensor of too few or too many things")
-    dtype, requires_grad, hooks, metadata = storage.dtype, False, None, None
-    if function == "_rebuild_tensor_v2":
-        requires_grad, hooks, metadata = (*rest, None)[:3]
-    elif function == "_rebuild_tensor_v3":
-        requires_grad, hooks, given, metadata = (*rest, None)[:4]
-        if not (isinstance(given, Global) and given.module == "torch" and given.name in ITEMSIZE):
-            raise PickleError(f"its pickle holds a tensor of dtype {given}, which is not known")
-        dtype = given.name
-        if storage.typed and dtype != storage.dtype:  # torch reads storages without a dtype so, and no others
-            raise PickleError(f"its pickle reads a storage of {storage.dtype} as {dtype}")
-    if not storage.typed and function != "_rebuild_tensor_v3":
-        raise PickleError("its pickle holds a tensor without a dtype")
-    return TensorRef(storage, dtype, offset + storage.start, shape, stride, bool(requires_grad), hooks, metadata)
+def _new(function: Global | Call, opcode: bytes, arguments: tuple[Any, ...]) -> Any:
+    """Return an object that its class makes by `__new__`."""
+    if function == _ORDERED and arguments == ((),):
+        return OrderedItems()
+    return Call(function, arguments[0] if opcode == NEWOBJ else arguments, opcode)
 
 
-def numbers_of(value: Any) -> tuple[Any, ...]:
-    """Return the numbers of a shape or of strides, unchecked; PickleError where it is nothing like either."""
-    if isinstance(value, Call) and value.function == Global("torch", "Size") and len(value.arguments) == 1:
-        value = value.arguments[0]
-    if not isinstance(value, tuple | list):
-        raise PickleError("its pickle holds a tensor whose shape isn't a tuple")
-    return tuple(value)
-
-
-def _refusal(where: str, module: str, name: str) -> ConvtoolError:
-    asked = f"{module}.{name}"
-    if module.startswith("torch.distributed"):
-        return InputError(
-            f"{where}: holds a distributed tensor ({asked}), of which each process saved its part; save the whole:"
-            " tensor.full_tensor(), or torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
-        )
-    if module.startswith("__torch__"):
-        return InputError(f"{where}: is TorchScript; save its weights: torch.save(module.state_dict(), PATH)")
-    if module.startswith("torch.nn.modules") or name in ("Sequential", "ModuleList") or module == "__main__":
-        return RefusedError(
-            f"{where}: its pickle asks for {asked}: a whole module was saved, that is code, and convtool runs no code"
-            " from a checkpoint; save the state dict alone: torch.save(model.state_dict(), PATH)"
-        )
-    return RefusedError(
-        f"{where}: its pickle asks for {asked}, that is code, and convtool runs no code from a checkpoint; save the"
-        " state dict alone: torch.save(model.state_dict(), PATH)"
-    )
+def check_key(key: Any) -> None:
+    """Raise PickleError for a key of more values than anybody means; 60 tuples in tuples can be hashed 2**60 times."""
+    left, ahead = MOST_IN_KEY, [key]
+    while ahead:
+        value = ahead.pop()
+        left -= 1
+        if left < 0:
+            raise PickleError(f"its pickle has a key of more than {MOST_IN_KEY} values")
+        if isinstance(value, tuple | frozenset):
+            ahead += value if len(value) <= left else [None] * (left + 1)
 
 
 def _pushes(make: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
@@ -449,17 +334,19 @@ def _push_mark(make: Callable[[list[Any]], Any]) -> Callable[[_Machine, Any], No
     return lambda machine, _: machine.push(make(machine.pop_mark()))
 
 
-def _instance(machine: _Machine, argument: str) -> None:
-    raise _refusal(machine.where, *argument.split(" ", 1))
+def _object(machine: _Machine, _: Any) -> None:
+    cls, *arguments = machine.pop_mark()
+    machine.instance(cls, arguments)
 
 
 _ARGUMENTS = (
     *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
     *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 )
 _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     **dict.fromkeys(_ARGUMENTS, _Machine.push),
+    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), lambda machine, text: machine.push(OldText(text))),
     **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
     **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
     **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, index: machine.push(machine.memo[index])),
@@ -478,7 +365,7 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "LIST": _push_mark(list),
     "DICT": lambda machine, _: machine.dict_of(machine.pop_mark()),
     "TUPLE": _push_mark(tuple),
-    "FROZENSET": _push_mark(frozenset),
+    "FROZENSET": _Machine.frozen_set,
     "TUPLE1": lambda machine, _: machine.tuple_of(1),
     "TUPLE2": lambda machine, _: machine.tuple_of(2),
     "TUPLE3": lambda machine, _: machine.tuple_of(3),
@@ -487,11 +374,13 @@ _ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
     "SETITEM": lambda machine, _: machine.set_items([machine.stack.pop(-2), machine.stack.pop()]),
     "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
     "ADDITEMS": lambda machine, _: machine.add(machine.pop_mark()),
-    "GLOBAL": lambda machine, argument: machine.find(*argument.split(" ", 1)),
+    "GLOBAL": lambda machine, argument: machine.push(machine.find(*argument.split(" ", 1))),
     "STACK_GLOBAL": _Machine.stack_global,
-    "INST": _instance,
-    "REDUCE": _Machine.reduce,
-    "NEWOBJ": _Machine.new,
+    "INST": lambda machine, name: machine.instance(machine.find(*name.split(" ", 1)), machine.pop_mark()),
+    "OBJ": _object,
+    "REDUCE": lambda machine, _: machine.call(REDUCE),
+    "NEWOBJ": lambda machine, _: machine.call(NEWOBJ),
+    "NEWOBJ_EX": lambda machine, _: machine.call(NEWOBJ_EX, 2),
     "BUILD": _Machine.build,
     "BINPERSID": lambda machine, _: machine.push(machine.persistent(machine.stack.pop())),
 }

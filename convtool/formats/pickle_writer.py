@@ -1,49 +1,70 @@
-"""The values that `pickle_reader` reads, as a pickle again, of the protocol that torch writes and reads."""
+"""The values of `pickle_values` as a pickle again, of the protocol that torch writes and reads."""
 
 from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from convtool.errors import InputError
-from convtool.formats.pickle_reader import Call, Global, OrderedItems, StorageRef, TensorRef
+from convtool.formats.pickle_values import (
+    NEWOBJ_EX,
+    OBJ,
+    Call,
+    Global,
+    OldText,
+    OrderedItems,
+    StorageRef,
+    TensorRef,
+)
 
 _ORDERED = Global("collections", "OrderedDict")
 _ENCODE = Global("_codecs", "encode")
 
 
-def dumps(value: Any, storage: Callable[[StorageRef], StorageRef], tensor: Callable[[Any], Any]) -> bytes:
+def dumps(
+    value: Any,
+    storage: Callable[[StorageRef], StorageRef],
+    tensor: Callable[[Any], Any],
+    instead: Mapping[int, Any] | None = None,
+) -> bytes:
     """Return the pickle of a value.
 
     Args:
         storage: under what key, and as what, a storage is to be written; asked in the order of the pickle.
-        tensor: what stands for a value that isn't one of `pickle_reader`'s, such as a new tensor.
+        tensor: what stands for a value that isn't one of `pickle_values`', such as a new tensor.
+        instead: what is written in the place of a value, by the value's address, wherever it is met.
 
     Raises:
         InputError: values nested deeper than Python can follow.
     """
-    writer = _Writer(storage, tensor)
+    writer = _Writer(storage, tensor, instead or {})
     try:
         writer.save(value)
     except RecursionError:
         raise InputError("the saved object is nested too deeply to be written again") from None
-    return b"\x80\x02" + writer.out.getvalue() + b"."
+    return b"\x80" + bytes([writer.protocol]) + writer.out.getvalue() + b"."
 
 
 class _Writer:
-    def __init__(self, storage: Callable[[StorageRef], StorageRef], tensor: Callable[[Any], Any]) -> None:
+    def __init__(
+        self,
+        storage: Callable[[StorageRef], StorageRef],
+        tensor: Callable[[Any], Any],
+        instead: Mapping[int, Any],
+    ) -> None:
         self.out = io.BytesIO()
+        self.protocol = 2
         self.storage = storage
         self.tensor = tensor
+        self.instead = instead
         self.memo: dict[Any, int] = {}
         self.kept: list[Any] = []  # what is known by its address has to stay alive
 
     def save(self, value: Any) -> None:
-        key = value if isinstance(value, str | Global) else id(value)
-        if key in self.memo:
-            self.memo_operation(b"h", b"j", self.memo[key])
+        value = self.instead.get(id(value), value)
+        if self.known(value):
             return
         save = _SAVERS.get(type(value))
         if save is not None:
@@ -51,9 +72,18 @@ class _Writer:
         else:
             self.save(self.tensor(value))
 
+    def known(self, value: Any, before: bytes = b"") -> bool:
+        """Write what was written before as what is remembered, behind `before`; tell whether it was."""
+        index = self.memo.get(_memo_key(value))
+        if index is None:
+            return False
+        self.out.write(before)
+        self.memo_operation(b"h", b"j", index)
+        return True
+
     def remember(self, value: Any) -> None:
         index = len(self.memo)
-        self.memo[value if isinstance(value, str | Global) else id(value)] = index
+        self.memo[_memo_key(value)] = index
         self.kept.append(value)
         self.memo_operation(b"q", b"r", index)
 
@@ -80,13 +110,28 @@ class _Writer:
         data = value.encode("utf-8", "surrogatepass")
         self.out.write(b"X" + struct.pack("<I", len(data)) + data)
 
+    def old_text(self, value: OldText) -> None:
+        self.out.write(b"T" + struct.pack("<i", len(value)) + value.encode("latin-1"))
+
     def found(self, value: Global) -> None:
-        self.out.write(f"c{value.module}\n{value.name}\n".encode())
+        text = value.module + value.name
+        if text.isascii() and text.isprintable() and "." not in value.name:
+            self.out.write(f"c{value.module}\n{value.name}\n".encode())
+        else:
+            self.characters(value.module)
+            self.characters(value.name)
+            self.newest(b"\x93")
         self.remember(value)
+
+    def newest(self, opcode: bytes) -> None:
+        """Write an opcode that protocol 2 hasn't."""
+        self.out.write(opcode)
+        self.protocol = 4
 
     def tuple_of(self, value: tuple[Any, ...]) -> None:
         self.items_of(value)
-        if value:
+        # One that holds itself by way of a list or an object was written meanwhile.
+        if value and not self.known(value, b"0"):
             self.remember(value)
 
     def items_of(self, value: tuple[Any, ...]) -> None:
@@ -103,6 +148,9 @@ class _Writer:
     def list_of(self, value: list[Any]) -> None:
         self.out.write(b"]")
         self.remember(value)
+        self.appended(value)
+
+    def appended(self, value: list[Any]) -> None:
         if value:
             self.out.write(b"(")
             for item in value:
@@ -127,11 +175,23 @@ class _Writer:
         self.filled(value, value.state)
 
     def call(self, value: Call) -> None:
+        if value.opcode == OBJ:
+            self.out.write(b"(")
         self.save(value.function)
-        self.save(value.arguments)
-        self.out.write(b"\x81" if value.new else b"R")
+        for part in value.arguments if value.opcode in (OBJ, NEWOBJ_EX) else (value.arguments,):
+            self.save(part)
+        if value.opcode == NEWOBJ_EX:
+            self.newest(NEWOBJ_EX)
+        else:
+            self.out.write(value.opcode)
+        if self.known(value, b"0"):  # as with tuples
+            return
         self.remember(value)
+        self.appended(value.appended)
         self.filled(value.items, value.state)
+        for after in value.then:
+            self.save(after)
+            self.out.write(b"0")
 
     def made(self, value: Any, function: Global, *arguments: Any) -> None:
         """Write what a call makes, known afterwards as `value`."""
@@ -181,6 +241,10 @@ class _Writer:
         self.remember(value)
 
 
+def _memo_key(value: Any) -> Any:
+    return value if type(value) in (str, Global) else id(value)
+
+
 def _write(make: Callable[[Any], bytes]) -> Callable[[_Writer, Any], None]:
     def save(writer: _Writer, value: Any) -> None:
         writer.out.write(make(value))
@@ -198,6 +262,7 @@ _SAVERS: dict[type, Callable[[_Writer, Any], None]] = {
     int: _Writer.integer,
     float: _write(lambda value: b"G" + struct.pack(">d", value)),
     str: _Writer.text,
+    OldText: _Writer.old_text,
     bytes: _binary,
     bytearray: lambda writer, value: writer.made(value, Global("builtins", "bytearray"), bytes(value)),
     tuple: _Writer.tuple_of,

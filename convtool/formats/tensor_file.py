@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from convtool.formats.atomic import FilePlan
 from convtool.formats.pieces import Piece
+from convtool.formats.program import Program
 from convtool.formats.source import Source
 
 if TYPE_CHECKING:
@@ -26,6 +27,18 @@ class Place(NamedTuple):
         return self.storage == other.storage and self.start < other.stop and other.start < self.stop
 
 
+class SavedModule(NamedTuple):
+    """What a file says of a module.
+
+    Attributes:
+        cls: its class, dotted.
+        attributes: those of plain numbers and words; of its tensors, whether they are there.
+    """
+
+    cls: str
+    attributes: Mapping[str, Any]
+
+
 class TensorFile(abc.ABC):
     """An open file of named tensors: its table of contents at once, their bytes when asked for.
 
@@ -36,6 +49,10 @@ class TensorFile(abc.ABC):
         unusable: entries that are tensors and can't be computed with: what they are, and what to do.
         metadata: the texts that a .safetensors file made of this one has.
         root: the keys that lead to the tensors, in a file of dicts in dicts.
+        modules: what the file says of the modules that the tensors are in, by their paths.
+        program: a run of the model, where the file has one.
+        replaced: what a new file of the same format can't hold either, by name, and what it is.
+        classes: classes and functions that it names, dotted, and no state dict is made of; nothing is done with them.
     """
 
     format: str
@@ -43,6 +60,10 @@ class TensorFile(abc.ABC):
     unusable: Mapping[str, str] = {}
     metadata: Mapping[str, str] = {"format": "pt"}
     root: tuple[str, ...] = ()
+    modules: Mapping[str, SavedModule] = {}
+    program: Program | None = None
+    replaced: Mapping[str, str] = {}
+    classes: tuple[str, ...] = ()
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -54,26 +75,26 @@ class TensorFile(abc.ABC):
         return self.tensors
 
     @property
-    def others(self) -> list[str]:
-        """Names of entries that aren't tensors of plain numbers."""
-        return [str(name) for name in self.entries if name not in self.tensors]
+    def others(self) -> Mapping[str, str]:
+        """Entries that aren't tensors of plain numbers, and what they are."""
+        return {}
 
     @property
-    def left_out(self) -> list[str]:
-        """All that a file of the tensors alone would not hold."""
+    def left_out(self) -> Mapping[str, str]:
+        """All that a file of the tensors alone would not hold, and what it is."""
         return self.others
 
     def in_order_of_bytes(self) -> list[str]:
         """Return the tensors' names in the order of their bytes, where a new file is to keep that."""
         return list(self.tensors)
 
-    @abc.abstractmethod
     def record(self) -> tuple[str, Path] | None:
         """Return convtool's record as it stands in the file or beside it, and where; None where there is none.
 
         Raises:
             InputError: there is one, of another file or unreadable.
         """
+        return None
 
     @abc.abstractmethod
     def tensor(self, name: str) -> Tensor:
@@ -96,12 +117,18 @@ class TensorFile(abc.ABC):
         """Return where a tensor's elements lie."""
 
     def rewritten(
-        self, entries: Sequence[tuple[Any, Piece | None]], record: str | None, cast: Callable[[Piece], Piece]
+        self,
+        entries: Sequence[tuple[Any, Piece | None]],
+        record: str | None,
+        cast: Callable[[Piece], Piece],
+        *,
+        alone: bool = False,
     ) -> FilePlan | None:
         """Plan a file of the same format that holds all else that this one holds, where the format has anything else.
 
         Args:
             entries: what stands where the tensors stand, in order: None for what is as it was.
             cast: gives the numbers that stay another dtype.
+            alone: leave all out that isn't tensors.
         """
         return None

@@ -4,226 +4,164 @@ They are read without ever running a pickle's code, in torch's zip format and th
 torch.save wants all of it in memory, so a member of the archive is written here for each storage, aligned for
 `torch.load(mmap=True)`. What is written is opened again with the reader, which shares nothing with the writer.
 
-A checkpoint is a state dict, maybe inside of other dicts. A matrix is a dict {"weight", "bias"} for
-`torch.load(path, weights_only=True)`, whose weight is a sparse CSR, sparse COO (coalesced) or dense tensor; dense, it
-is an nn.Linear's state dict. Its record is the member `extra/convtool_matrix.json`, which torch.load passes over.
+What is pickled is a state dict, maybe inside of other dicts, or a module. A module's own pickle can't be written: its
+state dict is, in its place. `torch_script`, `pt2` and `torch_matrix` are about the other archives that torch has.
 """
 
 from __future__ import annotations
 
-import copy
-import itertools
-import math
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from convtool.errors import ConvtoolError, InputError, OutputError, RefusedError, UsageError
-from convtool.formats import pickle_writer
+from convtool.errors import ConvtoolError, OutputError, RefusedError
+from convtool.formats import pickle_writer, pt2, torch_script
 from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.dtypes import ITEMSIZE, STORAGE_CLASSES
-from convtool.formats.matrices import RECORD_NAME, Found, Layout
-from convtool.formats.matrices import Contents as MatrixContents
-from convtool.formats.pickle_reader import (
-    Call,
-    Global,
-    OrderedItems,
-    PickleError,
-    StorageRef,
-    TensorRef,
-    bare,
-    is_size,
-    numbers_of,
-    plain_tensor,
-    why_unusable,
-)
-from convtool.formats.pieces import Chunk, Piece, tensor_chunks
+from convtool.formats.matrices import RECORD_NAME
+from convtool.formats.pickle_values import OrderedItems, StorageRef, TensorRef, describe
+from convtool.formats.pieces import Piece
 from convtool.formats.source import Source
-from convtool.formats.stored_array import Array, StoredArray
+from convtool.formats.state_dicts import StateDict, descend, find_state
+from convtool.formats.storages import Placed
+from convtool.formats.stored_tensors import StoredTensors
 from convtool.formats.stored_zip import LONGEST_NAME, archive_size, write_archive
-from convtool.formats.tensor_file import Place, TensorFile
-from convtool.formats.torch_contents import ZIP_MAGIC, Contents, Placed, checked_bytes, checked_chunks, read_contents
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from convtool.formats.tensor_file import TensorFile
+from convtool.formats.torch_contents import Contents, read_archive, read_contents
+from convtool.formats.zip_members import ZIP_MAGIC, read_members
 
 NAME = "torch"
-LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
-STORES_BIAS = True
-COO_INDICES: str | None = "int64"  # all that torch's COO tensors take
 
 FOLDER = "archive"  # of the members of a zip file; torch's name for it where it writes to no named file
-DEPTH = 4  # how many dicts deep a state dict is looked for
 MATRIX_RECORD = f"extra/{RECORD_NAME}.json"
 RECORD = "convtool.json"  # the member that holds convtool's record of a checkpoint
 
-_REBUILD_SPARSE = [Global("torch._utils", name) for name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor")]
-_SPARSE_PARTS = {"torch.sparse_csr": ("indptr", "indices", "data"), "torch.sparse_coo": ("indices", "data")}
-_LAYOUT = Global("torch.serialization", "_get_layout")
 
-
-class TorchFile(TensorFile):
+class TorchFile(StoredTensors):
     """A file that torch.save wrote.
 
     Attributes:
         contents: what stands in it.
-        state: the tensors by name, and whatever else stands among them.
-
-    Args:
-        root: the keys that lead to `state` in what was saved.
+        state: the state dict that is meant.
     """
 
     format = NAME
-    tensors: Mapping[str, TensorRef]
 
-    def __init__(self, source: Source, contents: Contents, root: tuple[str, ...], state: dict[Any, Any]) -> None:
-        super().__init__(source)
+    def __init__(self, source: Source, contents: Contents, state: StateDict) -> None:
+        super().__init__(source, contents.storages, state.tensors)
         self.contents = contents
-        self.root = root
         self.state = state
-        self.tensors = {
-            name: tensor
-            for name, value in state.items()
-            if isinstance(name, str) and (tensor := plain_tensor(value)) is not None
-        }
-        self.unusable = {
-            str(name): reason for name, value in state.items() if (reason := why_unusable(value)) is not None
-        }
-        self._verified_keys: set[str] = set()
+        self.root = state.root
+        self.modules = state.modules
+        self.unusable = state.unusable
+        self.classes = tuple(map(str, contents.foreign))
 
     @property
     def entries(self) -> Iterable[Any]:
-        return self.state
+        return self.state.entries
 
     @property
-    def left_out(self) -> list[str]:
-        outside = [] if not self.root else [str(name) for name in self.contents.value if name != self.root[0]]
-        return outside + self.others
+    def others(self) -> dict[str, str]:
+        return {
+            str(name): self.unusable.get(str(name)) or describe(value)
+            for name, value in self.state.entries.items()
+            if name not in self.tensors
+        }
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return {**self.state.beside, **self.replaced, **self.others}
+
+    @property
+    def replaced(self) -> dict[str, str]:  # type: ignore[override]
+        is_module = self.state.value is not self.state.entries
+        return {".".join(self.root) or ".": f"the module, {describe(self.state.value)}"} if is_module else {}
 
     def record(self) -> tuple[str, Path] | None:
-        text = _member_text(self.source, self.contents, RECORD)
+        text = member_text(self.contents, RECORD)
         return None if text is None else (text, self.path)
 
-    def tensor(self, name: str) -> Tensor:
-        import torch
-
-        ref = self.tensors[name]
-        dtype: torch.dtype = getattr(torch, ref.dtype)
-        if not ref.count:
-            return torch.empty(ref.shape, dtype=dtype)
-        view = self._view(name, ref.reach)
-        flat: Tensor = torch.frombuffer(view, dtype=dtype)
-        return _with_metadata(flat.as_strided(ref.shape, ref.stride), ref.metadata, f"{self.path}: {name}")
-
-    def array(self, name: str) -> Array:
-        """Return a tensor that is read in parts, where it stands in the file as it is; raises what `tensor` does."""
-        import torch
-
-        ref = self.tensors[name]
-        if not (ref.count and ref.contiguous()) or ref.metadata:
-            return self.tensor(name)
-        start = self._verified(ref.storage.key, name).start + ref.offset * ITEMSIZE[ref.dtype]
-        return StoredArray(self.source, start, getattr(torch, ref.dtype), ref.shape)
-
-    def data(self, name: str) -> memoryview:
-        ref = self.tensors[name]
-        if ref.contiguous() and not ref.metadata:
-            return self._view(name, ref.count) if ref.count else memoryview(b"")
-        return memoryview(bytearray().join(tensor_chunks(self.tensor(name))))
-
-    def piece(self, name: str) -> Piece:
-        ref = self.tensors[name]
-        memory: Hashable = (ref.storage.key, ref.dtype, ref.offset, ref.shape, ref.stride, repr(ref.metadata))
-
-        def chunks() -> Iterable[memoryview]:
-            if not ref.contiguous() or ref.metadata:
-                return tensor_chunks(self.tensor(name))
-            start = self._verified(ref.storage.key, name).start + ref.offset * ITEMSIZE[ref.dtype]
-            return self.source.chunks(start, start + ref.nbytes)
-
-        made = lambda: map(Chunk, chunks() if ref.count else ())  # noqa: E731
-        return Piece(name, ref.dtype, ref.shape, ref.nbytes, made, memory if ref.count else name)
-
-    def place(self, name: str) -> Place:
-        ref = self.tensors[name]
-        size = ITEMSIZE[ref.dtype]
-        return Place(ref.storage.key, ref.offset * size, (ref.offset + ref.reach) * size)
-
     def rewritten(
-        self, entries: Sequence[tuple[Any, Piece | None]], record: str | None, cast: Callable[[Piece], Piece]
+        self,
+        entries: Sequence[tuple[Any, Piece | None]],
+        record: str | None,
+        cast: Callable[[Piece], Piece],
+        *,
+        alone: bool = False,
     ) -> FilePlan:
         """Plan the saved object with its state dict edited, entries that aren't tensors and all else as it was.
 
         Raises:
             RefusedError: a tensor that is to have another dtype shares its storage with one that isn't.
         """
-        dtypes: dict[str, set[str]] = {}  # of the tensors that lie in each storage
-        for ref in self.tensors.values():
-            dtypes.setdefault(ref.storage.key, set()).add(ref.dtype if ref.storage.typed else "untyped")
-        whole = {
-            ref.storage.key: ref.shape
-            for ref in self.tensors.values()
-            if ref.contiguous() and ref.count == ref.storage.count
-        }
-        described = {}
+        described, state = {}, type(self.state.entries)()
+        if isinstance(self.state.entries, OrderedItems):
+            state = OrderedItems(state=self.state.entries.state)
         for name, piece in entries:
             if piece is None and name in self.tensors:
-                piece, ref = cast(self.piece(name)), self.tensors[name]
-                if piece.dtype != ref.dtype and dtypes[ref.storage.key] != {ref.dtype}:
-                    raise RefusedError(
-                        f"{name} shares its memory with a tensor of another dtype, and cannot be cast alone"
-                    )
-            if piece is not None:
+                piece = self._cast(name, cast)
                 described[name] = piece
+                # An array's numbers stand in the pickle, in no storage that could be cast.
+                array = self.tensors[name].storage.is_array and piece.dtype != self.tensors[name].dtype
+                state[name] = piece if array else self.state.entries[name]
+            elif piece is not None:
+                state[name] = described[name] = piece
+            elif not alone or str(name) in self.unusable:
+                state[name] = self.state.entries[name]
+        value, root = (state, ()) if alone else (self.contents.value, self.root)
+        instead = {id(self.state.value): state}  # under whatever key it stands
+        others = () if alone else self.contents.extras.items()
+        extras = [*(self._extra(name, placed) for name, placed in others if name != RECORD), *_record_member(record)]
+        archive = write_value(value, extras, lambda ref: self._storage(ref, cast), instead)
+        return FilePlan(*archive, lambda path: check_written(path, described, _opener(root), record))
 
-        def storage(ref: StorageRef) -> Piece:
-            key = ref.key
-            chunks = lambda: checked_chunks(self.source, self._called(key), self.contents.storages[key])  # noqa: E731
-            piece = Piece(self._users.get(key, "the saved object"), ref.dtype, (ref.count,), ref.nbytes, chunks)
-            # Numbers are held by rows, which only a tensor has that is the whole of its storage.
-            rows = replace(piece, shape=whole.get(key, piece.shape))
-            return replace(cast(rows), shape=piece.shape) if dtypes.get(key) == {ref.dtype} else piece
+    def _cast(self, name: str, cast: Callable[[Piece], Piece]) -> Piece:
+        """Return a tensor that stays as it is to be stored."""
+        piece, ref = cast(self.piece(name)), self.tensors[name]
+        if piece.dtype != ref.dtype and self._dtypes[ref.storage.key] != {ref.dtype}:
+            raise RefusedError(f"{name} shares its memory with a tensor of another dtype, and cannot be cast alone")
+        return piece
 
-        state = OrderedItems(state=self.state.state) if isinstance(self.state, OrderedItems) else {}
-        for name, piece in entries:
-            state[name] = self.state[name] if piece is None else piece
-        value = _replace(self.contents.value, self.root, state)
-        others = ((name, placed) for name, placed in self.contents.extras.items() if name != RECORD)
-        extras = [*(self._extra(name, placed) for name, placed in others), *_record_member(record)]
-        reopen = lambda source, back: TorchFile(source, back, self.root, _descend(back.value, self.root))  # noqa: E731
-        return FilePlan(*_archive(value, extras, storage), lambda path: _check(path, described, reopen, record))
+    @cached_property
+    def _dtypes(self) -> dict[str, set[str]]:
+        """The dtypes of the tensors that lie in each storage, by its key."""
+        dtypes: dict[str, set[str]] = {}
+        for ref in self.tensors.values():
+            plain = ref.storage.typed or ref.storage.is_array
+            dtypes.setdefault(ref.storage.key, set()).add(ref.dtype if plain else "untyped")
+        return dtypes
+
+    @cached_property
+    def _whole(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of tensors that are the whole of their storage, by its key."""
+        refs = self.tensors.values()
+        return {ref.storage.key: ref.shape for ref in refs if ref.contiguous() and ref.count == ref.storage.count}
+
+    def _storage(self, ref: StorageRef, cast: Callable[[Piece], Piece]) -> Piece:
+        """Return a storage that stays as it is to be stored."""
+        key = ref.key
+        chunks = lambda: self.storages[key].checked(self.called(key))  # noqa: E731
+        piece = Piece(self.users.get(key, "the saved object"), ref.dtype, (ref.count,), ref.nbytes, chunks)
+        # Numbers are held by rows, which only a tensor has that is the whole of its storage.
+        rows = replace(piece, shape=self._whole.get(key, piece.shape))
+        return replace(cast(rows), shape=piece.shape) if self._dtypes.get(key) == {ref.dtype} else piece
 
     def _extra(self, name: str, placed: Placed) -> Piece:
         if len(f"{FOLDER}/{name}".encode()) > LONGEST_NAME:
             raise RefusedError(f"{self.path}: the name of a member, {name[:32]!r}..., is too long to be written")
-        chunks = lambda: checked_chunks(self.source, name, placed)  # noqa: E731
-        return Piece(name, "uint8", (placed.nbytes,), placed.nbytes, chunks)
+        return Piece(name, "uint8", (placed.nbytes,), placed.nbytes, lambda: placed.checked(name))
 
-    def _view(self, name: str, count: int) -> memoryview:
-        """Return so many numbers of a tensor's storage, from the tensor's first on."""
-        ref = self.tensors[name]
-        size = ITEMSIZE[ref.dtype]
-        start = self._verified(ref.storage.key, name).start + ref.offset * size
-        return self.source.view(start, start + count * size)
 
-    def _verified(self, key: str, name: str) -> Placed:
-        """Return a storage's place, its checksum compared at the first use."""
-        placed = self.contents.storages[key]
-        if key not in self._verified_keys:
-            for _ in checked_chunks(self.source, self._called(key), placed):
-                pass
-            self._verified_keys.add(key)
-        return placed
+def _opener(root: tuple[str, ...]) -> Callable[[Source, Contents], TorchFile]:
+    """Return what opens a file that was written by the keys that lead to its state dict."""
 
-    def _called(self, key: str) -> str:
-        """Return what a storage is called in messages: by the first tensor that it belongs to."""
-        return f"the storage {key} of {self._users.get(key, 'the saved object')}"
+    def opened(source: Source, contents: Contents) -> TorchFile:
+        entries = descend(contents.value, root)
+        return TorchFile(source, contents, StateDict(root, entries, entries))
 
-    @cached_property
-    def _users(self) -> dict[str, str]:
-        return {ref.storage.key: name for name, ref in reversed(list(self.tensors.items()))}
+    return opened
 
 
 def recognises(start: bytes) -> bool:
@@ -231,8 +169,8 @@ def recognises(start: bytes) -> bool:
     return start.startswith((ZIP_MAGIC, b"\x80"))
 
 
-def open_file(source: Source, root: str | None) -> TorchFile:
-    """Open a file of a state dict.
+def open_file(source: Source, root: str | None) -> TensorFile:
+    """Open a file of a state dict, or another archive of torch's.
 
     Args:
         root: the keys that lead to it, joined by dots ('.' for the saved dict itself), needed only where there are
@@ -242,92 +180,16 @@ def open_file(source: Source, root: str | None) -> TorchFile:
         InputError: it is damaged, or holds none.
         UsageError: several state dicts and no `root`.
     """
-    contents = read_contents(source)
-    keys = _find_root(source, contents.value, root)
-    return TorchFile(source, contents, keys, _descend(contents.value, keys))
-
-
-def _with_metadata(tensor: Tensor, metadata: Any, where: str) -> Tensor:
-    """Return the tensor with torch's bits for conjugate and negative set as its metadata say."""
-    import torch
-
-    if not metadata:
-        return tensor
-    if not isinstance(metadata, dict) or not metadata.keys() <= {"conj", "neg"}:
-        raise InputError(f"{where}: has attributes that are not known ({metadata!r:.100})")
-    if metadata.get("conj"):
-        tensor = torch.conj(tensor)
-    return torch._neg_view(tensor) if metadata.get("neg") else tensor
-
-
-def _find_root(source: Source, top: object, root: str | None) -> tuple[str, ...]:
-    candidates = _candidates(top)
-    found = [keys for keys, more in candidates.items() if more]
-    if not found:
-        found = [()] if root is None and () in candidates else list(candidates)
-    names = ", ".join(map(_dotted, found))
-    if root is not None:
-        named = [keys for keys in found if _dotted(keys) == root]
-        named = named or [keys for keys in candidates if _dotted(keys) == root]
-        if len(named) == 1:
-            return named[0]
-        known = names or "none"
-        raise UsageError(f"{source.path}: --root {root}: there is no such state dict; state dicts found: {known}")
-    if not found:
-        raise source.error(f"holds no state dict (a dict of tensors by name), but {_kind(top)}")
-    if len(found) > 1:
-        raise UsageError(f"{source.path}: holds several state dicts ({names}); choose one with --root")
-    return found[0]
-
-
-def _candidates(top: object) -> dict[tuple[str, ...], bool]:
-    """Return the keys that lead to each dict of tensors by name, each dict looked at once.
-
-    With them whether it holds more than numbers: an accuracy or a counter alone don't make a state dict.
-    """
-    found: dict[tuple[str, ...], bool] = {}
-    seen: set[int] = set()
-    level: list[tuple[tuple[str, ...], object]] = [((), top)]
-    for _ in range(DEPTH + 1):
-        following: list[tuple[tuple[str, ...], object]] = []
-        for keys, value in level:
-            if not isinstance(value, dict) or id(value) in seen:
-                continue
-            seen.add(id(value))
-            items = {name: item for name, item in value.items() if isinstance(name, str)}
-            tensors = [tensor for tensor in map(plain_tensor, items.values()) if tensor is not None]
-            more = any(tensor.shape for tensor in tensors) or any(map(why_unusable, items.values()))
-            if tensors or more:
-                found[keys] = more
-            following += [((*keys, name), item) for name, item in items.items()]
-        level = following
-    return found
-
-
-def _dotted(keys: tuple[str, ...]) -> str:
-    return ".".join(keys) or "."
-
-
-def _kind(value: object) -> str:
-    if plain_tensor(value) is not None:
-        return "a single tensor; save it in a dict under its name"
-    if isinstance(value, dict):
-        return f"a dict of {len(value)} entries without one"
-    return f"a {type(value).__name__}"
-
-
-def _descend(value: Any, root: tuple[str, ...]) -> Any:
-    for name in root:
-        value = value[name]
-    return value
-
-
-def _replace(top: Any, root: tuple[str, ...], state: Any) -> Any:
-    if not root:
-        return state
-    changed = copy.copy(top)
-    changed[root[0]] = _replace(top[root[0]], root[1:], state)
-    return changed
+    if bytes(source.view(0, min(4, source.size))) != ZIP_MAGIC:
+        contents = read_contents(source)
+    else:
+        members = read_members(source)
+        if torch_script.recognises(members):
+            return torch_script.open_members(source, members, root)
+        if pt2.recognises(members):
+            return pt2.open_members(source, members, root)
+        contents = read_archive(source, members)
+    return TorchFile(source, contents, find_state(source, contents.value, root))
 
 
 # Writing
@@ -365,8 +227,7 @@ class _Storages:
         if key not in self.known:
             self.known[key] = self.add(piece, "cpu")
             self.new.add(id(self.known[key]))
-        stride = tuple(math.prod(piece.shape[axis + 1 :]) for axis in range(len(piece.shape)))
-        ref = self.refs[id(piece)] = TensorRef(self.known[key], piece.dtype, 0, piece.shape, stride)
+        ref = self.refs[id(piece)] = TensorRef.of(self.known[key], piece.dtype, piece.shape)
         return ref
 
     def add(self, piece: Piece, location: str, like: StorageRef | None = None) -> StorageRef:
@@ -385,10 +246,10 @@ def _record_member(record: str | None) -> list[Piece]:
     return [] if record is None else [Piece.of(RECORD, record.encode())]
 
 
-def _member_text(source: Source, contents: Contents, name: str) -> str | None:
+def member_text(contents: Contents, name: str) -> str | None:
     """Return a member of the archive as text; None where there is none."""
     placed = contents.extras.get(name)
-    return None if placed is None else checked_bytes(source, name, placed).decode("utf-8", "replace")
+    return None if placed is None else placed.text(name).decode("utf-8", "replace")
 
 
 def plan_state(pieces: Sequence[Piece], metadata: Mapping[str, str], record: str | None) -> FilePlan:
@@ -397,26 +258,29 @@ def plan_state(pieces: Sequence[Piece], metadata: Mapping[str, str], record: str
         if piece.dtype not in ITEMSIZE:
             raise RefusedError(f"{piece.name}: torch has no dtype {piece.dtype}; write a .safetensors file instead")
     state = {piece.name: piece for piece in pieces}
-    reopen = lambda source, back: TorchFile(source, back, (), back.value)  # noqa: E731
-    archive = _archive(OrderedItems(state), _record_member(record))
-    return FilePlan(*archive, lambda path: _check(path, state, reopen, record))
+    archive = write_value(OrderedItems(state), _record_member(record))
+    return FilePlan(*archive, lambda path: check_written(path, state, _opener(()), record))
 
 
-def _archive(
-    value: Any, extras: Sequence[Piece] = (), kept: Callable[[StorageRef], Piece] | None = None
+def write_value(
+    value: Any,
+    extras: Sequence[Piece] = (),
+    kept: Callable[[StorageRef], Piece] | None = None,
+    instead: Mapping[int, Any] | None = None,
 ) -> tuple[int, Callable[[Written], None]]:
     """Return the size of a torch zip file of a value, and what writes it; no storage is read before it is written.
 
     Args:
-        value: as `pickle_reader` has it, with pieces for new tensors.
+        value: of `pickle_values`, with pieces for new tensors.
         extras: further members of the archive.
         kept: see `_Storages`.
+        instead: see `pickle_writer.dumps`.
 
     Raises:
         InputError: values nested deeper than Python can follow; when written, a storage's bytes are damaged.
     """
     storages = _Storages(kept)
-    pickled = pickle_writer.dumps(value, storages.storage, storages.tensor)
+    pickled = pickle_writer.dumps(value, storages.storage, storages.tensor, instead)
     small = {"data.pkl": pickled, ".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little"}
     first = (Piece.of(name, data) for name, data in small.items())
     members = [
@@ -426,10 +290,10 @@ def _archive(
     return archive_size(members), lambda file: write_archive(file, members)
 
 
-def _check(
+def check_written(
     path: Path,
     described: Mapping[str, Piece],
-    reopen: Callable[[Source, Contents], TorchFile],
+    reopen: Callable[[Source, Contents], StoredTensors],
     record: str | None = None,
 ) -> None:
     """Read back what was written: the tensors that were to be in it, the new ones to the bit, and the record.
@@ -444,100 +308,19 @@ def _check(
     expected = {name: (piece.dtype, piece.shape) for name, piece in described.items()}
     try:
         source = Source(path)
-        back = reopen(source, read_contents(source))
+        contents = read_contents(source)
+        back = reopen(source, contents)
         if {name: (ref.dtype, ref.shape) for name, ref in back.tensors.items()} != expected:
             raise OutputError("the file read back holds other tensors than were written")
         for piece in described.values():
             if piece.verified and not piece.is_in(back.data(piece.name)):
                 raise OutputError(f"{piece.name} read back differs from what was written")
-        if _member_text(source, back.contents, RECORD) != record:
+        if member_text(contents, RECORD) != record:
             raise OutputError("the record read back differs from what was written")
     except OutputError:
         raise
     except ConvtoolError as error:
         raise OutputError(f"the file read back is damaged ({error})") from None
-
-
-# Matrices
-
-
-def refusal(dtype: str, layout: Layout) -> str | None:
-    """Say why the format can't hold values of that dtype, and the way out; None where it can."""
-    if dtype in STORAGE_CLASSES:
-        return None
-    return f".pt files of {dtype} are not written; use --dtype, or write a .safetensors file"
-
-
-def plan_matrix(contents: MatrixContents) -> FilePlan:
-    """Plan a matrix file."""
-    arrays = {array.name: array for array in contents.arrays}
-    weight: Any
-    if contents.layout == "dense":
-        weight = arrays["weight"]
-    elif contents.layout == "csr":
-        weight = _sparse("torch.sparse_csr", arrays["indptr"], arrays["indices"], arrays["data"], contents.shape)
-    else:
-        row, column = arrays.pop("row"), arrays.pop("col")
-        chunks = lambda: itertools.chain(row.chunks(), column.chunks())  # noqa: E731  # one above the other
-        indices = Piece("indices", row.dtype, (2, *row.shape), row.nbytes + column.nbytes, chunks)
-        arrays = {"indices": indices, **arrays}
-        coalesced = True  # sorted and unique by construction
-        weight = _sparse("torch.sparse_coo", indices, arrays["data"], contents.shape, coalesced)
-    value = {"weight": weight} | ({"bias": arrays["bias"]} if "bias" in arrays else {})
-    record = [] if contents.record is None else [Piece.of(MATRIX_RECORD, contents.record.encode("ascii"))]
-    reopen = lambda source, back: _open_matrix(source, back)[0]  # noqa: E731
-    return FilePlan(*_archive(value, record), lambda path: _check(path, arrays, reopen))
-
-
-def _sparse(layout: str, *parts: Any) -> Call:
-    """Return a sparse tensor as torch pickles one."""
-    return Call(_REBUILD_SPARSE[0], (Call(_LAYOUT, (layout,)), parts))
-
-
-def _open_matrix(source: Source, contents: Contents) -> tuple[TorchFile, tuple[int, ...] | None]:
-    """Open a file by the tensors that the matrix in it is made of, by name; with the shape of a sparse one.
-
-    Raises:
-        InputError: it holds no matrix, or a damaged one.
-    """
-    value = contents.value
-    state = value if isinstance(value, dict) else {"weight": value}
-    weight = bare(state.get("weight"))
-    bias = {"bias": state["bias"]} if "bias" in state else {}
-    if isinstance(weight, TensorRef):
-        return TorchFile(source, contents, (), {"weight": weight} | bias), None
-    if not (isinstance(weight, Call) and weight.function in _REBUILD_SPARSE):
-        raise source.error("holds no matrix: expected a tensor, or a dict with a tensor `weight`")
-    try:
-        layout, parts = weight.arguments
-        (name,) = layout.arguments
-        names = _SPARSE_PARTS.get(name)
-        if names is None:
-            raise source.error(f"holds a {name} tensor; expected a sparse CSR, sparse COO or dense one")
-        tensors = dict(zip(names, map(plain_tensor, parts), strict=False))
-        rows, columns = numbers_of(parts[len(names)])
-    except (PickleError, TypeError, ValueError, AttributeError, IndexError):
-        raise source.damaged("its sparse tensor is not made as torch makes one") from None
-    if None in tensors.values() or not (is_size(rows) and is_size(columns)):
-        raise source.damaged("its sparse tensor is not made of tensors and a shape")
-    return TorchFile(source, contents, (), tensors | bias), (rows, columns)
-
-
-def read_matrix(source: Source) -> Found:
-    """Return the arrays and the record of a matrix file; InputError where it is damaged or holds none."""
-    import torch
-
-    contents = read_contents(source)
-    file, shape = _open_matrix(source, contents)
-    arrays = {name: file.array(name) for name in file.tensors}
-    if shape is not None:
-        arrays["shape"] = torch.tensor(shape)
-    if shape is not None and "indptr" not in arrays:
-        pair = arrays.pop("indices")
-        if len(pair.shape) != 2 or len(pair) != 2:
-            raise source.damaged(f"its sparse tensor has indices of shape {tuple(pair.shape)}")
-        arrays["row"], arrays["col"] = pair.unbind()
-    return Found(arrays, _member_text(source, contents, MATRIX_RECORD))
 
 
 def is_matrix(source: Source) -> bool:

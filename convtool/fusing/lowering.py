@@ -75,10 +75,11 @@ def some_of(names: list[str]) -> str:
 
 
 def recorded(checkpoint: Checkpoint, origin: str = BASE) -> FieldSource:
-    """Return what convtool wrote down about the layers of a checkpoint that it made itself."""
+    """Return what a checkpoint says about its own layers: as convtool wrote it down, or as its format has it."""
     record = checkpoint.record
-    tables = {full_name(name, origin): fields for name, fields in record.fields().items()} if record else {}
-    return FieldSource("record", tables, exact_names=True)
+    known = record.fields() if record else checkpoint.stated
+    tables = {full_name(name, origin): fields for name, fields in known.items()}
+    return FieldSource("record" if record else str(checkpoint.path), tables, exact_names=True)
 
 
 def lower_chain(

@@ -6,7 +6,7 @@ y = (x - running_mean) / sqrt(running_var + eps) * weight + bias, a missing weig
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import POSITIVE, Fields
@@ -103,6 +103,11 @@ class BatchNorm(Kind):
         if module.running_mean is None:
             raise RefusedError("keeps no statistics and goes by those of each batch")
         return {"eps": float(module.eps)}
+
+    def fields_of_run(self, run: Sequence[tuple[str, Mapping[str, Any]]], shapes: Shapes) -> Fields | None:
+        name, arguments = run[-1]
+        eps = arguments.get("eps", arguments.get("epsilon"))
+        return {"eps": float(eps)} if "batch_norm" in name and isinstance(eps, int | float) else None
 
     def observe(self, run: Callable[[Tensors, Tensor], Tensor], shapes: Shapes) -> Fields | None:
         """Find eps of a batch norm in other code than torch's (torchvision's, DETR's frozen ones).

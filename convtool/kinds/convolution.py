@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import FLAG, INTEGER, INTEGERS, MODE, PADDING, Fields, geometry_fields
@@ -12,6 +14,23 @@ from convtool.kinds.kind import Kind, Reading, Shapes, TensorInfo, Tensors
 
 if TYPE_CHECKING:
     from convtool.core.conv import Conv
+
+
+_CONVOLUTION = re.compile(r"aten\.(_?convolution|conv[123]d|conv_transpose[123]d)\.(default|input|padding)")
+_PADDING = re.compile(r"aten\.(pad|constant_pad_nd|reflection_pad[123]d|replication_pad[123]d)\.default")
+_MODES = {
+    "constant": "zeros",
+    "reflect": "reflect",
+    "replicate": "replicate",
+    "circular": "circular",
+    "constant_pad_nd": "zeros",
+    **{
+        f"{name}_pad{axes}d": mode
+        for axes in (1, 2, 3)
+        for name, mode in (("reflection", "reflect"), ("replication", "replicate"))
+    },
+}
+_OF_OPERATION = ("stride", "padding", "dilation", "groups", "output_padding")
 
 
 class Convolution(Kind):
@@ -120,11 +139,35 @@ class Convolution(Kind):
 
     def module_fields(self, module: Any) -> Fields:
         # 'valid' is torch's word for none, and only a transposed layer has an output padding.
-        fields = {name: getattr(module, name) for name in self.fields}
+        fields = {name: getattr(module, name) for name in self.fields if name != "padding_mode"}
+        fields["padding_mode"] = getattr(module, "padding_mode", "zeros")  # torch before 1.1 had no other
         fields["padding"] = 0 if module.padding == "valid" else module.padding
         if not module.transposed:
             fields["output_padding"] = 0
         return geometry_fields(Geometry.of(tuple(module.kernel_size), **fields))
+
+    def fields_of_run(self, run: Sequence[tuple[str, Mapping[str, Any]]], shapes: Shapes) -> Fields | None:
+        *before, (name, arguments) = run
+        if not _CONVOLUTION.fullmatch(name):
+            return None
+        fields = {field: arguments.get(field, self.defaults.get(field, 0)) for field in _OF_OPERATION}
+        fields["transposed"] = "transpose" in name or bool(arguments.get("transposed"))
+        fields["padding"] = 0 if fields["padding"] == "valid" else fields["padding"]
+        if not fields["transposed"]:
+            fields["output_padding"] = 0
+        geometry = Geometry.of(tuple(shapes["weight"][2:]), **fields)
+        padded = _PADDING.fullmatch(before[-1][0]) if before else None
+        if padded is None:
+            return geometry_fields(geometry)
+        # A convolution that doesn't pad by itself, behind its module's own padding.
+        about = before[-1][1]
+        pad, value = about.get("pad", about.get("padding")), about.get("value")
+        mode = _MODES.get(about.get("mode", "constant") if padded[1] == "pad" else padded[1])
+        if geometry.padded or value not in (None, 0) or mode is None or len(pad or ()) != 2 * len(shapes["weight"][2:]):
+            return None
+        sides = tuple((pad[at], pad[at + 1]) for at in range(len(pad) - 2, -1, -2))
+        geometry = replace(geometry, padding=sides, padding_mode=mode)  # type: ignore[arg-type]
+        return geometry_fields(geometry)
 
     def claim(self, fields: Fields, shapes: Shapes) -> str:
         geometry, large = Geometry.of(shapes["weight"][2:], **fields), any(k > 1 for k in shapes["weight"][2:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeAlias
 
@@ -262,6 +262,14 @@ class Kind:
             RefusedError: why it isn't this layer for all that.
         """
         return {name: getattr(module, name) for name in self.fields}
+
+    def fields_of_run(self, run: Sequence[tuple[str, Mapping[str, Any]]], shapes: Shapes) -> Fields | None:
+        """Return the fields of a layer that these operations of ATen are a run of; None where they are another's.
+
+        Args:
+            run: names and arguments, those of no tensor; the last one reads the layer's tensors.
+        """
+        return None
 
     def observe(self, run: Callable[[Tensors, Tensor], Tensor], shapes: Shapes) -> Fields | None:
         """Return the fields of a module of unknown class that has this kind's tensors, found by running it.

@@ -1,0 +1,145 @@
+"""A file of tensors that are views of storages, whatever format names them."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from convtool.formats.dtypes import ITEMSIZE
+from convtool.formats.pickle_values import TensorRef
+from convtool.formats.pieces import Chunk, Piece, tensor_chunks
+from convtool.formats.source import Source
+from convtool.formats.storages import Placed, Storage
+from convtool.formats.stored_array import Array, StoredArray
+from convtool.formats.tensor_file import Place, TensorFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# How much larger than the file a tensor of repeated elements may be, so that no small file fills the memory.
+REPEATED = 16
+ROOM = 1 << 24
+
+
+class StoredTensors(TensorFile):
+    """An open file whose tensors are `TensorRef`s.
+
+    Attributes:
+        storages: the bytes that they are views of, by the storages' keys.
+    """
+
+    tensors: Mapping[str, TensorRef]
+
+    def __init__(self, source: Source, storages: Mapping[str, Storage], tensors: Mapping[str, TensorRef]) -> None:
+        super().__init__(source)
+        self.storages = storages
+        self.tensors = tensors
+        self._verified_keys: set[str] = set()
+
+    def tensor(self, name: str) -> Tensor:
+        import torch
+
+        ref = self.tensors[name]
+        dtype: torch.dtype = getattr(torch, ref.dtype)
+        if not ref.count:
+            return torch.empty(ref.shape, dtype=dtype)
+        flat: Tensor = torch.frombuffer(self._view(name, ref.reach), dtype=dtype)
+        tensor, metadata = flat.as_strided(ref.shape, ref.stride), ref.metadata or {}
+        if metadata.get("conj"):
+            tensor = torch.conj(tensor)
+        return torch._neg_view(tensor) if metadata.get("neg") else tensor
+
+    def array(self, name: str) -> Array:
+        """Return a tensor that is read in parts, where it stands in the file as it is; raises what `tensor` does."""
+        import torch
+
+        ref = self.tensors[name]
+        if not (ref.count and ref.contiguous()) or ref.metadata:
+            return self.tensor(name)
+        storage = self._verified(ref.storage.key)
+        if not isinstance(storage, Placed):
+            return self.tensor(name)
+        start = storage.start + ref.offset * ITEMSIZE[ref.dtype]
+        return StoredArray(storage.source, start, getattr(torch, ref.dtype), ref.shape)
+
+    def data(self, name: str) -> memoryview:
+        ref = self.tensors[name]
+        if ref.contiguous() and not ref.metadata:
+            return self._view(name, ref.count) if ref.count else memoryview(b"")
+        return memoryview(bytearray().join(tensor_chunks(self.tensor(name))))
+
+    def piece(self, name: str) -> Piece:
+        ref = self.tensors[name]
+        bits = tuple(sorted((ref.metadata or {}).items()))
+        memory: Hashable = (ref.storage.key, ref.dtype, ref.offset, ref.shape, ref.stride, bits)
+
+        def chunks() -> Iterable[memoryview]:
+            if not ref.contiguous() or ref.metadata:
+                return tensor_chunks(self.tensor(name))
+            start = ref.offset * ITEMSIZE[ref.dtype]
+            return self._verified(ref.storage.key).chunks(start, start + ref.nbytes)
+
+        made = lambda: map(Chunk, chunks() if ref.count else ())  # noqa: E731
+        return Piece(name, ref.dtype, ref.shape, ref.nbytes, made, memory if ref.count else name)
+
+    def place(self, name: str) -> Place:
+        ref = self.tensors[name]
+        size = ITEMSIZE[ref.dtype]
+        return Place(ref.storage.key, ref.offset * size, (ref.offset + ref.reach) * size)
+
+    def called(self, key: str) -> str:
+        """Return what a storage is called in messages: by the first tensor that it belongs to."""
+        return f"the storage {key} of {self.users.get(key, 'the saved object')}"
+
+    @cached_property
+    def users(self) -> dict[str, str]:
+        """The first tensor of each storage, by the storage's key."""
+        return {ref.storage.key: name for name, ref in reversed(list(self.tensors.items()))}
+
+    def _view(self, name: str, count: int) -> memoryview:
+        """Return so many numbers of a tensor's storage, from the tensor's first on."""
+        ref = self.tensors[name]
+        size = ITEMSIZE[ref.dtype]
+        start = ref.offset * size
+        return self._verified(ref.storage.key).view(start, start + count * size)
+
+    def _verified(self, key: str) -> Storage:
+        """Return a storage, its checksum compared at the first use."""
+        storage = self.storages[key]
+        if key not in self._verified_keys:
+            for _ in storage.checked(self.called(key)):
+                pass
+            self._verified_keys.add(key)
+        return storage
+
+
+def check_tensors(source: Source, tensors: Iterable[TensorRef], storages: Mapping[str, Storage], room: int = 0) -> None:
+    """Check that every tensor's storage is there, as long as declared, and holds all that the tensor reads.
+
+    Args:
+        room: bytes that the tensors have beyond the source.
+
+    Raises:
+        InputError: a storage is missing or of another length, a tensor reads beyond it, or claims absurdly more
+            elements than the file has bytes (a stride of 0 repeats elements).
+    """
+    for tensor in tensors:
+        ref = tensor.storage
+        placed = storages.get(ref.key)
+        if placed is None:
+            raise source.damaged(f"the storage {ref.key!r} of a tensor is not in the file")
+        if placed.nbytes != ref.nbytes:
+            raise source.damaged(
+                f"the storage {ref.key!r} has {placed.nbytes} bytes, and is declared to have {ref.nbytes}"
+            )
+        itemsize = ITEMSIZE[tensor.dtype]
+        if tensor.reach and (tensor.offset + tensor.reach) * itemsize > placed.nbytes:
+            raise source.damaged(
+                f"a tensor of shape {list(tensor.shape)} reads beyond its storage {ref.key!r} of {placed.nbytes} bytes"
+            )
+        if tensor.nbytes > REPEATED * (source.size + room) + ROOM:
+            raise source.error(
+                f"a tensor of shape {list(tensor.shape)} repeats the {placed.nbytes} bytes of its"
+                f" storage to {tensor.nbytes}; save it after .contiguous() if that is meant"
+            )

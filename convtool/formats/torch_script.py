@@ -1,0 +1,120 @@
+"""What torch.jit.save writes: tensors in a pickle, and code beside it, of which only lists of names are read.
+
+The pickle has a module's attributes in one table. Which of them `state_dict()` has, and the geometry of torch's own
+classes, stand at the top of each class in the code: `__parameters__ = [...]`, `stride : Final[...] = (2, 2)`.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from convtool.formats.pickle_values import Call, Global, plain_tensor, why_unusable
+from convtool.formats.pickled_modules import MOST_CHARACTERS, plain_attributes
+from convtool.formats.source import Source
+from convtool.formats.storages import Placed
+from convtool.formats.stored_tensors import StoredTensors
+from convtool.formats.tensor_file import SavedModule, TensorFile
+from convtool.formats.torch_contents import read_archive
+
+NAME = "torchscript"
+CONSTANTS = "constants.pkl"
+_CLASS = re.compile(r"^class (\w+)\(.*\):$", re.MULTILINE)
+_NAMES = re.compile(r"^  __(parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
+_FINAL = re.compile(r"^  (\w+) : Final\[.*\] = (.{1,200})$", re.MULTILINE)
+_MANGLED = re.compile(r"\.___torch_mangle_\d+")
+_TORCH = "__torch__."
+
+
+class ScriptFile(StoredTensors):
+    """A TorchScript archive."""
+
+    format = NAME
+
+    @property
+    def left_out(self) -> Mapping[str, str]:
+        return {".": "the TorchScript code"}
+
+
+def recognises(members: Mapping[str, Placed]) -> bool:
+    """Tell whether an archive of these members is one."""
+    return any(name.rpartition("/")[2] == CONSTANTS for name in members)
+
+
+def open_members(source: Source, members: Mapping[str, Placed], root: str | None) -> TensorFile:
+    """Open the archive of these members; `root` is '.' or nothing.
+
+    Raises:
+        InputError: it is damaged, or was frozen: its weights are constants without names then.
+    """
+    contents = read_archive(source, members)
+    classes = {name: about for path, member in members.items() for name, about in _classes(path, member)}
+    tensors, unusable, modules = {}, {}, {}
+    for path, module, attributes in _walk(source, contents.value):
+        name = str(module.function).removeprefix(_TORCH)
+        cls = classes.get(str(module.function), SavedModule("", {}))
+        modules[path] = SavedModule(
+            _MANGLED.sub("", f".{name}")[1:], {**plain_attributes(attributes), **cls.attributes}
+        )
+        for key in (*cls.attributes["parameters"], *cls.attributes["buffers"]) if cls.attributes else ():
+            full, value = f"{path}.{key}" if path else key, attributes.get(key)
+            tensor, reason = plain_tensor(value), why_unusable(value)
+            if tensor is not None:
+                tensors[full] = tensor
+            elif reason is not None:
+                unusable[full] = reason
+    if not tensors and not unusable:
+        frozen = sum("/constants/" in f"/{name}" for name in members)
+        what = f"its {frozen} weights are constants without names, as torch.jit.freeze makes them" if frozen else ""
+        raise source.error(f"is TorchScript without tensors under names{what and ': ' + what}; save it before freezing")
+    file = ScriptFile(source, contents.storages, tensors)
+    file.unusable, file.modules = unusable, modules
+    return file
+
+
+def _walk(source: Source, top: Any) -> Iterator[tuple[str, Call, dict[str, Any]]]:
+    """Yield each module with its path and its attributes, those of a module's children behind its own."""
+    left = MOST_CHARACTERS
+    ahead: list[tuple[str, Any]] = [("", top)]
+    while ahead:
+        path, value = ahead.pop()
+        left -= len(path) + 16
+        if left < 0:
+            raise source.damaged("it holds modules in modules without an end")
+        if not (isinstance(value, Call) and isinstance(value.function, Global) and isinstance(value.state, dict)):
+            continue
+        if not f"{value.function.module}.".startswith(_TORCH):
+            continue
+        attributes = {name: one for name, one in value.state.items() if isinstance(name, str)}
+        yield path, value, attributes
+        prefix = f"{path}." if path else ""
+        ahead += reversed([(f"{prefix}{name}", one) for name, one in attributes.items() if isinstance(one, Call)])
+
+
+def _classes(path: str, member: Placed) -> Iterator[tuple[str, SavedModule]]:
+    """Yield the classes of a file of code by their full names, with the names of their tensors and their constants."""
+    start = f"/{path}".find("/code/")
+    if start < 0 or not path.endswith(".py"):
+        return
+    module = path[start + len("code/") :].removesuffix(".py").replace("/", ".")
+    text = member.text(path).decode("utf-8", "replace")
+    starts = [*_CLASS.finditer(text)]
+    for number, found in enumerate(starts):
+        body = text[found.end() : starts[number + 1].start() if number + 1 < len(starts) else len(text)]
+        names = {key: _literal(f"[{listed}]") or [] for key, listed in _NAMES.findall(body)}
+        finals = {name: value for name, text in _FINAL.findall(body) if (value := _literal(text)) is not None}
+        about = {"parameters": names.get("parameters", []), "buffers": names.get("buffers", [])}
+        own = {name: True for key in about for name in about[key]}
+        yield f"{module}.{found[1]}", SavedModule(found[1], {**own, **finals, **about})
+
+
+def _literal(text: str) -> Any:
+    """Return a number, a word, or a row of these; None for anything else."""
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    parts = value if isinstance(value, list | tuple) else [value]
+    return value if all(isinstance(one, int | float | str) for one in parts) else None

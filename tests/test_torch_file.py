@@ -329,7 +329,7 @@ NESTED: list[tuple[str, Callable[[dict[str, Tensor]], Any], str | None]] = [
 def test_the_state_dict_is_found_and_never_guessed(tmp_path: Path, make: Any, root: str | None, form: str) -> None:
     path = saved(make(small_network()), tmp_path / "in.pt", form)
     if root is None:
-        with pytest.raises(UsageError, match=r"several state dicts \(.*\); choose one with --root"):
+        with pytest.raises(UsageError, match=r"several state dicts \(.*\); choose one with root="):
             open_checkpoint(path)
         return
     opened = open_checkpoint(path)

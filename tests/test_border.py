@@ -12,12 +12,13 @@ import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
 import torch
-from cases import make_conv, make_inputs, whole_numbers
+import torch.nn.functional as F
+from cases import make_conv, make_inputs, real_numbers, whole_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import average_pool, make
@@ -25,11 +26,11 @@ from oracles import NOTHING, axis_taps
 from strategies import chain_runs, chains, geometry_of, geometry_runs, mixed_chains, runs, sizes_that_run
 
 from convtool.core.border import Border, Mask, Verdict, all_of, border_at, decide, describe_sizes
-from convtool.core.compose import compose_chain
+from convtool.core.compose import compose, compose_chain
 from convtool.core.conv import Conv
 from convtool.core.expression import run
 from convtool.core.forward import forward
-from convtool.core.fuse import explain, fuse
+from convtool.core.fuse import explain, fuse, fuse_chain
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
 from convtool.core.joint import compose_geometry
 from convtool.core.tree import Chain
@@ -494,7 +495,11 @@ def test_pooling_and_upsampling() -> None:
     conv = make_conv(Geometry.of((3, 3), padding=1), 2, 2)
     assert verdict_of(conv, average_pool(2, 2, 2)).exact
     assert not verdict_of(average_pool(2, 2, 2), conv).exact
-    assert not verdict_of(conv, make("upsample", 2, 2, factor=2)).exact
+    # Upsampling puts each input on one output per phase: a bias before it stays one number.
+    assert verdict_of(conv, make("upsample", 2, 2, factor=2)).exact
+    for kernel, exact in ((2, False), (3, False)):  # a transposed layer in general makes another number at each phase
+        up = make_conv(Geometry.of((kernel, kernel), stride=2, transposed=True), 2, 2)
+        assert verdict_of(conv, up).exact is exact
     point = make_conv(Geometry.of((1, 1)), 2, 2, bias=False)
     assert verdict_of(point, make("upsample", 2, 2, factor=2)).exact
     assert verdict_of(make("upsample", 2, 2, factor=2), point).exact
@@ -690,3 +695,40 @@ def test_what_would_take_for_ever_to_decide_is_decided_for_one_size() -> None:
     with pytest.raises(RefusedError, match="are too large to decide for every input size; give --input-size"):
         decide(layers, geometry)
     assert not decide(layers, geometry, (4001,)).exact
+
+
+def biased(kernel: int, **fields: Any) -> Conv:
+    """A layer of ones with a bias."""
+    weight = torch.ones(1, 1, kernel, kernel, dtype=torch.float64)
+    return Conv(weight, torch.tensor([3.0], dtype=torch.float64), Geometry.of((kernel, kernel), **fields))
+
+
+@pytest.mark.parametrize(
+    ("second", "exact"),
+    [
+        (biased(3, stride=3, transposed=True), True),  # the same at every phase
+        (biased(4, stride=2, transposed=True), False),  # and here at the border it isn't
+        (biased(4, stride=2, padding=1, transposed=True), False),
+        (biased(2, stride=2, dilation=3, transposed=True, output_padding=1), False),
+        (Conv(F.pad(torch.ones(1, 1, 1, 1).double(), (1,) * 4), None, Geometry.of((3, 3), padding=1)), True),
+        (Conv(torch.ones(1, 1, 3, 3).double(), None, Geometry.of((3, 3), padding=1)), False),
+        (Conv(torch.ones(1, 1, 3, 3).double(), None, Geometry.of((3, 3), padding=1, padding_mode="replicate")), True),
+    ],
+)  # fmt: skip
+def test_a_bias_is_judged_by_the_numbers(second: Conv, exact: bool) -> None:
+    first = biased(1)
+    fused = compose(first, second)
+    x = real_numbers(1, 1, 1, 5, 6)
+    same = torch.allclose(forward(fused, x), forward(second, forward(first, x)))
+    assert (decide([first, second], fused.geometry).exact, same) == (exact, exact)
+
+
+def test_a_transposed_layer_of_stride_1_is_a_plain_one_behind_a_stride() -> None:
+    first = make_conv(Geometry.of((3, 3), stride=2, padding=1), 2, 3)
+    for kernel, fields in ((1, {}), (3, {"padding": 1}), (2, {"dilation": 2, "output_padding": 1})):
+        second = make_conv(Geometry.of((kernel, kernel), transposed=True, **fields), 3, 2)
+        x = make_inputs(first, (15, 17))
+        fused = fuse_chain([first, second], names=("a", "b"), allow_border=True).conv
+        inside = (slice(None), slice(None), slice(3, -3), slice(3, -3))
+        assert torch.equal(forward(fused, x)[inside], forward(second, forward(first, x))[inside])
+        assert not fused.geometry.transposed

@@ -16,6 +16,7 @@ from convtool.core.conv import Conv, conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
 from convtool.core.moves import Selection
+from convtool.errors import RefusedError
 from convtool.kinds.written import make_written
 
 
@@ -103,6 +104,12 @@ def test_a_flatten_is_never_made() -> None:
     assert isinstance(compose_chain(large), Selection)  # 5 GB, were it made
 
 
+def test_a_chain_that_ends_with_the_flattening_of_a_large_map_is_told_to_leave_it_out() -> None:
+    chain = [layer(3, 64), *words("flatten(56,56)", 64)]
+    with pytest.raises(RefusedError, match="leave the last of them out of the chain"):
+        compose_chain(chain)
+
+
 # --- at the command line
 
 
@@ -165,6 +172,13 @@ def test_a_fixed_kernel_of_the_checkpoint_goes_into_the_layer_before_it(net: Pat
     y = F.conv2d(x, state["c.weight"], state["c.bias"])
     torch.testing.assert_close(forward(made, x), F.conv2d(y, state["blur.filt"], stride=2, groups=8))
     assert gone == {"blur.filt" if "filt" in word else "blur.one"}
+
+
+def test_a_bias_before_an_upsampling_stays_one_number(net: Path) -> None:
+    made, state, _ = fused(net, "c", "upsample(2)")
+    x = real_numbers(9, 2, 3, 9, 11)
+    y = F.conv2d(x, state["c.weight"], state["c.bias"])
+    torch.testing.assert_close(forward(made, x), F.interpolate(y, scale_factor=2.0))
 
 
 def test_implicit_knowledge_is_an_offset_and_a_scale(net: Path) -> None:

@@ -4,10 +4,11 @@ Padding on any layer but the first hides what the layers before it would compute
 biases there; the fused layer has no way to hide them. So the chain's tap tables, composed by indexing, are compared
 with the fused layer's own, an axis at a time:
 
-    exact  <=>  both tables agree at every entry, and no composed entry was lost to the padding of a layer that comes
-                after a bias
+    exact  <=>  both tables agree at every entry, and what each layer makes of the biases before it is the same at every
+                position (`convtool.core.carried`)
 
-for generic weights: a chain whose weights happen to be zero can be exact where this says it isn't, never the reverse.
+for generic weights, as far as the tables go: a chain whose weights happen to be zero can be exact where this says it
+isn't, never the reverse.
 
 For every input size at once: once an axis is so long that no output reads both of its ends, what happens at its start
 is the same for all sizes, and what happens at its end depends only on the size modulo the product of the strides
@@ -27,6 +28,7 @@ from functools import lru_cache, partial, reduce
 import numpy as np
 import numpy.typing as npt
 
+from convtool.core.carried import hidden_biases
 from convtool.core.conv import Conv
 from convtool.core.geometry import Axis, Geometry, format_sizes
 from convtool.core.joint import compose_axis
@@ -128,7 +130,7 @@ def decide(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int] | N
     """Decide whether a layer of geometry `fused` can stand for the chain exactly.
 
     Args:
-        chain: the layers, first to last; of their numbers only whether a bias is zero is looked at.
+        chain: the layers, first to last; of their numbers only what becomes of biases is looked at.
         fused: geometry of their composition.
         input_size: spatial sizes to decide for; every size where None.
 
@@ -136,14 +138,14 @@ def decide(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int] | N
         UsageError: the chain cannot run on `input_size`.
         RefusedError: the fused layer cannot, though the chain can.
     """
-    biased = tuple(conv.has_bias for conv in chain)
     if input_size is not None:
         at = border_at(chain, fused, input_size)
         bias_only = not (at.exact or at.taps_differ().any())
         rims = tuple((0, 0) for _ in at.axes) if at.exact else at.rims
         return Verdict(at.exact, at.input_size, rims, only_bias=bias_only, inside=bool(at.differs().all()))
+    hidden = hidden_biases(chain, None)
     axes = list(zip(zip(*(conv.geometry.axes for conv in chain), strict=True), fused.axes, strict=True))
-    verdicts = [_decide_axis(layers, biased, one) for layers, one in axes]
+    verdicts = [_decide_axis(layers, hidden, one) for layers, one in axes]
     inexact = [verdict for verdict in verdicts if not verdict.exact]
     unbiased = (False,) * len(chain)
     return Verdict(
@@ -175,8 +177,7 @@ def all_of(verdicts: Sequence[Verdict]) -> Verdict:
 
 def border_at(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int]) -> Border:
     """Compare at one input size, position by position; see `decide`."""
-    biased = tuple(conv.has_bias for conv in chain)
-    size = tuple(input_size)
+    hidden, size = hidden_biases(chain, input_size), tuple(input_size)
     for conv in chain:
         size = conv.output_size(size)
     try:
@@ -184,7 +185,7 @@ def border_at(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int])
     except UsageError as error:
         raise RefusedError(f"the layers run on this size, but the fused layer would not: {error}") from None
     axes = tuple(
-        _compare_axis(tuple(layers), biased, one, at)
+        _compare_axis(tuple(layers), hidden, one, at)
         for layers, one, at in zip(
             zip(*(conv.geometry.axes for conv in chain), strict=True), fused.axes, input_size, strict=True
         )
@@ -192,8 +193,8 @@ def border_at(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int])
     return Border(tuple(input_size), size, axes)
 
 
-def _compare_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axis, size: int) -> AxisBorder:
-    composed, offsets, bias_lost = _compose_axis_tables(layers, biased, size)
+def _compare_axis(layers: tuple[Axis, ...], hidden: tuple[bool, ...], fused: Axis, size: int) -> AxisBorder:
+    composed, offsets, bias_lost = _compose_axis_tables(layers, hidden, size)
     own = tap_table(fused, size)[:, offsets // fused.dilation]  # (O, columns), matched tap by tap
     misses = composed != own
     live, own_live = composed != PADDED, own != PADDED
@@ -207,7 +208,7 @@ def _compare_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axi
 
 
 def _compose_axis_tables(
-    layers: tuple[Axis, ...], biased: tuple[bool, ...], size: int
+    layers: tuple[Axis, ...], hidden: tuple[bool, ...], size: int
 ) -> tuple[Table, npt.NDArray[np.int64], Mask]:
     """Return what the chain's taps read: table (O, columns), each column's offset in the fused kernel, lost biases.
 
@@ -217,30 +218,30 @@ def _compose_axis_tables(
     table = tap_table(layers[0], size)
     offsets = np.arange(layers[0].kernel, dtype=np.int64) * layers[0].dilation
     lost: Mask = np.zeros(len(table), dtype=bool)
-    prefix, width, any_bias = layers[0], layers[0].output_size(size), biased[0]
-    for axis, has_bias in zip(layers[1:], biased[1:], strict=True):
+    prefix, width = layers[0], layers[0].output_size(size)
+    for axis, hides in zip(layers[1:], hidden[1:], strict=True):
         second = tap_table(axis, width)  # (O2, k2)
         padded = second == PADDED
-        lost = np.any(np.where(padded, any_bias, lost[second]), axis=1)
+        lost = np.any(np.where(padded, hides, lost[second]), axis=1)
         table = compose_tables(table, second).reshape(len(second), -1)
         plan = compose_axis(prefix, axis, "zeros")
         taps = np.arange(axis.kernel, dtype=np.int64) * plan.step2
         offsets = plan.base + np.add.outer(taps, offsets * (plan.step1 // prefix.dilation)).reshape(-1)
         kept = np.unique(np.vstack([offsets[None], table]), axis=1)
         offsets, table = kept[0], kept[1:]
-        prefix, width, any_bias = plan.axis, axis.output_size(width), any_bias or has_bias
+        prefix, width = plan.axis, axis.output_size(width)
     return table, offsets, lost
 
 
 @lru_cache(maxsize=4096)
-def _decide_axis(layers: tuple[Axis, ...], biased: tuple[bool, ...], fused: Axis) -> Verdict:
+def _decide_axis(layers: tuple[Axis, ...], hidden: tuple[bool, ...], fused: Axis) -> Verdict:
     """Return the verdict on one axis over all input sizes; `only_bias` is left open."""
     smallest = (_smallest(layers, fused),)
     if not any(axis.before or axis.after or axis.transposed for axis in layers[1:]):
         return Verdict(True, None, ((0, 0),), smallest)
 
     def differs(size: int) -> Mask:
-        return _compare_axis(layers, biased, fused, size).differs
+        return _compare_axis(layers, hidden, fused, size).differs
 
     # A transposed layer's output size is linear in its input's, without rounding, so it adds no period.
     period = math.prod(axis.stride for axis in layers if not axis.transposed)

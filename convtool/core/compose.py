@@ -24,12 +24,14 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import reduce
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from convtool.core.carried import carry
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.joint import NOWHERE, AxisComposition, add_geometry, compose_axis, compose_geometry
@@ -51,6 +53,7 @@ def compose(first: Conv, second: Conv) -> Conv:
     """
     if first.has_bias_map or second.has_bias_map:
         raise RefusedError("a layer with a bias map cannot be fused further; start from the original layers")
+    second = plain_behind([first, second])[1]
     if second.in_channels != first.out_channels:
         raise UsageError(
             f"channels don't fit: the first layer has {first.out_channels} output channels,"
@@ -62,6 +65,25 @@ def compose(first: Conv, second: Conv) -> Conv:
         return compose_moves(first, second, geometry)
     weight = _compose_weights(first, second, geometry)
     return Conv(weight, _compose_biases(first, second), geometry)
+
+
+def plain_behind(chain: Sequence[Conv]) -> list[Conv]:
+    """Return the layers of a chain, those that are transposed with stride 1 behind a stride as the plain ones they are.
+
+    o = i - p + t*d is i = o - (reach - p) + (k-1-t)*d: the kernel turned around, and cropping as less padding.
+    """
+    found, strided = list[Conv](), False
+    for conv in chain:
+        axes = conv.geometry.axes
+        sides = [(axis.reach - axis.before, axis.reach - axis.after + axis.output_padding) for axis in axes]
+        plain = strided and conv.geometry.transposed and set(conv.geometry.stride) == {1}
+        if plain and min(itertools.chain(*sides)) >= 0:
+            padding, none = tuple(sides), (0,) * len(axes)
+            geometry = replace(conv.geometry, padding=padding, transposed=False, output_padding=none)
+            conv = Conv(conv.weight.flip(tuple(range(2, conv.weight.dim()))), conv.bias, geometry)
+        strided = strided or (not conv.geometry.transposed and any(step > 1 for step in conv.geometry.stride))
+        found.append(conv)
+    return found
 
 
 def compose_chain(chain: Sequence[Conv]) -> Conv:
@@ -234,11 +256,7 @@ def _landing(plan: AxisComposition, taps: int, tap: int) -> slice:
 def _compose_biases(first: Conv, second: Conv) -> Tensor | None:
     if first.bias is None:
         return second.bias
-    groups = second.geometry.groups
-    rows, per_group = second.out_channels // groups, second.weight.shape[1]
-    gain = second.weight.reshape(groups, rows, per_group, math.prod(second.geometry.kernel_size)).sum(3)
-    # gain: (g2, C_out/g2, C_mid/g2)
-    carried = (gain @ first.bias.reshape(groups, per_group, 1)).flatten()  # (C_out,)
+    carried = carry(second, first.bias)  # (C_out,)
     return carried if second.bias is None else carried + second.bias
 
 

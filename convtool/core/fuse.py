@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from convtool.core.border import Verdict, all_of, decide, describe_sizes
-from convtool.core.compose import add, compose_chain
+from convtool.core.compose import add, compose_chain, plain_behind
 from convtool.core.conv import Conv
 from convtool.core.expression import in_channels, run
 from convtool.core.geometry import Geometry, format_padding, format_sizes
@@ -154,6 +154,7 @@ def _fuse_chain(
         conv = _fuse(part, at, allow_border=False, within=True)[0]
         convs.append(conv if isinstance(part, Sum) else part.conv)
         at = None if at is None else conv.output_size(at)
+    convs = plain_behind(convs)
     geometry, channels = convs[0].geometry, convs[0].out_channels
     for number, (part, conv) in enumerate(zip(parts[1:], convs[1:], strict=True), 1):
         geometry, channels = _named(parts[: number + 1], part, _check_pair, (geometry, channels), conv)

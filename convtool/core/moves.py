@@ -17,7 +17,7 @@ from torch import Tensor
 from convtool.core.conv import MOST_NUMBERS, Conv
 from convtool.core.geometry import Geometry
 from convtool.core.joint import compose_axis
-from convtool.errors import UsageError
+from convtool.errors import RefusedError, UsageError
 
 NOTHING = -1  # in the place of an entry: the output is 0
 
@@ -155,6 +155,11 @@ def _placed(numbers: Tensor, entries: Tensor, inputs: int, bias: Tensor | None, 
     lowest, highest = (one.repeat_interleave(rows) for one in _channels_read(entries, taps))
     groups = most_groups(lowest, highest, blocks * rows, inputs)
     width = inputs // groups * taps
+    if blocks * rows * width > MOST_NUMBERS:
+        raise RefusedError(
+            f"as one layer they would hold {blocks * rows * width} numbers; leave the last of them out of the chain (a"
+            " model's own flatten or shuffle does the same behind the fused layer)"
+        )
     if blocks == 1 and torch.equal(entries[0], torch.arange(width)):  # its numbers are in their places already
         weight = numbers
     else:

@@ -726,7 +726,7 @@ def test_a_bias_is_judged_by_the_numbers(second: Conv, exact: bool) -> None:
 def test_a_transposed_layer_of_stride_1_is_a_plain_one_behind_a_stride() -> None:
     first = make_conv(Geometry.of((3, 3), stride=2, padding=1), 2, 3)
     for kernel, fields in ((1, {}), (3, {"padding": 1}), (2, {"dilation": 2, "output_padding": 1})):
-        second = make_conv(Geometry.of((kernel, kernel), transposed=True, **fields), 3, 2)
+        second = make_conv(Geometry.of((kernel, kernel), transposed=True, **fields), 3, 2)  # type: ignore[arg-type]
         x = make_inputs(first, (15, 17))
         fused = fuse_chain([first, second], names=("a", "b"), allow_border=True).conv
         inside = (slice(None), slice(None), slice(3, -3), slice(3, -3))

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from convtool.checkpoint.find import find_layer, named_part
 from convtool.checkpoint.record import Record, UnknownRecordError, loads
 from convtool.checkpoint.saved_fields import fields_of_modules, fields_of_program, other_classes
+from convtool.core.names import is_written
 from convtool.errors import InputError, UsageError, did_you_mean
 from convtool.formats.indexes import RECORD_KEY
 from convtool.formats.pieces import Piece
 from convtool.formats.tensor_file import Place, TensorFile
 from convtool.kinds.found import group_layers, why_not_plain
 from convtool.kinds.kind import Layer, TensorInfo, to_conv
+from convtool.kinds.written import read_layer, with_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -284,10 +286,14 @@ class Checkpoint:
     def part(self, name: str) -> Layer:
         """Return the layer of that name; of a tensor's full name, where it can be a scale per channel, that alone.
 
+        One that is written ('avg_pool(2)') has those tensors of the checkpoint that it names.
+
         Raises:
             UsageError, InputError: as `layer`.
             RefusedError: it may be a norm that only looks like a scale.
         """
+        if is_written(name):
+            return with_tensors(read_layer(name), self.infos)
         return named_part(self.layer(name), name)
 
     def tensors_of(self, layer: Layer) -> dict[str, Tensor]:

@@ -34,7 +34,6 @@ def with_digests(record: FusionRecord, checkpoints: Mapping[str, Checkpoint], ne
     """
     takes: dict[str, str] = {}
     for source in record.sources:
-        if not source.written:
-            opened = checkpoints[source.origin]
-            takes |= digests_of(opened, opened.part(source.name).tensor_names(), source.origin)
+        opened = checkpoints[source.origin]
+        takes |= digests_of(opened, opened.part(source.name).tensor_names(), source.origin)
     return replace(record, takes=takes, gives={piece.name: digest(piece) for piece in new})

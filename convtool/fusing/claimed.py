@@ -89,7 +89,7 @@ def _parts(
 
 def _is_same(ref: LayerRef, before: Checkpoint, after: Checkpoint) -> bool:
     """Tell whether AFTER has a layer just as BEFORE has it."""
-    names = list(before.part(ref.name).tensor_names()) if not ref.written and ref.source == BASE else []
+    names = list(before.part(ref.name).tensor_names()) if ref.source == BASE else []
     return all(name in after.infos and same_numbers(before, after, name) for name in names)
 
 

@@ -16,6 +16,7 @@ from convtool.core.conv import Conv, pointwise
 from convtool.core.expression import joined, multiply_adds, work_per_position
 from convtool.core.fields import geometry_fields
 from convtool.core.fuse import Fusion, fuse_tree
+from convtool.core.names import is_written
 from convtool.core.sizes import split_input_size
 from convtool.core.tree import BASE, LayerRef, Tree, first_leaves, has_sum, leaves, map_leaves, walk
 from convtool.errors import RefusedError, UsageError
@@ -90,7 +91,9 @@ class PlannedLayer:
         stays = any(layer.name == self.name for layer in gone)  # then the model goes on to call all of the branches
         silent = []
         for layer in gone:
-            if layer.kind.parameter and (layer.name in self.blocks or layer.name in layer.tensor_names()):
+            if is_written(layer.name):
+                lines.append(f"take {layer.name} out of the model's code, as {self.name} does it")
+            elif layer.kind.parameter and (layer.name in self.blocks or layer.name in layer.tensor_names()):
                 lines += [f"{name} = None" for name in layer.tensor_names()]
             elif layer.name != self.name and stays and has_sum(self.tree):
                 silent.append(layer.name)
@@ -158,6 +161,8 @@ def plan_layer(
     if not fusion.conv.spatial_axes and fusion.conv.geometry.groups > 1:
         fusion = replace(fusion, conv=_without_groups(fusion.conv))
     fused_name = name or next((layer.name for layer in own if not layer.kind.parameter), own[0].name)
+    if is_written(fused_name):
+        raise UsageError(f"expected --name, as {fused_name} is no module that the fused layer could stand in place of")
     prefix = f"{fused_name}." if fused_name else ""
     insert = {f"{prefix}weight": fusion.conv.torch_weight().contiguous()}
     if fusion.conv.bias is not None:

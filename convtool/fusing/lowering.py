@@ -18,7 +18,7 @@ from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, walk
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds.kind import Layer
 from convtool.kinds.stated import FieldSource, FieldSources
-from convtool.kinds.written import make_written, read_layer, with_tensors
+from convtool.kinds.written import make_written
 
 MOST_NAMES = 3  # layers named one by one before the rest is only counted
 SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a layer takes from the one that it is like
@@ -173,8 +173,7 @@ class _TreeLowering:
     def _find(self, ref: LayerRef) -> Layer:
         if ref.source not in self.checkpoints:
             raise UsageError(f"{ref}: no checkpoint is called {ref.source!r}; give it with --with {ref.source}=FILE")
-        checkpoint = self.checkpoints[ref.source]
-        return with_tensors(read_layer(ref.name), checkpoint.infos) if ref.written else checkpoint.part(ref.name)
+        return self.checkpoints[ref.source].part(ref.name)
 
     def _fields(self, ref: LayerRef) -> Fields:
         """Return what is stated of a layer, by itself or by the one that it is like."""

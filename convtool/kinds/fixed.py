@@ -30,6 +30,7 @@ class FixedKernel(Kind):
     }
     defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": None, "padding_mode": "zeros", "each": False}
     written = True
+    parameter = True
     main = True
 
     def axes(self, shapes: Shapes, fields: Fields) -> int | None:
@@ -72,6 +73,7 @@ class Offset(Kind):
     tensors = ("offset",)
     fields = {"offset": NUMBERS_OR_TENSOR}
     written = True
+    parameter = True
 
     def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
         shape = shapes.get("offset")

@@ -274,8 +274,8 @@ def test_help_usage_errors_completion_and_inspect_import_neither_torch_nor_numpy
 
 
 def files_of_the_repository() -> list[Path]:
-    """What git has, or would have; all files but leftovers where there is no git."""
-    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    """What git has, and not what a user keeps in the clone; all files but leftovers where there is no git."""
+    command = ["git", "ls-files", "--cached", "-z"]
     try:
         listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
     except (OSError, subprocess.CalledProcessError):

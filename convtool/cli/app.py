@@ -136,6 +136,11 @@ def _usage(error: Any, arguments: list[str]) -> int:
 
 def _message(error: Any) -> str:
     if type(error).__name__ == "NoSuchOption":
+        from convtool.kinds import field_types
+
         options = [name for param in error.ctx.command.params for name in param.opts if name.startswith("--")]
+        field = error.option_name.lstrip("-").replace("-", "_")
+        if field in field_types() and "--set" in options:
+            return f"no such option: {error.option_name}; say --set LAYER.{field}=VALUE, for each layer that it is of"
         return f"no such option: {error.option_name}" + did_you_mean(error.option_name, options, cutoff=0.75)
     return str(error.format_message())

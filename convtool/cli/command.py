@@ -151,15 +151,22 @@ class Subcommand(TyperCommand):
             # The option that is being typed lacks its value, which ends the parser before it gets to the arguments.
             given |= dict(zip(arguments, rest, strict=False))
         declared = getattr(inspect.unwrap(self.callback), "declared", {}) if self.callback else {}
+        missing: list[Any] = []
         for param in sorted(self.get_params(ctx), key=lambda param: not param.is_eager):
             value, source = param.consume_value(ctx, given)
             ctx.set_parameter_source(param.name, source)
             if param.name in declared and not ctx.resilient_parsing:  # as it is while the shell asks for completions
+                if param.required and value in (None, ()):
+                    missing.append(param)
+                    continue
                 value = _value(ctx, param, value, *declared[param.name])
             if param.callback is not None:
                 value = param.callback(ctx, param, value)
             if param.expose_value:
                 ctx.params[param.name] = value
+        if missing:
+            *others, last = map(_form, sorted(missing, key=lambda param: param.param_type_name))
+            ctx.fail(f"expected {', '.join(others)} and {last}" if others else f"expected {last}: {missing[0].help}")
         if rest and not ctx.resilient_parsing:
             ctx.fail(f"expected no more arguments, got {' '.join(rest)}")
         ctx.args = rest
@@ -192,14 +199,16 @@ class Group(TyperGroup):
         return page(f"{ctx.command_path} {self.options_metavar}", self.help or "", sections, self.epilog or "")
 
 
+def _form(param: Any) -> str:
+    """Return what a message calls an option or an argument."""
+    longest: str = max(param.opts, key=len)
+    return longest if param.param_type_name == "option" else param.metavar or param.name.upper()
+
+
 def _value(ctx: typer.Context, param: Any, given: Any, info: Any, kinds: list[Any]) -> Any:
     """Return the value of what was given; end with a usage error, or raise UsageError, where there is none."""
-    is_option = param.param_type_name == "option"
-    form = param.metavar or param.name.upper()
-    name = max(param.opts, key=len) if is_option else form
+    is_option, form, name = param.param_type_name == "option", param.metavar or param.name.upper(), _form(param)
     if given is None or given == ():
-        if param.required:
-            ctx.fail(f"expected {name}: {param.help}")
         return None
     said = given if isinstance(given, list | tuple) else (given,)
     if "" in said and (is_option or Path in kinds):

@@ -80,8 +80,6 @@ class Wanted:
             model: what --model says.
         """
         chain = self.chain
-        if self.recipe is None and not self.auto and (len(chain) < 2 or not self.layers):
-            raise UsageError("expected two layers or more, first to last, a --recipe, or --auto with --model")
         if self.auto:
             self._check_auto(model)
         if self.recipe is not None and (chain or self.name):
@@ -147,6 +145,19 @@ class Options:
     details: bool = flag("Of several fusions, print all that there is to say of each.")
     writing: shared.Writing = field(default_factory=shared.Writing)
 
+    def check(self) -> None:
+        """Raise UsageError where something is missing, with all that is, or where options don't go together."""
+        wanted = self.wanted
+        said = bool(wanted.layers and len(wanted.chain) > 1) or wanted.recipe is not None or wanted.auto
+        expected = {
+            "CKPT, the checkpoint to fuse layers of": self.checkpoint is not None,
+            "two layers or more, first to last, a --recipe, or --auto with --model": said,
+            "-o OUT, the new checkpoint": self.out is not None,
+        }
+        if missing := [what for what, there in expected.items() if not there]:
+            raise UsageError(f"expected {'; and '.join(missing)}")
+        wanted.check(self.sources.model)
+
 
 def run(options: Options, reporter: Reporter) -> Result | Recipes:
     """Replace chains of linear layers by the one layer that computes the same, and write the checkpoint.
@@ -171,11 +182,9 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.fusing.plans import plan_all
 
     wanted, sources, overwrite = options.wanted, options.sources, options.writing.overwrite
-    if options.checkpoint is None:
-        raise UsageError("expected CKPT, the checkpoint to fuse layers of")
-    if options.out is None:
-        raise UsageError("expected -o OUT, the new checkpoint")
-    wanted.check(sources.model)
+    options.check()
+    assert options.checkpoint is not None  # as `check` has it
+    assert options.out is not None
     recipe = wanted.find_recipe()
     opened = sources.open(options.checkpoint, reporter)
     checkpoints = {BASE: opened, **sources.open_others(options.others, reporter)}

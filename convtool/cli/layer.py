@@ -15,7 +15,12 @@ from convtool.core.geometry import PADDING_MODES
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch
+
     from convtool.core.conv import Conv
+    from convtool.core.expression import Expression
 
 FIELDS = ("stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding")
 
@@ -58,6 +63,11 @@ class LayerOptions:
         return {name: value for name, value in given.items() if value is not None and value is not False}  # 0 is given
 
 
+def more_layers() -> Any:
+    """Declare the layers that come after the first one."""
+    return argument("[LAYER...]", "The layers after it, which make a chain; also 'avg_pool(2)'.", complete.layers)
+
+
 @dataclass(frozen=True, slots=True)
 class OfLayer:
     """A layer and the size of its input, as documents and the records of files hold them.
@@ -97,6 +107,89 @@ class LayerAtSize:
     assumed: tuple[str, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class LayersAtSize:
+    """A layer or a chain of layers, lowered, and the size of the first one's input.
+
+    Attributes:
+        source: the checkpoint.
+        of: the first layer.
+        chain: all layers, first to last; none where there is one.
+        tree: the layers.
+        dtype: that they are stored in.
+        spatial: spatial sizes of the input.
+        assumed: what was assumed of them, in words.
+    """
+
+    source: Path
+    of: OfLayer
+    chain: tuple[OfLayer, ...]
+    tree: Expression
+    dtype: torch.dtype
+    spatial: tuple[int, ...]
+    assumed: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The layers' names: 'conv1 → bn1'."""
+        return chain_name(self.of, self.chain)
+
+
+def chain_name(of: OfLayer, chain: tuple[OfLayer, ...]) -> str:
+    """Return 'conv1 → bn1' for a chain, a layer's name for one."""
+    return " → ".join(one.layer for one in chain) or of.layer
+
+
+def chain_sizes(of: OfLayer, chain: tuple[OfLayer, ...]) -> str:
+    """Return '3x32x32 -> 16x30x30 -> 16x15x15', of a chain the size behind each layer."""
+    return " -> ".join([of.sizes_text, *("x".join(map(str, one.output_size or ())) for one in chain[1:])])
+
+
+def find_layers(
+    wanted: LayerOptions, more: list[str] | None, given: shared.Sources, reporter: Reporter
+) -> LayersAtSize:
+    """Return the layer or the chain that is wanted; what was assumed is remarked.
+
+    Args:
+        more: the layers after the first one.
+
+    Raises:
+        UsageError, InputError: what opening a checkpoint and lowering layers raise; or an input size is missing.
+    """
+    from convtool.core.sizes import split_input_size
+    from convtool.fusing.lowering import as_computed, lower_chain, stored_dtype
+
+    if not more:
+        one = find_layer(wanted, given, reporter)
+        return LayersAtSize(one.source, one.of, (), one.conv, one.conv.dtype, one.spatial or (), one.assumed)
+    for name in wanted.fields:
+        option = f"--{name.replace('_', '-')}"
+        raise UsageError(f"{option}: is for one layer; of one of several, --set {wanted.layer}.{name}=... says it")
+    size = wanted.input_size
+    if size is None:
+        raise UsageError(f"{reporter.command} needs --input-size, the sizes of {wanted.layer}'s input, such as 3,32,32")
+    opened = given.open(wanted.checkpoint, reporter)
+    sources = given.fields(given.of_model(opened, reporter), opened.layers)
+    lowered = lower_chain(opened, [wanted.layer, *more], sources, size)
+    assumed = tuple(leaf.assumed for leaf in lowered if leaf.assumed)
+    for text in assumed:
+        reporter.note(f"assumed: {text}")
+    spatial = at = split_input_size(size, lowered[0].conv.in_channels, lowered[0].conv.spatial_axes)
+    chain = []
+    for leaf in lowered:
+        chain.append(_of_layer(leaf.name, leaf.layer.kind.name, leaf.fields, leaf.conv, at))
+        at = leaf.conv.output_size(at)
+    tree = as_computed(lowered)
+    return LayersAtSize(wanted.checkpoint, chain[0], tuple(chain), tree, stored_dtype(lowered), spatial, assumed)
+
+
+def _of_layer(name: str, kind: str, fields: Mapping[str, Any], conv: Conv, spatial: tuple[int, ...] | None) -> OfLayer:
+    sizes = (None, None) if spatial is None else (spatial, conv.output_size(spatial))
+    channels = conv.in_channels, conv.out_channels
+    inputs, outputs = (None if one is None else (c, *one) for c, one in zip(channels, sizes, strict=True))
+    return OfLayer(name, kind, dict(fields), inputs, outputs)
+
+
 def find_layer(
     wanted: LayerOptions, given: shared.Sources, reporter: Reporter, *, needs_size: bool = True
 ) -> LayerAtSize:
@@ -126,11 +219,6 @@ def find_layer(
     conv = lowered.conv
     unsized = size is None and conv.spatial_axes
     spatial = None if unsized else split_input_size(size or (), conv.in_channels, conv.spatial_axes)
-    of = OfLayer(
-        found.name,
-        found.kind.name,
-        geometry_fields(conv.geometry) | lowered.fields,
-        None if spatial is None else (conv.in_channels, *spatial),
-        None if spatial is None else (conv.out_channels, *conv.output_size(spatial)),
-    )
+    fields = geometry_fields(conv.geometry) | lowered.fields
+    of = _of_layer(found.name, found.kind.name, fields, conv, spatial)
     return LayerAtSize(wanted.checkpoint, of, conv, spatial, (lowered.assumed,) if lowered.assumed else ())

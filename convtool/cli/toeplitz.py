@@ -1,4 +1,4 @@
-"""`convtool toeplitz`: a layer's matrix as a file."""
+"""`convtool toeplitz`: the matrix of a layer, or of a chain of layers, as a file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, fill, to_json
-from convtool.cli.layer import LayerAtSize, LayerOptions, OfLayer, find_layer
+from convtool.cli.layer import LayerOptions, LayersAtSize, OfLayer, chain_name, chain_sizes, find_layers, more_layers
 from convtool.cli.options import dtype_name, flag, option
 from convtool.cli.output import Reporter
 from convtool.cli.saved import Files, show_files
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 EXAMPLES = """
 convtool toeplitz resnet.safetensors conv1 --input-size 32,32 --stride 2 --padding 3 -o conv1.npz
 python -c 'import scipy.sparse; print(scipy.sparse.load_npz("conv1.npz").shape)'
+# of a chain, every border as it is
+convtool toeplitz net.pt conv1 bn1 'avg_pool(2)' conv2 --input-size 3,32,32 --set conv1.padding=1 -o chain.npz
 # for row vectors, x @ B, with the bias as the last row
 convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.npy
 # in parts, by four processes; without torchrun the same files
@@ -50,6 +52,7 @@ class Options:
         required=True,
     )
     wanted: LayerOptions
+    more: list[str] | None = more_layers()
     layout: Literal["csr", "coo", "dense"] | None = option(
         "LAYOUT", "csr, coo or dense; by default csr, dense for .npy, coo for .mtx."
     )
@@ -75,11 +78,14 @@ class Record:
     """What the file notes of its matrix.
 
     Attributes:
+        of: the layer; of a chain, the first one.
+        chain: the layers of a chain, first to last; empty for one layer.
         order: how inputs and outputs are flattened.
         rows: from, and to but not with.
     """
 
     of: OfLayer = field(metadata=INLINE)
+    chain: tuple[OfLayer, ...]
     transpose: bool
     affine: bool
     order: Literal["CHW", "HWC"]
@@ -117,10 +123,11 @@ class Result:
 
 
 def run(options: Options, reporter: Reporter) -> Result:
-    """Write the matrix T of a layer, so that T @ x.reshape(-1) is the layer's output, less the bias.
+    """Write the matrix T of a layer or of a chain, so that T @ x.reshape(-1) is the output, less the bias.
 
     Rows are (output channel, output position), columns (input channel, input position), row-major: the layout of
-    nn.Linear.weight. The bias is stored beside it as its own vector, except in .npy, which has no room for one.
+    nn.Linear.weight. The bias is stored beside it as its own vector, except in .npy, which has no room for one. Of a
+    chain, every border is as it is, and the biases are carried into one vector.
     """
     from convtool.matrix import plan_matrix
     from convtool.matrix.ranks import speaks
@@ -129,14 +136,16 @@ def run(options: Options, reporter: Reporter) -> Result:
     if not speaks():
         reporter.silence()
     _check_outputs(options)
-    found = find_layer(options.wanted, options.sources, reporter)
+    found = find_layers(options.wanted, options.more, options.sources, reporter)
     matrix = _matrix(options, found)
     plan = plan_matrix(matrix, options.out, layout=options.layout, rows=options.rows)
-    record = Record(found.of, options.transpose, options.affine, options.order, plan.rows, dtype_name(matrix.dtype))
+    record = Record(
+        found.of, found.chain, options.transpose, options.affine, options.order, plan.rows, dtype_name(matrix.dtype)
+    )
     write = _write_file if options.shards is None else _write_shards
     with _plotted(options, found, matrix, plan):
         files = write(options, matrix, plan, to_json(record), reporter)
-    bias = _bias(options, found, plan)
+    bias = _bias(options, matrix, plan)
     _remark(options, found, plan, bias, reporter)
     return fill(
         Result,
@@ -173,25 +182,25 @@ def _check_outputs(options: Options) -> None:
 
 
 def _plotted(
-    options: Options, found: LayerAtSize, matrix: ToeplitzMatrix, plan: MatrixPlan
+    options: Options, found: LayersAtSize, matrix: ToeplitzMatrix, plan: MatrixPlan
 ) -> AbstractContextManager[None]:
     """Return the block in which the matrix is to be written, so that its picture comes into being with it."""
     from convtool.matrix.ranks import speaks
 
     if options.plot is None or not (options.writing.written and speaks()):
         return nullcontext()
+    from convtool.core.tree import leaves
     from convtool.matrix.plot import plotted
 
-    title = f"{found.of.layer}, {found.conv.geometry.describe()}"
+    title = found.name if found.chain else f"{found.name}, {next(leaves(found.tree)).geometry.describe()}"
     return plotted(matrix, options.plot, force=options.writing.force, title=title, rows=plan.rows)
 
 
-def _matrix(options: Options, found: LayerAtSize) -> ToeplitzMatrix:
-    from convtool.core.order import MATRICES
+def _matrix(options: Options, found: LayersAtSize) -> ToeplitzMatrix:
+    from convtool.core.order import toeplitz
 
-    form = MATRICES[options.order]
-    size = found.spatial or ()
-    return form(found.conv, size, dtype=options.dtype, transpose=options.transpose, affine=options.affine)
+    form = {name: getattr(options, name) for name in ("transpose", "affine", "order")}
+    return toeplitz(found.tree, found.spatial, dtype=options.dtype or found.dtype, **form)
 
 
 def _write_file(
@@ -225,21 +234,21 @@ def _write_shards(
     return files
 
 
-def _bias(options: Options, found: LayerAtSize, plan: MatrixPlan) -> Literal["vector", "column", "missing"] | None:
-    """Return where the layer's bias is."""
+def _bias(options: Options, matrix: ToeplitzMatrix, plan: MatrixPlan) -> Literal["vector", "column", "missing"] | None:
+    """Return where the bias is."""
     if options.affine:
         return "column"
-    if found.conv.bias is None:
+    if not matrix.has_bias:
         return None
     return "vector" if plan.stores_bias else "missing"
 
 
-def _remark(options: Options, found: LayerAtSize, plan: MatrixPlan, bias: str | None, reporter: Reporter) -> None:
+def _remark(options: Options, found: LayersAtSize, plan: MatrixPlan, bias: str | None, reporter: Reporter) -> None:
     """Say what the file lacks, and what its readers may stumble over."""
     import torch
 
     if bias == "missing":
-        out, name = options.out, found.of.layer
+        out, name = options.out, found.name
         reporter.remark(f"{out} has no room for the bias of {name}; --affine makes it part of the matrix")
     if plan.index_dtype == torch.int64 and plan.layout == "csr":
         reporter.remark(
@@ -258,8 +267,8 @@ def _drawing(matrix: ToeplitzMatrix, plan: MatrixPlan) -> tuple[str, ...]:
 def show(result: Result, reporter: Reporter) -> None:
     """Print the layer, its matrix, and what was written."""
     rows, columns = result.shape
-    of, dtype = result.record.of, result.record.dtype
-    reporter.line(f"{of.layer}: {of.sizes_text}")
+    of, chain, dtype = result.record.of, result.record.chain, result.record.dtype
+    reporter.line(f"{chain_name(of, chain)}: {chain_sizes(of, chain)}")
     density = result.nnz / max(1, rows * columns)
     reporter.line(f"  {rows} x {columns}, {result.nnz} entries ({density:.3%}), {dtype}, {result.layout}")
     for line in result.drawing:
@@ -270,4 +279,4 @@ def show(result: Result, reporter: Reporter) -> None:
         reporter.line(f"would draw {result.plot}")
 
 
-COMMAND = Command("CKPT LAYER -o OUT", EXAMPLES, Options, run, show)
+COMMAND = Command("CKPT LAYER [LAYER...] -o OUT", EXAMPLES, Options, run, show)

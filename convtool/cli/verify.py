@@ -204,20 +204,20 @@ def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) 
     from convtool.matrix.read import is_matrix_file
 
     before, after, sources = options.before, options.after, options.sources
-    layer, sizes = next(iter(options.before_layers or ()), None), options.input_size or []
+    named, sizes = next(iter(options.before_layers or ()), None), options.input_size or []
     opened = None if is_matrix_file(before) else sources.open(before, reporter)
     model = None if opened is None else sources.of_model(opened, reporter)
     fields, _ = sources.of_both(model, None if opened is None else opened.layers)
     if not is_matrix_file(after):
         raise UsageError(f"{before} is a matrix file and {after} is none; the matrix is AFTER, its layer in BEFORE")
     found = open_numbers(after)
-    if opened is None and (layer is not None or sizes):
+    if opened is None and (named is not None or sizes):
         raise UsageError("--before and --input-size are for a layer; BEFORE is a matrix file as well")
     with reporter.progress("comparing matrices", None):
         if opened is None:
             compared = compare_with_matrix(found, open_numbers(before))
         else:
-            compared = compare_with_layer(found, opened, layer, sizes, fields, **how)
+            compared = compare_with_layer(found, opened, split_names(named) if named else None, sizes, fields, **how)
     for text in compared.assumed:
         reporter.note(f"assumed: {text}")
     matrix = verify_text.Matrix.made_of(compared)

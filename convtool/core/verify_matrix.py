@@ -19,12 +19,14 @@ from torch import Tensor
 
 from convtool.core.bound import U64, fusing_terms, gamma, half_ulp, less_inwards
 from convtool.core.conv import Conv
-from convtool.core.forward import forward
+from convtool.core.expression import Expression, depth, in_channels, run
 from convtool.core.inputs import dense_inputs
+from convtool.core.moves import Selection
 from convtool.core.order import Order, toeplitz
 from convtool.core.rows import CsrBlock
 from convtool.core.tally import Region, Worst, check_trials, ratios
 from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.tree import leaves, map_leaves
 
 BLOCK_ENTRIES = 1 << 17  # entries of a matrix in flight
 MOST_NUMBERS = 1 << 27  # of an input and its output: 1 GiB; larger layers aren't run, only their entries compared
@@ -87,7 +89,7 @@ class MatrixReport:
 
 
 def verify_matrix(
-    conv: Conv,
+    layers: Expression,
     input_size: Sequence[int],
     matrix: Rows,
     *,
@@ -101,10 +103,10 @@ def verify_matrix(
     seed: int = 0,
     computed_in: torch.dtype = torch.float64,
 ) -> MatrixReport:
-    """Hold a matrix against the layer that it was made of.
+    """Hold a matrix against the layers that it was made of.
 
     Args:
-        conv, matrix: the layer, its numbers taken as exact, and what was exported.
+        layers, matrix: a layer, or chains and sums of them, their numbers taken as exact; and what was exported.
         bias: the vector stored with it, or None.
         stores_bias: whether there is room for one where it is stored; else a missing one is no difference.
         transpose, affine, order: as in `convtool.core.order.toeplitz`.
@@ -112,7 +114,7 @@ def verify_matrix(
         trials, seed, computed_in: as in `convtool.core.verify.verify`.
     """
     check_trials(trials, seed)
-    layer = _Layer(conv.exact(), tuple(input_size), order, transpose, affine, rows, computed_in)
+    layer = _Layer(map_leaves(Conv.exact, layers), tuple(input_size), order, transpose, affine, rows, computed_in)
     report = MatrixReport(layer.shape, dtype=_name(matrix.dtype), seed=seed)
     if tuple(matrix.shape) != layer.shape:
         return replace(
@@ -123,9 +125,10 @@ def verify_matrix(
     report = replace(report, entries=entries, products=products.region() if products else Region())
     if affine:
         return report
-    wanted, size = layer.bias
+    wanted, slack, size = layer.bias
     missing = bias is None and wanted is not None and not stores_bias
-    return replace(report, bias=Region() if missing else _compare_bias(wanted, bias, size), bias_missing=missing)
+    region = Region() if missing else _compare_bias(wanted, bias, size, slack)
+    return replace(report, bias=region, bias_missing=missing)
 
 
 def verify_matrices(
@@ -151,9 +154,9 @@ def _by(shape: Sequence[int]) -> str:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer and how its matrix is to be; see `verify_matrix`."""
+    """Layers and how their matrix is to be; see `verify_matrix`."""
 
-    conv: Conv
+    tree: Expression
     input_size: tuple[int, ...]
     order: Order
     transpose: bool
@@ -161,24 +164,40 @@ class _Layer:
     part: tuple[int, int] | None
     computed_in: torch.dtype
 
-    def matrix(self, conv: Conv) -> ToeplitzMatrix:
-        """Return the whole matrix of a layer like this one."""
-        return toeplitz(conv, self.input_size, transpose=self.transpose, affine=self.affine, order=self.order)
+    def matrix(self, tree: Expression) -> ToeplitzMatrix:
+        """Return the whole matrix of layers like these."""
+        return toeplitz(tree, self.input_size, transpose=self.transpose, affine=self.affine, order=self.order)
 
     @cached_property
     def whole(self) -> ToeplitzMatrix:
         """All of its matrix."""
-        return self.matrix(self.conv)
+        return self.matrix(self.tree)
 
     @cached_property
     def sums(self) -> tuple[ToeplitzMatrix, ToeplitzMatrix] | None:
-        """The matrices of the absolute values and of how many taps there are, where taps may share an entry."""
-        if self.conv.geometry.padding_mode == "zeros":
+        """The matrices of the absolute values and of how many products there are, where several may share an entry."""
+        if isinstance(self.tree, Conv) and self.tree.geometry.padding_mode == "zeros":
             return None
-        ones = (None if one is None else torch.ones_like(one.abs()) for one in (self.conv.weight, self.conv.bias))
-        weight, bias = ones
-        assert weight is not None
-        return self.matrix(self.conv.absolute()), self.matrix(Conv(weight, bias, self.conv.geometry))
+        return self.matrix(self.absolute), self.matrix(map_leaves(_ones, self.tree))
+
+    @cached_property
+    def absolute(self) -> Expression:
+        """The layers of the absolute values."""
+        return map_leaves(Conv.absolute, self.tree)
+
+    @cached_property
+    def terms(self) -> int:
+        """The most that are added up on the way to a number."""
+        return depth(self.tree, _window)
+
+    @cached_property
+    def adding(self) -> float:
+        """What a sum on the way to a number may be off, relative to its absolute values: theirs and ours."""
+        if isinstance(self.tree, Conv):
+            steps = math.prod(self.tree.geometry.kernel_size)
+        else:
+            steps = 4 * self.terms + fusing_terms(self.tree)
+        return gamma(steps, torch.finfo(self.computed_in).eps / 2) + gamma(steps, U64)
 
     @property
     def rows(self) -> tuple[int, int]:
@@ -193,26 +212,40 @@ class _Layer:
     @property
     def numbers(self) -> int:
         """Numbers of an input and its output."""
-        sizes = (math.prod(size) for size in (self.input_size, self.whole.output_size))
-        return sum(map(math.prod, zip((self.conv.in_channels, self.conv.out_channels), sizes, strict=True)))
+        return self.whole.outputs + in_channels(self.tree) * math.prod(self.input_size)
 
     @property
-    def bias(self) -> tuple[Tensor | None, int]:
-        """The bias that should be stored beside the rows asked about, and how long a vector that is."""
-        outputs = self.conv.out_channels * math.prod(self.whole.output_size)
-        part = (0, outputs) if self.part is None or self.transpose else self.part
-        return None if self.conv.bias is None else self.whole.bias_part(*part), part[1] - part[0]
+    def bias(self) -> tuple[Tensor | None, Tensor | None, int]:
+        """The bias that should be stored with the rows asked about, what it may be off, and how long a vector it is."""
+        part = (0, self.whole.outputs) if self.part is None or self.transpose else self.part
+        if not self.whole.has_bias:
+            return None, None, part[1] - part[0]
+        # One layer's bias is stored as it is; what is carried through several has been rounded on the way.
+        sums = None if isinstance(self.tree, Conv) else self.matrix(self.absolute).bias_part(*part) * self.adding
+        return self.whole.bias_part(*part), sums, part[1] - part[0]
 
     def block(self, first: int, last: int) -> tuple[CsrBlock, Tensor | None]:
         """Return rows first:last of those asked about, and what their values may be off before they are stored."""
         part = self.rows[0] + first, self.rows[0] + last
         if self.sums is None:
             return self.whole.rows(*part), None
-        taps = math.prod(self.conv.geometry.kernel_size)
-        adding = gamma(taps, torch.finfo(self.computed_in).eps / 2) + gamma(taps, U64)
         magnitudes, counts = (matrix.values(*part) for matrix in self.sums)
-        # One tap to an entry is stored as it is; sums of several have been rounded on the way.
-        return self.whole.rows(*part), torch.where(counts > 1, magnitudes * adding, 0.0)
+        # One tap to an entry is stored as it is; sums of several, and products, have been rounded on the way.
+        rounded = counts > 1 if isinstance(self.tree, Conv) else torch.ones_like(counts, dtype=torch.bool)
+        return self.whole.rows(*part), torch.where(rounded, magnitudes * self.adding, 0.0)
+
+
+def _ones(conv: Conv) -> Conv:
+    """Return the layer all of whose numbers are 1."""
+    weight, bias = (None if one is None else torch.ones_like(one.abs()) for one in (conv.weight, conv.bias))
+    return conv if isinstance(conv, Selection) or weight is None else Conv(weight, bias, conv.geometry)
+
+
+def _window(conv: Conv) -> int:
+    """Return how many numbers an output is added up of."""
+    if isinstance(conv, Selection):
+        return 0
+    return conv.weight.shape[1] * math.prod(conv.geometry.kernel_size) + 2
 
 
 def _widened(values: Tensor) -> Tensor:
@@ -298,10 +331,11 @@ class _Products:
     """The matrix times some inputs, block by block, against torch's convolution of them."""
 
     def __init__(self, layer: _Layer, trials: int, seed: int, least: float) -> None:
-        conv, self.rows, self.transpose, self.order = layer.conv, layer.rows, layer.transpose, layer.order
-        elements = conv.in_channels * math.prod(layer.input_size)
-        inputs = dense_inputs(conv.in_channels, layer.input_size, trials, seed, elements)
-        x = torch.cat([x for _, x in inputs]).to(conv.weight.dtype)  # (n, C_in, *input_size)
+        tree, self.rows, self.transpose, self.order = layer.tree, layer.rows, layer.transpose, layer.order
+        elements = in_channels(tree) * math.prod(layer.input_size)
+        inputs = dense_inputs(in_channels(tree), layer.input_size, trials, seed, elements)
+        kind = torch.complex128 if any(conv.dtype.is_complex for conv in leaves(tree)) else torch.float64
+        x = torch.cat([x for _, x in inputs]).to(kind)  # (n, C_in, *input_size)
         one = torch.ones(len(x), 1 if layer.affine else 0, dtype=x.dtype)  # the final 1 that the bias stands at
         flat = torch.cat([self._flat(x), one], dim=1)
         if self.transpose:  # x @ B adds up rows: of a part of them, the inputs that stand at these
@@ -310,15 +344,15 @@ class _Products:
             flat = torch.where(kept, flat, torch.zeros_like(flat))
         self.x = flat[:, :elements].reshape(self._moved(x).shape)
         self.x = self.x.movedim(-1, 1) if self.order == "HWC" else self.x
-        self.layer = conv if layer.affine and bool(flat[:, elements:].any()) else conv.without_bias()
+        biased = layer.affine and bool(flat[:, elements:].any())
+        self.tree = tree if biased else map_leaves(Conv.without_bias, tree)
         self.flat = flat.T.contiguous()  # (columns of T, n)
         outputs = layer.shape[1] if self.transpose else layer.shape[0]
         self.found = torch.zeros(outputs, len(x), dtype=x.dtype)
         self.size = torch.zeros(outputs, len(x), dtype=torch.float64)
         self.lost = self.size + least * self.flat.abs().sum(0)  # of entries that were rounded to zero and left out
-        terms = conv.weight[0].numel() + 2
-        self.running = gamma(2 * terms + 8, U64)
-        self.computing = gamma(fusing_terms(conv) + terms, torch.finfo(layer.computed_in).eps / 2)
+        self.running = gamma((2 if isinstance(tree, Conv) else 8) * layer.terms + 8, U64)
+        self.computing = gamma(fusing_terms(tree) + layer.terms, torch.finfo(layer.computed_in).eps / 2)
 
     def _moved(self, x: Tensor) -> Tensor:
         return x.movedim(1, -1) if self.order == "HWC" else x
@@ -341,8 +375,8 @@ class _Products:
 
     def region(self) -> Region:
         """Hold the products against the convolutions."""
-        expected = self._flat(forward(self.layer, self.x)).T  # (outputs, n)
-        most = self._flat(forward(self.layer.absolute(), self.x.abs())).T
+        expected = self._flat(run(self.tree, self.x)).T  # (outputs, n)
+        most = self._flat(run(map_leaves(Conv.absolute, self.tree), self.x.abs())).T
         if not self.transpose:
             expected, most = expected[slice(*self.rows)], most[slice(*self.rows)]
         bound = self.lost + self.computing * most + self.running * (most + self.size) + 2.0**-1022
@@ -351,7 +385,7 @@ class _Products:
         return worst.region
 
 
-def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int) -> Region:
+def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int, slack: Tensor | None = None) -> Region:
     """Compare bias vectors of that size; a missing one is zero."""
     if expected is None and found is None:
         return Region()
@@ -360,5 +394,6 @@ def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int) -> R
         return Region(elements=1, ratio=math.inf, error=math.inf, kind="bias", differing=1, positions=1)
     half = torch.zeros(size, dtype=torch.float64) if found is None else half_ulp(found, found.dtype)
     worst, wanted = Worst("bias"), _widened(wanted)
-    _hold(worst, wanted, have, _towards(wanted, have, half), lambda at: (at,))
+    most = _towards(wanted, have, half)
+    _hold(worst, wanted, have, most if slack is None else most + slack, lambda at: (at,))
     return worst.region

@@ -11,10 +11,11 @@ import torch
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import SourceLayer
+from convtool.core.expression import Expression, joined
 from convtool.core.fields import Fields
 from convtool.core.fuse import NamedConv
 from convtool.core.names import is_written
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, walk
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves, walk
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds.kind import Layer
 from convtool.kinds.stated import FieldSource, FieldSources
@@ -267,6 +268,12 @@ class _TreeLowering:
     @staticmethod
     def _first(found: Iterable[_Channels]) -> _Channels:
         return next((one for one in found if one.channels is not None), _Channels(None))
+
+
+def as_computed(chain: Sequence[LoweredLayer]) -> Expression:
+    """Return a chain's layers as they are computed with, what only moves numbers read through by the layer behind."""
+    tree: Tree[LoweredLayer] = Chain(tuple(chain))
+    return map_leaves(lambda leaf: leaf.conv, joined(tree))
 
 
 def stored_dtype(layers: Sequence[LoweredLayer]) -> torch.dtype:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from convtool.checkpoint import Checkpoint
+from convtool.core.expression import Expression
+from convtool.core.names import is_written
 from convtool.core.order import MATRICES, Order
 from convtool.core.sizes import split_input_size
 from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
 from convtool.errors import InputError, UsageError
-from convtool.fusing.lowering import LoweredLayer, lower_chain
+from convtool.fusing.lowering import LoweredLayer, as_computed, lower_chain
 from convtool.kinds import parse_field
 from convtool.kinds.kind import Kind
 from convtool.kinds.stated import FieldSource, FieldSources
@@ -75,65 +77,70 @@ def compare_with_matrix(found: MatrixFile, other: MatrixFile) -> Compared:
 def compare_with_layer(
     found: MatrixFile,
     checkpoint: Checkpoint,
-    layer: str | None,
+    names: Sequence[str] | None,
     sizes: Sequence[tuple[int, ...]],
     sources: FieldSources,
     **how: Any,
 ) -> Compared:
-    """Hold a matrix against the layer that it is of.
+    """Hold a matrix against the layer or the chain that it is of.
 
     Args:
-        layer: its name, where the file has no record or to overrule it.
-        sizes: of the layer's input: one, where the file has no record.
+        names: of the layers, where the file has no record or to overrule it.
+        sizes: of the first layer's input: one, where the file has no record.
         sources: fields of the layer, overruling the record.
         how: trials, seed and computed_in, as of `verify_matrix`.
     """
-    lowered, size = _lowered(found, checkpoint, layer, sizes, sources)
-    forms, verify = list(_forms(found, lowered, size)), partial(_verify, found, lowered, size, how)
+    lowered, size = _lowered(found, checkpoint, names, sizes, sources)
+    tree = as_computed(lowered)
+    forms, verify = list(_forms(found, tree, size)), partial(_verify, found, tree, size, how)
     tried = zip(forms, map(verify, forms), strict=True)  # one by one, until one is equal
     first = form, report = next(tried)
     if not report.equivalent:
         form, report = next((one for one in tried if one[1].equivalent), first)
-    assumed = [lowered.assumed] if lowered.assumed else []
+    assumed = [leaf.assumed for leaf in lowered if leaf.assumed]
     if found.record is None:
         others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)
         assumed.append(f"{found.path}: {form}{others}")
-    return Compared(lowered.layer.name, str(form), report, tuple(assumed))
+    return Compared(" → ".join(leaf.name for leaf in lowered), str(form), report, tuple(assumed))
 
 
 def _verify(
-    found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...], how: dict[str, Any], form: _Form
+    found: MatrixFile, tree: Expression, size: tuple[int, ...], how: dict[str, Any], form: _Form
 ) -> MatrixReport:
     kind = FORMATS.get(found.path.suffix)
     stores_bias = kind is None or kind.STORES_BIAS
     how = how | {"trials": min(how["trials"], MOST_TRIALS)}
-    return verify_matrix(lowered.conv, size, found, bias=found.bias, stores_bias=stores_bias, **asdict(form), **how)
+    return verify_matrix(tree, size, found, bias=found.bias, stores_bias=stores_bias, **asdict(form), **how)
 
 
 def _lowered(
     found: MatrixFile,
     checkpoint: Checkpoint,
-    layer: str | None,
+    names: Sequence[str] | None,
     sizes: Sequence[tuple[int, ...]],
     sources: FieldSources,
-) -> tuple[LoweredLayer, tuple[int, ...]]:
-    """Return the layer that the matrix is of, and the spatial size of its input, by the file's record or as given."""
+) -> tuple[list[LoweredLayer], tuple[int, ...]]:
+    """Return the layers that the matrix is of, and the spatial size of their input, by its record or as given."""
     record = _record(found)
-    name = layer or record.get("layer")
-    if name is None:
+    recorded = record.get("chain") or ([record] if "layer" in record else [])
+    names = names or [one["layer"] for one in recorded]
+    if not names:
         raise UsageError(f"{found.path}: doesn't say which layer it is of; name it with --before")
     if len(sizes) > 1:
         raise UsageError("--input-size: a matrix is for one input size")
     size = sizes[0] if sizes else tuple(record.get("input_size") or ())
-    named = checkpoint.layer(str(name))
-    if not size and not named.kind.channels_last:
+    named = {name: checkpoint.layer(name) for name in names if not is_written(name)}
+    if not size and not all(layer.kind.channels_last for layer in named.values()):
         raise UsageError(f"{found.path}: doesn't say its input size; give --input-size, such as 32,32")
-    known = FieldSource("record", {named.name: _fields(found.path, record, named.kind)}, exact_names=True)
+    tables = {
+        layer.name: _fields(found.path, one, layer.kind) for one in recorded if (layer := named.get(one["layer"]))
+    }
+    known = FieldSource("record", tables, exact_names=True)
     try:
-        lowered = lower_chain(checkpoint, [named.name], sources.with_first(known), size or None)[0]
+        lowered = lower_chain(checkpoint, names, sources.with_first(known), size or None)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{found.path}: its record is damaged: {error}") from None
-    return lowered, split_input_size(size, lowered.conv.in_channels, lowered.conv.spatial_axes)
+    return lowered, split_input_size(size, lowered[0].conv.in_channels, lowered[0].conv.spatial_axes)
 
 
 def _record(found: MatrixFile) -> dict[str, Any]:
@@ -143,6 +150,7 @@ def _record(found: MatrixFile) -> dict[str, Any]:
     sound = {
         "layer": layer is None or isinstance(layer, str),
         "fields": fields is None or isinstance(fields, dict),
+        "chain": all(map(_is_layer, chain)) if isinstance(chain := record.get("chain") or [], list) else False,
         "input_size": size is None or _are_counts(size),
         "rows": rows is None or (_are_counts(rows) and len(rows) == 2),
         "order": record.get("order", "CHW") in tuple(MATRICES),
@@ -152,6 +160,11 @@ def _record(found: MatrixFile) -> dict[str, Any]:
     if wrong is not None:
         raise InputError(f"{found.path}: its record is damaged: {wrong} {str(record[wrong])[:80]!r}")
     return record
+
+
+def _is_layer(one: object) -> bool:
+    """Return whether an entry of a record's chain is one."""
+    return isinstance(one, dict) and isinstance(one.get("layer"), str) and isinstance(one.get("fields"), dict)
 
 
 def _are_counts(values: object) -> bool:
@@ -167,7 +180,7 @@ def _fields(path: Path, record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key in kind.settable}
 
 
-def _forms(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> Iterator[_Form]:
+def _forms(found: MatrixFile, tree: Expression, size: tuple[int, ...]) -> Iterator[_Form]:
     """Yield which of the layer's matrices it may be: the one that its record says, else those of its shape.
 
     Without a record, the comparison tells: it is the one that it is equal to, entry by entry. The likeliest is first.
@@ -177,6 +190,6 @@ def _forms(found: MatrixFile, lowered: LoweredLayer, size: tuple[int, ...]) -> I
         span = None if record.get("rows") is None else (record["rows"][0], record["rows"][1])
         yield _Form(record.get("transpose", False), record.get("affine", False), record.get("order", "CHW"), span)
         return
-    matrices = {use: MATRICES["CHW"](lowered.conv, size, transpose=use[0], affine=use[1]) for use in USES}
+    matrices = {use: MATRICES["CHW"](tree, size, transpose=use[0], affine=use[1]) for use in USES}
     fitting = [use for use, matrix in matrices.items() if tuple(matrix.shape) == found.shape]
     yield from [_Form(*use, order) for use in fitting for order in MATRICES] or [_Form(False, False)]

@@ -15,6 +15,7 @@ from convtool.core.names import is_written
 from convtool.errors import InputError, UsageError, did_you_mean
 from convtool.formats.indexes import RECORD_KEY
 from convtool.formats.pieces import Piece
+from convtool.formats.program import Program
 from convtool.formats.tensor_file import Place, TensorFile
 from convtool.kinds.found import group_layers, why_not_plain
 from convtool.kinds.kind import Layer, TensorInfo, to_conv
@@ -174,6 +175,11 @@ class Checkpoint:
             if file.program is not None:
                 found |= fields_of_program(self.layers, file.program)
         return found
+
+    @property
+    def program(self) -> Program | None:
+        """The run of a model that the file describes, where it does."""
+        return None if self._only is None else self._only.program
 
     @cached_property
     def other_classes(self) -> dict[str, str]:

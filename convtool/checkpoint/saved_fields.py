@@ -8,7 +8,7 @@ from typing import Any
 
 from convtool.core.fields import Fields
 from convtool.errors import ConvtoolError
-from convtool.formats.program import Node, Program, Value, values_in
+from convtool.formats.program import Node, Program
 from convtool.formats.tensor_file import SavedModule
 from convtool.kinds import KINDS
 from convtool.kinds.kind import Layer
@@ -38,32 +38,33 @@ def other_classes(modules: Mapping[str, SavedModule]) -> dict[str, str]:
 
 
 def fields_of_program(layers: Mapping[str, Layer], program: Program) -> dict[str, Fields]:
-    """Return the fields with which a program runs layers; of one that it runs in two ways, nothing."""
-    made = {value: node for node in program.nodes for value in node.gives}
+    """Return the fields with which a program runs layers.
+
+    Of a layer whose runs differ, or do anything else besides, nothing is said; one without fields is there with none.
+    """
     found: dict[str, Fields | None] = {}
-    for node in program.nodes:
-        for layer in _layers_of(node, program, layers):
-            run = [(one.name, one.arguments) for one in (*_before(node, made), node)]
+    for run in _runs(program, layers):
+        for layer in _layers_of(run, program, layers):
             try:
-                fields = layer.kind.fields_of_run(run, layer.shapes)
+                fields = layer.kind.fields_of_run([(one.name, one.arguments) for one in run], layer.shapes)
             except (ConvtoolError, TypeError, ValueError, OverflowError):
                 fields = None
             found[layer.name] = fields if found.get(layer.name, fields) == fields else None
     return {name: fields for name, fields in found.items() if fields is not None}
 
 
-def _layers_of(node: Node, program: Program, layers: Mapping[str, Layer]) -> Iterator[Layer]:
-    """Yield the layer that an operation runs, where all of the model's tensors that it reads are that layer's."""
-    names = [program.tensors[value] for value in node.reads() if value in program.tensors]
-    paths = {name.rpartition(".")[0] for name in names}
-    for path in paths if len(paths) == 1 else ():
-        if path in layers and layers[path].kind.settable:
+def _runs(program: Program, layers: Mapping[str, Layer]) -> Iterator[list[Node]]:
+    """Yield the operations of each run of a layer's module; operations outside of these are by themselves."""
+    runs: dict[Any, list[Node]] = {}
+    for number, node in enumerate(program.nodes):
+        inside = node.inside[-1] if node.inside and node.inside[-1].path in layers else number
+        runs.setdefault(inside, []).append(node)
+    yield from runs.values()
+
+
+def _layers_of(run: list[Node], program: Program, layers: Mapping[str, Layer]) -> Iterator[Layer]:
+    """Yield the layer that operations run: the one whose tensors they read, or those, none of which they are."""
+    names = [program.tensors[value] for node in run for value in node.reads() if value in program.tensors]
+    for path in dict.fromkeys(name.rpartition(".")[0] for name in names):
+        if path in layers:
             yield layers[path]
-
-
-def _before(node: Node, made: Mapping[Value, Node]) -> list[Node]:
-    """Return the operation that makes what another reads first, where both happen in one run of a module."""
-    first: Any = next(iter(node.arguments.values()), None)
-    before = next((made[value] for value in values_in(first) if value in made), None)
-    same = before is not None and node.inside and before.inside[-1:] == node.inside[-1:]
-    return [before] if same and before is not None else []

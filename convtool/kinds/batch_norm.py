@@ -106,8 +106,8 @@ class BatchNorm(Kind):
 
     def fields_of_run(self, run: Sequence[tuple[str, Mapping[str, Any]]], shapes: Shapes) -> Fields | None:
         name, arguments = run[-1]
-        eps = arguments.get("eps", arguments.get("epsilon"))
-        return {"eps": float(eps)} if "batch_norm" in name and isinstance(eps, int | float) else None
+        eps, plain = arguments.get("eps", arguments.get("epsilon")), len(run) == 1 and not arguments.get("training")
+        return {"eps": float(eps)} if plain and "batch_norm" in name and isinstance(eps, int | float) else None
 
     def observe(self, run: Callable[[Tensors, Tensor], Tensor], shapes: Shapes) -> Fields | None:
         """Find eps of a batch norm in other code than torch's (torchvision's, DETR's frozen ones).

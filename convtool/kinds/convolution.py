@@ -156,11 +156,13 @@ class Convolution(Kind):
         if not fields["transposed"]:
             fields["output_padding"] = 0
         geometry = Geometry.of(tuple(shapes["weight"][2:]), **fields)
-        padded = _PADDING.fullmatch(before[-1][0]) if before else None
-        if padded is None:
+        if not before:
             return geometry_fields(geometry)
+        padded = _PADDING.fullmatch(before[0][0])
+        if len(before) > 1 or padded is None:
+            return None
         # A convolution that doesn't pad by itself, behind its module's own padding.
-        about = before[-1][1]
+        about = before[0][1]
         pad, value = about.get("pad", about.get("padding")), about.get("value")
         mode = _MODES.get(about.get("mode", "constant") if padded[1] == "pad" else padded[1])
         if geometry.padded or value not in (None, 0) or mode is None or len(pad or ()) != 2 * len(shapes["weight"][2:]):

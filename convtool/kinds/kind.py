@@ -264,10 +264,10 @@ class Kind:
         return {name: getattr(module, name) for name in self.fields}
 
     def fields_of_run(self, run: Sequence[tuple[str, Mapping[str, Any]]], shapes: Shapes) -> Fields | None:
-        """Return the fields of a layer that these operations of ATen are a run of; None where they are another's.
+        """Return the fields of a layer that these operations of ATen are a run of; None where they do anything else.
 
         Args:
-            run: names and arguments, those of no tensor; the last one reads the layer's tensors.
+            run: names and arguments, in order.
         """
         return None
 

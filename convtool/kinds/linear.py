@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import Fields
 from convtool.errors import UsageError
@@ -31,6 +31,9 @@ class Linear(Kind):
 
     def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
         return shapes["weight"][0]
+
+    def fields_of_run(self, run: Sequence[tuple[str, Mapping[str, Any]]], shapes: Shapes) -> Fields | None:
+        return {} if [name for name, _ in run] == ["aten.linear.default"] else None
 
     def moves_over(self, rank: int, shapes: Shapes, fields: Fields) -> int | None:
         return 0 if rank >= 2 else None  # the last axis

@@ -203,3 +203,54 @@ def test_a_raw_kernel_named_as_a_layer_is_told_how_it_is_written(net: Path) -> N
     code, message = error("fuse", net, "c", "raw.k0", "-o", net.with_name("no.pt"))
     assert code == 3
     assert message.endswith("; a fixed kernel is written kernel(raw.k0), an offset offset(TENSOR)")
+
+
+# --- stacks
+
+STACK = """
+[[fuse]]
+name = "mix"
+chain = [{ stack = [["select(0:2)", "left"], ["select(2:5)", "right.conv", "right.bn"]] }, "permute(4,1,2,3,0)", "mix"]
+[geometry]
+"right.bn" = { eps = 0.5 }
+"*.conv" = { groups = 3 }
+"""
+
+
+def test_what_follows_a_stack_distributes_over_it(tmp_path: Path) -> None:
+    state = {
+        "left.weight": real_numbers(1, 2, 2, 3, 3),
+        "left.bias": real_numbers(2, 2),
+        "right.conv.weight": real_numbers(3, 3, 1, 3, 3),
+        **{f"right.bn.{name}": real_numbers(4, 3).abs() for name in ("weight", "bias", "running_mean", "running_var")},
+        "mix.weight": real_numbers(5, 4, 5, 1, 1),
+    }
+    before, after = tmp_path / "net.pt", tmp_path / "out.pt"
+    torch.save(state, before)
+    (tmp_path / "stack.toml").write_text(STACK)
+    document = done("fuse", before, "--recipe", tmp_path / "stack.toml", "--input-size", "5,8,9", "-o", after)
+    assert done("verify", before, after)["equivalent"]
+    made = load(after)
+    x = real_numbers(6, 2, 5, 8, 9)
+    mean, var, weight, bias = (state[f"right.bn.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+    right = F.batch_norm(F.conv2d(x[:, 2:], state["right.conv.weight"], groups=3), mean, var, weight, bias, eps=0.5)
+    y = torch.cat([F.conv2d(x[:, :2], state["left.weight"], state["left.bias"]), right], 1)
+    expected = F.conv2d(y[:, [4, 1, 2, 3, 0]], state["mix.weight"])
+    torch.testing.assert_close(F.conv2d(x, made["mix.weight"], made["mix.bias"]), expected)
+    assert set(made) == {"mix.weight", "mix.bias"}
+    assert document["fusions"][0]["exact"]
+
+
+def test_groups_of_stacked_slices_add_up(tmp_path: Path) -> None:
+    state = {f"{name}.weight": real_numbers(n, 2, 2, 3, 3) for n, name in enumerate("abc")}
+    before, after = tmp_path / "net.pt", tmp_path / "out.pt"
+    torch.save(state, before)
+    recipe = tmp_path / "stack.toml"
+    recipe.write_text(
+        '[[fuse]]\nname = "abc"\nstack = [["select(0:2)", "a"], ["select(2:4)", "b"], ["select(4:6)", "c"]]'
+    )
+    done("fuse", before, "--recipe", recipe, "--input-size", "6,8,9", "-o", after)
+    made, x = load(after)["abc.weight"], real_numbers(6, 2, 6, 8, 9)
+    assert made.shape == (6, 2, 3, 3)
+    parts = [F.conv2d(part, state[f"{name}.weight"]) for name, part in zip("abc", x.chunk(3, 1), strict=True)]
+    torch.testing.assert_close(F.conv2d(x, made, groups=3), torch.cat(parts, 1))

@@ -67,6 +67,14 @@ class Sum(Generic[Leaf]):
             raise UsageError("expected at least one branch in a sum")
 
 
+@dataclass(frozen=True, slots=True)
+class Stack(Sum[Leaf]):
+    """Parts applied to the same input, their outputs side by side along the channels.
+
+    It is the sum of the parts, each placed among the channels, and becomes that once the parts' channels are known.
+    """
+
+
 Tree: TypeAlias = Leaf | Chain[Leaf] | Sum[Leaf]
 
 
@@ -130,7 +138,8 @@ def map_leaves(change: Callable[[Leaf], Made], tree: Tree[Leaf]) -> Tree[Made]:
     if isinstance(tree, Chain):
         return Chain(tuple(map_leaves(change, part) for part in tree.parts))
     if isinstance(tree, Sum):
-        return Sum(tuple(map_leaves(change, part) for part in tree.parts))
+        parts = tuple(map_leaves(change, part) for part in tree.parts)
+        return Stack(parts) if isinstance(tree, Stack) else Sum(parts)
     return change(tree)
 
 
@@ -139,6 +148,8 @@ def tree_text(tree: Tree[Leaf], name: Callable[[Leaf], str] = str) -> str:
     if not isinstance(tree, Chain | Sum):
         return name(tree)
     texts = [tree_text(part, name) for part in tree.parts]
+    if isinstance(tree, Stack):
+        return f"stack({', '.join(texts)})"
     joint = " → " if isinstance(tree, Chain) else " + "
     return joint.join(f"({text})" if " → " in text or " + " in text else text for text in texts)
 

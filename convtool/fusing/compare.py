@@ -14,7 +14,7 @@ from convtool.core.expression import Expression, in_channels, output_size
 from convtool.core.geometry import LARGEST, format_sizes
 from convtool.core.inputs import widest_layer
 from convtool.core.sizes import alike_size, split_input_size
-from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves, walk
+from convtool.core.tree import BASE, Chain, LayerRef, Tree, first_leaves, leaves, map_leaves, walk
 from convtool.core.verify import LARGEST_INPUT
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.formats.pieces import same_bytes
@@ -194,8 +194,9 @@ def recorded_pairings(
             fused = lower_tree({BASE: after}, _stands(last[name]), FieldSources())
         except UsageError as error:
             raise _does_not_fit(after, error) from None
-        axes = next(leaves(fused)).conv.spatial_axes  # which batch norms by themselves don't tell
-        layers = _lower_recorded(tree, checkpoints, after, sources, axes)
+        stands = next(leaves(fused)).conv
+        axes = stands.spatial_axes  # which batch norms by themselves don't tell
+        layers = _lower_recorded(tree, checkpoints, after, sources, stands)
         if next(leaves(layers)).conv.spatial_axes != axes:  # a matrix fused further in the flat form that it has
             raise InputError(
                 f"{after.path}: its record can't say how {name!r}, which takes flat numbers, stands for layers over"
@@ -266,14 +267,20 @@ def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[s
 
 
 def _lower_recorded(
-    tree: Tree[SourceLayer], checkpoints: Mapping[str, Checkpoint], after: Checkpoint, sources: FieldSources, axes: int
+    tree: Tree[SourceLayer],
+    checkpoints: Mapping[str, Checkpoint],
+    after: Checkpoint,
+    sources: FieldSources,
+    stands: Conv,
 ) -> Tree[LoweredLayer]:
     """Return the layers of BEFORE; an error is the record's, unless what else is said of them may be the cause."""
     names = {full_name(source.name, source.origin): source for source in leaves(tree)}
     known = FieldSource("record", {name: source.fields for name, source in names.items()}, exact_names=True)
     try:
         refs = map_leaves(lambda source: LayerRef(source.name, source.origin), tree)
-        return lower_tree(checkpoints, refs, sources.with_first(known), axes=axes)
+        # What is written in front doesn't tell its channels.
+        channels = stands.in_channels if any(source.written for source in first_leaves(tree)) else None
+        return lower_tree(checkpoints, refs, sources.with_first(known), axes=stands.spatial_axes, channels=channels)
     except UsageError as error:
         lacking = any(not source.written and source.origin not in checkpoints for source in names.values())
         if lacking or any(sources.fields(name) for name in names):

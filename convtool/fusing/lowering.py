@@ -15,11 +15,11 @@ from convtool.core.expression import Expression, joined
 from convtool.core.fields import Fields
 from convtool.core.fuse import NamedConv
 from convtool.core.names import is_written
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves, walk
+from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves, map_leaves
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds.kind import Layer
 from convtool.kinds.stated import FieldSource, FieldSources
-from convtool.kinds.written import make_written
+from convtool.kinds.written import make_written, read_layer
 
 MOST_NAMES = 3  # layers named one by one before the rest is only counted
 SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a layer takes from the one that it is like
@@ -167,9 +167,24 @@ class _TreeLowering:
             # For layers without tensors beside ones that don't settle it either; those go on to assume one group.
             guess = self._takes(tree, _Channels(None), guess=True) if into.channels is None else into
             lowered = [self.lower(part, guess if _is_written(part) else into) for part in tree.parts]
+            if isinstance(tree, Stack):
+                return self._side_by_side(lowered)
             return Sum(tuple(part for part, _ in lowered)), lowered[0][1]
         leaf = self._lower_leaf(tree, into)
         return leaf, _Channels(leaf.conv.out_channels, leaf.layer.name)
+
+    def _side_by_side(
+        self, branches: Sequence[tuple[Tree[LoweredLayer], _Channels]]
+    ) -> tuple[Tree[LoweredLayer], _Channels]:
+        """Return the sum of the branches, each placed behind the channels of those before it."""
+        counts = [known.channels or 0 for _, known in branches]
+        parts, first, total = list[Tree[LoweredLayer]](), 0, sum(counts)
+        for (branch, _), count in zip(branches, counts, strict=True):
+            layer = read_layer(f"place({first}:{first + count}; of={total})")
+            conv = make_written(layer.name, count, self.axes)
+            parts.append(Chain((branch, LoweredLayer(layer.name, conv, layer, layer.fields, ""))))
+            first += count
+        return Sum(tuple(parts)), _Channels(total, "the stack")
 
     def _find(self, ref: LayerRef) -> Layer:
         if ref.source not in self.checkpoints:
@@ -248,7 +263,9 @@ class _TreeLowering:
         if isinstance(tree, Chain):
             return reduce(lambda known, part: self._takes(part, known, guess), reversed(tree.parts), gives)
         if isinstance(tree, Sum):
-            if gives.channels is None:  # what is added to something has as many channels
+            if isinstance(tree, Stack):
+                gives = _Channels(None)
+            elif gives.channels is None:  # what is added to something has as many channels
                 gives = self._first(self._gives(part, _Channels(None)) for part in tree.parts)
             return self._first(self._takes(part, gives, guess) for part in tree.parts)
         layer = self.layers[tree]
@@ -258,12 +275,16 @@ class _TreeLowering:
 
     def _gives(self, tree: Tree[LayerRef], takes: _Channels) -> _Channels:
         """Return the channels of a tree's output, as far as its layers or the input's channels settle them."""
-
-        def step(ref: LayerRef, known: _Channels) -> _Channels:
-            layer = self.layers[ref]
-            return _Channels(layer.kind.gives(layer.shapes, self._fields(ref), known.channels), layer.name)
-
-        return walk(tree, takes, step, lambda _, branches: self._first(branches))
+        if isinstance(tree, Chain):
+            return reduce(lambda known, part: self._gives(part, known), tree.parts, takes)
+        if isinstance(tree, Sum):
+            branches = [self._gives(part, takes) for part in tree.parts]
+            if not isinstance(tree, Stack):
+                return self._first(branches)
+            counts = [one.channels for one in branches if one.channels is not None]
+            return _Channels(sum(counts) if len(counts) == len(branches) else None, "the stack")
+        layer = self.layers[tree]
+        return _Channels(layer.kind.gives(layer.shapes, self._fields(tree), takes.channels), layer.name)
 
     @staticmethod
     def _first(found: Iterable[_Channels]) -> _Channels:

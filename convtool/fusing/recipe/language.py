@@ -3,7 +3,7 @@
 A recipe is TOML. Each [[fuse]] table names the fused layer and gives a `chain` or a `sum`; a part is the pattern of a
 layer, a list (a chain), or a table:
 
-    { chain = [...] }  or  { sum = [...] }, and perhaps
+    { chain = [...] }, { sum = [...] } or, for outputs side by side, { stack = [...] }; and perhaps
         scale = 0.5          the part's output times a number
         alpha = "TENSOR"     times that number of a checkpoint over the rank, the output channels of the part's first
                              layer, as LoRA is scaled; with ? at the end a missing tensor stands for a factor of 1
@@ -40,7 +40,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from convtool.core.geometry import LARGEST
-from convtool.core.tree import Chain, Sum, Tree, leaves
+from convtool.core.tree import Chain, Stack, Sum, Tree, leaves
 from convtool.errors import UsageError
 from convtool.fusing.recipe.pattern import Pattern, check_text, parse_pattern, shortened, shown, variables_of
 from convtool.kinds.stated import FieldSource, parse_tables
@@ -50,6 +50,7 @@ Plan: TypeAlias = Tree[Pattern]
 ALPHA = "alpha"
 DEEPEST = 32  # lists and tables inside of each other
 MOST_LAYERS = 1000  # of one fusion
+_TREES: Mapping[str, type[Chain[Pattern] | Sum[Pattern]]] = {"chain": Chain, "sum": Sum, "stack": Stack}
 _ABOUT = ("optional", "where", "unless", "input_size", "in_order")  # what a rule says besides its layers
 
 
@@ -106,10 +107,10 @@ def parse_recipe(document: Mapping[str, Any], origin: str) -> Recipe:
 def _parse_rule(table: object, where: str) -> Rule:
     if not isinstance(table, dict):
         raise UsageError(f"{where}: expected a table")
-    unknown = table.keys() - {"name", "chain", "sum", "scale", "alpha", *_ABOUT}
+    unknown = table.keys() - {"name", *_TREES, "scale", "alpha", *_ABOUT}
     if unknown:
         raise UsageError(
-            f"{where}: unknown key {shortened(sorted(unknown)[0])!r}; expected name, chain or sum, scale, alpha,"
+            f"{where}: unknown key {shortened(sorted(unknown)[0])!r}; expected name, chain, sum or stack, scale, alpha,"
             f" {', '.join(_ABOUT)}"
         )
     name, optional = table.get("name"), table.get("optional", False)
@@ -166,14 +167,14 @@ def _parse_like(part: Mapping[str, object], where: str) -> Pattern:
 
 
 def _parse_table(part: Mapping[str, object], where: str, depth: int) -> Plan:
-    keys = [key for key in ("chain", "sum") if key in part]
-    if len(keys) != 1 or part.keys() - {"chain", "sum", "scale", "alpha"}:
-        raise UsageError(f"{where}: expected a table with chain or sum, and perhaps scale, got {_keys(part)}")
+    keys = [key for key in _TREES if key in part]
+    if len(keys) != 1 or part.keys() - {*_TREES, "scale", "alpha"}:
+        raise UsageError(f"{where}: expected a table with chain, sum or stack, and perhaps scale, got {_keys(part)}")
     items = part[keys[0]]
     if not isinstance(items, list) or not items:
         raise UsageError(f"{where}: {keys[0]}: expected a list of layers or branches")
     parts = tuple(_parse_part(item, where, depth + 1) for item in items)
-    tree: Plan = Chain(parts) if keys[0] == "chain" else Sum(parts)
+    tree: Plan = _TREES[keys[0]](parts)
     if "alpha" in part:
         tensor = part["alpha"]
         if not isinstance(tensor, str) or not tensor:

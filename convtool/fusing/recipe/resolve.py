@@ -10,7 +10,7 @@ from typing import TypeAlias
 
 from convtool.core.fields import Fields
 from convtool.core.geometry import format_sizes
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves
 from convtool.errors import UsageError
 from convtool.fusing.recipe.language import ALPHA, Plan, Recipe, Rule, anchors_of, texts_of
 from convtool.fusing.recipe.layer_names import Effort, Layers, Names
@@ -165,7 +165,8 @@ class _Resolution:
             return self._layer(plan, binding)
         if isinstance(plan, Sum):
             parts = [part for branch in plan.parts for part in self._branches(branch, binding)]
-            return Sum(tuple(parts)) if parts else None
+            together = Stack if isinstance(plan, Stack) else Sum
+            return together(tuple(parts)) if parts else None
         chains = list(self._branches(plan, binding))
         if len(chains) > 1:
             raise UsageError(f"{self.origin}: {_text(plan)}: * fits several layers, which only a sum has room for")
@@ -353,4 +354,5 @@ def _text(plan: Plan) -> str:
         return str(plan)
     inner = ", ".join(_text(part) for part in plan.parts[:_SHOWN])
     more = ", ..." if len(plan.parts) > _SHOWN else ""
-    return f"{'' if isinstance(plan, Chain) else 'sum'}[{inner}{more}]"
+    name = "" if isinstance(plan, Chain) else "stack" if isinstance(plan, Stack) else "sum"
+    return f"{name}[{inner}{more}]"

@@ -16,14 +16,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from layers import kind
-from live import CLOSE, filled
+from live import CLOSE, assert_same_outputs, filled
 from networks import NETWORKS
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import convtool
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
-from convtool.errors import RefusedError, UsageError
+from convtool.errors import UsageError
 from convtool.fusing.recipe import Known, parse_recipe, resolve
 from convtool.graph.cut import Price, partition
 from convtool.graph.flow import Flow, Step, find_stretches
@@ -33,7 +33,6 @@ from convtool.graph.planned import Plan, tree_in_short
 from convtool.kinds.kind import Layer, TensorInfo
 from convtool.kinds.stated import FieldSources
 from convtool.kinds.written import layer_of_operation, read_layer
-from convtool.live import trace as tracing
 from convtool.live.state import StateCheckpoint
 
 # --- cutting a sequence
@@ -343,7 +342,6 @@ def test_every_convolution_with_its_batch_norm_is_found_and_nothing_that_is_none
     assert len(walked) == len(norms), "the walk misses some"
     assert bool(walked) == (name in ("resnet", "regnet", "mobilenet v1", "mobilenet v2", "segformer"))
     assert all(one.exact is Exact.EVERY_SIZE for one in found.plan.fusions)
-    assert found.plan.tracer == "torch.export"
 
 
 SAMPLE_STRETCHES = {
@@ -511,10 +509,13 @@ class PadsItself(nn.Conv2d):
         return super().forward(F.pad(x, (1, 1, 0, 2)))
 
 
-def test_a_layer_with_code_of_its_own_stays() -> None:
-    net = Net(lambda m, x: m.bn(m.a(x)), a=PadsItself(4, 4, 3), bn=nn.BatchNorm2d(4))
-    assert planned(net)[0] == []
+def test_a_layer_with_code_of_its_own_is_found_by_its_operation_and_keeps_the_rest_of_its_code() -> None:
+    net = filled(Net(lambda m, x: m.bn(m.a(x)), a=PadsItself(4, 4, 3), bn=nn.BatchNorm2d(4)))
+    assert planned(net)[0] == ["a → bn"]
     assert "a" not in convtool.geometry_of(net)
+    fused = convtool.fuse_model(copy.deepcopy(net), (4, 9, 7))
+    assert isinstance(fused.a, PadsItself)
+    assert_same_outputs(net, fused, [(2, 4, 9, 7), (1, 4, 6, 11)])
 
 
 def test_weight_norms_and_hooks_are_not_lost() -> None:
@@ -542,14 +543,12 @@ def test_what_is_changed_in_place_is_another_value() -> None:
     assert planned(net)[0] == ["bn1 → b"]
 
 
-@pytest.mark.parametrize("tracer", list(tracing._TRACERS))
-def test_branches_that_are_added_in_place_become_one_layer(tracer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_branches_that_are_added_in_place_become_one_layer() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y: Tensor = m.a(x)
         y.add_(m.b(x))  # and y is the name that is read
         return F.relu(y, inplace=True)
 
-    monkeypatch.setattr(tracing, "_TRACERS", {tracer: tracing._TRACERS[tracer]})
     assert planned(Net(forward, a=conv(), b=conv(bias=False)))[0] == ["a + b"]
 
 
@@ -573,12 +572,8 @@ def reads_a_view_of_before(m: Any, x: Tensor) -> Tensor:
     return view * 2  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("tracer", list(tracing._TRACERS))
 @pytest.mark.parametrize("run", [reads_what_was_added, reads_what_was_there_before, reads_a_view_of_before])
-def test_what_is_added_in_place_and_read_besides_stays(
-    tracer: str, run: Callable[[Any, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tracing, "_TRACERS", {tracer: tracing._TRACERS[tracer]})
+def test_what_is_added_in_place_and_read_besides_stays(run: Callable[[Any, Tensor], Tensor]) -> None:
     assert planned(Net(run, a=conv(), b=conv(bias=False)))[0] == []
 
 
@@ -816,7 +811,7 @@ def test_costs_are_of_the_run_that_was_followed() -> None:
     assert one.after.multiply_adds == weight * positions
 
 
-# --- control flow, and the tracers that follow it
+# --- how far a run is followed
 
 
 def branching(m: Any, x: Tensor) -> Tensor:
@@ -825,34 +820,45 @@ def branching(m: Any, x: Tensor) -> Tensor:
     return result
 
 
-def test_control_flow_that_depends_on_values_is_refused_with_each_tracers_reason() -> None:
-    net = filled(Net(branching, a=conv(k=1), bn=nn.BatchNorm2d(4)))
-    with pytest.raises(RefusedError, match="cannot be followed") as refused:
-        convtool.plan(net, (4, 9, 7))
-    assert all(f"{name}: " in str(refused.value) for name in ("torch.export", "torch.fx", "hooks"))
-    assert "its control flow depends on the values of its input" in str(refused.value)
+def test_what_lies_before_a_decision_by_values_is_planned_unless_it_may_run_again() -> None:
+    blocks = {name: nn.Sequential(conv(k=1), nn.BatchNorm2d(4)) for name in "ab"}
+    net = filled(Decides(**blocks))
+    found = convtool.plan(net, (4, 9, 7))
+    assert [tree_in_short(one.tree) for one in found.fusions] == ["a: 0 → 1"]
+    assert found.remarks == (
+        (
+            "the data flow was followed up to the model's own code, which goes by the values of its input; what lies"
+            " behind is left alone"
+        ),
+    )
+    assert {one.reason for one in found.left_alone} == {"b.0: the code behind the end of the flow may run it again"}
+    assert_same_outputs(net, convtool.fuse_model(copy.deepcopy(net), planned=found), [(2, 4, 9, 7)])
+    again = filled(Net(branching, a=conv(k=1), bn=nn.BatchNorm2d(4)))
+    assert not convtool.plan(again, (4, 9, 7)).fusions
 
 
-@pytest.mark.parametrize(
-    ("tracer", "name"), [*itertools.product(["torch.fx", "hooks"], SAMPLES), ("hooks", "convnext")]
-)  # fx cannot follow the code of transformers
-def test_the_other_tracers_see_the_same(tracer: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = case(name)
-    monkeypatch.setattr(tracing, "_TRACERS", {tracer: tracing._TRACERS[tracer]})
-    again = convtool.plan(found.model, found.size)
-    assert again.tracer == tracer
-    assert [tree_in_short(one.tree) for one in again.fusions] == found.chains
-    assert bool(again.remarks) == (tracer == "hooks")
+class Decides(nn.Module):
+    """A network whose code looks at a value."""
+
+    def __init__(self, a: nn.Sequential, b: nn.Sequential) -> None:
+        super().__init__()
+        self.a, self.b = a, b
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One way or the other."""
+        y = F.relu(self.b(F.relu(self.a(x))))
+        result: Tensor = F.relu(y) if y.sum() > 0 else self.b[0](y)
+        return result
 
 
 class Result:
-    """What no tracer knows how to look into."""
+    """What nobody knows how to look into."""
 
     def __init__(self, value: Tensor) -> None:
         self.value = value
 
 
-def test_an_unknown_kind_of_output_is_followed_by_hooks_and_its_values_stay() -> None:
+def test_the_values_in_an_unknown_kind_of_output_stay() -> None:
     def forward(m: Any, x: Tensor) -> Result:
         y = m.a(x)
         m.kept = m.b(F.relu(m.bn1(y)))
@@ -869,12 +875,11 @@ def test_an_unknown_kind_of_output_is_followed_by_hooks_and_its_values_stay() ->
         )
     )
     found = convtool.plan(net, (4, 9, 7))
-    assert found.tracer == "hooks"
     # b + bn2: b's value is kept by the model; d + bn4: d's is in the result
     assert [tree_in_short(one.tree) for one in found.fusions] == ["a → bn1", "c → bn3"]
 
 
-def test_hooks_see_what_is_changed_in_place_and_read_by_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_changed_in_place_is_seen_by_another_name() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)
         flat = y.view(1, -1)
@@ -885,16 +890,7 @@ def test_hooks_see_what_is_changed_in_place_and_read_by_another_name(monkeypatch
         return m.bn3(v) + flat.sum()  # type: ignore[no-any-return]
 
     net = filled(Net(forward, **{n: conv(k=1) for n in "abc"}, **{f"bn{i}": nn.BatchNorm2d(4) for i in (1, 2, 3)}))
-    chains = []
-    for tracer in ("torch.export", "torch.fx", "hooks"):
-        monkeypatch.setattr(tracing, "_TRACERS", {tracer: _TRACERS[tracer]})
-        found = convtool.plan(net, (4, 9, 7))
-        assert found.tracer == tracer
-        chains.append([tree_in_short(one.tree) for one in found.fusions])
-    assert chains == [["c → bn3"]] * 3
-
-
-_TRACERS = dict(tracing._TRACERS)
+    assert planned(net)[0] == ["c → bn3"]
 
 
 # --- requests that are wrong

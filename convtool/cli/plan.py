@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 from convtool.cli import shared
 from convtool.cli.command import Command
@@ -114,7 +114,6 @@ class Result:
     """
 
     source: Path | None
-    traced_by: Annotated[str, ("enum", ("torch.export", "torch.fx", "hooks"))]
     remarks: tuple[str, ...]
     fusions: tuple[Fusion, ...]
     left_alone: tuple[LeftAlone, ...]
@@ -154,7 +153,6 @@ def run(options: Options, reporter: Reporter) -> Result:
         Result,
         found,
         source=options.checkpoint,
-        traced_by=found.tracer,
         fusions=tuple(map(Fusion.of, found.fusions)),
         total=Total(found.total, found.total_after),
         out=None if recipe is None else out,
@@ -179,8 +177,7 @@ def show(result: Result, reporter: Reporter) -> None:
     count = len(result.fusions)
     parameters, work = _costs(result.total)
     reporter.line(
-        f"{count} fusion{'' if count == 1 else 's'}, data flow by {result.traced_by}; the whole model:"
-        f" {parameters} parameters, {work} multiply-adds"
+        f"{count} fusion{'' if count == 1 else 's'}; the whole model: {parameters} parameters, {work} multiply-adds"
     )
     if result.written:
         reporter.line(f"wrote {result.out}")

@@ -47,14 +47,12 @@ class Flow:
         steps: in order; a step reads earlier ones only.
         outputs: the numbers of the steps whose values leave the run.
         apart: layers that must stay as they are, with the reason.
-        tracer: what followed the run.
         remarks: what its user should know of it.
     """
 
     steps: tuple[Step, ...]
     outputs: frozenset[int]
     apart: Mapping[str, str]
-    tracer: str = ""
     remarks: tuple[str, ...] = ()
 
     def calls(self) -> Iterator[tuple[Step, Layer]]:

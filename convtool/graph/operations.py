@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from convtool.errors import UsageError
@@ -14,6 +15,14 @@ from convtool.kinds.written import layer_of_operation
 
 INPUT = "input"  # the operation that what a run is given comes from
 _ADDITIONS = ("aten.add.Tensor", "aten.add_.Tensor")
+# Operations that give a constant itself, in another shape or in the dtype that it has.
+VIEWS_OF_CONSTANTS = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("view.default", "reshape.default", "alias.default", "detach.default", "unsqueeze.default", "to.dtype"),
+        *("to.dtype_layout", "to.device", "to.other", "t.default", "flatten.using_ints", "contiguous.default"),
+    )
+)
 _OUTSIDE = -1  # whoever reads the values that leave the run
 
 
@@ -29,6 +38,9 @@ class Operation:
         tensors: full names of the model's tensors that it reads.
         arguments: by the names of the operation's schema, None in place of tensors; not the defaults.
         call: the layer in whose run it happens, and the number of that run; ('', 0) outside of all.
+        operands: by the names of the schema, the arguments that are tensors of the model: their full names, and the
+            shapes that they are read in.
+        within: the modules in whose runs it happens, the outermost first, each with the number of its run.
     """
 
     name: str
@@ -37,6 +49,8 @@ class Operation:
     tensors: tuple[str, ...] = ()
     arguments: Mapping[str, Any] = field(default_factory=dict)
     call: tuple[str, int] = ("", 0)
+    operands: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    within: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,26 +67,30 @@ class Run:
     kept: frozenset[int] = frozenset()
 
 
-def read_flow(run: Run, layers: Mapping[str, Layer], apart: Mapping[str, str]) -> Flow:
+def read_flow(
+    run: Run, layers: Mapping[str, Layer], apart: Mapping[str, str], foreign: Mapping[str, str] | None = None
+) -> Flow:
     """Return the data flow of a run.
 
     Args:
-        layers: those of the model, by name. A run of one is a step where it reads one value and gives one; a scale may
-            also be one by the operation that multiplies by it.
+        layers: those of the model, by name. A run of one is a step where it reads one value and gives one; outside of
+            such runs an operation is one that its kind says it is, and that reads all of its tensors.
         apart: layers that must stay as they are, with the reason.
+        foreign: layers that are left alone unless their operations tell what they are, with the reason.
 
     Raises:
         UsageError: the run's input has no batch axis.
     """
-    return _Reader(run, layers, apart).flow()
+    return _Reader(run, layers, apart, foreign or {}).flow()
 
 
 class _Reader:
-    def __init__(self, run: Run, layers: Mapping[str, Layer], apart: Mapping[str, str]) -> None:
+    def __init__(
+        self, run: Run, layers: Mapping[str, Layer], apart: Mapping[str, str], foreign: Mapping[str, str]
+    ) -> None:
         self.run, self.operations, self.layers, self.apart = run, run.operations, layers, dict(apart)
-        self.scales = {
-            info.name: layer for layer in layers.values() if layer.kind.parameter for info in layer.tensors.values()
-        }
+        self.foreign = foreign
+        self.owners = {info.name: layer for layer in layers.values() for info in layer.tensors.values()}
         self.users: dict[int, set[int]] = defaultdict(set)
         calls: dict[tuple[str, int], list[int]] = defaultdict(list)
         for number, operation in enumerate(self.operations):
@@ -121,22 +139,24 @@ class _Reader:
         except UsageError as error:
             raise UsageError(f"{layer.name} {error}") from None
 
-    def _layer_step(self, layer: Layer, reads: Sequence[int], shape: tuple[int, ...]) -> Step | None:
-        axes = self._axes(layer, reads[0])
+    def _layer_step(
+        self, layer: Layer, reads: Sequence[int], shape: tuple[int, ...], axes: int | None = None
+    ) -> Step | None:
+        axes = self._axes(layer, reads[0]) if axes is None else axes
         return None if axes is None else Step((self.number[reads[0]],), shape, layer, axes)
 
     def _step(self, number: int) -> Step | None:
         """Return an operation outside of the layers' runs as a step; None for one that makes a constant."""
         operation, reads = self.operations[number], self.operations[number].reads
-        layer = self._layer(operation, reads)
-        step = None if layer is None else self._layer_step(layer, reads, operation.shape)
+        step = self._as_layer(operation) if len(reads) == 1 else None
         if step is not None:
             return step
-        for name in operation.tensors:  # a layer whose tensors are read by anything but its own run has to keep them
-            path = name.rpartition(".")[0]
-            if path in self.layers:
-                self.apart.setdefault(path, f"{name} is read outside of the layer's own run as well")
         constant = not reads and operation.name != INPUT
+        for name in operation.tensors:  # a layer whose tensors are read by anything but its own run has to keep them
+            layer = self.owners.get(name)
+            if layer is not None and not (constant and self._is_view(operation)):
+                reason = f"{name} is read outside of the layer's own run as well"
+                self.apart.setdefault(layer.name, self.foreign.get(layer.name, reason))
         if constant or any(self._stacked(user) == number for user in self.users[number]):
             return None
         stacked = self._stacked(number)
@@ -145,17 +165,47 @@ class _Reader:
         adds = stacked is not None or self._adds(operation, reads)
         return Step(tuple(self.number[value] for value in reads), operation.shape, adds=adds)
 
-    def _layer(self, operation: Operation, reads: Sequence[int]) -> Layer | None:
-        """Return what an operation is by itself: a layer without tensors, or a multiplication by a scale."""
-        if len(reads) != 1:
-            return None
-        about = (operation.name, operation.arguments, self.operations[reads[0]].shape, operation.shape)
+    def _is_view(self, operation: Operation) -> bool:
+        """Return whether an operation gives nothing but the model's tensor that it reads, in some shape."""
+        return operation.name in VIEWS_OF_CONSTANTS
+
+    def _as_layer(self, operation: Operation) -> Step | None:
+        """Return what an operation that reads one value is by itself."""
+        about = (operation.name, operation.arguments, self.operations[operation.reads[0]].shape, operation.shape)
         if not operation.tensors:
-            return layer_of_operation(*about)
-        scale = self.scales.get(operation.tensors[0]) if len(operation.tensors) == 1 else None
-        if scale is None or operation.name not in scale.kind.operations or scale.kind.of_operation(*about) is None:
+            written = layer_of_operation(*about)
+            return None if written is None else self._layer_step(written, operation.reads, operation.shape)
+        layer = self.owners.get(operation.tensors[0])
+        if layer is None or self._reads_others(layer, operation):
             return None
-        return scale
+        if layer.kind.parameter:
+            known = operation.name in layer.kind.operations and layer.kind.of_operation(*about) is not None
+            axes = self._factor_axes(operation) if known else None
+            return None if axes is None else self._layer_step(layer, operation.reads, operation.shape, axes)
+        fields = layer.kind.fields_of_run([(operation.name, operation.arguments)], layer.shapes)
+        if fields is None or any(shape != layer.shapes[key] for key, (_, shape) in operation.operands.items()):
+            return None
+        return self._layer_step(replace(layer, fields=fields), operation.reads, operation.shape)
+
+    def _reads_others(self, layer: Layer, operation: Operation) -> bool:
+        """Return whether an operation reads other tensors than all of a layer's own, each as the argument it is."""
+        given = {key: name for key, (name, _) in operation.operands.items()}
+        own = {key: info.name for key, info in layer.tensors.items() if key not in layer.kind.counters}
+        if layer.kind.parameter:
+            return sorted(given.values()) != sorted(own.values()) or len(operation.tensors) != 1
+        return given != own or sorted(operation.tensors) != sorted(own.values())
+
+    def _factor_axes(self, operation: Operation) -> int | None:
+        """Return the spatial axes behind the one that a tensor's numbers belong to: all, or none; None for others."""
+        value = self.operations[operation.reads[0]].shape
+        ((_, factors),) = operation.operands.values()
+        long = [axis - len(factors) for axis, size in enumerate(factors) if size > 1]
+        if len(value) < 2 or len(factors) > len(value) or len(long) > 1:
+            return None
+        axis = len(value) + (long[0] if long else -len(factors))
+        if value[axis] != math.prod(factors) or axis not in (1, len(value) - 1):
+            return None
+        return len(value) - 2 if axis == 1 else 0
 
     def _adds(self, operation: Operation, reads: Sequence[int]) -> bool:
         plain = operation.name in _ADDITIONS and operation.arguments.get("alpha", 1) == 1

@@ -23,15 +23,13 @@ class Plan:
         left_alone: what may have been expected and isn't among them.
         fields: geometry and eps of every layer in the fusions.
         total: cost of all convolutions, linear layers, batch norms and scales of the run, as they are.
-        tracer: what followed the model's run.
-        remarks: what to know of that.
+        remarks: what to know of how the model's run was followed.
     """
 
     fusions: tuple[Merge, ...]
     left_alone: tuple[LeftAlone, ...]
     fields: Mapping[str, Fields]
     total: Cost
-    tracer: str
     remarks: tuple[str, ...]
 
     @property

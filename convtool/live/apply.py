@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ from convtool.core.conv import Conv
 from convtool.core.names import unwrap
 from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.live.layers import difference
+from convtool.live.inside import difference, put_numbers, without_layer
+from convtool.live.layers import is_plain
 from convtool.live.modules import Zeros, live_module
 from convtool.live.state import COUNTERS
 
@@ -67,7 +69,7 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, *, check: bool = 
     """Put in the recorded fusions of a checkpoint that is open already; see `apply`."""
     if checkpoint.record is None:
         raise InputError(f"{checkpoint.path}: holds no convtool record; there is nothing to apply")
-    applying = Applying(model, check)
+    applying = Applying(model, check, keep=check)
     try:
         for fusion in checkpoint.record.fusions:
             # Where it isn't there, it was fused further, and a later record has it.
@@ -81,11 +83,25 @@ def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, *, check: bool = 
 
 
 class Applying:
-    """A live model while fusions are put into it."""
+    """A live model while fusions are put into it.
 
-    def __init__(self, model: nn.Module, check: bool = True) -> None:
-        self.model, self.check = model, check
+    Args:
+        check: hold each layer that goes against what is said of it.
+        keep: what a module does besides the layer in it; else it is replaced whole.
+        making: a context to make new modules in.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        check: bool = True,
+        keep: bool = True,
+        making: contextlib.AbstractContextManager[Any] | None = None,
+    ) -> None:
+        self.model, self.check, self.keep = model, check, keep
+        self.making = making or contextlib.nullcontext()
         self.made: set[str] = set()
+        self.rests: dict[tuple[type, str], tuple[str, ...]] = {}  # what stays of modules that do more than a layer
         self.touched: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
 
     def put(self, name: str, tree: Tree[SourceLayer], fused: Conv | None) -> None:
@@ -108,11 +124,7 @@ class Applying:
         places = self._places()
         silent: dict[str, nn.Module] = {}
         if fused is not None:
-            near = self._near(sources[0])
-            with torch.device("cpu" if near is None else near.device):
-                # The model may have been cast, as what else is loaded into it then is.
-                module = live_module(fused, fused.weight.dtype if near is None else near.dtype)
-            self._set(self._place(name, places), module.train(self.model.training))
+            self._put_fused(name, next((source for source in sources if source.name == name), None), sources[0], fused)
             self.made.add(name)
             silent = dict(_silenced(tree, name, fused))
         for source in sources:
@@ -126,7 +138,32 @@ class Applying:
             elif branches and not stays:  # an identity in place of a branch would add its input to the sum
                 self._delete(places[unwrap(source.name)])
             else:
-                self._set(places[unwrap(source.name)], nn.Identity())
+                self._set(places[unwrap(source.name)], self._without(source, places[unwrap(source.name)]))
+
+    def _without(self, source: SourceLayer, place: str) -> nn.Module:
+        """Return what is to stand in a layer's place."""
+        if not self.keep:
+            return nn.Identity()
+        try:
+            return without_layer(self.model.get_submodule(place), source.kind, self.rests)
+        except RefusedError as error:
+            raise RefusedError(f"{source.name}: {error}") from None
+
+    def _put_fused(self, name: str, own: SourceLayer | None, first: SourceLayer, fused: Conv) -> None:
+        """Put the fused layer in its place: into the module there, where that does more than torch's own would."""
+        near = self._near(first)
+        dtype = fused.weight.dtype if near is None else near.dtype  # the model may have been cast
+        device = torch.device("cpu") if near is None else near.device
+        place = self._place(name, self._places())
+        module = None if own is None or name in self.made else self.model.get_submodule(place)
+        if self.keep and module is not None and own is not None and not is_plain(module, own.kind):
+            self._touch(module)
+            with self.making:
+                put_numbers(module, own, fused, dtype, device)
+            return
+        with self.making, device:
+            made = live_module(fused, dtype)
+        self._set(place, made.train(self.model.training))
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Load every tensor of the checkpoint; InputError, before any is, where they don't fit."""
@@ -238,7 +275,7 @@ class Applying:
             self._touch(module)
             setattr(module, parameter, None)
         else:
-            self._set(name, nn.Identity())
+            self._set(name, self._without(source, name))
 
 
 # Where a layer without tensors is in a model, and whether it stands in front of all else, such that its code does it.

@@ -11,16 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.parametrize import is_parametrized
-from torch.nn.utils.weight_norm import WeightNorm
 
 from convtool.core.fields import Fields
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds import KINDS
 from convtool.kinds.found import group_layers
 from convtool.kinds.kind import UNKNOWN, Kind, Layer
-from convtool.live.modules import HOOKS
 from convtool.live.state import tensor_info
 
 _METHODS = ("forward", "_conv_forward", "_output_padding")  # what code of one's own would replace
@@ -61,7 +58,7 @@ def module_layers(model: nn.Module) -> ModelLayers:
     found, layers, foreign, bound = found_layers(model), {}, {}, _tied_layers(model)
     for name, module in model.named_modules():
         layer = found.get(name, Layer(name, UNKNOWN, {}))
-        known = _known(module)
+        known = known_class(module)
         try:
             fields = observe(module, layer.kind) if known is None else known[0].module_fields(module)
         except RefusedError:
@@ -102,6 +99,14 @@ def computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
     return same and not any(name in vars(module) for name in _METHODS)  # model.conv.forward = something
 
 
+def is_plain(module: nn.Module, kind: Kind) -> bool:
+    """Return whether a module is a layer of a kind and nothing else, by its class or by what it computes."""
+    known = known_class(module, [kind])
+    if known is None:
+        return observe(module, kind) is not None
+    return computes_as(module, known[1])
+
+
 def observe(module: nn.Module, kind: Kind) -> Fields | None:
     """Return the fields of a module of unknown class as a layer of that kind, found by running a small copy of it.
 
@@ -126,39 +131,7 @@ def observe(module: nn.Module, kind: Kind) -> Fields | None:
         return None
 
 
-def difference(module: nn.Module, kind: Kind, fields: Fields) -> str:
-    """Return in what a module isn't the layer that was fused, in words; '' where it is.
-
-    Args:
-        kind, fields: of that layer, as its record says.
-    """
-    if kind.parameter:
-        return ""
-    what, known = f"the model has a {type(module).__name__} there", _known(module, [kind])
-    shapes = found_layers(module).get("", Layer("", UNKNOWN, {})).shapes
-    if known is None:
-        found = observe(module, kind)
-        if found is None:
-            return f"{what}, and a {kind.label} was fused"
-    elif not computes_as(module, known[1]):
-        return f"{what}, whose forward isn't that of nn.{known[1].__name__}"
-    elif any(
-        not isinstance(hook, (*HOOKS, WeightNorm))
-        for hook in (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ):
-        return f"{what} with forward hooks, which would be lost"
-    elif other := next((name for name, one in _parametrizations(module) if not isinstance(one, _WeightNorm)), ""):
-        return f"{what} with a parametrization of its {other}, which would be lost"
-    else:
-        try:
-            found = kind.module_fields(module)
-        except RefusedError as error:
-            return f"{what} that {error}"
-    fused, live = kind.describe(fields, shapes), kind.describe(found, shapes)
-    return "" if fused == live else f"{fused} was fused, and the model has {live}"
-
-
-def _known(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> tuple[Kind, type[nn.Module]] | None:
+def known_class(module: nn.Module, kinds: Sequence[Kind] = KINDS) -> tuple[Kind, type[nn.Module]] | None:
     """Return the kind that a module's class says it is, and the class of torch's that it is or is derived from."""
     classes = [(f"{one.__module__}.{one.__qualname__}", one) for one in type(module).__mro__]
     return next(((kind, one) for kind in kinds for name, one in classes if name in kind.modules), None)
@@ -188,7 +161,7 @@ def _materialised(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, memo).eval()
 
 
-def _parametrizations(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def parametrizations(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield each with the name of the tensor that it makes."""
     if is_parametrized(module):
         for name, listed in module.get_submodule("parametrizations").named_children():

@@ -24,6 +24,7 @@ from convtool.graph.planned import Plan
 from convtool.graph.stopwatch import Stopwatch
 from convtool.kinds.stated import FieldSources
 from convtool.live.apply import apply_checkpoint
+from convtool.live.recorder import Recorded
 from convtool.live.rehearse import failures
 from convtool.live.state import StateCheckpoint
 from convtool.live.trace import example_input, trace
@@ -59,22 +60,29 @@ def plan(
     if (input_size is None) == (inputs is None):
         raise UsageError("plan: expected either an input size or inputs")
     arguments = (example_input(model, input_size),) if input_size is not None else tuple(inputs or ())
-    flow = trace(model, arguments)
+    flow, recorded = trace(model, arguments)
     judge = Judge(flow, is_biased or partial(_is_biased, StateCheckpoint.of(model)), _watch(model) if measure else None)
     flow = replace(flow, apart={**judge.resized(), **flow.apart, **(barred or {})})
     merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=only_if_cheaper or measure)
-    return _rehearsed(model, arguments, judge, merges, left_alone)
+    return _rehearsed(model, arguments, recorded, judge, merges, left_alone)
 
 
 def _rehearsed(
-    model: nn.Module, inputs: Sequence[Any], judge: Judge, merges: Sequence[Merge], left_alone: Sequence[LeftAlone]
+    model: nn.Module,
+    inputs: Sequence[Any],
+    recorded: Recorded,
+    judge: Judge,
+    merges: Sequence[Merge],
+    left_alone: Sequence[LeftAlone],
 ) -> Plan:
     """Return the plan of all merges with which the model's code does what it did."""
 
     def source(leaf: LayerRef) -> SourceLayer:
-        return SourceLayer(leaf.name, judge.layer(leaf.name).kind, {})  # its fields don't matter to a rehearsal
+        layer = judge.layer(leaf.name)
+        return SourceLayer(leaf.name, layer.kind, layer.fields if layer.tensors else {})
 
-    wrong, unseen = failures(model, inputs, [(one.name, map_leaves(source, one.tree), one.fused) for one in merges])
+    put = [(one.name, map_leaves(source, one.tree), one.fused) for one in merges]
+    wrong = failures(model, inputs, recorded, put)
     kept = tuple(one for number, one in enumerate(merges) if number not in wrong)
     used = {leaf.name: judge.layer(leaf.name).fields for one in kept for leaf in leaves(one.tree) if not leaf.written}
     return Plan(
@@ -82,8 +90,7 @@ def _rehearsed(
         (*left_alone, *(LeftAlone.of(merges[number].tree, reason) for number, reason in wrong.items())),
         {name: used[name] for name, _ in model.named_modules() if used.get(name)},
         judge.total(),
-        judge.flow.tracer,
-        (*judge.flow.remarks, *([unseen] if unseen else [])),
+        judge.flow.remarks,
     )
 
 
@@ -97,7 +104,7 @@ def layer_runs(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[La
         UsageError: the model doesn't run on it.
         RefusedError: its data flow can't be followed.
     """
-    return Judge(trace(model, (example_input(model, input_size),)), lambda name: True).runs()
+    return Judge(trace(model, (example_input(model, input_size),)).flow, lambda name: True).runs()
 
 
 def _watch(model: nn.Module) -> Stopwatch:

@@ -1,4 +1,7 @@
-"""A run of a model, recorded as it happens: every operation, and in the run of which layer.
+"""A run of a model, recorded as it happens: every operation, and in the runs of which modules.
+
+What the input goes into is run on shapes alone, so that nothing is computed and no way is taken because of a value. All
+else, such as a table of positions, is computed as ever: code may look at it, and keep it for the next run.
 
 Values are told apart by the memory that they lie in. What is changed in place is another value from then on, for
 whoever reads that memory, under whatever name.
@@ -11,102 +14,202 @@ import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.schema_check_mode import SchemaCheckMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convtool.errors import RefusedError
 from convtool.graph.operations import INPUT, Operation, Run
+from convtool.live.untouched import Guard, Kept
 
 # Operations that hand a tensor's numbers to Python, which may go another way for others.
-_DECIDING = frozenset(f"aten.{name}.default" for name in ("_local_scalar_dense", "equal", "nonzero", "is_nonzero"))
+_DECIDING = {
+    *(f"aten.{name}.default" for name in ("item", "_local_scalar_dense", "equal", "nonzero", "is_nonzero")),
+    *(f"aten.{name}.default" for name in ("masked_select", "allclose", "unique_dim", "_unique2")),
+}
+# Operations that make a tensor like another and don't read the other's numbers.
+_LIKE = {
+    f"aten.{name}.default"
+    for name in (
+        *("zeros_like", "ones_like", "full_like", "empty_like", "rand_like", "randn_like"),
+        *("new_zeros", "new_ones", "new_full", "new_empty"),
+    )
+}
 _CONSTANT = -1  # the number of what nothing of the run's input goes into
 
 
-def record(run: Callable[..., Any], model: nn.Module, inputs: Sequence[Any], layers: Iterable[str]) -> Run:
-    """Run a model once, and return its operations.
+class DecidedByValuesError(Exception):
+    """The model's code looks at a number that hangs on its input, and may go another way for another."""
+
+
+class Recorded(NamedTuple):
+    """A run, as far as it went.
+
+    Attributes:
+        failure: what ended it before it was through.
+        running: the modules whose runs had begun by then and not ended.
+        calls: every run of a module, with the number of operations before it.
+        shapes: of the tensors in the output.
+    """
+
+    run: Run
+    failure: Exception | None = None
+    running: tuple[str, ...] = ()
+    calls: tuple[tuple[str, int], ...] = ()
+    shapes: tuple[tuple[int, ...], ...] = ()
+
+
+def record(
+    run: Callable[..., Any],
+    model: nn.Module,
+    inputs: Sequence[Any],
+    layers: Iterable[str],
+    mode: FakeTensorMode,
+    kept: Kept,
+    *,
+    held: bool = True,
+) -> Recorded:
+    """Run a model once, as far as that goes, and return its operations.
 
     Args:
         run: what to call: the model, or what calls the same modules.
         layers: of the model, by module path, those whose runs are told apart.
-
-    Raises:
-        RefusedError: its control flow depends on values.
+        mode: that shapes are computed in.
+        kept: told what numbers the run is about to change.
+        held: whether to find out which values anybody holds afterwards.
     """
-    recorder = _Recorder(model)
+    recorder = _Recorder(model, frozenset(layers), kept)
+    inputs = pytree.tree_map_only(Tensor, partial(_without_numbers, mode), list(inputs))
     recorder.begin(inputs)
-    with recorder.entering(layers), recorder:
-        output = run(*inputs)
-    # Whatever is alive while the output is may be in it, however deep.
-    outputs = recorder.alive(frozenset(map(recorder.number, _tensors(output))))
-    del output
-    return Run(recorder.operations, outputs, recorder.alive(frozenset()))
+    failure: Exception | None = None
+    output = None
+    try:
+        with recorder.entering(), mode, enable_python_dispatcher(), recorder:
+            output = run(*inputs)
+    except Exception as error:  # whatever the model's code raises; its frames hold what the rest of it could read
+        failure = error
+    del inputs
+    shapes = tuple(tuple(value.shape) for value in _tensors(output))
+    outputs = kept_values = frozenset[int]()
+    recorder.constants.clear()
+    if held:  # whatever is alive while the output is may be in it, however deep
+        expected = frozenset(map(recorder.number, _tensors(output))) - {_CONSTANT}
+        outputs = expected | recorder.alive(expected)
+        del output
+        kept_values = recorder.alive(frozenset()) if failure is None else kept_values
+    followed = Run(recorder.operations, outputs, kept_values)
+    return Recorded(followed, failure, recorder.running(), tuple(recorder.called), shapes)
 
 
-class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.model = model
+class _Recorder(
+    SchemaCheckMode
+):  # the one class for which torch lets others see operations before they are taken apart
+    def __init__(self, model: nn.Module, layers: frozenset[str], kept: Kept) -> None:
+        TorchDispatchMode.__init__(self, _dispatch_key=torch._C.DispatchKey.PreDispatch)
+        self.layers, self.guard = layers, Guard(kept)
         self.operations: list[Operation] = []
         self.held: list[Tensor] = []  # every value, so that no memory is used twice while the run lasts
+        self.constants: list[Tensor] = []  # for the same reason
         self.values: dict[int, int] = {}  # the operation that made a tensor object
         self.memory: dict[int, int] = {}  # the last one whose value lies in a piece of memory
         self.changed: dict[int, int] = {}  # the last one that changed a piece of memory
-        self.calls: list[tuple[str, int]] = []  # the layers that are running
+        self.made_of: dict[int, tuple[str, ...]] = {}  # the model's tensors that a constant is computed of, by memory
+        self.calls: list[tuple[str, int]] = []  # the modules that are running
+        self.called: list[tuple[str, int]] = []  # those, and the ones that ran before
         self.references: list[tuple[weakref.ref[Tensor], int, int]] = []  # to values: with operation and memory
         self.tensors = {
             _memory(tensor): name
             for named in (model.named_parameters, model.named_buffers)
             for name, tensor in named(remove_duplicate=False)
         }
+        self.names = {id(module): name for name, module in model.named_modules()}
 
     def begin(self, inputs: Sequence[Any]) -> None:
         """See what the run is given, which are values too."""
-        for value in _tensors(list(inputs)):
+        for value in _tensors(inputs):
             self._add(Operation(INPUT, shape=tuple(value.shape)), [value])
 
     @contextlib.contextmanager
-    def entering(self, layers: Iterable[str]) -> Iterator[None]:
-        """See, for a while, which layers are running."""
-        handles: list[Any] = []
+    def entering(self) -> Iterator[None]:
+        """See, for a while, which modules are running."""
+        handles = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
         try:
-            for name in layers:
-                module = self.model.get_submodule(name)
-                handles.append(module.register_forward_pre_hook(partial(self._enter, name), prepend=True))
-                handles.append(module.register_forward_hook(self._leave))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
-    def _enter(self, name: str, module: nn.Module, args: Any) -> None:
-        self.calls.append((name, len(self.operations)))
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.calls.append((self.names.get(id(module), ""), len(self.operations)))
+        self.called.append(self.calls[-1])
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.calls.pop()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        names = (argument.name for argument in func._schema.arguments)
-        self._see(func, dict(zip(names, args, strict=False)) | (kwargs or {}), _tensors(out))
-        return out
+    def running(self) -> tuple[str, ...]:
+        """Return the modules whose runs have begun and not ended."""
+        return tuple(name for name, _ in self.calls)
 
-    def _see(self, func: Any, given: Mapping[str, Any], made: Sequence[Tensor]) -> None:
-        name, read = str(func), _tensors(dict(given))
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        names = (argument.name for argument in func._schema.arguments)
+        given = dict(zip(names, args, strict=False)) | (kwargs or {})
+        if name in _LIKE and isinstance(given["self"], FakeTensor):
+            given["self"] = _stand_in(given["self"])
+            args = (given["self"], *args[1:])
+        read = _tensors(given)
         reads = tuple(number for value in read if (number := self.number(value)) != _CONSTANT)
         if name in _DECIDING and reads:
-            raise RefusedError("its control flow depends on the values of its input")
+            raise DecidedByValuesError
+        if reads or any(isinstance(value, FakeTensor) for value in read):
+            out = func(*args, **(kwargs or {}))
+        else:
+            with unset_fake_temporarily(), self.guard:
+                out = func(*args, **(kwargs or {}))
+        self._see(func, given, read, reads, _tensors(out))
+        return out
+
+    def _see(
+        self,
+        func: Any,
+        given: Mapping[str, Any],
+        read: Sequence[Tensor],
+        reads: tuple[int, ...],
+        made: Sequence[Tensor],
+    ) -> None:
         writes = [one.name for one in func._schema.arguments if one.alias_info is not None and one.alias_info.is_write]
         if not made and not writes:
             return
-        tensors = tuple(self.tensors[_memory(value)] for value in read if _memory(value) in self.tensors)
-        arguments = pytree.tree_map(lambda value: None if isinstance(value, Tensor) else value, dict(given))
-        shape, call = tuple(made[0].shape) if made else (), self.calls[0] if self.calls else ("", 0)
-        number = self._add(Operation(name, reads, shape, tensors, arguments, call), made)
+        tensors = tuple(name for value in read for name in self._model_tensors(value))
+        for value in made if tensors and not reads else ():  # a constant
+            if _memory(value) not in self.tensors:
+                self.made_of[_memory(value)] = tensors
+                self.constants.append(value)
+        operands = {
+            key: (self.tensors[_memory(value)], tuple(value.shape))
+            for key, value in given.items()
+            if isinstance(value, Tensor) and _memory(value) in self.tensors and self.number(value) == _CONSTANT
+        }
+        arguments = pytree.tree_map_only(Tensor, lambda _: None, dict(given))
+        layer = next((call for call in self.calls if call[0] in self.layers), ("", 0))
+        shape = tuple(made[0].shape) if made else ()
+        operation = Operation(str(func), reads, shape, tensors, arguments, layer, operands, tuple(self.calls))
+        number = self._add(operation, made)
         if reads:  # whoever reads that memory from now on, by whatever name, reads the new value
-            self.changed |= {_memory(value): number for one in writes for value in _tensors(given.get(one))}
+            written = [value for one in writes for value in _tensors(given.get(one))]
+            self.changed |= {_memory(value): number for value in written}
+            self.constants += [value for value in written if not isinstance(value, FakeTensor)]
+
+    def _model_tensors(self, value: Tensor) -> tuple[str, ...]:
+        """Return the model's tensor that a value is, or those that it is computed of."""
+        memory = _memory(value)
+        return (self.tensors[memory],) if memory in self.tensors else self.made_of.get(memory, ())
 
     def _add(self, operation: Operation, made: Sequence[Tensor]) -> int:
         number = len(self.operations)
@@ -140,6 +243,17 @@ class _Recorder(TorchDispatchMode):
             return alive()
         gc.collect()  # what only a cycle holds is held by nobody
         return alive()
+
+
+def _without_numbers(mode: FakeTensorMode, value: Tensor) -> Tensor:
+    if isinstance(value, FakeTensor):
+        return value
+    return FakeTensor(mode, value, torch.device("cpu")) if value.is_meta else mode.from_tensor(value)
+
+
+def _stand_in(value: Tensor) -> Tensor:
+    with unset_fake_temporarily():
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 
 
 def _memory(tensor: Tensor) -> int:

@@ -5,84 +5,83 @@ A forward that reshapes to a fixed number of channels, or that can't do without 
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.tree import Tree, leaves
+from convtool.errors import ConvtoolError
 from convtool.graph.operations import INPUT
 from convtool.live.apply import Applying
-from convtool.live.recorder import record
-from convtool.live.trace import at_rest, error_line, nowhere
+from convtool.live.modules import Zeros
+from convtool.live.recorder import Recorded, record
+from convtool.live.trace import error_line, nowhere
 
 Fused: TypeAlias = tuple[str, Tree[SourceLayer], Conv]  # a layer's name, what it stands for, and the layer
 
 
-def failures(model: nn.Module, inputs: Sequence[Any], fusions: Sequence[Fused]) -> tuple[dict[int, str], str]:
+def failures(model: nn.Module, inputs: Sequence[Any], before: Recorded, fusions: Sequence[Fused]) -> dict[int, str]:
     """Return the fusions with which the model's code doesn't do the same, by their number, with the reason.
 
     It does the same where it runs every operation that it ran before, but for those of the fused layers, and gives
     outputs of the same shapes. Code that looks at what kind of module it calls may not.
 
-    Also why nothing could be seen, in words; '' where something could.
-    """
-    if not fusions:
-        return {}, ""
-    names = {source.name for _, tree, _ in fusions for source in leaves(tree)}
-    before = _run(model, inputs, [], names)
-    if isinstance(before, str):
-        return {}, f"whether the model's code runs with the fused layers could not be tried: {before}"
-
-    def wrong(chosen: Sequence[Fused]) -> str:
-        after = _run(model, inputs, chosen, names)
-        if isinstance(after, str):
-            return f"the model's code doesn't run without the layers: {after}"
-        if after[0] != before[0]:
-            return "the model's code gives outputs of another shape without the layers"
-        return "" if after == before else "the model's code does something else without the layers"
-
-    together = wrong(fusions)
-    if not together:
-        return {}, ""
-    found = {number: reason for number, fusion in enumerate(fusions) if (reason := wrong([fusion]))}
-    return found or dict.fromkeys(range(len(fusions)), f"of all fusions together: {together}"), ""
-
-
-_Seen: TypeAlias = tuple[list[tuple[int, ...]], list[str]]  # shapes of the outputs, and the operations
-
-
-def _run(model: nn.Module, inputs: Sequence[Any], fusions: Sequence[Fused], names: set[str]) -> _Seen | str:
-    """Return what a run shows with these fusions in the model; an error in words where it doesn't run.
-
     Args:
-        names: of layers whose operations aren't told, and of scales whose multiplications aren't.
+        before: the run without them.
     """
-    applying = Applying(model, check=False)  # what the layers are has been seen to; only their places count here
-    shapes: list[tuple[int, ...]] = []
+    return _Rehearsal(model, inputs, before, fusions).failing(range(len(fusions)))
 
-    def run(*inputs: Any) -> None:
-        output = pytree.tree_leaves(model(*inputs))
-        shapes[:] = [tuple(value.shape) for value in output if isinstance(value, Tensor)]
 
-    try:
-        with at_rest(model), nowhere(model), torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for fusion in fusions:
-                applying.put(*fusion)
-            model.eval()
-            # A scale is named by the module that holds it, which may hold all else as well.
-            modules = dict(model.named_modules(remove_duplicate=False))
-            whole = [name for name in names if name in modules and not list(modules[name].children())]
-            operations = record(run, model, inputs, whole).operations
-    except Exception as error:  # the user's code
-        return error_line(error)
-    finally:
-        applying.undo()
-    told = [one for one in operations if not one.call[0] and one.name != INPUT]
-    return shapes, [one.name for one in told if names.isdisjoint(name.rpartition(".")[0] for name in one.tensors)]
+class _Rehearsal:
+    def __init__(self, model: nn.Module, inputs: Sequence[Any], before: Recorded, fusions: Sequence[Fused]) -> None:
+        self.model, self.inputs, self.before, self.fusions = model, inputs, before, fusions
+        self.names = {source.name for _, tree, _ in fusions for source in leaves(tree)}
+        # A scale is named by the module that holds it, which may hold all else as well.
+        modules = dict(model.named_modules(remove_duplicate=False))
+        self.whole = {name for name in self.names if name in modules and not list(modules[name].children())}
+
+    def failing(self, chosen: Sequence[int]) -> dict[int, str]:
+        """Return those of the chosen fusions that fail, by halves, as most don't."""
+        reason = self._wrong(chosen) if chosen else ""
+        if not reason or len(chosen) == 1:
+            return dict.fromkeys(chosen, reason) if reason else {}
+        middle = len(chosen) // 2
+        found = self.failing(chosen[:middle]) | self.failing(chosen[middle:])
+        left = [number for number in chosen if number not in found]
+        reason = self._wrong(left) if left else ""
+        return found | dict.fromkeys(left if reason else (), f"of all fusions together: {reason}")
+
+    def _wrong(self, chosen: Sequence[int]) -> str:
+        """Return what is otherwise with some of the fusions, in words; '' where nothing is."""
+        try:
+            with nowhere(self.model) as (mode, kept):
+                # What the layers are is known; only their places count here.
+                applying = Applying(self.model, check=False, making=mode)
+                for number in chosen:
+                    applying.put(*self.fusions[number])
+                self.model.eval()
+                zeros = {name for name, module in self.model.named_modules() if isinstance(module, Zeros)}
+                after = record(self.model, self.model, self.inputs, (), mode, kept, held=False)
+                applying.undo()
+        except ConvtoolError as error:
+            return str(error)
+        if after.failure is not None and type(after.failure) is not type(self.before.failure):
+            return f"the model's code doesn't run without the layers: {error_line(after.failure)}"
+        if after.shapes != self.before.shapes:
+            return "the model's code gives outputs of another shape without the layers"
+        same = self._told(after, zeros) == self._told(self.before)
+        return "" if same else "the model's code does something else without the layers"
+
+    def _told(self, recorded: Recorded, zeros: Collection[str] = ()) -> list[str]:
+        """Return the operations of a run that aren't those of the layers, or of what gives zeros in their place."""
+        silent = self.whole.union(zeros)
+        return [
+            one.name
+            for one in recorded.run.operations
+            if one.name != INPUT
+            and silent.isdisjoint(name for name, _ in one.within)
+            and self.names.isdisjoint(name.rpartition(".")[0] for name in one.tensors)
+        ]

@@ -1,32 +1,31 @@
 """Following one run of a model: which layer reads whose value, and what happens in between.
 
-A run is recorded, and before that it is seen to that other values would take the same way. Three ways to see that,
-each for where the one before fails:
-
-    torch.export   fails where control flow depends on values
-    torch.fx       proves that control flow doesn't depend on the input; then a run of its graph is recorded
-    hooks          nothing is proved: what the code would do for another input isn't seen
-
-Nothing is computed by the first, and by the others only where the model isn't on the meta device.
+A run on shapes alone shows that the model's code takes the same way for every input of that size: where it looks at a
+number that hangs on its input, the run ends, and so does what is known of the flow.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dis
+import logging
+import types
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch import Tensor, nn
+from torch._subclasses import fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from convtool.errors import RefusedError, UsageError
 from convtool.graph.flow import Flow
-from convtool.graph.operations import Run, read_flow
-from convtool.live.layers import ModelLayers, found_layers, module_layers
-from convtool.live.recorder import record
+from convtool.graph.operations import read_flow
+from convtool.live.layers import found_layers, module_layers
+from convtool.live.recorder import DecidedByValuesError, Recorded, record
+from convtool.live.untouched import Guard, Kept, untouched
 
 Inputs = tuple[Any, ...]
 
@@ -38,107 +37,163 @@ def example_input(model: nn.Module, input_size: Sequence[int]) -> Tensor:
     return torch.zeros(1, *input_size, dtype=numbers.dtype, device=numbers.device)
 
 
+class Nowhere(NamedTuple):
+    """Where tensors have shapes and no numbers.
+
+    Attributes:
+        mode: torch's for that.
+        kept: what the model is like, to be put back.
+    """
+
+    mode: FakeTensorMode
+    kept: Kept
+
+
 @contextlib.contextmanager
-def nowhere(model: nn.Module) -> Iterator[None]:
-    """Let tensors have shapes and no numbers, for a while; the model may be run on what it is run on elsewhere."""
-    if all(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
-        with torch.device("meta"):
-            yield
-    else:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
+def nowhere(model: nn.Module) -> Iterator[Nowhere]:
+    """Let a model be run in eval mode and without gradients on shapes alone, and be afterwards what it was before.
+
+    Tensors on the meta device look to its code as if they were in memory.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with _silent(), untouched(model) as kept, torch.no_grad():
+        model.eval()
+        memo: dict[int, Tensor] = {}
+        for module in model.modules():
+            owned: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for own in owned:
+                for name, tensor in own.items():
+                    if tensor is not None and tensor.is_meta and not isinstance(tensor, FakeTensor):
+                        own[name] = memo.setdefault(id(tensor), _in_memory(mode, tensor))
+        yield Nowhere(mode, kept)
 
 
-def trace(model: nn.Module, inputs: Inputs) -> Flow:
-    """Return the data flow of `model(*inputs)` in eval mode; see above for how.
+def _in_memory(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
+    made = FakeTensor(mode, tensor.detach(), torch.device("cpu"))
+    return nn.Parameter(made, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else made
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Keep torch's warnings and log to itself: what there is to say of a run, convtool says."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
+
+
+class Traced(NamedTuple):
+    """The data flow of a run, and what was recorded of that."""
+
+    flow: Flow
+    recorded: Recorded
+
+
+def trace(model: nn.Module, inputs: Inputs) -> Traced:
+    """Return the data flow of `model(*inputs)` in eval mode, as far as it can be followed.
 
     Raises:
-        RefusedError: no tracer could follow it; says why each could not.
+        RefusedError: it can't be followed at all.
         UsageError: the model doesn't run on these inputs.
     """
     known = module_layers(model)
-    # A scale of a block with more in it isn't a module by itself.
-    layers = {name: layer for name, layer in found_layers(model).items() if layer.kind.parameter} | known.layers
-    failures: list[str] = []
-    with at_rest(model):
-        for name, tracer in _TRACERS.items():
-            try:
-                with warnings.catch_warnings(), torch.no_grad():
-                    warnings.simplefilter("ignore")
-                    flow = read_flow(tracer(model, inputs, known), layers, known.apart)
-            except UsageError:
-                raise
-            except Exception as error:  # tracers raise what they like, and the model's code too
-                failures.append(f"{name}: {error_line(error)}")
-                continue
-            return replace(flow, tracer=name, remarks=(*_REMARKS[name], *failures))
-        _check_runs(model, inputs)
-    raise RefusedError(
-        f"the model's data flow cannot be followed; name the layers to `convtool fuse` instead. {'; '.join(failures)}"
+    # Layers that aren't modules by themselves are found by the operations that read their tensors.
+    layers = found_layers(model) | known.layers
+    with nowhere(model) as (mode, kept):
+        recorded = record(model, model, inputs, known.called(), mode, kept)
+        why = "" if recorded.failure is None else _why_it_ended(model, inputs, recorded, kept)
+        flow = read_flow(recorded.run, layers, known.bound, known.foreign)
+    if why:
+        flow = replace(flow, apart={**_may_run_again(model, recorded, layers), **flow.apart})
+    if why and not any(True for _ in flow.calls()):
+        raise RefusedError(
+            f"the model's data flow cannot be followed; name the layers to `convtool fuse` instead: {why}"
+        )
+    if why:
+        flow = replace(flow, remarks=(f"the data flow was followed up to {why}; what lies behind is left alone",))
+    return Traced(flow, recorded)
+
+
+def _may_run_again(model: nn.Module, recorded: Recorded, layers: Iterable[str]) -> dict[str, str]:
+    """Return the layers that the code behind the end of a run may run again, as far as that can't be ruled out.
+
+    The code of a module that was through will do the same again. That of one that wasn't names each of its children
+    once, if it doesn't call them twice.
+    """
+    found = {}
+    for name in layers:
+        around = [one for one in recorded.running if not one or name.startswith(f"{one}.")]
+        owner = max(around, key=len, default=None)
+        if owner is None:
+            continue
+        child = name.removeprefix(f"{owner}." if owner else "").partition(".")[0]
+        code = getattr(type(model.get_submodule(owner)).forward, "__code__", None)
+        if code is None or list(_attributes(code)).count(child) != 1:
+            found[name] = "the code behind the end of the flow may run it again"
+    return found
+
+
+def _attributes(code: types.CodeType) -> Iterator[str]:
+    """Yield the names of attributes as often as code reads them."""
+    for one in dis.get_instructions(code):
+        if one.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield one.argval
+        elif isinstance(one.argval, types.CodeType):
+            yield from _attributes(one.argval)
+
+
+def _why_it_ended(model: nn.Module, inputs: Inputs, recorded: Recorded, kept: Kept) -> str:
+    """Return where and why a run ended, in words.
+
+    Raises:
+        UsageError: the model doesn't run on these inputs.
+    """
+    error = recorded.failure
+    where = recorded.running[-1] if recorded.running else ""
+    inside = f"the code of {where} ({type(model.get_submodule(where)).__name__})" if where else "the model's own code"
+    if isinstance(error, (DecidedByValuesError, *_BY_VALUES)):
+        return f"{inside}, which goes by the values of its input"
+    if not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in model.state_dict().values()):
+        _check_runs(model, inputs, kept)
+    elif not _is_of_tracing(error):
+        raise _does_not_run(inputs, error)
+    return f"{inside}, which does what can't be followed on shapes alone"
+
+
+# What a run on shapes alone raises where it needs a number.
+_BY_VALUES = (
+    fake_tensor.DataDependentOutputException,
+    fake_tensor.DynamicOutputShapeException,
+)
+
+
+def _is_of_tracing(error: BaseException | None) -> bool:
+    """Return whether an error comes of there being no numbers, as far as it tells."""
+    words = ("FakeTensor", "fake tensor", "tensor subclasses", "meta", "data-dependent", "data pointer")
+    return isinstance(error, NotImplementedError) or any(word in str(error) for word in words)
+
+
+def _check_runs(model: nn.Module, inputs: Inputs, kept: Kept) -> None:
+    try:
+        with Guard(kept):
+            model(*inputs)
+    except Exception as error:
+        raise _does_not_run(inputs, error) from None
+
+
+def _does_not_run(inputs: Inputs, error: BaseException | None) -> UsageError:
+    sizes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+    return UsageError(
+        f"the model doesn't run on an input of shape {sizes} (the batch first, then the input size):"
+        f" {error_line(error)}"
     )
 
 
-@contextlib.contextmanager
-def at_rest(model: nn.Module) -> Iterator[None]:
-    """Put the model into eval mode for a while, in which batch norms are linear and dropouts do nothing."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-def _check_runs(model: nn.Module, inputs: Inputs) -> None:
-    try:
-        with torch.no_grad():
-            model(*inputs)
-    except Exception as error:
-        sizes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
-        raise UsageError(
-            f"the model doesn't run on an input of shape {sizes} (the batch first, then the input size):"
-            f" {error_line(error)}"
-        ) from None
-
-
-def error_line(error: BaseException) -> str:
+def error_line(error: BaseException | None) -> str:
     """Return the first line of an error that says something, at most 200 characters of it."""
     text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     return f"{type(error).__name__}: {text[:200]}"
-
-
-def _by_export(model: nn.Module, inputs: Inputs, layers: ModelLayers) -> Run:
-    torch.export.export(model, inputs, strict=False)
-    with nowhere(model):
-        return record(model, model, inputs, layers.called())
-
-
-def _by_fx(model: nn.Module, inputs: Inputs, layers: ModelLayers) -> Run:
-    tracer = fx.Tracer()
-    is_leaf = tracer.is_leaf_module
-    # A layer of the model is one step of the graph.
-    tracer.is_leaf_module = lambda m, module_qualified_name: (  # type: ignore[method-assign]
-        module_qualified_name in layers.layers or is_leaf(m, module_qualified_name)
-    )
-    graph = tracer.trace(model)
-    for name, module in model.named_modules():
-        if any(isinstance(value, fx.Proxy) for value in vars(module).values()):
-            raise RefusedError(f"{name or 'the model'} keeps a value of the run")
-    return record(fx.GraphModule(model, graph), model, inputs, layers.called())
-
-
-def _by_hooks(model: nn.Module, inputs: Inputs, layers: ModelLayers) -> Run:
-    return record(model, model, inputs, layers.called())
-
-
-_TRACERS: dict[str, Callable[[nn.Module, Inputs, ModelLayers], Run]] = {
-    "torch.export": _by_export,
-    "torch.fx": _by_fx,
-    "hooks": _by_hooks,
-}
-_ONE_RUN = (
-    "one run was followed; if the model's own code decides by the values or the size of its input what to run, other"
-    " inputs may take other ways"
-)
-_REMARKS: dict[str, tuple[str, ...]] = {"torch.export": (), "torch.fx": (), "hooks": (_ONE_RUN,)}

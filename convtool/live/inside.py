@@ -1,0 +1,204 @@
+"""What code a module has besides the layer that it is, seen by running it alone on shapes: an activation, a padding."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from convtool.checkpoint.record import SourceLayer
+from convtool.core.conv import Conv
+from convtool.core.fields import Fields, geometry_fields
+from convtool.errors import RefusedError
+from convtool.graph.operations import INPUT, VIEWS_OF_CONSTANTS, Operation
+from convtool.kinds.kind import UNKNOWN, Kind, Layer
+from convtool.live.layers import computes_as, found_layers, is_plain, known_class, observe, parametrizations
+from convtool.live.modules import HOOKS
+from convtool.live.recorder import Recorded, record
+from convtool.live.trace import nowhere
+
+_RANKS = (4, 3, 5, 2)  # of inputs to try where a layer doesn't tell
+
+
+@dataclass(frozen=True, slots=True)
+class Inside:
+    """A module of a class of its own, and the operation in it that is a layer.
+
+    Attributes:
+        fields: that the operation has.
+        before, after: the operations in front of it and behind it that do something.
+        followers: the module's children that run behind it, by name.
+        shape: of the input that it was run on.
+    """
+
+    fields: Fields
+    before: tuple[Operation, ...]
+    after: tuple[Operation, ...]
+    followers: Mapping[str, nn.Module]
+    shape: tuple[int, ...]
+
+
+def look_inside(module: nn.Module, kind: Kind) -> Inside | None:
+    """Return what a module does, where one of its operations is the layer that its own tensors make; else None."""
+    layer = found_layers(module).get("")
+    if layer is None or layer.kind is not kind:
+        return None
+    channels = layer.kind.takes(layer.shapes, _fields_of(module, layer.kind), None)
+    axes = layer.axes()
+    for rank in _RANKS if axes is None else (axes + 2,):
+        shape = (1, channels or 1, *(4 * max((1, *layer.shapes.get("weight", ())[2:])),) * (rank - 2))
+        recorded = _run(module, shape)
+        if recorded is not None:
+            return _found(module, layer, recorded, shape)
+    return None
+
+
+def without_layer(module: nn.Module, kind: Kind, known: dict[tuple[type, str], tuple[str, ...]]) -> nn.Module:
+    """Return what stands in a module's place once the layer in it is gone: nothing, or its children behind the layer.
+
+    Args:
+        known: the children that stay of modules that were looked at before, and look the same.
+
+    Raises:
+        RefusedError: the rest can't be made of the module's children.
+    """
+    if is_plain(module, kind):
+        return nn.Identity()
+    alike = type(module), repr(module)
+    if alike not in known:
+        known[alike] = tuple(_rest(module, kind))
+    rest = nn.Sequential()
+    for name in known[alike]:
+        rest.add_module(name, module.get_submodule(name))
+    return rest.train(module.training) if known[alike] else nn.Identity()
+
+
+def _rest(module: nn.Module, kind: Kind) -> Iterable[str]:
+    """Return the children of a module that do all that it does besides the layer."""
+    what = f"a {type(module).__name__}, whose code does more than the layer"
+    inside = look_inside(module, kind)
+    if inside is None or inside.before:
+        raise RefusedError(f"{what}: what is left of it can't be told")
+    rest = nn.Sequential()
+    for name, child in inside.followers.items():
+        rest.add_module(name, child)
+    again = _run(rest, inside.shape)
+    if again is None or _names(again.run.operations) != _names(inside.after):
+        raise RefusedError(f"{what}: the rest isn't done by modules in it alone")
+    return inside.followers
+
+
+def difference(module: nn.Module, kind: Kind, fields: Fields) -> str:
+    """Return in what a module isn't the layer that was fused, in words; '' where it is.
+
+    Args:
+        kind, fields: of that layer, as its record says.
+    """
+    if kind.parameter:
+        return ""
+    what, known = f"the model has a {type(module).__name__} there", known_class(module, [kind])
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    if known is not None and any(not isinstance(hook, (*HOOKS, WeightNorm)) for hook in hooks):
+        return f"{what} with forward hooks, which would be lost"
+    if other := next((name for name, one in parametrizations(module) if not isinstance(one, _WeightNorm)), ""):
+        return f"{what} with a parametrization of its {other}, which would be lost"
+    try:
+        found = kind.module_fields(module) if known and computes_as(module, known[1]) else observe(module, kind)
+    except RefusedError as error:
+        return f"{what} that {error}"
+    if found is None:
+        inside = look_inside(module, kind)
+        if inside is None or (kind.main and inside.after):
+            code = "" if known is None else f" whose code isn't that of nn.{known[1].__name__} alone,"
+            return f"{what},{code} and a {kind.label} was fused"
+        found = inside.fields
+    shapes = found_layers(module).get("", Layer("", UNKNOWN, {})).shapes
+    fused, live = kind.describe(fields, shapes), kind.describe(found, shapes)
+    return "" if fused == live else f"{fused} was fused, and the model has {live}"
+
+
+def put_numbers(module: nn.Module, source: SourceLayer, fused: Conv, dtype: torch.dtype, device: torch.device) -> None:
+    """Let a module of a class of its own, which goes on to run its code, have a fused layer's weight and bias.
+
+    Raises:
+        RefusedError: the fused layer has another geometry, or the module's code can't take a bias.
+    """
+    what = f"{source.name} is a {type(module).__name__}, whose code does more than the layer"
+    weight = module._parameters.get("weight")
+    if weight is None or not same_geometry(fused, source.kind, tuple(weight.shape), source.fields):
+        raise RefusedError(f"{what}: a layer of another geometry can't take its place")
+    if "bias" not in module._parameters:
+        raise RefusedError(f"{what}: it has no place for a bias")
+    for name, numbers in (("weight", fused.weight), ("bias", fused.bias)):
+        shape = None if numbers is None else weight.shape if name == "weight" else numbers.shape
+        empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
+        module._parameters[name] = None if empty is None else nn.Parameter(empty)
+
+
+def same_geometry(fused: Conv, kind: Kind, shape: tuple[int, ...], fields: Fields) -> bool:
+    """Return whether a fused layer has the kernel and the geometry of one of its layers, as far as that is stated."""
+    own = kind.written_out({key: value for key, value in fields.items() if key in kind.fields}, {"weight": shape})
+    theirs = geometry_fields(fused.geometry)
+    same = all(theirs[key] == value for key, value in own.items() if key in theirs)
+    return same and fused.weight.numel() == math.prod(shape) and tuple(fused.weight.shape[2:]) == shape[2:]
+
+
+def _fields_of(module: nn.Module, kind: Kind) -> Fields:
+    try:
+        return kind.module_fields(module)
+    except Exception:  # the user's code, which has what attributes it has
+        return {}
+
+
+def _run(module: nn.Module, shape: Sequence[int]) -> Recorded | None:
+    dtype = next((one.dtype for one in module.parameters() if one.is_floating_point()), torch.float32)
+    with nowhere(module) as (mode, kept):
+        with mode:
+            x: Tensor = torch.zeros(shape, dtype=dtype)
+        recorded = record(module, module, (x,), (), mode, kept, held=False)
+        return recorded if recorded.failure is None else None
+
+
+def _found(module: nn.Module, layer: Layer, recorded: Recorded, shape: tuple[int, ...]) -> Inside | None:
+    operations = [one for one in recorded.run.operations if one.reads or one.name == INPUT]
+    own = {name for name in layer.tensors if name not in layer.kind.counters}
+    reading = [number for number, one in enumerate(recorded.run.operations) if own & set(one.tensors)]
+    places = [number for number in reading if recorded.run.operations[number].reads]
+    if len(places) != 1:
+        return None
+    operation = recorded.run.operations[places[0]]
+    if {name for name, _ in operation.operands.values()} != own:
+        return None
+    kind, arguments = layer.kind, operation.arguments
+    if kind.parameter:
+        takes = recorded.run.operations[operation.reads[0]].shape
+        known = operation.name in kind.operations
+        fields = kind.of_operation(operation.name, arguments, takes, operation.shape) if known else None
+    else:
+        fields = kind.fields_of_run([(operation.name, arguments)], layer.shapes)
+    if fields is None:
+        return None
+    at = operations.index(operation)
+    children = dict(module.named_children())
+    called = dict.fromkeys(name for name, number in recorded.calls if number > places[0] and name in children)
+    return Inside(
+        fields,
+        tuple(one for one in operations[:at] if _does_something(one)),
+        tuple(one for one in operations[at + 1 :] if _does_something(one)),
+        {name: children[name] for name in called},
+        shape,
+    )
+
+
+def _does_something(operation: Operation) -> bool:
+    return operation.name != INPUT and operation.name not in VIEWS_OF_CONSTANTS
+
+
+def _names(operations: Sequence[Operation]) -> list[tuple[str, Any]]:
+    return [(one.name, one.shape) for one in operations if _does_something(one) and one.reads]

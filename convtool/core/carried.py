@@ -38,7 +38,7 @@ def carry(conv: Conv, values: Tensor) -> Tensor:
         first = _summed(shares, [phase[:1] for phase in phases]).flatten()
         if _agree(shares, first, phases, _slack(conv, values)):
             return first
-    return shares.flatten(1).sum(1)
+    return shares.reshape(len(shares), -1).sum(1)  # a linear layer has no taps
 
 
 def hidden_biases(chain: Sequence[Conv], input_size: Sequence[int] | None) -> tuple[bool, ...]:

@@ -38,9 +38,6 @@ class Linear(Kind):
     def moves_over(self, rank: int, shapes: Shapes, fields: Fields) -> int | None:
         return 0 if rank >= 2 else None  # the last axis
 
-    def fields_of_run(self, run: Sequence[tuple[str, Mapping[str, Any]]], shapes: Shapes) -> Fields | None:
-        return {} if run[-1][0] == "aten.linear.default" else None
-
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         from convtool.core.conv import Conv, pointwise
 

@@ -193,7 +193,8 @@ def _plotted(
     from convtool.matrix.plot import plotted
 
     title = found.name if found.chain else f"{found.name}, {next(leaves(found.tree)).geometry.describe()}"
-    return plotted(matrix, options.plot, force=options.writing.force, title=title, rows=plan.rows)
+    how: dict[str, Any] = {"force": options.writing.force, "rows": plan.rows, "by_channel": options.order == "CHW"}
+    return plotted(matrix, options.plot, title=title.removeprefix(", "), **how)
 
 
 def _matrix(options: Options, found: LayersAtSize) -> ToeplitzMatrix:

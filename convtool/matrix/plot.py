@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from convtool.core.conv import Conv
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import UsageError
 from convtool.formats.atomic import replacing
 
 SHADES = " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"  # of text
+TICKS = 13  # numbers along an axis
+LINES = 65  # of the grid, as long as they leave something to see
 PIXELS = 1024  # per side; a larger matrix is binned, each pixel showing the entry of largest magnitude in its bin
 
 
@@ -33,9 +38,20 @@ def check_plot(path: Path) -> None:
 
 @contextlib.contextmanager
 def plotted(
-    matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str, rows: tuple[int, int] | None = None
+    matrix: ToeplitzMatrix,
+    path: Path,
+    *,
+    force: bool,
+    title: str,
+    rows: tuple[int, int] | None = None,
+    by_channel: bool = True,
 ) -> Iterator[None]:
     """Draw the matrix, or rows A:B of it, as a PNG, which gets its name when the block ends well.
+
+    Axes count channels, a line stands between two of them, and a single layer's taps are drawn beside.
+
+    Args:
+        by_channel: the matrix is in blocks, one for each pair of channels.
 
     Raises:
         UsageError: matplotlib isn't installed, or the name doesn't end in .png.
@@ -47,28 +63,58 @@ def plotted(
 
     start, stop = (0, matrix.shape[0]) if rows is None else rows
     picture = _binned(matrix, (start, stop))
-    largest = float(picture.abs().max()) or 1.0
-    height = max(3.0, min(12.0, 8.0 * (stop - start) / matrix.shape[1]))
-    figure = Figure(figsize=(8.0, height + 1.2), layout="constrained")
+    height = max(4.0, min(12.0, 8.0 * (stop - start) / matrix.shape[1]))
+    figure = Figure(figsize=(10.0, height + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    shown = axes.imshow(
-        torch.where(picture == 0, torch.nan, picture).numpy(),
-        cmap="coolwarm",
-        vmin=-largest,
-        vmax=largest,
-        interpolation="nearest",
-        extent=(0, matrix.shape[1], stop, start),
-        aspect="auto",
-    )
-    axes.set_title(title)
-    axes.set_xlabel("output" if matrix.transpose else "input: channel, position")
-    axes.set_ylabel("input" if matrix.transpose else "output: channel, position")
+    axes, beside = figure.subplots(1, 2, width_ratios=(6, 1))
+    largest = float(picture.abs().max()) or 1.0
+    shown = _image(axes, picture, largest, extent=(0, matrix.shape[1], stop, start), aspect="auto")
+    high, wide = -(-(stop - start) // picture.shape[0]), -(-matrix.shape[1] // picture.shape[1])
+    axes.set_title(title + (f"\na pixel shows the largest of {high} x {wide} entries" if high * wide > 1 else ""))
+    ends = [("input", matrix.input_size, axes.xaxis), ("output", matrix.output_size, axes.yaxis)]
+    for (name, size, _), (_, _, axis) in zip(ends, ends[:: -1 if matrix.transpose else 1], strict=True):
+        _label(axis, name, math.prod(size) if by_channel else 0)
+    _draw_taps(beside, matrix, largest)
     figure.colorbar(shown, ax=axes, shrink=0.8)
     with replacing(path, force=force) as file:
         figure.savefig(file, format="png", metadata={"Software": None})  # no version: equal inputs, equal files
         file.flush()  # a full disk is found before the matrix is written
         yield
+
+
+def _image(axes: Any, picture: Tensor, largest: float, **options: Any) -> Any:
+    seen = torch.where(picture == 0, torch.nan, picture).numpy()
+    return axes.imshow(seen, cmap="coolwarm", vmin=-largest, vmax=largest, interpolation="nearest", **options)
+
+
+def _label(axis: Any, name: str, positions: int) -> None:
+    """Number an axis by channels of so many positions, with a line between two; by rows or columns where 0."""
+    low, high = sorted(axis.get_view_interval())
+    if not positions:
+        axis.set_label_text(name)
+        return
+    channels = range(-(-int(low) // positions), int(high) // positions + 1)
+    step = max(1, -(-len(channels) // TICKS))
+    axis.set_ticks([channel * positions for channel in channels[::step]], [str(one) for one in channels[::step]])
+    axis.set_label_text(f"{name} channel, {positions} positions each")
+    if len(channels) <= LINES:
+        axis.set_ticks([channel * positions for channel in channels], minor=True)
+        axis.grid(which="both", color="0.8", linewidth=0.5)
+
+
+def _draw_taps(axes: Any, matrix: ToeplitzMatrix, largest: float) -> None:
+    """Draw the first kernel of a single layer, so that its taps can be found by their colours; of others nothing."""
+    if not isinstance(matrix.layers, Conv) or (weight := matrix.layers.exact().weight).is_complex():
+        axes.set_axis_off()
+        return
+    kernel = weight[0, 0].double()
+    kernel = kernel.reshape(-1, kernel.shape[-1]) if kernel.ndim else kernel.reshape(1, 1)
+    _image(axes, kernel, largest, extent=(0, kernel.shape[1], kernel.shape[0], 0))
+    axes.set_anchor("N")
+    axes.set_title(f"its {'x'.join(map(str, weight.shape[2:]))} taps,\nchannel 0 to 0", fontsize="medium")
+    axes.set_xticks(range(kernel.shape[1] + 1), [])
+    axes.set_yticks(range(kernel.shape[0] + 1), [])
+    axes.grid(color="0.8", linewidth=0.5)
 
 
 def drawn(matrix: ToeplitzMatrix, width: int, height: int, part: tuple[int, int] | None = None) -> list[str]:

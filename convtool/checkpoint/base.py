@@ -223,6 +223,11 @@ class Checkpoint:
         for name, home in self._homes.items():
             if name not in self.files[home].tensors and name not in self.files[home].unusable:
                 raise InputError(f"{self.path}: is damaged: {name!r} is not in {home}, where the index has it")
+        total = 0 if self.index is None else self.index["metadata"].get("total_size", 0)
+        there = sum(file.source.size for file in self.files.values())
+        # Less is no damage: what other programs count there differs, and transformers doesn't look at it.
+        if total > there:
+            raise InputError(f"{self.path}: is damaged: its total_size is {total}, and its files have {there} bytes")
         for home, file in self.files.items():
             stray = next((name for name in file.tensors if self._homes.get(name) != home), None)
             if stray is not None:

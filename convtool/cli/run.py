@@ -36,13 +36,21 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
         except Signalled as error:
             return fail(error.kind, error.kind)
         except Exception as error:
-            exhausted = ran_out(error)
-            if exhausted is not None:
-                return fail("output" if account.unfinished else "input", exhausted)
+            outside = ran_out(error) or _of_the_system(error)
+            if outside is not None:
+                return fail("output" if account.unfinished else "input", outside)
             return bug(error, reporter.command, as_json=reporter.as_json)
         except BaseException as error:  # convtool's own are above, so it's the user's code that wants to end all this
             ended = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
             return fail("usage", f"the model's own code ended the run, by {ended}; nothing came of it")
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """Say what the system refused, and of which file; None for an error that isn't the system's."""
+    if not (isinstance(error, OSError) and error.errno):
+        return None
+    where = "" if error.filename is None else f"{error.filename}: "
+    return f"{where}{error.strerror or error}"
 
 
 @contextlib.contextmanager

@@ -69,9 +69,10 @@ def _watched(account: Account, numbers: list[int]) -> Iterator[None]:
     owner = os.getpid()
 
     def watch() -> None:
-        while data := os.read(out, 1):
-            if data[0] in numbers and not ended.wait(GRACE) and os.getpid() == owner:
-                _end(account, data[0])
+        with contextlib.suppress(OSError):
+            while data := os.read(out, 1):
+                if data[0] in numbers and not ended.wait(GRACE) and os.getpid() == owner:
+                    _end(account, data[0])
 
     watcher = threading.Thread(target=watch, daemon=True)
     before = signal.set_wakeup_fd(into, warn_on_full_buffer=False)

@@ -100,9 +100,14 @@ class Account:
         for path in paths:
             self.unfinished.pop(path, None)
 
+    def has_written(self, path: Path) -> bool:
+        """Tell whether what has a name by now is an output of this run: that is looked at, not remembered."""
+        ours = self.outputs.get(path.resolve())
+        return ours is not None and _version_at(path)[:2] == ours
+
     def written(self) -> list[Path]:
-        """Return the outputs that have their names by now: which file has a name is looked at, not remembered."""
-        return [path for path, ours in self.outputs.items() if _version_at(path)[:2] == ours]
+        """Return the outputs that have their names by now."""
+        return [path for path in self.outputs if self.has_written(path)]
 
     def outcome(self) -> str:
         """Return what is there now, in a few words."""

@@ -35,6 +35,9 @@ def read_index(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: is not an index: expected a weight_map from names of tensors to names of files")
     if not isinstance(index.setdefault("metadata", {}), dict):
         raise InputError(f"{path}: is damaged: its metadata is not a table")
+    total = index["metadata"].get("total_size", 0)
+    if isinstance(total, bool) or not isinstance(total, int | float) or not 0 <= total <= LARGEST:  # nor NaN
+        raise InputError(f"{path}: is damaged: its total_size is {total!r:.80}, not a number of bytes")
     if not homes:
         raise InputError(f"{path}: names no tensors")
     return dict(index)
@@ -80,12 +83,20 @@ def read_matrix_index(path: Path) -> MatrixIndex:
     try:
         rows, columns = map(_size, index["shape"])
         shards = tuple(Shard(str(one["file"]), *map(_size, one["rows"])) for one in index["shards"])
+        sizes = {str(one["file"]): _size(one["bytes"]) for one in index["shards"]}
+        total = _size(index["metadata"]["total_size"])
         record = index.get(RECORD_NAME)
     except (ValueError, KeyError, TypeError, AttributeError):
         raise InputError(f"{path}: isn't the index of a matrix in shards, or is damaged") from None
     for name, _, _ in shards:
         if not is_plain_name(name) or "/" in name or Path(name).suffix != ".safetensors":
             raise InputError(f"{path}: names {name!r}, which isn't a .safetensors file beside it")
+        if path.with_name(name).is_file() and path.with_name(name).stat().st_size != sizes[name]:
+            raise InputError(f"{path}: is damaged, or {name} is, which has another size than the index says")
+    if total != sum(sizes.values()):
+        raise InputError(
+            f"{path}: is damaged: its total_size is {total}, and its shards have {sum(sizes.values())} bytes"
+        )
     return MatrixIndex((rows, columns), shards, record if isinstance(record, dict) else None)
 
 
@@ -106,9 +117,17 @@ def matrix_index_text(index: MatrixIndex, nnz: int, sizes: Sequence[int]) -> byt
 
 
 def named_beside(index: Path) -> set[str]:
-    """Return the files in its folder that an index of either kind names; none where it isn't there, or is damaged."""
+    """Return the files in its folder that an index of either kind names; none where it isn't there, or is damaged.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    if not index.exists():
+        return set()
+    source = Source(index)
+    data = bytes(source.view(0, min(source.size, MAX_INDEX)))
     try:
-        document = _document(index)
+        document = parse_json(data, index, "it")
         names = [one["file"] for one in document["shards"]] if "shards" in document else document["weight_map"].values()
         return {name for name in names if is_plain_name(name) and "/" not in name}
     except (InputError, TypeError, KeyError, AttributeError):

@@ -12,12 +12,14 @@ dict. `__metadata__` has its `layout`, and its record as `convtool_matrix`.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import os
 import struct
 import sys
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -302,6 +304,19 @@ def _header(spans: Mapping[str, Span], metadata: Mapping[str, str], alignment: i
     return len(text).to_bytes(8, "little") + text
 
 
+@contextlib.contextmanager
+def _named_in_unicode(path: Path) -> Iterator[str]:
+    """Give a file a name that the safetensors package takes: of a folder whose name is any bytes it takes none."""
+    if is_unicode(str(path)):
+        yield str(path)
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield f"/dev/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
+
+
 def _check(path: Path, stored: Sequence[Piece], metadata: Mapping[str, str]) -> None:
     """Open what was written with the safetensors package.
 
@@ -313,7 +328,7 @@ def _check(path: Path, stored: Sequence[Piece], metadata: Mapping[str, str]) -> 
 
     expected = {one.name: (SAFETENSORS_CODES.get(one.dtype, one.dtype), list(one.shape)) for one in stored}
     try:
-        with safe_open(path, framework="pt") as opened:
+        with _named_in_unicode(path) as name, safe_open(name, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             found = {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}
             if found != expected or (opened.metadata() or {}) != metadata:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Protocol
 
 from convtool.errors import OutputError
-from convtool.formats.account import account
+from convtool.formats.account import Account, accounting
 from convtool.formats.atomic import FilePlan, Progress, check_target, discard, lock_file, replacing
 from convtool.formats.indexes import INDEX_SUFFIX, named_beside
 from convtool.formats.resources import ran_out
@@ -95,21 +95,22 @@ class SeveralPlan:
                 planned, or one of those that write together is gone.
         """
         ranks = Alone() if ranks is None else ranks
-        account().began = True
-        with alone_in(self.index.parent) if ranks.rank == 0 else contextlib.nullcontext():
+        with accounting() as noted, alone_in(self.index.parent) if ranks.rank == 0 else contextlib.nullcontext():
+            noted.began = True
             if not all(_is_free(self.index.with_name(name)) for name in self.plans):
                 raise OutputError(f"{self.index.parent}: another process has written to it meanwhile")
             ranks.wait()  # until nobody looks any more whether a name is free
-            self._write(ranks, force, progress)
+            self._write(noted, ranks, force, progress)
 
-    def _write(self, ranks: Ranks, force: bool, progress: Progress | None) -> None:
-        target, names = check_target(self.index, force=force), set(self.plans)
-        old, written = named_beside(target), set[str]()
+    def _write(self, noted: Account, ranks: Ranks, force: bool, progress: Progress | None) -> None:
+        target = check_target(self.index, force=force)
+        paths = [self.index.with_name(name) for name in self.plans]
+        mine, old, arrived = paths[ranks.rank :: ranks.count], named_beside(target) - self.plans.keys(), False
         try:
-            for name in list(self.plans)[ranks.rank :: ranks.count]:
-                self.plans[name].write(self.index.with_name(name), force=False, progress=progress)
-                written.add(name)
-                account().unfinished[self.index.with_name(name).absolute()] = None
+            for path in mine:
+                self.plans[path.name].write(path, force=False, progress=progress)
+                noted.unfinished[path.absolute()] = None
+            arrived = True
             ranks.wait()
             if ranks.rank == 0:
                 self._check_there()
@@ -117,12 +118,15 @@ class SeveralPlan:
                     file.write(self.text)
             ranks.wait()
         except BaseException:
-            # Where the index has its name already, its files belong to it.
-            self._remove(old - names if named_beside(target) == names else written)
+            if ranks.rank == 0 and noted.has_written(target):  # its files belong to it
+                self._finish(noted, old)
+            elif ranks.rank == 0 or not arrived:
+                # Who has told the first that its files are there leaves them to it: the index may be there any moment.
+                others = set(paths) - set(mine) if ranks.rank == 0 else ()
+                for path in (*filter(noted.has_written, mine), *others):
+                    discard(path)
             raise
-        account().finishes(self.index.with_name(name).absolute() for name in names)
-        if ranks.rank == 0:
-            self._remove(old - names)
+        self._finish(noted, old if ranks.rank == 0 else set())
 
     def _check_there(self) -> None:
         """See that every file is there, whichever process has written it."""
@@ -130,9 +134,10 @@ class SeveralPlan:
             if not path.is_file() or path.stat().st_size != size:
                 raise OutputError(f"{path}: isn't there as it was written")
 
-    def _remove(self, names: set[str]) -> None:
+    def _finish(self, noted: Account, old: set[str]) -> None:
         """Remove files that no index names any more; one that stays does no harm."""
-        for name in sorted(names):
+        noted.finishes(self.index.with_name(name).absolute() for name in self.plans)
+        for name in sorted(old):
             discard(self.index.with_name(name))
 
 

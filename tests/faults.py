@@ -1,0 +1,534 @@
+"""Faults at each step of every command: `python tests/faults.py [--sample N] [--only TEXT]` prints a table of counts.
+
+A step is a call to the system, of one of the families below. Each run of a command is a process of its own, in which
+one thing happens at one step: the call fails, a signal comes (SIGKILL, or one of those that are heard), or another
+program changes a file that is being read (writes into it, cuts it short, or renames another over it). What is left is
+held against what may be: the outputs as they were or as they were to be, whole, of the source as it was at one time;
+nothing beside them but what the message names, or what says by its name that it is unfinished; the exit code one that
+stands for what happened; and what the message says of the disk is so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import builtins
+import contextlib
+import errno
+import io
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from checkpoints import save
+
+from convtool.cli.app import run_app
+from convtool.formats import source as source_module
+
+PATIENCE = 120.0  # seconds after which a run counts as hung, however loaded the machine is
+UNTOUCHED = 77  # the exit code of a run that had fewer steps than the one at which something was to happen
+USUAL = 1500  # faults of a scenario, about
+TICK = 0.02  # seconds: more than the file system's clock takes from one reading to the next
+
+# Where calls are counted, by family: the module and the names in it. (`open` with O_CREAT is no other than without.)
+FAMILIES: dict[str, tuple[tuple[Any, tuple[str, ...]], ...]] = {
+    "open": ((os, ("open",)), (io, ("open",)), (builtins, ("open",))),
+    "read": ((os, ("preadv", "read")),),
+    "stat": ((os, ("fstat", "stat")),),
+    "write": ((os, ("write", "sendfile")),),  # and what io.FileIO writes
+    "rename": ((os, ("link", "replace", "rename")),),
+    "fsync": ((os, ("fsync", "fchmod")),),
+    "unlink": ((os, ("unlink", "remove", "rmdir", "mkdir")),),
+    "mmap": ((mmap, ("mmap",)),),
+    "allocate": ((np, ("zeros", "empty")), (torch, ("empty", "zeros", "cat")), (source_module, ("bytearray",))),
+}
+ERRORS = {
+    "open": (errno.EMFILE, errno.EACCES),
+    "read": (errno.EIO,),
+    "stat": (errno.EIO,),
+    "write": (errno.ENOSPC, errno.EFBIG),
+    "rename": (errno.EIO, errno.ENOSPC),
+    "fsync": (errno.EIO,),
+    "unlink": (errno.EACCES,),
+    "mmap": (errno.ENOMEM,),
+    "allocate": (errno.ENOMEM,),  # as a MemoryError
+}
+SIGNALS = ("SIGKILL", "SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGALRM")
+CHANGES = ("written to", "cut short", "renamed over")
+MOMENTS = ("open", "read", "write", "rename", "fsync")  # the families at whose steps a source is changed
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A command, and the kind of output that it writes.
+
+    Attributes:
+        line: its words; a word that names a file is relative to the folder that it runs in.
+        source: the file that it reads, which is changed meanwhile.
+        existing: whether the output is there already, and is to be replaced.
+    """
+
+    name: str
+    line: tuple[str, ...]
+    source: str
+    existing: bool = False
+
+    @property
+    def apart(self) -> bool:
+        """Whether it writes two outputs that are of use without each other."""
+        return "plot" in self.name
+
+    @property
+    def title(self) -> str:
+        return f"{self.name}, over an old one" if self.existing else self.name
+
+
+def scenarios() -> list[Scenario]:
+    fuse = ("first", "second", "--set", "first.padding=1", "--input-size", "8,9", "--allow-border")
+    layer = ("first", "--input-size", "5,4", "--padding", "1,0")
+    matrix = ("toeplitz", "net.safetensors", *layer, "-o")
+    written: list[tuple[str, tuple[str, ...], str]] = [
+        ("fuse to .safetensors", ("fuse", "net.safetensors", *fuse, "-o", "out.safetensors"), "net.safetensors"),
+        ("fuse to .pt", ("fuse", "net.pt", *fuse, "-o", "out.pt"), "net.pt"),
+        ("convert to a folder", ("convert", "net.safetensors", "out", "--shard-size", "400B"), "net.safetensors"),
+        ("convert to a folder of torch", ("convert", "net.pt", "out", "--shard-size", "400B"), "net.pt"),
+        ("unfold", ("unfold", "net.safetensors", *layer, "-o", "out.npz"), "net.safetensors"),
+        *((f"toeplitz to {end}", (*matrix, f"out{end}"), "net.safetensors") for end in (".npz", ".npy", ".mtx", ".pt")),
+        ("toeplitz in shards", (*matrix, "out.safetensors", "--shards", "2"), "net.safetensors"),
+        ("toeplitz with a plot", (*matrix, "out.npz", "--plot", "out.png"), "net.safetensors"),
+    ]
+    found = [
+        Scenario(name, (*line, *(("--force",) if existing else ())), source, existing)
+        for name, line, source in written
+        for existing in (False, True)
+    ]
+    found.append(Scenario("fuse in place", ("fuse", "net.pt", *fuse, "-o", "net.pt", "--force"), "net.pt"))
+    read = [
+        ("inspect", ("inspect", "net.pt", "--json")),
+        ("spectrum", ("spectrum", "net.pt", "first", "--input-size", "5,4", "--json")),
+        ("verify", ("verify", "net.pt", "other.safetensors", "--json")),
+        ("verify a matrix", ("verify", "net.pt", "m.npz", "--json")),
+    ]
+    return found + [Scenario(name, line, "m.npz" if "m.npz" in line else "net.pt") for name, line in read]
+
+
+def network(seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {"first.weight": (4, 3, 3, 2), "first.bias": (4,), "second.weight": (5, 4, 1, 2), "head.weight": (60, 5)}
+    return {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+
+
+def prepare(folder: Path, seed: int) -> None:
+    """Write the files that commands read; of another seed they are as long, and hold other numbers."""
+    folder.mkdir()
+    for suffix in ("pt", "safetensors"):
+        save(network(seed), folder / f"net.{suffix}")
+    save(network(seed), folder / "other.safetensors")
+    line = ("toeplitz", "net.pt", "first", "--input-size", "5,4", "--padding", "1,0", "-o", "m.npz", "-q")
+    assert in_folder(folder, lambda: run_app(list(line))).code == 0
+
+
+# --- one run
+
+
+class Ended(NamedTuple):
+    """How a process ended: its exit code, -n for signal n, None where it hung; and what it printed."""
+
+    code: int | None
+    out: str
+    err: str
+
+
+def in_folder(folder: Path, action: Callable[[], int]) -> Ended:
+    """Run an action in a process of its own, in a folder."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        child = os.fork()
+        if not child:
+            code: int | None = 99
+            try:
+                os.chdir(folder)
+                for stream, number in ((out, 1), (err, 2)):
+                    os.dup2(stream.fileno(), number)
+                sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+                code = action()
+                sys.stdout.flush()
+                sys.stderr.flush()
+            finally:
+                os._exit(code or 0)
+        code = waited(child)
+        for stream in (out, err):
+            stream.seek(0)
+        return Ended(code, out.read().decode(errors="replace"), err.read().decode(errors="replace"))
+
+
+def warm(folder: Path, line: Sequence[str]) -> None:
+    """Run a command in this process, so that its children needn't import what it takes."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            assert run_app(list(line)) in (0, 1)
+    finally:
+        os.chdir(before)
+
+
+def waited(child: int) -> int | None:
+    end, pause = time.monotonic() + PATIENCE, 0.001
+    while time.monotonic() < end:
+        found, status = os.waitpid(child, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(pause)
+        pause = min(pause * 1.3, 0.02)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+@dataclass
+class Steps:
+    """Counts the calls of some families in this process, and does something at one of them."""
+
+    at: int
+    act: Callable[[], None]
+    count: int = 0
+
+    def step(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            self.act()
+
+    def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **options: Any) -> Any:
+            self.step()
+            return call(*arguments, **options)
+
+        return watched
+
+    def install(self, families: Sequence[str]) -> None:
+        for family in families:
+            for module, names in FAMILIES[family]:
+                for name in names:
+                    setattr(module, name, self.watched(getattr(module, name, None) or getattr(builtins, name)))
+        if "write" in families:
+            steps = self
+
+            class WatchedFile(io.FileIO):
+                def write(self, data: Any) -> int:
+                    return steps.watched(super().write)(data)  # type: ignore[no-any-return]
+
+            io.FileIO = WatchedFile  # type: ignore[misc]
+
+
+class Fault(NamedTuple):
+    """What happens at a step: of which families, what is done there, and its name."""
+
+    families: tuple[str, ...]
+    how: str
+    name: str
+
+
+def faults(scenario: Scenario) -> Iterator[Fault]:
+    for family, numbers in ERRORS.items():
+        for number in numbers:
+            yield Fault((family,), "fail", errno.errorcode[number])
+    for name in SIGNALS:
+        yield Fault(("write", "rename", "fsync", "unlink", "read"), "signal", name)
+    for change in CHANGES:
+        yield Fault(MOMENTS, "change", change)
+
+
+def act_of(fault: Fault, folder: Path, source: str) -> Callable[[], None]:
+    """Return what is done at the step, in the process that is watched."""
+    unpatched_open, unpatched_replace, unpatched_write = os.open, os.replace, os.write
+
+    def fail() -> None:
+        number = getattr(errno, fault.name)
+        if fault.families == ("allocate",):
+            raise MemoryError
+        raise OSError(number, os.strerror(number))
+
+    def change() -> None:
+        if fault.name == "renamed over":
+            shutil.copyfile(folder.parent / "changed" / source, folder / ".theirs")
+            unpatched_replace(folder / ".theirs", folder / source)
+            return
+        descriptor = unpatched_open(folder / source, os.O_RDWR)
+        try:
+            if fault.name == "cut short":
+                os.ftruncate(descriptor, os.lseek(descriptor, 0, os.SEEK_END) // 2)
+            else:
+                unpatched_write(descriptor, (folder.parent / "changed" / source).read_bytes())
+        finally:
+            os.close(descriptor)
+
+    if fault.how == "fail":
+        return fail
+    return change if fault.how == "change" else lambda: os.kill(os.getpid(), getattr(signal, fault.name))
+
+
+# --- what may be left
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@dataclass
+class Case:
+    """A scenario made ready: the folder as it is before, and what the outputs are in every state that may be.
+
+    Attributes:
+        start: the folder that each run begins with a copy of.
+        inputs: names of the files that are read.
+        states: outputs by name, before a run (`old`), after it (`new`), and after one of the changed source.
+        said: what a command that only reads prints, of the one source and the other.
+    """
+
+    scenario: Scenario
+    home: Path
+    inputs: set[str] = field(default_factory=set)
+    states: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    said: set[str] = field(default_factory=set)
+
+    @property
+    def start(self) -> Path:
+        return self.home / "start"
+
+    @property
+    def work(self) -> Path:
+        return self.home / "work"
+
+    def action(self) -> int:
+        return run_app(list(self.scenario.line))
+
+    def make(self) -> None:
+        prepare(self.start, 1)
+        prepare(self.home / "changed", 2)
+        if self.scenario.existing:
+            # The old output is of yet another network.
+            prepare(self.home / "old", 3)
+            assert in_folder(self.home / "old", self.action).code == 0
+            for name in files_of(self.home / "old").keys() - files_of(self.start).keys():
+                (self.start / name).parent.mkdir(exist_ok=True)
+                shutil.copy(self.home / "old" / name, self.start / name)
+        self.inputs = set(files_of(self.home / "changed"))
+        self.reset()
+        warm(self.work, self.scenario.line)
+        for state in ("new", "new of the changed source"):
+            self.reset()
+            if state != "new":
+                shutil.copyfile(self.home / "changed" / self.scenario.source, self.work / self.scenario.source)
+            ended = in_folder(self.work, self.action)
+            assert ended.code in (0, 1), (self.scenario, ended)
+            self.said.add(ended.out)
+            self.states[state] = self.outputs()
+        self.reset()
+        self.states["old"] = self.outputs()
+
+    def reset(self) -> None:
+        shutil.rmtree(self.work, ignore_errors=True)
+        shutil.copytree(self.start, self.work)
+
+    def outputs(self) -> dict[str, bytes]:
+        """Return what stands beside the inputs, and an input that is written to."""
+        kept = {self.scenario.source} if "in place" in self.scenario.name else set[str]()
+        return {name: data for name, data in files_of(self.work).items() if name not in self.inputs - kept}
+
+    def run(self, fault: Fault, at: int) -> tuple[Ended, bool]:
+        """Run with a fault at a step; how it ended, and whether there was such a step."""
+        self.reset()
+        time.sleep(TICK)
+        reached = self.home / "reached"
+        reached.unlink(missing_ok=True)
+        act, mark = act_of(fault, self.work, self.scenario.source), os.open
+
+        def reach() -> None:
+            mark(reached, os.O_CREAT)
+            act()
+
+        steps = Steps(at, reach)
+
+        def action() -> int:
+            steps.install(fault.families)
+            return self.action()
+
+        ended = in_folder(self.work, action)
+        return ended, reached.exists()
+
+    def problem(self, fault: Fault, ended: Ended) -> str:
+        """Say what is wrong about the end of a run, in a word; '' for nothing."""
+        if ended.code is None:
+            return "hung"
+        unfinished = {name for name in self.outputs() if Path(name).name.startswith(".convtool-")}
+        found = {name: data for name, data in self.outputs().items() if name not in unfinished}
+        state = next((state for state, files in self.states.items() if files == found), None)
+        if state is None and self.scenario.apart and self.each_whole(found):
+            state = "old" if fault.name == "SIGKILL" or "written before that" not in ended.err else "new of one"
+        killed = fault.name == "SIGKILL" and ended.code == -signal.SIGKILL
+        if state is None and killed:  # files that no index names may be left of a set
+            state = next((state for state, files in self.states.items() if self.named(found, files)), None)
+        if "in place" in self.scenario.name and fault.how == "change" and ended.code:
+            state = state or "old"  # what the other program has left of it
+        if state is None:
+            old = self.states["old"]
+            return "lost" if any(found.get(name) != data for name, data in old.items()) else "half-written"
+        if unfinished and not killed and not all(Path(name).name in ended.err for name in unfinished):
+            return "left over"
+        return self.untrue(fault, ended, state)
+
+    def each_whole(self, found: Mapping[str, bytes]) -> bool:
+        """Tell whether each output by itself is as it was, or as it was to be."""
+        states = list(self.states.values())
+        names = set().union(*states)
+        return found.keys() <= names and all(found.get(name) in [state.get(name) for state in states] for name in names)
+
+    def named(self, found: Mapping[str, bytes], files: Mapping[str, bytes]) -> bool:
+        """Tell whether what was found is a state, and files that its index doesn't name."""
+        more = found.keys() - files.keys()
+        return all(found.get(name) == data for name, data in files.items()) and not any(
+            "index" in name for name in more
+        )
+
+    def untrue(self, fault: Fault, ended: Ended, state: str) -> str:
+        """Say what is wrong about exit code and message."""
+        code, said = ended.code, ended.err
+        if code == 70 or "Traceback" in said:
+            return "a bug"
+        if fault.how == "signal":
+            number = getattr(signal, fault.name)
+            if code not in (0, 1, 128 + number, -number if number in (signal.SIGKILL,) else 0):
+                return "a wrong exit code"
+        elif code not in (0, 1, 3, 5):
+            return "a wrong exit code"
+        if code in (0, 1) and self.states["new"] != self.states["old"] and not state.startswith("new"):
+            return "not written"
+        if code in (0, 1) and self.states["new"] == self.states["old"] and ended.out not in self.said:
+            return "mixed"
+        if "nothing was changed" in said and state.startswith("new") and self.states["new"] != self.states["old"]:
+            return "an untrue message"
+        if "written before that" in said and state == "old":
+            return "an untrue message"
+        return ""
+
+
+# --- all of them
+
+
+@dataclass
+class Row:
+    """What came of a scenario under the faults of one kind."""
+
+    steps: int = 0
+    runs: int = 0
+    problems: Counter[str] = field(default_factory=Counter)
+
+
+def tried(case: Case, sample: Callable[[], bool]) -> Iterator[tuple[Fault, int, str]]:
+    """Yield every fault that was tried on a case, at which step, and what was wrong; the step -n for n steps in all."""
+    counts: dict[tuple[str, ...], int] = {}
+    for fault in faults(case.scenario):
+        if fault.families not in counts:
+            counts[fault.families] = counted(case, fault.families)
+            yield fault, -counts[fault.families], ""
+        for at in range(1, counts[fault.families] + 1):
+            if sample():
+                ended, reached = case.run(fault, at)
+                problem = case.problem(fault, ended) if reached else ""
+                if fault.name == "SIGKILL" and not problem and case.scenario.existing:
+                    problem = again(case)
+                if problem:
+                    problem += f": exit code {ended.code}, {ended.err.strip()[-300:]!r}"
+                yield fault, at, problem
+
+
+def again(case: Case) -> str:
+    """Run once more over what a killed run has left, an hour later."""
+    for left in case.work.rglob(".convtool-*"):
+        os.utime(left, (0, 0))
+    ended = in_folder(case.work, case.action)
+    if ended.code != 0 or any(case.work.rglob(".convtool-*")):
+        return f"the next run didn't get through, or left what the killed one had left: {ended.err}"
+    return ""
+
+
+def counted(case: Case, families: tuple[str, ...]) -> int:
+    case.reset()
+    steps, into = Steps(0, lambda: None), case.home / "count"
+
+    def action() -> int:
+        steps.install(families)
+        code = case.action()
+        number = steps.count
+        into.write_text(str(number))
+        return code
+
+    in_folder(case.work, action)
+    return int(into.read_text())
+
+
+def main(given: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
+    chance = random.Random(given.seed)
+    rows: dict[tuple[str, str], Row] = {}
+    wrong: list[str] = []
+    chosen = [one for one in scenarios() if given.only in one.title]
+    share = 1.0 if given.sample is None else given.sample / (USUAL * len(chosen))
+    where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # without a disk to wait for
+    for scenario in chosen:
+        with tempfile.TemporaryDirectory(dir=where) as name:
+            case = Case(scenario, Path(name))
+            case.make()
+            for fault, at, problem in tried(case, lambda: chance.random() < share):
+                what = f"{fault.families[0]} fails" if fault.how == "fail" else fault.how
+                row = rows.setdefault((scenario.title, what), Row())
+                if at < 0:
+                    row.steps = -at
+                    continue
+                row.runs += 1
+                if problem:
+                    row.problems[problem.partition(":")[0]] += 1
+                    wrong.append(
+                        f"{scenario.title}, {fault.name} at step {at} of {'/'.join(fault.families)}: {problem}"
+                    )
+    report(rows, wrong, as_json=given.json)
+    return 1 if wrong else 0
+
+
+def report(rows: Mapping[tuple[str, str], Row], wrong: Sequence[str], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"runs": sum(row.runs for row in rows.values()), "wrong": wrong}))
+        return
+    titles = list(dict.fromkeys(title for title, _ in rows))
+    kinds = list(dict.fromkeys(kind for _, kind in rows))
+    print(f"{'steps / faults / wrong':44}", *(f"{kind:>16}" for kind in kinds))
+    for title in titles:
+        cells = [rows.get((title, kind), Row()) for kind in kinds]
+        print(f"{title:44}", *(f"{f'{one.steps}/{one.runs}/{one.problems.total()}':>16}" for one in cells))
+    total = Counter[str]()
+    for row in rows.values():
+        total += row.problems
+    print(f"{sum(row.runs for row in rows.values())} faults; wrong: {dict(total) or 'none'}")
+    print(*wrong, sep="\n")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--sample", type=int, help="about how many faults, of all")
+    parser.add_argument("--only", default="", help="part of a scenario's name")
+    parser.add_argument("--json", action="store_true", help="print a line of JSON in place of the table")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    sys.exit(main(given))

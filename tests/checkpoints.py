@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import pickle
@@ -16,10 +17,12 @@ from cases import whole_numbers
 from torch import Tensor
 
 from convtool.checkpoint import Checkpoint
+from convtool.checkpoint.digests import digest
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.write import plan_edited
 from convtool.formats.atomic import Progress
+from convtool.formats.pieces import Piece
 
 SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
 SAMPLE_NAMES = ("chains", "conv_bn", "repvgg", "separable1d")
@@ -155,3 +158,12 @@ def described(pickled: bytes) -> str:
 def files_in(folder: Path) -> dict[str, bytes]:
     """Every file of a folder by its name, with what it holds."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def fitted(record: Any, state: dict[str, Tensor]) -> Any:
+    """Return a record whose digests are those of the tensors, wrong or not, so that their numbers have to tell."""
+    document = copy.deepcopy(record)
+    for fusion in document["fusions"]:
+        names = fusion["gives"].keys() & state.keys()
+        fusion["gives"] = {name: digest(Piece.of_tensor(name, state[name])) for name in names}
+    return document

@@ -17,13 +17,11 @@ from typing import Any
 import pytest
 import torch
 from cases import real_numbers
+from checkpoints import fitted
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from shell import Run, cli
 from torch import Tensor
-
-from convtool.checkpoint.digests import digest
-from convtool.formats.pieces import Piece
 
 State = dict[str, Tensor]
 COUNT = 200  # records edited at random in the suite
@@ -210,16 +208,6 @@ def edited(record: Any, chance: random.Random) -> Any:
                 holder[key] = chance.choice(alike)
             case _:
                 holder[key] = copy.deepcopy(look(document, chance.choice(places)))
-    return document
-
-
-def fitted(record: Any, state: State) -> Any:
-    """Return a record whose digests are those of the tensors, wrong or not."""
-    document = copy.deepcopy(record)
-    for fusion in document["fusions"]:
-        fusion["gives"] |= {
-            name: digest(Piece.of_tensor(name, state[name])) for name in fusion["gives"] if name in state
-        }
     return document
 
 

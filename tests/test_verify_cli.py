@@ -440,11 +440,11 @@ def test_a_batch_norm_is_held_against_what_storing_it_can_do_and_no_more(
 
 def test_fuse_says_what_it_verified(net: dict[str, Tensor]) -> None:
     shown = cli(f"fuse net.pt {CHAIN} -o f.pt").out
-    assert "  verified at 3x" in shown
+    assert "  proved number by number, " in shown
     assert "error/bound 0.9" in shown
     (fusion,) = cli(f"fuse net.pt {CHAIN} -o f.pt --force --json").document["fusions"]
     assert 0.9 < fusion["verified"]["ratio"] <= 1
-    assert all(len(size) == 3 for size in fusion["verified"]["input_sizes"])
+    assert fusion["verified"]["numbers"] == fusion["parameters"]["after"]
     (border,) = cli("fuse net.pt first second --set second.padding=1 --allow-border -o f.pt --force --json").document[
         "fusions"
     ]
@@ -469,7 +469,7 @@ def test_a_fusion_that_went_wrong_is_not_written(
     before = {path: path.read_bytes() for path in here.iterdir()}
     found = cli("fuse net.pt first second -o f.pt")
     assert found.code == 70
-    assert "made of first, second, differs from them at input size" in found.err
+    assert "made of first, second, differs from them in 1 numbers" in found.err
     assert found.out == ""
     assert {path: path.read_bytes() for path in here.iterdir()} == before
     assert cli("fuse net.pt first second -o f.pt --no-verify").code == 0

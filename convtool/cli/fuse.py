@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
+from convtool.cli.document import fill
 from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Proof, Recipes, Result, Work, show
 from convtool.cli.options import DTYPES, Size, argument, flag, option, parse_dtype
 from convtool.cli.output import Reporter
@@ -17,7 +18,7 @@ from convtool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
-    from convtool.core.verify import EquivalenceReport
+    from convtool.fusing import proof
     from convtool.fusing.fusion import PlannedLayer
     from convtool.fusing.recipe import PlannedFusion, Recipe
     from convtool.graph.planned import Plan
@@ -214,9 +215,9 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         state_only=sources.root is not None,
         tensors_only=options.tensors_only,
     )
-    reports = [[] for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
+    proofs = [None for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
     new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
-    made = (_fusion(layer, one, size) for layer, one in zip(planned, reports, strict=True))
+    made = (_fusion(layer, one, size) for layer, one in zip(planned, proofs, strict=True))
     return Result(new, tuple(made), tuple(left_alone), options.details)
 
 
@@ -265,26 +266,23 @@ def _plan_model(wanted: Wanted, opened: Checkpoint, sources: shared.Sources, rep
 
 def _verified(
     planned: Sequence[PlannedLayer], checkpoints: Mapping[str, Checkpoint], reporter: Reporter
-) -> list[list[EquivalenceReport]]:
-    """Run each fusion against the layers that it stands for, before a file takes its name."""
+) -> Sequence[proof.Proof | None]:
+    """Hold each fusion against the layers that it stands for, before a file takes its name."""
     from convtool.fusing.proof import check_planned
 
     with reporter.progress("verifying", len(planned), "share") as advance:
         return [check_planned(layer, checkpoints, advance) for layer in planned]
 
 
-def _fusion(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tuple[int, ...] | None) -> Fusion:
+def _fusion(layer: PlannedLayer, found: proof.Proof | None, size: tuple[int, ...] | None) -> Fusion:
     """Return what there is to say of a fusion.
 
     Args:
-        reports: of running it against its layers; none where nobody did.
+        found: how it did against its layers; None where nobody looked.
         size: of the input, for those that are exact at every size.
     """
     verdict, conv = layer.fusion.verdict, layer.fusion.conv
     at = verdict.input_size or size
-    proof = None
-    if reports:
-        proof = Proof(max(one.interior.ratio for one in reports), tuple(one.input_size for one in reports))
     return Fusion(
         record=saved.Recorded.of(layer.record),
         layers=tuple(one.layer.name for one in layer.layers),
@@ -297,7 +295,7 @@ def _fusion(layer: PlannedLayer, reports: Sequence[EquivalenceReport], size: tup
         parameters=Change(*layer.parameters),
         multiply_adds=Work(*layer.multiply_adds(at), "input position" if at is None else "input"),
         tensors=saved.changed_tensors(layer.edit),
-        verified=proof,
+        verified=None if found is None else fill(Proof, found),
     )
 
 

@@ -37,9 +37,12 @@ class Proof:
 
     Attributes:
         ratio: largest error by its bound.
+        numbers: of the layer, how many were held each against what an impulse gives; 0 where it was run instead.
+        input_sizes: that it was run on.
     """
 
     ratio: float
+    numbers: Count
     input_sizes: tuple[Sizes, ...]
 
 
@@ -51,7 +54,7 @@ class Fusion:
         layers: the leaves of sources.
         differs: the rim in words; null where exact.
         edits: lines that make a model's code fit the new checkpoint.
-        verified: run against its layers before it was written, the border apart where not exact; null with
+        verified: held against its layers before it was written, the border apart where not exact; null with
             --no-verify.
     """
 
@@ -138,8 +141,9 @@ def _show_one(fusion: Fusion, reporter: Reporter, *, dry_run: bool) -> None:
         reporter.line(f"  {line}")
     if proof is not None:
         sizes = " and ".join("x".join(map(str, one)) for one in proof.input_sizes)
+        how = f"verified at {sizes}" if sizes else f"proved number by number, {proof.numbers} of them"
         where = "" if record.exact else ", the border apart"
-        reporter.line(f"  verified at {sizes}{where}: error/bound {proof.ratio:.3g}")
+        reporter.line(f"  {how}{where}: error/bound {proof.ratio:.3g}")
     per = " per input position" if work.per == "input position" else ""
     reporter.line(
         f"  {numbers.before} → {numbers.after} parameters,"

@@ -51,7 +51,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -113,9 +113,16 @@ def less_inwards(numbers: Tensor, dtype: torch.dtype) -> Tensor | None:
     """
     if numbers.is_complex() or dtype.is_complex:
         return None
-    info = torch.finfo(dtype)
-    size = numbers.to(torch.float64).abs()
-    powers = (torch.frexp(size).mantissa == 0.5) & (size > info.smallest_normal)
+    info, word = torch.finfo(dtype), _WORDS.get(dtype)
+    if word is not None and numbers.dtype == dtype:  # of whose bits those behind the exponent are all 0
+        powers = (numbers.view(word) & _behind_exponent(info)) == 0
+        if not bool(powers.any()):
+            return None
+        size = numbers.to(torch.float64).abs()
+    else:
+        size = numbers.to(torch.float64).abs()
+        powers = torch.frexp(size).mantissa == 0.5
+    powers &= size > info.smallest_normal
     return torch.where(powers, size * (info.eps / 4), 0.0) if bool(powers.any()) else None
 
 
@@ -128,20 +135,38 @@ def half_ulp(numbers: Tensor, dtype: torch.dtype) -> Tensor:
         parts = torch.view_as_real(numbers.to(torch.complex128))
         real = dtype.to_real() if dtype.is_complex else dtype
         return torch.hypot(*half_ulp(parts, real).unbind(-1))
-    info = torch.finfo(dtype)
-    size = numbers.to(torch.float64).abs()
-    exponent = torch.frexp(size).exponent - 1  # size = [1, 2) * 2**exponent
-    half = torch.ldexp(torch.full_like(size, info.eps / 2), exponent)
+    info, word = torch.finfo(dtype), _WORDS.get(dtype)
     smallest = info.smallest_normal * info.eps / 2
-    half = torch.where(size == 0, smallest, half).clamp(min=smallest)
-    return half + size * 2.0**-24 if info.bits < 32 else half
+    if word is not None and numbers.dtype == dtype:  # the bits of the exponent alone are the power of two below
+        exponent = ((1 << info.bits - 1) - 1) & ~_behind_exponent(info)
+        powers = (numbers.view(word) & exponent).view(dtype).to(torch.float64)
+        half = powers.mul_(info.eps / 2).clamp_(min=smallest)
+    else:
+        size = numbers.to(torch.float64).abs()
+        power = torch.frexp(size).exponent - 1  # size = [1, 2) * 2**power
+        half = torch.ldexp(torch.full_like(size, info.eps / 2), power)
+        half = torch.where(size == 0, smallest, half).clamp(min=smallest)
+    return half + numbers.to(torch.float64).abs() * 2.0**-24 if info.bits < 32 else half
 
 
-class Bound:
-    """The bound of this module's docstring.
+_WORDS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
+def _behind_exponent(info: torch.finfo) -> int:
+    """Return the bits of a number that stand behind its exponent."""
+    return round(1 / info.eps) - 1
+
+
+class Allowance:
+    """What rounding may add up to, beyond what storing AFTER's numbers did to them; see this module's docstring.
 
     Args:
-        before: layers with exact numbers, in float64 or complex128.
+        before: layers with exact numbers.
         after: layers with numbers that were rounded when they were stored.
         computed_in: the precision that the numbers of `after` were computed in before that.
         between: dtypes in which parts of `after` were stored before they were fused further, one for each time.
@@ -151,17 +176,58 @@ class Bound:
     """
 
     def __init__(
-        self, before: Expression, after: Tree[Stored], computed_in: torch.dtype, between: Sequence[torch.dtype] = ()
+        self,
+        before: Expression,
+        after: Expression,
+        computed_in: torch.dtype = torch.float64,
+        between: Sequence[torch.dtype] = (),
     ) -> None:
-        self.before = map_leaves(Conv.absolute, before)
-        self.after = map_leaves(_absolute_stored, after)
-        kept = map_leaves(lambda leaf: leaf.conv, after)
-        fusing, running = fusing_terms(before), depth(before, _terms) + depth(kept, _terms)
+        self._before, self._kept = before, after
+        fusing, running = fusing_terms(before), depth(before, _terms) + depth(after, _terms)
         stored_between = math.expm1(sum(math.log1p(torch.finfo(dtype).eps / 2) for dtype in between))
         self.computing = gamma(fusing, torch.finfo(computed_in).eps / 2) + stored_between
         self.running = gamma(running + fusing, U64)
-        self.underflow = _underflow(before) + _underflow(kept)
-        self.less = _less_inwards(after)
+
+    @cached_property
+    def underflow(self) -> float:
+        """What float64 products that underflow can add up to."""
+        return _underflow(self._before) + _underflow(self._kept)
+
+    def around(self, lost: Tensor, before: Tensor, after: Tensor) -> Tensor:
+        """Return the bound on numbers.
+
+        Args:
+            lost: what storing them can have moved them by.
+            before, after: what the absolute values of either side give.
+        """
+        bound = lost + self.computing * before + self.running * (before + after.abs()) + self.underflow
+        return bound * (1 + self.running)
+
+
+class Bound(Allowance):
+    """The whole bound on outputs; `before` is in float64 or complex128, and `after` says what storing it did."""
+
+    def __init__(
+        self, before: Expression, after: Tree[Stored], computed_in: torch.dtype, between: Sequence[torch.dtype] = ()
+    ) -> None:
+        super().__init__(before, map_leaves(lambda leaf: leaf.conv, after), computed_in, between)
+        self._after = after
+
+    # What isn't asked for isn't made: these are as large as the layers.
+    @cached_property
+    def before(self) -> Expression:
+        """The absolute values of BEFORE."""
+        return map_leaves(Conv.absolute, self._before)
+
+    @cached_property
+    def after(self) -> Tree[Stored]:
+        """The absolute values of AFTER."""
+        return map_leaves(_absolute_stored, self._after)
+
+    @cached_property
+    def less(self) -> tuple[Conv, Conv] | None:
+        """What to take off for an impulse where outputs should be larger, and where smaller; None where nothing."""
+        return _less_inwards(self._after)
 
     def of(self, x: Input, expected: Tensor, found: Tensor) -> Tensor:
         """Return the most that rounding can do to each output, (N, C_out, *output_size)."""
@@ -170,8 +236,7 @@ class Bound:
         if self.less is not None and isinstance(x, Impulses):
             up, down = (respond(less, x) for less in self.less)
             lost = lost - torch.where(expected > found, up, down)
-        bound = lost + self.computing * before + self.running * (before + after) + self.underflow
-        return bound * (1 + self.running)
+        return self.around(lost, before, after)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from convtool.core.tree import BASE, Chain, LayerRef, Tree, first_leaves, leaves
 from convtool.core.verify import LARGEST_INPUT
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.formats.pieces import same_bytes
-from convtool.fusing.lowering import LoweredLayer, full_name, lower_tree
+from convtool.fusing.lowering import LoweredLayer, full_name, lower_tree, stored_dtype
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import read_layer
 
@@ -211,7 +211,7 @@ def recorded_pairings(
                 spelled.dtypes,
                 str(after.path),
                 last[name].dtype,
-                tuple(_claims(layers, sources)),
+                (*_claims(layers, sources), *_dtype_claim(name, layers, last[name].dtype)),
                 _taken(fusions),
                 last[name].gives,
             )
@@ -264,6 +264,12 @@ def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[s
         claimed = {name: value for name, value in leaf.fields.items() if name not in stated}
         if leaf.layer.kind.settable and claimed:
             yield leaf.name, leaf.layer.kind.claim(claimed, leaf.layer.shapes)
+
+
+def _dtype_claim(name: str, tree: Tree[LoweredLayer], dtype: str) -> Iterator[tuple[str, str]]:
+    """Yield in what the fused layer is recorded to be stored, where that isn't what BEFORE's layers are stored in."""
+    if dtype != str(stored_dtype(list(leaves(tree)))).removeprefix("torch."):
+        yield name, f"stored in {dtype}"
 
 
 def _lower_recorded(

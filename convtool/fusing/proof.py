@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
 
 from convtool.checkpoint import Checkpoint
-from convtool.core.bound import Stored
-from convtool.core.expression import Expression, joined
+from convtool.core.bound import Allowance, Stored
+from convtool.core.coefficients import compare_numbers
+from convtool.core.expression import Expression, joined, output_size
+from convtool.core.geometry import format_sizes
 from convtool.core.sizes import alike_size, default_sizes
-from convtool.core.tree import Chain, Sum, Tree, fold, map_leaves
+from convtool.core.tree import Chain, Sum, Tree, fold
 from convtool.core.verify import EquivalenceReport, verify
+from convtool.errors import ConvtoolError
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.lowering import LoweredLayer
+from convtool.kinds.kind import Tensors
+
+Made = TypeVar("Made")
 
 PLAN_TRIALS = 2  # random inputs for each fusion that is checked before it is written
 PLAN_SIZES = 2  # and input sizes: one, and one that the stride doesn't divide
@@ -24,63 +32,94 @@ def exact_tree(tree: Tree[LoweredLayer], checkpoints: Mapping[str, Checkpoint]) 
     Args:
         checkpoints: by the origin that the layers name.
     """
-    return map_leaves(lambda leaf: leaf.conv, stored_tree(tree, checkpoints))
+    return _each(tree, lambda leaf: leaf.layer.kind.parts(leaf.conv, _tensors(leaf, checkpoints), leaf.fields))
 
 
 def stored_tree(tree: Tree[LoweredLayer], checkpoints: Mapping[str, Checkpoint]) -> Tree[Stored]:
     """Return the layers of AFTER, each number with what rounding it when it was stored can have moved it by."""
+    return _each(tree, lambda leaf: leaf.layer.kind.stored(leaf.conv, _tensors(leaf, checkpoints), leaf.fields))
 
-    def one(leaf: LoweredLayer) -> Tree[Stored]:
-        tensors = checkpoints[leaf.origin].tensors_of(leaf.layer) if leaf.layer.tensors else {}
-        return leaf.layer.kind.stored(leaf.conv, tensors, leaf.fields)
 
-    def chain(parts: list[Tree[Stored]]) -> Tree[Stored]:
+def _tensors(leaf: LoweredLayer, checkpoints: Mapping[str, Checkpoint]) -> Tensors:
+    return checkpoints[leaf.origin].tensors_of(leaf.layer) if leaf.layer.tensors else {}
+
+
+def _each(tree: Tree[LoweredLayer], one: Callable[[LoweredLayer], Tree[Made]]) -> Tree[Made]:
+    def chain(parts: list[Tree[Made]]) -> Tree[Made]:
         return Chain(tuple(parts))
 
-    def total(parts: list[Tree[Stored]]) -> Tree[Stored]:
+    def total(parts: list[Tree[Made]]) -> Tree[Made]:
         return Sum(tuple(parts))
 
     return fold(joined(tree), one, chain, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Proof:
+    """How a planned layer did against the layers that it stands for.
+
+    Attributes:
+        ratio: the largest error by its bound.
+        numbers: of the layer, how many were held each against what an impulse gives; 0 where it was run instead.
+        input_sizes: that it was run on, the channels in front.
+    """
+
+    ratio: float
+    numbers: int
+    input_sizes: tuple[tuple[int, ...], ...]
 
 
 def check_planned(
     layer: PlannedLayer,
     checkpoints: Mapping[str, Checkpoint],
     progress: Callable[[float], None] = lambda share: None,
-) -> list[EquivalenceReport]:
-    """Run a planned layer, as it will be in the file, against the layers that it stands for.
+) -> Proof:
+    """Hold a planned layer, as it will be in the file, against the layers that it stands for.
 
     Args:
         checkpoints: by the origin that the layers name.
         progress: called with the share of the work done since the last call.
 
-    Returns:
-        A report for each input size that it was run on.
-
     Raises:
         AssertionError: it differs, and not only where it was said to: a mistake in convtool.
     """
-    before, verdict = exact_tree(layer.tree, checkpoints), layer.fusion.verdict
+    before, conv = exact_tree(layer.tree, checkpoints), layer.fusion.conv
+    sizes = default_sizes(before)[:PLAN_SIZES]
+    try:
+        numbers = compare_numbers(before, conv, Allowance(before, conv), conv.weight.dtype)
+    except ConvtoolError:  # what has no response of that kind is run
+        return _run(layer, before, progress)
+    for size in sizes:
+        if output_size(before, size) != output_size(conv, size):
+            raise _wrong(layer, f"gives outputs of another size at input size {format_sizes(size)}")
+    if numbers.differing:
+        raise _wrong(layer, f"differs from them in {numbers.differing} numbers, error/bound {numbers.ratio:.3g}")
+    progress(1)
+    return Proof(numbers.ratio, numbers.compared, ())
+
+
+def _run(layer: PlannedLayer, before: Expression, progress: Callable[[float], None]) -> Proof:
+    """Run both sides on impulses and a few more inputs."""
+    verdict, conv = layer.fusion.verdict, layer.fusion.conv
     if verdict.input_size is None:
         sizes = default_sizes(before)[:PLAN_SIZES]
     else:
-        sizes = [alike_size((before, layer.fusion.conv), verdict.input_size)]
+        sizes = [alike_size((before, conv), verdict.input_size)]
 
     def advance(share: float) -> None:
         progress(share / len(sizes))
 
-    reports = [
-        verify(before, [layer.fusion.conv], size, trials=PLAN_TRIALS, work=PLAN_WORK, progress=advance)
-        for size in sizes
-    ]
+    reports = [verify(before, [conv], size, trials=PLAN_TRIALS, work=PLAN_WORK, progress=advance) for size in sizes]
     for report in reports:
         if not (report.equivalent if verdict.exact else _equal_inside(report)):
-            names = ", ".join(source.name for source in layer.record.sources)
-            raise AssertionError(
-                f"{layer.name!r}, made of {names}, differs from them at input size {report.input_size}:"
-                f" {report.mismatch or f'error/bound {report.ratio:.3g}'}; nothing was written (--no-verify writes it)"
-            )
-    return reports
+            what = report.mismatch or f"error/bound {report.ratio:.3g}"
+            raise _wrong(layer, f"differs from them at input size {report.input_size}: {what}")
+    return Proof(max(one.interior.ratio for one in reports), 0, tuple(one.input_size for one in reports))
+
+
+def _wrong(layer: PlannedLayer, what: str) -> AssertionError:
+    names = ", ".join(source.name for source in layer.record.sources)
+    return AssertionError(f"{layer.name!r}, made of {names}, {what}; nothing was written (--no-verify writes it)")
 
 
 def _equal_inside(report: EquivalenceReport) -> bool:

@@ -68,29 +68,40 @@ class BatchNorm(Kind):
         moved = exact["bias"] - shift * scale if "bias" in exact else -shift * scale
         return Conv(scale.reshape(-1, 1, *(1,) * axes), moved, pointwise(axes, groups=len(scale)))
 
-    def stored(self, conv: Conv, tensors: Tensors, fields: Fields) -> Tree[Stored]:
-        """Return two layers: less the mean, and then times the scale, plus the offset.
+    def parts(self, conv: Conv, tensors: Tensors, fields: Fields) -> Chain[Conv]:
+        """Return two layers: less the mean, and then times the scale, plus the offset; the scale as torch has it.
 
         Lowered to one layer it has one bias, offset - mean * scale, which may be small where its two parts aren't. The
         bound on what another program's arithmetic can have done to it goes by the parts.
         """
         import torch
+        import torch.nn.functional as F
+
+        from convtool.core.conv import Conv
+
+        exact = {name: tensors[name].to(torch.float64) for name in _AFFINE if name in tensors}
+        mean, var, ones = exact["running_mean"], exact["running_var"], torch.ones(1, *exact["running_var"].shape)
+        eps = fields.get("eps", self.defaults["eps"])
+        scale = F.batch_norm(ones.to(var), torch.zeros_like(mean), var, exact.get("weight"), eps=eps)
+        weight, shape = scale.reshape(conv.weight.shape), conv.geometry
+        return Chain((Conv(torch.ones_like(weight), -mean, shape), Conv(weight, exact.get("bias"), shape)))
+
+    def stored(self, conv: Conv, tensors: Tensors, fields: Fields) -> Tree[Stored]:
+        """Return the two layers of `parts`."""
+        import torch
 
         from convtool.core.bound import Stored, half_ulp
         from convtool.core.conv import Conv
 
-        geometry, scale = conv.geometry, conv.weight  # (C, 1, ...)
-        mean, bias = tensors["running_mean"], tensors.get("bias")
+        mean, bias, geometry = tensors["running_mean"], tensors.get("bias"), conv.geometry
+        moved, scaled = self.parts(conv, tensors, fields).parts
+        assert isinstance(moved, Conv)
+        assert isinstance(scaled, Conv)
         eps = fields.get("eps", self.defaults["eps"])
-        moved = Conv(torch.ones_like(scale), -mean.to(torch.float64), geometry)
-        scaled = Conv(scale, None if bias is None else bias.to(torch.float64), geometry)
-        error = _scale_error(scale.flatten(), tensors, eps).reshape(scale.shape)
-        return Chain(
-            (
-                Stored(moved, Conv(torch.zeros_like(scale), half_ulp(mean, mean.dtype), geometry)),
-                Stored(scaled, Conv(error, None if bias is None else half_ulp(bias, bias.dtype), geometry)),
-            )
-        )
+        error = _scale_error(scaled.weight.flatten(), tensors, eps).reshape(scaled.weight.shape)
+        offset = None if bias is None else half_ulp(bias, bias.dtype)
+        still = Conv(torch.zeros_like(moved.weight), half_ulp(mean, mean.dtype), geometry)
+        return Chain((Stored(moved, still), Stored(scaled, Conv(error, offset, geometry))))
 
     def timed(self, conv: Conv, x: Tensor) -> Callable[[], Tensor]:
         import torch

@@ -232,6 +232,10 @@ class Kind:
         if unknown := fields.keys() - self.settable.keys():
             raise UsageError(f"a {self.label} has no {', '.join(sorted(unknown))}")
 
+    def parts(self, conv: Conv, tensors: Tensors, fields: Fields) -> Tree[Conv]:
+        """Return the lowered layer as what it is held against: by another route than `lower`, where there is one."""
+        return conv
+
     def stored(self, conv: Conv, tensors: Tensors, fields: Fields) -> Tree[Stored]:
         """Return the lowered layer with the most that storing its tensors can have moved each number by."""
         from convtool.core.bound import stored

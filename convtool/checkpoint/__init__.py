@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 
 from convtool.checkpoint.base import Checkpoint
+from convtool.checkpoint.folder import find_in_folder
 from convtool.errors import InputError, UsageError
-from convtool.formats import CHECKPOINTS, checkpoint_format
-from convtool.formats.indexes import INDEX_SUFFIX, named_file, read_index
+from convtool.formats import CHECKPOINTS, checkpoint_format, dcp
+from convtool.formats.indexes import is_index, named_file, read_index
 from convtool.formats.source import Source
 from convtool.formats.tensor_file import TensorFile
 from convtool.kinds.kind import Layer, TensorInfo
 
 __all__ = ["Checkpoint", "Layer", "TensorInfo", "is_flat", "open_checkpoint"]
 
-# What transformers and diffusers look for in a folder; other names are considered only where none of these is there.
-_USUAL = (
-    *("model.safetensors", "pytorch_model.bin"),
-    *(f"{stem}_model.{kind}" for stem in ("diffusion_pytorch", "adapter") for kind in ("safetensors", "bin")),
-)
 _NOT_A_CHECKPOINT = (
     (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
     (b"<!DOCTYPE", "a web page, not a checkpoint; the download went wrong"),
@@ -28,13 +25,26 @@ _NOT_A_CHECKPOINT = (
     (b"GGUF", "a GGUF file, which convtool doesn't read; convert from the checkpoint that it was made of"),
     (b"\x1f\x8b", "compressed by gzip; unpack it first"),
     (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it first"),
+    (b"\xfd7zXZ\0", "compressed by xz; unpack it first"),
+    (b"BZh", "compressed by bzip2; unpack it first"),
+    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (b"\x93NUMPY", "an array of numpy; save it as a tensor under its name"),
 )
+_NOT_BY_NAME = {
+    ".onnx": "ONNX, which convtool doesn't read; use the PyTorch checkpoint that it was exported from",
+    ".tflite": "TensorFlow Lite, which convtool doesn't read; use the PyTorch checkpoint that it was made of",
+    ".distcp": "a part of a folder of torch.distributed.checkpoint; give the folder",
+}
 _TAR_AT = 257  # where a tar archive says "ustar"
+_URL = re.compile(r"(https?|s3|gs|hf|ftp):/+(.*)")
 _TEXT = frozenset(range(32, 127)) | set(b"\t\r\n\f")
 
 
 def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
-    """Open a .safetensors or torch file, an index of several, or a folder; no tensor is read yet, and no code runs.
+    """Open a file of tensors, an index of several, or a folder; no tensor is read yet, and no code runs.
+
+    Read are .safetensors, all that torch.save, torch.jit.save and torch.export.save write, and folders of Hugging Face
+    and of torch.distributed.checkpoint; `convtool manual formats` has what is read of each.
 
     Args:
         path: a file; a .index.json; or a folder that holds one checkpoint.
@@ -42,16 +52,15 @@ def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
 
     Raises:
         InputError: the file is missing, damaged, or of no supported format.
-        RefusedError: it is a pickle that holds code.
         UsageError: several state dicts and no `root`, or several checkpoints in a folder.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            path = _find_in_folder(path)
+            path = find_in_folder(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if not path.name.endswith(INDEX_SUFFIX):
+    if not is_index(path.name):
         return Checkpoint(path, {"": _open_file(path, root)})
     if root is not None:
         raise UsageError(f"{path}: --root is for nested torch files; the files of an index are flat")
@@ -79,33 +88,18 @@ def _version(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _find_in_folder(folder: Path) -> Path:
-    """Return the one checkpoint of a folder: an index, or a file.
-
-    Raises:
-        InputError: there is none.
-        UsageError: there are several.
-    """
-    suffixes = tuple(CHECKPOINTS)
-    names = sorted(path.name for path in folder.iterdir())
-    usual = [name for name in names if name.removesuffix(INDEX_SUFFIX) in _USUAL]
-    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
-    files = [name for name in names if name.endswith(suffixes)]
-    found = usual or indexes or files
-    if not found:
-        raise InputError(f"{folder}: is a folder without a checkpoint (a {', '.join(suffixes)} file, or an index)")
-    if len(found) > 1:
-        raise UsageError(f"{folder}: holds several checkpoints ({', '.join(found)}); give one of these")
-    return folder / found[0]
-
-
 def is_flat(path: Path) -> bool:
     """Tell whether a checkpoint of that name has no dicts in dicts, so that there is no `root` to choose in it."""
-    return path.suffix == ".safetensors" or path.name.endswith(INDEX_SUFFIX) or path.is_dir()
+    flat_folder = path.is_dir() and not (path / dcp.METADATA).exists()
+    return path.suffix == ".safetensors" or is_index(path.name) or flat_folder
 
 
 def _open_file(path: Path, root: str | None) -> TensorFile:
     start, tar = _beginning(path)
+    if path.suffix in _NOT_BY_NAME:
+        raise InputError(f"{path}: is {_NOT_BY_NAME[path.suffix]}")
+    if path.name == dcp.METADATA:
+        return dcp.open_folder(Source(path), root)
     for beginning, what in _NOT_A_CHECKPOINT:
         if start[: len(beginning)].lower() == beginning.lower():
             raise InputError(f"{path}: is {what}")
@@ -140,6 +134,8 @@ def _beginning(path: Path) -> tuple[bytes, bool]:
         with path.open("rb") as file:
             return file.read(64), file.seek(_TAR_AT) == _TAR_AT and file.read(5) == b"ustar"
     except FileNotFoundError:
+        if url := _URL.match(str(path)):
+            raise InputError(f"{url[1]}://{url[2]}: is a URL; download it first") from None
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None

@@ -18,7 +18,7 @@ from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format
 from convtool.formats.account import accounting
 from convtool.formats.atomic import FilePlan, Progress, check_space, check_target
-from convtool.formats.indexes import INDEX_SUFFIX, index_text
+from convtool.formats.indexes import INDEX_SUFFIX, index_text, plain_index
 from convtool.formats.pieces import Piece
 from convtool.formats.several import SeveralPlan, free_names
 
@@ -172,7 +172,7 @@ def _index_path(path: Path, source: Checkpoint | None) -> Path:
             )
         return path
     if source is not None and source.index is not None:
-        return path / source.path.name
+        return path / plain_index(source.path.name)
     torch = source is not None and source.format == "torch"
     return path / f"{'pytorch_model.bin' if torch else 'model.safetensors'}{INDEX_SUFFIX}"
 

@@ -102,14 +102,15 @@ def check_flat(source: Checkpoint, path: Path, options: Options) -> None:
         )
     if options.state_only or options.tensors_only:
         return
+    other = "write a .pt file instead, or " if source.format == "torch" else ""
     if source.root:
         root = ".".join(source.root)
         raise RefusedError(
-            f"{path}: {source.path} holds more than the state dict at {root!r}, and there is no room for it; write a"
-            f" .pt file instead, or leave the rest out with --root {root} or --tensors-only"
+            f"{path}: {source.path} holds more than the state dict at {root!r}, and there is no room for it;"
+            f" {other}leave the rest out with --root {root} or --tensors-only"
         )
     if source.others:
         raise RefusedError(
             f"{path}: {source.path} holds entries that aren't tensors, and there is no room for them"
-            f" ({', '.join([*source.others][:3])}); write a .pt file instead, or leave them out with --tensors-only"
+            f" ({', '.join([*source.others][:3])}); {other}leave them out with --tensors-only"
         )

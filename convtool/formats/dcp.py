@@ -229,7 +229,7 @@ class _Table:
                 files[name] = Source(named_file(self.source.path, name))
             if not (is_size(start) and is_size(length)) or start + length > files[name].size:
                 raise self.source.damaged(f"a part of {of['fqn']!s:.100} is not in {name!s:.100}")
-            offsets = () if of["offset"] is None else _numbers(of["offset"])
+            offsets = () if of.get("offset") is None else _numbers(of["offset"])
             parts[of["fqn"], offsets] = Part(files[name], start, length)
         _check_apart(self.source, list(parts.values()))
         return parts

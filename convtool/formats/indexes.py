@@ -7,6 +7,7 @@ keeps convtool's record in its `metadata`; a matrix's says in `shards` which fil
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
@@ -18,9 +19,20 @@ from convtool.formats.source import Source
 from convtool.formats.strict_json import parse_json
 
 INDEX_SUFFIX = ".index.json"
+_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 RECORD_KEY = "convtool"
 MAX_INDEX = 100_000_000  # bytes, as of a safetensors header
 MATRIX_SCHEMA = 1
+
+
+def is_index(name: str) -> bool:
+    """Tell whether a file of that name is an index, maybe one of a variant: model.safetensors.index.fp16.json."""
+    return _INDEX.search(name) is not None
+
+
+def plain_index(name: str) -> str:
+    """Return an index's name without its variant."""
+    return _INDEX.sub(INDEX_SUFFIX, name)
 
 
 def read_index(path: Path) -> dict[str, Any]:

@@ -37,7 +37,7 @@ from convtool.formats.pickle_values import (
     plain_tensor,
 )
 
-_BUILTINS = "set frozenset bytearray complex slice list dict int float object"
+_BUILTINS = "set frozenset bytes bytearray complex slice list dict int float object"
 # What people's state dicts and plain numbers beside them are made of, by module; all else is foreign, and listed.
 _NAMES = {
     "builtins": _BUILTINS,
@@ -251,9 +251,9 @@ class _Machine:
         """Return what a function would give: a value where that is one of a state dict's, else the call."""
         if function == _ORDERED:
             return self.ordered(arguments)
-        if function == _ENCODE and len(arguments) == 2 and arguments[1] == "latin1" and isinstance(arguments[0], str):
-            return arguments[0].encode("latin-1")
         call = Call(function, arguments)
+        if (data := _bytes_of(call)) is not None:
+            return data
         name = call.calls("torch._utils")
         if name in TENSORS and not (arguments and isinstance(arguments[0], Call)):
             tensor = make_tensor(name, arguments)
@@ -305,6 +305,16 @@ class _Machine:
         target.state = state
         if isinstance(target, Call):
             self.array(target)
+
+
+def _bytes_of(call: Call) -> bytes | bytearray | None:
+    """Return the bytes that a call makes, as the older protocols of pickle have them; None of any other call."""
+    arguments, name = call.arguments, call.calls("builtins", "__builtin__")
+    if call.function == _ENCODE and len(arguments) == 2 and arguments[1] == "latin1" and isinstance(arguments[0], str):
+        return arguments[0].encode("latin-1")
+    if name == "bytearray" and len(arguments) == 1 and isinstance(arguments[0], bytes):
+        return bytearray(arguments[0])
+    return b"" if name == "bytes" and not arguments else None
 
 
 def _new(function: Global | Call, opcode: bytes, arguments: tuple[Any, ...]) -> Any:

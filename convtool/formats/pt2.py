@@ -108,7 +108,7 @@ def open_members(source: Source, members: Mapping[str, Placed], root: str | None
     check_tensors(source, tensors.values(), storages)
     file = Pt2File(source, storages, tensors)
     file.unusable, file.program = unusable, program
-    file.beside = {".": "the exported program", **_others(own, model)}
+    file.beside = {f"{_MODELS}{model}.json": "the exported program", **_others(own, model)}
     return file
 
 

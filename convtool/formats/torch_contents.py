@@ -84,7 +84,7 @@ def _what_else(members: Mapping[str, Placed]) -> str:
     """Say what an archive is that torch.save didn't write, by its members."""
     names = list(members)
     if names and all(name.endswith(".npy") for name in names):
-        return "; it is an .npz of numpy's: load it and save its arrays as tensors"
+        return "; it is an .npz of numpy's: load it and save its arrays as tensors with torch.save"
     inner = next((name for name in names if name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors"))), None)
     return "" if inner is None else f"; it holds {inner}: unpack that first"
 

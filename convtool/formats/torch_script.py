@@ -35,7 +35,7 @@ class ScriptFile(StoredTensors):
 
     @property
     def left_out(self) -> Mapping[str, str]:
-        return {".": "the TorchScript code"}
+        return {"code": "the TorchScript code"}
 
 
 def recognises(members: Mapping[str, Placed]) -> bool:

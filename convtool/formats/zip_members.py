@@ -38,6 +38,8 @@ def read_members(source: Source) -> dict[str, Placed]:
             raise source.damaged(f"its archive has the member {name!r} twice")
         packed = info.compress_type == zipfile.ZIP_DEFLATED and _PACKED.search(name) is not None
         if (info.compress_type != zipfile.ZIP_STORED and not packed) or info.flag_bits & 1:
+            if name.endswith(".npy"):
+                raise source.error("is an .npz of numpy's; load it and save its arrays as tensors with torch.save")
             if name.endswith(_CHECKPOINTS):
                 raise source.error(f"is a zip archive that holds {name}; unpack that first")
             raise source.error(f"was compressed or encrypted by another program ({name}); {SAVE_AGAIN}")

@@ -50,6 +50,11 @@ def why_not_plain(tensors: Mapping[str, TensorInfo]) -> str | None:
     if "weight_g" in names and not tensors.get("weight", TensorInfo("", "", (), 0)).derived_from:
         return "has a weight norm whose tensors don't fit each other; remove it with torch.nn.utils before saving"
     weight = tensors.get("weight")
+    if weight is not None and weight.shape == (0,):
+        return (
+            "is an empty placeholder, as DeepSpeed's ZeRO-3 saves what other processes hold; its zero_to_fp32.py puts"
+            " the weights of all of them into one file"
+        )
     few_bits = weight is not None and weight.dtype.startswith(("float8", "int", "uint"))
     if few_bits and (names & _SCALES_OF_WEIGHTS or any(name.startswith("weight.") for name in names)):
         return "is quantized: its weight is to be multiplied by a scale beside it; save it dequantized"

@@ -43,7 +43,7 @@ def read_exported(opened: Checkpoint, program: Program) -> Flow:
     stated = opened.stated
     layers = {name: replace(layer, fields=stated.get(name, {})) for name, layer in opened.layers.items()}
     apart = {name: "the program does something else with its tensors" for name in layers if name not in stated}
-    return replace(read_flow(read_run(program, layers), layers, apart), tracer="torch.export")
+    return read_flow(read_run(program, layers), layers, apart)
 
 
 def read_run(program: Program, layers: Container[str]) -> Run:

@@ -165,8 +165,18 @@ def test_what_scipy_saves(tmp_path: Path) -> None:
         for form in (scipy.sparse.csr_matrix, scipy.sparse.csr_array, scipy.sparse.coo_array):
             scipy.sparse.save_npz(path, form(dense), compressed=compressed)
             check_against(open_matrix(path), torch.from_numpy(dense))
+    for form in (scipy.sparse.csc_array, scipy.sparse.bsr_array, scipy.sparse.dia_array):
+        scipy.sparse.save_npz(path, form(dense))
+        check_against(open_matrix(path), torch.from_numpy(dense))
+    arrays = dict(np.load(path))
+    for name, wrong in (("shape", [7, 2**40]), ("shape", [7]), ("offsets", [0.5]), ("format", b"lil")):
+        np.savez(path, **{**arrays, name: np.array(wrong)})
+        with pytest.raises(InputError, match=r"m\.npz: "):
+            open_matrix(path)
     scipy.sparse.save_npz(path, scipy.sparse.csc_array(dense))
-    with pytest.raises(InputError, match=r"m\.npz: holds a matrix in scipy's csc format; save it with `\.tocsr\(\)`"):
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, "indices": arrays["indices"] + 7})
+    with pytest.raises(InputError, match="damaged: its arrays make no csc matrix"):
         open_matrix(path)
 
 

@@ -105,6 +105,14 @@ def parse_device(name: str, option: str) -> torch.device:
     return device
 
 
+def parse_rows(text: str, option: str) -> tuple[int, int]:
+    """Return 'A:B' as two integers; raise UsageError where A isn't below B."""
+    start, colon, stop = text.partition(":")
+    if not colon or not start.isdecimal() or not stop.isdecimal() or int(start) >= int(stop):
+        raise UsageError(f"{option}: expected A:B with A below B, such as 0:100, got {text!r}")
+    return int(start), int(stop)
+
+
 def parse_size(text: str, option: str) -> tuple[int, ...]:
     """Return an option's value as sizes; raise UsageError where they aren't positive integers."""
     from convtool.core.fields import parse_sizes

@@ -12,7 +12,7 @@ from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, fill, to_json
 from convtool.cli.layer import LayerOptions, LayersAtSize, OfLayer, chain_name, chain_sizes, find_layers, more_layers
-from convtool.cli.options import dtype_name, flag, option
+from convtool.cli.options import dtype_name, flag, option, parse_rows
 from convtool.cli.output import Reporter
 from convtool.cli.saved import Files, show_files
 from convtool.errors import UsageError
@@ -31,13 +31,6 @@ convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.
 # in parts, by four processes; without torchrun the same files
 torchrun --nproc-per-node 4 -m convtool toeplitz net.pt conv1 --input-size 3,512,512 --shards 4 -o conv1.safetensors
 """
-
-
-def _parse_rows(text: str, option: str) -> tuple[int, int]:
-    start, colon, stop = text.partition(":")
-    if not colon or not start.isdecimal() or not stop.isdecimal() or int(start) >= int(stop):
-        raise UsageError(f"{option}: expected A:B with A below B, such as 0:100, got {text!r}")
-    return int(start), int(stop)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,7 +55,7 @@ class Options:
     order: Literal["CHW", "HWC"] = option(
         "ORDER", "How x and y are flattened: CHW, or HWC for channels last.", default="CHW"
     )
-    rows: tuple[int, int] | None = option("A:B", "Only rows A to B-1.", parse=_parse_rows)
+    rows: tuple[int, int] | None = option("A:B", "Only rows A to B-1.", parse=parse_rows)
     shards: int | None = option(
         "N",
         "Write N .safetensors files, each a part of the rows, and an index; under torchrun the processes share them.",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import complete, exit_codes, shared, verify_text
 from convtool.cli.command import Command
 from convtool.cli.document import fill
-from convtool.cli.options import Size, argument, dtype_name, flag, option, parse_device, parse_float
+from convtool.cli.options import Size, argument, dtype_name, flag, option, parse_device, parse_float, parse_rows
 from convtool.cli.output import Reporter
 from convtool.errors import InputError, UsageError
 
@@ -90,6 +90,10 @@ class Options:
     rounded_to: Any = option(
         "DTYPE", "Tensors of AFTER may also be BEFORE's, rounded once to that dtype.", parse=parse_float
     )
+    rows: tuple[int, int] | None = option(
+        "A:B", "Which rows of the layer's matrix AFTER holds, where it doesn't say so itself.", parse=parse_rows
+    )
+    no_bias: bool = flag("Compare the matrix alone, of a layer whose bias was not saved with it.")
     device: Any = option(
         "DEVICE", "Where to run it, such as cuda; the verdict is the same.", parse=parse_device, default="cpu"
     )
@@ -130,6 +134,8 @@ class Options:
                 raise UsageError(f"{name}: doesn't go with a matrix file")
         if with_matrix and (self.only or len(self.before_layers or ()) > 1):
             raise UsageError("--only and several --before are for two checkpoints; a matrix is of one layer")
+        if (self.rows or self.no_bias) and not with_matrix:
+            raise UsageError(f"{'--rows' if self.rows else '--no-bias'}: is for a matrix file")
         if not with_matrix and len(self.before_layers or ()) != len(self.after_layers or ()):
             raise UsageError("--before and --after go together: a chain in BEFORE and the one that stands for it")
         if self.only and not (self.before_layers or self.recipe):
@@ -211,13 +217,16 @@ def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) 
     if not is_matrix_file(after):
         raise UsageError(f"{before} is a matrix file and {after} is none; the matrix is AFTER, its layer in BEFORE")
     found = open_numbers(after)
-    if opened is None and (named is not None or sizes):
-        raise UsageError("--before and --input-size are for a layer; BEFORE is a matrix file as well")
+    if opened is None and (named is not None or sizes or options.rows or options.no_bias):
+        raise UsageError("--before, --input-size, --rows and --no-bias are for a layer; BEFORE is a matrix file too")
     with reporter.progress("comparing matrices", None):
         if opened is None:
             compared = compare_with_matrix(found, open_numbers(before))
         else:
-            compared = compare_with_layer(found, opened, split_names(named) if named else None, sizes, fields, **how)
+            names, how = split_names(named) if named else None, how | {"rows": options.rows}
+            compared = compare_with_layer(found, opened, names, sizes, fields, no_bias=options.no_bias, **how)
+            if not compared.report.equivalent and found.bias is None and compared.report.bias.differing:
+                reporter.remark(f"{after} holds no bias; --no-bias compares the matrix alone")
     for text in compared.assumed:
         reporter.note(f"assumed: {text}")
     matrix = verify_text.Matrix.made_of(compared)

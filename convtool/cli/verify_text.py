@@ -196,7 +196,7 @@ class Matrix:
         entries: where: row and column; positions: entries.
         products: with some inputs, against torch's convolution; where: output.
         bias: where: output.
-        bias_missing: the file has no room for the layer's bias.
+        bias_missing: the file has no room for the layer's bias, or --no-bias left it out.
     """
 
     of: str
@@ -345,7 +345,7 @@ def _show_matrix(result: MatrixResult, reporter: Reporter) -> None:
                 f" relative to the largest {region.relative_error:.3g}"
             )
     if part.bias_missing:
-        reporter.line("the layer has a bias, which the file has no room for; the matrix alone was compared")
+        reporter.line("the layer has a bias, which the file does not hold; the matrix alone was compared")
 
 
 def _region(region: Region | None) -> str:

@@ -266,6 +266,20 @@ def gamma(n: int, u: float) -> float:
     return n * u / (1 - n * u)
 
 
+def half_digit(values: Tensor, digits: int) -> Tensor:
+    """Return half of the last of so many decimal digits of each number; of a complex one, of its larger part."""
+    size = torch.view_as_real(values).abs().amax(-1) if values.is_complex() else values.abs().to(torch.float64)
+    power = torch.where(size > 0, size, 1.0).log10().floor() - digits + 1
+    # A number that was rounded up to a power of ten had smaller digits, never larger ones.
+    return torch.where(size > 0, 0.5 * 10.0**power * (1 + 2.0**-40), 0.0)
+
+
+def stored_within(wanted: Tensor, have: Tensor, half: Tensor) -> Tensor:
+    """Return what storing may have moved each number by, on its side: powers of two move less inwards."""
+    less = less_inwards(have, have.dtype)
+    return half if less is None else half - torch.where(wanted.abs() < have.abs(), less, 0.0)
+
+
 def fusing_terms(tree: Expression) -> int:
     """Return the most roundings on the way to a number of the layer that stands for the tree, whatever the order."""
     if isinstance(tree, Sum):

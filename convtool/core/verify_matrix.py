@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from convtool.core.bound import U64, fusing_terms, gamma, half_ulp, less_inwards
+from convtool.core.bound import U64, fusing_terms, gamma, half_digit, half_ulp, stored_within
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, in_channels, run
 from convtool.core.inputs import dense_inputs
@@ -102,6 +102,7 @@ def verify_matrix(
     trials: int = 2,
     seed: int = 0,
     computed_in: torch.dtype = torch.float64,
+    digits: int | None = None,
 ) -> MatrixReport:
     """Hold a matrix against the layers that it was made of.
 
@@ -112,6 +113,7 @@ def verify_matrix(
         transpose, affine, order: as in `convtool.core.order.toeplitz`.
         rows: the range A:B that `matrix` holds; all of them where None.
         trials, seed, computed_in: as in `convtool.core.verify.verify`.
+        digits: decimal ones that the matrix's numbers were rounded to; None where they are as they were stored.
     """
     check_trials(trials, seed)
     layer = _Layer(map_leaves(Conv.exact, layers), tuple(input_size), order, transpose, affine, rows, computed_in)
@@ -121,7 +123,7 @@ def verify_matrix(
             report, mismatch=f"the layer's matrix is {_by(layer.shape)}, and this one is {_by(matrix.shape)}"
         )
     products = _Products(layer, trials, seed, _least(matrix.dtype)) if layer.numbers <= MOST_NUMBERS else None
-    entries = _compare_rows(matrix, layer.shape[1], layer.block, products)
+    entries = _compare_rows(matrix, layer.shape[1], layer.block, products, digits)
     report = replace(report, entries=entries, products=products.region() if products else Region())
     if affine:
         return report
@@ -257,12 +259,14 @@ def _compare_rows(
     columns: int,
     expect: Callable[[int, int], tuple[CsrBlock, Tensor | None]],
     products: _Products | None = None,
+    digits: int | None = None,
 ) -> Region:
     """Compare all entries of a matrix, block by block, with those that `expect` gives for a range of its rows."""
     worst = Worst("entry")
     for first, last in matrix.blocks(BLOCK_ENTRIES):
         key, found = _canonical(matrix.rows(first, last), columns)
         half = half_ulp(found.values, matrix.dtype)
+        half = half if digits is None else half + half_digit(found.values, digits)
         block, slack = expect(first, last)
         own, block = _canonical(block, columns)
         wanted, have, most = _widened(block.values), found.values, half
@@ -273,7 +277,7 @@ def _compare_rows(
             # What isn't stored is a zero, which half of the smallest subnormal is rounded to as well.
             have, most = _spread(places, key, have), _spread(places, key, half, _least(have.dtype))
             key = places
-        _hold(worst, wanted, have, _towards(wanted, have, most) + slack, partial(_place, first, columns, key))
+        _hold(worst, wanted, have, stored_within(wanted, have, most) + slack, partial(_place, first, columns, key))
         if products is not None:
             products.add(first, found, half)
     return worst.region
@@ -314,12 +318,6 @@ def _hold(
         given = found.to(expected.dtype) if expected.is_complex() else _widened(found)
         error, ratio = ratios(expected, given, bound * (1 + 8 * U64))
         worst.add(expected.abs(), error, ratio, bound, len(found), lambda at: {"where": where(at)})
-
-
-def _towards(wanted: Tensor, have: Tensor, half: Tensor) -> Tensor:
-    """Return what storing may have moved each number by, on its side: powers of two move less inwards."""
-    less = less_inwards(have, have.dtype)
-    return half if less is None else half - torch.where(wanted.abs() < have.abs(), less, 0.0)
 
 
 def _least(dtype: torch.dtype) -> float:
@@ -394,6 +392,6 @@ def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int, slac
         return Region(elements=1, ratio=math.inf, error=math.inf, kind="bias", differing=1, positions=1)
     half = torch.zeros(size, dtype=torch.float64) if found is None else half_ulp(found, found.dtype)
     worst, wanted = Worst("bias"), _widened(wanted)
-    most = _towards(wanted, have, half)
+    most = stored_within(wanted, have, half)
     _hold(worst, wanted, have, most if slack is None else most + slack, lambda at: (at,))
     return worst.region

@@ -49,7 +49,9 @@ class Found(NamedTuple):
     Attributes:
         arrays: by name; with those of a layout, the `shape` of a sparse matrix and maybe a `bias`.
         record: as it stands there.
+        digits: decimal ones that the numbers were written with, where that is fewer than bring each back to the bit.
     """
 
     arrays: Mapping[str, Array]
     record: str | None
+    digits: int | None = None

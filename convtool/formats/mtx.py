@@ -55,6 +55,13 @@ FIELDS = {
 _WORDS = {"real": 3, "integer": 3, "complex": 4}  # numbers of a line, by what the header calls them
 _DIGITS = b"0123456789- \t\r\n"
 _CHARACTERS = {"real": _DIGITS + b"+.eEinfatyINFATY", "integer": _DIGITS, "complex": _DIGITS + b"+.eEinfatyINFATY"}
+_LOOKS = {  # a blank, what stands in a number, and anything else
+    kind: bytes(ord(" ") if one in b" \t\r\n" else ord("x") if one in known else ord("?") for one in range(256))
+    for kind, known in _CHARACTERS.items()
+}
+MOST_DIGITS, FEWEST_DIGITS = 16, 4  # of numbers that a text holds rounded
+SINGLE_DIGITS = (8, 9)  # of a float32, none cut off
+MOST_NUMBERS = 1 << 20  # that are looked at one by one; a layer has few different ones
 
 Text = npt.NDArray[np.uint8]
 
@@ -177,9 +184,13 @@ def read_matrix(source: Source) -> Found:
     except (ValueError, OverflowError) as error:
         raise source.error(f"damaged: {error}") from None
     _check_words(source, head)
+    digits = None if head.record else _digits(found.data)  # what another program wrote
+    single = not head.record and digits in (None, *SINGLE_DIGITS) and _is_single(found.data)
     values = _in_written_dtype(source, torch.from_numpy(found.data), head.record)
+    values = values.to(torch.complex64 if values.is_complex() else torch.float32) if single else values
     arrays = {"row": torch.from_numpy(found.row), "col": torch.from_numpy(found.col), "data": values}
-    return Found(arrays | {"shape": torch.tensor(head.shape)}, head.record or None)
+    digits = None if single else digits
+    return Found(arrays | {"shape": torch.tensor(head.shape)}, head.record or None, digits)
 
 
 def _head(source: Source) -> _Head:
@@ -210,21 +221,54 @@ def _head(source: Source) -> _Head:
     return _Head(kind[3], (rows, columns), entries, record, start)
 
 
+def _is_single(values: npt.NDArray[Any]) -> bool:
+    """Return whether each number has the fewest digits that bring a float32 back, as scipy's `mmwrite` writes these."""
+    if values.dtype.kind not in "fc" or not values.size:
+        return False
+    numbers = np.unique(values.view(values.real.dtype))
+    numbers = numbers[np.isfinite(numbers)]
+    with np.errstate(over="ignore"):
+        nearest = numbers.astype(np.float32)
+    if (np.abs(nearest.astype(np.float64) - numbers) > np.abs(numbers) * 1e-7).any() or len(numbers) > MOST_NUMBERS:
+        return False
+    return all(float(str(short)) == number for short, number in zip(nearest, numbers.tolist(), strict=True))
+
+
+def _digits(values: npt.NDArray[Any]) -> int | None:
+    """Return how many decimal digits the numbers have, None for as many as a float64 takes, and for few.
+
+    Programs that are told to write fewer digits than bring a number back, write it rounded. Numbers of fewer than
+    `FEWEST_DIGITS` may be all that they are.
+    """
+    numbers = np.abs(values.view(values.real.dtype)) if values.dtype.kind in "fc" else np.empty(0)
+    numbers = numbers[np.isfinite(numbers) & (numbers > 1e-280)]  # far from where powers of ten end
+    if not numbers.size:
+        return None
+
+    def have(some: npt.NDArray[Any], digits: int) -> bool:
+        unit = 10.0 ** (np.floor(np.log10(some)) - digits + 1)
+        return bool((np.abs(np.rint(some / unit) * unit - some) <= 4 * np.spacing(some)).all())
+
+    likely = next((count for count in range(1, MOST_DIGITS) if have(numbers[:LINES], count)), MOST_DIGITS)
+    count = next((count for count in range(likely, MOST_DIGITS) if have(numbers, count)), MOST_DIGITS)
+    return count if FEWEST_DIGITS <= count < MOST_DIGITS else None
+
+
 def _check_words(source: Source, head: _Head) -> None:
     """Find what scipy passes over without a word: what stands in a line, or in a number, behind what it reads.
 
     It takes '1 1 5D3' (Fortran's way) and '1 1 5 6' for the entry 5, and as an integer 5.5 too.
     """
-    words, blank, at = 0, True, head.start
+    words, last, at = 0, b" ", head.start
     for data in source.chunks(head.start, source.size):
-        for block in (data[start : start + BLOCK] for start in range(0, len(data), BLOCK)):
-            strange = bytes(block).translate(None, _CHARACTERS[head.kind])
-            if strange:
-                line = 1 + bytes(source.view(0, at)).count(b"\n") + bytes(block).split(strange[:1])[0].count(b"\n")
-                raise source.error(f"damaged: line {line}: has {strange[:1]!r} in a number of its kind")
-            blanks = np.frombuffer(block, np.uint8) <= ord(" ")
-            words += int(blank and not blanks[0]) + int(np.count_nonzero(blanks[:-1] > blanks[1:]))
-            blank, at = bool(blanks[-1]), at + len(block)
+        for block in (bytes(data[start : start + BLOCK]) for start in range(0, len(data), BLOCK)):
+            looks = block.translate(_LOOKS[head.kind])  # counting is all that is left, at the speed of memory
+            if b"?" in looks:
+                strange = block[looks.index(b"?") :][:1]
+                line = 1 + bytes(source.view(0, at)).count(b"\n") + block.split(strange)[0].count(b"\n")
+                raise source.error(f"damaged: line {line}: has {strange!r} in a number of its kind")
+            words += looks.count(b" x") + (last + looks[:1] == b" x")
+            last, at = looks[-1:], at + len(block)
     wanted = head.entries * _WORDS[head.kind]
     if words != wanted:
         raise source.error(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from convtool.errors import OutputError
+from convtool.errors import OutputError, UsageError
 from convtool.formats import npy
 from convtool.formats.atomic import FilePlan
 from convtool.formats.matrices import ARRAYS, RECORD_NAME, Contents, Found, Layout
@@ -29,6 +29,14 @@ from convtool.formats.stored_zip import archive_size, write_archive
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
 COO_INDICES: str | None = None
+
+# The arrays of scipy's formats that are read and never written.
+_CONVERTED = {
+    "csc": ("data", "indices", "indptr"),
+    "bsr": ("data", "indices", "indptr"),
+    "dia": ("data", "offsets"),
+}
+MOST_ROWS = 1 << 24  # of one of these, however small its file
 
 
 def refusal(dtype: str, layout: Layout) -> str | None:
@@ -109,9 +117,37 @@ def read_matrix(source: Source) -> Found:
     except (zipfile.BadZipFile, ValueError, EOFError, zlib.error, NotImplementedError) as error:
         raise source.error(f"not an .npz file, or damaged: {error}") from None
     form = texts.get("format")
-    if form not in (None, *ARRAYS):
+    if form in _CONVERTED:
+        arrays = _as_csr(source, form, arrays)
+    elif form not in (None, *ARRAYS):
         raise source.error(f"holds a matrix in scipy's {form} format; save it with `.tocsr()` first")
+    flat = [name for name, array in arrays.items() if len(array.shape) == 2]
+    if form is None and len(flat) == 1 and arrays.keys() <= {*flat, "bias"}:  # numpy.savez(path, T), whatever its name
+        arrays = {("weight" if name in flat else name): array for name, array in arrays.items()}
     return Found(arrays, texts.get(RECORD_NAME))
+
+
+def _as_csr(source: Source, form: str, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Return a matrix that scipy saved in another format as csr; it has to fit memory."""
+    import torch
+
+    try:
+        import scipy.sparse
+    except ImportError:
+        raise UsageError(f"{source.path}: a {form} matrix takes scipy: pip install 'convtool[scipy]'") from None
+    try:
+        shape = tuple(arrays["shape"][:].tolist())
+        if max(shape) > max(source.size, MOST_ROWS):  # what there is one number of for each row isn't in the file
+            raise source.error(f"holds a matrix of {max(shape)} rows or columns, of which most are empty")
+        parts = tuple(arrays[name][:].numpy() for name in _CONVERTED[form])
+        found = getattr(scipy.sparse, f"{form}_array")(parts[0] if len(parts) == 1 else parts, shape=shape)
+        if form != "dia":
+            found.check_format(full_check=True)
+        made = found.tocsr()
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
+        raise source.error(f"damaged: its arrays make no {form} matrix: {error}") from None
+    numbers = {"indptr": made.indptr, "indices": made.indices, "data": made.data, "shape": np.array(shape)}
+    return {name: torch.from_numpy(one) for name, one in numbers.items()}
 
 
 def _array(source: Source, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> np.ndarray[Any, Any] | StoredArray:

@@ -28,13 +28,12 @@ from convtool.formats.source import Source
 from convtool.formats.state_dicts import tensors_of
 from convtool.formats.stored_tensors import StoredTensors
 from convtool.formats.torch_contents import Contents, read_contents
-from convtool.formats.torch_zip import MATRIX_RECORD, check_written, member_text, write_value
+from convtool.formats.torch_zip import MATRIX_RECORD, REBUILD_SPARSE, check_written, member_text, write_value
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
 COO_INDICES: str | None = "int64"  # all that torch's COO tensors take
 
-_REBUILD_SPARSE = [Global("torch._utils", name) for name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor")]
 _SPARSE_PARTS = {"torch.sparse_csr": ("indptr", "indices", "data"), "torch.sparse_coo": ("indices", "data")}
 _LAYOUT = Global("torch.serialization", "_get_layout")
 
@@ -69,7 +68,7 @@ def plan_matrix(contents: MatrixContents) -> FilePlan:
 
 def _sparse(layout: str, *parts: Any) -> Call:
     """Return a sparse tensor as torch pickles one."""
-    return Call(_REBUILD_SPARSE[0], (Call(_LAYOUT, (layout,)), parts))
+    return Call(REBUILD_SPARSE[0], (Call(_LAYOUT, (layout,)), parts))
 
 
 def _open_matrix(source: Source, contents: Contents) -> tuple[StoredTensors, tuple[int, ...] | None]:
@@ -84,7 +83,7 @@ def _open_matrix(source: Source, contents: Contents) -> tuple[StoredTensors, tup
     bias = {"bias": state["bias"]} if "bias" in state else {}
     if isinstance(weight, TensorRef):
         return StoredTensors(source, contents.storages, tensors_of({"weight": weight} | bias)), None
-    if not (isinstance(weight, Call) and weight.function in _REBUILD_SPARSE):
+    if not (isinstance(weight, Call) and weight.function in REBUILD_SPARSE):
         raise source.error("holds no matrix: expected a tensor, or a dict with a tensor `weight`")
     try:
         layout, parts = weight.arguments

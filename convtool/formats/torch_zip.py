@@ -21,7 +21,7 @@ from convtool.formats import pickle_writer, pt2, torch_script
 from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.dtypes import ITEMSIZE, STORAGE_CLASSES
 from convtool.formats.matrices import RECORD_NAME
-from convtool.formats.pickle_values import OrderedItems, StorageRef, TensorRef, describe
+from convtool.formats.pickle_values import Call, Global, OrderedItems, StorageRef, TensorRef, bare, describe
 from convtool.formats.pieces import Piece
 from convtool.formats.source import Source
 from convtool.formats.state_dicts import StateDict, descend, find_state
@@ -33,6 +33,7 @@ from convtool.formats.torch_contents import Contents, read_archive, read_content
 from convtool.formats.zip_members import ZIP_MAGIC, read_members
 
 NAME = "torch"
+REBUILD_SPARSE = [Global("torch._utils", name) for name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor")]
 
 FOLDER = "archive"  # of the members of a zip file; torch's name for it where it writes to no named file
 MATRIX_RECORD = f"extra/{RECORD_NAME}.json"
@@ -325,4 +326,8 @@ def check_written(
 
 def is_matrix(source: Source) -> bool:
     """Tell whether the file is a matrix and not a checkpoint, as far as its record tells."""
-    return MATRIX_RECORD in read_contents(source).extras
+    contents = read_contents(source)
+    value = None if isinstance(contents.value, dict) else bare(contents.value)
+    # torch.save(matrix, path)
+    alone = isinstance(value, TensorRef) or (isinstance(value, Call) and value.function in REBUILD_SPARSE)
+    return alone or MATRIX_RECORD in contents.extras

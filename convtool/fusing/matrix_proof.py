@@ -13,6 +13,7 @@ from convtool.core.expression import Expression
 from convtool.core.names import is_written
 from convtool.core.order import MATRICES, Order
 from convtool.core.sizes import split_input_size
+from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
 from convtool.errors import InputError, UsageError
 from convtool.fusing.lowering import LoweredLayer, as_computed, lower_chain
@@ -80,6 +81,9 @@ def compare_with_layer(
     names: Sequence[str] | None,
     sizes: Sequence[tuple[int, ...]],
     sources: FieldSources,
+    *,
+    rows: tuple[int, int] | None = None,
+    no_bias: bool = False,
     **how: Any,
 ) -> Compared:
     """Hold a matrix against the layer or the chain that it is of.
@@ -88,11 +92,14 @@ def compare_with_layer(
         names: of the layers, where the file has no record or to overrule it.
         sizes: of the first layer's input: one, where the file has no record.
         sources: fields of the layer, overruling the record.
+        rows: the range A:B of the whole matrix's rows that the file holds, where it has no record of them.
+        no_bias: compare the matrix alone, whatever bias is missing.
         how: trials, seed and computed_in, as of `verify_matrix`.
     """
     lowered, size = _lowered(found, checkpoint, names, sizes, sources)
     tree = as_computed(lowered)
-    forms, verify = list(_forms(found, tree, size)), partial(_verify, found, tree, size, how)
+    forms = list(_forms(found, tree, size, rows))
+    verify = partial(_verify, found, tree, size, how | {"digits": found.digits}, no_bias)
     tried = zip(forms, map(verify, forms), strict=True)  # one by one, until one is equal
     first = form, report = next(tried)
     if not report.equivalent:
@@ -101,16 +108,19 @@ def compare_with_layer(
     if found.record is None:
         others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)
         assumed.append(f"{found.path}: {form}{others}")
+    if found.digits is not None:
+        assumed.append(f"{found.path}: its numbers are rounded to {found.digits} decimal digits")
     return Compared(" → ".join(leaf.name for leaf in lowered), str(form), report, tuple(assumed))
 
 
 def _verify(
-    found: MatrixFile, tree: Expression, size: tuple[int, ...], how: dict[str, Any], form: _Form
+    found: MatrixFile, tree: Expression, size: tuple[int, ...], how: dict[str, Any], no_bias: bool, form: _Form
 ) -> MatrixReport:
     kind = FORMATS.get(found.path.suffix)
-    stores_bias = kind is None or kind.STORES_BIAS
+    stores_bias = not no_bias and (kind is None or kind.STORES_BIAS)
+    bias = None if no_bias else found.bias
     how = how | {"trials": min(how["trials"], MOST_TRIALS)}
-    return verify_matrix(tree, size, found, bias=found.bias, stores_bias=stores_bias, **asdict(form), **how)
+    return verify_matrix(tree, size, found, bias=bias, stores_bias=stores_bias, **asdict(form), **how)
 
 
 def _lowered(
@@ -180,7 +190,7 @@ def _fields(path: Path, record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key in kind.settable}
 
 
-def _forms(found: MatrixFile, tree: Expression, size: tuple[int, ...]) -> Iterator[_Form]:
+def _forms(found: MatrixFile, tree: Expression, size: tuple[int, ...], rows: tuple[int, int] | None) -> Iterator[_Form]:
     """Yield which of the layer's matrices it may be: the one that its record says, else those of its shape.
 
     Without a record, the comparison tells: it is the one that it is equal to, entry by entry. The likeliest is first.
@@ -188,8 +198,18 @@ def _forms(found: MatrixFile, tree: Expression, size: tuple[int, ...]) -> Iterat
     if found.record is not None:
         record = _record(found)
         span = None if record.get("rows") is None else (record["rows"][0], record["rows"][1])
+        if rows not in (None, span):
+            raise UsageError(f"--rows: {found.path} says itself which rows it holds")
         yield _Form(record.get("transpose", False), record.get("affine", False), record.get("order", "CHW"), span)
         return
     matrices = {use: MATRICES["CHW"](tree, size, transpose=use[0], affine=use[1]) for use in USES}
-    fitting = [use for use, matrix in matrices.items() if tuple(matrix.shape) == found.shape]
-    yield from [_Form(*use, order) for use in fitting for order in MATRICES] or [_Form(False, False)]
+    if rows is not None and not 0 <= rows[0] < rows[1] <= max(matrix.shape[0] for matrix in matrices.values()):
+        raise UsageError(f"--rows: expected A:B with A below B, and rows that the matrix has, got {rows[0]}:{rows[1]}")
+    fitting = [use for use, matrix in matrices.items() if _shape_of(matrix, rows) == found.shape]
+    yield from [_Form(*use, order, rows) for use in fitting for order in MATRICES] or [_Form(False, False, rows=rows)]
+
+
+def _shape_of(matrix: ToeplitzMatrix, rows: tuple[int, int] | None) -> tuple[int, int]:
+    """Return the shape of a matrix, or of some of its rows."""
+    count = matrix.shape[0] if rows is None else min(rows[1], matrix.shape[0]) - rows[0]
+    return count, matrix.shape[1]

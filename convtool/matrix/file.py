@@ -108,6 +108,7 @@ class MatrixFile:
         parts: the rows, in order; of a matrix in shards, each shard's.
         bias: (outputs,) the vector stored beside the matrix, or None.
         record: what convtool noted when it wrote the file, or None.
+        digits: decimal ones of the numbers, in a text that holds them rounded to so many; else None.
     """
 
     path: Path
@@ -115,6 +116,7 @@ class MatrixFile:
     parts: tuple[Part, ...]
     bias: Tensor | None
     record: dict[str, Any] | None
+    digits: int | None = None
 
     def __repr__(self) -> str:
         rows, columns = self.shape

@@ -157,7 +157,7 @@ def _checked(path: Path, found: Found) -> MatrixFile:
         raise InputError(f"{path}: the record of what was done is not JSON") from None
     part = Part(path, layout, shape, parts)
     bias = arrays["bias"][:] if "bias" in arrays else None
-    return MatrixFile(path, shape, (part,), bias, noted if isinstance(noted, dict) else None)
+    return MatrixFile(path, shape, (part,), bias, noted if isinstance(noted, dict) else None, found.digits)
 
 
 def _shape(path: Path, stored: Array | None) -> tuple[int, int]:

@@ -309,7 +309,12 @@ class Checkpoint:
 
     def tensors_of(self, layer: Layer) -> dict[str, Tensor]:
         """Return a layer's tensors by parameter name, those computed from others included."""
-        return {name: self.tensor(info.name) for name, info in layer.tensors.items()}
+        return {
+            name: self.tensor(info.name)
+            if info.compute is None
+            else info.compute(*map(self.stored_tensor, info.derived_from))
+            for name, info in layer.tensors.items()
+        }
 
     def lower(self, layer: Layer, fields: Fields, axes: int, channels: int | None = None) -> Conv:
         """Return a layer of this checkpoint, with the given fields, as a `Conv`; see `convtool.kinds.kind.to_conv`."""

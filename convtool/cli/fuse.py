@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +32,7 @@ convtool fuse net.pt a b -o out.pt --input-size 32,32
 convtool fuse net.pt stem 'avg_pool(2)' mix -o out.pt
 convtool fuse repvgg.pt --recipe repvgg -o deploy.pt
 
-convtool fuse unet.safetensors --recipe lora-kohya --with lora=style.safetensors -o styled.safetensors
+convtool fuse unet.safetensors --with style=lora.safetensors --strength 0.8 -o styled.safetensors
 
 convtool fuse net.pt conv1 --normalize mean=.49,.46,.41 std=.23,.22,.23 --input-scale 1/255 -o raw.pt
 """
@@ -53,7 +52,9 @@ class Wanted:
     recipe: str | None = option(
         "NAME|FILE", "Fuse by a recipe instead of LAYERs; - for one on stdin.", completion=complete.recipes
     )
-    strength: float | None = option("X", "How much a LoRA recipe adds: X * alpha / rank.")
+    strength: list[str] | None = option(
+        "X|NAME=X", "How much of the adapters is added, of all or of one --with; below 0 takes them out; repeatable."
+    )
     leave: list[str] | None = option("PATTERN", "Modules of --with files to leave out, such as 'lora_te*'; repeatable.")
     normalize: tuple[str, str] | None = option(
         "mean=M,M,M std=S,S,S", "Fold (x - mean) / std of the input into the first layer."
@@ -74,11 +75,16 @@ class Wanted:
         """The layers by name, --normalize and --input-scale in front of them as the layer that they are."""
         return [*self._input_layer(), *(self.layers or ())]
 
-    def check(self, model: str | None) -> None:
+    def adapts(self, others: Collection[str]) -> bool:
+        """Return whether what the --with files of those names hold is to be merged."""
+        return bool(others) and self.recipe is None and not self.auto and not self.chain
+
+    def check(self, model: str | None, adapts: bool) -> None:
         """Raise UsageError where the options don't go together.
 
         Args:
             model: what --model says.
+            adapts: whether adapters are to be merged.
         """
         chain = self.chain
         if self.auto:
@@ -87,10 +93,9 @@ class Wanted:
             raise UsageError("--recipe names the layers; LAYERs, --name and --normalize don't go with it")
         if (self.fixed_size or self.measure) and not self.auto:
             raise UsageError(f"{'--fixed-size' if self.fixed_size else '--measure'}: goes with --auto")
-        if self.strength is not None and (self.recipe is None or not isfinite(self.strength)):
-            raise UsageError("--strength: expected a number, and a --recipe that adds a LoRA")
-        if self.leave and self.recipe is None:
-            raise UsageError("--leave: goes with a --recipe that takes in what --with files hold")
+        for name in ("strength", "leave"):
+            if getattr(self, name) and self.recipe is None and not adapts:
+                raise UsageError(f"--{name}: goes with adapters given as --with NAME=FILE, alone or with a --recipe")
         if self.bias_map and (self.allow_border or self.input_size is None):
             raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
 
@@ -149,15 +154,16 @@ class Options:
     def check(self) -> None:
         """Raise UsageError where something is missing, with all that is, or where options don't go together."""
         wanted = self.wanted
-        said = bool(wanted.layers and len(wanted.chain) > 1) or wanted.recipe is not None or wanted.auto
+        adapts = wanted.adapts(self.others or ())
+        said = bool(wanted.layers and len(wanted.chain) > 1) or wanted.recipe is not None or wanted.auto or adapts
         expected = {
             "CKPT, the checkpoint to fuse layers of": self.checkpoint is not None,
-            "two layers or more, first to last, a --recipe, or --auto with --model": said,
+            "two layers or more, first to last, a --recipe, --auto with --model, or adapters --with NAME=FILE": said,
             "-o OUT, the new checkpoint": self.out is not None,
         }
         if missing := [what for what, there in expected.items() if not there]:
             raise UsageError(f"expected {'; and '.join(missing)}")
-        wanted.check(self.sources.model)
+        wanted.check(self.sources.model, adapts)
 
 
 def run(options: Options, reporter: Reporter) -> Result | Recipes:
@@ -199,7 +205,7 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         reporter.remark,
         reporter.note,
         input_size=size,
-        surveyed=wanted.auto or recipe is not None,
+        surveyed=not wanted.layers,
         only_if_cheaper=wanted.only_if_cheaper and not wanted.measure,
         allow_border=wanted.allow_border,
         bias_map=wanted.bias_map,
@@ -230,6 +236,7 @@ def _find(
 ) -> tuple[list[PlannedFusion], FieldSources]:
     """Return the fusions that are wanted, by name, and where what is known of their layers comes from."""
     from convtool.core.tree import BASE
+    from convtool.fusing.adapters import check_scaled, configured, merged, parse_strengths
     from convtool.fusing.lowering import full_name
     from convtool.fusing.named import by_recipe, named_chain, without_effect
     from convtool.fusing.recipe import PlannedFusion
@@ -240,13 +247,17 @@ def _find(
         fusions = [PlannedFusion(one.name, one.tree, one.only_size) for one in plan.fusions]
         return fusions, sources.fields(plan.geometry, names)
     fields = sources.fields(sources.of_model(checkpoints[BASE], reporter), names)
+    strengths = parse_strengths(wanted.strength or (), checkpoints)
+    if wanted.adapts(checkpoints.keys() - {BASE}):
+        fields = fields.with_first(configured(checkpoints))
+        check_scaled(checkpoints, fields.fields)
+        return merged(checkpoints, strengths, wanted.leave or ()), fields
     if recipe is None:
         return [named_chain(wanted.chain, wanted.name or "", checkpoints)], fields
     fields = fields.with_first(recipe.geometry)
     for pattern in without_effect(recipe, checkpoints):
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
-    strength = 1.0 if wanted.strength is None else wanted.strength
-    fusions = by_recipe(recipe, checkpoints, fields.fields, strength, wanted.leave or ())
+    fusions = by_recipe(recipe, checkpoints, fields.fields, strengths.get(BASE, 1.0), wanted.leave or ())
     if wanted.input_size is not None and len(fusions) > 1:
         raise UsageError(
             f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"

@@ -190,7 +190,8 @@ def _total(parts: Sequence[Response]) -> Response:
     rows = len(parts[0].numbers())
     total = torch.zeros(rows, parts[0].channels // groups, *map(len, places), dtype=torch.float64)
     for part in parts:
-        at = [torch.tensor([all_of.index(one) for one in own]) for all_of, own in zip(places, part.places, strict=True)]
+        met = ([all_of.index(one) for one in own] for all_of, own in zip(places, part.places, strict=True))
+        at = [torch.tensor(own, dtype=torch.int64) for own in met]  # of a branch that isn't reached, none
         grid: tuple[slice | Tensor, ...] = tuple(torch.meshgrid(*at, indexing="ij")) if at else ()
         total[(slice(None), slice(None), *grid)] += part.regrouped(groups).numbers()
     return Response(total, None, tuple(map(tuple, places)), parts[0].channels, groups)

@@ -17,7 +17,7 @@ from convtool.core.fuse import NamedConv
 from convtool.core.names import is_written
 from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves, map_leaves
 from convtool.errors import RefusedError, UsageError
-from convtool.kinds.kind import Layer
+from convtool.kinds.kind import Base, Layer
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import make_written, read_layer
 
@@ -145,6 +145,7 @@ class _TreeLowering:
         self.checkpoints = checkpoints
         self.sources = sources
         self.layers: dict[LayerRef, Layer] = {}
+        self.adapters: dict[LayerRef, tuple[Layer, Fields]] = {}
         used: set[str] = set()
         for ref in leaves(tree):
             layer = self.layers[ref] = self._find(ref)
@@ -152,10 +153,25 @@ class _TreeLowering:
             if names & used:
                 raise UsageError(f"{layer.name} is named twice; a fusion runs through each layer once")
             used |= names
+            if layer.kind.adapts:
+                self.layers[ref] = self._applied(ref, layer)
         self.axes = _spatial_axes(list(self.layers.values()), axes, input_size)
         for ref, layer in self.layers.items():
             if ref.written:
                 self.layers[ref] = replace(layer, fields=layer.kind.over(layer.fields, self.axes))
+
+    def _applied(self, ref: LayerRef, layer: Layer) -> Layer:
+        """Return the change of a layer as a layer like that one."""
+        fields = {name: value for name, value in self._fields(ref).items() if name in layer.kind.fields}
+        of = ref.like or fields.get("of")
+        if not of:
+            raise UsageError(
+                f"{ref}: changes another layer; a recipe says which: {{ layer = {str(ref)!r}, like = ... }}"
+            )
+        checkpoint = self.checkpoints[BASE]
+        base = checkpoint.part(of)
+        self.adapters[ref] = layer, {**fields, "of": of}
+        return layer.kind.applied(layer, Base(base, lambda: checkpoint.tensor(base.tensors["weight"].name)), fields)
 
     def lower(self, tree: Tree[LayerRef], into: _Channels) -> tuple[Tree[LoweredLayer], _Channels]:
         """Return the lowered tree, and the channels of its output."""
@@ -198,10 +214,13 @@ class _TreeLowering:
             return layer.fields
         sources = self.sources.with_first(recorded(self.checkpoints[ref.source], ref.source))
         own = sources.fields(full_name(layer.name, ref.source))
+        adapts = ref in self.adapters
+        if adapts:
+            own = {field: value for field, value in own.items() if field in layer.kind.fields}
         if not ref.like:
             return own
         like = self.sources.with_first(recorded(self.checkpoints[BASE])).fields(ref.like)
-        return {field: like[field] for field in SHARED_FIELDS if field in like} | own
+        return {field: like[field] for field in (layer.kind.fields if adapts else SHARED_FIELDS) if field in like} | own
 
     def _lower_chain(self, chain: Chain[LayerRef], into: _Channels) -> tuple[Tree[LoweredLayer], _Channels]:
         parts: list[Tree[LoweredLayer]] = []
@@ -239,6 +258,9 @@ class _TreeLowering:
             )
         full = layer.kind.full_fields(conv, fields)
         name = full_name(layer.name, ref.source)
+        if ref in self.adapters:  # its base says the same of the geometry
+            layer, scaling = self.adapters[ref]
+            full, assumed = {**full, **scaling}, layer.kind.assumed(layer, scaling)
         said = f"{name}: {', '.join(assumed)}" if assumed else ""
         return LoweredLayer(name, conv, layer, full, said, ref.source)
 

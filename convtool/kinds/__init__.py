@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from convtool.core.fields import FieldType
 from convtool.errors import UsageError, did_you_mean
+from convtool.kinds.adapter import DIFFERENCE, LOHA, LOKR, LORA
 from convtool.kinds.batch_norm import BATCH_NORM
 from convtool.kinds.convolution import CONV
 from convtool.kinds.fixed import KERNEL, OFFSET
@@ -23,6 +24,7 @@ KINDS: list[Kind] = [
     *(CONV, LINEAR, BATCH_NORM, IDENTITY, SCALE),
     *(AVG_POOL, UPSAMPLE, PAD, NORMALIZE, UNFLATTEN, FLATTEN, KERNEL, OFFSET),
     *(PIXEL_UNSHUFFLE, PIXEL_SHUFFLE, FOCUS, SELECT, PLACE, PERMUTE, CHANNEL_SHUFFLE),
+    *(LORA, LOHA, LOKR, DIFFERENCE),
 ]
 
 

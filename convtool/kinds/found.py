@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from convtool.kinds import kind_of
+from convtool.kinds.adapter import OTHER_ADAPTERS, split_adapter
 from convtool.kinds.derived import PARAMETRIZATIONS, derived_weight
 from convtool.kinds.kind import UNKNOWN, Layer, TensorInfo
 
@@ -28,8 +29,17 @@ def group_layers(infos: Iterable[TensorInfo]) -> dict[str, Layer]:
     return {path: Layer(path, kinds[path], tensors) for path, tensors in grouped.items()}
 
 
+def other_adapter(layer: Layer) -> str | None:
+    """Return what a module of an adapter's file is, where it is of a form that isn't known here."""
+    last = layer.name.rpartition(".")[2]
+    names = [*layer.tensors, *(f"{last}.{tensor}" for tensor in layer.tensors)]
+    return next((OTHER_ADAPTERS[name] for name in names if name in OTHER_ADAPTERS), None)
+
+
 def _split(name: str) -> tuple[str, str]:
     """Return a tensor's full name as its layer's and its own."""
+    if adapter := split_adapter(name):
+        return adapter
     parts = name.split(".")
     at = parts.index(PARAMETRIZATIONS) if PARAMETRIZATIONS in parts[:-2] else len(parts) - 1
     return ".".join(parts[:at]), ".".join(parts[at:])

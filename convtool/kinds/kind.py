@@ -81,6 +81,14 @@ class Layer:
         return (info.name for info in self.stored())
 
 
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The layer that an adapter changes, and its weight when it is asked for."""
+
+    layer: Layer
+    weight: Callable[[], Tensor]
+
+
 class Reading(NamedTuple):
     """Another way to read a layer's tensors: the channels that it would take and give, and the setting that says so."""
 
@@ -112,6 +120,7 @@ class Kind:
         parameter: whether its tensor is a parameter of the block that multiplies by it, which stays when it is gone.
         code: where a layer without tensors is in a model: in its code, in front of its input, or nowhere.
         neutral: whether it changes nothing, so that what stands before it and behind it is next to each other.
+        adapts: whether it is a change of another layer, and a layer only with that one; see `convtool.kinds.adapter`.
         modules: dotted names of torch's classes that compute it, and nothing else.
         operations: dotted names of ATen's operations that compute it, where `of_operation` says so.
     """
@@ -131,6 +140,7 @@ class Kind:
     parameter: ClassVar[bool] = False
     code: ClassVar[Literal["model", "input", "nowhere"]] = "model"
     neutral: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
     modules: ClassVar[tuple[str, ...]] = ()
     operations: ClassVar[tuple[str, ...]] = ()
 
@@ -156,6 +166,14 @@ class Kind:
 
     def check_found(self, layer: Layer) -> None:
         """Raise RefusedError where a layer found by its module's name may be something else that looks like it."""
+
+    def applied(self, layer: Layer, base: Base, fields: Fields) -> Layer:
+        """Return the layer that an adapter adds to the one that it changes."""
+        raise NotImplementedError
+
+    def assumed(self, layer: Layer, fields: Fields) -> list[str]:
+        """Return what nobody says of an adapter, in words."""
+        return []
 
     # --- channels and axes
 

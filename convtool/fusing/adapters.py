@@ -1,0 +1,222 @@
+"""Files of adapters merged into a checkpoint: which of its layers each of their modules changes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from fnmatch import fnmatchcase
+from math import isfinite, nan, prod
+from pathlib import Path
+from typing import Any
+
+from convtool.checkpoint import Checkpoint
+from convtool.core.fields import Fields
+from convtool.core.names import unwrap
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree
+from convtool.errors import InputError, RefusedError, UsageError
+from convtool.formats.strict_json import parse_json
+from convtool.fusing.lowering import full_name, some_of
+from convtool.fusing.recipe import PlannedFusion
+from convtool.kinds.found import other_adapter
+from convtool.kinds.kind import Layer
+from convtool.kinds.stated import FieldSource
+
+CONFIG = "adapter_config.json"  # where PEFT keeps alpha and rank
+_PEFT = "base_model.model."
+# What an adapter's file calls the network that a module is of, in front of the module's own name.
+_COMPONENT = re.compile(
+    r"(lora_(?:unet|te[0-9]?|transformer|prior_unet|prior_te|prior)_|lycoris_(?:unet_|te[0-9]?_|transformer_)?|"
+    r"base_model\.model\.|(?:unet|transformer|text_encoder(?:_[0-9])?|text_model|diffusion_model|prior)\."
+    r"(?:base_model\.model\.)?|)(.+)"
+)
+# What files of several networks have in front of each.
+_NETWORKS = (
+    *("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "text_encoder.", "text_encoder_2."),
+    *("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+)
+# diffusers' older names: the layers of a processor, which stood beside those that they change.
+_PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out|add_[kqv]_proj)_lora")
+
+
+def merged(
+    checkpoints: Mapping[str, Checkpoint], strengths: Mapping[str, float], leave: Sequence[str]
+) -> list[PlannedFusion]:
+    """Return a fusion for each layer that a module of the other checkpoints changes, in the order of the checkpoint.
+
+    Args:
+        strengths: by the checkpoints' names; 1 where there is none.
+        leave: patterns of modules to leave out.
+
+    Raises:
+        RefusedError: some modules of a network fit and others don't; or a form that isn't known, or can't be negative.
+        UsageError: nothing fits, or a module fits several layers.
+    """
+    base = checkpoints[BASE]
+    places = _places(base)
+    changes: dict[str, list[Tree[LayerRef]]] = {}
+    for source, opened in checkpoints.items():
+        for layer, name in _fitting(source, opened, places, base, leave).items() if source != BASE else ():
+            strength = strengths.get(source, 1.0)
+            if strength < 0 and {"dora_scale", "magnitude"} & opened.layers[name].tensors.keys():
+                raise RefusedError(f"{source}:{name}: a DoRA isn't taken out again by a negative strength")
+            ref = LayerRef(name, source, layer)
+            scaled = Chain((ref, LayerRef(f"scale({strength!r})")))
+            changes.setdefault(layer, []).append(ref if strength == 1 else scaled)
+    order = {name: number for number, name in enumerate(base.layers)}
+    return [
+        PlannedFusion(layer, Sum((LayerRef(layer), *changes[layer])))
+        for layer in sorted(changes, key=order.__getitem__)
+    ]
+
+
+def parse_strengths(texts: Sequence[str], names: Collection[str]) -> dict[str, float]:
+    """Return --strength X and NAME=X by the names of --with; that of all of them is BASE's as well."""
+    found: dict[str, float] = {}
+    for text in sorted(texts, key=lambda one: "=" in one):
+        name, equals, value = text.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            number = nan
+        if not isfinite(number) or (equals and name not in names):
+            raise UsageError(f"--strength: expected a number, or NAME=X with the NAME of a --with, got {text!r}")
+        found |= {name: number} if equals else dict.fromkeys(names, number)
+    return found
+
+
+def _places(base: Checkpoint) -> dict[str, list[str]]:
+    """Return the layers that have a weight by all the names that adapters' files may have for them, _ for dots."""
+    found: dict[str, list[str]] = {}
+    for name, layer in base.layers.items():
+        if layer.kind.main and "weight" in layer.tensors:
+            bare = unwrap(name).removesuffix(".base_layer")
+            keys = {bare, *(bare.removeprefix(network) for network in _NETWORKS)}
+            for key in {key.replace(".", "_") for key in keys}:
+                found.setdefault(key, []).append(name)
+    return found
+
+
+def _fitting(
+    source: str, opened: Checkpoint, places: Mapping[str, list[str]], base: Checkpoint, leave: Sequence[str]
+) -> dict[str, str]:
+    """Return the module that changes each layer, of one adapter's file."""
+    found: dict[str, str] = {}
+    missed: dict[str, list[str]] = {}
+    merged_components = set()
+    for name, layer in opened.layers.items():
+        if any(fnmatchcase(name, pattern) for pattern in leave):
+            continue
+        component, key = _split(name)
+        fitting = [
+            one for one in places.get(key, ()) if layer.kind.adapts and _may_change(layer, base.layers[one], opened)
+        ]
+        if len(fitting) > 1:
+            raise UsageError(f"{source}:{name} could change {' or '.join(fitting)}; --root opens one of the networks")
+        if not fitting:
+            missed.setdefault(component, []).append(name)
+            continue
+        (target,) = fitting
+        if target in found:
+            raise UsageError(
+                f"{source}: {found[target]} and {name} both change {target}; --leave PATTERN leaves one out"
+            )
+        found[target] = name
+        merged_components.add(component)
+    lacking = [name for component, names in missed.items() if component in merged_components for name in names]
+    _check_complete(source, opened, found, lacking)
+    return found
+
+
+def _check_complete(source: str, opened: Checkpoint, found: Mapping[str, str], lacking: list[str]) -> None:
+    if not found:
+        modules = [f"{layer.name} ({', '.join(layer.tensors)})" for layer in opened.layers.values()]
+        raise UsageError(f"{source}: nothing in it changes a layer of the checkpoint; it holds {some_of(modules)}")
+    if lacking:
+        others = {what for name in lacking if (what := other_adapter(opened.layers[name]))}
+        are = f" ({', '.join(sorted(others))}, which can't be merged here)" if others else ""
+        raise RefusedError(
+            f"{source}: {len(lacking)} of its modules fit no layer, or are of a form that isn't known: "
+            f"{some_of(lacking)}{are}; merged without them it would mean something else. --leave PATTERN leaves modules"
+            " out"
+        )
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Return the network that a module of an adapter's file is of, and the name of the layer in it, _ for dots."""
+    match = _COMPONENT.fullmatch(name)
+    component, rest = (match[1], match[2]) if match else ("", name)
+    if old := _PROCESSOR.fullmatch(rest):
+        rest = f"{old[1]}.{old[2]}{'.0' if old[2] == 'to_out' else ''}"
+    return component, rest.replace(".", "_")
+
+
+def _may_change(layer: Layer, base: Layer, opened: Checkpoint) -> bool:
+    """Return whether a module's change can have the shape of a layer's weight, as far as outputs tell."""
+    shapes, weight = layer.shapes, base.shapes["weight"]
+    if "up" in shapes:
+        return len(weight) > 1 and (shapes["up"][0] == weight[0] or shapes["up"][0] == weight[1])
+    if "diff" in shapes:
+        return prod(shapes["diff"]) == prod(weight)
+    return True
+
+
+def configured(checkpoints: Mapping[str, Checkpoint]) -> FieldSource:
+    """Return what the files beside adapters say of how they are scaled: PEFT's adapter_config.json.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    tables: dict[str, Fields] = {}
+    for source, opened in checkpoints.items():
+        config = None if source == BASE else _config(opened.path)
+        for layer in opened.layers.values() if config else ():
+            if layer.kind.adapts and "alpha" not in layer.tensors:
+                tables[full_name(layer.name, source)] = _scaling(config or {}, layer, opened.path)
+    return FieldSource(CONFIG, tables, exact_names=True)
+
+
+def check_scaled(checkpoints: Mapping[str, Checkpoint], fields: Callable[[str], Fields]) -> None:
+    """Raise UsageError for a file in PEFT's names of whose alpha nobody says anything."""
+    for source, opened in checkpoints.items():
+        for layer in opened.layers.values() if source != BASE else ():
+            unsaid = layer.kind.adapts and not {"alpha", "diff"} & layer.tensors.keys()
+            if unsaid and layer.name.startswith(_PEFT) and "alpha" not in fields(full_name(layer.name, source)):
+                raise UsageError(
+                    f"{source}: PEFT keeps alpha in {CONFIG}, and there is none beside {opened.path}; put it there, or"
+                    f" give --set '{source}:*.alpha=16' with the number that it was trained with"
+                )
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    beside = (path if path.is_dir() else path.parent) / CONFIG
+    if not beside.is_file():
+        return None
+    config = parse_json(beside.read_bytes(), beside, CONFIG)
+    if not isinstance(config, dict):
+        raise InputError(f"{beside}: expected a JSON object")
+    return config
+
+
+def _scaling(config: Mapping[str, Any], layer: Layer, where: Path) -> Fields:
+    """Return alpha, rank and the like of one module, as PEFT has them."""
+    name = layer.name.removeprefix(_PEFT)
+
+    def of(pattern: str, default: object) -> Any:
+        patterns = config.get(pattern) or {}
+        if odd := [key for key in patterns if not re.fullmatch(r"[\w.]+", key)]:
+            raise UsageError(
+                f"{where.parent / CONFIG}: {pattern}: expected names of modules, got {odd[0]!r}; say alpha with --set"
+            )
+        return next((value for key, value in patterns.items() if name == key or name.endswith(f".{key}")), default)
+
+    alpha, rank = (
+        of("alpha_pattern", config.get("lora_alpha", config.get("alpha"))),
+        of("rank_pattern", config.get("r")),
+    )
+    found: Fields = {}
+    if isinstance(alpha, int | float) and not isinstance(alpha, bool):
+        found["alpha"] = float(alpha)
+    if isinstance(rank, int) and not isinstance(rank, bool):
+        found["rank"] = rank
+    flags = {"rank_stabilized": "use_rslora", "fan_in_fan_out": "fan_in_fan_out"}
+    return found | {field: True for field, key in flags.items() if config.get(key) is True}

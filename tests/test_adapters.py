@@ -1,0 +1,241 @@
+"""Adapters merged into the layers that they change, against the trainers' formulas written out in float64."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from cases import real_numbers
+from live import done, error, load, run
+from torch import Tensor
+
+RANK, ALPHA = 2, 3.0
+Parts = dict[str, Tensor]
+LAYERS = {
+    "down.0.lin": (6, 8),  # a linear layer
+    "down.1.conv": (6, 4, 3, 2),
+    "up.dw.conv": (6, 2, 3, 3),  # of three groups
+    "up.one": (6, 4, 1, 1),
+    "mid.seq": (5, 4, 3),
+}
+
+
+def numbers(name: str, *shape: int) -> Tensor:
+    return real_numbers(sum(map(ord, name)), *shape)
+
+
+def lora(name: str, shape: tuple[int, ...]) -> tuple[Parts, Tensor]:
+    down, up = numbers(f"{name}d", RANK, *shape[1:]), numbers(f"{name}u", shape[0], RANK, *(1,) * (len(shape) - 2))
+    change = torch.einsum("or,ri...->oi...", up.flatten(1), down) * ALPHA / RANK
+    return {"lora_down.weight": down, "lora_up.weight": up, "alpha": torch.tensor(ALPHA)}, change
+
+
+def lora_with_a_core(name: str, shape: tuple[int, ...]) -> tuple[Parts, Tensor]:
+    core = numbers(f"{name}m", RANK, RANK, *shape[2:])
+    ones = (1,) * (len(shape) - 2)
+    down, up = numbers(f"{name}d", RANK, shape[1], *ones), numbers(f"{name}u", shape[0], RANK, *ones)
+    change = torch.einsum("pi,ij...,jr->pr...", up.flatten(1), core, down.flatten(1)) * ALPHA / RANK
+    parts = {"lora_down.weight": down, "lora_up.weight": up, "lora_mid.weight": core, "alpha": torch.tensor(ALPHA)}
+    return parts, change
+
+
+def loha(name: str, shape: tuple[int, ...]) -> tuple[Parts, Tensor]:
+    width = int(torch.tensor(shape[1:]).prod())
+    a1, a2 = numbers(f"{name}1", shape[0], RANK), numbers(f"{name}2", shape[0], RANK)
+    b1, b2 = numbers(f"{name}3", RANK, width), numbers(f"{name}4", RANK, width)
+    parts = {"hada_w1_a": a1, "hada_w1_b": b1, "hada_w2_a": a2, "hada_w2_b": b2, "alpha": torch.tensor(ALPHA)}
+    return parts, ((a1 @ b1) * (a2 @ b2)).reshape(shape) * ALPHA / RANK
+
+
+def loha_with_cores(name: str, shape: tuple[int, ...]) -> tuple[Parts, Tensor]:
+    parts, changes = {"alpha": torch.tensor(ALPHA)}, []
+    for n in (1, 2):
+        t = numbers(f"{name}t{n}", RANK, RANK, *shape[2:])
+        a, b = numbers(f"{name}a{n}", RANK, shape[0]), numbers(f"{name}b{n}", RANK, shape[1])
+        parts |= {f"hada_t{n}": t, f"hada_w{n}_a": a, f"hada_w{n}_b": b}
+        changes.append(torch.einsum("ij...,jr,ip->pr...", t, b, a))
+    return parts, changes[0] * changes[1] * ALPHA / RANK
+
+
+def kron(one: Tensor, other: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Entry [a*p + i, b*q + j, ...] is one[a, b] * other[i, j, ...]."""
+    made = torch.einsum("ab,ij...->aibj...", one, other)
+    return made.reshape(shape)
+
+
+def lokr(name: str, shape: tuple[int, ...]) -> tuple[Parts, Tensor]:
+    one = numbers(f"{name}1", 1, 2)
+    a, b = numbers(f"{name}a", shape[0], RANK), numbers(f"{name}b", RANK, int(torch.tensor(shape[1:]).prod()) // 2)
+    other = (a @ b).reshape(shape[0], shape[1] // 2, *shape[2:])
+    parts = {"lokr_w1": one, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(ALPHA)}
+    return parts, kron(one, other, shape) * ALPHA / RANK
+
+
+def lokr_with_a_core(name: str, shape: tuple[int, ...]) -> tuple[Parts, Tensor]:
+    one_a, one_b = numbers(f"{name}1", 1, RANK), numbers(f"{name}2", RANK, 2)
+    a, b = numbers(f"{name}a", RANK, shape[0]), numbers(f"{name}b", RANK, shape[1] // 2)
+    t = numbers(f"{name}t", RANK, RANK, *shape[2:])
+    other = torch.einsum("ij...,jr,ip->pr...", t, b, a)
+    parts = {"lokr_w1_a": one_a, "lokr_w1_b": one_b, "lokr_w2_a": a, "lokr_w2_b": b, "lokr_t2": t}
+    return parts | {"alpha": torch.tensor(ALPHA)}, kron(one_a @ one_b, other, shape) * ALPHA / RANK
+
+
+def lokr_of_two_whole_factors(name: str, shape: tuple[int, ...]) -> tuple[Parts, Tensor]:
+    one, other = numbers(f"{name}1", 1, 2), numbers(f"{name}2", shape[0], shape[1] // 2, *shape[2:])
+    return {"lokr_w1": one, "lokr_w2": other, "alpha": torch.tensor(ALPHA)}, kron(one, other, shape)  # alpha ignored
+
+
+def difference(name: str, shape: tuple[int, ...]) -> tuple[Parts, Tensor]:
+    change = numbers(name, *shape)
+    return {"diff": change, "alpha": torch.tensor(ALPHA)}, change
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    state = {f"{name}.weight": real_numbers(n, *shape) for n, (name, shape) in enumerate(LAYERS.items())}
+    state["down.1.conv.bias"] = real_numbers(9, 6)
+    torch.save(state, tmp_path / "base.pt")
+    return tmp_path / "base.pt"
+
+
+def merge(base: Path, adapters: Parts, *words: object, name: str = "x.pt") -> Parts:
+    """The base with the adapters merged; the record is verified too."""
+    torch.save(adapters, base.with_name(name))
+    out, source = base.with_name("out.pt"), ("--with", f"x={base.with_name(name)}")
+    done("fuse", base, *source, *words, "-o", out, "--force")
+    assert done("verify", base, out, *source)["equivalent"]
+    return load(out)
+
+
+def same(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+MADE = [lora, lora_with_a_core, loha, loha_with_cores, lokr, lokr_with_a_core, lokr_of_two_whole_factors, difference]
+
+
+@pytest.mark.parametrize("made", MADE)
+@pytest.mark.parametrize("strength", [1.0, -0.5])
+def test_every_form_on_every_kind_of_layer(
+    base: Path, made: Callable[[str, tuple[int, ...]], tuple[Parts, Tensor]], strength: float
+) -> None:
+    adapters: Parts = {}
+    expected, before = {}, load(base)
+    for name, shape in LAYERS.items():
+        parts, change = made(name, shape)
+        adapters |= {f"lora_unet_{name.replace('.', '_')}.{part}": tensor for part, tensor in parts.items()}
+        expected[f"{name}.weight"] = before[f"{name}.weight"] + strength * change
+    stated = ["--set", "up.dw.conv.groups=3", "--set", "down.1.conv.stride=2", "--set", "down.1.conv.padding=1"]
+    found = merge(base, adapters, "--strength", strength, *stated)
+    assert found.keys() == before.keys()
+    for name, tensor in expected.items():
+        same(found[name], tensor)
+    same(found["down.1.conv.bias"], before["down.1.conv.bias"])
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", LAYERS)
+def test_dora_of_lycoris(base: Path, name: str, axis: int) -> None:
+    before, shape = load(base)[f"{name}.weight"], LAYERS[name]
+    parts, change = lora(name, shape)
+    m = numbers("m", *(size if number == axis else 1 for number, size in enumerate(shape))).abs()
+    path = f"lora_unet_{name.replace('.', '_')}"
+    found = merge(base, {f"{path}.{part}": tensor for part, tensor in (parts | {"dora_scale": m}).items()})
+    changed = before + change
+    norm = changed.transpose(0, axis).flatten(1).norm(dim=1).reshape(m.shape) + torch.finfo(torch.float64).eps
+    same(found[f"{name}.weight"], m * changed / norm)
+    half = merge(
+        base, {f"{path}.{part}": tensor for part, tensor in (parts | {"dora_scale": m}).items()}, "--strength", 0.5
+    )
+    same(half[f"{name}.weight"], (before + m * changed / norm) / 2)
+    code, message = error("fuse", base, "--with", f"x={base.with_name('x.pt')}", "--strength", -1, "-o", "no.pt")
+    assert (code, "a DoRA isn't taken out again by a negative strength" in message) == (4, True)
+
+
+def test_peft_keeps_alpha_and_rank_in_a_file_of_its_own(base: Path) -> None:
+    adapters: Parts = {}
+    before = load(base)
+    for name in ("down.0.lin", "up.one"):
+        parts, _ = lora(name, LAYERS[name])
+        path = f"base_model.model.{name}"
+        adapters |= {
+            f"{path}.lora_A.weight": parts["lora_down.weight"],
+            f"{path}.lora_B.weight": parts["lora_up.weight"],
+        }
+    adapters["base_model.model.up.one.lora_magnitude_vector.weight"] = m = numbers("m", 1, 6, 1, 1).abs()
+    torch.save(adapters, base.with_name("x.pt"))
+    source = ("--with", f"x={base.with_name('x.pt')}")
+    code, message = error("fuse", base, *source, "-o", base.with_name("no.pt"))
+    assert (code, "PEFT keeps alpha in adapter_config.json" in message) == (2, True)
+    config = {"r": RANK, "lora_alpha": 16, "use_rslora": True, "alpha_pattern": {"up.one": 5}}
+    base.with_name("adapter_config.json").write_text(json.dumps(config))
+    found = merge(base, adapters)
+    change = {name: lora(name, LAYERS[name])[1] / ALPHA * RANK for name in ("down.0.lin", "up.one")}
+    same(found["down.0.lin.weight"], before["down.0.lin.weight"] + change["down.0.lin"] * 16 / RANK**0.5)
+    changed = before["up.one.weight"] + change["up.one"] * 5 / RANK**0.5
+    same(found["up.one.weight"], m.reshape(6, 1, 1, 1) * changed / changed.flatten(1).norm(dim=1).reshape(6, 1, 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("before", "down", "up"),
+    [
+        ("unet.", "lora_A.weight", "lora_B.weight"),  # diffusers
+        ("", "lora.down.weight", "lora.up.weight"),
+        ("transformer.", "lora_A.default.weight", "lora_B.default.weight"),
+        ("lora_te1_", "lora_down.weight", "lora_up.weight"),  # kohya's SDXL
+        ("lora_transformer_", "lora_down.weight", "lora_up.weight"),
+        ("lycoris_", "lora_down.weight", "lora_up.weight"),
+        ("diffusion_model.", "lora_A.weight", "lora_B.weight"),
+    ],
+)
+def test_names_of_trainers(base: Path, before: str, down: str, up: str) -> None:
+    parts, change = lora("down.1.conv", LAYERS["down.1.conv"])
+    path = before + ("down_1_conv" if before.endswith("_") else "down.1.conv")
+    found = merge(base, {f"{path}.{down}": parts["lora_down.weight"], f"{path}.{up}": parts["lora_up.weight"]})
+    same(found["down.1.conv.weight"], load(base)["down.1.conv.weight"] + change * RANK / ALPHA)  # no alpha: the rank
+
+
+def test_differences_of_biases(base: Path) -> None:
+    delta = numbers("b", 6)
+    found, before = merge(base, {"down.1.conv.diff_b": delta, "down.0.lin.diff_b": delta}), load(base)
+    same(found["down.1.conv.bias"], before["down.1.conv.bias"] + delta)
+    same(found["down.0.lin.bias"], delta)
+    same(found["down.1.conv.weight"], before["down.1.conv.weight"])
+
+
+def test_several_adapters_at_once_each_with_its_strength(base: Path) -> None:
+    (first, one), (second, other) = (made("up.one", LAYERS["up.one"]) for made in (lora, loha))
+    words: list[object] = []
+    for name, parts in (("a", first), ("b", second)):
+        torch.save({f"lora_unet_up_one.{part}": tensor for part, tensor in parts.items()}, base.with_name(f"{name}.pt"))
+        words += ["--with", f"{name}={base.with_name(f'{name}.pt')}"]
+    out = base.with_name("out.pt")
+    done("fuse", base, *words, "--strength", "b=-0.25", "--strength", 0.5, "-o", out)
+    same(load(out)["up.one.weight"], load(base)["up.one.weight"] + one / 2 - other / 4)
+    assert run("verify", base, out, *words)[0] == 0
+    code, message = error("fuse", base, *words, "--strength", "c=1", "-o", out, "--force")
+    assert (code, message) == (2, "--strength: expected a number, or NAME=X with the NAME of a --with, got 'c=1'")
+
+
+@pytest.mark.parametrize(
+    ("tensors", "what"),
+    [
+        ({"oft_blocks": (2, 3, 3)}, "an OFT"),
+        ({"on_input": (1,), "weight": (8,)}, "an (IA)3"),
+        ({"w_norm": (6,)}, "the difference of a norm"),
+    ],
+)
+def test_what_is_no_known_adapter_is_refused_by_name(
+    base: Path, tensors: dict[str, tuple[int, ...]], what: str
+) -> None:
+    parts, _ = lora("up.one", LAYERS["up.one"])
+    adapters = {f"lora_unet_up_one.{part}": tensor for part, tensor in parts.items()}
+    adapters |= {f"lora_unet_down_0_lin.{name}": torch.ones(shape) for name, shape in tensors.items()}
+    torch.save(adapters, base.with_name("x.pt"))
+    words = ("fuse", base, "--with", f"x={base.with_name('x.pt')}", "-o", base.with_name("out.pt"))
+    code, message = error(*words)
+    assert (code, what in message, "lora_unet_down_0_lin" in message) == (4, True, True)
+    done(*words, "--leave", "*_lin")

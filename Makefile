@@ -10,7 +10,7 @@ BIN    := $(VENV)/bin
 PART   := 20
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: help demo check test bench mutants models fuzz clean
+.PHONY: help demo check test bench faults mutants models fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make check    set up $(VENV) and run ruff, mypy and a cross-section of the tests: under a minute, while working"
 	@echo "make test     set up $(VENV) and run every check: ruff, mypy, all tests (4 to 5 minutes on 2 cores)"
 	@echo "make bench    set up $(VENV) and measure convtool beside what people use instead (minutes; BENCH=--short: less)"
+	@echo "make faults   fail, kill and change sources at each step of each command, and see what is left (an hour or more)"
 	@echo "make mutants  change COUNT=150 places of PATHS=convtool at random (SEED=0), and see which no test notices (an hour)"
 	@echo "make models   train the sample models again (a minute)"
 	@echo "make fuzz     damage checkpoints for SECONDS=600, guided by coverage, and see that each is refused or true"
@@ -58,6 +59,9 @@ test: $(VENV)/installed-for-tests
 
 bench: $(VENV)/installed-for-tests
 	@PYTHONPATH=tests:sample_models $(BIN)/python -m bench $(BENCH)
+
+faults: $(VENV)/installed-for-tests
+	@$(BIN)/python tests/faults.py $(FAULTS)
 
 mutants: $(VENV)/installed-for-tests
 	@$(PIP) --editable '.[test,mutants]'

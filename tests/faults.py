@@ -1,4 +1,4 @@
-"""Faults at each step of every command: `python tests/faults.py [--sample N] [--only TEXT]` prints a table of counts.
+"""Faults at each step of every command: `python tests/faults.py` prints a table of counts.
 
 A step is a call to the system, of one of the families below. Each run of a command is a process of its own, in which
 one thing happens at one step: the call fails, a signal comes (SIGKILL, or one of those that are heard), or another
@@ -14,7 +14,9 @@ import argparse
 import builtins
 import contextlib
 import errno
+import functools
 import io
+import itertools
 import json
 import mmap
 import os
@@ -34,11 +36,13 @@ import numpy as np
 import torch
 from checkpoints import save
 
+from convtool import open_checkpoint
 from convtool.cli.app import run_app
 from convtool.formats import source as source_module
 
 PATIENCE = 120.0  # seconds after which a run counts as hung, however loaded the machine is
 UNTOUCHED = 77  # the exit code of a run that had fewer steps than the one at which something was to happen
+ROUNDS = 4  # of a race for each kind of output
 USUAL = 1500  # faults of a scenario, about
 TICK = 0.02  # seconds: more than the file system's clock takes from one reading to the next
 
@@ -118,7 +122,7 @@ def scenarios() -> list[Scenario]:
     read = [
         ("inspect", ("inspect", "net.pt", "--json")),
         ("spectrum", ("spectrum", "net.pt", "first", "--input-size", "5,4", "--json")),
-        ("verify", ("verify", "net.pt", "other.safetensors", "--json")),
+        ("verify", ("verify", "net.pt", "other.safetensors", "--before", "head", "--after", "head", "--json")),
         ("verify a matrix", ("verify", "net.pt", "m.npz", "--json")),
     ]
     return found + [Scenario(name, line, "m.npz" if "m.npz" in line else "net.pt") for name, line in read]
@@ -151,23 +155,28 @@ class Ended(NamedTuple):
     err: str
 
 
+def started(folder: Path, action: Callable[[], int], streams: tuple[int, int] | None = None) -> int:
+    """Start an action in a process of its own, in a folder, and return the process's number."""
+    child = os.fork()
+    if not child:
+        code = 99
+        try:
+            os.chdir(folder)
+            for number, stream in enumerate(streams or (os.open(os.devnull, os.O_WRONLY),) * 2, 1):
+                os.dup2(stream, number)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
+            code = action()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        finally:
+            os._exit(code)
+    return child
+
+
 def in_folder(folder: Path, action: Callable[[], int]) -> Ended:
     """Run an action in a process of its own, in a folder."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        child = os.fork()
-        if not child:
-            code: int | None = 99
-            try:
-                os.chdir(folder)
-                for stream, number in ((out, 1), (err, 2)):
-                    os.dup2(stream.fileno(), number)
-                sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115
-                code = action()
-                sys.stdout.flush()
-                sys.stderr.flush()
-            finally:
-                os._exit(code or 0)
-        code = waited(child)
+        code = waited(started(folder, action, (out.fileno(), err.fileno())))
         for stream in (out, err):
             stream.seek(0)
         return Ended(code, out.read().decode(errors="replace"), err.read().decode(errors="replace"))
@@ -479,11 +488,40 @@ def counted(case: Case, families: tuple[str, ...]) -> int:
     return int(into.read_text())
 
 
+def race() -> tuple[int, list[str]]:
+    """Have two processes write the same output at once, with --force and without: one wins, always."""
+    wrong: list[str] = []
+    rounds = 0
+    outputs = [("out.safetensors", ()), ("out.pt", ()), ("out", ("--shard-size", "400B"))]
+    for (out, options), force, _ in itertools.product(outputs, ((), ("--force",)), range(ROUNDS)):
+        with tempfile.TemporaryDirectory() as name:
+            work, rounds = Path(name), rounds + 1
+            for seed in (1, 2):
+                save(network(seed), work / f"{seed}.safetensors")
+            inputs = set(files_of(work))
+            lines = [["convert", f"{seed}.safetensors", out, *options, *force, "-q"] for seed in (1, 2)]
+            children = [started(work, functools.partial(run_app, line)) for line in lines]
+            codes = sorted(waited(child) or 0 for child in children)
+            opened = open_checkpoint(work / out)
+            found = {tensor: bytes(opened.bits(tensor).tolist()) for tensor in opened.infos}
+            wanted = [{key: tensor.numpy().tobytes() for key, tensor in network(seed).items()} for seed in (1, 2)]
+            named = {part if out != "out" else f"out/{part}" for part in opened.files if part} or {out}
+            left = files_of(work).keys() - inputs - named - {"out/model.safetensors.index.json"}
+            right = codes == [0, 5] or (force and codes == [0, 0])  # one may come before the other begins
+            if not right or found not in wanted or left:
+                wrong.append(f"{out} {force}: exit codes {codes}, left over {sorted(left)}")
+    return rounds, wrong
+
+
 def main(given: argparse.Namespace) -> int:
     torch.set_num_threads(1)
+    if given.race:
+        rounds, wrong = race()
+        print(json.dumps({"runs": rounds, "wrong": wrong}))
+        return 1 if wrong else 0
     chance = random.Random(given.seed)
     rows: dict[tuple[str, str], Row] = {}
-    wrong: list[str] = []
+    wrong = []
     chosen = [one for one in scenarios() if given.only in one.title]
     share = 1.0 if given.sample is None else given.sample / (USUAL * len(chosen))
     where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # without a disk to wait for
@@ -529,6 +567,7 @@ if __name__ == "__main__":
     parser.add_argument("--sample", type=int, help="about how many faults, of all")
     parser.add_argument("--only", default="", help="part of a scenario's name")
     parser.add_argument("--json", action="store_true", help="print a line of JSON in place of the table")
+    parser.add_argument("--race", action="store_true", help="have two processes write the same, and nothing fail")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     sys.exit(main(given))

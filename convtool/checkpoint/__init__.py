@@ -11,6 +11,7 @@ from convtool.checkpoint.folder import find_in_folder
 from convtool.errors import InputError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format, dcp
 from convtool.formats.indexes import is_index, named_file, read_index
+from convtool.formats.resources import ran_out
 from convtool.formats.source import Source
 from convtool.formats.tensor_file import TensorFile
 from convtool.kinds.kind import Layer, TensorInfo
@@ -138,4 +139,5 @@ def _beginning(path: Path) -> tuple[bytes, bool]:
             raise InputError(f"{url[1]}://{url[2]}: is a URL; download it first") from None
         raise InputError(f"{path}: no such file") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        why = ran_out(error) or getattr(error, "strerror", None) or error
+        raise InputError(f"{path}: cannot be read: {why}") from None

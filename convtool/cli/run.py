@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from convtool.cli import exit_codes
 from convtool.cli.output import Reporter, StdoutError, leave, print_error
 from convtool.cli.signals import Signalled, ending_signals_raise
-from convtool.errors import ConvtoolError
-from convtool.formats.account import accounting
+from convtool.errors import ConvtoolError, InputError
+from convtool.formats.account import Account, accounting
 from convtool.formats.resources import ran_out
 
 
@@ -32,7 +32,8 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
         except (BrokenPipeError, StdoutError):
             raise  # `flushed` deals with that
         except ConvtoolError as error:
-            return fail(exit_codes.kind_of(error), str(error))
+            behind = _changed(account) or error
+            return fail(exit_codes.kind_of(behind), str(behind))
         except Signalled as error:
             return fail(error.kind, error.kind)
         except Exception as error:
@@ -43,6 +44,15 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
         except BaseException as error:  # convtool's own are above, so it's the user's code that wants to end all this
             ended = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
             return fail("usage", f"the model's own code ended the run, by {ended}; nothing came of it")
+
+
+def _changed(account: Account) -> ConvtoolError | None:
+    """Return that a file changed while it was read, where one has: whatever else went wrong may be due to that."""
+    try:
+        account.check_unchanged()
+    except InputError as error:
+        return error
+    return None
 
 
 def _of_the_system(error: Exception) -> str | None:

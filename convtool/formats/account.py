@@ -96,9 +96,10 @@ class Account:
             self.removed.add(path.resolve())
 
     def finishes(self, paths: Iterable[Path]) -> None:
-        """Note that files are complete, together with whatever they belong to."""
+        """Note that files are complete, together with what they are parts of, which is what counts from now on."""
         for path in paths:
             self.unfinished.pop(path, None)
+            self.outputs.pop(path.resolve(), None)
 
     def has_written(self, path: Path) -> bool:
         """Tell whether what has a name by now is an output of this run: that is looked at, not remembered."""

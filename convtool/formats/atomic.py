@@ -156,6 +156,8 @@ def replacing(
             file.flush()
             if hasattr(os, "fchmod"):
                 os.fchmod(file.fileno(), mode)
+            else:
+                temporary.chmod(mode)
             os.fsync(file.fileno())
         check(temporary)
         noted.check_unchanged()
@@ -320,7 +322,7 @@ def _publish(temporary: Path, target: Path, *, force: bool) -> None:
         os.link(temporary, target)  # unlike a rename, this never replaces a file
     except FileExistsError:
         raise OutputError(f"{target}: was created by another program meanwhile; it was left alone") from None
-    except OSError:  # a file system without hard links
+    except (OSError, AttributeError):  # a file system, or a system, without hard links
         if target.exists():
             raise OutputError(f"{target}: was created by another program meanwhile; it was left alone") from None
         temporary.replace(target)

@@ -688,7 +688,9 @@ def test_a_fusion_for_one_size_stays_so_when_it_is_fused_further(
     document = done("verify", one, three)
     assert [found["input_size"] for found in document["fusions"]] == [[6, 12, 20]]
     assert document["statement"].endswith("; at input size 12,20 only, as the record says")
-    assert run("verify", two, three)[1]["statement"] == "every kernel entry met by itself"  # exact at every size
+    assert (
+        run("verify", two, three)[1]["statement"] == "each number compared, and random inputs run"
+    )  # exact at every size
     large = tmp_path / "large.safetensors"
     done("fuse", one, "b", "c", "-o", large, *stated, "--input-size", "1200,2002")
     document = done("verify", one, large)

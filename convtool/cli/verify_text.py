@@ -47,12 +47,32 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
+class Numbers:
+    """AFTER's numbers, each held against what an impulse gives; those in taps that an output reads.
+
+    Attributes:
+        where: output channel, input channel of its group, and tap of the largest ratio; of a bias, the channel.
+    """
+
+    compared: Count
+    differing: Count
+    ratio: float
+    where: Sizes | None
+    error: float
+    bound: float
+
+    def __str__(self) -> str:
+        return f"{'equal' if not self.differing else 'differ'}, error/bound {self.ratio:.3g}"
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """Layers of BEFORE and those of AFTER that stand for them, at one input size.
 
     Attributes:
         ratio: largest error by its bound.
         mismatch: why nothing could be compared.
+        numbers: null where impulses were run instead.
         inputs: by kind.
         run_as_stored: both sides in the dtype they are stored in, relative to the largest output; no part of the
             verdict.
@@ -68,6 +88,7 @@ class Report:
     input_size: Sizes
     output_size: Sizes
     dtype: Dtype
+    numbers: Numbers | None
     inputs: dict[str, Count]
     input_channels_met: Met
     taps_read: Read
@@ -86,6 +107,7 @@ class Report:
             before=tuple(one.name for one in leaves(pairing.before)),
             after=tuple(one.name for one in leaves(pairing.after)),
             mismatch=report.mismatch or None,
+            numbers=None if report.numbers is None else fill(Numbers, report.numbers),
             input_channels_met=Met(*report.met),
             taps_read=Read(*report.taps),
             interior=_compared(report.interior),
@@ -266,7 +288,7 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
 
 def _show_fusions(reports: Sequence[Report], reporter: Reporter) -> None:
     if reports:
-        columns = ("layers", "input", "interior", "rim", "relative error", "run as stored", "verdict")
+        columns = ("layers", "input", "numbers", "interior", "rim", "relative error", "run as stored", "verdict")
         table(columns, list(map(_row, reports)))
     for report in reports:
         if report.mismatch:
@@ -277,6 +299,8 @@ def _show_fusions(reports: Sequence[Report], reporter: Reporter) -> None:
                 f"{report.name}: at {_times(report.input_size)} outputs read {taps.read} of {taps.of} taps; "
                 "nothing is said of the others, which larger inputs meet"
             )
+        if report.numbers is not None and report.numbers.differing:
+            reporter.line(f"{report.name}, {_worst_number(report.numbers)}")
         for name, region in (("interior", report.interior), ("rim", report.rim)):
             if region and not region.equal:
                 reporter.line(f"{report.name}, {name}: {_worst(region)}")
@@ -306,11 +330,22 @@ def _row(report: Report) -> tuple[str, ...]:
     return (
         report.layers,
         _times(report.input_size),
+        "-" if report.numbers is None else str(report.numbers),
         _region(report.interior),
         _region(report.rim),
         "-" if relative is None else f"{relative:.2g}",
         "-" if stored is None else f"{stored.difference:.2g} in {stored.dtype}",
         _verdict(report.equivalent),
+    )
+
+
+def _worst_number(numbers: Numbers) -> str:
+    """Return where a number differs most, in words."""
+    channel, *place = numbers.where or ()
+    at = f"input channel {place[0]}{_at(place[1:])}" if place else "its bias"
+    return (
+        f"numbers: {numbers.differing} of {numbers.compared} differ; worst in output channel {channel}, {at}:"
+        f" error {numbers.error:.3g}, bound {numbers.bound:.3g}"
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from convtool.core.bound import Allowance, fused_geometry, half_ulp, less_inwards
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression
-from convtool.core.response import ROWS, Response, constant, regrouped, responses
+from convtool.core.response import ROWS, Response, check_plain, constant, regrouped, responses
 from convtool.core.tree import map_leaves
 from convtool.errors import RefusedError
 
@@ -81,8 +81,9 @@ class _Comparison:
     ) -> None:
         self.before, self.after, self.bound, self.dtype = before, after, bound, dtype
         self.found, geometry, one = Numbers(), after.geometry, fused_geometry(before)
-        if after.has_bias_map or geometry.transposed or one.stride != geometry.stride:
-            raise RefusedError("the layer's numbers aren't those of an impulse's response")
+        check_plain(after)
+        if one.stride != geometry.stride:
+            raise RefusedError("the layer has another stride than those that it stands for")
         self.groups = math.gcd(one.groups, geometry.groups)
         self.weight = regrouped(after.weight, geometry.groups, self.groups)  # (C_out, C_in/groups, *kernel)
         self.read = [list(range(k)) for k in geometry.kernel_size] if read is None else [list(taps) for taps in read]
@@ -93,7 +94,7 @@ class _Comparison:
         for number, (residue, response) in enumerate(responses(self.before)):
             self._response(number, residue, response.regrouped(self.groups), met)
         read = torch.zeros_like(met)
-        read[torch.meshgrid(*map(torch.tensor, self.read), indexing="ij") if self.read else ...] = True
+        read[_grid(self.read)] = True
         for tap in (read & ~met).nonzero().tolist():  # what no impulse meets has to be zero
             found = self.weight[..., *tap]
             self._judge(torch.zeros_like(found, dtype=torch.float64), found, None, (0, [[at] for at in tap]))
@@ -112,7 +113,7 @@ class _Comparison:
             taps.append([there[number][0] for number in kept[-1]])
         if not all(taps):
             return
-        met[torch.meshgrid(*map(torch.tensor, taps), indexing="ij") if taps else ...] = True
+        met[_grid(taps)] = True
         rows = max(1, ROWS // max(1, math.prod(self.weight.shape[1:])))
         for start in range(0, len(self.weight), rows):
             stop = start + rows
@@ -187,10 +188,16 @@ def ratios(error: Tensor, most: Tensor) -> Tensor:
     return torch.where((error + most).isfinite(), ratio, math.inf)
 
 
+def _grid(places: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+    """Return the index of every place that is one of these on each axis."""
+    each = [torch.tensor(one, dtype=torch.int64) for one in places]
+    return tuple(torch.meshgrid(*each, indexing="ij")) if each else ()
+
+
 def _at(numbers: Tensor, chosen: Sequence[Sequence[int]]) -> Tensor:
     """Return the chosen places on each axis behind the first two."""
     for axis, places in enumerate(chosen, 2):
         if list(places) == list(range(numbers.shape[axis])):
             continue
-        numbers = numbers.index_select(axis, torch.tensor(places))
+        numbers = numbers.index_select(axis, torch.tensor(places, dtype=torch.int64))
     return numbers

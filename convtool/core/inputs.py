@@ -184,6 +184,10 @@ class ImpulsePlan:
     chosen: tuple[int, ...]
     border: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 
+    def at_the_border(self) -> ImpulsePlan:
+        """Return those impulses alone that aren't there for the kernel's entries; for all channels, as it were."""
+        return replace(self, entries=(), reached=(), chosen=tuple(range(self.channels)))
+
     def __len__(self) -> int:
         return len(self.entries) * len(self.chosen) + sum(len(channels) for _, channels in self.border)
 

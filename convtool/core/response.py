@@ -81,11 +81,17 @@ def responses(tree: Expression) -> Iterator[tuple[tuple[int, ...], Response]]:
     Raises:
         RefusedError: no single layer stands for the tree, or it isn't made of real layers that aren't transposed.
     """
-    if any(conv.geometry.transposed or conv.has_bias_map or conv.dtype.is_complex for conv in leaves(tree)):
-        raise RefusedError("the response of a transposed or complex layer, or one of a bias map, isn't taken")
+    for conv in leaves(tree):
+        check_plain(conv)
     for residue in itertools.product(*map(range, fused_geometry(tree).stride)):
         channels = in_channels(tree)
         yield residue, _through(tree, Response(None, None, tuple((at,) for at in residue), channels, channels))
+
+
+def check_plain(conv: Conv) -> None:
+    """Raise RefusedError for a layer whose impulse response isn't taken here."""
+    if conv.geometry.transposed or conv.has_bias_map or conv.dtype.is_complex:
+        raise RefusedError("the response of a transposed or complex layer, or one of a bias map, isn't taken")
 
 
 def constant(tree: Expression) -> Tensor | None:
@@ -175,7 +181,9 @@ def _behind(conv: Conv, response: Response) -> Response:
         left, right = weight, before
         for axis, (found, at) in enumerate(zip(reached, where, strict=True), 2):
             taps, numbers = found[outputs[axis - 2][at]]
-            left, right = (x.index_select(axis, torch.tensor(i)) for x, i in ((left, taps), (right, numbers)))
+            left, right = (
+                x.index_select(axis, torch.tensor(i, dtype=torch.int64)) for x, i in ((left, taps), (right, numbers))
+            )
         left = left.reshape(groups, len(weight) // groups, math.prod(left.shape[1:]))
         right = right.reshape(groups, len(before) // groups, before.shape[1], math.prod(right.shape[2:]))
         here: tuple[slice | int, ...] = (slice(None), slice(None), *where)

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from convtool.core.border import Mask, border_at
-from convtool.core.bound import Bound, Stored, Tolerance, fused_geometry, sole_layer, stored
+from convtool.core.bound import Allowance, Bound, Stored, Tolerance, fused_geometry, sole_layer, stored
+from convtool.core.coefficients import Numbers, compare_numbers
 from convtool.core.compose import add, compose_chain
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, multiply_adds, out_channels, output_size, run
@@ -37,8 +38,9 @@ from convtool.core.inputs import (
 from convtool.core.joint import compose_geometry
 from convtool.core.sizes import split_input_size
 from convtool.core.tally import Region, Tallies, check_trials
+from convtool.core.taps import PADDED, tap_table
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves
-from convtool.errors import ConvtoolError, UsageError
+from convtool.errors import ConvtoolError, RefusedError, UsageError
 
 WORK = 40_000_000_000  # multiply-adds that may be spent on impulses at one size: some seconds
 LARGEST_INPUT = 1 << 27  # numbers of one input in the widest layer: 1 GiB in float64, several times over
@@ -71,6 +73,8 @@ class EquivalenceReport:
     Attributes:
         input_size, output_size: with the channels in front, of BEFORE.
         mismatch: why the two cannot be compared number by number, such as outputs of different sizes; else ''.
+        numbers: AFTER's, each held against the impulse response of BEFORE, where it is one layer that has such; those
+            in taps that an output reads. None where impulses were run instead.
         inputs: how many inputs were run, by kind.
         seed: of the random ones.
         exhaustive: every basis vector was run: no input of this size can bring an error beyond the bound.
@@ -87,6 +91,7 @@ class EquivalenceReport:
     input_size: tuple[int, ...]
     output_size: tuple[int, ...]
     mismatch: str = ""
+    numbers: Numbers | None = None
     inputs: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     exhaustive: bool = False
@@ -101,7 +106,8 @@ class EquivalenceReport:
     def equivalent(self) -> bool:
         """Equal everywhere, and something was compared."""
         regions = [region for region in (self.interior, self.rim) if region.positions]
-        return not self.mismatch and bool(regions) and all(region.equal for region in regions)
+        equal = self.numbers is None or self.numbers.equal
+        return not self.mismatch and bool(regions) and equal and all(region.equal for region in regions)
 
     @property
     def complete(self) -> bool:
@@ -111,7 +117,8 @@ class EquivalenceReport:
     @property
     def ratio(self) -> float:
         """The largest error / bound of all; inf where nothing could be compared."""
-        return math.inf if self.mismatch else max(self.interior.ratio, self.rim.ratio)
+        numbers = 0.0 if self.numbers is None else self.numbers.ratio
+        return math.inf if self.mismatch else max(self.interior.ratio, self.rim.ratio, numbers)
 
 
 def verify(
@@ -205,7 +212,9 @@ class _Sides:
         """Run the inputs and complete the report."""
         (channels, *spatial), both = report.input_size, (self.before, self.kept)
         size = tuple(spatial)
+        numbers = None if exhaustive else self.numbers(rules, size, getattr(torch, report.dtype))
         plan = plan_impulses(both, _geometries(both), channels, size, work, report.seed, exhaustive)
+        plan = plan if numbers is None else plan.at_the_border()
         widest = max(widest_layer(tree, size) for tree in both)
         tallies, counts = Tallies(_rim_mask(self.before, size), rules.device), dict[str, int]()
         total = dense_count(trials) + len(plan)
@@ -226,6 +235,7 @@ class _Sides:
                     progress(len(x) / total)
         return replace(
             report,
+            numbers=numbers,
             inputs=counts,
             exhaustive=exhaustive,
             met=(len(plan.chosen), plan.channels),
@@ -234,6 +244,19 @@ class _Sides:
             rim=tallies.rim.region(),
             stored_error=_stored_error(*both, channels, size, getattr(torch, report.dtype), report.seed),
         )
+
+    def numbers(self, rules: _Rules, size: tuple[int, ...], dtype: torch.dtype) -> Numbers | None:
+        """Hold each number of AFTER against BEFORE's impulse response; None where it has none, or isn't one layer."""
+        layer = sole_layer(self.kept)
+        if layer is None or rules.rtol is not None or rules.atol is not None:
+            return None
+        tables = (tap_table(axis, n) for axis, n in zip(layer.geometry.axes, size, strict=True))
+        read = [np.flatnonzero((table != PADDED).any(axis=0)).tolist() for table in tables]
+        allowance = Allowance(self.before, self.kept, rules.computed_in, rules.between)
+        try:
+            return compare_numbers(self.before, layer, allowance, dtype, read)
+        except RefusedError:
+            return None
 
     def without_biases(self) -> _Sides:
         """Return the linear parts of both sides."""

@@ -199,7 +199,8 @@ MISTAKES = [
         )
         for file, message in (
             ("missing.safetensors", "no such file"),
-            ("missing.pt", "no such file"),
+            ("missing.pt", "no such file$"),
+            ("facebook/dinov2-base", "no such file; if it is a model of a hub, download it first"),
             ("cut.net.safetensors", r"is truncated: .*\d+ bytes, the file has \d+"),
             ("cut.net.pt", "."),
             ("empty.safetensors", "is empty"),

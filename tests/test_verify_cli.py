@@ -712,3 +712,11 @@ def test_a_claim_that_equals_the_default_is_printed_like_any_other(net: dict[str
     assert cli("fuse net.safetensors second norm -o f.safetensors").code == 0
     found = cli("verify net.safetensors f.safetensors")
     assert re.search("as AFTER records: second: stride 1,1, padding .*0.*groups 1, not transposed", found.out)
+
+
+def test_swapped_checkpoints_are_told(net: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
+    from convtool.cli.app import run_app
+
+    assert run_app(["fuse", "net.pt", "first", "second", "-o", "fused.pt", "-q"]) == 0
+    assert run_app(["verify", "fused.pt", "net.pt"]) == 3
+    assert "BEFORE and AFTER may be swapped" in capsys.readouterr().err

@@ -172,7 +172,10 @@ def recorded_pairings(
         same_names = before.record is None and before.infos.keys() == after.infos.keys()
         if same_names and not differing_tensors(before, after, []):
             return []  # nothing was fused, and nothing else was done either
-        raise InputError(f"{after.path}: holds no record of what was fused; name the layers: --before a,b --after c")
+        swapped = "; BEFORE holds one: BEFORE and AFTER may be swapped" if before.record is not None else ""
+        raise InputError(
+            f"{after.path}: holds no record of what was fused{swapped}; name the layers: --before a,b --after c"
+        )
     fusions = after.record.since(before.record)
     last = {fusion.name: fusion for fusion in fusions}
     checkpoints = {BASE: before, **(others or {})}

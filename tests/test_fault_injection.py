@@ -313,8 +313,104 @@ def test_a_fault_is_found(fused: Fused, name: str, fault: Fault) -> None:
     assert wrong == (set() if name in ELSEWHERE else {"wide" if square else "first"})
 
 
+# --- layers with other borders, a depthwise one, and a bias map
+
+
+def make_others(dtype: str, folder: Path) -> Fused:
+    """A depthwise, a circular and a reflecting layer with what follows each; a batch norm before a padded layer."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "deep": (6, 1, 3, 3),
+        "ring": (5, 4, 3, 3),
+        "glass": (5, 4, 3, 3),
+        "map": (3, 4, 3, 3),
+    }
+    shapes |= {"deep2": (6, 1, 1, 1), "ring2": (4, 5, 1, 1), "glass2": (4, 5, 1, 1), "rest": (2, 3)}
+    state = {f"{name}.weight": real_numbers(seed, *shape) for seed, (name, shape) in enumerate(shapes.items())}
+    state |= {f"norm.{name}": real_numbers(40 + n, 4) for n, name in enumerate(("weight", "bias", "running_mean"))}
+    state["norm.running_var"] = real_numbers(50, 4).square() + 0.1
+    net, step = folder / "net.safetensors", folder / "step{}.safetensors"
+    save_file({name: rounded(tensor, getattr(torch, dtype)) for name, tensor in state.items()}, net)
+    lines = (
+        "deep deep2 --set deep.padding=1 --set deep.groups=6 --set deep2.groups=6",
+        "ring ring2 --set ring.padding=1 --set ring.padding_mode=circular --input-size 7,8",
+        "glass glass2 --set glass.padding=1 --set glass.padding_mode=reflect --input-size 7,8",
+        "norm map --name map --set map.padding=1 --set norm.eps=1e-3 --input-size 7,8 --bias-map",
+    )
+    last = net
+    for number, line in enumerate(lines):
+        out = Path(str(step).format(number))
+        code, document = run_json("fuse", last, *line.split(), "-o", out)
+        assert code == 0, document
+        last = out
+    with safe_open(last, framework="pt") as opened:
+        return Fused(folder, load_file(last), json.loads(opened.metadata()["convtool"]))
+
+
+def depthwise_channels_swapped(state: State, record: dict[str, Any]) -> None:
+    state["deep.weight"][[1, 4]] = state["deep.weight"][[4, 1]]
+
+
+def compensating_pair(state: State, record: dict[str, Any]) -> None:
+    """One layer twice as large and another half as large: a network of the two in a row computes the same."""
+    state["ring.weight"] *= 2
+    state["glass.weight"] /= 2
+
+
+def bias_map_moved(state: State, record: dict[str, Any]) -> None:
+    state["map.bias_map"] = state["map.bias_map"].roll(1, -1).contiguous()
+
+
+def zeros_for_a_ring(state: State, record: dict[str, Any]) -> None:
+    fused_fields(record, "ring")["padding_mode"] = "zeros"
+
+
+def ring_for_a_mirror(state: State, record: dict[str, Any]) -> None:
+    fused_fields(record, "glass")["padding_mode"] = "circular"
+
+
+def mirror_for_a_replica(state: State, record: dict[str, Any]) -> None:
+    fused_fields(record, "glass")["padding_mode"] = "replicate"
+
+
+def rest_in_another_dtype(state: State, record: dict[str, Any]) -> None:
+    state["rest.weight"] = state["rest.weight"].to(torch.float64)
+
+
+OTHERS: tuple[tuple[str, Fault, set[str]], ...] = (
+    ("channels of a depthwise layer swapped", depthwise_channels_swapped, {"deep"}),
+    ("a compensating pair", compensating_pair, {"ring", "glass"}),
+    ("a bias map moved by one", bias_map_moved, {"map"}),
+    ("zeros around a circular layer", zeros_for_a_ring, {"ring"}),
+    ("a reflecting layer wraps around", ring_for_a_mirror, {"glass"}),
+    ("a reflecting layer repeats its edge", mirror_for_a_replica, {"glass"}),
+    ("another tensor of another dtype", rest_in_another_dtype, set()),
+)
+
+
+@pytest.fixture(scope="module", params=DTYPES)
+def others(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Fused:
+    return make_others(request.param, tmp_path_factory.mktemp(f"others-{request.param}"))
+
+
+def test_without_a_fault_nothing_is_found_in_others(others: Fused) -> None:
+    code, document = plant(others, lambda state, record: None)
+    assert (code, len(document["fusions"])) == (0, 4)
+
+
+@pytest.mark.parametrize(("name", "fault", "wrong"), OTHERS, ids=[name for name, _, _ in OTHERS])
+def test_a_fault_in_others_is_found(others: Fused, name: str, fault: Fault, wrong: set[str]) -> None:
+    code, document = plant(others, fault)
+    assert code == 1
+    assert {part["name"] for part in document["fusions"] if not part["equivalent"]} == wrong
+    assert bool(document["other_tensors"]["differing"]) == (not wrong)
+    if "circular" in name or "reflecting" in name:  # the numbers are right, and the border alone tells
+        (part,) = (part for part in document["fusions"] if not part["equivalent"])
+        assert part["numbers"]["differing"] == 0
+
+
 def main() -> None:
     costs: dict[str, list[str]] = {name: [] for name, _ in (("none", None), *FAULTS)}
+    costs |= {f"{name} (other layers)": [] for name, _, _ in OTHERS}
     for dtype in DTYPES:
         with tempfile.TemporaryDirectory() as folder:
             fused = make(dtype, Path(folder))
@@ -322,6 +418,10 @@ def main() -> None:
             costs["none"].append(f"{max(part['ratio'] for part in document['fusions']):.3g}")
             for name, fault in FAULTS:
                 costs[name].append(cost(*plant(fused, fault)))
+        with tempfile.TemporaryDirectory() as folder:
+            fused = make_others(dtype, Path(folder))
+            for name, fault, _ in OTHERS:
+                costs[f"{name} (other layers)"].append(cost(*plant(fused, fault)))
     print(f"{'error / bound, at most 1 where there is no fault':50}", *(f"{dtype:>18}" for dtype in DTYPES))
     for name, found in costs.items():
         print(f"{name:50}", *(f"{text:>18}" for text in found))

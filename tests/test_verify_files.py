@@ -1,8 +1,15 @@
-"""`convtool verify` of whole files that other programs fused: by a recipe, by the model, by running both networks."""
+"""`convtool verify` of whole files that other programs fused: by a recipe, by the model, by running both networks.
+
+`python tests/test_verify_files.py COUNT` verifies more of torch's own foldings than the suite does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+import random
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +218,72 @@ def test_what_is_claimed_on_the_command_line_replaces_the_record(states: tuple[S
 def test_options_that_go_with_nothing_are_usage_errors(options: str, message: str) -> None:
     found = cli(f"verify net.pt after.pt {options}")
     assert (found.code, message in found.err) == (2, True)
+
+
+# --- no false alarm
+
+
+FLOATS = ("float64", "float32", "bfloat16", "float16")
+
+
+def folds(count: int, seed: int = 0) -> Iterator[tuple[str, nn.Module, nn.Module, Any, str]]:
+    """Yield convolutions of every kind with a batch norm, what torch makes of the two, and the settings that say so."""
+    chance = random.Random(seed)
+    for number in range(count):
+        torch.manual_seed(seed * 10**6 + number)
+        name, by_hand = FLOATS[number % 4], chance.random() < 0.5
+        kind = chance.choice(("plain", "grouped", "depthwise", "transposed", "wide", "line"))
+        # torch's own function knows no groups of a transposed layer
+        groups = {"grouped": 4, "depthwise": 8, "transposed": 2 if by_hand else 1}.get(kind, 1)
+        inner, outer = (8, 2048) if kind == "wide" else (8, 16)
+        make = {"transposed": nn.ConvTranspose2d, "line": nn.Conv1d}.get(kind, nn.Conv2d)
+        conv: Any = make(inner, outer, chance.choice((1, 3)), groups=groups, bias=chance.random() < 0.5)
+        norm: Any = (nn.BatchNorm1d if kind == "line" else nn.BatchNorm2d)(outer, eps=chance.choice((1e-5, 1e-3)))
+        spread = chance.choice((1.0, 1e4, 1e-4))
+        with torch.no_grad():
+            norm.running_mean.normal_(0, spread**0.5)
+            norm.running_var.copy_(torch.rand(outer) * spread).mul_(torch.rand(outer) > 0.05)  # some are 0
+            norm.weight.normal_()
+            norm.bias.normal_()
+        dtype = getattr(torch, name)
+        conv, norm = conv.to(dtype).eval(), norm.to(dtype).eval()
+        if not by_hand:
+            made = fuse_conv_bn_eval(conv, norm, transpose=kind == "transposed")
+        else:  # by hand, as many scripts have it
+            made = copy.deepcopy(conv)
+            scale = norm.weight / torch.sqrt(norm.running_var + norm.eps)
+            shape = (1, -1, 1, 1) if kind == "transposed" else (-1, *(1,) * (conv.weight.dim() - 1))
+            each = scale.reshape(groups, -1).repeat_interleave(inner // groups, 0) if kind == "transposed" else scale
+            each = each.reshape(inner, -1, 1, 1) if kind == "transposed" else each.reshape(shape)
+            made.weight = nn.Parameter(conv.weight * each)
+            bias = torch.zeros_like(norm.running_mean) if conv.bias is None else conv.bias
+            made.bias = nn.Parameter((bias - norm.running_mean) * scale + norm.bias)
+        if all(bool(tensor.isfinite().all()) for tensor in made.state_dict().values()):
+            said = f"--set conv.groups={groups} --set bn.eps={norm.eps} --set conv.transposed={kind == 'transposed'}"
+            yield name, conv, norm, made, f"{said.lower()} --set conv.stride=1 --set conv.padding=0"
+
+
+def false_alarms(folder: Path, count: int, seed: int = 0) -> tuple[int, list[str]]:
+    """Verify what torch folded; return how many were, and what was said of those that aren't equivalent."""
+    number, alarms = 0, []
+    for dtype, conv, norm, made, said in folds(count, seed):
+        state = {f"conv.{name}": tensor for name, tensor in conv.state_dict().items()}
+        torch.save(state | {f"bn.{name}": tensor for name, tensor in norm.state_dict().items()}, folder / "a.pt")
+        torch.save({f"conv.{name}": tensor for name, tensor in made.state_dict().items()}, folder / "b.pt")
+        files = f"{folder / 'a.pt'} {folder / 'b.pt'}"
+        found = cli(f"verify {files} --before conv,bn --after conv {said} --trials 1 --computed-in {dtype}")
+        number += 1
+        alarms += [f"{dtype} {said} {found.out}{found.err}"] * bool(found.code)
+    return number, alarms
+
+
+def test_what_torch_folds_is_no_false_alarm(tmp_path: Path) -> None:
+    number, alarms = false_alarms(tmp_path, 24)
+    assert alarms == []
+    assert number > 18
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as place:
+        tried, wrong = false_alarms(Path(place), int(sys.argv[1]), seed=1)
+        print(f"{len(wrong)} false alarms of {tried}", *wrong[:5], sep="\n")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,47 +120,49 @@ def test_it_is_found_in_a_live_model_and_put_in(before: Path, tmp_path: Path) ->
         convtool.apply(network(), out)
 
 
-class Halve(Kind):
+class Negative(Kind):
     """A kind without tensors, which a model's code does by a function."""
 
-    name = "halve"
+    name = "negative"
     written = True
-    operations = ("aten.div.Tensor",)
+    operations = ("aten.neg.default",)
 
     def of_operation(
         self, name: str, arguments: Mapping[str, Any], takes: tuple[int, ...], gives: tuple[int, ...]
     ) -> Fields | None:
-        return {} if arguments.get("other") == 2 and takes == gives else None
+        return {}
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
-        half = torch.full((channels or 0, 1, *(1,) * axes), 0.5, dtype=torch.float64)
-        return Conv(half, None, pointwise(axes, groups=channels or 0))
+        ones = torch.ones((channels or 0, 1, *(1,) * axes), dtype=torch.float64)
+        return Conv(-ones, None, pointwise(axes, groups=channels or 0))
 
 
-class Halving(nn.Module):
-    def __init__(self, by: int) -> None:
+class Negating(nn.Module):
+    def __init__(self, how: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.a, self.b, self.by = nn.Conv2d(3, 4, (3, 2)), nn.Conv2d(4, 2, (1, 3)), by
+        self.a, self.b, self.how = nn.Conv2d(3, 4, (3, 2)), nn.Conv2d(4, 2, (1, 3)), how
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.b(self.a(x) / self.by)
+        y: Tensor = self.b(self.how(self.a(x)))
         return y
 
 
 def test_an_operation_between_layers_is_a_layer_once_a_kind_says_that_it_is_one(tmp_path: Path) -> None:
-    assert convtool.plan(Halving(2), (3, 6, 7)).fusions == ()
-    KINDS.append(Halve())
+    assert convtool.plan(Negating(torch.neg), (3, 6, 7)).fusions == ()
+    KINDS.append(Negative())
     try:
-        assert convtool.plan(Halving(3), (3, 6, 7)).fusions == ()
-        plan = convtool.plan(net := filled(Halving(2)), (3, 6, 7))
-        assert [[leaf.name for leaf in leaves(one.tree)] for one in plan.fusions] == [["a", "halve()", "b"]]
+        assert convtool.plan(Negating(torch.abs), (3, 6, 7)).fusions == ()
+        (alone,) = convtool.plan(Negating(torch.neg), (3, 6, 7)).left_alone
+        assert alone.reason == "negative() between them is in the model's own code, which goes on to do it"
+        plan = convtool.plan(net := filled(Negating(torch.neg)), (3, 6, 7), everything=True)
+        assert [[leaf.name for leaf in leaves(one.tree)] for one in plan.fusions] == [["a", "negative()", "b"]]
         recipe, out = tmp_path / "plan.toml", tmp_path / "out.safetensors"
         recipe.write_text(plan.recipe())
         done("fuse", save(net, tmp_path / "net.safetensors"), "--recipe", recipe, "-o", out)
         x = torch.randn(1, 3, 6, 7, dtype=torch.float64)
         fused = convtool.forward(convtool.open_checkpoint(out).conv("a"), x)
         torch.testing.assert_close(fused, net(x), rtol=1e-13, atol=1e-13)
-        with pytest.raises(RefusedError, match=r"a was fused with halve\(\), which the model's own code does"):
+        with pytest.raises(RefusedError, match=r"a was fused with negative\(\), which the model's own code does"):
             convtool.fuse_model(net, planned=plan)
     finally:
         KINDS.pop()

@@ -26,7 +26,7 @@ from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import UsageError
 from convtool.fusing.recipe import Known, parse_recipe, resolve
 from convtool.graph.cut import Price, partition
-from convtool.graph.flow import Flow, Step, find_stretches
+from convtool.graph.flow import Flow, Step, find_stretches, taken_off
 from convtool.graph.judge import Exact
 from convtool.graph.operations import INPUT, Operation, Run, read_flow
 from convtool.graph.planned import Plan, tree_in_short
@@ -97,6 +97,7 @@ def other(*reads: int) -> Step:
 
 
 a, b, c, d = (LayerRef(name) for name in "abcd")
+SKIP = Sum((Chain((a,)), LayerRef("identity()")))
 FLOWS: list[tuple[str, Flow, list[Tree[LayerRef]], list[str]]] = [
     ("one after the other", flow(layer("a", 0), layer("b", 1), outputs=(2,)), [Chain((a, b))], []),
     ("something between", flow(layer("a", 0), other(1), layer("b", 2)), [a, b], []),
@@ -135,8 +136,9 @@ FLOWS: list[tuple[str, Flow, list[Tree[LayerRef]], list[str]]] = [
         [Sum((Chain((a,)), Chain((b,))))],
         [],
     ),
-    ("a skip", flow(layer("a", 0), add(0, 1), layer("b", 2)), [a, b], []),
-    ("two sources", flow(other(0), layer("a", 0), layer("b", 1), add(2, 3)), [a, b], []),
+    ("a skip", flow(layer("a", 0), add(0, 1)), [Chain((a,))], []),
+    ("a skip, and on", flow(layer("a", 0), add(0, 1), layer("b", 2)), [taken_off(Chain((SKIP, b)), 1)], []),
+    ("two sources", flow(other(0), layer("a", 0), layer("b", 1), add(2, 3)), [Chain((a,)), Chain((b,))], []),
     ("twice the same", flow(layer("a", 0), add(1, 1)), [a], []),
     (
         "a flatten",
@@ -285,7 +287,7 @@ def case(name: str) -> Case:
         model = NETWORKS[name]() if name in NETWORKS else transformers_model(name)
         size = (1, 8, 8) if name in NETWORKS else ARCHITECTURES[name][2]
         model = filled(model)
-        return Case(model, size, convtool.plan(model, size))
+        return Case(model, size, convtool.plan(model, size, everything=name in NETWORKS))
 
 
 def neighbours(model: nn.Module) -> set[tuple[str, str]]:
@@ -649,7 +651,7 @@ def test_a_convolution_a_flatten_and_a_linear_layer_become_one() -> None:
     chains, _, found = planned(net)
     assert chains == ["a → flatten(7,6) → first → second"]
     assert found.fusions[0].fused.geometry.kernel_size == (9, 7)
-    cheap, alone, _ = planned(net, only_if_cheaper=True)
+    cheap, alone, _ = planned(net, everything=False)
     assert cheap == ["a → flatten(7,6) → first → second"]
     assert alone == {}
 
@@ -775,7 +777,7 @@ def test_what_is_exact_for_one_size_is_taken_when_that_is_enough(size: tuple[int
     """Patches without bias that fill 8 x 9 exactly, then a padded layer."""
     net = Net(lambda m, x: m.b(m.a(x)), a=conv(k=(2, 3), stride=(2, 3), bias=False), b=conv(k=3, padding=1))
     assert planned(net, size)[0] == []
-    chains, alone, found = planned(net, size, fixed_size=True)
+    chains, alone, found = planned(net, size, fixed_size=True, everything=True)
     assert chains == (["a → b"] if verdict else [])
     if verdict:
         assert found.fusions[0].exact is verdict
@@ -793,8 +795,8 @@ def test_the_cheapest_partition_keeps_a_bottleneck_apart() -> None:
         c=conv(2, 16, 1),
         bn=nn.BatchNorm2d(16),
     )
-    assert planned(net)[0] == ["a → b → c → bn"]
-    chains, alone, found = planned(net, only_if_cheaper=True)
+    assert planned(net, everything=True)[0] == ["a → b → c → bn"]
+    chains, alone, found = planned(net, everything=False)
     assert chains == ["a → b", "c → bn"]
     assert "it would cost more" in next(iter(alone.values()))
     assert found.total.multiply_adds > found.total_after.multiply_adds
@@ -809,6 +811,127 @@ def test_costs_are_of_the_run_that_was_followed() -> None:
     assert one.after.parameters == weight + 6
     assert one.before.multiply_adds == (weight + 6) * positions
     assert one.after.multiply_adds == weight * positions
+
+
+# --- what stands between layers, and beside them, in the model's code
+
+
+class Norm(nn.BatchNorm2d):
+    """A batch norm with its activation inside."""
+
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Dropout(), act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised input's activation."""
+        result: Tensor = self.act(self.drop(super().forward(x)))
+        return result
+
+
+def test_what_a_batch_norm_has_inside_besides_stays() -> None:
+    net = Net(
+        lambda m, x: m.two(m.b(m.one(m.a(x)))), a=conv(), one=Norm(4, nn.PReLU()), b=conv(), two=Norm(4, nn.ReLU())
+    )
+    assert planned(net)[0] == ["a → one", "b → two"]
+    fused = convtool.fuse_model(filled(net), (4, 9, 7))
+    assert [name for name, _ in fused.one.named_parameters()] == ["act.weight"]  # type: ignore[union-attr]
+
+
+class Functional(nn.BatchNorm2d):
+    """One whose activation isn't a module."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The normalised input's activation."""
+        return F.relu(super().forward(x))
+
+
+def test_what_cannot_be_kept_of_a_module_keeps_its_layer() -> None:
+    chains, alone, _ = planned(Net(lambda m, x: m.bn(m.a(x)), a=conv(), bn=Functional(4)))
+    assert chains == []
+    assert "whose code does more than the layer" in alone["a bn"]
+
+
+class Weighs(nn.Module):
+    """A module of nobody's class that reads its tensors by functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ParameterDict({"weight": nn.Parameter(torch.ones(4, 4, 3, 1))})
+        self.weight, self.bias = nn.Parameter(torch.ones(4, 4, 1, 3)), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A convolution that pads by the size of its input."""
+        y = F.conv2d(x, self.inner["weight"])
+        return F.conv2d(F.pad(F.relu(y), (x.shape[-1] % 4, 0)), self.weight, self.bias, groups=1)
+
+
+def viewed(m: Any, y: Tensor) -> Tensor:
+    result: Tensor = m.flat(y.flatten(0, 1)).reshape_as(y)
+    return result
+
+
+PASSING: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "flatten": lambda m, x: m.flat(m.linear(x.flatten(2).transpose(1, 2)).flatten(0, 1)),
+    "transpose": lambda m, x: m.flat(m.linear(x.flatten(2).transpose(1, 2)).transpose(1, 2)),
+    "view and back": lambda m, x: viewed(m, m.linear(x.movedim(1, -1).flatten(1, 2))),
+    "pool": lambda m, x: m.bn(F.avg_pool2d(m.a(x), 2)),
+    "mean": lambda m, x: m.flat(m.a(x).mean((2, 3))),
+    "upsample": lambda m, x: m.bn(F.interpolate(m.a(x), scale_factor=2, mode="bilinear")),
+    "reflection": lambda m, x: m.bn(F.pad(m.a(x), (1, 2, 1, 0), mode="reflect")),
+    "half": lambda m, x: m.bn(m.a(x) * 0.5),
+    "quarter and third": lambda m, x: m.bn(m.a(x) / 4 * 3),
+    "norm, pool, linear": lambda m, x: m.linear(F.adaptive_avg_pool2d(m.bn(F.relu(m.a(x))), 1).flatten(1)),
+}  # fmt: skip
+NOT_PASSING: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "zeros": lambda m, x: m.bn(F.pad(m.a(x), (1, 0))),
+    "padded pool": lambda m, x: m.bn(F.avg_pool2d(m.a(x), 2, padding=1)),
+    "maximum": lambda m, x: m.bn(F.max_pool2d(m.a(x), 2)),
+    "other channels": lambda m, x: m.flat(m.linear(x.movedim(1, -1).flatten(1, 2)).view(x.shape[0], 4, -1)),
+    "pool, padded layer": lambda m, x: m.padded(F.avg_pool2d(m.bn(F.relu(x)), 2)),
+}  # fmt: skip
+
+
+def between(run: Callable[[Any, Tensor], Tensor]) -> nn.Module:
+    layers = {"a": conv(), "bn": nn.BatchNorm2d(4), "flat": nn.BatchNorm1d(4), "linear": nn.Linear(4, 4)}
+    return Net(run, **layers, padded=conv(k=3, padding=1))
+
+
+@pytest.mark.parametrize("name", PASSING)
+def test_factors_and_offsets_of_channels_pass_what_only_averages_or_moves(name: str) -> None:
+    chains, _, found = planned(between(PASSING[name]))
+    assert len(chains) == 1
+    assert found.total_after.multiply_adds < found.total.multiply_adds
+    assert all(one.exact is Exact.EVERY_SIZE for one in found.fusions)
+
+
+@pytest.mark.parametrize("name", NOT_PASSING)
+def test_factors_and_offsets_do_not_pass_what_makes_positions_of_nothing(name: str) -> None:
+    assert planned(between(NOT_PASSING[name]))[0] == []
+
+
+def test_a_sum_with_its_own_input_in_the_models_code() -> None:
+    net = Net(
+        lambda m, x: m.bn(m.n(m.a(x)) + m.b(x) + x) + m.c(x) + x + m.d(x),
+        **{name: conv(k=3, padding=1, groups=4) for name in "abcd"},
+        n=nn.BatchNorm2d(4),
+        bn=nn.BatchNorm2d(4),
+    )
+    chains, _, found = planned(net)
+    assert chains == ["(((a → n) + b + identity()) → bn) + (identity() → scale(-1.0))", "c + d"]
+    assert found.total_after.multiply_adds < found.total.multiply_adds / 2
+
+
+def test_parts_of_what_the_models_code_cannot_do_without_are_tried() -> None:
+    """The end of ArcFace's networks; code that counts on the channels between two of the layers."""
+    net = Net(
+        lambda m, x: m.last(m.fc(m.bn(m.a(x)).view(x.shape[0], 5 * 8 * 6))),
+        a=conv(4, 5, 2),
+        bn=nn.BatchNorm2d(5),
+        fc=nn.Linear(5 * 8 * 6, 6),
+        last=nn.BatchNorm1d(6),
+    )
+    assert planned(net)[0] == ["a → bn", "fc → last"]
 
 
 # --- how far a run is followed

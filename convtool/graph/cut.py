@@ -3,54 +3,88 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, RefusedError
-from convtool.graph.flow import Flow, LeftAlone, find_stretches
+from convtool.graph.flow import Flow, LeftAlone, find_stretches, taken_off, takes_off
 from convtool.graph.judge import Exact, Judge, Merge
+from convtool.kinds.written import read_layer, undoing
 
 Price: TypeAlias = tuple[float, ...]  # compared from the first number on, and added number by number
 
 
-def cut(flow: Flow, judge: Judge, *, fixed_size: bool, cheaper: bool) -> tuple[list[Merge], list[LeftAlone]]:
+MOST_BRANCHES = 6  # of a sum all of whose parts are tried
+
+
+def cut(
+    flow: Flow, judge: Judge, *, fixed_size: bool, cheaper: bool, refused: Mapping[Tree[LayerRef], str] | None = None
+) -> tuple[list[Merge], list[LeftAlone]]:
     """Return what to make one layer of in a run, in order; and what stays apart though nothing is in between, and why.
 
     Args:
         fixed_size: also take what is exact for inputs of the run's size only.
         cheaper: cut so that it takes the least work; otherwise into the fewest layers.
+        refused: what can't be one layer, with the reason, besides what is seen to here.
     """
     trees, left_alone = find_stretches(flow)
-    cutter = _Cutter(judge, fixed_size, cheaper)
+    cutter = _Cutter(judge, fixed_size, cheaper, refused or {})
     merges = [merge for tree in trees for merge in cutter.cut(tree)[1]]
     return merges, left_alone + cutter.left_alone
 
 
 class _Cutter:
-    def __init__(self, judge: Judge, fixed_size: bool, cheaper: bool) -> None:
-        self.judge, self.fixed_size, self.cheaper = judge, fixed_size, cheaper
+    def __init__(self, judge: Judge, fixed_size: bool, cheaper: bool, refused: Mapping[Tree[LayerRef], str]) -> None:
+        self.judge, self.fixed_size, self.cheaper, self.refused = judge, fixed_size, cheaper, refused
         self.left_alone: list[LeftAlone] = []
 
     def cut(self, tree: Tree[LayerRef]) -> tuple[Price, list[Merge]]:
         """Return the price of the cheapest way to run a tree, and what of it is merged for that."""
         if isinstance(tree, Sum):
-            return self._cut_sum(tree)
+            return self._cut_less_input(tree) if takes_off(tree) else self._cut_sum(tree)
         if isinstance(tree, Chain):
             return self._cut_chain(tree.parts)
         return (0.0, 0.0) if tree.written else self._price(self.judge.price(tree.name)), []
 
     def _cut_sum(self, tree: Sum[LayerRef]) -> tuple[Price, list[Merge]]:
         apart = [self.cut(part) for part in tree.parts]
-        price = tuple(map(sum, zip(*(each for each, _ in apart), strict=True)))
-        try:
-            whole = self._merge(tree)
-            if not self.cheaper or self._price(_work(whole)) <= price:
-                return self._price(_work(whole)), [whole]
-        except ConvtoolError:
-            pass
-        self._leave(tree)
-        return price, [merge for _, merges in apart for merge in merges]
+        price, merges = _total(apart)
+        best: tuple[Price, list[Merge]] = price, merges
+        count = len(tree.parts)
+        for some in itertools.combinations(range(count), count) if count > MOST_BRANCHES else _parts_of(count):
+            try:
+                whole = self._merge(Sum(tuple(tree.parts[number] for number in some)))
+            except ConvtoolError:
+                continue
+            others = [apart[number] for number in range(count) if number not in some]
+            price, merges = _total([(self._price(_work(whole)), [whole]), *others])
+            if price < best[0]:
+                best = price, merges
+        if not any(isinstance(merge.tree, Sum) and len(merge.tree.parts) == count for merge in best[1]):
+            self._leave(tree)
+        return best
+
+    def _cut_less_input(self, tree: Sum[LayerRef]) -> tuple[Price, list[Merge]]:
+        """Cut what follows a sum to which the model's code adds what the branches read."""
+        count, (chain, *_) = takes_off(tree), tree.parts
+        assert isinstance(chain, Chain)
+        first, *others = chain.parts
+        assert isinstance(first, Sum)
+        branches = first.parts[:-count]
+        alone = branches[0] if len(branches) == 1 else Sum(branches)
+        best = _total([self.cut(alone), self._cut_chain(others)])
+        for stop in range(1, len(others) + 1):
+            try:
+                whole = self._merge(taken_off(self._chain([first, *others[:stop]]), count))
+            except ConvtoolError:
+                continue
+            rest = [self._cut_chain(others[stop:])] if others[stop:] else []
+            price, merges = _total([(self._price(_work(whole)), [whole]), *rest])
+            best = (price, merges) if price < best[0] else best
+        if not any(takes_off(merge.tree) for merge in best[1]):
+            self._leave(tree)
+        return best
 
     def _cut_chain(self, parts: Sequence[Tree[LayerRef]]) -> tuple[Price, list[Merge]]:
         alone = [self.cut(part) for part in parts]
@@ -63,7 +97,7 @@ class _Cutter:
             if _is_written(parts[start]) or _is_written(parts[stop - 1]):
                 return None
             try:
-                merge = found[start, stop] = self._merge(Chain(tuple(parts[start:stop])))
+                merge = found[start, stop] = self._merge(self._chain(parts[start:stop]))
             except ConvtoolError:
                 return None
             return self._price(_work(merge))
@@ -75,11 +109,28 @@ class _Cutter:
             self._leave(Chain(tuple(parts[start:stop])))
         return total, [merge for cut in cuts for merge in ([found[cut]] if cut in found else alone[cut[0]][1])]
 
+    def _chain(self, parts: Sequence[Tree[LayerRef]]) -> Tree[LayerRef]:
+        """Return parts as a chain that a layer can stand for while the model's code does what it did.
+
+        Raises:
+            RefusedError: of what is in the code between them, something can't be undone.
+        """
+        added: list[Tree[LayerRef]] = []
+        for part in parts if self.cheaper else ():
+            layer = read_layer(part.name) if isinstance(part, LayerRef) and part.written else None
+            if layer is not None and layer.kind.code == "model":
+                if layer.kind.undone_by(layer.fields) is None:
+                    raise RefusedError(f"{layer.name} between them is in the model's own code, which goes on to do it")
+                added.insert(0, LayerRef(undoing(layer.name).name))
+        return Chain((*parts, *added))
+
     def _merge(self, tree: Tree[LayerRef]) -> Merge:
         """Return the tree as one layer; an error says why it cannot be one."""
         for name in (leaf.name for leaf in leaves(tree) if not leaf.written):
             if set(name) & set("{}*?!@:()[]"):
                 raise RefusedError(f"{name!r} has a sign in it that means something else in recipes")
+        if tree in self.refused:
+            raise RefusedError(self.refused[tree])
         merge = self.judge.merge(tree)
         if merge.exact is Exact.THIS_SIZE and not self.fixed_size:
             raise RefusedError("it would be exact for this input size only (--fixed-size takes it)")
@@ -88,7 +139,7 @@ class _Cutter:
     def _leave(self, tree: Tree[LayerRef]) -> None:
         """Say why a tree isn't one layer."""
         try:
-            merge = self._merge(tree)
+            merge = self._merge(self._chain(tree.parts) if isinstance(tree, Chain) else tree)
             before, after = f"{merge.before.multiply_adds} multiply-adds", f"{merge.after.multiply_adds}"
             if merge.seconds is not None:
                 before, after = (f"{seconds * 1e3:.3g} ms" for seconds in merge.seconds)
@@ -104,6 +155,16 @@ class _Cutter:
 
 def _work(merge: Merge) -> float:
     return float(merge.after.multiply_adds) if merge.seconds is None else merge.seconds[1]
+
+
+def _parts_of(count: int) -> Iterator[tuple[int, ...]]:
+    """Yield the choices of two or more among so many, the largest first."""
+    return itertools.chain.from_iterable(itertools.combinations(range(count), size) for size in range(count, 1, -1))
+
+
+def _total(found: Sequence[tuple[Price, list[Merge]]]) -> tuple[Price, list[Merge]]:
+    prices = tuple(map(sum, zip(*(price for price, _ in found), strict=True)))
+    return prices, [merge for _, merges in found for merge in merges]
 
 
 def _is_written(part: Tree[LayerRef]) -> bool:

@@ -7,8 +7,8 @@ member. So one layer can stand for all of them, or for any part that is next to 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves
 from convtool.kinds.kind import Layer
@@ -25,6 +25,9 @@ class Step:
         axes: of a layer: the spatial axes that it runs over, behind the channels at axis 1; 0 where the channels are
             the last axis.
         adds: whether it adds up values of one shape.
+        moves: of an operation that factors and offsets of channels can as well follow as precede: for each axis that
+            the channels may be on before it, the one that they are on behind it.
+        about: what it is, for messages.
     """
 
     reads: tuple[int, ...] = ()
@@ -32,6 +35,8 @@ class Step:
     layer: Layer | None = None
     axes: int = 0
     adds: bool = False
+    moves: Mapping[int, int] = field(default_factory=dict)
+    about: str = ""
 
     @property
     def written(self) -> bool:
@@ -83,6 +88,19 @@ class LeftAlone:
         return cls(tuple(leaf.name for leaf in leaves(tree) if not leaf.written), reason)
 
 
+def taken_off(tree: Tree[LayerRef], count: int) -> Sum[LayerRef]:
+    """Return a tree less what it reads, so many times: the model's code goes on to add that to what takes its place."""
+    return Sum((tree, Chain((LayerRef("identity()"), LayerRef(f"scale({-count}.0)")))))
+
+
+def takes_off(tree: Tree[LayerRef]) -> int:
+    """Return how often `taken_off` took off what a tree reads; 0 where it didn't."""
+    added = tree.parts[0] if isinstance(tree, Sum) else None
+    inner = added.parts[0] if isinstance(added, Chain) else None
+    count = inner.parts.count(LayerRef("identity()")) if isinstance(inner, Sum) else 0
+    return count if count and added is not None and tree == taken_off(added, count) else 0
+
+
 @dataclass(slots=True)
 class _Stretch:
     """A stretch while it grows.
@@ -92,6 +110,10 @@ class _Stretch:
         parts: its members, one after the other.
         first_axes, axes: spatial axes of the values that it reads and gives.
         flat: whether the last member reshapes, so that only what runs over the last axis can follow.
+        channels: the axis that the channels are on.
+        moved: whether there is an operation in it that factors and offsets of channels alone can pass.
+        only_scales: whether all of its members are such.
+        bare: how often the value that it reads is added to its own, by the model's code.
     """
 
     source: int
@@ -99,6 +121,33 @@ class _Stretch:
     first_axes: int
     axes: int
     flat: bool = False
+    channels: int = 1
+    moved: bool = False
+    only_scales: bool = False
+    bare: int = 0
+
+    def tree(self) -> Tree[LayerRef] | None:
+        """Return it as a tree; None where there is nothing in it that could be one layer."""
+        parts = self.parts[:-1] if self.flat else list(self.parts)
+        if self.bare and len(parts) == 1 and isinstance(parts[0], Sum):  # nothing follows: the code's sum stays a sum
+            branches = parts[0].parts[: -self.bare]
+            return Sum(branches) if len(branches) > 1 else branches[0]
+        whole = parts[0] if len(parts) == 1 else Chain(tuple(parts))
+        if not self.bare:
+            return whole
+        return taken_off(whole, self.bare)
+
+
+def _sum_of(branches: Sequence[_Stretch], bare: int) -> _Stretch:
+    """Return the stretch of branches that are added up, and of the value that they read, so many times."""
+    first = branches[0]
+    parts: list[Tree[LayerRef]] = []
+    for branch in branches:
+        inner = branch.parts[0]
+        parts += inner.parts if len(branch.parts) == 1 and isinstance(inner, Sum) else [Chain(tuple(branch.parts))]
+    added = [*parts, *[LayerRef("identity()")] * bare]
+    whole: list[Tree[LayerRef]] = [Sum(tuple(added))] if len(added) > 1 else parts
+    return _Stretch(first.source, whole, first.first_axes, first.axes, channels=first.channels, bare=bare)
 
 
 def find_stretches(flow: Flow) -> tuple[list[Tree[LayerRef]], list[LeftAlone]]:
@@ -107,7 +156,9 @@ def find_stretches(flow: Flow) -> tuple[list[Tree[LayerRef]], list[LeftAlone]]:
     for number, step in enumerate(flow.steps):
         if step.adds:
             finder.add(number, step)
-        elif step.layer is not None:
+        elif step.layer is None or (step.written and finder.has_moved(step)):
+            finder.move(number, step)
+        else:
             finder.join(number, step, step.layer)
     return finder.trees(), finder.left_alone
 
@@ -119,12 +170,20 @@ class _Finder:
         self.readers = Counter(number for step in flow.steps for number in step.reads)
         self.readers.update(flow.outputs)
         self.growing: dict[int, _Stretch] = {}  # by the step whose value they end with
+        self.sums: dict[int, list[tuple[int, _Stretch | None]]] = {}  # the values that are added up, and their branches
+        self.whole: set[int] = set()  # the sums that are one stretch
         self.left_alone: list[LeftAlone] = []
 
     def trees(self) -> list[Tree[LayerRef]]:
         """Return the stretches; of one that ends with a reshaping, all but that."""
-        parts = [one.parts[:-1] if one.flat else one.parts for one in self.growing.values()]
-        return [each[0] if len(each) == 1 else Chain(tuple(each)) for each in parts]
+        apart = (self._alike(addends) for number, addends in self.sums.items() if number not in self.whole)
+        ended = [_sum_of(branches, 0) for alike in apart for branches in alike.values()]
+        made = (one.tree() for one in (*self.growing.values(), *ended))
+        return sorted((tree for tree in made if tree is not None), key=self._first_run)
+
+    def _first_run(self, tree: Tree[LayerRef]) -> int:
+        names = {leaf.name for leaf in leaves(tree)}
+        return next(n for n, step in enumerate(self.flow.steps) if step.layer is not None and step.layer.name in names)
 
     def join(self, number: int, step: Step, layer: Layer) -> None:
         """Let a layer go on with the stretch that ends with what it reads, or begin one."""
@@ -132,30 +191,87 @@ class _Finder:
         before = None if barred else self._ended_by(value)
         if before is not None and kind.neutral:  # what changes nothing isn't worth a place in the tree
             self.growing[number] = self.growing.pop(value)
-        elif before is not None and before.axes == step.axes and (kind.channels_last or not before.flat):
+        elif before is not None and self._follows(before, step, layer):
             before.parts.append(LayerRef(layer.name))
-            before.axes, before.flat = len(step.shape) - 2 if kind.reshapes else step.axes, kind.reshapes
+            before.only_scales &= kind.per_channel
+            if not before.moved and not (step.written and kind.per_channel):
+                before.flat = kind.reshapes
+                before.axes = len(step.shape) - 2 if kind.reshapes else step.axes
+                before.channels = self._channels(step)
             self.growing[number] = self.growing.pop(value)
         elif not step.written:
             self._note(value, layer.name)
             if not barred:
-                self.growing[number] = _Stretch(value, [LayerRef(layer.name)], step.axes, step.axes)
+                self.growing[number] = self._begun(value, step, layer)
+
+    def _begun(self, value: int, step: Step, layer: Layer) -> _Stretch:
+        scales = layer.kind.per_channel
+        return _Stretch(
+            value,
+            [LayerRef(layer.name)],
+            step.axes,
+            step.axes,
+            channels=self._channels(step),
+            only_scales=scales,
+        )
+
+    @staticmethod
+    def _channels(step: Step) -> int:
+        return 1 if step.axes else len(step.shape) - 1
+
+    def _follows(self, before: _Stretch, step: Step, layer: Layer) -> bool:
+        """Return whether a layer can be a member of the stretch that ends with the value that it reads."""
+        if before.moved:
+            fits = self._channels(step) == before.channels and not step.written
+            return fits and (layer.kind.per_channel or before.only_scales)
+        anywhere = step.written and layer.kind.per_channel  # one factor for all channels, whatever axis these are on
+        return (anywhere or before.axes == step.axes) and (layer.kind.channels_last or anywhere or not before.flat)
+
+    def has_moved(self, step: Step) -> bool:
+        """Return whether what a step reads is a stretch that only factors and offsets can go on with."""
+        before = self.growing.get(step.reads[0])
+        return before is not None and before.moved
+
+    def move(self, number: int, step: Step) -> None:
+        """Let a stretch go on behind an operation that factors and offsets of channels can pass."""
+        before = self._ended_by(step.reads[0]) if step.moves else None
+        if before is not None and not before.flat and before.channels in step.moves:
+            before.channels, before.moved = step.moves[before.channels], True
+            self.growing[number] = self.growing.pop(step.reads[0])
 
     def add(self, number: int, step: Step) -> None:
-        """Make one stretch of the branches that are added up, if these read one value and nothing else is added."""
-        ended = [self._ended_by(value) for value in step.reads]
-        branches = [branch for branch in ended if branch is not None and not branch.flat]
-        alike = {(self._origin(branch.source), branch.first_axes, branch.axes) for branch in branches}
-        if len(branches) < len(step.reads) or len(alike) > 1:
-            return
-        parts: list[Tree[LayerRef]] = []
+        """Make one stretch of the branches that are added up, if these read one value.
+
+        Nothing else may be added but that value itself; else what of the branches is alike is one stretch, that ends.
+        """
+        addends: list[tuple[int, _Stretch | None]] = []
         for value in step.reads:
-            branch = self.growing.pop(value)
-            inner = branch.parts[0]
-            # a + b + c is one sum
-            parts += inner.parts if len(branch.parts) == 1 and isinstance(inner, Sum) else [Chain(tuple(branch.parts))]
-        first = branches[0]
-        self.growing[number] = _Stretch(first.source, [Sum(tuple(parts))], first.first_axes, first.axes)
+            if value in self.sums and self.readers[value] == 1:  # (a + b) + c is one sum
+                self.growing.pop(value, None)
+                addends += self.sums.pop(value)
+            else:
+                branch = self._branch(value)
+                addends.append((value, None if branch is None else self.growing.pop(value)))
+        self.sums[number] = addends
+        alike = self._alike(addends)
+        bare = [value for value, branch in addends if branch is None]
+        if len(alike) == 1:
+            (((origin, _, _), branches),) = alike.items()
+            if all(self._origin(value) == origin for value in bare):
+                self.growing[number] = _sum_of(branches, len(bare))
+                self.whole.add(number)
+
+    def _alike(self, addends: Sequence[tuple[int, _Stretch | None]]) -> dict[tuple[int, int, int], list[_Stretch]]:
+        """Return the branches by what they read and over how many axes they run."""
+        found: dict[tuple[int, int, int], list[_Stretch]] = {}
+        for _, branch in addends:
+            if branch is not None:
+                found.setdefault((self._origin(branch.source), branch.first_axes, branch.axes), []).append(branch)
+        return found
+
+    def _branch(self, value: int) -> _Stretch | None:
+        branch = self._ended_by(value)
+        return None if branch is None or branch.flat or branch.moved or branch.bare else branch
 
     def _ended_by(self, value: int) -> _Stretch | None:
         """Return the stretch that ends with a value, where that is read once only."""

@@ -7,9 +7,11 @@ stand-ins of one channel, all of whose numbers are ones, by the code that fuses 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import Enum
+from functools import reduce
 
 import torch
 
@@ -119,7 +121,10 @@ class Judge:
         main = next((layer for layer in layers if layer.kind.main), None)
         if main is None:
             raise RefusedError("there is no convolution or linear layer among them that could take the others in")
-        step = self.calls[layers[0].name][0]
+        # What only scales and shifts channels may stand where feature maps are of another size or shape.
+        ours = [layer for layer in layers if layer.tensors]
+        sized = next((layer for layer in ours if not layer.kind.per_channel), ours[0])
+        step = self.calls[sized.name][0]
         channels, size, positions = self._input(step)
         apart = self._lowered(tree, step.axes, channels)
         convs: Expression = map_leaves(lambda leaf: leaf.conv, apart)
@@ -134,7 +139,8 @@ class Judge:
         seconds = None
         if self.watch is not None:
             seconds = self._seconds(apart, size, positions), self.watch.seconds(UNKNOWN, fused, size, positions)
-        before, after = _cost(convs, size, positions), _cost(fused, size, positions)
+        before = reduce(operator.add, (self._cost(*self.calls[layer.name]) for layer in ours))
+        after = _cost(fused, size, positions)
         return Merge(main.name, tree, exact, (channels, *size), before, after, seconds, fused)
 
     def price(self, name: str) -> float:

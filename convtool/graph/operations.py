@@ -10,6 +10,7 @@ from typing import Any
 
 from convtool.errors import UsageError
 from convtool.graph.flow import Flow, Step
+from convtool.graph.passing import moved_axes
 from convtool.kinds.kind import Layer
 from convtool.kinds.written import layer_of_operation
 
@@ -23,6 +24,9 @@ VIEWS_OF_CONSTANTS = frozenset(
         *("to.dtype_layout", "to.device", "to.other", "t.default", "flatten.using_ints", "contiguous.default"),
     )
 )
+# Operations that read of this argument its shape or dtype alone.
+OF_SHAPE = {f"aten.{name}.default": "other" for name in ("reshape_as", "view_as", "expand_as", "type_as")}
+OF_SHAPE["aten.to.other"] = "other"
 _OUTSIDE = -1  # whoever reads the values that leave the run
 
 
@@ -163,7 +167,10 @@ class _Reader:
         if stacked is not None:
             reads = self.operations[stacked].reads
         adds = stacked is not None or self._adds(operation, reads)
-        return Step(tuple(self.number[value] for value in reads), operation.shape, adds=adds)
+        steps = tuple(self.number[value] for value in reads)
+        before = self.operations[reads[0]].shape if len(reads) == 1 else ()
+        moves = moved_axes(operation.name, operation.arguments, before, operation.shape) if before else {}
+        return Step(steps, operation.shape, adds=adds, moves=moves, about=operation.name)
 
     def _is_view(self, operation: Operation) -> bool:
         """Return whether an operation gives nothing but the model's tensor that it reads, in some shape."""
@@ -174,7 +181,8 @@ class _Reader:
         about = (operation.name, operation.arguments, self.operations[operation.reads[0]].shape, operation.shape)
         if not operation.tensors:
             written = layer_of_operation(*about)
-            return None if written is None else self._layer_step(written, operation.reads, operation.shape)
+            step = None if written is None else self._layer_step(written, operation.reads, operation.shape)
+            return None if step is None else replace(step, moves=moved_axes(*about))
         layer = self.owners.get(operation.tensors[0])
         if layer is None or self._reads_others(layer, operation):
             return None

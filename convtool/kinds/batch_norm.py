@@ -33,6 +33,7 @@ class BatchNorm(Kind):
     defaults = {"eps": 1e-5}
     usual_axes = 2
     spare = True
+    per_channel = True
     modules = tuple(
         f"torch.nn.modules.batchnorm.{name}" for name in ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm")
     )

@@ -117,6 +117,7 @@ class Kind:
             flat.
         inverse: the name of the kind that undoes it with the same arguments, if there is one.
         reshapes: whether it makes a feature map flat, or a flat one a feature map.
+        per_channel: whether it gives each channel a factor and an offset of its own, wherever that is in a feature map.
         parameter: whether its tensor is a parameter of the block that multiplies by it, which stays when it is gone.
         code: where a layer without tensors is in a model: in its code, in front of its input, or nowhere.
         neutral: whether it changes nothing, so that what stands before it and behind it is next to each other.
@@ -137,6 +138,7 @@ class Kind:
     inverse: ClassVar[str] = ""
     channels_last: ClassVar[bool] = False
     reshapes: ClassVar[bool] = False
+    per_channel: ClassVar[bool] = False
     parameter: ClassVar[bool] = False
     code: ClassVar[Literal["model", "input", "nowhere"]] = "model"
     neutral: ClassVar[bool] = False
@@ -259,6 +261,10 @@ class Kind:
         from convtool.core.bound import stored
 
         return stored(conv)
+
+    def undone_by(self, fields: Fields) -> Fields | None:
+        """Return the fields with which the kind `inverse` undoes this layer; None where nothing does."""
+        return fields if self.inverse else None
 
     # --- live modules, and operations of a run
 

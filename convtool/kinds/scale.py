@@ -29,7 +29,9 @@ class Scale(Kind):
     fields = {"factor": NUMBER}
     written = True
     parameter = True
-    operations = ("aten.mul.Tensor", "aten.mul_.Tensor")
+    per_channel = True
+    inverse = "scale"
+    operations = ("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")
 
     def recognises(self, tensors: Mapping[str, TensorInfo]) -> bool:
         return len(tensors) == 1 and all(name in self.tensors and _is_factor(info) for name, info in tensors.items())
@@ -57,7 +59,16 @@ class Scale(Kind):
         return axes if rank == axes + 2 or (axes == 0 and rank >= 2) else None
 
     def of_operation(self, name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Fields | None:
-        return {} if arguments.get("other") is None and takes == gives else None
+        other, divides = arguments.get("other"), "div" in name
+        if takes != gives or (divides and arguments.get("rounding_mode")):
+            return None
+        if other is None:  # by a tensor
+            return None if divides else {}
+        plain = isinstance(other, int | float) and not isinstance(other, bool) and math.isfinite(other) and other
+        return {"factor": 1.0 / other if divides else float(other)} if plain else None
+
+    def undone_by(self, fields: Fields) -> Fields | None:
+        return {"factor": 1.0 / fields["factor"]} if fields.get("factor") else None
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         import torch

@@ -69,7 +69,10 @@ def layer_of_operation(name: str, arguments: Mapping[str, Any], takes: Shape, gi
 def undoing(text: str) -> Layer:
     """Return the layer that undoes the one that the text describes: 'unflatten(2,3)' of 'flatten(2,3)'."""
     layer = read_layer(text)
-    return read_layer(layer.kind.inverse + text.removeprefix(layer.kind.name))
+    kind, fields = kind_named(layer.kind.inverse), layer.kind.undone_by(layer.fields)
+    if kind is None or fields is None:
+        raise RefusedError(f"{text}: no layer undoes it")
+    return Layer(_text(kind, fields), kind, {}, fields)
 
 
 def check_closed(text: str) -> None:

@@ -17,6 +17,7 @@ from convtool.core.conv import Conv
 from convtool.core.names import unwrap
 from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
+from convtool.kinds.written import read_layer, undoing
 from convtool.live.inside import difference, put_numbers, without_layer
 from convtool.live.layers import is_plain
 from convtool.live.modules import Zeros, live_module
@@ -299,12 +300,18 @@ def _done_by_the_model(tree: Tree[SourceLayer], in_front: bool | None = None) ->
     ours = any(source.origin == BASE and not source.written for source in sources)
     if in_front is None:
         in_front = len({source.name for source in first_ones}) == 1
+    done: list[str] = []
     for number, part in enumerate(() if isinstance(tree, SourceLayer) else tree.parts):
         first = in_front and (number == 0 or not isinstance(tree, Chain))
         if not isinstance(part, SourceLayer):
             yield from _done_by_the_model(part, first)
         elif isinstance(tree, Chain) and ours and part.written and (part.kind.code, first) in _CODE:
-            yield part.name
+            # What is undone further on in the chain was fused such that the model's code may go on to do it.
+            undone = bool(done) and done[-1] == part.name
+            done[-1:] = [] if undone else [*done[-1:], part.name]
+            if not undone and part.kind.undone_by(read_layer(part.name).fields) is not None:
+                done[-1] = undoing(part.name).name
+    yield from done
 
 
 def _silenced(

@@ -13,7 +13,7 @@ from torch import nn
 from convtool import __version__
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record, SourceLayer
-from convtool.core.tree import BASE, LayerRef, leaves, map_leaves
+from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves
 from convtool.errors import UsageError
 from convtool.fusing.fusion import check_ties, plan_layer
 from convtool.fusing.lowering import lower_tree
@@ -36,7 +36,7 @@ def plan(
     *,
     inputs: Sequence[Any] | None = None,
     fixed_size: bool = False,
-    only_if_cheaper: bool = False,
+    everything: bool = False,
     measure: bool = False,
     barred: Mapping[str, str] | None = None,
     is_biased: Callable[[str], bool] | None = None,
@@ -48,7 +48,7 @@ def plan(
         input_size: of the input, without the batch axis: (C, H, W) for images.
         inputs: the arguments of the model's forward in its place.
         fixed_size: also take what is exact for inputs of that size only.
-        only_if_cheaper: cut each chain so that it takes the fewest multiply-adds; otherwise into the fewest layers.
+        everything: cut each chain into the fewest layers; otherwise so that it takes the fewest multiply-adds.
         measure: so that it takes the least time on this machine.
         barred: layers to leave alone besides, with the reason.
         is_biased: whether a layer's bias has anything but zeros in it, for a model whose tensors don't hold it.
@@ -63,35 +63,32 @@ def plan(
     flow, recorded = trace(model, arguments)
     judge = Judge(flow, is_biased or partial(_is_biased, StateCheckpoint.of(model)), _watch(model) if measure else None)
     flow = replace(flow, apart={**judge.resized(), **flow.apart, **(barred or {})})
-    merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=only_if_cheaper or measure)
-    return _rehearsed(model, arguments, recorded, judge, merges, left_alone)
+    cheaper, refused = measure or not everything, dict[Tree[LayerRef], str]()
+    while True:  # what the model's code can't do without is cut again, as parts of it may be one layer
+        merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=cheaper, refused=refused)
+        wrong = _rehearsed(model, arguments, recorded, judge, merges)
+        if not wrong:
+            return _planned(model, judge, merges, left_alone)
+        refused |= {merges[number].tree: reason for number, reason in wrong.items()}
 
 
 def _rehearsed(
-    model: nn.Module,
-    inputs: Sequence[Any],
-    recorded: Recorded,
-    judge: Judge,
-    merges: Sequence[Merge],
-    left_alone: Sequence[LeftAlone],
-) -> Plan:
-    """Return the plan of all merges with which the model's code does what it did."""
+    model: nn.Module, inputs: Sequence[Any], recorded: Recorded, judge: Judge, merges: Sequence[Merge]
+) -> dict[int, str]:
+    """Return the merges with which the model's code doesn't do what it did, by their number, with the reason."""
 
     def source(leaf: LayerRef) -> SourceLayer:
         layer = judge.layer(leaf.name)
         return SourceLayer(leaf.name, layer.kind, layer.fields if layer.tensors else {})
 
     put = [(one.name, map_leaves(source, one.tree), one.fused) for one in merges]
-    wrong = failures(model, inputs, recorded, put)
-    kept = tuple(one for number, one in enumerate(merges) if number not in wrong)
-    used = {leaf.name: judge.layer(leaf.name).fields for one in kept for leaf in leaves(one.tree) if not leaf.written}
-    return Plan(
-        kept,
-        (*left_alone, *(LeftAlone.of(merges[number].tree, reason) for number, reason in wrong.items())),
-        {name: used[name] for name, _ in model.named_modules() if used.get(name)},
-        judge.total(),
-        judge.flow.remarks,
-    )
+    return failures(model, inputs, recorded, put)
+
+
+def _planned(model: nn.Module, judge: Judge, merges: Sequence[Merge], left_alone: Sequence[LeftAlone]) -> Plan:
+    used = {leaf.name: judge.layer(leaf.name).fields for one in merges for leaf in leaves(one.tree) if not leaf.written}
+    fields = {name: used[name] for name, _ in model.named_modules() if used.get(name)}
+    return Plan(tuple(merges), tuple(left_alone), fields, judge.total(), judge.flow.remarks)
 
 
 def layer_runs(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[LayerRun]]:
@@ -122,7 +119,7 @@ def fuse_model(
     *,
     inputs: Sequence[Any] | None = None,
     fixed_size: bool = False,
-    only_if_cheaper: bool = False,
+    everything: bool = False,
     measure: bool = False,
     planned: Plan | None = None,
 ) -> nn.Module:
@@ -136,7 +133,7 @@ def fuse_model(
         as `plan` does; InputError where a fused layer isn't finite. Where anything fails the model is left as it was.
     """
     found = planned or plan(
-        model, input_size, inputs=inputs, fixed_size=fixed_size, only_if_cheaper=only_if_cheaper, measure=measure
+        model, input_size, inputs=inputs, fixed_size=fixed_size, everything=everything, measure=measure
     )
     base = StateCheckpoint.of(model)
     sources = FieldSources((found.geometry,))

@@ -25,7 +25,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convtool.graph.operations import INPUT, Operation, Run
+from convtool.graph.operations import INPUT, OF_SHAPE, Operation, Run
 from convtool.live.untouched import Guard, Kept
 
 # Operations that hand a tensor's numbers to Python, which may go another way for others.
@@ -41,6 +41,7 @@ _LIKE = {
         *("new_zeros", "new_ones", "new_full", "new_empty"),
     )
 }
+_NUMBERS = frozenset({torch.float64, torch.float32, torch.int64})
 _CONSTANT = -1  # the number of what nothing of the run's input goes into
 
 
@@ -163,11 +164,11 @@ class _Recorder(
         if name in _LIKE and isinstance(given["self"], FakeTensor):
             given["self"] = _stand_in(given["self"])
             args = (given["self"], *args[1:])
-        read = _tensors(given)
+        read = _tensors({key: value for key, value in given.items() if key != OF_SHAPE.get(name)})
         reads = tuple(number for value in read if (number := self.number(value)) != _CONSTANT)
         if name in _DECIDING and reads:
             raise DecidedByValuesError
-        if reads or any(isinstance(value, FakeTensor) for value in read):
+        if reads or any(isinstance(value, FakeTensor) for value in _tensors(given)):
             out = func(*args, **(kwargs or {}))
         else:
             with unset_fake_temporarily(), self.guard:
@@ -196,7 +197,7 @@ class _Recorder(
             for key, value in given.items()
             if isinstance(value, Tensor) and _memory(value) in self.tensors and self.number(value) == _CONSTANT
         }
-        arguments = pytree.tree_map_only(Tensor, lambda _: None, dict(given))
+        arguments = pytree.tree_map_only(Tensor, self._argument, dict(given))
         layer = next((call for call in self.calls if call[0] in self.layers), ("", 0))
         shape = tuple(made[0].shape) if made else ()
         operation = Operation(str(func), reads, shape, tensors, arguments, layer, operands, tuple(self.calls))
@@ -205,6 +206,18 @@ class _Recorder(
             written = [value for one in writes for value in _tensors(given.get(one))]
             self.changed |= {_memory(value): number for value in written}
             self.constants += [value for value in written if not isinstance(value, FakeTensor)]
+
+    def _argument(self, value: Tensor) -> int | float | None:
+        """Return a number that Python made a tensor of; None for every other tensor."""
+        if (
+            value.dim()
+            or isinstance(value, FakeTensor)
+            or self._model_tensors(value)
+            or self.number(value) != _CONSTANT
+        ):
+            return None
+        with unset_fake_temporarily():
+            return value.item() if value.dtype in _NUMBERS and not value.is_meta else None
 
     def _model_tensors(self, value: Tensor) -> tuple[str, ...]:
         """Return the model's tensor that a value is, or those that it is computed of."""

@@ -532,7 +532,11 @@ def test_mistakes_in_normalisation(words: list[str], message: str, tmp_path: Pat
 # --- cost
 
 
-def test_what_it_costs_is_counted_and_what_gets_slower_is_said(tmp_path: Path) -> None:
+def test_what_it_costs_is_counted_and_what_gets_slower_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from convtool.cli.app import run_app
+
     model = chain(a=nn.Conv2d(4, 2, (3, 2)), b=nn.Conv2d(2, 6, 3), head=nn.Linear(3, 3))
     fusion, before, after = fused(model, ["a", "b"], tmp_path, "--input-size", "9,8")
     apart, together = 2 * 4 * 6 * (7 * 7) + 6 * 2 * 9 * (5 * 5), 6 * 4 * (5 * 4) * (5 * 5)
@@ -540,26 +544,8 @@ def test_what_it_costs_is_counted_and_what_gets_slower_is_said(tmp_path: Path) -
     assert fusion["parameters"] == {"before": 48 + 2 + 108 + 6, "after": 6 * 4 * 20 + 6}
     (per_position,) = done("fuse", before, "a", "b", "-o", after, "--force")["fusions"]
     assert per_position["multiply_adds"] == {"before": 48 + 108, "after": 480, "per": "input position"}
-    code, message = error("fuse", before, "a", "b", "-o", tmp_path / "out.pt", "--only-if-cheaper")
-    assert (code, message) == (4, "nothing is cheaper fused: a → b: fused it takes 3.08 times the multiply-adds")
-    assert not (tmp_path / "out.pt").exists()
-
-
-def test_only_what_is_cheaper(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    recipe = tmp_path / "r.toml"
-    recipe.write_text('fuse = [{ name = "{p}.a", chain = ["{p}.a", "{p}.b"] }]')
-    wide = chain(a=nn.Conv2d(4, 32, 3), b=nn.Conv2d(32, 4, 1))
-    narrow = chain(a=nn.Conv2d(4, 2, 3), b=nn.Conv2d(2, 4, 3))
-    path = save(filled(nn.ModuleDict({"wide": wide, "narrow": narrow})), tmp_path / "net.safetensors")
-    words = ["fuse", path, "--recipe", recipe, "-o", tmp_path / "out.safetensors"]
-    both = done(*words)
-    assert [fusion["name"] for fusion in both["fusions"]] == ["narrow.a", "wide.a"]
-    assert both["left_alone"] == []
-    one = done(*words, "--only-if-cheaper", "--force")
-    assert [fusion["name"] for fusion in one["fusions"]] == ["wide.a"]
-    assert one["left_alone"] == ["left alone: narrow.a → narrow.b: fused it takes 2.78 times the multiply-adds"]
-    left = load(tmp_path / "out.safetensors")
-    assert torch.equal(left["narrow.b.weight"], load(path)["narrow.b.weight"])
+    assert run_app(["fuse", str(before), "a", "b", "-o", str(tmp_path / "out.pt")]) == 0
+    assert "slower: a → b: fused it takes 3.08 times the multiply-adds" in capsys.readouterr().err
 
 
 # --- shared layers and tied tensors
@@ -865,7 +851,7 @@ def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixtur
 
     blocks = {str(n): chain(conv=nn.Conv2d(4, 4, 3), bn=nn.BatchNorm2d(4)) for n in range(5)}
     path = save(filled(nn.ModuleDict({**blocks, "up": chain(bn=nn.BatchNorm2d(3))})), tmp_path / "net.pt")
-    recipe = ["--recipe", "conv-bn-torchvision", "--only-if-cheaper"]
+    recipe = ["--recipe", "conv-bn-torchvision"]
     assert run_app(["fuse", str(path), *recipe, "-o", str(tmp_path / "out.pt")]) == 0
     shown = capsys.readouterr()
     assert shown.err == ""

@@ -406,7 +406,7 @@ def test_a_fusion_that_is_exact_for_one_size_goes_through_the_recipe(tmp_path: P
     options = ("--model", spec, "--input-size", "2,8,9")
     assert done("plan", checkpoint, *options, "-o", recipe)["out"] is None
     assert not recipe.exists()
-    plan = done("plan", checkpoint, *options, "--fixed-size", "-o", recipe)
+    plan = done("plan", checkpoint, *options, "--fixed-size", "--everything", "-o", recipe)
     assert plan["fusions"][0]["exact"] == "at this input size"
     fused = done("fuse", checkpoint, "--recipe", recipe, "-o", out)
     assert fused["fusions"][0]["input_size"] == [8, 9]

@@ -68,7 +68,7 @@ class Wanted:
     auto: bool = flag("Fuse what `convtool plan` finds; with --model, and --input-size of its input.")
     fixed_size: bool = shared.fixed_size()
     measure: bool = shared.measure()
-    only_if_cheaper: bool = flag("Leave alone what would take more multiply-adds fused.")
+    everything: bool = shared.everything()
 
     @property
     def chain(self) -> list[str]:
@@ -91,8 +91,9 @@ class Wanted:
             self._check_auto(model)
         if self.recipe is not None and (chain or self.name):
             raise UsageError("--recipe names the layers; LAYERs, --name and --normalize don't go with it")
-        if (self.fixed_size or self.measure) and not self.auto:
-            raise UsageError(f"{'--fixed-size' if self.fixed_size else '--measure'}: goes with --auto")
+        for name in ("fixed_size", "measure", "everything"):
+            if getattr(self, name) and not self.auto:
+                raise UsageError(f"--{name.replace('_', '-')}: goes with --auto")
         for name in ("strength", "leave"):
             if getattr(self, name) and self.recipe is None and not adapts:
                 raise UsageError(f"--{name}: goes with adapters given as --with NAME=FILE, alone or with a --recipe")
@@ -206,7 +207,6 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         reporter.note,
         input_size=size,
         surveyed=not wanted.layers,
-        only_if_cheaper=wanted.only_if_cheaper and not wanted.measure,
         allow_border=wanted.allow_border,
         bias_map=wanted.bias_map,
         dtype=options.dtype,

@@ -70,7 +70,7 @@ def plan_for(checkpoint: Checkpoint | None, spec: str, arguments: str | None, ho
     """Return the fusions of a model, by the names of the checkpoint and for what it holds, where there is one.
 
     Args:
-        how: options, with an input_size, fixed_size, only_if_cheaper and measure.
+        how: options, with an input_size, fixed_size, everything and measure.
 
     Raises:
         UsageError: no input size, a model that cannot be built or doesn't run on it, or of another checkpoint.
@@ -88,7 +88,7 @@ def plan_for(checkpoint: Checkpoint | None, spec: str, arguments: str | None, ho
             model,
             how.input_size,
             fixed_size=how.fixed_size,
-            only_if_cheaper=how.only_if_cheaper,
+            everything=how.everything,
             measure=how.measure,
             barred=None if found is None else found.unlike,
             is_biased=None if found is None else found.is_biased,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, Count, Sizes, fill
-from convtool.cli.options import Size, argument, flag, option
+from convtool.cli.options import Size, argument, option
 from convtool.cli.output import Reporter, emit, table
 from convtool.core.tree import LayerRef, Tree, leaves, map_leaves
 from convtool.errors import UsageError
@@ -24,7 +24,7 @@ convtool plan net.pt --model net.py:Net --model-args '{"width": 32}' --input-siz
 convtool fuse net.pt --recipe plan.toml -o fused.pt
 convtool plan net.pt --model net.py:Net --input-size 3,64,64 -o - | convtool fuse net.pt --recipe - -o fused.pt
 # a folder as Hugging Face lays it out
-convtool plan folder/model.safetensors --model folder --input-size 3,224,224 --only-if-cheaper
+convtool plan folder/model.safetensors --model folder --input-size 3,224,224 --everything
 """
 
 
@@ -42,7 +42,7 @@ class Options:
     input_size: Size | None = option("C,H,W", "Size of the model's input, the channels in front; without the batch.")
     out: Path | None = option("OUT", "Write the plan as a recipe (.toml; - for stdout).", "--out", "-o")
     fixed_size: bool = shared.fixed_size()
-    only_if_cheaper: bool = flag("Cut each chain so that it takes the fewest multiply-adds.")
+    everything: bool = shared.everything()
     measure: bool = shared.measure()
     root: str | None = shared.root()
     writing: shared.Writing

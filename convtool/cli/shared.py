@@ -38,6 +38,9 @@ dtype = partial(
     parse=parse_dtype,
 )
 fixed_size = partial(flag, "Also fuse what is exact for inputs of --input-size only.")
+everything = partial(
+    flag, "Also fuse what takes more multiply-adds then, and what the model's code has to be changed for."
+)
 measure = partial(flag, "Choose by the time that layers take on this machine, measured.")
 tensors_only = partial(
     flag, "Leave out all that isn't tensors: what lies beside the state dict, and entries of it that are none."

@@ -308,7 +308,7 @@ def _plan(options: Options, before: Checkpoint, reporter: Reporter) -> Plan:
     from convtool.cli.model import plan_for
 
     assert options.sources.model is not None  # as `Options.check` has it
-    how = SimpleNamespace(input_size=options.model_input, fixed_size=False, only_if_cheaper=False, measure=False)
+    how = SimpleNamespace(input_size=options.model_input, fixed_size=False, everything=True, measure=False)
     return plan_for(before, options.sources.model, options.sources.model_args, how, reporter)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from convtool.checkpoint import Checkpoint
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, tree_text
-from convtool.errors import RefusedError
 from convtool.fusing.fusion import PlannedLayer, assumptions, plan_layer
 from convtool.fusing.lowering import LoweredLayer, full_name, grouped, lower_tree, some_of
 from convtool.fusing.recipe import PlannedFusion
@@ -23,7 +22,6 @@ def plan_all(
     *,
     input_size: tuple[int, ...] | None,
     surveyed: bool,
-    only_if_cheaper: bool,
     **how: Any,
 ) -> tuple[list[PlannedLayer], list[str]]:
     """Return every fusion as a value, before anything is written; and what is left alone, in words.
@@ -34,11 +32,10 @@ def plan_all(
         note: is called with what was assumed, and what is left undone.
         input_size: of those fusions that haven't one of their own.
         surveyed: the whole checkpoint was looked through, so that what stays is worth saying.
-        only_if_cheaper: leave alone what takes more multiply-adds fused.
         how: allow_border, bias_map and dtype, as of `plan_layer`.
 
     Raises:
-        RefusedError, UsageError, InputError: as of `lower_tree` and `plan_layer`; or nothing is cheaper fused.
+        RefusedError, UsageError, InputError: as of `lower_tree` and `plan_layer`.
     """
     sizes = [one.input_size or input_size for one in fusions]
     trees = [lower_tree(checkpoints, one.tree, sources, size) for one, size in zip(fusions, sizes, strict=True)]
@@ -51,21 +48,9 @@ def plan_all(
         plan_layer(checkpoints[BASE], one.name, tree, input_size=size, **how)
         for one, tree, size in zip(fusions, trees, sizes, strict=True)
     ]
-    kept, dear = _by_cost(planned, input_size, only_if_cheaper)
-    for line in dear:
-        (note if only_if_cheaper else remark)(line)
-    return kept, alone + (dear if only_if_cheaper else [])
-
-
-def _by_cost(
-    planned: list[PlannedLayer], size: tuple[int, ...] | None, only_if_cheaper: bool
-) -> tuple[list[PlannedLayer], list[str]]:
-    """Return the fusions to carry out, and a line for each that takes more multiply-adds than its layers apart."""
-    dear = {id(layer): text for layer, text in _dearer(planned, size)}
-    kept = [layer for layer in planned if not (only_if_cheaper and id(layer) in dear)]
-    if not kept:
-        raise RefusedError(f"nothing is cheaper fused: {next(iter(dear.values()))}")
-    return kept, [f"{'left alone' if only_if_cheaper else 'slower'}: {text}" for text in dear.values()]
+    for _, text in _dearer(planned, input_size):
+        remark(f"slower: {text}")
+    return planned, alone
 
 
 def _assumed(trees: Iterable[Tree[LoweredLayer]]) -> list[str]:

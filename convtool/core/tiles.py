@@ -226,7 +226,7 @@ class ChannelRows:
 
     def template(self, run: Run, dtype: npt.DTypeLike) -> Template:
         """Return what each tile of a run looks like, with columns of that dtype."""
-        key = (dtype, *run.tile.pattern)
+        key = (np.dtype(dtype), *run.tile.pattern)  # a type and its dtype aren't equal keys
         with self._lock:
             if key not in self._templates:
                 if len(self._templates) >= TEMPLATES:

@@ -107,3 +107,13 @@ def test_what_a_chain_cannot_have_is_said(net: Path) -> None:
         "toeplitz", net, "0", "3", "avg_pool(9)", "--input-size", "3,7,6", *STATED, "-o", net.parent / "m.npz"
     )
     assert code == 2
+
+
+def test_the_singular_values_of_a_chain(net: Path) -> None:
+    document = done("spectrum", net, *CHAIN, *STATED, "--input-size", "3,7,6")
+    matrix = convtool.open_matrix(written(net, "m.npz", "--dtype", "float64"))
+    dense = matrix.dense_rows(0, matrix.shape[0])
+    values = torch.linalg.svdvals(dense)
+    assert document["largest"]["value"] == pytest.approx(float(values[0]), rel=1e-12)
+    assert document["smallest"]["value"] == pytest.approx(float(values[-1]), rel=1e-9)
+    assert [one["layer"] for one in document["chain"]] == list(CHAIN)

@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracles import toeplitz as dense_toeplitz
 from strategies import layers_with_sizes
+from test_chain_matrix import random_chain, truth
 
 import convtool
 from convtool.core import gram as gram_module
@@ -25,6 +26,7 @@ from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
 from convtool.core.gram import Gram
 from convtool.core.spectrum import Spectrum, spectrum
+from convtool.core.tree import Chain
 from convtool.errors import InputError, UsageError
 
 
@@ -477,3 +479,31 @@ def test_numbers_of_8_bits_have_singular_values_too() -> None:
     weight = real_numbers(0, 3, 2, 3).to(torch.float8_e4m3fn)
     found = spectrum(Conv(weight, None, Geometry.of((3,))), (7,))
     assert found.largest.value == spectrum(Conv(weight.double(), None, Geometry.of((3,))), (7,)).largest.value
+
+
+@pytest.mark.parametrize("shut", [False, True])
+def test_both_ends_of_chains_are_enclosed(shut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a dense SVD, and where that is shut by ARPACK, a factorisation and the bounds of the layers."""
+    if shut:
+        monkeypatch.setattr(module, "DENSE_WORK", 0)
+        monkeypatch.setattr(module, "SMALLEST_SIDE", 4)
+    proved = 0
+    for seed in range(8, 24):
+        layers, size = random_chain(seed)
+        values = torch.linalg.svdvals(truth(Chain(tuple(layers)), size)[0])
+        if len(values) < 6:
+            continue
+        found = spectrum(layers, size)
+        for value, exact in ((found.largest, float(values[0])), (found.smallest, float(values[-1]))):
+            assert abs(value.value - exact) <= value.error + 1e-13 * float(values[0])
+            proved += value.proved
+    assert proved > 12
+
+
+def test_a_chain_that_is_one_layer_is_looked_at_as_one() -> None:
+    layer = convtool.conv(torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(0)), padding=1)
+    scale = convtool.conv(torch.tensor([2.0, 3.0, 0.5]).reshape(3, 1, 1, 1), groups=3)
+    found = spectrum([layer, scale], (40, 41))
+    wanted = spectrum(convtool.fuse([layer, scale], dtype=torch.float64), (40, 41))
+    assert found.methods == wanted.methods
+    assert found.largest.value == pytest.approx(wanted.largest.value, rel=1e-12)

@@ -1,4 +1,4 @@
-"""`convtool spectrum`: the singular values at both ends of a layer's matrix, without making it."""
+"""`convtool spectrum`: the singular values at both ends of the matrix of a layer or a chain."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Sizes, fill
-from convtool.cli.layer import LayerOptions, OfLayer, find_layer
+from convtool.cli.layer import LayerOptions, OfLayer, chain_name, chain_sizes, find_layers, more_layers
 from convtool.cli.options import option
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 convtool spectrum resnet.safetensors layer1.0.conv1 --input-size 56,56 --padding 1
+# of a chain, every border as it is
+convtool spectrum net.pt conv1 bn1 conv2 --input-size 3,32,32 --set 'conv*.padding=1'
 # how far the answers may be off, relative to the largest
 convtool spectrum net.pt conv1 --input-size 3,32,32 --tolerance 1e-4
 """
@@ -36,6 +38,7 @@ class Options:
     """The layer, and how much is to be done for its singular values."""
 
     wanted: LayerOptions
+    more: list[str] | None = more_layers()
     tolerance: float = option("T", "How far off the values may be, relative to the largest.", default=1e-6)
     steps: int | None = option("N", "Steps of each iteration at most; by default what usually does.")
     sources: shared.Sources
@@ -46,6 +49,8 @@ class Result:
     """Both ends of a spectrum.
 
     Attributes:
+        of: the layer; of a chain, the first one.
+        chain: the layers of a chain, first to last; empty for one layer.
         condition: largest / smallest; null where one of them isn't known to the tolerance.
         condition_error: how far off the condition number may be; null where that is.
         tolerance: on errors, relative to the largest.
@@ -54,6 +59,7 @@ class Result:
 
     source: Path
     of: OfLayer = field(metadata=INLINE)
+    chain: tuple[OfLayer, ...]
     shape: Sizes
     largest: SingularValue
     smallest: SingularValue
@@ -67,7 +73,7 @@ class Result:
 
 
 def run(options: Options, reporter: Reporter) -> Result:
-    """The largest and the smallest singular value of a layer's matrix, and its condition number.
+    """The largest and the smallest singular value of the matrix of a layer or a chain, and its condition number.
 
     A large matrix isn't built: it is taken apart where dilation, strides, groups or padding that wraps around allow it.
     Where its product with its transpose can be factored in a minute or two (64 to 64 channels, 3x3, up to about 28x28),
@@ -80,9 +86,9 @@ def run(options: Options, reporter: Reporter) -> Result:
         raise UsageError(f"--tolerance: expected a number between 0 and 1, got {options.tolerance:g}")
     if options.steps is not None and options.steps < 1:
         raise UsageError(f"--steps: expected a number of at least 1, got {options.steps}")
-    found = find_layer(options.wanted, options.sources, reporter)
+    found = find_layers(options.wanted, options.more, options.sources, reporter)
     with reporter.progress("computing singular values", None):
-        ends = spectrum(found.conv, found.spatial or (), tolerance=options.tolerance, steps=options.steps)
+        ends = spectrum(found.tree, found.spatial, tolerance=options.tolerance, steps=options.steps)
     known = ends.largest.converged and ends.smallest.converged
     unknown = {} if known else {"condition": None, "condition_error": None}
     return fill(Result, ends, found, **unknown)
@@ -93,7 +99,8 @@ def show(result: Result, reporter: Reporter) -> None:
     rows, columns = result.shape
     how = ", ".join(METHODS[method] for method in result.methods)
     after = f", {result.steps} steps" if result.steps else ""
-    reporter.line(f"{result.of.layer}: {result.of.sizes_text}, matrix {rows} x {columns}")
+    named, sizes = chain_name(result.of, result.chain), chain_sizes(result.of, result.chain)
+    reporter.line(f"{named}: {sizes}, matrix {rows} x {columns}")
     reporter.line(f"  largest singular value   {_value(result.largest, 1)}")
     reporter.line(f"  smallest singular value  {_value(result.smallest, -1)}")
     reporter.line(f"  condition number         {_condition(result)}")
@@ -129,4 +136,4 @@ def _proved(result: Result) -> str:
     return f"; proved: none is {' or '.join(beyond)}" if beyond else ""
 
 
-COMMAND = Command("CKPT LAYER", EXAMPLES, Options, run, show)
+COMMAND = Command("CKPT LAYER [LAYER...]", EXAMPLES, Options, run, show)

@@ -132,6 +132,10 @@ class Block:
             out[:, output, :, source] += numbers
         return out.reshape(self.shape)
 
+    def short_side(self) -> ShortSide:
+        """Return the matrix from its shorter side."""
+        return ShortSide(self)
+
     def norm(self) -> float:
         """Return a bound on the norm of the matrix of absolute values: the root of its largest row and column sums."""
         side = ShortSide(Block(self.weight.abs(), self.lines))

@@ -22,10 +22,15 @@ import numpy.typing as npt
 import torch
 
 from convtool.core.blocks import Apart, Block, ShortSide
+from convtool.core.bound import U64, gamma
 from convtool.core.conv import Conv
+from convtool.core.expression import Expression, depth
+from convtool.core.fuse import NamedConv, fuse_tree
 from convtool.core.gram import Gram
 from convtool.core.operator import ConvOperator
-from convtool.errors import InputError, UsageError
+from convtool.core.sparse_block import SparseBlock, SparseGram, SparseSide
+from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
+from convtool.errors import InputError, RefusedError, UsageError
 
 Method: TypeAlias = Literal["fourier", "dense", "cholesky", "lanczos"]
 
@@ -101,11 +106,17 @@ class Spectrum:
 
 
 def spectrum(
-    conv: Conv, input_size: Sequence[int], *, tolerance: float = 1e-6, steps: int | None = None, seed: int = 0
+    layers: Conv | Sequence[Conv] | Expression,
+    input_size: Sequence[int],
+    *,
+    tolerance: float = 1e-6,
+    steps: int | None = None,
+    seed: int = 0,
 ) -> Spectrum:
     """The largest and the smallest singular value of the layer's matrix at one input size; the bias has no part in it.
 
     Args:
+        layers: a layer; or several, first to last, with every border as it is.
         tolerance: how far from a singular value each may be, relative to the largest.
         steps: of each iteration, at most; by default what usually does.
         seed: of the random vector that iterations start from.
@@ -117,6 +128,11 @@ def spectrum(
     """
     if not 0 < tolerance < 1:
         raise UsageError(f"tolerance: expected a number between 0 and 1, got {tolerance:g}")
+    tree: Expression = Chain(tuple(layers)) if isinstance(layers, Sequence) else layers
+    size = tuple(input_size)
+    conv, off = _one_layer(tree, size)
+    if conv is None:
+        return _of_tree(tree, size, tolerance, steps, seed)
     if not bool(conv.exact().weight.isfinite().all()):
         raise InputError("the weight holds values that are not finite; its matrix has no singular values")
     # Squares are formed on the way, and sums: of numbers near 1, whatever the weights.
@@ -124,11 +140,54 @@ def spectrum(
     heaviest = float(exact.weight.abs().max()) if exact.weight.numel() else 0.0
     scale = 2.0 ** max(math.frexp(heaviest)[1] - 1, -1000) if heaviest > 0 else 1.0
     ends = _Ends(tolerance)
-    methods = _find(ends, Apart.of(Conv(exact.weight / scale, None, conv.geometry), input_size), shape, steps, seed)
+    methods = _find(ends, Apart.of(Conv(exact.weight / scale, None, conv.geometry), size), shape, steps, seed)
+    ends.widen(off / scale)
     largest, smallest = ends.values(scale)
     if math.isinf(largest.value):
         raise InputError(f"weights as large as {heaviest:.3g} have singular values beyond what float64 holds, 1.8e308")
     return Spectrum(shape, largest, smallest, methods, ends.steps, tolerance)
+
+
+def _one_layer(tree: Expression, size: tuple[int, ...]) -> tuple[Conv | None, float]:
+    """Return the layer that a tree is at one size, and how far off composing it may be; None where no layer is."""
+    while isinstance(tree, Chain | Sum) and len(tree.parts) == 1:
+        tree = tree.parts[0]
+    if isinstance(tree, Conv):
+        return tree, 0.0
+    unbiased: Expression = map_leaves(Conv.without_bias, tree)
+    dtype = torch.complex128 if any(layer.dtype.is_complex for layer in leaves(unbiased)) else torch.float64
+
+    def fused(one: Expression) -> Conv:
+        named: Tree[NamedConv] = map_leaves(lambda conv: NamedConv("a layer", conv), one)
+        return fuse_tree(named, input_size=size, allow_border=False, dtype=dtype).conv
+
+    try:
+        conv, absolute = fused(unbiased), fused(map_leaves(Conv.absolute, unbiased)).weight.abs()
+    except RefusedError:
+        return None, 0.0
+    # The root of the largest row sum and column sum bounds a norm; padding that copies inputs brings some twice.
+    into, out = absolute.flatten(1).sum(1).max(), absolute.sum((0, *range(2, absolute.dim()))).max()
+    copies = math.prod(conv.geometry.kernel_size)
+    steps = 4 * depth(tree, lambda layer: layer.in_channels * math.prod(layer.geometry.kernel_size) + 2)
+    return conv, gamma(steps, U64) * math.sqrt(float(into) * float(out) * copies)
+
+
+def _of_tree(tree: Expression, size: tuple[int, ...], tolerance: float, steps: int | None, seed: int) -> Spectrum:
+    """Return the spectrum of layers that no single one stands for, by their matrix."""
+    if not all(bool(conv.exact().weight.isfinite().all()) for conv in leaves(tree)):
+        raise InputError("a weight holds values that are not finite; its matrix has no singular values")
+    block, ends, methods = SparseBlock(tree, size), _Ends(tolerance), dict[Method, None]()
+    small, large = sorted(block.shape)
+    if small**2 * large <= DENSE_WORK and small * large <= DENSE_ELEMENTS and small:
+        ends.exact(torch.linalg.svdvals(block.dense()))
+        methods["dense"] = None
+    elif small:
+        methods |= dict.fromkeys(_largest(ends, block, steps, seed))
+        methods |= dict.fromkeys(_smallest(ends, block, steps, seed + 1))
+    else:
+        ends.low = ends.least = 0.0
+    ends.widen(block.entries_off)
+    return Spectrum(block.shape, *ends.values(block.scale), tuple(methods) or ("dense",), ends.steps, tolerance)
 
 
 @dataclass(slots=True)
@@ -161,6 +220,10 @@ class _Ends:
         """Count the norm of T on a unit vector."""
         self.high, self.low = max(self.high, value), min(self.low, value)
         self.rounding, self.steps = max(self.rounding, rounding), max(self.steps, steps)
+
+    def widen(self, off: float) -> None:
+        """Allow for a matrix that is so far off, in norm."""
+        self.most, self.least, self.rounding = self.most + off, max(0.0, self.least - off), self.rounding + off
 
     def values(self, scale: float) -> tuple[SingularValue, SingularValue]:
         """Return the largest and the smallest, times the scale."""
@@ -201,7 +264,12 @@ def _find(ends: _Ends, apart: Apart, shape: tuple[int, int], steps: int | None, 
     return tuple(methods) or ("dense",)
 
 
-def _largest(ends: _Ends, block: Block, steps: int | None, seed: int) -> list[Method]:
+def _gram(side: ShortSide | SparseSide) -> Gram | None:
+    """Return the Gram matrix of a block's shorter side, where it can be factored."""
+    return SparseGram.over(side) if isinstance(side, SparseSide) else Gram.of(side)
+
+
+def _largest(ends: _Ends, block: Block | SparseBlock, steps: int | None, seed: int) -> list[Method]:
     """Take the largest of a block into account, and return what that took."""
     if not block.weight.any():
         ends.exact(torch.zeros(1))
@@ -209,8 +277,8 @@ def _largest(ends: _Ends, block: Block, steps: int | None, seed: int) -> list[Me
     bound, above = block.bound(GRID_WORK), 1 + 0.5 * ends.tolerance
     methods: list[Method] = []
     if bound > ends.high * above:
-        side = ShortSide(block)
-        gram, methods = Gram.of(side), ["lanczos"]
+        side = block.short_side()
+        gram, methods = _gram(side), ["lanczos"]
         factor = gram.factor(-1, bound**2 * above) if gram and gram.work < INVERTED * side.work else None
         if gram is None or factor is None:
             _iterate(ends, side, side.gram, (1e-2, 1e-4, ends.tolerance), steps, seed)
@@ -226,12 +294,12 @@ def _largest(ends: _Ends, block: Block, steps: int | None, seed: int) -> list[Me
     return methods
 
 
-def _smallest(ends: _Ends, block: Block, steps: int | None, seed: int) -> list[Method]:
+def _smallest(ends: _Ends, block: Block | SparseBlock, steps: int | None, seed: int) -> list[Method]:
     """Take the smallest of a block into account, and return what that took."""
     if not block.weight.any():
         return []
-    side = ShortSide(block)
-    gram, over = Gram.of(side), block.bound(GRID_WORK) ** 2
+    side = block.short_side()
+    gram, over = _gram(side), block.bound(GRID_WORK) ** 2
     if gram is None:
         _iterate(ends, side, lambda x: over * x - side.gram(x), COARSER, steps, seed)
         ends.least = 0.0
@@ -265,7 +333,7 @@ class _EnoughError(Exception):
 
 def _iterate(
     ends: _Ends,
-    side: ShortSide,
+    side: ShortSide | SparseSide,
     apply: Callable[[Any], Any],
     tolerances: Sequence[float],
     steps: int | None,

@@ -14,7 +14,7 @@ import torch
 
 from bench.harness import OUTPUT, Comparison, lines, run, write
 
-MODULES = ("bench.startup", "bench.matrices", "bench.fusions", "bench.checkpoints", "bench.plans")
+MODULES = ("bench.startup", "bench.matrices", "bench.fusions", "bench.checkpoints", "bench.folding", "bench.plans")
 REPEATS, SHORT_REPEATS = 7, 3
 
 

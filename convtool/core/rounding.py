@@ -93,7 +93,7 @@ class Rounding:
     def rows(self, numbers: Tensor) -> Tensor:
         """Return all of the numbers, rounded; those of each row (along the first of several axes) belong together."""
         made = rounded(numbers, self.dtype)
-        if self._has_room(numbers):
+        if self._has_room(numbers) or self._all_normal(made):
             return made
         count = len(numbers) if numbers.dim() > 1 else 1
         exact, back = (one.reshape(count, -1) for one in _both(numbers, made))
@@ -106,6 +106,13 @@ class Rounding:
             how = f"{int(lost.sum())} of {lost.numel()} are lost, such as {number:g}, which would be {stored:g}"
             raise self._refusal(how, float(size.max()))
         return made
+
+    def _all_normal(self, made: Tensor) -> bool:
+        """Return whether every number became a normal one, which moves it by its own unit at most: the quick answer."""
+        if not made.is_floating_point() or made.dtype.itemsize < 2:
+            return False
+        info, (least, most) = torch.finfo(made.dtype), torch.aminmax(made.abs())
+        return float(least) >= info.smallest_normal and float(most) <= info.max
 
     def _has_room(self, numbers: Tensor) -> bool:
         """Return whether every number of that dtype is one of the wanted one as well; or there are none."""

@@ -38,6 +38,9 @@ convtool fuse net.pt conv1 --normalize mean=.49,.46,.41 std=.23,.22,.23 --input-
 """
 
 
+AUTO = "auto"  # as --recipe
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """Layers by name, a recipe, or what a plan finds; and where that has to be exact: as typed."""
@@ -50,7 +53,9 @@ class Wanted:
     )
     name: str | None = option("NAME", "What the fused layer is called; the first layer's name by default.")
     recipe: str | None = option(
-        "NAME|FILE", "Fuse by a recipe instead of LAYERs; - for one on stdin.", completion=complete.recipes
+        "NAME|FILE|auto",
+        "Fuse by a recipe instead of LAYERs; - for one on stdin, auto for the one that fits.",
+        completion=complete.recipes,
     )
     strength: list[str] | None = option(
         "X|NAME=X", "How much of the adapters is added, of all or of one --with; below 0 takes them out; repeatable."
@@ -113,7 +118,7 @@ class Wanted:
         """Return --recipe by its name or the path of its file; None where there is none."""
         from convtool.fusing.shipped import find_recipe
 
-        return None if self.recipe is None else find_recipe(self.recipe)
+        return None if self.recipe in (None, AUTO) else find_recipe(str(self.recipe))
 
     def _input_layer(self) -> list[str]:
         arguments: list[str] = []
@@ -239,7 +244,8 @@ def _find(
     from convtool.fusing.adapters import check_scaled, configured, merged, parse_strengths
     from convtool.fusing.lowering import full_name
     from convtool.fusing.named import by_recipe, named_chain, without_effect
-    from convtool.fusing.recipe import PlannedFusion
+    from convtool.fusing.recipe import NothingFitsError, PlannedFusion
+    from convtool.fusing.which import doing_more, fitting, in_words, the_one
 
     names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
     if wanted.auto:
@@ -252,12 +258,23 @@ def _find(
         fields = fields.with_first(configured(checkpoints))
         check_scaled(checkpoints, fields.fields)
         return merged(checkpoints, strengths, wanted.leave or ()), fields
+    if wanted.recipe == AUTO:
+        name, recipe = the_one(checkpoints, fields)
+        reporter.note(f"recipe: {name}, {recipe.about}")
     if recipe is None:
         return [named_chain(wanted.chain, wanted.name or "", checkpoints)], fields
-    fields = fields.with_first(recipe.geometry)
+    others, fields = fields, fields.with_first(recipe.stated(names))
     for pattern in without_effect(recipe, checkpoints):
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
-    fusions = by_recipe(recipe, checkpoints, fields.fields, strengths.get(BASE, 1.0), wanted.leave or ())
+    try:
+        fusions = by_recipe(recipe, checkpoints, fields.fields, strengths.get(BASE, 1.0), wanted.leave or ())
+    except NothingFitsError as error:
+        fit = fitting(checkpoints, others)
+        raise UsageError(
+            f"{error}; of the recipes that ship, {in_words(fit)} would fit" if fit else str(error)
+        ) from None
+    if more := doing_more(fusions, checkpoints, others) if wanted.recipe != AUTO else {}:
+        reporter.note(f"left alone: what another recipe makes fewer layers of: {in_words(more)}")
     if wanted.input_size is not None and len(fusions) > 1:
         raise UsageError(
             f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"

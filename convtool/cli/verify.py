@@ -291,7 +291,7 @@ def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Re
     checkpoints = {BASE: sides.before, **sides.others}
     if options.recipe is not None:
         recipe = find_recipe(options.recipe)
-        fields, origin = sides.fields[0].with_first(recipe.geometry), f"--recipe {options.recipe}"
+        fields, origin = sides.fields[0].with_first(recipe.stated(sides.before.layers)), f"--recipe {options.recipe}"
         fusions = by_recipe(recipe, checkpoints, fields.fields)
     elif options.model_input is not None and sides.after.record is None:
         plan = _plan(options, sides.before, reporter)

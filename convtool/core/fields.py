@@ -198,7 +198,12 @@ def _offset(value: object) -> object:
     text = _text(value)
     if text.startswith("["):
         return [_number(str(part)) for part in loads(text)]
-    return _numbers(text) if re.match(r"[-+.0-9]", text) else text
+    return _numbers(text) if _is_number(text) else text
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a text is meant as a number, not as a name: 'nan' and 'inf' too, which are none after all."""
+    return re.match(r"[-+.0-9]|(nan|inf|infinity)$", _text(value).lower()) is not None
 
 
 INTEGER = FieldType(_integer, "an integer", int)
@@ -214,4 +219,10 @@ TEXT = FieldType(_text, "a name", str)
 RANGE = FieldType(_range, "channels A:B, from A up to B, which is left out", list[int], between=":")
 LIST = FieldType(_list, "channels, such as 2,1,0", list[int])
 TENSOR = FieldType(_kernel, "a tensor's full name, or numbers in a JSON list", names_tensors=True)
+NUMBER_OR_TENSOR = FieldType(
+    lambda value: _number(value) if _is_number(value) else _text(value),
+    "a finite number, or a tensor's full name",
+    float,
+    True,
+)
 NUMBERS_OR_TENSOR = FieldType(_offset, "numbers such as 0.5,0.4, or a tensor's full name", names_tensors=True)

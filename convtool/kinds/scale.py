@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from convtool.core.fields import NUMBER, NUMBERS, Fields
+from convtool.core.fields import NUMBER, NUMBER_OR_TENSOR, NUMBERS, Fields
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds.flatten import VIEWS
 from convtool.kinds.kind import Kind, Layer, Shape, Shapes, TensorInfo, Tensors
@@ -25,8 +25,8 @@ class Scale(Kind):
     """A factor for each channel, from a tensor (a layer scale), or one for all, as written: scale(0.5)."""
 
     name = "scale"
-    tensors = ("gamma", "layer_scale_parameter", "lambda1")  # as timm and transformers call them
-    fields = {"factor": NUMBER}
+    tensors = ("gamma", "layer_scale_parameter", "lambda1", "factor")  # as timm and transformers call them; scale(X)
+    fields = {"factor": NUMBER_OR_TENSOR}
     written = True
     parameter = True
     per_channel = True
@@ -34,7 +34,8 @@ class Scale(Kind):
     operations = ("aten.mul.Tensor", "aten.mul_.Tensor", "aten.div.Tensor", "aten.div_.Tensor")
 
     def recognises(self, tensors: Mapping[str, TensorInfo]) -> bool:
-        return len(tensors) == 1 and all(name in self.tensors and _is_factor(info) for name, info in tensors.items())
+        modules = set(self.tensors) - {"factor"}
+        return len(tensors) == 1 and all(name in modules and _is_factor(info) for name, info in tensors.items())
 
     def is_tensor(self, name: str, info: TensorInfo) -> bool:
         return channels_of(info.shape) is not None
@@ -75,7 +76,11 @@ class Scale(Kind):
 
         if tensors:
             (factors,) = tensors.values()
-            return per_channel(factors.reshape(-1), axes)  # (C,), whatever axes of size 1 follow
+            if channels_of(tuple(factors.shape)) is None:
+                raise UsageError(f"expected a number for each channel, got a tensor of shape {tuple(factors.shape)}")
+            return per_channel(factors.reshape(-1), axes)  # (C,), whatever axes of size 1 there are
+        if isinstance(fields["factor"], str):
+            raise UsageError(f"{fields['factor']} is the name of a tensor, and here there is no checkpoint")
         return per_channel(torch.full((channels or 0,), fields["factor"], dtype=torch.float64), axes)
 
     def observe(self, run: Callable[[Tensors, Tensor], Tensor], shapes: Shapes) -> Fields | None:

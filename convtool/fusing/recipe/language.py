@@ -29,20 +29,36 @@ with `unless` for those for which none does. A rule with `optional = true` may f
 refuses layers that stand in the checkpoint in another order than in its chain, where the file keeps the model's order.
 The fusions of one with `input_size = [C, H, W]` have to be exact for inputs of that size only.
 
+One with `rest = true` is for what the rules before it have left.
+
+In [geometry], a layer's pattern may hold variables too, which stand for a part of a component, and its fields use them:
+"*.dil_conv_k{k}_{d}" = { dilation = "{d}" }.
+
 A pattern that fits nothing, a branch that is partly there and a layer used twice are errors, never skips.
 """
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from convtool.core.geometry import LARGEST
+from convtool.core.names import unwrap
 from convtool.core.tree import Chain, Stack, Sum, Tree, leaves
 from convtool.errors import UsageError
-from convtool.fusing.recipe.pattern import Pattern, check_text, parse_pattern, shortened, shown, variables_of
+from convtool.fusing.recipe.pattern import (
+    VARIABLE,
+    Pattern,
+    check_text,
+    filled,
+    parse_pattern,
+    shortened,
+    shown,
+    variables_of,
+)
 from convtool.kinds.stated import FieldSource, parse_tables
 
 Plan: TypeAlias = Tree[Pattern]
@@ -51,7 +67,7 @@ ALPHA = "alpha"
 DEEPEST = 32  # lists and tables inside of each other
 MOST_LAYERS = 1000  # of one fusion
 _TREES: Mapping[str, type[Chain[Pattern] | Sum[Pattern]]] = {"chain": Chain, "sum": Sum, "stack": Stack}
-_ABOUT = ("optional", "where", "unless", "input_size", "in_order")  # what a rule says besides its layers
+_ABOUT = ("rest", "optional", "where", "unless", "input_size", "in_order")  # what a rule says besides its layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +82,7 @@ class Rule:
         unless: patterns that must not fit anything.
         input_size: (C, *sizes) for which it has to be exact, or None for every size.
         in_order: whether the checkpoint has to have the layers in this order.
+        rest: whether it passes over layers that rules before it have taken.
     """
 
     name: str
@@ -75,6 +92,7 @@ class Rule:
     unless: tuple[Pattern, ...] = ()
     input_size: tuple[int, ...] | None = None
     in_order: bool = False
+    rest: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +103,25 @@ class Recipe:
     about: str
     rules: tuple[Rule, ...]
     geometry: FieldSource
+    varied: Mapping[str, Any] = field(default_factory=dict)
+
+    def stated(self, layers: Iterable[str]) -> FieldSource:
+        """Return what it says of these layers, those among it whose names tell their fields."""
+        tables = dict(self.geometry.tables)
+        for pattern, table in self.varied.items():
+            regex, at = "", 0
+            for match in VARIABLE.finditer(pattern):
+                regex += f"{_literal(pattern[at : match.start()])}(?P<{match[1]}>[^.]*?)"
+                at = match.end()
+            regex += _literal(pattern[at:])
+            for layer in layers:
+                if found := re.fullmatch(regex, unwrap(layer)):
+                    tables |= parse_tables({layer: _filled_table(table, found.groupdict())}, self.origin).tables
+        return replace(self.geometry, tables=tables)
+
+
+def _literal(text: str) -> str:
+    return re.escape(text).replace(r"\*", ".*")
 
 
 def parse_recipe(document: Mapping[str, Any], origin: str) -> Recipe:
@@ -101,7 +138,19 @@ def parse_recipe(document: Mapping[str, Any], origin: str) -> Recipe:
     if not isinstance(geometry, dict):
         raise UsageError(f"{origin}: geometry: expected a table")
     rules = tuple(_parse_rule(table, f"{origin}: [[fuse]] {number}") for number, table in enumerate(tables, 1))
-    return Recipe(origin, str(document.get("about", "")), rules, parse_tables(geometry, f"{origin}: [geometry]"))
+    where = f"{origin}: [geometry]"
+    plain = {name: table for name, table in geometry.items() if not variables_of(name)}
+    varied = {name: table for name, table in geometry.items() if name not in plain}
+    for name, table in varied.items():
+        tried = _filled_table(table, dict.fromkeys(variables_of(name), "1"))
+        parse_tables({name: tried}, where)  # so that a mistake is seen now
+    return Recipe(origin, str(document.get("about", "")), rules, parse_tables(plain, where), varied)
+
+
+def _filled_table(table: Any, binding: Mapping[str, str]) -> Any:
+    if not isinstance(table, dict):
+        return table
+    return {field: filled(value, binding) if isinstance(value, str) else value for field, value in table.items()}
 
 
 def _parse_rule(table: object, where: str) -> Rule:
@@ -119,15 +168,15 @@ def _parse_rule(table: object, where: str) -> Rule:
     check_text(name, f"{where}: name")
     if "*" in name:
         raise UsageError(f"{where}: name: {shortened(name)}: * stands for several; expected a name for one layer")
-    in_order = table.get("in_order", False)
-    for key, value in (("optional", optional), ("in_order", in_order)):
+    in_order, rest = table.get("in_order", False), table.get("rest", False)
+    for key, value in (("optional", optional), ("in_order", in_order), ("rest", rest)):
         if not isinstance(value, bool):
             raise UsageError(f"{where}: {key}: expected true or false")
     body = {key: value for key, value in table.items() if key != "name" and key not in _ABOUT}
     tree = _parse_part(body, where)
     where_fits, unless_fits = (_parse_patterns(table.get(key, []), f"{where}: {key}") for key in ("where", "unless"))
     size = _parse_input_size(table.get("input_size"), where)
-    rule = Rule(name, tree, optional, where_fits, unless_fits, size, in_order)
+    rule = Rule(name, tree, optional, where_fits, unless_fits, size, in_order, rest)
     _check_variables(rule, where)
     return rule
 

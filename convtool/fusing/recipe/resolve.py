@@ -31,6 +31,10 @@ _SHOWN = 8  # parts of a chain or a sum that a message repeats
 _ASKED = re.compile(r"\b(kernel|half|stride)\(([^()]*)\)")
 
 
+class NothingFitsError(UsageError):
+    """A recipe is of another family than the checkpoint."""
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedFusion:
     """One fusion with every name resolved; `input_size` where it has to be exact for that one only."""
@@ -71,11 +75,14 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
     names, effort = {source: Names(layers) for source, layers in known.layers.items()}, Effort()
     for rule in recipe.rules:
         found = list(_Resolution(rule, known, recipe.origin, names, effort).fusions())
+        if rule.rest:
+            taken = {_claim(ref) for fusion in planned for ref in leaves(fusion.tree) if not ref.written}
+            found = [one for one in found if not taken & {_claim(ref) for ref in leaves(one.tree)}]
         if not found and not rule.optional:
-            raise UsageError(f"{recipe.origin}: {_text(rule.tree)} fits no layer")
+            raise NothingFitsError(f"{recipe.origin}: {_text(rule.tree)} fits no layer")
         planned += found
     if not planned:
-        raise UsageError(f"{recipe.origin}: nothing in it fits any layer")
+        raise NothingFitsError(f"{recipe.origin}: nothing in it fits any layer")
     order = {name: number for number, name in enumerate(known.layers[BASE])}
     planned.sort(key=lambda fusion: min(order.get(ref.name, len(order)) for ref in _base_layers(fusion.tree)))
     _check_claims(planned, recipe.origin)
@@ -218,9 +225,10 @@ class _Resolution:
             return refs[0]
         if pattern.optional:
             return None
+        there = [name for anchor in anchors_of(self.rule) for name, _ in self._fits(anchor, binding)]
         raise UsageError(
             f"{self.origin}: {str(pattern)!r}{_where(binding)} fits no layer, though other layers of its fusion are"
-            " there"
+            f" there ({', '.join(there[:2])}); a ! behind a pattern has it alone say where fusions are"
         )
 
     def _layers(self, pattern: Pattern, binding: Binding) -> list[LayerRef]:
@@ -278,7 +286,8 @@ class _Resolution:
             kernel = self.known.layers[BASE][layer].shapes["weight"][-axes:]
             return format_sizes(kernel if question == "kernel" else (k // 2 for k in kernel))
 
-        return _ASKED.sub(answer, text)
+        name, opened, inside = text.partition("(")
+        return f"{name}{opened}{_ASKED.sub(answer, inside)}"
 
     def _fits(self, pattern: Pattern, binding: Binding) -> list[tuple[str, dict[str, str]]]:
         """Return layers that a pattern fits under a binding, each with the values of its variables and its *."""
@@ -312,6 +321,10 @@ def _is_function(plan: Plan) -> bool:
 
 def _optional(plan: Plan) -> bool:
     return all(pattern.optional for pattern in leaves(plan) if not pattern.is_function)
+
+
+def _claim(ref: LayerRef) -> tuple[str, str]:
+    return ref.source, ref.name
 
 
 def _base_layers(tree: Ref) -> list[LayerRef]:

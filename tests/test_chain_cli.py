@@ -12,6 +12,7 @@ from live import done, error, run
 from torch import nn
 
 import convtool
+from convtool.core import extremes
 
 SIZE = (3, 7, 6)
 FIELDS = ("0.stride=2", "0.padding=1", "0.dilation=1", "0.groups=1", "1.eps=1e-3", "3.stride=1", "3.padding=0:1,1")
@@ -117,3 +118,32 @@ def test_the_singular_values_of_a_chain(net: Path) -> None:
     assert document["largest"]["value"] == pytest.approx(float(values[0]), rel=1e-12)
     assert document["smallest"]["value"] == pytest.approx(float(values[-1]), rel=1e-9)
     assert [one["layer"] for one in document["chain"]] == list(CHAIN)
+
+
+@pytest.mark.parametrize("shut", [False, True])
+def test_several_singular_values_and_their_vectors(net: Path, shut: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if shut:
+        monkeypatch.setattr(extremes, "DENSE_ELEMENTS", 0)
+    out = net.parent / "vectors.npz"
+    words = ("spectrum", net, *CHAIN[:2], *STATED[:10], "--input-size", "3,7,6", "--count", "3", "--vectors", out)
+    document = done(*words)
+    matrix = convtool.open_matrix(written_chain(net, CHAIN[:2], STATED[:10]))
+    dense = matrix.dense_rows(0, matrix.shape[0]).numpy()
+    values = np.linalg.svd(dense, compute_uv=False)
+    for name, wanted in (("largest", values[:3]), ("smallest", values[::-1][:3])):
+        for found, exact in zip(document["several"][name], wanted, strict=True):
+            assert abs(found["value"] - exact) <= found["error"] + 1e-12 * values[0]
+            assert found["error"] < 1e-6 * values[0]
+    assert document["several"]["complete"] is not shut
+    vectors = np.load(out)
+    np.testing.assert_allclose(dense @ vectors["right"], vectors["left"] * vectors["values"], atol=1e-8)
+    np.testing.assert_allclose(np.linalg.norm(vectors["left"], axis=0), 1, rtol=1e-9)
+    assert error(*words)[0] == 5
+    assert error(*words, "--force", "--count", "0") == (2, "--count: expected at least 1, got 0")
+    assert "expected 1 to 48" in error(*words[:-4], "--count", "49")[1]
+
+
+def written_chain(net: Path, chain: tuple[str, ...], stated: tuple[str, ...]) -> Path:
+    out = net.parent / "chain.npz"
+    done("toeplitz", net, *chain, *stated, "--input-size", "3,7,6", "--dtype", "float64", "-o", out)
+    return out

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Sizes, fill
-from convtool.cli.layer import LayerOptions, OfLayer, chain_name, chain_sizes, find_layers, more_layers
+from convtool.cli.layer import LayerOptions, LayersAtSize, OfLayer, chain_name, chain_sizes, find_layers, more_layers
 from convtool.cli.options import option
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
@@ -22,6 +22,8 @@ EXAMPLES = """
 convtool spectrum resnet.safetensors layer1.0.conv1 --input-size 56,56 --padding 1
 # of a chain, every border as it is
 convtool spectrum net.pt conv1 bn1 conv2 --input-size 3,32,32 --set 'conv*.padding=1'
+# the ten largest and the ten smallest, and their vectors
+convtool spectrum net.pt conv1 --input-size 3,32,32 --count 10 --vectors vectors.npz
 # how far the answers may be off, relative to the largest
 convtool spectrum net.pt conv1 --input-size 3,32,32 --tolerance 1e-4
 """
@@ -41,7 +43,35 @@ class Options:
     more: list[str] | None = more_layers()
     tolerance: float = option("T", "How far off the values may be, relative to the largest.", default=1e-6)
     steps: int | None = option("N", "Steps of each iteration at most; by default what usually does.")
+    count: int | None = option("K", "Also the K largest and the K smallest singular values.")
+    vectors: Path | None = option("OUT", "Write the singular vectors of --count (1 without it): an .npz file.")
     sources: shared.Sources
+    force: bool = shared.force()
+
+
+@dataclass(frozen=True, slots=True)
+class Near:
+    """A number that a singular value is near.
+
+    Attributes:
+        error: how far from it one is, at most.
+    """
+
+    value: float
+    error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """Singular values at both ends, the outermost first.
+
+    Attributes:
+        complete: whether none is missing in between, which only a dense SVD proves.
+    """
+
+    largest: tuple[Near, ...]
+    smallest: tuple[Near, ...]
+    complete: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +85,8 @@ class Result:
         condition_error: how far off the condition number may be; null where that is.
         tolerance: on errors, relative to the largest.
         steps: of iterations.
+        several: those of --count.
+        vectors: the file of --vectors.
     """
 
     source: Path
@@ -69,6 +101,8 @@ class Result:
     tolerance: float
     methods: tuple[Method, ...]
     steps: Count
+    several: Several | None
+    vectors: Path | None
     assumed: tuple[str, ...]
 
 
@@ -86,12 +120,38 @@ def run(options: Options, reporter: Reporter) -> Result:
         raise UsageError(f"--tolerance: expected a number between 0 and 1, got {options.tolerance:g}")
     if options.steps is not None and options.steps < 1:
         raise UsageError(f"--steps: expected a number of at least 1, got {options.steps}")
+    if options.count is not None and options.count < 1:
+        raise UsageError(f"--count: expected at least 1, got {options.count}")
+    if options.vectors is not None:
+        from convtool.matrix.vectors import check_vectors
+
+        shared.check_not_source(options.vectors, options.wanted.checkpoint)
+        check_vectors(options.vectors, force=options.force)
     found = find_layers(options.wanted, options.more, options.sources, reporter)
     with reporter.progress("computing singular values", None):
         ends = spectrum(found.tree, found.spatial, tolerance=options.tolerance, steps=options.steps)
+        several = _several(options, found)
     known = ends.largest.converged and ends.smallest.converged
     unknown = {} if known else {"condition": None, "condition_error": None}
-    return fill(Result, ends, found, **unknown)
+    return fill(Result, options, ends, found, several=several, **unknown)
+
+
+def _several(options: Options, found: LayersAtSize) -> Several | None:
+    """Return the singular values of --count, and write their vectors, where these are wanted."""
+    if options.count is None and options.vectors is None:
+        return None
+    from convtool.core.extremes import extremes
+
+    made = extremes(found.tree, found.spatial, options.count or 1)
+    if options.vectors is not None:
+        from convtool.matrix.vectors import write_vectors
+
+        write_vectors(made, options.vectors, force=options.force)
+    high, low = (
+        tuple(Near(float(value), float(error)) for value, error in zip(values, errors, strict=True))
+        for values, errors in ((made.largest, made.largest_errors), (made.smallest, made.smallest_errors))
+    )
+    return Several(high, low, made.complete)
 
 
 def show(result: Result, reporter: Reporter) -> None:
@@ -105,8 +165,22 @@ def show(result: Result, reporter: Reporter) -> None:
     reporter.line(f"  smallest singular value  {_value(result.smallest, -1)}")
     reporter.line(f"  condition number         {_condition(result)}")
     reporter.line(f"  {how}{after}{_proved(result)}")
+    if result.several is not None:
+        _show_several(result.several, result.vectors, reporter)
     if not (result.largest.converged and result.smallest.converged):
         reporter.remark(f"not settled to {result.tolerance:g} in {result.steps} steps: what is printed are bounds")
+
+
+def _show_several(several: Several, vectors: Path | None, reporter: Reporter) -> None:
+    """Print the values at both ends, each with how far from a singular value it may be."""
+    for name, values in (("largest", several.largest), ("smallest", several.smallest)):
+        reporter.line(f"  the {len(values)} {name}")
+        for value in values:
+            reporter.line(f"    {value.value:.9g} (+- {value.error:.1g})")
+    if not several.complete:
+        reporter.remark("each of these is near a singular value; that none lies in between is not proved")
+    if vectors is not None:
+        reporter.line(f"wrote {vectors}")
 
 
 def _value(value: SingularValue, side: int) -> str:

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 
 from convtool.cli import exit_codes
-from convtool.cli.output import Reporter, StdoutError, leave, print_error
+from convtool.cli.output import Reporter, StdoutError, leave, print_error, printable, say
 from convtool.cli.signals import Signalled, ending_signals_raise
 from convtool.errors import ConvtoolError, InputError
 from convtool.formats.account import Account, accounting
@@ -28,7 +28,10 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
 
         try:
             with ending_signals_raise(account):
-                return body() or exit_codes.OK
+                code = body() or exit_codes.OK
+                if left := account.left_over():
+                    say(f"convtool: {printable(left)}")
+                return code
         except (BrokenPipeError, StdoutError):
             raise  # `flushed` deals with that
         except ConvtoolError as error:

@@ -13,7 +13,8 @@ from convtool.formats.account import Account
 
 # By the name that JSON has for it; some systems lack some.
 KINDS = {"SIGHUP": "hangup", "SIGINT": "interrupted", "SIGQUIT": "quit", "SIGALRM": "alarm", "SIGTERM": "terminated"}
-GRACE = 1.0  # seconds for what was interrupted to unwind; a library's own code doesn't hear of a signal before it ends
+UNHEARD = 2.0  # seconds after which a library isn't waited for: its own code doesn't hear of a signal before it ends
+UNWINDING = 30.0  # seconds for clearing up what was interrupted
 
 
 class Signalled(BaseException):
@@ -50,7 +51,7 @@ def ending_signals_raise(account: Account) -> Iterator[None]:
         if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
             previous[number] = signal.signal(number, raise_it)
     try:
-        with _watched(account, [int(number) for number in previous]):
+        with _watched(account, [int(number) for number in previous], heard):
             yield
     finally:
         for number, handler in previous.items():
@@ -58,8 +59,12 @@ def ending_signals_raise(account: Account) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _watched(account: Account, numbers: list[int]) -> Iterator[None]:
-    """Have a thread see that the block ends soon after a signal; it ends the process where it doesn't."""
+def _watched(account: Account, numbers: list[int], heard: list[int]) -> Iterator[None]:
+    """Have a thread see that the block ends soon after a signal; it ends the process where it doesn't.
+
+    Args:
+        heard: has something in it once the signal is being dealt with.
+    """
     if os.name != "posix":  # where the numbers of signals go through a socket
         yield
         return
@@ -71,7 +76,9 @@ def _watched(account: Account, numbers: list[int]) -> Iterator[None]:
     def watch() -> None:
         with contextlib.suppress(OSError):
             while data := os.read(out, 1):
-                if data[0] in numbers and not ended.wait(GRACE) and os.getpid() == owner:
+                if data[0] not in numbers or ended.wait(UNHEARD) or (heard and ended.wait(UNWINDING)):
+                    continue
+                if os.getpid() == owner:
                     _end(account, data[0])
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -83,7 +90,7 @@ def _watched(account: Account, numbers: list[int]) -> Iterator[None]:
         ended.set()
         signal.set_wakeup_fd(before)
         os.close(into)  # which ends the thread's reading
-        watcher.join(GRACE)
+        watcher.join(UNHEARD)
         os.close(out)
 
 

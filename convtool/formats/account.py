@@ -112,10 +112,15 @@ class Account:
 
     def outcome(self) -> str:
         """Return what is there now, in a few words."""
-        left = [path.name for path in self.unfinished if _version_at(path)]
         there = [path.name for path in self.written() if path not in self.unfinished]
         said = f"written before that: {', '.join(there)}" if there else "nothing was changed"
-        return f"{said}; left over, and can be deleted: {', '.join(left)}" if left else said
+        left = self.left_over()
+        return f"{said}; {left}" if left else said
+
+    def left_over(self) -> str:
+        """Return which files are left that should have gone; '' for none."""
+        left = [path.name for path in self.unfinished if _version_at(path)]
+        return f"left over, and can be deleted: {', '.join(left)}" if left else ""
 
 
 _current: ContextVar[Account | None] = ContextVar("account", default=None)

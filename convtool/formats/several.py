@@ -135,10 +135,17 @@ class SeveralPlan:
                 raise OutputError(f"{path}: isn't there as it was written")
 
     def _finish(self, noted: Account, old: set[str]) -> None:
-        """Remove files that no index names any more; one that stays does no harm."""
+        """Remove files that no index names any more; one that stays does no harm, and is noted."""
         noted.finishes(self.index.with_name(name).absolute() for name in self.plans)
-        for name in sorted(old):
-            discard(self.index.with_name(name))
+        paths = [self.index.with_name(name) for name in sorted(old)]
+        noted.unfinished.update(dict.fromkeys(path.absolute() for path in paths))
+        try:
+            for path in paths:
+                discard(path)
+        except BaseException:  # a signal, which comes once
+            for path in paths:
+                discard(path)
+            raise
 
 
 @contextlib.contextmanager

@@ -647,6 +647,17 @@ def test_fuse_names_rounds_and_replaces_as_told(cli: Cli, here: Path) -> None:
     assert (here / "net.safetensors").read_bytes() == (here / "f.safetensors").read_bytes()
 
 
+def test_an_optimizer_s_states_of_fused_parameters_are_remarked(cli: Cli, here: Path) -> None:
+    optimizer = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
+    for key, value in (("optimizer", optimizer), ("optimizer_states", [optimizer])):
+        torch.save({"model": network(), key: value, "epoch": 3}, here / "training.pt")
+        found = cli("fuse training.pt first second -o f.pt --root model --force")
+        assert f"{key}: holds an optimizer's states of the old parameters" in found.err
+        kept = torch.load(here / "f.pt")[key]
+        assert len(kept) == len(value)
+    assert "optimizer" not in cli("fuse net.pt first second -o f.pt --force").err
+
+
 def test_a_dry_run_says_what_a_run_would_write(cli: Cli, here: Path) -> None:
     dry = cli("fuse net.pt first second norm -o f.pt --dry-run --json").document
     assert not (here / "f.pt").exists()

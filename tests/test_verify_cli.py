@@ -554,7 +554,7 @@ def test_a_matrix_that_is_not_the_layers(net: dict[str, Tensor]) -> None:
         ("verify net.pt m.npy --before frist --input-size 6,7", 2, "did you mean first"),
         ("verify net.pt m.npy --before first --input-size 6,7 --input-size 5,7", 2, "one input size"),
         ("verify m.npy net.pt", 2, "the matrix is AFTER"),
-        ("verify m.npy m.npy --before first", 2, "BEFORE is a matrix file as well"),
+        ("verify m.npy m.npy --before first", 2, "BEFORE is a matrix file"),
         ("verify net.pt m.npy --before first --input-size 6,7 --rtol 1", 2, "--rtol: doesn't go with a matrix"),
         ("verify net.pt missing.npz", 3, "no such file"),
         ("verify net.pt broken.npz", 3, "broken.npz"),
@@ -571,6 +571,25 @@ def test_questions_about_matrices_that_make_no_sense(
     assert found.code == code
     assert message in found.err.splitlines()[-1]
     assert cli(f"{line} --json").document["ok"] is False
+
+
+@pytest.mark.parametrize("suffix", ["npz", "safetensors", "pt", "mtx"])
+def test_a_matrix_is_stored_in_the_dtype_that_its_record_says(net: dict[str, Tensor], suffix: str) -> None:
+    """Half the precision loosens the bound, so it mustn't come unsaid."""
+    assert cli(f"toeplitz net.safetensors patch --input-size 8,6 -o m.{suffix}").code == 0
+    assert cli(f"verify net.safetensors m.{suffix}").code == 0
+
+
+def test_a_matrix_in_another_dtype_than_recorded_is_another_matrix(net: dict[str, Tensor]) -> None:
+    assert cli("toeplitz net.safetensors patch --input-size 8,6 -o m.safetensors").code == 0
+    with safe_open("m.safetensors", "pt") as opened:
+        metadata = opened.metadata()
+    arrays = load_file("m.safetensors")
+    arrays["data"] = arrays["data"].to(torch.bfloat16)
+    save_file(arrays, "half.safetensors", metadata)
+    found = cli("verify net.safetensors half.safetensors")
+    assert found.code == 1
+    assert "it is stored in bfloat16, and its record says 'float32'" in found.out
 
 
 def test_two_matrices(net: dict[str, Tensor]) -> None:

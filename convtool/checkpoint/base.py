@@ -162,6 +162,11 @@ class Checkpoint:
         """Classes and functions that the files name, dotted, and that no state dict is made of; none is looked up."""
         return list(dict.fromkeys(name for file in self.files.values() for name in file.classes))
 
+    @property
+    def optimizers(self) -> list[str]:
+        """Names of entries beside the tensors that hold what optimizers keep of each parameter."""
+        return [name for file in self.files.values() for name in file.optimizers]
+
     def in_order_of_bytes(self) -> list[str]:
         """Return the tensors' names in the order of their bytes, where a new file is to keep that."""
         return list(self.infos) if self._only is None else self._only.in_order_of_bytes()

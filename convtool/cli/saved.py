@@ -147,6 +147,9 @@ def write(plan: WritePlan, opened: Checkpoint, edit: Edit, reporter: Reporter, *
         reporter.remark(f"{name} is {what}, which can't be written; its state dict is")
     if left := [name for name in plan.left_out if name not in opened.replaced]:
         reporter.remark(f"left out: {some_of(left)}")
+    states = [name for name in opened.optimizers if name not in plan.left_out]
+    if states and edit.remove:
+        reporter.remark(f"{some_of(states)}: holds an optimizer's states of the old parameters, which stay as they are")
     tensors = len(edit.order(opened.infos))
     return Written(opened.path, plan.path, not dry_run, tensors, plan.size, plan.files, plan.left_out)
 

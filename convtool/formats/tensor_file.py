@@ -84,6 +84,11 @@ class TensorFile(abc.ABC):
         """All that a file of the tensors alone would not hold, and what it is."""
         return self.others
 
+    @property
+    def optimizers(self) -> list[str]:
+        """Names of entries beside the tensors that hold what optimizers keep of each parameter."""
+        return []
+
     def in_order_of_bytes(self) -> list[str]:
         """Return the tensors' names in the order of their bytes, where a new file is to keep that."""
         return list(self.tensors)

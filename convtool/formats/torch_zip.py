@@ -80,6 +80,12 @@ class TorchFile(StoredTensors):
         is_module = self.state.value is not self.state.entries
         return {".".join(self.root) or ".": f"the module, {describe(self.state.value)}"} if is_module else {}
 
+    @property
+    def optimizers(self) -> list[str]:
+        top = self.contents.value
+        beside = top.items() if self.root and isinstance(top, dict) else ()
+        return [str(name) for name, value in beside if name != self.root[0] and _is_optimizer(value)]
+
     def record(self) -> tuple[str, Path] | None:
         text = member_text(self.contents, RECORD)
         return None if text is None else (text, self.path)
@@ -163,6 +169,13 @@ def _opener(root: tuple[str, ...]) -> Callable[[Source, Contents], TorchFile]:
         return TorchFile(source, contents, StateDict(root, entries, entries))
 
     return opened
+
+
+def _is_optimizer(value: object) -> bool:
+    """Tell whether a value is what an optimizer's state_dict() gives, or a list of such."""
+    if isinstance(value, list):
+        return any(map(_is_optimizer, value))
+    return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
 
 
 def recognises(start: bytes) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,9 @@ def compare_with_layer(
     first = form, report = next(tried)
     if not report.equivalent:
         form, report = next((one for one in tried if one[1].equivalent), first)
+    stored, said = str(found.dtype).removeprefix("torch."), (found.record or {}).get("dtype")
+    if said not in (None, stored):
+        report = replace(report, mismatch=f"it is stored in {stored}, and its record says {said!r}")
     assumed = [leaf.assumed for leaf in lowered if leaf.assumed]
     if found.record is None:
         others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)

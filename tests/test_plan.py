@@ -25,6 +25,7 @@ import convtool
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import UsageError
 from convtool.fusing.recipe import Known, parse_recipe, resolve
+from convtool.graph.account import ALONE, NEVER
 from convtool.graph.cut import Price, partition
 from convtool.graph.flow import Flow, Step, find_stretches, taken_off
 from convtool.graph.judge import Exact
@@ -673,7 +674,7 @@ def test_a_forward_that_looks_at_the_kinds_of_its_modules_keeps_them() -> None:
 
     chains, alone, _ = planned(Net(forward, a=conv(), bn=nn.BatchNorm2d(4), b=conv()))
     assert chains == []
-    assert alone == {"a bn": "the model's code does something else without the layers"}
+    assert alone == {"a bn": "the model's code does something else without the layers", "b": ALONE}
 
 
 @pytest.mark.parametrize("how", ["an attribute", "a list", "a hook", "a sum in an attribute"])
@@ -696,7 +697,10 @@ def test_a_value_that_the_model_puts_aside_stays(how: str) -> None:
         net.get_submodule("seq").register_forward_hook(lambda module, inputs, output: aside.append(output))
     found = convtool.plan(net, (4, 9, 7))
     assert found.fusions == ()
-    assert {one.reason for one in found.left_alone} <= {"seq.0: the model's code keeps its value"}
+    assert not aside
+    kept = {"seq.0: the model's code keeps its value", "the model's code keeps its value"}
+    assert kept & {one.reason for one in found.left_alone}
+    assert {name for one in found.left_alone for name in one.layers} == {"seq.0", "other", "bn"}
 
 
 def test_a_transposed_layer_that_is_told_its_output_size_stays() -> None:
@@ -920,6 +924,48 @@ def test_a_sum_with_its_own_input_in_the_models_code() -> None:
     chains, _, found = planned(net)
     assert chains == ["(((a → n) + b + identity()) → bn) + (identity() → scale(-1.0))", "c + d"]
     assert found.total_after.multiply_adds < found.total.multiply_adds / 2
+
+
+def test_every_layer_is_fused_or_listed_with_one_reason() -> None:
+    net = Net(
+        lambda m, x: m.after(F.relu(m.bn(m.a(x)))) + m.of_input(x) + m.of_sum(F.relu(x) + x),
+        a=conv(k=1),
+        bn=nn.BatchNorm2d(4),
+        after=nn.BatchNorm2d(4),
+        of_input=nn.BatchNorm2d(4),
+        of_sum=nn.BatchNorm2d(4),
+        idle=conv(),
+    )
+    chains, alone, found = planned(net)
+    assert chains == ["a → bn"]
+    assert alone == {
+        "after": "what it reads is made by relu",
+        "of_input": "what it reads is the model's input",
+        "of_sum": "what it reads is a sum that no layer makes alone",
+        "idle": NEVER,
+    }
+    names = [name for one in found.left_alone for name in one.layers]
+    assert len(names) == len(set(names))
+
+
+class Versioned(nn.Sequential):
+    """A model that has its own mind about its state dict, and about loading one."""
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """The tensors under other names."""
+        return {f"other.{name}": value for name, value in super().state_dict(*args, **kwargs).items()}
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local_metadata: Any, *args: Any) -> None:
+        if local_metadata.get("version") is None:
+            raise ValueError("no version")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_what_a_model_makes_of_its_state_dict_does_not_matter() -> None:
+    net = filled(Versioned(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4)))
+    fused = convtool.fuse_model(copy.deepcopy(net), (4, 9, 7))
+    assert_same_outputs(net, fused, [(2, 4, 9, 7)])
+    assert [type(one) for one in fused] == [nn.Conv2d, nn.Identity, nn.ReLU, nn.Conv2d, nn.Identity]
 
 
 def test_parts_of_what_the_models_code_cannot_do_without_are_tried() -> None:

@@ -21,7 +21,7 @@ from convtool.kinds.written import read_layer, undoing
 from convtool.live.inside import difference, put_numbers, without_layer
 from convtool.live.layers import is_plain
 from convtool.live.modules import Zeros, live_module
-from convtool.live.state import COUNTERS
+from convtool.live.state import COUNTERS, load_tensors, tensors_of
 
 
 def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str | None = None) -> nn.Module:
@@ -168,7 +168,7 @@ class Applying:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Load every tensor of the checkpoint; InputError, before any is, where they don't fit."""
-        places, own = self._places(), self.model.state_dict()
+        places, own = self._places(), tensors_of(self.model)
         state = {self._tensor_place(name, places): checkpoint.tensor(name) for name in checkpoint.infos}
         missing = [name for name in own if name not in state and name.rpartition(".")[2] not in COUNTERS]
         unexpected = [name for name in state if name not in own]
@@ -184,7 +184,7 @@ class Applying:
         ]
         if wrong:
             raise InputError(f"{checkpoint.path}: does not load into the model: {wrong[0]}")
-        self.model.load_state_dict(state, strict=True)
+        load_tensors(self.model, state)
 
     def undo(self) -> None:
         """Put back every module that was replaced."""

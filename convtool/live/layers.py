@@ -18,7 +18,7 @@ from convtool.errors import RefusedError, UsageError
 from convtool.kinds import KINDS
 from convtool.kinds.found import group_layers
 from convtool.kinds.kind import UNKNOWN, Kind, Layer
-from convtool.live.state import tensor_info
+from convtool.live.state import tensor_info, tensors_of
 
 _METHODS = ("forward", "_conv_forward", "_output_padding")  # what code of one's own would replace
 
@@ -89,7 +89,7 @@ def geometry_of(model: nn.Module) -> dict[str, Fields]:
 
 def found_layers(model: nn.Module) -> dict[str, Layer]:
     """Return a model's layers by the tensors that its modules hold, a weight that is made of others included."""
-    tensors = {**model.state_dict(keep_vars=True), **dict(model.named_buffers())}
+    tensors = {**tensors_of(model), **dict(model.named_buffers())}
     return group_layers(tensor_info(name, value) for name, value in tensors.items() if isinstance(value, Tensor))
 
 

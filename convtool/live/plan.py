@@ -17,6 +17,7 @@ from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves
 from convtool.errors import UsageError
 from convtool.fusing.fusion import check_ties, plan_layer
 from convtool.fusing.lowering import lower_tree
+from convtool.graph.account import left_over
 from convtool.graph.cut import cut
 from convtool.graph.flow import LeftAlone
 from convtool.graph.judge import Judge, LayerRun, Merge
@@ -24,6 +25,7 @@ from convtool.graph.planned import Plan
 from convtool.graph.stopwatch import Stopwatch
 from convtool.kinds.stated import FieldSources
 from convtool.live.apply import apply_checkpoint
+from convtool.live.layers import found_layers
 from convtool.live.recorder import Recorded
 from convtool.live.rehearse import failures
 from convtool.live.state import StateCheckpoint
@@ -86,9 +88,12 @@ def _rehearsed(
 
 
 def _planned(model: nn.Module, judge: Judge, merges: Sequence[Merge], left_alone: Sequence[LeftAlone]) -> Plan:
+    said = {leaf.name for one in merges for leaf in leaves(one.tree)}
+    said.update(name for one in left_alone for name in one.layers)
+    others = left_over(judge.flow, found_layers(model).values(), said)
     used = {leaf.name: judge.layer(leaf.name).fields for one in merges for leaf in leaves(one.tree) if not leaf.written}
     fields = {name: used[name] for name, _ in model.named_modules() if used.get(name)}
-    return Plan(tuple(merges), tuple(left_alone), fields, judge.total(), judge.flow.remarks)
+    return Plan(tuple(merges), (*left_alone, *others), fields, judge.total(), judge.flow.remarks)
 
 
 def layer_runs(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[LayerRun]]:

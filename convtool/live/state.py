@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from convtool.checkpoint import Checkpoint, TensorInfo
@@ -34,7 +35,7 @@ class StateCheckpoint(Checkpoint):
     @classmethod
     def of(cls, model: nn.Module) -> StateCheckpoint:
         """Return a model's state dict; the tensors are the model's own."""
-        return cls({name: value for name, value in model.state_dict().items() if isinstance(value, Tensor)})
+        return cls(tensors_of(model))
 
     def stored_tensor(self, name: str) -> Tensor:
         return self._tensors[name]
@@ -52,6 +53,24 @@ class StateCheckpoint(Checkpoint):
     @property
     def record(self) -> Record | None:
         return self._known_record
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's tensors as torch's own state_dict() has them, whatever the model's classes make of that."""
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        kept = {name: one for name, one in module._buffers.items() if name not in module._non_persistent_buffers_set}
+        own = {**module._parameters, **kept}
+        found |= {f"{path}.{name}" if path else name: one for name, one in own.items() if one is not None}
+    return found
+
+
+def load_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put numbers into a model's tensors, by name; what its classes do when they load would be done to others."""
+    own = tensors_of(model)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            own[name].copy_(tensor)
 
 
 def tensor_info(name: str, tensor: Tensor) -> TensorInfo:

@@ -25,6 +25,7 @@ from convtool.graph.flow import Flow
 from convtool.graph.operations import read_flow
 from convtool.live.layers import found_layers, module_layers
 from convtool.live.recorder import DecidedByValuesError, Recorded, record
+from convtool.live.state import tensors_of
 from convtool.live.untouched import Guard, Kept, untouched
 
 Inputs = tuple[Any, ...]
@@ -157,7 +158,7 @@ def _why_it_ended(model: nn.Module, inputs: Inputs, recorded: Recorded, kept: Ke
     inside = f"the code of {where} ({type(model.get_submodule(where)).__name__})" if where else "the model's own code"
     if isinstance(error, (DecidedByValuesError, *_BY_VALUES)):
         return f"{inside}, which goes by the values of its input"
-    if not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in model.state_dict().values()):
+    if not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors_of(model).values()):
         _check_runs(model, inputs, kept)
     elif not _is_of_tracing(error):
         raise _does_not_run(inputs, error)

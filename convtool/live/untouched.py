@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_LEAVES = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, str, bytes, int, float, complex)
+_LEAVES = (type, types.BuiltinFunctionType, types.ModuleType, str, bytes, int, float, complex)
 
 
 @contextlib.contextmanager
@@ -122,7 +122,9 @@ class Kept:
         elif isinstance(value, np.random.Generator):
             self.undo.append(functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state))
         elif isinstance(value, types.MethodType):
-            return [value.__self__]
+            return [value.__self__, value.__func__]
+        elif isinstance(value, types.FunctionType):
+            return [*map(_content, value.__closure__ or ()), *(value.__defaults__ or ())]
         elif isinstance(value, functools.partial):
             return [value.func, *value.args, *value.keywords.values()]
         return [*self._keep_items(value), *self._keep_attributes(value)]
@@ -145,6 +147,13 @@ class Kept:
         for name, one in held.items():
             self.undo.append(functools.partial(_reset_slot, value, name, one))
         return [*([attributes] if isinstance(attributes, dict) else []), *held.values()]
+
+
+def _content(cell: types.CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing yet
+        return None
 
 
 def _names(slots: Any) -> tuple[str, ...]:

@@ -23,7 +23,7 @@ from convtool.checkpoint import Checkpoint
 from convtool.errors import InputError, UsageError
 from convtool.live.agreement import agree
 from convtool.live.apply import apply_checkpoint
-from convtool.live.state import COUNTERS
+from convtool.live.state import COUNTERS, load_tensors, tensors_of
 from convtool.live.trace import error_line
 
 # Times the effect of rounding every weight once that a difference may have: fused weights are rounded once as well,
@@ -125,7 +125,7 @@ def _compared(
     seed: int,
 ) -> WholeReport:
     """Run both networks, loaded, on the same inputs."""
-    dtypes = {name: value.dtype for name, value in original.state_dict().items()}
+    dtypes = {name: value.dtype for name, value in tensors_of(original).items()}
     original, generator = original.double(), torch.Generator().manual_seed(seed)
     inputs = torch.randn(trials, *input_size, dtype=torch.float64, generator=generator)
     expected, got = _outputs(original, inputs, before), _outputs(fused.double(), inputs, after)
@@ -145,7 +145,7 @@ def _loaded(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = False) -
     Args:
         strict: raise UsageError also where the model has no place for one of them.
     """
-    names, own, state = agree(model, checkpoint).names, model.state_dict(), {}
+    names, own, state = agree(model, checkpoint).names, tensors_of(model), {}
     left = dict.fromkeys(checkpoint.infos)
     for key, tensor in own.items():
         path, _, parameter = key.rpartition(".")
@@ -167,7 +167,7 @@ def _loaded(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = False) -
             " another model's"
         )
     model = model.to(next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32))
-    model.load_state_dict(state, strict=False)
+    load_tensors(model, state)
     return model
 
 
@@ -197,13 +197,13 @@ def _distance(expected: Sequence[Tensor], got: Sequence[Tensor]) -> float:
 @contextlib.contextmanager
 def _rounded(model: nn.Module, dtypes: Mapping[str, torch.dtype], generator: torch.Generator) -> Iterator[None]:
     """Put every number of a model, for a while, as far off as rounding it to its dtype may put it."""
-    state = model.state_dict()
+    state = tensors_of(model)
     kept = {name: tensor.clone() for name, tensor in state.items() if dtypes[name].is_floating_point}
     for name, tensor in kept.items():
         sides = torch.rand(tensor.shape, dtype=torch.float64, generator=generator) * 2 - 1
-        state[name].copy_(tensor * (1 + torch.finfo(dtypes[name]).eps / 2 * sides))
+        state[name].data.copy_(tensor * (1 + torch.finfo(dtypes[name]).eps / 2 * sides))
     try:
         yield
     finally:
         for name, tensor in kept.items():
-            state[name].copy_(tensor)
+            state[name].data.copy_(tensor)

@@ -1,0 +1,45 @@
+"""Every layer of a model accounted for: those that no fusion has, each with one reason."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+
+from convtool.graph.flow import Flow, LeftAlone, Step
+from convtool.kinds.kind import Layer
+
+ALONE = "nothing next to it could be one layer with it"
+NEVER = "it doesn't run"
+
+
+def left_over(flow: Flow, layers: Iterable[Layer], said: Collection[str]) -> Iterator[LeftAlone]:
+    """Yield the convolutions, linear layers and batch norms that nothing was said of yet, with the reason.
+
+    Args:
+        layers: of the model.
+        said: names of layers that are fused, or left alone for a reason.
+    """
+    barred = flow.barred()
+    steps = {layer.name: step for step, layer in flow.calls()}
+    for layer in layers:
+        if layer.name in said or not (layer.kind.main or layer.kind.spare):
+            continue
+        step = steps.get(layer.name)
+        if layer.name in barred:
+            yield LeftAlone((layer.name,), barred[layer.name])
+        elif step is None:
+            yield LeftAlone((layer.name,), NEVER)
+        else:
+            yield LeftAlone((layer.name,), _behind(flow, step) if layer.kind.spare else ALONE)
+
+
+def _behind(flow: Flow, step: Step) -> str:
+    """Return what a layer stands behind that no layer in front of it could take it in through."""
+    before = flow.steps[step.reads[0]]
+    while before.reads and (before.moves or before.written):
+        before = flow.steps[before.reads[0]]
+    if before.adds:
+        return "what it reads is a sum that no layer makes alone"
+    if not before.reads:
+        return "what it reads is the model's input"
+    what = before.about.removeprefix("aten.").partition(".")[0].rstrip("_")
+    return f"what it reads is made by {what}" if what and before.layer is None else ALONE

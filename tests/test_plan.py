@@ -25,10 +25,10 @@ import convtool
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import UsageError
 from convtool.fusing.recipe import Known, parse_recipe, resolve
-from convtool.graph.account import ALONE, NEVER
 from convtool.graph.cut import Price, partition
 from convtool.graph.flow import Flow, Step, find_stretches, taken_off
 from convtool.graph.judge import Exact
+from convtool.graph.left_over import ALONE, NEVER
 from convtool.graph.operations import INPUT, Operation, Run, read_flow
 from convtool.graph.planned import Plan, tree_in_short
 from convtool.kinds.kind import Layer, TensorInfo
@@ -965,7 +965,7 @@ def test_what_a_model_makes_of_its_state_dict_does_not_matter() -> None:
     net = filled(Versioned(conv(), nn.BatchNorm2d(4), nn.ReLU(), conv(), nn.BatchNorm2d(4)))
     fused = convtool.fuse_model(copy.deepcopy(net), (4, 9, 7))
     assert_same_outputs(net, fused, [(2, 4, 9, 7)])
-    assert [type(one) for one in fused] == [nn.Conv2d, nn.Identity, nn.ReLU, nn.Conv2d, nn.Identity]
+    assert [type(one) for one in fused.children()] == [nn.Conv2d, nn.Identity, nn.ReLU, nn.Conv2d, nn.Identity]
 
 
 def test_parts_of_what_the_models_code_cannot_do_without_are_tried() -> None:

@@ -28,7 +28,7 @@ from torch.utils import _pytree as pytree
 
 import convtool
 from convtool.core.tree import leaves
-from convtool.graph.account import NEVER
+from convtool.graph.left_over import NEVER
 
 SMALL = (3, 64, 64)
 LARGE = (3, 224, 224)

@@ -17,10 +17,10 @@ from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves
 from convtool.errors import UsageError
 from convtool.fusing.fusion import check_ties, plan_layer
 from convtool.fusing.lowering import lower_tree
-from convtool.graph.account import left_over
 from convtool.graph.cut import cut
 from convtool.graph.flow import LeftAlone
 from convtool.graph.judge import Judge, LayerRun, Merge
+from convtool.graph.left_over import left_over
 from convtool.graph.planned import Plan
 from convtool.graph.stopwatch import Stopwatch
 from convtool.kinds.stated import FieldSources

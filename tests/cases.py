@@ -114,6 +114,8 @@ CASES: tuple[Case, ...] = (
     # far more than the input: whole windows on one column
     _case("1d-replicate-far", (2, 2), (3,), (4,), padding=[(7, 5)], padding_mode="replicate", stride=2),
     # a mode, but nothing padded
+    _case("1d-symmetric-most", (2, 2), (4,), (5,), padding=5, padding_mode="symmetric"),
+    _case("2d-symmetric", (2, 2), (3, 2), (4, 5), padding=[(4, 2), (0, 5)], padding_mode="symmetric"),
     _case("1d-mode-without-padding", (1, 1), (3,), (6,), padding_mode="reflect"),
     # --- two axes: height and width always different in kernel, stride, padding and input
     _case("2d-plain", (3, 4), (3, 2), (5, 7)),

@@ -30,6 +30,8 @@ def padded_line(axis: Axis, size: int) -> list[int]:
         return [line[0]] * axis.before + line + [line[-1]] * axis.after
     if axis.padding_mode == "circular":
         return line[size - axis.before :] + line + line[: axis.after]
+    if axis.padding_mode == "symmetric":
+        return line[: axis.before][::-1] + line + line[size - axis.after :][::-1]
     front = [line[number] for number in range(axis.before, 0, -1)]
     back = [line[size - 1 - number] for number in range(1, axis.after + 1)]
     return front + line + back

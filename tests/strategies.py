@@ -51,7 +51,7 @@ def runs(axis: Axis, size: int) -> bool:
         return full > axis.before + axis.after
     if axis.padding_mode == "reflect" and max(axis.before, axis.after) > size - 1:
         return False
-    if axis.padding_mode == "circular" and max(axis.before, axis.after) > size:
+    if axis.padding_mode in ("circular", "symmetric") and max(axis.before, axis.after) > size:
         return False
     return size + axis.before + axis.after > axis.dilation * (axis.kernel - 1)
 

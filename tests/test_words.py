@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from cases import real_numbers, whole_numbers
 from live import done, error, load, run
+from scipy import ndimage
 from torch import Tensor
 
 from convtool.core.compose import compose, compose_chain
@@ -203,6 +204,24 @@ def test_a_raw_kernel_named_as_a_layer_is_told_how_it_is_written(net: Path) -> N
     code, message = error("fuse", net, "c", "raw.k0", "-o", net.with_name("no.pt"))
     assert code == 3
     assert message.endswith("; a fixed kernel is written kernel(raw.k0), an offset offset(TENSOR)")
+
+
+def test_a_fused_layer_that_no_conv_could_load_is_refused(net: Path) -> None:
+    padded = ("--set", "c.padding=1", "--set", "c.padding_mode=symmetric")
+    code, message = error("fuse", net, "c", "scale(2)", *padded, "-o", net.with_name("no.pt"))
+    assert (code, message.endswith("which no nn.Conv does")) == (4, True)
+
+
+def test_symmetric_padding_is_that_of_scipy() -> None:
+    kernel, x = real_numbers(1, 1, 1, 3, 5), real_numbers(2, 1, 1, 7, 8)
+    found = forward(conv(kernel, padding=(1, 2), padding_mode="symmetric"), x)
+    expected = ndimage.correlate(x[0, 0].numpy(), kernel[0, 0].numpy())  # whose default is this, called 'reflect'
+    torch.testing.assert_close(found[0, 0], torch.from_numpy(expected))
+
+
+def test_valid_is_no_padding(net: Path) -> None:
+    (fusion,) = done("fuse", net, "c", "scale(2)", "--set", "c.padding=valid", "-o", net.with_name("out.pt"))["fusions"]
+    assert fusion["fields"]["padding"] == [[0, 0], [0, 0]]
 
 
 # --- stacks

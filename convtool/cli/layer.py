@@ -51,7 +51,7 @@ class LayerOptions:
     dilation: Any = _field_option("N[,N]", "Dilation of LAYER.")
     groups: Any = _field_option("N", "Groups of LAYER.")
     padding_mode: Any = _field_option(
-        "MODE", "zeros, circular, replicate or reflect.", completion=complete.one_of(*PADDING_MODES)
+        "MODE", "zeros, circular, replicate, reflect or symmetric.", completion=complete.one_of(*PADDING_MODES)
     )
     transposed: bool = flag("LAYER is a ConvTranspose.")
     output_padding: Any = _field_option("N[,N]", "Of a transposed LAYER.")

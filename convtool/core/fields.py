@@ -86,7 +86,7 @@ def _integers(value: object) -> int | list[int]:
 
 
 def _padding(value: object) -> object:
-    if value in ("same", "half"):
+    if value in ("same", "valid", "half"):
         return value
     if isinstance(value, str):
         parts = [_side(part) for part in value.split(",")]
@@ -208,7 +208,9 @@ def _is_number(value: object) -> bool:
 
 INTEGER = FieldType(_integer, "an integer", int)
 INTEGERS = FieldType(_integers, "an integer or one per axis, such as 2 or 2,1", list[int])
-PADDING = FieldType(_padding, "1, one per axis (1,2), before:after (0:1,2:2), 'same' or 'half'", list[tuple[int, int]])
+PADDING = FieldType(
+    _padding, "1, one per axis (1,2), before:after (0:1,2:2), 'same', 'valid' or 'half'", list[tuple[int, int]]
+)
 MODE = FieldType(_mode, "one of " + ", ".join(PADDING_MODES), PaddingMode)
 FLAG = FieldType(_flag, "true or false", bool)
 POSITIVE = FieldType(_eps, "a number of at least 0, such as 1e-3", float)

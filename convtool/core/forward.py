@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from convtool.core.conv import Conv
+from convtool.core.geometry import Axis
 from convtool.core.moves import NOTHING, Selection
+from convtool.core.taps import tap_table
 from convtool.core.unfold import gather_taps
 from convtool.errors import UsageError
 
@@ -71,7 +73,11 @@ def _only_scales(conv: Conv) -> bool:
 
 def _direct(conv: Conv, x: Tensor) -> Tensor:
     geometry = conv.geometry
-    if geometry.padded:
+    if geometry.padded and geometry.padding_mode == "symmetric":  # which F.pad doesn't know
+        for number, (size, (before, after)) in enumerate(zip(x.shape[2:], geometry.padding, strict=True), 2):
+            around = tap_table(Axis(1, 1, before, after, padding_mode="symmetric"), size)
+            x = x.index_select(number, torch.from_numpy(around).flatten())
+    elif geometry.padded:
         mode = "constant" if geometry.padding_mode == "zeros" else geometry.padding_mode
         x = F.pad(x, _pad_list(geometry.padding), mode=mode)
     function = (F.conv1d, F.conv2d, F.conv3d)[conv.spatial_axes - 1]

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 from convtool.errors import UsageError
 
-PaddingMode: TypeAlias = Literal["zeros", "circular", "replicate", "reflect"]
+PaddingMode: TypeAlias = Literal["zeros", "circular", "replicate", "reflect", "symmetric"]
 PADDING_MODES: tuple[PaddingMode, ...] = get_args(PaddingMode)
 
 PerAxis: TypeAlias = int | Sequence[int]
@@ -53,10 +53,11 @@ class Axis:
                 f"reflect padding of {widest} needs an input size of at least {widest + 1}, got {size}"
                 " (a border can be mirrored only once)"
             )
-        if self.padding_mode == "circular" and widest > size:
+        if self.padding_mode in ("circular", "symmetric") and widest > size:
+            done = "wrapped around" if self.padding_mode == "circular" else "mirrored"
             raise UsageError(
-                f"circular padding of {widest} needs an input size of at least {widest}, got {size}"
-                " (an input can be wrapped around only once)"
+                f"{self.padding_mode} padding of {widest} needs an input size of at least {widest}, got {size}"
+                f" (an input can be {done} only once)"
             )
         free = size + padding - self.reach - 1
         if free < 0:
@@ -110,8 +111,8 @@ class Geometry:
             kernel_size: one int per spatial axis; a bare int means one axis.
             stride, dilation, output_padding: an int for all axes or one int per axis.
             padding: an int; one int or one (before, after) pair per axis; 'same' (as torch: output size = input size
-                at stride 1, the odd one out goes after); 'half' (half the dilated kernel, rounded down, on both
-                sides: what keeps the size for odd kernels).
+                at stride 1, the odd one out goes after); 'valid' (none); 'half' (half the dilated kernel, rounded down,
+                on both sides: what keeps the size for odd kernels).
             transposed: whether this is a ConvTranspose; these know zero padding only.
 
         Raises:
@@ -240,11 +241,13 @@ def _padding(
             raise UsageError(f"padding: 'same' is defined for stride 1 only, got stride {format_sizes(stride)}")
         totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
         return tuple((total // 2, total - total // 2) for total in totals)
+    if padding == "valid":  # torch's word for none
+        return ((0, 0),) * axes
     if padding == "half":
         halves = [(d * (k - 1) + 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
         return tuple((half, half) for half in halves)
     if isinstance(padding, str):
-        raise UsageError(f"padding: expected numbers, 'same' or 'half', got {padding!r}")
+        raise UsageError(f"padding: expected numbers, 'same', 'valid' or 'half', got {padding!r}")
     if not isinstance(padding, Sequence):
         padding = (padding,) * axes
     if len(padding) != axes:

@@ -4,6 +4,7 @@
                                circular:  i mod I
                                replicate: clip(i, 0, I-1)
                                reflect:   mirrored once at 0 and at I-1
+                               symmetric: mirrored once with the edge repeated, which no nn.Conv does
     transposed:  the i for which o = i*s - p + t*d, where it is an integer in range, else -1
 
 with I the input size and k, s, p, d kernel, stride, padding before, dilation. The Toeplitz matrix, unfolding,
@@ -42,6 +43,9 @@ def tap_table(axis: Axis, size: int, start: int = 0, stop: int | None = None) ->
         return index % size
     if axis.padding_mode == "replicate":
         return index.clip(0, size - 1)
+    if axis.padding_mode == "symmetric":
+        index = np.where(index < 0, -1 - index, index)
+        return np.where(index < size, index, 2 * size - 1 - index)
     if axis.padding_mode == "reflect":
         index = np.abs(index)
         return np.where(index < size, index, 2 * (size - 1) - index)

@@ -158,6 +158,8 @@ def plan_layer(
         bias_map=bias_map,
         dtype=dtype or stored_dtype(layers),
     )
+    if fusion.conv.geometry.padded and fusion.conv.geometry.padding_mode == "symmetric":
+        raise RefusedError("the fused layer would pad symmetrically, with the edge repeated, which no nn.Conv does")
     if not fusion.conv.spatial_axes and fusion.conv.geometry.groups > 1:
         fusion = replace(fusion, conv=_without_groups(fusion.conv))
     fused_name = name or next((layer.name for layer in own if not layer.kind.parameter), own[0].name)

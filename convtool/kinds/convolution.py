@@ -138,10 +138,9 @@ class Convolution(Kind):
         return lower_conv(weight, bias, Geometry.of(tuple(weight.shape[2:]), **fields))
 
     def module_fields(self, module: Any) -> Fields:
-        # 'valid' is torch's word for none, and only a transposed layer has an output padding.
+        # Only a transposed layer has an output padding.
         fields = {name: getattr(module, name) for name in self.fields if name != "padding_mode"}
         fields["padding_mode"] = getattr(module, "padding_mode", "zeros")  # torch before 1.1 had no other
-        fields["padding"] = 0 if module.padding == "valid" else module.padding
         if not module.transposed:
             fields["output_padding"] = 0
         return geometry_fields(Geometry.of(tuple(module.kernel_size), **fields))
@@ -152,7 +151,6 @@ class Convolution(Kind):
             return None
         fields = {field: arguments.get(field, self.defaults.get(field, 0)) for field in _OF_OPERATION}
         fields["transposed"] = "transpose" in name or bool(arguments.get("transposed"))
-        fields["padding"] = 0 if fields["padding"] == "valid" else fields["padding"]
         if not fields["transposed"]:
             fields["output_padding"] = 0
         geometry = Geometry.of(tuple(shapes["weight"][2:]), **fields)

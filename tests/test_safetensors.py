@@ -153,13 +153,13 @@ def test_a_tensor_that_stands_crooked_is_read_all_the_same(tmp_path: Path) -> No
 
 
 def test_a_dtype_that_torch_does_not_have_is_carried_over_and_named_where_it_is_asked_for(tmp_path: Path) -> None:
-    header = {"packed": {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}}
-    (tmp_path / "in.safetensors").write_bytes(raw_safetensors(header, b"ab"))
+    header = {"packed": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}
+    (tmp_path / "in.safetensors").write_bytes(raw_safetensors(header, b"abc"))
     opened = open_checkpoint(tmp_path / "in.safetensors")
-    with pytest.raises(InputError, match="packed: dtype F4 is not supported"):
+    with pytest.raises(InputError, match="packed: dtype F6_E2M3 is not supported"):
         opened.tensor("packed")
     write_edited(opened, Edit.nothing(), tmp_path / "out.safetensors", None, force=False)
-    assert (tmp_path / "out.safetensors").read_bytes().endswith(b"ab")
+    assert (tmp_path / "out.safetensors").read_bytes().endswith(b"abc")
 
 
 def test_the_order_of_names_and_of_bytes_are_both_kept(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from checkpoints import (
     with_metadata,
     write_edited,
 )
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from convtool import open_checkpoint
@@ -397,13 +398,32 @@ def test_a_storage_of_any_key_keeps_its_numbers_beside_new_tensors(tmp_path: Pat
     assert {name: tensor.tolist() for name, tensor in back.items()} == {"a": [5.0] * 3, "b": [2.0] * 3}
 
 
-@pytest.mark.parametrize("code", ["F4", "QQ"])
+@pytest.mark.parametrize("code", ["F6", "QQ"])
 def test_a_dtype_that_torch_lacks_is_refused_in_a_torch_file(tmp_path: Path, code: str) -> None:
     entry = {"dtype": code, "shape": [2, 8], "data_offsets": [0, 8]}
     (tmp_path / "in.safetensors").write_bytes(raw_safetensors({"w": entry}, b"12345678"))
     with pytest.raises(RefusedError, match=f"w: torch has no dtype {code}; write a .safetensors file"):
         write_edited(open_checkpoint(tmp_path / "in.safetensors"), Edit.nothing(), tmp_path / "o.pt", None, force=False)
     assert files_in(tmp_path).keys() == {"in.safetensors"}
+
+
+def test_numbers_of_four_bits_are_pairs_in_torch_and_numbers_in_safetensors(tmp_path: Path) -> None:
+    pairs = torch.arange(8, dtype=torch.uint8).reshape(2, 4).view(torch.float4_e2m1fn_x2)
+    save_file({"w": pairs}, tmp_path / "in.safetensors")  # the package can write them, and not read them
+    opened = open_checkpoint(tmp_path / "in.safetensors")
+    assert (opened.infos["w"].shape, opened.infos["w"].dtype) == ((2, 4), "float4_e2m1fn_x2")
+    write_edited(opened, Edit.nothing(), tmp_path / "o.pt", force=False)
+    assert same_bits(torch.load(tmp_path / "o.pt", weights_only=True)["w"], pairs)
+    torch.save({"w": pairs, "turned": pairs.clone().T}, tmp_path / "in.pt")
+    write_edited(open_checkpoint(tmp_path / "in.pt"), Edit.nothing(), tmp_path / "o.safetensors", force=False)
+    again = open_checkpoint(tmp_path / "o.safetensors")
+    assert same_bits(again.tensor("w"), pairs)
+    assert same_bits(again.tensor("turned").view(torch.uint8), pairs.view(torch.uint8).T)
+    assert (tmp_path / "o.safetensors").read_bytes().count(b'"shape":[2,8]') == 1
+    bad = {"dtype": "F4", "shape": [3, 3], "data_offsets": [0, 5]}
+    (tmp_path / "bad.safetensors").write_bytes(raw_safetensors({"w": bad}, b"12345"))
+    with pytest.raises(InputError, match="odd number of numbers in a row"):
+        open_checkpoint(tmp_path / "bad.safetensors")
 
 
 def quantized() -> Tensor:

@@ -46,7 +46,7 @@ def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
     """Open a file of tensors, an index of several, or a folder; no tensor is read yet, and no code runs.
 
     Read are .safetensors, all that torch.save, torch.jit.save and torch.export.save write, and folders of Hugging Face
-    and of torch.distributed.checkpoint; `convtool manual formats` has what is read of each.
+    and of torch.distributed.checkpoint; `convtool manual checkpoints` has what is read of each.
 
     Args:
         path: a file; a .index.json; or a folder that holds one checkpoint.

@@ -23,6 +23,7 @@ _DTYPES: dict[str, tuple[int, str | None, str | None, str | None]] = {
     "float8_e4m3fnuz": (1, "F8_E4M3FNUZ", None, None),
     "float8_e5m2fnuz": (1, "F8_E5M2FNUZ", None, None),
     "float8_e8m0fnu": (1, "F8_E8M0", None, None),
+    "float4_e2m1fn_x2": (1, "F4", None, None),  # two numbers in a byte, which torch counts as one
     "complex32": (4, None, None, None),
     "complex64": (8, "C64", "ComplexFloatStorage", "<c8"),
     "complex128": (16, None, "ComplexDoubleStorage", "<c16"),

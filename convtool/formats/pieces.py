@@ -95,9 +95,13 @@ class Piece:
 
 def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
     """Yield a tensor's bytes in pieces, row-major, however it lies in memory."""
+    import torch
+
     from convtool.core.flat import tensor_bits
 
     tensor = tensor.detach().cpu()
+    if tensor.itemsize == 1:  # torch has no way to copy pairs of 4 bits
+        tensor = tensor.view(torch.uint8)
     for block in [tensor] if tensor.is_contiguous() else _blocks(tensor):
         view = tensor_bits(block).numpy().data
         yield from (view[start : start + CHUNK] for start in range(0, len(view), CHUNK))

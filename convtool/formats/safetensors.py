@@ -41,6 +41,7 @@ LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
 COO_INDICES: str | None = None
 
+PAIRED = "F4"  # a dtype of two numbers in a byte
 MAX_HEADER = 100_000_000  # the safetensors package's own limit; a longer header is damage or an attack
 RECORD_KEY = "convtool"
 OWN_KEYS = (RECORD_KEY, "format")  # of the metadata, never a tied tensor's name
@@ -195,6 +196,16 @@ def _entry(pairs: dict[str, Any]) -> Span | None:
     return Span(sys.intern(code), tuple(shape), start, stop)
 
 
+def _pairs(code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a tensor's shape as torch counts: two numbers of 4 bits are one element."""
+    return (*shape[:-1], shape[-1] // 2) if code == PAIRED else shape
+
+
+def _numbers(code: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return a tensor's shape as a header counts: number by number."""
+    return (*shape[:-1], shape[-1] * 2) if code == PAIRED and shape else shape
+
+
 def _table(header: dict[str, Any], data_start: int, source: Source) -> dict[str, Span]:
     """Return the spans within the file, in the header's order; every inconsistency is named."""
     spans = header
@@ -202,12 +213,15 @@ def _table(header: dict[str, Any], data_start: int, source: Source) -> dict[str,
         if not isinstance(span, Span) or not is_unicode(name):
             raise source.damaged(f"the header's entry for {name!r} is malformed")
         code, shape, start, stop = span
-        wrong = span.dtype in ITEMSIZE and stop - start != math.prod(shape) * ITEMSIZE[span.dtype]
+        if code == PAIRED and (not shape or shape[-1] % 2):
+            raise source.damaged(f"{name!r} of dtype {code} has an odd number of numbers in a row, {list(shape)}")
+        span = span._replace(shape=_pairs(code, shape))
+        wrong = span.dtype in ITEMSIZE and stop - start != math.prod(span.shape) * ITEMSIZE[span.dtype]
         if start > stop or wrong or math.prod(filter(None, shape)) > LARGEST:
             raise source.damaged(
                 f"{name!r} of dtype {code} and shape {list(shape)} is declared to take {stop - start} bytes"
             )
-        spans[name] = Span(code, shape, data_start + start, data_start + stop)
+        spans[name] = Span(code, span.shape, data_start + start, data_start + stop)
     end = data_start
     for name, span in sorted(spans.items(), key=lambda item: item[1][2:]):
         if span.start != end:
@@ -272,6 +286,8 @@ def _plan(pieces: Sequence[Piece], metadata: Mapping[str, str], alignment: int =
 def _check_room(piece: Piece) -> None:
     if SAFETENSORS_CODES.get(piece.dtype, piece.dtype) in ITEMSIZE:  # torch's name of a dtype without a code
         raise RefusedError(f"{piece.name}: safetensors has no {piece.dtype}; write a .pt file instead")
+    if SAFETENSORS_CODES.get(piece.dtype) == PAIRED and not piece.shape:
+        raise RefusedError(f"{piece.name}: safetensors has no pair without an axis; write a .pt file instead")
     if piece.name == "__metadata__" or not is_unicode(piece.name):
         raise RefusedError(f"safetensors has no room for a tensor named {piece.name!r}; write a .pt file instead")
 
@@ -298,7 +314,7 @@ def _spans(stored: Sequence[Piece]) -> dict[str, Span]:
 def _header(spans: Mapping[str, Span], metadata: Mapping[str, str], alignment: int) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     for name, (code, shape, start, stop) in spans.items():
-        header[name] = {"dtype": code, "shape": shape, "data_offsets": (start, stop)}
+        header[name] = {"dtype": code, "shape": _numbers(code, shape), "data_offsets": (start, stop)}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % alignment)  # the first tensor's bytes come behind
     return len(text).to_bytes(8, "little") + text
@@ -326,7 +342,8 @@ def _check(path: Path, stored: Sequence[Piece], metadata: Mapping[str, str]) -> 
     import torch
     from safetensors import SafetensorError, safe_open
 
-    expected = {one.name: (SAFETENSORS_CODES.get(one.dtype, one.dtype), list(one.shape)) for one in stored}
+    codes = {one.name: SAFETENSORS_CODES.get(one.dtype, one.dtype) for one in stored}
+    expected = {one.name: (codes[one.name], list(_numbers(codes[one.name], one.shape))) for one in stored}
     try:
         with _named_in_unicode(path) as name, safe_open(name, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import saved_nets
 import torch
+from cases import whole_numbers
 from checkpoints import described, same_bits, small_network, write_edited
 from saved_nets import CHAINS, FORMS, NETS, Half, Passing, Residual, Tied, made, save_as
 from shell import cli
@@ -398,6 +399,31 @@ def test_modules_that_hold_each_other_without_end_are_refused() -> None:
     one.state = {"_parameters": {}, "_buffers": {}, "_modules": {"x": one, "y": one}}
     with pytest.raises(PickleError, match="without an end"):
         read_module(one)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu, torch.float4_e2m1fn_x2]
+)
+def test_every_verb_takes_layers_of_few_bits_or_says_why_not(tmp_path: Path, dtype: torch.dtype) -> None:
+    whole = whole_numbers(1, 4, 3, 2, 2).abs().clamp(1, 4)
+    plain = {"a.weight": whole, "b.weight": whole_numbers(2, 2, 4, 1, 1).abs().clamp(1, 4), "a.bias": torch.ones(4)}
+    few = {
+        name: tensor.to(torch.uint8).view(dtype) if "float4" in str(dtype) else tensor.to(dtype)
+        for name, tensor in plain.items()
+    }
+    torch.save(few, tmp_path / "in.pt")
+    computed = dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+    out = f"-o {tmp_path / 'o.npz'} --force"
+    for line, of_numbers in {
+        f"inspect {tmp_path / 'in.pt'}": False,
+        f"convert {tmp_path / 'in.pt'} {tmp_path / 'c.safetensors'}": False,
+        f"fuse {tmp_path / 'in.pt'} a b -o {tmp_path / 'f.pt'}": True,
+        f"spectrum {tmp_path / 'in.pt'} a --input-size 4,4": True,
+        f"toeplitz {tmp_path / 'in.pt'} a --input-size 4,4 {out} --dtype float32": True,
+        f"verify {tmp_path / 'in.pt'} {tmp_path / 'in.pt'}": False,
+    }.items():
+        done = cli(line)
+        assert done.code == (0 if computed or not of_numbers else 3), (line, done.err)
 
 
 # Folders and messages

@@ -17,6 +17,7 @@ from torch import Tensor
 from convtool.core.conv import Conv
 from convtool.core.geometry import Axis
 from convtool.core.moves import Selection
+from convtool.core.rounding import exact_dtype
 from convtool.core.taps import PADDED, tap_table
 
 _AT_ONCE = 1 << 22  # numbers of a map that are looked at together
@@ -59,7 +60,7 @@ def hidden_biases(chain: Sequence[Conv], input_size: Sequence[int] | None) -> tu
         else:
             hidden.append(False)
         if conv.bias is not None and not conv.has_bias_map:
-            bias = conv.bias.to(torch.promote_types(conv.bias.dtype, torch.float64))
+            bias = conv.bias.to(exact_dtype(conv.bias.dtype))
             values = bias if values is None or not carried else values + bias
         size = None if size is None else conv.output_size(size)
     return tuple(hidden)

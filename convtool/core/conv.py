@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convtool.core.geometry import Geometry, Padding, PerAxis, format_sizes
-from convtool.core.rounding import check_room, rounded
+from convtool.core.rounding import check_room, exact_dtype, rounded
 from convtool.errors import UsageError
 
 MOST_NUMBERS = 1 << 28  # of a kernel that is written in a few characters and stored nowhere: 2 GiB in float64
@@ -117,7 +117,7 @@ class Conv:
 
     def exact(self) -> Conv:
         """Return the layer in float64 (complex128), in which all arithmetic is done."""
-        return self.to(torch.complex128 if self.weight.is_complex() else torch.float64)
+        return self.to(exact_dtype(self.weight.dtype))
 
     def torch_weight(self) -> Tensor:
         """Return the weight in the layout of torch's modules: (C_in, C_out/groups, *kernel) where transposed."""

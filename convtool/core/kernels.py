@@ -26,6 +26,7 @@ from torch import Tensor
 from convtool.core.conv import Conv, swap_channels
 from convtool.core.expression import Expression, in_channels, out_channels, output_size, run
 from convtool.core.moves import NOTHING, Selection
+from convtool.core.rounding import exact_dtype
 from convtool.core.slots import AxisSlots, axis_slots
 from convtool.core.taps import MOST_ENTRIES, PADDED, Table, tap_table
 from convtool.core.tree import Chain, Sum, leaves, map_leaves, walk
@@ -89,7 +90,7 @@ class LayerKernels(Kernels):
         weight = self._weight[first:last]
         for number, axis in enumerate(self.slots):
             if axis.merges:
-                exact = weight.to(torch.promote_types(weight.dtype, torch.float64))
+                exact = weight.to(exact_dtype(weight.dtype))
                 members = torch.from_numpy(axis.members).to(exact.dtype)  # (subsets, kernel)
                 weight = torch.tensordot(exact, members, dims=([number + 2], [1])).movedim(-1, number + 2)
         return weight.flatten(1)

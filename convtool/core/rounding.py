@@ -10,6 +10,11 @@ from torch import Tensor
 from convtool.errors import RefusedError
 
 
+def exact_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that all arithmetic with numbers of another is done in; torch promotes no 8-bit ones."""
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
 def check_room(stored: torch.dtype, wanted: torch.dtype) -> None:
     """RefusedError where numbers of the one dtype have no room in the other: complex ones in a real one.
 

@@ -393,8 +393,9 @@ def _check_numbers(tensor: Tensor, where: str) -> None:
 
     if not (tensor.is_floating_point() or tensor.is_complex()):
         raise InputError(f"{where}: expected floating-point numbers, got {str(tensor.dtype).removeprefix('torch.')}")
-    if tensor.dtype == torch.float4_e2m1fn_x2:
-        raise InputError(f"{where}: holds two numbers of 4 bits in a byte, which are only copied; save it dequantized")
+    if tensor.dtype in (torch.float4_e2m1fn_x2, torch.float8_e8m0fnu):  # pairs of numbers, and scales of other numbers
+        kind = str(tensor.dtype).removeprefix("torch.")
+        raise InputError(f"{where}: nothing is computed with {kind}, which is only copied; save it dequantized")
     numbers = tensor if tensor.element_size() > 1 else tensor.to(torch.float32)  # float8 knows no isfinite
     if not bool(numbers.isfinite().all()):
         raise InputError(f"{where}: holds inf or NaN; nothing exact can be said of it")

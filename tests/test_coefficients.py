@@ -159,6 +159,20 @@ def test_fused_layers_are_equal_and_a_number_two_units_off_is_not(dtype: torch.d
     assert caught == planted or dtype == torch.float64  # whose own rounding is what may be off
 
 
+def test_a_bias_two_units_off_or_left_out_is_found() -> None:
+    first = Conv(real_numbers(1, 3, 2, 2), real_numbers(2, 3), Geometry.of((2,)))
+    second = Conv(real_numbers(3, 4, 3, 2), None, Geometry.of((2,)))
+    tree, fused = Chain((first, second)), fuse([first, second], dtype=torch.float32)
+    assert fused.bias is not None
+    off = fused.bias.clone()
+    off.view(torch.int32)[2] += 2
+    for bias in (off, None):
+        other = Conv(fused.weight, bias, fused.geometry)
+        found = compare_numbers(tree, other, Allowance(tree, other), torch.float32)
+        assert found.differing == (1 if bias is not None else 4)
+        assert found.where == ((2,) if bias is not None else found.where)
+
+
 def test_what_no_impulse_meets_has_to_be_zero() -> None:
     first = Conv(real_numbers(1, 2, 2, 2), None, Geometry.of((2,), dilation=2))
     second = Conv(real_numbers(2, 2, 2, 2), None, Geometry.of((2,), dilation=3))

@@ -13,6 +13,7 @@ from convtool.cli.document import fill
 from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Proof, Recipes, Result, Work, show
 from convtool.cli.options import DTYPES, Size, argument, flag, option, parse_dtype
 from convtool.cli.output import Reporter
+from convtool.cli.shared import AUTO
 from convtool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
@@ -36,9 +37,6 @@ convtool fuse unet.safetensors --with style=lora.safetensors --strength 0.8 -o s
 
 convtool fuse net.pt conv1 --normalize mean=.49,.46,.41 std=.23,.22,.23 --input-scale 1/255 -o raw.pt
 """
-
-
-AUTO = "auto"  # as --recipe
 
 
 @dataclass(frozen=True, slots=True)

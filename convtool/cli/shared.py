@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.kinds.stated import FieldSource, FieldSources
 
+AUTO = "auto"  # as --recipe
+
 checkpoint = partial(
     argument, "CKPT", "A .safetensors or torch (.pt, .pth, .bin) file; or an index or folder of several.", required=True
 )

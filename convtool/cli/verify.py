@@ -13,6 +13,7 @@ from convtool.cli.command import Command
 from convtool.cli.document import fill
 from convtool.cli.options import Size, argument, dtype_name, flag, option, parse_device, parse_float, parse_rows
 from convtool.cli.output import Reporter
+from convtool.cli.shared import AUTO
 from convtool.errors import InputError, UsageError
 
 if TYPE_CHECKING:
@@ -72,8 +73,8 @@ class Options:
         "C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after")
     )
     recipe: str | None = option(
-        "NAME|FILE",
-        "What another program fused, by a recipe, in place of what AFTER records.",
+        "NAME|FILE|auto",
+        "What another program fused, by a recipe, in place of what AFTER records; auto for the one that fits.",
         completion=complete.recipes,
     )
     only: bool = flag("Compare the chains of --before and --after, or of --recipe, alone, and no other tensor.")
@@ -284,18 +285,22 @@ def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Re
     """Return what --recipe says that another program fused; without a record, what the model says."""
     from convtool.core.tree import BASE
     from convtool.fusing.claimed import claimed_pairings, not_named
+    from convtool.fusing.lowering import full_name
     from convtool.fusing.named import by_recipe
     from convtool.fusing.recipe import PlannedFusion
     from convtool.fusing.shipped import find_recipe
+    from convtool.fusing.which import the_one
 
-    checkpoints = {BASE: sides.before, **sides.others}
+    checkpoints, fields = {BASE: sides.before, **sides.others}, sides.fields[0]
     if options.recipe is not None:
-        recipe = find_recipe(options.recipe)
-        fields, origin = sides.fields[0].with_first(recipe.stated(sides.before.layers)), f"--recipe {options.recipe}"
+        auto = options.recipe == AUTO
+        recipe = the_one(checkpoints, fields)[1] if auto else find_recipe(options.recipe)
+        names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
+        fields, origin = fields.with_first(recipe.stated(names)), f"--recipe {options.recipe}"
         fusions = by_recipe(recipe, checkpoints, fields.fields)
     elif options.model_input is not None and sides.after.record is None:
         plan = _plan(options, sides.before, reporter)
-        fields, origin = sides.fields[0].with_first(plan.geometry), f"--model {options.sources.model}"
+        fields, origin = fields.with_first(plan.geometry), f"--model {options.sources.model}"
         fusions = [PlannedFusion(one.name, one.tree, one.only_size) for one in plan.fusions]
     else:
         return []

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from convtool.cli import shared
+from convtool.cli import shared, spectrum_table
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Sizes, fill
 from convtool.cli.layer import LayerOptions, LayersAtSize, OfLayer, chain_name, chain_sizes, find_layers, more_layers
-from convtool.cli.options import option
+from convtool.cli.options import Size, option
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
@@ -24,6 +24,9 @@ convtool spectrum resnet.safetensors layer1.0.conv1 --input-size 56,56 --padding
 convtool spectrum net.pt conv1 bn1 conv2 --input-size 3,32,32 --set 'conv*.padding=1'
 # the ten largest and the ten smallest, and their vectors
 convtool spectrum net.pt conv1 --input-size 3,32,32 --count 10 --vectors vectors.npz
+# of each layer of a pattern; of a whole network, with what it lengthens a difference by at most
+convtool spectrum net.pt 'layer1.*' --input-size 56,56 --set '*.padding=1'
+convtool spectrum net.pt '*' --model net.py:Net --model-input 3,224,224
 # how far the answers may be off, relative to the largest
 convtool spectrum net.pt conv1 --input-size 3,32,32 --tolerance 1e-4
 """
@@ -45,6 +48,7 @@ class Options:
     steps: int | None = option("N", "Steps of each iteration at most; by default what usually does.")
     count: int | None = option("K", "Also the K largest and the K smallest singular values.")
     vectors: Path | None = option("OUT", "Write the singular vectors of --count (1 without it): an .npz file.")
+    model_input: Size | None = option("C,H,W", "With a pattern and --model: the size of the network's input.")
     sources: shared.Sources
     force: bool = shared.force()
 
@@ -106,7 +110,7 @@ class Result:
     assumed: tuple[str, ...]
 
 
-def run(options: Options, reporter: Reporter) -> Result:
+def run(options: Options, reporter: Reporter) -> Result | spectrum_table.TableResult:
     """The largest and the smallest singular value of the matrix of a layer or a chain, and its condition number.
 
     A large matrix isn't built: it is taken apart where dilation, strides, groups or padding that wraps around allow it.
@@ -122,6 +126,11 @@ def run(options: Options, reporter: Reporter) -> Result:
         raise UsageError(f"--steps: expected a number of at least 1, got {options.steps}")
     if options.count is not None and options.count < 1:
         raise UsageError(f"--count: expected at least 1, got {options.count}")
+    opened = options.sources.open(options.wanted.checkpoint, reporter)
+    if spectrum_table.is_pattern(options.wanted.layer, opened.layers):
+        return spectrum_table.run_table(options, options.sources, opened, reporter)
+    if options.model_input is not None:
+        raise UsageError("--model-input: is for a pattern, such as '*'")
     if options.vectors is not None:
         from convtool.matrix.vectors import check_vectors
 
@@ -154,15 +163,18 @@ def _several(options: Options, found: LayersAtSize) -> Several | None:
     return Several(high, low, made.complete)
 
 
-def show(result: Result, reporter: Reporter) -> None:
+def show(result: Result | spectrum_table.TableResult, reporter: Reporter) -> None:
     """Print both values, the condition number, and how they were found."""
+    if isinstance(result, spectrum_table.TableResult):
+        spectrum_table.show_table(result, reporter)
+        return
     rows, columns = result.shape
     how = ", ".join(METHODS[method] for method in result.methods)
     after = f", {result.steps} steps" if result.steps else ""
     named, sizes = chain_name(result.of, result.chain), chain_sizes(result.of, result.chain)
     reporter.line(f"{named}: {sizes}, matrix {rows} x {columns}")
-    reporter.line(f"  largest singular value   {_value(result.largest, 1)}")
-    reporter.line(f"  smallest singular value  {_value(result.smallest, -1)}")
+    reporter.line(f"  largest singular value   {spectrum_table.value_text(result.largest, 1)}")
+    reporter.line(f"  smallest singular value  {spectrum_table.value_text(result.smallest, -1)}")
     reporter.line(f"  condition number         {_condition(result)}")
     reporter.line(f"  {how}{after}{_proved(result)}")
     if result.several is not None:
@@ -181,17 +193,6 @@ def _show_several(several: Several, vectors: Path | None, reporter: Reporter) ->
         reporter.remark("each of these is near a singular value; that none lies in between is not proved")
     if vectors is not None:
         reporter.line(f"wrote {vectors}")
-
-
-def _value(value: SingularValue, side: int) -> str:
-    """Return a value or its bounds; the side is 1 where the value is below what it stands for, and -1 where above."""
-    if value.converged:
-        return f"{value.value:.9g} (+- {value.error:.1g})"
-    first, second = ("at least", "at most")[::side]
-    beyond = value.value + side * value.error
-    # Six digits, rounded away from what is held in between.
-    bounds = f"{first} {value.value * (1 - side * 5e-6):.6g}"
-    return f"{bounds}, {second} {beyond * (1 + side * 5e-6):.6g}" if beyond > 0 else bounds
 
 
 def _condition(result: Result) -> str:

@@ -141,8 +141,8 @@ def chain_name(of: OfLayer, chain: tuple[OfLayer, ...]) -> str:
 
 
 def chain_sizes(of: OfLayer, chain: tuple[OfLayer, ...]) -> str:
-    """Return '3x32x32 -> 16x30x30 -> 16x15x15', of a chain the size behind each layer."""
-    return " -> ".join([of.sizes_text, *("x".join(map(str, one.output_size or ())) for one in chain[1:])])
+    """Return '3x32x32 → 16x30x30 → 16x15x15', of a chain the size behind each layer."""
+    return " → ".join([of.sizes_text, *("x".join(map(str, one.output_size or ())) for one in chain[1:])])
 
 
 def find_layers(

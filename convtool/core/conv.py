@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +122,35 @@ class Conv:
     def torch_weight(self) -> Tensor:
         """Return the weight in the layout of torch's modules: (C_in, C_out/groups, *kernel) where transposed."""
         return swap_channels(self.weight, self.geometry.groups) if self.geometry.transposed else self.weight
+
+
+class Computed(Conv):
+    """A layer whose weight is computed each time that it is asked for, of numbers that take much less room."""
+
+    __slots__ = ("compute", "shape")
+    compute: Callable[[], Tensor]
+    shape: tuple[int, ...]
+
+    def __init__(self, like: Conv, compute: Callable[[], Tensor]) -> None:
+        values = (("compute", compute), ("shape", tuple(like.weight.shape)))
+        for name, value in (*values, ("bias", like.bias), ("geometry", like.geometry)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def weight(self) -> Tensor:
+        return self.compute()
+
+    @property
+    def out_channels(self) -> int:
+        return self.shape[0]
+
+    @property
+    def in_channels(self) -> int:
+        return self.shape[1] * self.geometry.groups
+
+    @property
+    def spatial_axes(self) -> int:
+        return len(self.shape) - 2
 
 
 def conv(

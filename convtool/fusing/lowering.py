@@ -11,6 +11,7 @@ import torch
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import SourceLayer
+from convtool.core.conv import Computed
 from convtool.core.expression import Expression, joined
 from convtool.core.fields import Fields
 from convtool.core.fuse import NamedConv
@@ -259,6 +260,8 @@ class _TreeLowering:
         full = layer.kind.full_fields(conv, fields)
         name = full_name(layer.name, ref.source)
         if ref in self.adapters:  # its base says the same of the geometry
+            checkpoint, applied, axes = self.checkpoints[ref.source], layer, self.axes
+            conv = Computed(conv, lambda: checkpoint.lower(applied, fields, axes).weight)
             layer, scaling = self.adapters[ref]
             full, assumed = {**full, **scaling}, layer.kind.assumed(layer, scaling)
         said = f"{name}: {', '.join(assumed)}" if assumed else ""

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from cases import real_numbers, whole_numbers
 from layers import lower_batch_norm
 from safetensors.torch import load_file, save_file
+from shell import cli
 from torch import Tensor, nn
 
 import convtool
@@ -380,3 +381,21 @@ def test_not_a_guess_from_a_few_numbers() -> None:
     assert np.prod(geometry.output_size(size)) == 1  # the last tap alone reads the input here
     assert convtool.verify([Conv(weight, None, geometry)], [Conv(other, None, geometry)], size).equivalent
     assert not convtool.verify([Conv(weight, None, geometry)], [Conv(other, None, geometry)], (9, 11)).equivalent
+
+
+# --- a batch norm with an activation inside, which its tensors don't tell
+
+
+@pytest.mark.parametrize(("counter", "sign", "said"), [(False, -1, True), (True, -1, False), (False, 1, False)])
+def test_a_batch_norm_that_may_have_an_activation_inside_is_remarked(
+    tmp_path: Path, counter: bool, sign: int, said: bool
+) -> None:
+    numbers = {name: torch.ones(2) for name in ("weight", "bias", "running_mean", "running_var")}
+    state = {"c.weight": torch.ones(2, 1, 3, 3), **{f"bn.{name}": tensor for name, tensor in numbers.items()}}
+    state["bn.weight"] = torch.tensor([1.0, sign])
+    if counter:
+        state["bn.num_batches_tracked"] = torch.tensor(3)
+    torch.save(state, tmp_path / "net.pt")
+    result = cli(f"fuse {tmp_path / 'net.pt'} c bn --set bn.eps=0 -o {tmp_path / 'out.pt'}")
+    assert result.code == 0  # frozen, with an eps of 0
+    assert ("as a batch norm with an activation inside has; --model tells" in result.err) is said

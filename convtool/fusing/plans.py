@@ -41,6 +41,9 @@ def plan_all(
     trees = [lower_tree(checkpoints, one.tree, sources, size) for one, size in zip(fusions, sizes, strict=True)]
     for text in _assumed(trees):
         note(f"assumed: {text}")
+    doubts = ((leaf.name, leaf.layer.kind.doubt(leaf.layer, leaf.conv)) for tree in trees for leaf in leaves(tree))
+    for line in grouped((name, doubt) for name, doubt in doubts if doubt):
+        remark(line)
     alone = _left_alone(checkpoints, [one.tree for one in fusions]) if surveyed else []
     for text in alone:
         note(f"left alone: {text}")

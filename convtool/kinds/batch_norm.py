@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.core.fields import POSITIVE, Fields
 from convtool.core.tree import Chain, Tree
 from convtool.errors import InputError, RefusedError
-from convtool.kinds.kind import Kind, Shapes, TensorInfo, Tensors
+from convtool.kinds.kind import Kind, Layer, Shapes, TensorInfo, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -86,6 +86,12 @@ class BatchNorm(Kind):
         scale = F.batch_norm(ones.to(var), torch.zeros_like(mean), var, exact.get("weight"), eps=eps)
         weight, shape = scale.reshape(conv.weight.shape), conv.geometry
         return Chain((Conv(torch.ones_like(weight), -mean, shape), Conv(weight, exact.get("bias"), shape)))
+
+    def doubt(self, layer: Layer, conv: Conv) -> str:
+        # InPlaceABN has the same tensors but for the counter, takes its weights' absolute values, and an activation.
+        if "num_batches_tracked" in layer.tensors or not bool((conv.weight < 0).any()):
+            return ""
+        return "has weights below 0 and no counter, as a batch norm with an activation inside has; --model tells"
 
     def stored(self, conv: Conv, tensors: Tensors, fields: Fields) -> Tree[Stored]:
         """Return the two layers of `parts`."""

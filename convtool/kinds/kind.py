@@ -266,6 +266,10 @@ class Kind:
         """Return the fields with which the kind `inverse` undoes this layer; None where nothing does."""
         return fields if self.inverse else None
 
+    def doubt(self, layer: Layer, conv: Conv) -> str:
+        """Return what a found layer may be instead, as its numbers look; '' where nothing speaks for it."""
+        return ""
+
     # --- live modules, and operations of a run
 
     def of_operation(self, name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Fields | None:

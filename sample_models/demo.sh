@@ -16,7 +16,8 @@ run convtool toeplitz sample_models/chains.safetensors widen --input-size 16,4,4
 run python -c 'import scipy.sparse; print(repr(scipy.sparse.load_npz("demo_output/widen.npz")))'
 
 step "Three convolutions into one: 1x1, then 3x3, then 5x5 with stride 2"
-run convtool fuse sample_models/chains.safetensors reduce spread gather --set gather.stride=2 -o demo_output/fused.safetensors
+run convtool fuse sample_models/chains.safetensors reduce spread gather --geometry sample_models/chains.toml \
+    -o demo_output/fused.safetensors
 
 step "Proof that the fused layer computes the same, for every input of a 14 x 14 image"
 run convtool verify sample_models/chains.safetensors demo_output/fused.safetensors --input-size 14,14 --exhaustive
@@ -26,7 +27,7 @@ run python sample_models/accuracy.py chains sample_models/chains.safetensors dem
 
 step "What would not be exact is refused (exit code 4)"
 code=0
-run convtool fuse sample_models/chains.safetensors blur sharpen --set blur.padding=1 --set sharpen.padding=1 \
+run convtool fuse sample_models/chains.safetensors blur sharpen --geometry sample_models/chains.toml \
     -o demo_output/refused.safetensors || code=$?
 [ "$code" -eq 4 ] || { echo "expected exit code 4, got $code" >&2; exit 1; }
 

@@ -15,7 +15,16 @@ import convtool
 from convtool.core import extremes
 
 SIZE = (3, 7, 6)
-FIELDS = ("0.stride=2", "0.padding=1", "0.dilation=1", "0.groups=1", "1.eps=1e-3", "3.stride=1", "3.padding=0:1,1")
+FIELDS = (
+    "0.stride=2",
+    "0.padding=1",
+    "0.dilation=1",
+    "0.groups=1",
+    "1.eps=1e-3",
+    "3.stride=1",
+    "3.padding=0:1,1",
+    "3.dilation=1",
+)
 STATED = tuple(word for field in FIELDS for word in ("--set", field))
 CHAIN = ("0", "1", "avg_pool(2; stride=1)", "3")
 

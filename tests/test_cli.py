@@ -120,7 +120,14 @@ def snapshot(folder: Path) -> dict[str, bytes | None]:
 
 
 # A line for each mistake: its exit code, and what the message has to say.
-PADDED = "--set blur.padding=1,2 --set sharpen.padding=1"
+PADDED = (
+    "--set blur.padding=1,2 --set sharpen.padding=1 --set blur.stride=1 --set blur.dilation=1 --set sharpen.dilation=1"
+    " --set blur.groups=1"
+)
+# What the fusion of first and second depends on, stated.
+PLAIN = (
+    "--set first.stride=1 --set first.dilation=1 --set first.groups=1 --set second.padding=0 --set second.dilation=1"
+)
 MISTAKES = [
     # --- what would be lost, or spilled where nobody looks
     ("toeplitz net.safetensors first --input-size 5,7 -o net.safetensors -f", 2, "is the checkpoint itself"),
@@ -145,7 +152,11 @@ MISTAKES = [
     ("toeplitz net.pt '' --input-size 5,7 -o t.npz", 2, "no layer ''"),  # which a bare module's is called
     # --- the option that was typed
     ("convert net.pt o.safetensors --shard-size 1KB", 2, "^--shard-size: o.safetensors is one file; name a folder"),
-    ("convert net.pt o.pt --as-toeplitz first=4,5 --as-toeplitz first=5,5", 2, "^first: is to be written in two forms"),
+    (
+        "convert net.pt o.pt --as-toeplitz first=4,5 --as-toeplitz first=5,5 --assume-defaults",
+        2,
+        "^first: is to be written in two forms",
+    ),
     ("inspect net.pt --set first.stride=", 2, "^--set first.stride=: stride: expected an integer"),
     ("toeplitz net.pt first --input-size 5,7 --stride x -o t.npz", 2, "^--stride: expected an integer"),
     ("convert net.pt c.pt --as-conv head=", 2, "such as head=3,32,32/5,5$"),
@@ -167,7 +178,7 @@ MISTAKES = [
             "toeplitz complex.pt wave --input-size 5,7 -o t.npz",
             "toeplitz complex.pt wave --input-size 5,7 --order HWC -o t.npz --dry-run",
             "unfold complex.pt wave -o u.npz",
-            "fuse complex.pt wave mix -o f.pt",
+            "fuse complex.pt wave mix -o f.pt --assume-defaults",
         )
         for dtype in ("float32", "float64")
     ],
@@ -225,7 +236,7 @@ MISTAKES = [
     ("fuse net.pt poison second -o f.pt", 3, "poison.weight: holds inf or NaN"),
     ("verify net.pt net.pt --before poison --after first --input-size 5,7", 3, "poison.weight: holds inf or NaN"),
     (
-        "fuse net.safetensors huge huger -o f.safetensors",
+        "fuse net.safetensors huge huger -o f.safetensors --assume-defaults",
         4,
         r"cannot fuse huge, huger: the fused weight: float32 cannot hold its numbers: .*; float64 would hold them$",
     ),
@@ -244,7 +255,7 @@ MISTAKES = [
     ("toeplitz net.pt first --input-size 7 -o t.npz", 2, "input size"),
     ("toeplitz net.pt first -o t.npz", 2, "needs --input-size"),
     ("verify net.pt net.pt --before first --after first --input-size 9,1", 2, "smaller than the kernel, which spans 2"),
-    ("fuse net.pt first second --input-size 3,3,3 -o f.pt", 2, "smaller than the kernel"),
+    (f"fuse net.pt first second {PLAIN} --input-size 3,3,3 -o f.pt", 2, "smaller than the kernel"),
     ("toeplitz net.pt first --input-size 5,7 --groups 3 -o t.npz", 2, "groups"),
     ("toeplitz net.pt first --input-size 5,7 --padding=-1 -o t.npz", 2, "padding"),
     ("toeplitz net.pt first --input-size 5,7 --dilation 0 -o t.npz", 2, "dilation: expected integers of at least 1"),
@@ -287,7 +298,7 @@ MISTAKES = [
     ("fuse net.pt --recipe repvg -o f.pt", 2, r"no recipe 'repvg'; did you mean repvgg"),
     ("fuse net.pt first second --recipe repvgg -o f.pt", 2, "--recipe names the layers"),
     ("fuse net.pt --recipe missing.toml -o f.pt", 3, "missing.toml: no such file"),
-    ("fuse net.pt first second --name head -o f.pt", 2, "'head.weight' is taken"),
+    (f"fuse net.pt first second {PLAIN} --name head -o f.pt", 2, "'head.weight' is taken"),
     ("fuse net.pt first second --with net.pt -o f.pt", 2, "--with: expected NAME=FILE"),
     ("verify net.pt net.pt --before first", 2, "--before and --after go together"),
     # --- outputs
@@ -313,7 +324,7 @@ MISTAKES = [
     (f"fuse net.pt blur sharpen {PADDED} --input-size 9,8 -o f.pt", 4, "--allow-border accepts that"),
     (f"fuse net.pt blur sharpen {PADDED} -o f.pt --dry-run", 4, "give blur padding 2,3 and sharpen none"),
     (
-        "fuse net.safetensors first patch --set patch.stride=2,4 --set patch.padding=1 -o f.pt",
+        "fuse net.safetensors first patch --set patch.stride=2,4 --set patch.padding=1 -o f.pt --assume-defaults",
         4,
         "cannot fuse first, patch",
     ),
@@ -385,8 +396,8 @@ SUCCESSES = [
     ("inspect net.safetensors", None),
     ("inspect net.pt 's*' --tensors", None),
     ("toeplitz net.safetensors first --input-size 5,7 -o t.npz", "t.npz"),
-    ("fuse net.safetensors first second norm -o f.safetensors", "f.safetensors"),
-    ("fuse net.pt first second --dry-run -o f.pt", None),
+    (f"fuse net.safetensors first second norm {PLAIN} --eps 1e-5 -o f.safetensors", "f.safetensors"),
+    (f"fuse net.pt first second {PLAIN} --dry-run -o f.pt", None),
     ("fuse --list-recipes", None),
     ("verify net.pt net.pt --before first --after first --input-size 6,7", None),
     ("unfold net.pt first --input-size 5,7 -o u.npz", "u.npz"),
@@ -453,9 +464,10 @@ def test_inspect_shows_geometry_only_where_it_is_known(cli: Cli) -> None:
 
     assert geometry("net.pt", "first") is None
     assert geometry("net.pt --set first.padding=0:1,2", "first") == {"padding": [[0, 1], [2, 2]]}
-    assert cli("fuse net.pt first second -o f.safetensors --set second.stride=1,2").code == 0
+    assert cli(f"fuse net.pt first second {PLAIN} -o f.safetensors --set second.stride=1,2").code == 0
     recorded = geometry("f.safetensors", "first")
-    assert (recorded["stride"], recorded["padding"]) == ([1, 2], [[0, 0], [0, 0]])
+    assert recorded["stride"] == [1, 2]
+    assert "padding" not in recorded  # which is that of first, and nobody said it
     assert cli("inspect f.safetensors").err.endswith("first was fused by convtool from first → second\n")
 
 
@@ -467,12 +479,14 @@ def test_what_is_recorded_of_a_layer_is_said_of_no_other(cli: Cli, here: Path, n
     save_file(
         {f"{key}.weight": torch.randn(s, generator=generator) for key, s in shapes.items()}, here / "n.safetensors"
     )
-    assert cli(f"fuse n.safetensors '{name}' behind -o f.safetensors --set '{name}.stride=2,1'").code == 0
+    stated = f"--set '{name}.stride=2,1' --set '{name}.groups=1' --set behind.stride=1 --set behind.padding=0"
+    assert cli(f"fuse n.safetensors '{name}' behind -o f.safetensors {stated}").code == 0
     layers = {one["name"]: one["geometry"] for one in cli("inspect f.safetensors --json").document["layers"]}
     assert layers[name]["stride"] == [2, 1]
     assert layers[other] is None
     for layer, positions in ((name, 4 * 5), (other, 7 * 5)):
-        made = cli(f"toeplitz f.safetensors '{layer}' --input-size 9,6 -o t.npz -f --json").document
+        more = "--assume padding,dilation" if layer == name else ""
+        made = cli(f"toeplitz f.safetensors '{layer}' --input-size 9,6 -o t.npz -f --json {more}").document
         assert made["shape"][0] == positions * (5 if layer == name else 4)
 
 
@@ -556,7 +570,7 @@ def run_layers(tensors: dict[str, Tensor], names: str, x: Tensor, **fields: Any)
 
 @pytest.mark.parametrize("suffix", ["safetensors", "pt"])
 def test_fuse_then_verify(cli: Cli, here: Path, suffix: str) -> None:
-    assert cli(f"fuse net.{suffix} first second -o f.{suffix}").code == 0
+    assert cli(f"fuse net.{suffix} first second {PLAIN} -o f.{suffix}").code == 0
     fused = load_file(here / "f.safetensors") if suffix == "safetensors" else torch.load(here / "f.pt")
     assert fused.keys() == network().keys() - {"second.weight", "second.bias"}
     for name, tensor in network().items():
@@ -574,7 +588,7 @@ def test_fuse_then_verify(cli: Cli, here: Path, suffix: str) -> None:
 
 
 def test_verify_finds_a_wrong_weight_a_changed_and_a_missing_tensor(cli: Cli, here: Path) -> None:
-    assert cli("fuse net.safetensors first second -o f.safetensors").code == 0
+    assert cli(f"fuse net.safetensors first second {PLAIN} -o f.safetensors").code == 0
     good = load_file(here / "f.safetensors")
     metadata = {"convtool": _record(here / "f.safetensors")}
     changes: list[tuple[Callable[[dict[str, Tensor]], object], str]] = [
@@ -622,13 +636,14 @@ def test_a_padded_3x3_after_a_padded_3x3_is_refused_and_goes_ahead_only_when_tol
         ]
     assert "blur, rim: " in cli("verify net.safetensors f.safetensors --input-size 9,8").out
     # The way out that the message gives: exact, and equal to the pair that it describes.
-    wider = "--set blur.padding=2,3 --set sharpen.padding=0"
+    wider = PADDED.replace("blur.padding=1,2", "blur.padding=2,3").replace("sharpen.padding=1", "sharpen.padding=0")
     assert cli(f"fuse net.safetensors blur sharpen {wider} -o g.safetensors").code == 0
     assert cli("verify net.safetensors g.safetensors --input-size 9,8").code == 0
 
 
 def test_a_patch_convolution_is_exact_for_the_sizes_that_it_divides(cli: Cli, here: Path) -> None:
     chain = "fuse net.pt first patch --set first.padding=1,0 --set patch.stride=2,4 --set patch.padding=0:1,0"
+    chain += " --set first.stride=1 --set first.groups=1 --set *.dilation=1"
     # The first layer keeps the height: of 6 rows, patches of 2 leave none over to be padded; of 7 they do.
     for size, code in (("--input-size 6,9", 0), ("--input-size 7,9", 4), ("", 4)):
         assert cli(f"{chain} {size} -o f{code}.pt --force").code == code
@@ -637,13 +652,14 @@ def test_a_patch_convolution_is_exact_for_the_sizes_that_it_divides(cli: Cli, he
 
 
 def test_fuse_names_rounds_and_replaces_as_told(cli: Cli, here: Path) -> None:
-    assert cli("fuse net.safetensors first second -o f.safetensors --name whole --dtype float64").code == 0
+    assert cli(f"fuse net.safetensors first second {PLAIN} -o f.safetensors --name whole --dtype float64").code == 0
     fused = load_file(here / "f.safetensors")
     assert fused["whole.weight"].dtype == fused["whole.bias"].dtype == torch.float64
     assert not {"first.weight", "second.weight"} & fused.keys()
     assert cli("verify net.safetensors f.safetensors").code == 0
     # In place: OUT may be CKPT itself, where --force says so.
-    assert cli("fuse net.safetensors first second -o net.safetensors --name whole --dtype float64 --force").code == 0
+    in_place = f"fuse net.safetensors first second {PLAIN} -o net.safetensors --name whole --dtype float64 --force"
+    assert cli(in_place).code == 0
     assert (here / "net.safetensors").read_bytes() == (here / "f.safetensors").read_bytes()
 
 
@@ -659,9 +675,9 @@ def test_an_optimizer_s_states_of_fused_parameters_are_remarked(cli: Cli, here: 
 
 
 def test_a_dry_run_says_what_a_run_would_write(cli: Cli, here: Path) -> None:
-    dry = cli("fuse net.pt first second norm -o f.pt --dry-run --json").document
+    dry = cli(f"fuse net.pt first second norm {PLAIN} --eps 1e-5 -o f.pt --dry-run --json").document
     assert not (here / "f.pt").exists()
-    done = cli("fuse net.pt first second norm -o f.pt --json").document
+    done = cli(f"fuse net.pt first second norm {PLAIN} --eps 1e-5 -o f.pt --json").document
     assert (dry.pop("written"), done.pop("written")) == (False, True)
     assert dry == done
     tensors = done["fusions"][0]["tensors"]
@@ -670,7 +686,7 @@ def test_a_dry_run_says_what_a_run_would_write(cli: Cli, here: Path) -> None:
     assert tensors["removed"] == sorted(network().keys() - fused.keys())
     assert done["tensors"] == len(fused)
     assert done["files"] == {"f.pt": (here / "f.pt").stat().st_size} == {"f.pt": done["bytes"]}
-    shown = cli("fuse net.pt first second norm -o g.pt --dry-run --quiet").out.splitlines()
+    shown = cli(f"fuse net.pt first second norm {PLAIN} --eps 1e-5 -o g.pt --dry-run --quiet").out.splitlines()
     assert [line for line in shown if line[:4] in ("  - ", "  + ")] == [
         *(f"  - {name}" for name in tensors["removed"]),
         *("  + first.weight 5x3x4x4", "  + first.bias 5"),
@@ -681,11 +697,11 @@ def test_a_dry_run_says_what_a_run_would_write(cli: Cli, here: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "out"),
     [
-        ("fuse net.safetensors first second -o f.safetensors", "f.safetensors"),
-        ("fuse net.pt first second -o f.safetensors", "f.safetensors"),
+        (f"fuse net.safetensors first second {PLAIN} -o f.safetensors", "f.safetensors"),
+        (f"fuse net.pt first second {PLAIN} -o f.safetensors", "f.safetensors"),
         ("convert net.safetensors f.pt", "f.pt"),
         ("convert net.pt there.safetensors --dtype bfloat16 --force", "there.safetensors"),
-        ("convert net.pt f.pt --as-toeplitz first=4,5", "f.pt"),
+        ("convert net.pt f.pt --as-toeplitz first=4,5 --assume-defaults", "f.pt"),
         ("convert net.pt parts --shard-size 300", "parts"),
         ("convert net.safetensors parts --dtype bfloat16 --shard-size 300B", "parts"),
         ("plan --model model.py:Net --input-size 3,9,8 -o p.toml", "p.toml"),
@@ -712,8 +728,9 @@ def test_a_dry_run_tells_every_file_and_its_bytes_and_touches_none(line: str, ou
 
 
 def test_verify_of_named_layers_and_one_sided_fields(cli: Cli, here: Path) -> None:
-    assert cli("fuse net.pt first second -o f.pt --set first.padding=1,2").code == 0
+    assert cli(f"fuse net.pt first second {PLAIN} -o f.pt --set first.padding=1,2").code == 0
     named = "verify net.pt f.pt --before first,second --after first --input-size 6,7"
+    named += f" {PLAIN}".replace("--set ", "--set before:")
     assert cli(f"{named} --set before:first.padding=1,2 --set after:first.padding=1,2 --json").code == 0
     assert cli(f"{named} --set first.padding=1,2").code == 0
     assert cli(f"{named} --set before:first.padding=1,2 --set after:first.padding=2,1").code in (1, 2)
@@ -839,8 +856,13 @@ main(sys.argv[1:])
 @pytest.mark.parametrize(
     ("number", "line", "code", "kind"),
     [
-        (signal.SIGINT, "fuse net.pt first second -o f.pt", INTERRUPTED, "interrupted"),
-        (signal.SIGTERM, "fuse net.safetensors first second -o there.safetensors --force", TERMINATED, "terminated"),
+        (signal.SIGINT, f"fuse net.pt first second {PLAIN} -o f.pt", INTERRUPTED, "interrupted"),
+        (
+            signal.SIGTERM,
+            f"fuse net.safetensors first second {PLAIN} -o there.safetensors --force",
+            TERMINATED,
+            "terminated",
+        ),
     ],
 )
 def test_a_signal_leaves_nothing_half_written(here: Path, number: int, line: str, code: int, kind: str) -> None:

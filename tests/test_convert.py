@@ -250,7 +250,8 @@ def test_an_existing_output_needs_force(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_the_record_goes_along(tmp_path: Path) -> None:
     fused = tmp_path / "fused.safetensors"
-    assert run_app(["fuse", str(SAMPLES / "chains.pt"), "reduce", "spread", "-o", str(fused), "--quiet"]) == 0
+    stated = ["--geometry", str(SAMPLES / "chains.toml"), "--quiet"]
+    assert run_app(["fuse", str(SAMPLES / "chains.pt"), "reduce", "spread", "-o", str(fused), *stated]) == 0
     record = open_checkpoint(fused).record
     assert record is not None
     for out in (tmp_path / "a.pt", tmp_path / "b.safetensors", tmp_path / "c"):

@@ -249,7 +249,7 @@ def test_fused_layers_have_the_geometry_that_was_recorded_and_not_the_models(tmp
     net = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Conv2d(3, 3, 1, stride=2))
     before = save(filled(net), tmp_path / "before.safetensors")
     fused = tmp_path / "fused.safetensors"
-    done("fuse", before, "0", "1", "-o", fused, "--set", "1.stride=2")
+    done("fuse", before, "0", "1", "-o", fused, "--set", "1.stride=2", "--set", "1.padding=0", "--set", "0.groups=1")
     found = agree(net, open_checkpoint(fused))
     assert dict(found.geometry.tables) == {}
     assert found.differences == ()
@@ -338,10 +338,13 @@ def test_a_plan_is_carried_out_by_fuse_at_once_or_as_a_recipe_and_the_network_st
     assert 0 < whole["ratio"] < whole["most"]
 
 
+BLURRED = ("--set", "blur.padding=1", "--set", "narrow.padding=0", "--set", "narrow.groups=1")
+
+
 def test_a_network_that_was_fused_wrongly_is_not_called_equal(folder: Path, tmp_path: Path) -> None:
     """Each fused layer is right; what they stand for isn't next to each other in the network."""
     checkpoint, wrong = folder / "chains.safetensors", tmp_path / "wrong.safetensors"
-    done("fuse", checkpoint, "narrow", "blur", "-o", wrong, "--set", "blur.padding=1", "--allow-border")
+    done("fuse", checkpoint, "narrow", "blur", "-o", wrong, *BLURRED, "--allow-border")
     model = ("--model", f"{folder}/nets.py:Chains", "--model-input", "1,8,8")
     code, document = error_or_document("verify", checkpoint, wrong, *model)
     assert code == 1

@@ -81,9 +81,18 @@ def test_it_is_listed_with_its_fields(before: Path) -> None:
 
 def test_its_fields_are_asked_for_and_it_is_fused_recorded_and_verified(before: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
-    assert "1: power 1" in done("fuse", before, "0", "1", "-o", out)["fusions"][0]["assumed"]
+    code, message = error("fuse", before, "0", "1", "-o", out)
+    assert code == 2
+    assert message.startswith("not stated, and needed: for the numbers, power of 1. --assume power accepts")
+    assert message.endswith("--set 1.power=1")
+    assert "1: power 1" in done("fuse", before, "0", "1", "-o", out, "--assume", "power")["fusions"][0]["assumed"]
     (fusion,) = done("fuse", before, "0", "1", "--set", "1.power=2", "-o", out, "--force")["fusions"]
-    assert fusion["sources"]["chain"][1] == {"name": "1", "kind": "gain", "fields": {"power": 2.0}}
+    assert fusion["sources"]["chain"][1] == {
+        "name": "1",
+        "kind": "gain",
+        "fields": {"power": 2.0},
+        "assumed": [],
+    }
     state = load(before)
     expected = state["0.weight"] * state["1.gain"].reshape(-1, 1, 1, 1) ** 2
     torch.testing.assert_close(load(out)["0.weight"], expected, rtol=1e-14, atol=0)

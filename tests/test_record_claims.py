@@ -43,6 +43,7 @@ def write(folder: Path) -> None:
     state = {name: real_numbers(seed, *shape).to(torch.float32) for seed, (name, shape) in enumerate(SHAPES.items())}
     state["n.running_var"] = (real_numbers(77, 4).square() + 0.1).to(torch.float32)
     save_file(state, folder / "net.safetensors")
+    (folder / "plain.toml").write_text('"*" = { stride = 1, padding = 0, dilation = 1, groups = 1 }')
     lines = (
         "net.safetensors a b -o ab.safetensors --set a.stride=2,1 --set a.padding=1,0:2 --set b.stride=1",
         "ab.safetensors c d -o cd.safetensors --set c.stride=1 --set d.stride=1 --set c.padding=1 --set d.padding=0",
@@ -50,10 +51,12 @@ def write(folder: Path) -> None:
         "cd.safetensors a n -o eps.safetensors --set n.eps=0.5 --input-size 9,8",
     )
     for line in lines:
+        # What is recorded isn't said again, as it would be overruled.
+        plain = "" if " n -o" in line else f"--geometry {folder / 'plain.toml'}"
         checkpoint, *words = line.split()
         out = words.index("-o") + 1
         words[out] = str(folder / words[out])
-        assert cli(f"fuse {folder / checkpoint} {' '.join(words)}").code == 0, line
+        assert cli(f"fuse {folder / checkpoint} {' '.join(words)} {plain}").code == 0, line
 
 
 def record_of(path: Path) -> dict[str, Any]:
@@ -112,6 +115,7 @@ def test_a_record_names_what_went_in_and_what_came_out_to_the_bit(files: Path) -
     assert (found.code, found.document["other_tensors"]["differing"]) == (1, {"before:b.weight": "digest"})
     # A claim on the command line stands in place of the record's, digests included.
     fields = "--set c.stride=1 --set d.stride=1 --set before:c.padding=1 --set d.padding=0 --set after:c.padding=1"
+    fields += " --set before:c.groups=1 --set before:c.dilation=1 --set before:d.dilation=1"
     save(state | {"c.weight": bits}, record, files / "edited.safetensors")
     assert verified(files, f"--before c,d --after c {fields} --atol 1e-3").code == 0
 

@@ -157,8 +157,9 @@ def checkpoint(tmp_path: Path) -> Path:
     return path
 
 
-CONV = ["--set", "conv.padding=1,0", "--set", "conv.stride=1,2", "--set", "conv.groups=2"]
-EMBED = ["--set", "embed.stride=2,3"]
+CONV = ["--set", "conv.padding=1,0", "--set", "conv.stride=1,2", "--set", "conv.groups=2", "--set", "conv.dilation=1"]
+PLAIN = ["--set", "embed.padding=0", "--set", "embed.dilation=1", "--set", "embed.groups=1"]
+EMBED = ["--set", "embed.stride=2,3", *PLAIN]
 
 
 def convert(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
@@ -239,7 +240,11 @@ def test_every_kind_of_layer_goes_there_and_back(
     tensors = {"layer.weight": real_numbers(0, *shape).float(), "layer.bias": real_numbers(1, shape[0]).float()}
     start, there, back = (tmp_path / f"{stem}{suffix}" for stem in ("start", "there", "back"))
     (save_file if suffix == ".safetensors" else torch.save)(tensors, start)
-    options = [word for field in fields for word in ("--set", f"layer.{field}")]
+    said = {field.partition("=")[0] for field in fields}
+    others = [
+        field for field in ("stride=1", "padding=0", "dilation=1", "groups=1") if field.partition("=")[0] not in said
+    ]
+    options = [word for field in (*fields, *others) for word in ("--set", f"layer.{field}")]
     convert(capsys, str(start), str(there), "--as-toeplitz", f"layer={size}", *options)
     document = convert(capsys, str(there), str(back), "--as-conv", f"layer={size}/{kernel}", *options)
     assert document["reexpressed"][0]["residual"]["largest"] == 0
@@ -256,7 +261,7 @@ def test_a_layer_of_one_output_channel_gets_its_bias_back(suffix: str, tmp_path:
     apart = real_numbers(2, 6)[::5][:1]  # one number, and a stride that isn't 1
     torch.save({"c.weight": real_numbers(1, 1, 2, 3, 2), "c.bias": apart}, tmp_path / "m.pt")
     assert run_app(["convert", str(tmp_path / "m.pt"), first]) == 0
-    assert run_app(["convert", str(tmp_path / "m.pt"), matrix, "--as-toeplitz", "c=5,4"]) == 0
+    assert run_app(["convert", str(tmp_path / "m.pt"), matrix, "--as-toeplitz", "c=5,4", "--assume-defaults"]) == 0
     assert run_app(["convert", matrix, again, "--as-conv", "c=2,5,4/3,2", "--set", "c.stride=1"]) == 0
     assert run_app(["verify", first, again]) == 0
     assert run_app(["verify", str(tmp_path / "m.pt"), first]) == 0
@@ -307,7 +312,7 @@ def test_patches_of_any_rank_come_back_to_the_bit(
         capsys,
         str(start),
         str(there),
-        *("--as-linear", "embed", "--set", f"embed.stride={','.join(map(str, kernel))}"),
+        *("--as-linear", "embed", "--set", f"embed.stride={','.join(map(str, kernel))}", *PLAIN),
     )
     convert(capsys, str(there), str(back), "--as-conv", "embed")
     for file, shape in ((there, (5, -1)), (back, (5, 3, *kernel))):
@@ -356,14 +361,18 @@ def test_a_weight_that_is_no_convolution_is_refused_with_the_residual(
         (["--as-linear", "conv", *CONV], 4, "conv: expected kernel = stride"),
         (["--as-linear", "head"], 2, "head: is a linear, not a convolution"),
         (["--as-toeplitz", "conv", *CONV], 2, "--as-toeplitz: expected LAYER=[C,]H,W, got 'conv'"),
-        (["--as-toeplitz", "conv=1,1"], 2, "smaller than the kernel"),
+        (["--as-toeplitz", "conv=1,1", *CONV], 2, "smaller than the kernel"),
         (["--as-toeplitz", "con=4,5"], 2, "did you mean conv?"),
         (["--as-conv", "head"], 2, "--as-conv head: expected LAYER=C,H,W/KH,KW"),
         (["--as-conv", "head=40"], 2, "--as-conv head=40: expected C,H,W/KH,KW"),
         (["--as-conv", "head=2,4,4"], 2, "head: takes 40 numbers, and an input of 2,4,4 has 32"),
         (["--as-conv", "embed=3,2,3"], 2, "embed: is a conv, not a linear layer"),
         (["--set", "conv.padding=1"], 2, "--set: is for layers that are re-expressed"),
-        (["--as-toeplitz", "conv=9999,9999"], 4, "more than the memory free; `convtool toeplitz` writes it sparse"),
+        (
+            ["--as-toeplitz", "conv=9999,9999", *CONV],
+            4,
+            "more than the memory free; `convtool toeplitz` writes it sparse",
+        ),
     ],
 )
 def test_what_convert_refuses(

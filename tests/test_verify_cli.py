@@ -14,7 +14,7 @@ import torch
 from cases import real_numbers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from shell import cli
+from shell import Run, cli
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -27,7 +27,18 @@ from convtool.fusing.proof import check_planned
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    Path("plain.toml").write_text('"*" = { stride = 1, padding = 0, dilation = 1, groups = 1 }')
     return tmp_path
+
+
+def plain(line: str) -> Run:
+    """Run a command on layers that have torch's defaults, which is stated; what --set says overrules it."""
+    return cli(f"{line} --geometry plain.toml")
+
+
+def fuse(line: str) -> Run:
+    """Fuse such layers."""
+    return plain(f"fuse {line}")
 
 
 def network(dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -63,7 +74,7 @@ CHAIN = "first second norm --set first.stride=2,1 --set first.padding=1,0:2 --se
 
 
 def test_the_document_says_all_that_was_found(net: dict[str, Tensor]) -> None:
-    assert cli(f"fuse net.safetensors {CHAIN} -o f.safetensors").code == 0
+    assert fuse(f"net.safetensors {CHAIN} -o f.safetensors").code == 0
     found = cli("verify net.safetensors f.safetensors --seed 5 --trials 3 --input-size 9,11 --json")
     document = found.document
     assert (found.code, found.err) == (0, "")
@@ -95,7 +106,7 @@ def test_the_document_says_all_that_was_found(net: dict[str, Tensor]) -> None:
 
 
 def test_what_people_read(net: dict[str, Tensor]) -> None:
-    assert cli(f"fuse net.pt {CHAIN} -o f.pt").code == 0
+    assert fuse(f"net.pt {CHAIN} -o f.pt").code == 0
     found = cli("verify net.pt f.pt")
     lines = found.out.splitlines()
     assert lines[0].split("  ")[0] == "layers"
@@ -116,7 +127,7 @@ def test_what_people_read(net: dict[str, Tensor]) -> None:
 
 
 def test_several_sizes_in_one_run_and_by_default_ones_that_the_stride_does_not_divide(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.pt first second --set first.stride=3,2 -o f.pt").code == 0
+    assert fuse("net.pt first second --set first.stride=3,2 -o f.pt").code == 0
     chosen = cli("verify net.pt f.pt --json").document["fusions"]
     heights, widths = ([part["input_size"][axis] for part in chosen] for axis in (1, 2))
     assert len(chosen) == 3
@@ -128,7 +139,7 @@ def test_several_sizes_in_one_run_and_by_default_ones_that_the_stride_does_not_d
 
 def test_the_rim_is_apart(net: dict[str, Tensor]) -> None:
     padded = "first second --set first.padding=1 --set second.padding=1"
-    assert cli(f"fuse net.pt {padded} -o f.pt --allow-border").code == 0
+    assert fuse(f"net.pt {padded} -o f.pt --allow-border").code == 0
     found = cli("verify net.pt f.pt --input-size 7,9 --json")
     assert found.code == 1
     (part,) = found.document["fusions"]
@@ -166,7 +177,7 @@ def test_the_rim_is_apart(net: dict[str, Tensor]) -> None:
 def test_a_question_that_makes_no_sense_is_never_a_verdict(
     net: dict[str, Tensor], line: str, code: int, message: str
 ) -> None:
-    assert cli("fuse net.pt first second -o f.pt").code == 0
+    assert fuse("net.pt first second -o f.pt").code == 0
     found = cli(line)
     assert found.code == code
     assert message in found.err.splitlines()[-1]
@@ -175,8 +186,8 @@ def test_a_question_that_makes_no_sense_is_never_a_verdict(
 
 
 def test_records_of_different_histories_are_no_pair(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.pt first second -o one.pt").code == 0
-    assert cli("fuse net.pt second norm -o other.pt").code == 0
+    assert fuse("net.pt first second -o one.pt").code == 0
+    assert fuse("net.pt second norm --eps 1e-5 -o other.pt").code == 0
     found = cli("verify one.pt other.pt")
     assert found.code == 3
     assert "different histories" in found.err
@@ -186,9 +197,9 @@ def test_records_of_different_histories_are_no_pair(net: dict[str, Tensor]) -> N
 
 
 def test_only_the_fusions_since_before_are_run_and_all_of_them_spelled_out(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.pt first second -o one.pt --name whole --dtype float64").code == 0
-    assert cli("fuse one.pt whole norm -o two.pt --dtype float32").code == 0
-    assert cli("fuse two.pt patch deep -o no.pt").code == 2
+    assert fuse("net.pt first second -o one.pt --name whole --dtype float64").code == 0
+    assert fuse("one.pt whole norm --eps 1e-5 -o two.pt --dtype float32").code == 0
+    assert fuse("two.pt patch deep -o no.pt").code == 2
     through = cli("verify net.pt two.pt --json").document
     assert {tuple(part["before"]) for part in through["fusions"]} == {("first", "second", "norm")}
     assert through["equivalent"]
@@ -201,7 +212,7 @@ def test_every_recorded_fusion_is_run(net: dict[str, Tensor]) -> None:
     state = {f"{block}.{name}": tensor.clone() for block in "xy" for name, tensor in network().items()}
     save_file(state, "two.safetensors")
     Path("r.toml").write_text('[[fuse]]\nname = "{b}.first"\nchain = ["{b}.first", "{b}.second"]\n')
-    assert cli("fuse two.safetensors --recipe r.toml -o f.safetensors").code == 0
+    assert fuse("two.safetensors --recipe r.toml -o f.safetensors").code == 0
     document = cli("verify two.safetensors f.safetensors --json").document
     assert {part["name"] for part in document["fusions"]} == {"x.first", "y.first"}
     planted, metadata = load_file("f.safetensors"), metadata_of("f.safetensors")
@@ -215,7 +226,8 @@ def test_every_recorded_fusion_is_run(net: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(("name", "other"), [("a", "module.a"), ("x*", "xy"), ("[uv]", "u")])
 def test_the_fields_of_a_recorded_layer_are_no_others(name: str, other: str) -> None:
     save_file({f"{key}.weight": real_numbers(n, 3, 3, 2, 2) for n, key in enumerate((name, other))}, "n.safetensors")
-    Path("g.toml").write_text(f"'{name}' = {{ stride = [1, 2] }}\n'{other}' = {{ stride = [3, 1] }}\n")
+    same = "padding = 0, dilation = 1, groups = 1"
+    Path("g.toml").write_text(f"'{name}' = {{ stride = [1, 2], {same} }}\n'{other}' = {{ stride = [3, 1], {same} }}\n")
     Path("r.toml").write_text(f"[[fuse]]\nname = 'b'\nchain = ['{other}', '{name}']\n")
     assert cli(f"fuse n.safetensors '{other}' '{name}' -o f.safetensors --name b --geometry g.toml").code == 0
     found = cli("verify n.safetensors f.safetensors --json")
@@ -229,22 +241,22 @@ def test_a_layer_of_another_file_is_not_the_one_of_its_name(net: dict[str, Tenso
     question = "verify net.safetensors f.safetensors --with other=other.safetensors"
     # The base has no `second`,
     save_file({"first.weight": net["first.weight"]}, "bare.safetensors")
-    assert cli(f"fuse bare.safetensors {joined}").code == 0
+    assert fuse(f"bare.safetensors {joined}").code == 0
     assert cli("verify bare.safetensors f.safetensors --with other=other.safetensors").code == 0
     # one that stays as it is, and can be fused later,
-    edits = cli(f"fuse net.safetensors {joined} --force --json").document["fusions"][0]["edits"]
+    edits = fuse(f"net.safetensors {joined} --force --json").document["fusions"][0]["edits"]
     assert not any("second" in line for line in edits)
     assert torch.equal(load_file("f.safetensors")["second.weight"], net["second.weight"])
     assert cli(question).code == 0
-    assert cli("fuse f.safetensors second norm --set norm.eps=1e-3 -o g.safetensors").code == 0
+    assert fuse("f.safetensors second norm --set norm.eps=1e-3 -o g.safetensors").code == 0
     assert cli(question.replace(" f.", " g.")).code == 0
     planted = load_file("f.safetensors")
     planted["second.weight"][1, 2, 1, 0] += 1
     save_file(planted, "f.safetensors", metadata_of("f.safetensors"))
     assert cli(question).code == 1
     # and one that convtool made, of which something is recorded.
-    assert cli("fuse net.safetensors second norm --set second.stride=2 --set norm.eps=1 -o made.safetensors").code == 0
-    assert cli(f"fuse made.safetensors {joined} --force").code == 0
+    assert fuse("net.safetensors second norm --set second.stride=2 --set norm.eps=1 -o made.safetensors").code == 0
+    assert fuse(f"made.safetensors {joined} --force").code == 0
     (made,) = cli("inspect f.safetensors second --json").document["layers"]
     assert made["geometry"]["stride"] == [2, 2]
     verdict = cli(f"{question} --json").document
@@ -260,17 +272,17 @@ def metadata_of(path: str) -> dict[str, str]:
 
 
 def test_named_chains_of_any_length_on_both_sides(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.safetensors first second -o f.safetensors --name whole").code == 0
+    assert fuse("net.safetensors first second -o f.safetensors --name whole").code == 0
     for sides in ("--before first,second --after whole", "--before first,second,norm --after whole,norm"):
-        found = cli(f"verify net.safetensors f.safetensors {sides} --json")
+        found = plain(f"verify net.safetensors f.safetensors {sides} --eps 1e-5 --json")
         assert found.code == 0
         assert found.document["other_tensors"]["differing"] == {}
-        alone = cli(f"verify net.safetensors f.safetensors {sides} --only --json")
+        alone = plain(f"verify net.safetensors f.safetensors {sides} --eps 1e-5 --only --json")
         assert (alone.code, alone.document["other_tensors"]) == (0, None)
         assert alone.document["statement"].endswith("; of the layers named alone")
     assert cli("verify net.safetensors net.safetensors --before first --after first").code == 0
     assert cli("verify net.safetensors net.safetensors --before first --after patch --input-size 8,8").code == 1
-    assert cli("verify net.safetensors f.safetensors --before first,second --after 'whole,scale(2)'").code == 1
+    assert plain("verify net.safetensors f.safetensors --before first,second --after 'whole,scale(2)'").code == 1
 
 
 def test_a_patch_convolution_and_the_linear_layer_that_it_is(net: dict[str, Tensor]) -> None:
@@ -291,7 +303,7 @@ def test_a_patch_convolution_and_the_linear_layer_that_it_is(net: dict[str, Tens
     ],
 )
 def test_a_converted_layer_by_its_record(net: dict[str, Tensor], options: str, name: str) -> None:
-    assert cli(f"convert net.safetensors c.safetensors {options}").code == 0
+    assert plain(f"convert net.safetensors c.safetensors {options}").code == 0
     assert cli("verify net.safetensors c.safetensors").code == 0
     converted = load_file("c.safetensors")
     weight = converted[f"{name}.weight"]
@@ -338,7 +350,7 @@ def test_names_are_parted_at_commas_outside_of_parentheses() -> None:
 
 
 def test_tensors_that_changed_vanished_or_appeared_are_named(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.safetensors first second -o f.safetensors").code == 0
+    assert fuse("net.safetensors first second -o f.safetensors").code == 0
     fused, metadata = load_file("f.safetensors"), metadata_of("f.safetensors")
     fused["line.weight"][0, 0] = -fused["line.weight"][0, 0]
     fused["second.weight"] = net["second.weight"]  # which the record says is gone
@@ -357,7 +369,7 @@ def test_tensors_that_changed_vanished_or_appeared_are_named(net: dict[str, Tens
 
 
 def test_a_tolerance_instead_of_the_bound(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.pt first second -o f.pt --dtype float16").code == 0
+    assert fuse("net.pt first second -o f.pt --dtype float16").code == 0
     assert cli("verify net.pt f.pt").code == 0
     assert cli("verify net.pt f.pt --rtol 1e-9").code == 1
     loose = cli("verify net.pt f.pt --rtol 1e-2 --atol 100 --json")
@@ -400,6 +412,7 @@ def test_what_torch_fuses_in_lower_precision_passes_with_computed_in(name: str, 
 def test_a_model_rounded_layer_by_layer_is_what_rounding_can_do(net: dict[str, Tensor]) -> None:
     assert cli("convert net.safetensors half.safetensors --dtype bfloat16").code == 0
     question = "verify net.safetensors half.safetensors --before first,second,norm --after first,second,norm --only"
+    question += " --eps 1e-5 --geometry plain.toml"
     assert cli(question).code == 0
     half = load_file("half.safetensors")
     half["norm.running_var"][3] *= 1.02  # two units in its last place
@@ -445,19 +458,19 @@ def test_a_batch_norm_is_held_against_what_storing_it_can_do_and_no_more(
 
 
 def test_fuse_says_what_it_verified(net: dict[str, Tensor]) -> None:
-    shown = cli(f"fuse net.pt {CHAIN} -o f.pt").out
+    shown = fuse(f"net.pt {CHAIN} -o f.pt").out
     assert "  proved number by number, " in shown
     assert "error/bound 0.9" in shown
-    (fusion,) = cli(f"fuse net.pt {CHAIN} -o f.pt --force --json").document["fusions"]
+    (fusion,) = fuse(f"net.pt {CHAIN} -o f.pt --force --json").document["fusions"]
     assert 0.9 < fusion["verified"]["ratio"] <= 1
     assert fusion["verified"]["numbers"] == fusion["parameters"]["after"]
-    (border,) = cli("fuse net.pt first second --set second.padding=1 --allow-border -o f.pt --force --json").document[
+    (border,) = fuse("net.pt first second --set second.padding=1 --allow-border -o f.pt --force --json").document[
         "fusions"
     ]
     assert border["verified"]["ratio"] <= 1
-    (apart,) = cli(f"fuse net.pt {CHAIN} -o f.pt --force --no-verify --json").document["fusions"]
+    (apart,) = fuse(f"net.pt {CHAIN} -o f.pt --force --no-verify --json").document["fusions"]
     assert apart["verified"] is None
-    assert "verified" not in cli(f"fuse net.pt {CHAIN} -o f.pt --force --no-verify").out
+    assert "verified" not in fuse(f"net.pt {CHAIN} -o f.pt --force --no-verify").out
 
 
 def test_a_fusion_that_went_wrong_is_not_written(
@@ -473,12 +486,12 @@ def test_a_fusion_that_went_wrong_is_not_written(
 
     monkeypatch.setattr(convtool.core.fuse, "compose_chain", wrong)
     before = {path: path.read_bytes() for path in here.iterdir()}
-    found = cli("fuse net.pt first second -o f.pt")
+    found = fuse("net.pt first second -o f.pt")
     assert found.code == 70
     assert "made of first, second, differs from them in 1 numbers" in found.err
     assert found.out == ""
     assert {path: path.read_bytes() for path in here.iterdir()} == before
-    assert cli("fuse net.pt first second -o f.pt --no-verify").code == 0
+    assert fuse("net.pt first second -o f.pt --no-verify").code == 0
     assert cli("verify net.pt f.pt").code == 1
 
 
@@ -490,7 +503,7 @@ def test_a_dry_run_verifies_too(net: dict[str, Tensor], monkeypatch: pytest.Monk
         return check_planned(layer, checkpoints, progress)
 
     monkeypatch.setattr("convtool.fusing.proof.check_planned", check)
-    assert cli("fuse net.pt first second -o f.pt --dry-run").code == 0
+    assert fuse("net.pt first second -o f.pt --dry-run").code == 0
     assert asked == ["first"]
 
 
@@ -499,7 +512,7 @@ def test_a_dry_run_verifies_too(net: dict[str, Tensor], monkeypatch: pytest.Monk
 
 def test_a_layer_and_its_matrix_by_the_files_own_record(net: dict[str, Tensor]) -> None:
     made = "first --stride 2,1 --padding 1,0 --input-size 6,7"
-    told = "--before first --set first.stride=2,1 --set first.padding=1,0 --input-size 6,7"
+    told = "--before first --set first.stride=2,1 --set first.padding=1,0 --input-size 6,7 --geometry plain.toml"
     for out, options in (
         ("m.npz", ""),
         ("m.npz", "--transpose --affine"),
@@ -526,7 +539,7 @@ def test_a_layer_and_its_matrix_by_the_files_own_record(net: dict[str, Tensor]) 
 
 def test_a_matrix_that_is_not_the_layers(net: dict[str, Tensor]) -> None:
     assert cli("toeplitz net.pt first --input-size 6,7 -o m.npy").code == 0
-    question = "verify net.pt m.npy --before first --input-size 6,7"
+    question = "verify net.pt m.npy --before first --input-size 6,7 --geometry plain.toml"
     assert cli(question).code == 0
     matrix = np.load("m.npy")
     row, column = (int(i) for i in np.argwhere(matrix)[37])
@@ -539,10 +552,10 @@ def test_a_matrix_that_is_not_the_layers(net: dict[str, Tensor]) -> None:
     assert (
         f"entries: 1 of {np.count_nonzero(matrix)} differ; worst at row, column {row}, {column}:" in cli(question).out
     )
-    shape = cli("verify net.pt m.npy --before first --input-size 7,6")
+    shape = plain("verify net.pt m.npy --before first --input-size 7,6")
     assert shape.code == 1
     assert "the layer's matrix is" in shape.out
-    wrong = cli("verify net.pt m.npy --before first --input-size 6,7 --set first.stride=2")
+    wrong = plain("verify net.pt m.npy --before first --input-size 6,7 --set first.stride=2")
     assert wrong.code == 1
 
 
@@ -620,7 +633,7 @@ def test_a_matrix_of_a_linear_layer_and_of_a_batch_norm(net: dict[str, Tensor]) 
 
 
 def test_the_largest_numbers_stay_valid_json(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.safetensors first second -o f.safetensors").code == 0
+    assert fuse("net.safetensors first second -o f.safetensors").code == 0
     fused = load_file("f.safetensors")
     fused["first.weight"][0, 0, 0, 0] = torch.finfo(torch.float32).max
     fused["first.bias"][1] = -torch.finfo(torch.float32).max
@@ -638,8 +651,8 @@ def test_a_document_is_ok_exactly_where_the_exit_code_is_0(net: dict[str, Tensor
 
 
 def test_a_pair_that_is_named_leaves_no_other_tensor_out(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.pt first second -o f.pt").code == 0
-    pair = "--before first,second --after first"
+    assert fuse("net.pt first second -o f.pt").code == 0
+    pair = "--before first,second --after first --geometry plain.toml"
     assert cli(f"verify net.pt f.pt {pair}").code == 0
     state = torch.load("f.pt")
     torch.save({**state, "patch.weight": state["patch.weight"] * 5}, "tampered.pt")
@@ -652,8 +665,9 @@ def test_a_pair_that_is_named_leaves_no_other_tensor_out(net: dict[str, Tensor])
 
 
 def test_every_pair_is_looked_at(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.pt first second -o f.pt").code == 0
+    assert fuse("net.pt first second -o f.pt").code == 0
     wrong, right = "--before patch --after first", "--before first,second --after first"
+    right += " --geometry plain.toml"
     for pairs in (f"{wrong} {right}", f"{right} {wrong}"):
         assert cli(f"verify net.pt f.pt {pairs} --input-size 9,8").code in (1, 2)
     same = "--before patch --after patch"
@@ -663,9 +677,9 @@ def test_every_pair_is_looked_at(net: dict[str, Tensor]) -> None:
 
 
 def test_what_is_named_stands_in_place_of_the_record_and_the_rest_of_it_stands(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.safetensors first second -o one.safetensors").code == 0
-    assert cli("fuse one.safetensors patch 'scale(2)' -o two.safetensors").code == 0
-    found = cli("verify net.safetensors two.safetensors --before first,second --after first --json")
+    assert fuse("net.safetensors first second -o one.safetensors").code == 0
+    assert fuse("one.safetensors patch 'scale(2)' -o two.safetensors").code == 0
+    found = plain("verify net.safetensors two.safetensors --before first,second --after first --json")
     assert (found.code, [one["name"] for one in found.document["fusions"]]) == (0, ["first", "patch"])
     assert cli("verify net.safetensors two.safetensors --before patch --after patch --input-size 8,8").code == 1
 
@@ -677,7 +691,7 @@ def recorded(path: str) -> dict[str, Any]:
 
 def test_the_verdict_prints_what_it_takes_from_the_record(net: dict[str, Tensor]) -> None:
     settings = "--set norm.eps=1e-2 --set second.stride=2,1"
-    assert cli(f"fuse net.safetensors second norm {settings} -o f.safetensors").code == 0
+    assert fuse(f"net.safetensors second norm {settings} -o f.safetensors").code == 0
     found = cli("verify net.safetensors f.safetensors")
     assert found.code == 0
     assert "as AFTER records: norm: eps 0.01\n" in found.out
@@ -688,7 +702,7 @@ def test_the_verdict_prints_what_it_takes_from_the_record(net: dict[str, Tensor]
 
 
 def test_a_fusion_of_a_layer_with_itself_cannot_buy_a_tolerance(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.safetensors first second -o f.safetensors").code == 0
+    assert fuse("net.safetensors first second -o f.safetensors").code == 0
     record, tensors = recorded("f.safetensors"), load_file("f.safetensors")
     itself = {"name": "first", "kind": "conv", "fields": {}}
     again = {**record["fusions"][0], "dtype": "bfloat16", "sources": {"chain": [itself]}}
@@ -709,7 +723,7 @@ def test_a_fusion_of_a_layer_with_itself_cannot_buy_a_tolerance(net: dict[str, T
 
 
 def test_what_is_stored_in_another_dtype_than_recorded_is_no_fusion_of_the_record(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.safetensors first second -o f.safetensors").code == 0
+    assert fuse("net.safetensors first second -o f.safetensors").code == 0
     tensors = load_file("f.safetensors")
     tensors["first.weight"] = tensors["first.weight"].to(torch.float8_e4m3fn)
     save_file(tensors, "stored.safetensors", metadata_of("f.safetensors"))
@@ -721,21 +735,21 @@ def test_what_is_stored_in_another_dtype_than_recorded_is_no_fusion_of_the_recor
 def test_taps_that_no_output_reads_are_said_of_the_verdict(net: dict[str, Tensor]) -> None:
     state = {"a.weight": torch.ones(2, 2, 3, 3), "n.running_mean": torch.ones(2), "n.running_var": torch.ones(2)}
     torch.save(state, "small.pt")
-    assert cli("fuse small.pt a n --set a.padding=1 --input-size 1,1 -o f.pt").code == 0
+    assert fuse("small.pt a n --eps 1e-5 --set a.padding=1 --input-size 1,1 -o f.pt").code == 0
     found = cli("verify small.pt f.pt --input-size 1,1")
     assert found.code == 0
     assert "1 of 9 taps are read at these sizes, and nothing is said of the others" in found.out.splitlines()[-1]
 
 
 def test_a_claim_that_equals_the_default_is_printed_like_any_other(net: dict[str, Tensor]) -> None:
-    assert cli("fuse net.safetensors second norm -o f.safetensors").code == 0
+    assert fuse("net.safetensors second norm --eps 1e-5 -o f.safetensors").code == 0
     found = cli("verify net.safetensors f.safetensors")
-    assert re.search("as AFTER records: second: stride 1,1, padding .*0.*groups 1, not transposed", found.out)
+    assert "as AFTER records: second: stride 1, padding 0, dilation 1, groups 1\n" in found.out
 
 
 def test_swapped_checkpoints_are_told(net: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
     from convtool.cli.app import run_app
 
-    assert run_app(["fuse", "net.pt", "first", "second", "-o", "fused.pt", "-q"]) == 0
+    assert run_app(["fuse", "net.pt", "first", "second", "--geometry", "plain.toml", "-o", "fused.pt", "-q"]) == 0
     assert run_app(["verify", "fused.pt", "net.pt"]) == 3
     assert "BEFORE and AFTER may be swapped" in capsys.readouterr().err

@@ -136,7 +136,9 @@ def net(tmp_path: Path) -> Path:
 def fused(net: Path, *words: object, name: str = "c") -> tuple[Conv, dict[str, Tensor], set[str]]:
     """What a chain becomes: the layer, the state before, and what is gone of it."""
     out = net.with_name("out.pt")
-    (fusion,) = done("fuse", net, *words, "-o", out, "--force")["fusions"]
+    geometry = net.with_name("plain.toml")
+    geometry.write_text('"*" = { stride = 1, padding = 0, dilation = 1, groups = 1 }')
+    (fusion,) = done("fuse", net, *words, "-o", out, "--force", "--geometry", geometry)["fusions"]
     assert run("verify", net, out)[0] == 0
     before, after = load(net), load(out)
     fields = {key: fusion["fields"][key] for key in ("stride", "padding", "dilation", "groups", "transposed")}
@@ -155,7 +157,7 @@ def test_bgr_range_and_normalisation_become_part_of_the_first_layer(net: Path) -
 
 
 def test_the_focus_stem_of_yolov5_is_one_6x6_convolution(net: Path) -> None:
-    stated = ("--set", "stem.padding=1", "--set", "stem.stride=1")
+    stated = ("--set", "stem.padding=1", "--set", "stem.stride=1", "--set", "stem.dilation=1")
     code, message = error("fuse", net, "focus()", "stem", *stated, "-o", net.with_name("no.pt"))
     assert (code, "sizes divisible by 2" in message) == (4, True)
     made, state, _ = fused(net, "focus()", "stem", *stated, "--input-size", "8,10", name="stem")
@@ -247,7 +249,10 @@ def test_what_follows_a_stack_distributes_over_it(tmp_path: Path) -> None:
     before, after = tmp_path / "net.pt", tmp_path / "out.pt"
     torch.save(state, before)
     (tmp_path / "stack.toml").write_text(STACK)
-    document = done("fuse", before, "--recipe", tmp_path / "stack.toml", "--input-size", "5,8,9", "-o", after)
+    geometry = tmp_path / "plain.toml"
+    geometry.write_text('"*" = { padding = 0, dilation = 1 }')
+    stated = ("--geometry", geometry)
+    document = done("fuse", before, "--recipe", tmp_path / "stack.toml", "--input-size", "5,8,9", *stated, "-o", after)
     assert done("verify", before, after)["equivalent"]
     made = load(after)
     x = real_numbers(6, 2, 5, 8, 9)
@@ -268,7 +273,8 @@ def test_groups_of_stacked_slices_add_up(tmp_path: Path) -> None:
     recipe.write_text(
         '[[fuse]]\nname = "abc"\nstack = [["select(0:2)", "a"], ["select(2:4)", "b"], ["select(4:6)", "c"]]'
     )
-    done("fuse", before, "--recipe", recipe, "--input-size", "6,8,9", "-o", after)
+    stated = [word for name in "abc" for word in ("--set", f"{name}.padding=0", "--set", f"{name}.dilation=1")]
+    done("fuse", before, "--recipe", recipe, "--input-size", "6,8,9", *stated, "-o", after)
     made, x = load(after)["abc.weight"], real_numbers(6, 2, 6, 8, 9)
     assert made.shape == (6, 2, 3, 3)
     parts = [F.conv2d(part, state[f"{name}.weight"]) for name, part in zip("abc", x.chunk(3, 1), strict=True)]

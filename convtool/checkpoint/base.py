@@ -282,12 +282,13 @@ class Checkpoint:
         Args:
             name: module path.
             stride, padding, dilation, groups, padding_mode, transposed, output_padding: as in torch, and see
-                `convtool.conv`; where None, what convtool recorded in the file, else nn.Conv's default.
-            eps: of a batch norm; 1e-5 where None.
+                `convtool.conv`; where None, what convtool recorded in the file, else nn.Conv's default. Of a layer that
+                convtool made, what it could not record has to be passed.
+            eps: of a batch norm, which has to be passed where no record states it.
             spatial_axes: for a batch norm or a linear layer, whose tensors don't tell; 2 and 0 where None.
 
         Raises:
-            UsageError: no such layer, or the fields don't fit it.
+            UsageError: no such layer, the fields don't fit it, or one that matters is stated nowhere.
             InputError: the layer is of a kind that isn't linear or can't be read.
         """
         given = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "eps": eps}
@@ -295,9 +296,26 @@ class Checkpoint:
         for other in others:
             raise UsageError(f"conv: a layer has no field {other!r}{did_you_mean(other, [*given, 'spatial_axes'])}")
         layer = self.layer(name)
-        recorded = (self.record.fields() if self.record else self.stated).get(layer.name, {})
-        fields = recorded | {field: value for field, value in given.items() if value is not None}
+        recorded = (self.record.fields() if self.record else self.stated).get(layer.name)
+        fields = (recorded or {}) | {field: value for field, value in given.items() if value is not None}
+        missing = self._missing(layer, fields, made=recorded is not None)
+        if missing:
+            raise UsageError(
+                f"{self.path}: {layer.name}: nobody states its {', '.join(missing)}; pass"
+                f" {', '.join(f'{name}=...' for name in missing)}"
+            )
         return self.lower(layer, fields, layer.kind.usual_axes if spatial_axes is None else spatial_axes)
+
+    def _missing(self, layer: Layer, fields: Fields, made: bool) -> list[str]:
+        """Return the fields of a layer that have to be passed, as it depends on them.
+
+        Args:
+            made: by convtool, so that its code has something else than the defaults perhaps.
+        """
+        tried = layer.kind.trials(layer.shapes, fields, None)
+        asked = [name for name in layer.kind.defaults if name not in fields and name in layer.kind.settable]
+        free = layer.kind.by_rule | (frozenset() if made else layer.kind.channelwise | tried.keys())
+        return [name for name in asked if name not in free and len(tried.get(name, (0, 1))) > 1]
 
     def part(self, name: str) -> Layer:
         """Return the layer of that name; of a tensor's full name, where it can be a scale per channel, that alone.

@@ -10,19 +10,21 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import LARGEST, Geometry
 from convtool.core.names import is_written
-from convtool.core.tree import BASE, Chain, Sum, Tree, leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, InputError, UsageError
 from convtool.kinds import kind_named, parse_field
 from convtool.kinds.kind import Kind
-from convtool.kinds.written import undoing
+from convtool.kinds.stated import FieldSource
+
+if TYPE_CHECKING:
+    from convtool.checkpoint import Checkpoint
 
 SCHEMA = 2
-Path = tuple[int, ...]  # of a tree's part: which part of it, which part of that, and so on
 
 
 class UnknownRecordError(InputError):
@@ -35,14 +37,18 @@ class SourceLayer:
 
     Attributes:
         name: its module path; of a layer without tensors, what was written in its place ('avg_pool(2)').
-        fields: every field that its checkpoint doesn't hold; of a layer without tensors, its text says all.
+        fields: what was known of those that its checkpoint doesn't hold; of a layer without tensors, its text says all.
         origin: the other checkpoint that it came from, by the name it was given; BASE for the one that was changed.
+        assumed: the fields that nobody stated.
+        like: the layer whose stride, padding, dilation and padding mode it has, which aren't all known.
     """
 
     name: str
     kind: Kind
     fields: Fields
     origin: str = BASE
+    assumed: tuple[str, ...] = ()
+    like: str = ""
 
     @property
     def written(self) -> bool:
@@ -51,7 +57,13 @@ class SourceLayer:
 
     def to_json(self) -> dict[str, Any]:
         document: dict[str, Any] = {"name": self.name, "kind": self.kind.name, "fields": self.fields}
+        document |= {"assumed": list(self.assumed)} if self.assumed else {}
+        document |= {"like": self.like} if self.like else {}
         return document | ({"origin": self.origin} if self.origin else {})
+
+    def assumptions(self) -> Iterator[tuple[str, str]]:
+        """Yield the layer's name and each field that was assumed of it, in words."""
+        return ((full_name(self.name, self.origin), self.kind.say(field, self.fields[field])) for field in self.assumed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +73,7 @@ class FusionRecord:
     Attributes:
         name: the layer that stands for the others.
         tree: those, in chains and sums.
-        fields: the fused layer's geometry.
+        fields: the fused layer's geometry, as far as it is known.
         dtype: of its tensors.
         exact: whether it equals the sources (at `input_size`, or at every size where that is None).
         rim: where not: per axis, how many rows at the start and at the end differ.
@@ -69,6 +81,7 @@ class FusionRecord:
             sources: a flatten and an unflatten around a linear layer that stands for a convolution; '' for none.
         takes, gives: the digests of its sources' tensors and of its own, by their full names; NAME: in front of one of
             another checkpoint.
+        assumed: those of the fields that follow from what nobody stated.
     """
 
     name: str
@@ -82,6 +95,7 @@ class FusionRecord:
     after: str = ""
     takes: Mapping[str, str] = field(default_factory=dict)
     gives: Mapping[str, str] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
     @property
     def sources(self) -> tuple[SourceLayer, ...]:
@@ -89,7 +103,7 @@ class FusionRecord:
         return tuple(leaves(self.tree))
 
     def to_json(self) -> dict[str, Any]:
-        around = {"before": self.before, "after": self.after}
+        beside = {"before": self.before, "after": self.after, "assumed": list(self.assumed)}
         return {
             "name": self.name,
             "sources": _tree_to_json(self.tree),
@@ -100,7 +114,7 @@ class FusionRecord:
             "rim": [list(sides) for sides in self.rim],
             "takes": dict(self.takes),
             "gives": dict(self.gives),
-        } | {key: name for key, name in around.items() if name}
+        } | {key: value for key, value in beside.items() if value}
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +137,23 @@ class Record:
             known[fusion.name] = fusion.fields
         return known
 
+    def assumed(self) -> dict[str, tuple[str, ...]]:
+        """Return the fields of the layers that convtool itself made that follow from what nobody stated, by name."""
+        return {fusion.name: fusion.assumed for fusion in self.fusions}
+
+    def rests_on(self) -> dict[str, tuple[tuple[str, str], ...]]:
+        """Return what was assumed when a layer was made, and when those were made that it is made of, by its name."""
+        found: dict[str, tuple[tuple[str, str], ...]] = {}
+        for fusion in self.fusions:
+            said = [one for source in fusion.sources for one in source.assumptions()]
+            said += [
+                one
+                for source in fusion.sources
+                for one in (found.pop(source.name, ()) if source.origin == BASE else ())
+            ]
+            found[fusion.name] = tuple(dict.fromkeys(said))
+        return {name: said for name, said in found.items() if said}
+
     def since(self, earlier: Record | None) -> tuple[FusionRecord, ...]:
         """Return the fusions that came after `earlier`, whose history must be the beginning of this one."""
         done = () if earlier is None else earlier.fusions
@@ -139,87 +170,21 @@ class Record:
         return json.dumps(document, separators=(",", ":"))
 
 
-@dataclass(frozen=True, slots=True)
-class Spelled:
-    """The layers that a fused layer stands for, fusions of fused layers spelled out.
-
-    Attributes:
-        tree: those layers.
-        sizes: the parts that were fused for one input size only, with that size, of the part's own input.
-        dtypes: in which parts of it were stored before they were fused further, one for each of them.
-    """
-
-    tree: Tree[SourceLayer]
-    sizes: tuple[tuple[Path, tuple[int, ...]], ...] = ()
-    dtypes: tuple[str, ...] = ()
+def full_name(name: str, origin: str) -> str:
+    """Return a layer's name as fields and messages call it: that of another checkpoint with NAME: in front."""
+    return str(LayerRef(name, origin))
 
 
-def spelled_out(fusions: Sequence[FusionRecord]) -> dict[str, Spelled]:
-    """Return what each layer that the fusions left behind stands for."""
-    made: dict[str, Spelled] = {}
-    stored: dict[str, str] = {}  # by layer, the dtype that it was fused in
-    around: dict[str, tuple[str, str]] = {}  # by layer, what gives input and output the form that its sources have
-    for fusion in fusions:
-        before = {source.name for source in fusion.sources if source.origin == BASE and source.name in made}
-        found = _spell_out(fusion.tree, made, around)
-        own: tuple[tuple[Path, tuple[int, ...]], ...] = (((), fusion.input_size),) if fusion.input_size else ()
-        dtypes = found.dtypes + tuple(stored[name] for name in sorted(before))
-        made[fusion.name] = Spelled(found.tree, own + found.sizes, dtypes)
-        stored[fusion.name] = fusion.dtype
-        around[fusion.name] = (fusion.before, fusion.after)  # of the layer as it is now
-    return made
-
-
-def _spell_out(tree: Tree[SourceLayer], made: dict[str, Spelled], around: dict[str, tuple[str, str]]) -> Spelled:
-    if isinstance(tree, Chain):
-        # What stands around a fused layer only for the form of its tensors isn't there around its sources; and where it
-        # doesn't stand there, what undoes it has to, around them.
-        parts: list[Tree[SourceLayer]] = []
-        awaited = ""
-        for part in tree.parts:
-            if awaited and _name(part) == awaited:
-                awaited = ""
-                continue
-            parts += [_undoing(awaited)] if awaited else []
-            before, awaited = around.get(_name(part), ("", "")) if _is_base(part, made) else ("", "")
-            if before and parts and _name(parts[-1]) == before:
-                parts.pop()
-            elif before:
-                parts.append(_undoing(before))
-            parts.append(part)
-        parts += [_undoing(awaited)] if awaited else []
-        found = [
-            _spell_out_leaf(part, made) if isinstance(part, SourceLayer) else _spell_out(part, made, around)
-            for part in parts
-        ]
-        return _together(Chain(tuple(one.tree for one in found)), found)
-    if isinstance(tree, Sum):
-        found = [_spell_out(part, made, around) for part in tree.parts]
-        return _together(Sum(tuple(one.tree for one in found)), found)
-    return _spell_out(Chain((tree,)), made, around) if any(around.get(tree.name, ())) else _spell_out_leaf(tree, made)
-
-
-def _spell_out_leaf(leaf: SourceLayer, made: dict[str, Spelled]) -> Spelled:
-    return made.pop(leaf.name, Spelled(leaf)) if leaf.origin == BASE else Spelled(leaf)
-
-
-def _undoing(text: str) -> SourceLayer:
-    layer = undoing(text)
-    return SourceLayer(layer.name, layer.kind, {})
-
-
-def _together(tree: Tree[SourceLayer], parts: Sequence[Spelled]) -> Spelled:
-    """Return the tree of these parts."""
-    sizes = (((number, *path), size) for number, part in enumerate(parts) for path, size in part.sizes)
-    return Spelled(tree, tuple(sizes), tuple(dtype for part in parts for dtype in part.dtypes))
-
-
-def _is_base(part: Tree[SourceLayer] | None, made: dict[str, Spelled]) -> bool:
-    return isinstance(part, SourceLayer) and part.origin == BASE and part.name in made
-
-
-def _name(part: Tree[SourceLayer] | None) -> str:
-    return part.name if isinstance(part, SourceLayer) else ""
+def field_source(checkpoint: Checkpoint, origin: str = BASE) -> FieldSource:
+    """Return what a checkpoint says of its own layers: as convtool wrote it down, or as its format has it."""
+    record = checkpoint.record
+    fields, assumed = (record.fields(), record.assumed()) if record else (checkpoint.stated, {})
+    return FieldSource(
+        f"the record of {checkpoint.path}" if record else str(checkpoint.path),
+        {full_name(name, origin): one for name, one in fields.items()},
+        exact_names=True,
+        assumed={full_name(name, origin): one for name, one in assumed.items()},
+    )
 
 
 def _tree_to_json(tree: Tree[SourceLayer]) -> dict[str, Any]:
@@ -240,7 +205,16 @@ def _tree_from_json(item: dict[str, Any]) -> Tree[SourceLayer]:
         raise UsageError(f"{item['name']}: unknown kind {item['kind']!r}")
     fields = _fields(item["fields"])
     kind.check_fields(fields)
-    return SourceLayer(str(item["name"]), kind, fields, str(item.get("origin", BASE)))
+    assumed = _assumed(item, fields)
+    origin, like = str(item.get("origin", BASE)), str(item.get("like", ""))
+    return SourceLayer(str(item["name"]), kind, fields, origin, assumed, like)
+
+
+def _assumed(item: dict[str, Any], fields: Fields) -> tuple[str, ...]:
+    assumed = tuple(map(str, item.get("assumed", ())))
+    if others := set(assumed) - fields.keys():
+        raise UsageError(f"assumed: {', '.join(sorted(others))} isn't among the fields")
+    return assumed
 
 
 def loads(text: str, where: str) -> Record:
@@ -273,8 +247,9 @@ def loads(text: str, where: str) -> Record:
 
 # The keys of the record, of a fusion in it, of a layer and of a sum or chain.
 _KEYS = {"schema", "version", "fusions"}
-_FUSION = {"name", "sources", "fields", "dtype", "exact", "input_size", "rim", "before", "after", "takes", "gives"}
-_LAYER = {"name", "kind", "fields", "origin"}
+_FUSION = {"name", "sources", "fields", "assumed", "dtype", "exact", "input_size", "rim", "before", "after"}
+_FUSION |= {"takes", "gives"}
+_LAYER = {"name", "kind", "fields", "origin", "assumed", "like"}
 
 
 def _unknown_keys(document: dict[str, Any]) -> Iterator[str]:
@@ -321,6 +296,7 @@ def _fusion(item: dict[str, Any]) -> FusionRecord:
         after=_written("after", item.get("after", "")),
         takes=_digests("takes", item["takes"]),
         gives=_digests("gives", item["gives"]),
+        assumed=_assumed(item, item["fields"]),
     )
     axes = len(fusion.rim)
     if others := fusion.fields.keys() - geometry_fields(Geometry.of((1,))).keys():

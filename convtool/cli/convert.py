@@ -203,6 +203,7 @@ def _reexpressions(options: Options, opened: Checkpoint, reporter: Reporter) -> 
         UsageError: values that can't be read, or don't fit the layers; fields of layers that aren't converted.
         RefusedError: a layer that has no such form.
     """
+    from convtool.fusing.leaf import said_of
     from convtool.fusing.reexpress import as_linear, as_toeplitz, lower_convolution
 
     given = options.sources
@@ -210,8 +211,8 @@ def _reexpressions(options: Options, opened: Checkpoint, reporter: Reporter) -> 
     changes = []
     for name, size in [*((name, None) for name in options.as_linear or ()), *(options.as_toeplitz or ())]:
         lowered = lower_convolution(opened, name, sources, size)
-        if lowered.assumed:
-            reporter.note(f"assumed: {lowered.assumed}")
+        for text in said_of([lowered]):
+            reporter.note(text)
         changes.append(as_linear(lowered) if size is None else as_toeplitz(lowered, size))
     changes += [_as_conv(opened, text, sources, reporter) for text in options.as_conv or ()]
     for number, change in enumerate(changes):

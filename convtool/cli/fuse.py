@@ -238,9 +238,9 @@ def _find(
     reporter: Reporter,
 ) -> tuple[list[PlannedFusion], FieldSources]:
     """Return the fusions that are wanted, by name, and where what is known of their layers comes from."""
+    from convtool.checkpoint.record import full_name
     from convtool.core.tree import BASE
     from convtool.fusing.adapters import check_scaled, configured, merged, parse_strengths
-    from convtool.fusing.lowering import full_name
     from convtool.fusing.named import by_recipe, named_chain, without_effect
     from convtool.fusing.recipe import NothingFitsError, PlannedFusion
     from convtool.fusing.which import doing_more, fitting, in_words, the_one
@@ -307,19 +307,23 @@ def _fusion(layer: PlannedLayer, found: proof.Proof | None, size: tuple[int, ...
         found: how it did against its layers; None where nobody looked.
         size: of the input, for those that are exact at every size.
     """
+    from convtool.fusing.edits import module_edits
+
     verdict, conv = layer.fusion.verdict, layer.fusion.conv
-    at = verdict.input_size or size
+    work = layer.multiply_adds(verdict.input_size or size)
     return Fusion(
         record=saved.Recorded.of(layer.record),
         layers=tuple(one.layer.name for one in layer.layers),
         kernel_size=conv.geometry.kernel_size,
-        smallest_input=verdict.smallest,
+        smallest_input=verdict.smallest if layer.settled else None,
         differs=None if verdict.exact else verdict.describe_rim(),
         assumed=tuple(layer.assumed),
-        edits=tuple(layer.module_edits),
+        inferred=tuple(f"{one.name}: {what}" for one in layer.layers for what in one.inferred),
+        overruled=tuple(f"{one.name}: {what}" for one in layer.layers for what in one.overruled),
+        edits=tuple(module_edits(layer)),
         bias_map=conv.has_bias_map,
         parameters=Change(*layer.parameters),
-        multiply_adds=Work(*layer.multiply_adds(at), "input position" if at is None else "input"),
+        multiply_adds=None if work is None else Work(*work),
         tensors=saved.changed_tensors(layer.edit),
         verified=None if found is None else fill(Proof, found),
     )

@@ -28,7 +28,7 @@ class Work:
 
     before: float
     after: float
-    per: Literal["input position", "input"]
+    per: Literal["input position", "input", "output position"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,12 @@ class Fusion:
     Attributes:
         layers: the leaves of sources.
         differs: the rim in words; null where exact.
+        smallest_input: null where it depends on a padding that nobody states.
+        assumed: what it rests on that nobody stated.
+        inferred: what follows from other layers.
+        overruled: what a source says otherwise.
         edits: lines that make a model's code fit the new checkpoint.
+        multiply_adds: null where they depend on a stride that nobody states.
         verified: held against its layers before it was written, the border apart where not exact; null with
             --no-verify.
     """
@@ -61,13 +66,15 @@ class Fusion:
     record: saved.Recorded = field(metadata=INLINE)
     layers: tuple[str, ...]
     kernel_size: Sizes
-    smallest_input: Sizes
+    smallest_input: Sizes | None
     differs: str | None
     assumed: tuple[str, ...]
+    inferred: tuple[str, ...]
+    overruled: tuple[str, ...]
     edits: tuple[str, ...]
     bias_map: bool
     parameters: Change
-    multiply_adds: Work
+    multiply_adds: Work | None
     tensors: saved.ChangedTensors
     verified: Proof | None
 
@@ -130,7 +137,7 @@ def _row(fusion: Fusion) -> tuple[str, ...]:
         _exactness(fusion).removeprefix("exact at "),
         "not verified" if proof is None else f"{proof.ratio:.3g}",
         f"{numbers.before} → {numbers.after}",
-        f"{_count(work.before)} → {_count(work.after)}",
+        "" if work is None else f"{_count(work.before)} → {_count(work.after)}",
     )
 
 
@@ -144,13 +151,14 @@ def _show_one(fusion: Fusion, reporter: Reporter, *, dry_run: bool) -> None:
         how = f"verified at {sizes}" if sizes else f"proved number by number, {proof.numbers} of them"
         where = "" if record.exact else ", the border apart"
         reporter.line(f"  {how}{where}: error/bound {proof.ratio:.3g}")
-    per = " per input position" if work.per == "input position" else ""
-    reporter.line(
-        f"  {numbers.before} → {numbers.after} parameters,"
-        f" {_count(work.before)} → {_count(work.after)} multiply-adds{per}, {record.dtype}"
-    )
+    cost = "" if work is None else f" {_count(work.before)} → {_count(work.after)} multiply-adds{_per(work)},"
+    reporter.line(f"  {numbers.before} → {numbers.after} parameters,{cost} {record.dtype}")
     if dry_run:
         saved.show_tensors(fusion.tensors, reporter)
+
+
+def _per(work: Work) -> str:
+    return "" if work.per == "input" else f" per {work.per}"
 
 
 def _exactness(fusion: Fusion) -> str:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.graph.judge import LayerRun
     from convtool.kinds.kind import Layer as FoundLayer
+    from convtool.kinds.stated import Known
 
 EXAMPLES = """
 convtool inspect model.safetensors
@@ -64,8 +65,11 @@ class Layer:
     Attributes:
         name: module path; '' for a bare module.
         shape: of its weight, or else of its first tensor.
-        geometry: null: not in the file.
         module: its class, where the file names one that isn't torch's own; what that computes isn't known.
+        geometry: what is known of it; null where nothing is.
+        origins: by field, who says so.
+        assumed: those of the fields that nobody stated when convtool wrote them down.
+        rests_on: what was assumed of the layers that it was made of.
         tensors: with --tensors.
         runs: with --input-size: each time that the layer runs; none where the model's run doesn't show it.
     """
@@ -78,6 +82,9 @@ class Layer:
     bytes: Count
     geometry: LayerFields | None
     module: str | None
+    origins: dict[str, str] | None
+    assumed: tuple[str, ...]
+    rests_on: tuple[str, ...]
     tensors: tuple[Tensor, ...] | None = field(metadata=OPTIONAL)
     runs: Sequence[LayerRun] | None = field(metadata=OPTIONAL)
 
@@ -115,27 +122,27 @@ def run(options: Options, reporter: Reporter) -> Result:
     """List a checkpoint's layers: kind, shapes, dtype, bytes, and the geometry where it is known."""
     from fnmatch import fnmatchcase
 
+    from convtool.checkpoint.record import field_source
     from convtool.cli.model import read_model, runs_of_layers
-    from convtool.kinds.stated import FieldSource
 
     path, pattern, sources = options.checkpoint, options.pattern, options.sources
     opened = sources.open(path, reporter)
     record = opened.record
     found = read_model(sources.model, sources.model_args, opened, reporter)
     fields = sources.fields(None if found is None else found[1].geometry, opened.layers)
-    own = record.fields() if record else opened.stated
-    fields = fields.with_first(FieldSource("record" if record else str(path), own, exact_names=True))
+    fields = fields.with_first(field_source(opened))
     names = [name for name in opened.layers if pattern is None or name == pattern or fnmatchcase(name, pattern)]
     if pattern is not None and not names:
         raise UsageError(f"{path}: no layer matches {pattern!r}; without a pattern all are listed")
-    known = {name: _geometry(opened.layers[name], fields.fields(name)) for name in names}
+    known = {name: fields.known(name, opened.layers[name]) for name in names}
+    geometry = {name: _geometry(opened.layers[name], one.fields) for name, one in known.items()}
     runs = runs_of_layers(found, options.input_size)
     layers = [
-        _layer(opened, name, known[name], options.tensors, None if runs is None else runs.get(name, ()))
+        _layer(opened, name, geometry[name], known[name], options.tensors, None if runs is None else runs.get(name, ()))
         for name in names
     ]
     if options.write_geometry is not None:
-        _write_geometry(options.write_geometry, known, options.force)
+        _write_geometry(options.write_geometry, geometry, options.force)
     return Result(
         path,
         opened.format,
@@ -161,9 +168,14 @@ def _write_geometry(path: Path, geometry: dict[str, dict[str, Any] | None], forc
 
 
 def _layer(
-    opened: Checkpoint, name: str, geometry: dict[str, Any] | None, tensors: bool, runs: Sequence[LayerRun] | None
+    opened: Checkpoint,
+    name: str,
+    geometry: dict[str, Any] | None,
+    known: Known,
+    tensors: bool,
+    runs: Sequence[LayerRun] | None,
 ) -> Layer:
-    layer = opened.layers[name]
+    layer, record = opened.layers[name], opened.record
     weight = layer.tensors.get("weight") or next(iter(layer.tensors.values()))
     return Layer(
         layer.name,
@@ -174,6 +186,9 @@ def _layer(
         sum(info.nbytes for info in layer.stored()),
         geometry,
         opened.other_classes.get(name),
+        {field: known.origins[field] for field in geometry} if geometry else None,
+        tuple(field for field in geometry or () if field in known.assumed),
+        tuple(f"{one}: {what}" for one, what in (record.rests_on().get(name, ()) if record else ())),
         tuple(Tensor(info.name, info.dtype, info.shape, info.nbytes) for info in layer.stored()) if tensors else None,
         runs,
     )
@@ -205,6 +220,9 @@ def _show_layers(result: Result, reporter: Reporter) -> None:
     """Print a line for each layer, and what convtool did to it."""
     columns = ("layer", "kind", "weight", "dtype", "size", "geometry")
     table(columns, [_row(one) for one in result.layers], right=("size",))
+    for layer in result.layers:
+        for text in layer.rests_on:
+            reporter.line(f"assumed when {layer.name} was made: {text}")
     for fusion in result.record.fusions if result.record else ():
         reporter.remark(f"{fusion.name} was fused by convtool from {tree_text(fusion.sources)}")
 
@@ -239,11 +257,17 @@ def _shape(shape: Sequence[int]) -> str:
 
 
 def _fields_text(layer: Layer) -> str:
+    """Return what is known of a layer's fields, and who says so."""
     if not _kind(layer).settable:
         return ""
     if not layer.geometry:
         return f"not in the file (a {layer.module})" if layer.module else "not in the file"
-    return ", ".join(f"{name} {_value(value)}" for name, value in layer.geometry.items() if _worth_saying(name, value))
+    by_origin: dict[str, list[str]] = {}
+    for name, value in layer.geometry.items():
+        if _worth_saying(name, value):
+            assumed = " (assumed)" if name in layer.assumed else ""
+            by_origin.setdefault((layer.origins or {})[name], []).append(f"{name} {_value(value)}{assumed}")
+    return "; ".join(f"{', '.join(said)}, by {origin}" for origin, said in by_origin.items())
 
 
 def _worth_saying(name: str, value: Any) -> bool:

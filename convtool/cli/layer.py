@@ -15,12 +15,15 @@ from convtool.core.geometry import PADDING_MODES
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Sequence
 
     import torch
 
+    from convtool.checkpoint import Checkpoint
     from convtool.core.conv import Conv
     from convtool.core.expression import Expression
+    from convtool.fusing.leaf import LoweredLayer
+    from convtool.kinds.stated import FieldSources
 
 FIELDS = ("stride", "padding", "dilation", "groups", "padding_mode", "transposed", "output_padding")
 
@@ -74,6 +77,7 @@ class OfLayer:
 
     Attributes:
         layer: as the checkpoint calls it.
+        unstated: those of the fields that nobody stated, and that have torch's default.
         input_size: channels first; null where none was given.
         output_size: channels first.
     """
@@ -81,6 +85,7 @@ class OfLayer:
     layer: str
     kind: LayerKind
     fields: LayerFields
+    unstated: tuple[str, ...]
     input_size: Sizes | None
     output_size: Sizes | None
 
@@ -88,6 +93,14 @@ class OfLayer:
     def sizes_text(self) -> str:
         """'3x32x32 -> 16x30x30'."""
         return " → ".join("x".join(map(str, size or ())) for size in (self.input_size, self.output_size))
+
+    @property
+    def fields_text(self) -> str:
+        """'stride 2, padding 3, dilation 1 (default)'; '' of a layer without fields."""
+        from convtool.kinds.stated import field_text
+
+        marks = dict.fromkeys(self.unstated, " (default)")
+        return ", ".join(f"{name} {field_text(value)}{marks.get(name, '')}" for name, value in self.fields.items())
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +158,11 @@ def chain_sizes(of: OfLayer, chain: tuple[OfLayer, ...]) -> str:
     return " → ".join([of.sizes_text, *("x".join(map(str, one.output_size or ())) for one in chain[1:])])
 
 
+def chain_fields(of: OfLayer, chain: tuple[OfLayer, ...]) -> list[str]:
+    """Return a line for each layer that has fields, with all that is known of them."""
+    return [f"{f'{one.layer}: ' if chain else ''}{one.fields_text}" for one in chain or (of,) if one.fields]
+
+
 def find_layers(
     wanted: LayerOptions, more: list[str] | None, given: shared.Sources, reporter: Reporter
 ) -> LayersAtSize:
@@ -157,7 +175,10 @@ def find_layers(
         UsageError, InputError: what opening a checkpoint and lowering layers raise; or an input size is missing.
     """
     from convtool.core.sizes import split_input_size
+    from convtool.core.tree import BASE
+    from convtool.fusing.leaf import said_of
     from convtool.fusing.lowering import as_computed, lower_chain, stored_dtype
+    from convtool.fusing.settle import settle_alone
 
     if not more:
         one = find_layer(wanted, given, reporter)
@@ -170,24 +191,26 @@ def find_layers(
         raise UsageError(f"{reporter.command} needs --input-size, the sizes of {wanted.layer}'s input, such as 3,32,32")
     opened = given.open(wanted.checkpoint, reporter)
     sources = given.fields(given.of_model(opened, reporter), opened.layers)
-    lowered = lower_chain(opened, [wanted.layer, *more], sources, size)
-    assumed = tuple(leaf.assumed for leaf in lowered if leaf.assumed)
-    for text in assumed:
-        reporter.note(f"assumed: {text}")
+    found = lower_chain(opened, [wanted.layer, *more], sources, size)
+    lowered = settle_alone(found, {BASE: opened}, sources.assume)
+    for text in said_of(lowered):
+        reporter.note(text)
     spatial = at = split_input_size(size, lowered[0].conv.in_channels, lowered[0].conv.spatial_axes)
     chain = []
     for leaf in lowered:
-        chain.append(_of_layer(leaf.name, leaf.layer.kind.name, leaf.fields, leaf.conv, at))
+        chain.append(_of_layer(leaf, leaf.name, at))
         at = leaf.conv.output_size(at)
     tree = as_computed(lowered)
+    assumed = tuple(f"{name}: {what}" for leaf in lowered for name, what in leaf.assumptions())
     return LayersAtSize(wanted.checkpoint, chain[0], tuple(chain), tree, stored_dtype(lowered), spatial, assumed)
 
 
-def _of_layer(name: str, kind: str, fields: Mapping[str, Any], conv: Conv, spatial: tuple[int, ...] | None) -> OfLayer:
+def _of_layer(leaf: LoweredLayer, name: str, spatial: Sequence[int] | None) -> OfLayer:
+    conv = leaf.conv
     sizes = (None, None) if spatial is None else (spatial, conv.output_size(spatial))
     channels = conv.in_channels, conv.out_channels
     inputs, outputs = (None if one is None else (c, *one) for c, one in zip(channels, sizes, strict=True))
-    return OfLayer(name, kind, dict(fields), inputs, outputs)
+    return OfLayer(name, leaf.layer.kind.name, leaf.known, tuple(sorted(leaf.assumed)), inputs, outputs)
 
 
 def find_layer(
@@ -201,24 +224,42 @@ def find_layer(
     Raises:
         UsageError, InputError: what opening a checkpoint and lowering a layer raise; or an input size is missing.
     """
-    from convtool.core.fields import geometry_fields
     from convtool.core.sizes import split_input_size
+    from convtool.core.tree import BASE
+    from convtool.fusing.leaf import said_of
     from convtool.fusing.lowering import lower_chain
+    from convtool.fusing.settle import settle_alone
 
     size = wanted.input_size
     opened = given.open(wanted.checkpoint, reporter)
     found, fields = opened.layer(wanted.layer), wanted.fields
-    sources = given.fields(given.of_model(opened, reporter), opened.layers, {found.name: fields} if fields else {})
+    model = given.of_model(opened, reporter)
+    sources = given.fields(model, opened.layers, {found.name: fields} if fields else {})
     if needs_size and size is None and not found.kind.channels_last:
         raise UsageError(
             f"{reporter.command} needs --input-size, the spatial sizes of {wanted.layer}'s input, such as 32,32"
         )
-    lowered = lower_chain(opened, [wanted.layer], sources, size)[0]
-    if lowered.assumed:
-        reporter.note(f"assumed: {lowered.assumed}")
+    leaf = lower_chain(opened, [wanted.layer], sources, size)[0]
+    defined = _defined(leaf, opened, given.fields(model, opened.layers))
+    lowered = settle_alone([leaf], {BASE: opened}, sources.assume | defined, weight_only=size is None)[0]
+    for text in said_of([lowered]) if not defined else ():
+        reporter.note(text)
     conv = lowered.conv
     unsized = size is None and conv.spatial_axes
     spatial = None if unsized else split_input_size(size or (), conv.in_channels, conv.spatial_axes)
-    fields = geometry_fields(conv.geometry) | lowered.fields
-    of = _of_layer(found.name, found.kind.name, fields, conv, spatial)
-    return LayerAtSize(wanted.checkpoint, of, conv, spatial, (lowered.assumed,) if lowered.assumed else ())
+    rests_on = () if defined else tuple(f"{name}: {what}" for name, what in lowered.assumptions())
+    return LayerAtSize(wanted.checkpoint, _of_layer(lowered, found.name, spatial), conv, spatial, rests_on)
+
+
+def _defined(leaf: LoweredLayer, opened: Checkpoint, sources: FieldSources) -> frozenset[str]:
+    """Return the fields that options define, with torch's defaults: of a layer that nothing else speaks of.
+
+    Args:
+        sources: all but those options.
+    """
+    from convtool.fusing.lowering import recorded
+
+    layer = leaf.layer
+    if sources.fields(layer.name).keys() & layer.kind.settable.keys() or layer.name in recorded(opened).tables:
+        return frozenset()
+    return frozenset(name for name, values in leaf.open.items() if values or name in layer.kind.channelwise)

@@ -63,13 +63,17 @@ class Source:
     """A layer that went into a fusion.
 
     Attributes:
+        assumed: those of the fields that nobody stated.
         origin: the other checkpoint that it came from (--with).
+        like: the layer that it shares its geometry with, where not all of that is known.
     """
 
     name: str
     kind: LayerKind
     fields: LayerFields
+    assumed: tuple[str, ...]
     origin: str | None = field(metadata=OPTIONAL)
+    like: str | None = field(metadata=OPTIONAL)
 
     def __str__(self) -> str:
         return f"{self.origin}:{self.name}" if self.origin else self.name
@@ -80,6 +84,8 @@ class Recorded:
     """A fusion as the new checkpoint's record has it.
 
     Attributes:
+        fields: as far as they are known.
+        fields_assumed: those that follow from what nobody stated.
         input_size: null: for every size.
         rim: rows that differ, per axis and side.
         before: what stands before a linear layer that stands for a convolution: a flatten.
@@ -89,6 +95,7 @@ class Recorded:
     name: str
     sources: Tree[Source]
     fields: LayerFields
+    fields_assumed: tuple[str, ...]
     dtype: Dtype
     exact: bool
     input_size: Sizes | None
@@ -99,8 +106,12 @@ class Recorded:
     @classmethod
     def of(cls, fusion: FusionRecord) -> Recorded:
         """Return what there is to say of a record's fusion."""
-        tree = map_leaves(lambda one: Source(one.name, one.kind.name, one.fields, one.origin or None), fusion.tree)
-        return fill(cls, fusion, sources=tree, before=fusion.before or None, after=fusion.after or None)
+        tree = map_leaves(
+            lambda one: fill(Source, one, kind=one.kind.name, origin=one.origin or None, like=one.like or None),
+            fusion.tree,
+        )
+        around = {"before": fusion.before or None, "after": fusion.after or None}
+        return fill(cls, fusion, sources=tree, **around, fields_assumed=fusion.assumed)
 
 
 def plan_changed(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import complete
 from convtool.cli.options import DTYPES, argument, flag, option, parse_dtype
 from convtool.cli.output import Reporter
-from convtool.errors import InputError, UsageError
+from convtool.errors import InputError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -86,6 +86,11 @@ class Sources:
         "--set",
         completion=complete.settings,
     )
+    eps: float | None = option("X", "Epsilon of the batch norms of which no other source states one.")
+    assume: list[str] | None = option(
+        "FIELD,...", "Accept torch's default of these fields where no source states them; the result says so."
+    )
+    assume_defaults: bool = flag("Accept torch's default of every field that no source states.")
     root: str | None = root()
 
     def open(self, path: Path, reporter: Reporter, *, second: bool = False) -> Checkpoint:
@@ -126,16 +131,34 @@ class Sources:
             UsageError: a table or a setting fits no layer; a misspelt one would be silently without effect.
         """
         from convtool.formats.toml import read_toml
+        from convtool.kinds import parse_field
         from convtool.kinds.stated import FieldSource, FieldSources, parse_settings, parse_tables
 
         found = [] if model is None else [model]
         if self.geometry is not None:
-            found.append(parse_tables(read_toml(self.geometry), str(self.geometry)))
-        found += [parse_settings(self.settings or ()), FieldSource("options", own or {}, exact_names=True)]
+            found.append(replace(parse_tables(read_toml(self.geometry), str(self.geometry)), overrules=True))
+        found.append(parse_settings(self.settings or ()))
+        found.append(FieldSource("the command's options", own or {}, exact_names=True, overrules=True))
         known = None if layers is None else list(layers)
         for source in found if known is not None else ():
             source.check_used(known or ())
-        return FieldSources(tuple(found))
+        if self.eps is not None:
+            found.append(FieldSource("--eps", {"*": {"eps": parse_field("eps", self.eps)}}))
+        return FieldSources(tuple(found), self._accepted())
+
+    def _accepted(self) -> frozenset[str]:
+        """Return the fields for which torch's defaults are accepted; raise UsageError for an unknown one."""
+        from convtool.kinds import field_types
+
+        known = field_types()
+        if self.assume_defaults:
+            return frozenset(known)
+        names = [name.strip() for text in self.assume or () for name in text.split(",")]
+        for name in names:
+            if name not in known:
+                hint = did_you_mean(name, known, f"; expected some of {', '.join(known)}")
+                raise UsageError(f"--assume: unknown field {name!r}{hint}")
+        return frozenset(names)
 
 
 def check_not_source(out: Path, checkpoint: Path) -> None:

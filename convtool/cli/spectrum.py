@@ -10,7 +10,16 @@ from typing import TYPE_CHECKING
 from convtool.cli import shared, spectrum_table
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Sizes, fill
-from convtool.cli.layer import LayerOptions, LayersAtSize, OfLayer, chain_name, chain_sizes, find_layers, more_layers
+from convtool.cli.layer import (
+    LayerOptions,
+    LayersAtSize,
+    OfLayer,
+    chain_fields,
+    chain_name,
+    chain_sizes,
+    find_layers,
+    more_layers,
+)
 from convtool.cli.options import Size, option
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
@@ -173,6 +182,8 @@ def show(result: Result | spectrum_table.TableResult, reporter: Reporter) -> Non
     after = f", {result.steps} steps" if result.steps else ""
     named, sizes = chain_name(result.of, result.chain), chain_sizes(result.of, result.chain)
     reporter.line(f"{named}: {sizes}, matrix {rows} x {columns}")
+    for line in chain_fields(result.of, result.chain):
+        reporter.line(f"  {line}")
     reporter.line(f"  largest singular value   {spectrum_table.value_text(result.largest, 1)}")
     reporter.line(f"  smallest singular value  {spectrum_table.value_text(result.smallest, -1)}")
     reporter.line(f"  condition number         {_condition(result)}")

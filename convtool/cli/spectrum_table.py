@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.core.conv import Conv
     from convtool.core.spectrum import SingularValue
+    from convtool.fusing.leaf import LoweredLayer
     from convtool.kinds.stated import FieldSources
     from convtool.live.sequence import Sequenced
 
@@ -68,6 +69,9 @@ def run_table(options: Any, sources: shared.Sources, opened: Checkpoint, reporte
     """Find both ends of each layer that the pattern fits, and with --model of how the network runs them."""
     from convtool.cli.model import read_model
     from convtool.core.spectrum import spectrum
+    from convtool.core.tree import BASE
+    from convtool.fusing.leaf import said_of
+    from convtool.fusing.settle import settle_alone
 
     wanted = options.wanted
     names = [name for name, layer in opened.layers.items() if layer.kind.tensors and fnmatchcase(name, wanted.layer)]
@@ -79,20 +83,20 @@ def run_table(options: Any, sources: shared.Sources, opened: Checkpoint, reporte
     fields = sources.fields(None if found is None else found[1].geometry, opened.layers)
     network = None if found is None else _sequence(found, options.model_input)
     at = _at_sizes(names, wanted.input_size, network)
-    rows, assumed = [], list[str]()
+    layers = settle_alone([_lowered(opened, name, fields, size) for name, size in at], {BASE: opened}, fields.assume)
+    rows = []
     with reporter.progress("computing singular values", len(at)) as advance:
-        for (name, size), runs in at.items():
-            conv, said = _lowered(opened, name, fields, size)
-            assumed += said
+        for ((name, size), runs), leaf in zip(at.items(), layers, strict=True):
+            conv = leaf.conv
             ends = spectrum(conv, _spatial(conv, size), tolerance=options.tolerance, steps=options.steps)
             inputs = conv.in_channels, *_spatial(conv, size)
             kind = opened.layers[name].kind.name
             rows.append(Row(name, kind, runs, inputs, ends.shape, ends.largest, ends.smallest))
             advance(1)
-    for text in dict.fromkeys(assumed):
-        reporter.note(f"assumed: {text}")
+    for text in said_of(layers):
+        reporter.note(text)
     product, why = _product(rows, network, set(names))
-    kept = tuple(dict.fromkeys(assumed))
+    kept = tuple(dict.fromkeys(f"{name}: {what}" for leaf in layers for name, what in leaf.assumptions()))
     return TableResult(wanted.checkpoint, tuple(rows), product, why or None, options.tolerance, kept)
 
 
@@ -130,14 +134,13 @@ def _at_sizes(
     return counts
 
 
-def _lowered(opened: Checkpoint, name: str, fields: FieldSources, size: tuple[int, ...]) -> tuple[Conv, list[str]]:
-    """Return a layer, and what was assumed of it."""
+def _lowered(opened: Checkpoint, name: str, fields: FieldSources, size: tuple[int, ...]) -> LoweredLayer:
+    """Return a layer with what is known of its fields."""
     from convtool.fusing.lowering import lower_chain
 
     axes = opened.layers[name].axes()
     with_channels = axes is None or len(size) == axes + 1
-    leaf = lower_chain(opened, [name], fields, size if with_channels or axes else None)[0]
-    return leaf.conv, [leaf.assumed] if leaf.assumed else []
+    return lower_chain(opened, [name], fields, size if with_channels or axes else None)[0]
 
 
 def _spatial(conv: Conv, size: tuple[int, ...]) -> tuple[int, ...]:

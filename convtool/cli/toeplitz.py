@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Any, Literal
 from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, fill, to_json
-from convtool.cli.layer import LayerOptions, LayersAtSize, OfLayer, chain_name, chain_sizes, find_layers, more_layers
+from convtool.cli.layer import (
+    LayerOptions,
+    LayersAtSize,
+    OfLayer,
+    chain_fields,
+    chain_name,
+    chain_sizes,
+    find_layers,
+    more_layers,
+)
 from convtool.cli.options import dtype_name, flag, option, parse_rows
 from convtool.cli.output import Reporter
 from convtool.cli.saved import Files, show_files
@@ -263,6 +272,8 @@ def show(result: Result, reporter: Reporter) -> None:
     rows, columns = result.shape
     of, chain, dtype = result.record.of, result.record.chain, result.record.dtype
     reporter.line(f"{chain_name(of, chain)}: {chain_sizes(of, chain)}")
+    for line in chain_fields(of, chain):
+        reporter.line(f"  {line}")
     density = result.nnz / max(1, rows * columns)
     reporter.line(f"  {rows} x {columns}, {result.nnz} entries ({density:.3%}), {dtype}, {result.layout}")
     for line in result.drawing:

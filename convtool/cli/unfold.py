@@ -113,6 +113,8 @@ def show(result: Result, reporter: Reporter) -> None:
     """Print the shapes of both matrices, and what was written."""
     rows, columns = result.weight
     reporter.line(f"{result.of.layer}: W {rows} x {columns}, {result.dtype}")
+    if result.of.fields:
+        reporter.line(f"  {result.of.fields_text}")
     if result.gather is not None:
         rows, columns = result.gather
         reporter.line(f"  {result.of.sizes_text}: U {rows} x {columns}, {result.nnz} ones")

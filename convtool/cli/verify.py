@@ -283,9 +283,9 @@ def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairi
 
 def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Reporter) -> list[Pairing]:
     """Return what --recipe says that another program fused; without a record, what the model says."""
+    from convtool.checkpoint.record import full_name
     from convtool.core.tree import BASE
     from convtool.fusing.claimed import claimed_pairings, not_named
-    from convtool.fusing.lowering import full_name
     from convtool.fusing.named import by_recipe
     from convtool.fusing.recipe import PlannedFusion
     from convtool.fusing.shipped import find_recipe

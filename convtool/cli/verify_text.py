@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from convtool.core.tally import Region
     from convtool.core.verify import EquivalenceReport, StoredError
     from convtool.fusing.compare import Pairing
-    from convtool.fusing.lowering import LoweredLayer
+    from convtool.fusing.leaf import LoweredLayer
     from convtool.fusing.matrix_proof import Compared
     from convtool.live.whole import WholeReport
 

@@ -101,6 +101,10 @@ class Conv:
             return self.bias
         return self.bias.reshape(-1, *(1,) * self.spatial_axes).expand(-1, *output_size)
 
+    def with_geometry(self, geometry: Geometry) -> Conv:
+        """Return the layer with another geometry and the same numbers."""
+        return Conv(self.weight, self.bias, geometry)
+
     def without_bias(self) -> Conv:
         """Return the linear part of the layer."""
         return self if self.bias is None else Conv(self.weight, None, self.geometry)
@@ -139,6 +143,11 @@ class Computed(Conv):
     @property
     def weight(self) -> Tensor:
         return self.compute()
+
+    def with_geometry(self, geometry: Geometry) -> Conv:
+        other = Computed(self, self.compute)
+        object.__setattr__(other, "geometry", geometry)
+        return other
 
     @property
     def out_channels(self) -> int:

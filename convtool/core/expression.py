@@ -97,8 +97,8 @@ def multiply_adds(expression: Expression, input_size: tuple[int, ...]) -> int:
     )
 
 
-def work_per_position(expression: Expression) -> float:
-    """Return the multiply-adds per input position for inputs so large that borders don't count."""
+def work_per_position(expression: Expression, *, of_output: bool = False) -> float:
+    """Return the multiply-adds per input (or output) position for inputs so large that borders don't count."""
 
     def step(conv: Conv, before: tuple[float, float]) -> tuple[float, float]:
         (total, positions), stride = before, math.prod(conv.geometry.stride)
@@ -109,7 +109,8 @@ def work_per_position(expression: Expression) -> float:
     def merge(before: tuple[float, float], branches: list[tuple[float, float]]) -> tuple[float, float]:
         return before[0] + sum(total - before[0] for total, _ in branches), branches[0][1]
 
-    return walk(expression, (0.0, 1.0), step, merge)[0]
+    total, positions = walk(expression, (0.0, 1.0), step, merge)
+    return total / positions if of_output else total
 
 
 def _products(conv: Conv) -> int:

@@ -223,7 +223,7 @@ def _check_transposed(
 ) -> None:
     if mode != "zeros":
         raise UsageError(f"padding_mode: a transposed convolution knows only 'zeros', got {mode!r}")
-    if isinstance(padding, str):
+    if isinstance(padding, str) and padding != "valid":
         raise UsageError(f"padding: expected numbers for a transposed convolution, got {padding!r}")
     for axis, (more, s, d) in enumerate(zip(extra, stride, dilation, strict=True)):
         if more >= max(s, d):
@@ -246,6 +246,8 @@ def _padding(
     if padding == "half":
         halves = [(d * (k - 1) + 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
         return tuple((half, half) for half in halves)
+    if padding == "valid":
+        padding = 0
     if isinstance(padding, str):
         raise UsageError(f"padding: expected numbers, 'same', 'valid' or 'half', got {padding!r}")
     if not isinstance(padding, Sequence):

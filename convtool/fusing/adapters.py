@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from convtool.checkpoint import Checkpoint
+from convtool.checkpoint.record import full_name
 from convtool.core.fields import Fields
 from convtool.core.names import unwrap
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.formats.strict_json import parse_json
-from convtool.fusing.lowering import full_name, some_of
+from convtool.fusing.leaf import some_of
 from convtool.fusing.recipe import PlannedFusion
 from convtool.kinds.found import other_adapter
 from convtool.kinds.kind import Layer

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from convtool.checkpoint import Checkpoint
-from convtool.core.bound import fused_geometry
-from convtool.core.expression import joined
-from convtool.core.fields import Fields, geometry_fields
-from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves, tree_text
+from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, tree_text
 from convtool.errors import UsageError
 from convtool.fusing.compare import Pairing, same_numbers
-from convtool.fusing.lowering import LoweredLayer, lower_tree
+from convtool.fusing.leaf import LoweredLayer
+from convtool.fusing.lowering import lower_tree
 from convtool.fusing.recipe import PlannedFusion
-from convtool.kinds.stated import FieldSource, FieldSources
+from convtool.fusing.settle import settle
+from convtool.fusing.standing import standing
+from convtool.kinds.stated import FieldSources
 
 
 def claimed_pairings(
@@ -40,12 +40,19 @@ def claimed_pairings(
     Raises:
         UsageError: AFTER lacks the layer that is to stand for others; fields or channels that don't fit.
     """
-    pairings = []
+    found: list[tuple[Tree[LoweredLayer], list[str]]] = []
     for fusion in fusions:
         try:
             for tree, stands in _parts(fusion, checkpoints[BASE], after, origin):
-                before = lower_tree(checkpoints, tree, sources, fusion.input_size)
-                pairings.append(_pairing(before, stands, after))
+                found.append((lower_tree(checkpoints, tree, sources, fusion.input_size), stands))
+        except UsageError:
+            if not skip:
+                raise
+    settled = settle([before for before, _ in found], checkpoints, sources.assume)
+    pairings = []
+    for before, (_, stands) in zip(settled, found, strict=True):
+        try:
+            pairings.append(Pairing(",".join(stands), before, standing(stands, before, after, FieldSources())))
         except UsageError:
             if not skip:
                 raise
@@ -91,27 +98,3 @@ def _is_same(ref: LayerRef, before: Checkpoint, after: Checkpoint) -> bool:
     """Tell whether AFTER has a layer just as BEFORE has it."""
     names = list(before.part(ref.name).tensor_names()) if ref.source == BASE else []
     return all(name in after.infos and same_numbers(before, after, name) for name in names)
-
-
-def _pairing(before: Tree[LoweredLayer], stands: list[str], after: Checkpoint) -> Pairing:
-    """Return the pairing of lowered layers and of those that stand for them, whose fields follow from the former."""
-    first = next(leaves(before)).conv
-    tables: dict[str, Fields] = {leaf.name: leaf.fields for leaf in leaves(before) if leaf.name in stands}
-    if len(stands) == 1:
-        geometry = fused_geometry(map_leaves(lambda leaf: leaf.conv, joined(before)))
-        tables = {stands[0]: geometry_fields(geometry) if geometry.kernel_size else {}}
-    known = {name: _settable(after, name, fields) for name, fields in tables.items()}
-    lowered = lower_tree(
-        {BASE: after},
-        Chain(tuple(map(LayerRef, stands))),
-        FieldSources((FieldSource("BEFORE", known, exact_names=True),)),
-        axes=first.spatial_axes,
-        channels=first.in_channels,
-        channels_from="the chain in BEFORE",
-    )
-    return Pairing(",".join(stands), before, lowered)
-
-
-def _settable(after: Checkpoint, name: str, fields: Fields) -> Fields:
-    known = after.layer(name).kind.settable
-    return {field: value for field, value in fields.items() if field in known}

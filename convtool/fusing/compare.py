@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from convtool.checkpoint import Checkpoint, TensorInfo
 from convtool.checkpoint.cast import cast_piece
 from convtool.checkpoint.digests import digests_of
-from convtool.checkpoint.record import FusionRecord, Path, SourceLayer, spelled_out
+from convtool.checkpoint.record import FusionRecord, SourceLayer, full_name
+from convtool.checkpoint.spelled import Path, spelled_out
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, output_size
 from convtool.core.geometry import LARGEST, format_sizes
@@ -18,7 +19,10 @@ from convtool.core.tree import BASE, Chain, LayerRef, Tree, first_leaves, leaves
 from convtool.core.verify import LARGEST_INPUT
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.formats.pieces import same_bytes
-from convtool.fusing.lowering import LoweredLayer, full_name, lower_tree, stored_dtype
+from convtool.fusing.leaf import LoweredLayer
+from convtool.fusing.lowering import lower_tree, stored_dtype
+from convtool.fusing.settle import settle
+from convtool.fusing.standing import like_fused, standing
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import read_layer
 
@@ -137,17 +141,9 @@ def named_pairing(
     Raises:
         UsageError: names, fields or channels that don't fit.
     """
-    chain = lower_tree({BASE: before}, Chain(tuple(map(LayerRef, first))), sources[0])
-    conv = next(leaves(chain)).conv
-    stands = lower_tree(
-        {BASE: after},
-        Chain(tuple(map(LayerRef, second))),
-        sources[1],
-        axes=conv.spatial_axes,
-        channels=conv.in_channels,
-        channels_from="the chain in BEFORE",
-    )
-    return Pairing(",".join(second), chain, stands)
+    lowered = lower_tree({BASE: before}, Chain(tuple(map(LayerRef, first))), sources[0])
+    (chain,) = settle([lowered], {BASE: before}, sources[0].assume)
+    return Pairing(",".join(second), chain, standing(second, chain, after, sources[1]))
 
 
 def recorded_pairings(
@@ -205,11 +201,12 @@ def recorded_pairings(
                 f"{after.path}: its record can't say how {name!r}, which takes flat numbers, stands for layers over"
                 " feature maps; name them: --before a,b --after c"
             )
+        (layers,) = settle([layers], checkpoints, sources.assume)
         pairings.append(
             Pairing(
                 name,
                 layers,
-                fused,
+                like_fused(fused, layers),
                 spelled.sizes,
                 spelled.dtypes,
                 str(after.path),
@@ -263,10 +260,17 @@ def unfitting(
 def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[str, str]]:
     """Yield the fields of recorded layers that nobody else states, and that nothing in BEFORE shows."""
     for leaf in leaves(tree):
-        stated = sources.fields(leaf.name)
-        claimed = {name: value for name, value in leaf.fields.items() if name not in stated}
-        if leaf.layer.kind.settable and claimed:
-            yield leaf.name, leaf.layer.kind.claim(claimed, leaf.layer.shapes)
+        kind, stated = leaf.layer.kind, sources.fields(leaf.name)
+        for assumed in (False, True) if kind.settable else ():
+            names = leaf.known.keys() - stated.keys() - leaf.implied
+            claimed = {name: leaf.known[name] for name in leaf.known if name in names}
+            said = kind.claim(
+                {name: value for name, value in claimed.items() if (name in leaf.assumed) == assumed}, leaf.layer.shapes
+            )
+            if said:
+                yield leaf.name, f"{said} (assumed)" if assumed else said
+        if leaf.like:
+            yield leaf.name, f"otherwise as {leaf.like}"
 
 
 def _dtype_claim(name: str, tree: Tree[LoweredLayer], dtype: str) -> Iterator[tuple[str, str]]:
@@ -284,9 +288,14 @@ def _lower_recorded(
 ) -> Tree[LoweredLayer]:
     """Return the layers of BEFORE; an error is the record's, unless what else is said of them may be the cause."""
     names = {full_name(source.name, source.origin): source for source in leaves(tree)}
-    known = FieldSource("record", {name: source.fields for name, source in names.items()}, exact_names=True)
+    known = FieldSource(
+        f"the record of {after.path}",
+        {name: source.fields for name, source in names.items()},
+        exact_names=True,
+        assumed={name: source.assumed for name, source in names.items()},
+    )
     try:
-        refs = map_leaves(lambda source: LayerRef(source.name, source.origin), tree)
+        refs = map_leaves(lambda source: LayerRef(source.name, source.origin, source.like), tree)
         # What is written in front doesn't tell its channels.
         channels = stands.in_channels if any(source.written for source in first_leaves(tree)) else None
         return lower_tree(checkpoints, refs, sources.with_first(known), axes=stands.spatial_axes, channels=channels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Literal, TypeAlias
 
 import torch
 
@@ -14,13 +14,16 @@ from convtool.checkpoint.record import FusionRecord
 from convtool.core.compose import compose
 from convtool.core.conv import Conv, pointwise
 from convtool.core.expression import joined, multiply_adds, work_per_position
-from convtool.core.fields import geometry_fields
 from convtool.core.fuse import Fusion, fuse_tree
 from convtool.core.names import is_written
 from convtool.core.sizes import split_input_size
-from convtool.core.tree import BASE, LayerRef, Tree, first_leaves, has_sum, leaves, map_leaves, walk
+from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves, walk
 from convtool.errors import RefusedError, UsageError
-from convtool.fusing.lowering import LoweredLayer, stored_dtype
+from convtool.fusing.dependence import fused_fields
+from convtool.fusing.leaf import LoweredLayer
+from convtool.fusing.lowering import stored_dtype
+
+Per: TypeAlias = Literal["input position", "input", "output position"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,21 +51,28 @@ class PlannedLayer:
 
     @property
     def assumed(self) -> list[str]:
-        """Return what nobody stated of the layers, in words."""
+        """Return what nobody stated of the layers and matters, in words."""
         return assumptions(self.tree)
+
+    @property
+    def settled(self) -> bool:
+        """Return whether all of its layers' geometry is known."""
+        return not any(len(values) > 1 for leaf in self.layers for values in leaf.open.values())
 
     @property
     def record(self) -> FusionRecord:
         """Return what the new checkpoint says of it."""
         conv, verdict = self.fusion.conv, self.fusion.verdict
+        fields, assumed = fused_fields(self.tree, conv.geometry) if conv.spatial_axes else ({}, ())
         return FusionRecord(
             name=self.name,
             tree=map_leaves(LoweredLayer.source, self.tree),
-            fields=geometry_fields(conv.geometry) if conv.spatial_axes else {},
+            fields=fields,
             dtype=str(conv.weight.dtype).removeprefix("torch."),
             exact=verdict.exact,
             input_size=verdict.input_size,
             rim=verdict.rim,
+            assumed=assumed,
         )
 
     @property
@@ -71,51 +81,28 @@ class PlannedLayer:
         stored = (layer.conv for layer in self.layers if layer.layer.tensors)
         return sum(map(_parameters, stored)), _parameters(self.fusion.conv)
 
-    def multiply_adds(self, input_size: Sequence[int] | None) -> tuple[float, float]:
-        """Before and after: for one input of that size, or where None for each position of a large input."""
+    def multiply_adds(self, input_size: Sequence[int] | None) -> tuple[float, float, Per] | None:
+        """Return how many there are before and after, and of what: an input of that size, or a position of a large one.
+
+        It is a position of the output where strides are open; None where that number depends on them, too.
+        """
         tree: Tree[Conv] = map_leaves(lambda layer: layer.conv, joined(self.tree))
         conv = self.fusion.conv
-        if input_size is None:
-            return work_per_position(tree), work_per_position(conv)
-        size = split_input_size(input_size, self.layers[0].conv.in_channels, conv.spatial_axes)
-        return multiply_adds(tree, size), multiply_adds(conv, size)
+        if self.settled and input_size is None:
+            return work_per_position(tree), work_per_position(conv), "input position"
+        if self.settled and input_size is not None:
+            size = split_input_size(input_size, self.layers[0].conv.in_channels, conv.spatial_axes)
+            return multiply_adds(tree, size), multiply_adds(conv, size), "input"
+        strided = map_leaves(_with_stride_of_two, self.tree)
+        here, there = (
+            work_per_position(map_leaves(lambda layer: layer.conv, joined(one)), of_output=True)
+            for one in (self.tree, strided)
+        )
+        return (here, work_per_position(conv, of_output=True), "output position") if here == there else None
 
-    @property
-    def module_edits(self) -> list[str]:
-        """Return the lines that make a model's code fit the new checkpoint."""
-        lines = [f"{self.name} = {module_text(self.fusion.conv)}"]
-        if self.fusion.conv.has_bias_map:
-            lines.append(f"y = {self.name}(x) + bias_map  # that of the checkpoint, in place of {self.name}(x)")
-        lines += self._normalizations()
-        gone = [layer.layer for layer in self.layers if layer.own]
-        stays = any(layer.name == self.name for layer in gone)  # then the model goes on to call all of the branches
-        silent = []
-        for layer in gone:
-            if is_written(layer.name):
-                lines.append(f"take {layer.name} out of the model's code, as {self.name} does it")
-            elif layer.kind.parameter and (layer.name in self.blocks or layer.name in layer.tensor_names()):
-                lines += [f"{name} = None" for name in layer.tensor_names()]
-            elif layer.name != self.name and stays and has_sum(self.tree):
-                silent.append(layer.name)
-            elif layer.name != self.name:
-                # an identity in place of a branch would add its input to the sum
-                lines.append(f"del {layer.name}" if has_sum(self.tree) else f"{layer.name} = nn.Identity()")
-        if silent:
-            lines.append(f"{', '.join(silent)}: nn.Identity(), and zeros from each branch, as convtool.apply has it")
-        return lines
 
-    def _normalizations(self) -> list[str]:
-        """Return what becomes of normalisations: that of the input is in front of the model, others in its own code."""
-        first = list(first_leaves(self.tree))
-        in_front = first if len({layer.layer.name for layer in first}) == 1 else []
-        lines = [
-            f"give {self.name} its input as it was before {layer.layer.name}"
-            if any(layer is one for one in in_front)
-            else f"take {layer.layer.name} out of the model's code, as {self.name} does it"
-            for layer in self.layers
-            if layer.layer.kind.code == "input"
-        ]
-        return list(dict.fromkeys(lines))
+def _with_stride_of_two(leaf: LoweredLayer) -> LoweredLayer:
+    return leaf.with_field("stride", 2) if leaf.open.get("stride") else leaf
 
 
 def plan_layer(
@@ -194,50 +181,8 @@ def _without_groups(conv: Conv) -> Conv:
 
 
 def assumptions(tree: Tree[LoweredLayer]) -> list[str]:
-    """Return what nobody stated of the layers, in words."""
-    return [layer.assumed for layer in leaves(tree) if layer.assumed]
-
-
-def torch_module(conv: Conv) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
-    """Return the name of torch's class for a layer, its shape as that takes it, and its other arguments.
-
-    Those at torch's defaults are left out. Padding that the class cannot say, as its sides differ, isn't among them.
-    """
-    geometry, axes = conv.geometry, conv.spatial_axes
-    sides = [before if before == after else 0 for before, after in geometry.padding]
-    even = all(before == after for before, after in geometry.padding)
-    fields = {
-        "stride": (geometry.stride, 1),
-        "padding": (tuple(sides) if even else (0,), 0),
-        "output_padding": (geometry.output_padding, 0),
-        "dilation": (geometry.dilation, 1),
-        "groups": (geometry.groups, 1),
-        "bias": (conv.bias is not None and not conv.has_bias_map, True),
-        "padding_mode": (geometry.padding_mode if even and geometry.padded else "zeros", "zeros"),
-    }
-    others = {
-        name: value
-        for name, (value, default) in fields.items()
-        if (set(value) - {default} if isinstance(value, tuple) else value != default)
-    }
-    shape = (conv.in_channels, conv.out_channels)
-    if not axes:
-        return "Linear", shape, others
-    return f"Conv{'Transpose' if geometry.transposed else ''}{axes}d", (*shape, geometry.kernel_size), others
-
-
-def module_text(conv: Conv) -> str:
-    """Return the layer as a line of torch code: 'nn.Conv2d(3, 16, (5, 7), stride=2)'."""
-    name, shape, others = torch_module(conv)
-    arguments = [*map(_argument, shape), *(f"{key}={_argument(value)}" for key, value in others.items())]
-    text, geometry = f"nn.{name}({', '.join(arguments)})", conv.geometry
-    if all(before == after for before, after in geometry.padding):
-        return text
-    sides = [side for pair in reversed(geometry.padding) for side in pair]
-    if geometry.transposed:
-        return f"{text}  # then F.pad(y, {[-side for side in sides]})"
-    mode = "" if geometry.padding_mode == "zeros" else f", mode={geometry.padding_mode!r}"
-    return f"{text}  # after F.pad(x, {sides}{mode})"
+    """Return what nobody stated of the layers and they rest on, in words."""
+    return list(dict.fromkeys(f"{name}: {what}" for leaf in leaves(tree) for name, what in leaf.assumptions()))
 
 
 def check_nothing_missed(
@@ -280,7 +225,3 @@ def check_ties(base: Checkpoint, edits: Sequence[Edit]) -> None:
 
 def _parameters(conv: Conv) -> int:
     return conv.weight.numel() + (0 if conv.bias is None else conv.bias.numel())
-
-
-def _argument(value: object) -> str:
-    return str(value[0]) if isinstance(value, tuple) and len(set(value)) == 1 else repr(value)

@@ -1,87 +1,29 @@
-"""Trees of named layers, lowered: fields gathered from every source, the rest settled, or assumed and said so."""
+"""Trees of named layers, lowered: fields gathered from every source; what nobody states stays open."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import reduce
-from typing import NamedTuple
 
 import torch
 
 from convtool.checkpoint import Checkpoint
-from convtool.checkpoint.record import SourceLayer
+from convtool.checkpoint.record import field_source, full_name
 from convtool.core.conv import Computed
 from convtool.core.expression import Expression, joined
 from convtool.core.fields import Fields
-from convtool.core.fuse import NamedConv
-from convtool.core.names import is_written
 from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves, map_leaves
 from convtool.errors import RefusedError, UsageError
-from convtool.kinds.kind import Base, Layer
-from convtool.kinds.stated import FieldSource, FieldSources
+from convtool.fusing.leaf import SHARED_FIELDS, LoweredLayer
+from convtool.kinds.kind import Base, Channels, Layer
+from convtool.kinds.stated import FieldSource, FieldSources, Known
 from convtool.kinds.written import make_written, read_layer
-
-MOST_NAMES = 3  # layers named one by one before the rest is only counted
-SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a layer takes from the one that it is like
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class LoweredLayer(NamedConv):
-    """One layer of a tree, its name with the checkpoint in front where that isn't the one that is changed.
-
-    Attributes:
-        layer: as found in the checkpoint, or written.
-        fields: all of its fields, the assumed ones too.
-        assumed: what nobody stated, in words; '' where everything was stated.
-        origin: the checkpoint that it is from, BASE for the one that is changed.
-    """
-
-    layer: Layer
-    fields: Fields
-    assumed: str
-    origin: str = BASE
-
-    @property
-    def own(self) -> bool:
-        """Return whether it is a layer of the checkpoint that is changed."""
-        return bool(self.layer.tensors) and self.origin == BASE
-
-    def source(self) -> SourceLayer:
-        """Return what a record says of it."""
-        fields = {} if is_written(self.layer.name) else self.fields
-        return SourceLayer(self.layer.name, self.layer.kind, fields, self.origin)
-
-
-def full_name(name: str, origin: str) -> str:
-    """Return a layer's name as fields and messages call it: that of another checkpoint with NAME: in front."""
-    return str(LayerRef(name, origin))
-
-
-def grouped(said: Iterable[tuple[str, str]]) -> list[str]:
-    """Return what is said of layers, (layer, what), as lines; once where it is the same of many."""
-    layers: dict[str, list[str]] = {}
-    for layer, what in dict.fromkeys(said):
-        layers.setdefault(what, []).append(layer)
-    return [
-        f"{name}: {what}"
-        for what, names in layers.items()
-        for name in (names if len(names) <= MOST_NAMES else [some_of(names)])
-    ]
-
-
-def some_of(names: list[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more
 
 
 def recorded(checkpoint: Checkpoint, origin: str = BASE) -> FieldSource:
     """Return what a checkpoint says about its own layers: as convtool wrote it down, or as its format has it."""
-    record = checkpoint.record
-    known = record.fields() if record else checkpoint.stated
-    tables = {full_name(name, origin): fields for name, fields in known.items()}
-    return FieldSource("record" if record else str(checkpoint.path), tables, exact_names=True)
+    return field_source(checkpoint, origin)
 
 
 def lower_chain(
@@ -122,14 +64,7 @@ def lower_tree(
     lowering = _TreeLowering(checkpoints, tree, sources, axes, input_size)
     if input_size is not None and len(input_size) == lowering.axes + 1:
         channels = input_size[0]
-    return lowering.lower(tree, _Channels(channels, channels_from))[0]
-
-
-class _Channels(NamedTuple):
-    """A number of channels, where it is known, and the layer that says so."""
-
-    channels: int | None
-    origin: str = ""
+    return lowering.lower(tree, Channels(channels, channels_from))[0]
 
 
 class _TreeLowering:
@@ -147,6 +82,7 @@ class _TreeLowering:
         self.sources = sources
         self.layers: dict[LayerRef, Layer] = {}
         self.adapters: dict[LayerRef, tuple[Layer, Fields]] = {}
+        self.known: dict[LayerRef, Known] = {}
         used: set[str] = set()
         for ref in leaves(tree):
             layer = self.layers[ref] = self._find(ref)
@@ -164,6 +100,7 @@ class _TreeLowering:
     def _applied(self, ref: LayerRef, layer: Layer) -> Layer:
         """Return the change of a layer as a layer like that one."""
         fields = {name: value for name, value in self._fields(ref).items() if name in layer.kind.fields}
+        del self.known[ref]  # what is known of it hangs on its kind
         of = ref.like or fields.get("of")
         if not of:
             raise UsageError(
@@ -174,34 +111,44 @@ class _TreeLowering:
         self.adapters[ref] = layer, {**fields, "of": of}
         return layer.kind.applied(layer, Base(base, lambda: checkpoint.tensor(base.tensors["weight"].name)), fields)
 
-    def lower(self, tree: Tree[LayerRef], into: _Channels) -> tuple[Tree[LoweredLayer], _Channels]:
-        """Return the lowered tree, and the channels of its output."""
+    def lower(
+        self, tree: Tree[LayerRef], into: Channels, gives: int | None = None
+    ) -> tuple[Tree[LoweredLayer], Channels]:
+        """Return the lowered tree, and the channels of its output.
+
+        Args:
+            gives: the channels that its output has to have, where that is known.
+        """
         if isinstance(tree, Chain):
-            return self._lower_chain(tree, into)
+            return self._lower_chain(tree, into, gives)
         if isinstance(tree, Sum):
             if into.channels is None:
-                into = self._takes(tree, _Channels(None))
+                into = self._takes(tree, Channels(None))
             # For layers without tensors beside ones that don't settle it either; those go on to assume one group.
-            guess = self._takes(tree, _Channels(None), guess=True) if into.channels is None else into
-            lowered = [self.lower(part, guess if _is_written(part) else into) for part in tree.parts]
+            guess = self._takes(tree, Channels(None), guess=True) if into.channels is None else into
             if isinstance(tree, Stack):
-                return self._side_by_side(lowered)
+                return self._side_by_side(
+                    [self.lower(part, guess if _is_written(part) else into) for part in tree.parts]
+                )
+            # What is added up has as many channels everywhere.
+            known = gives if gives is not None else self._first(map(self._surely_gives, tree.parts)).channels
+            lowered = [self.lower(part, guess if _is_written(part) else into, known) for part in tree.parts]
             return Sum(tuple(part for part, _ in lowered)), lowered[0][1]
-        leaf = self._lower_leaf(tree, into)
-        return leaf, _Channels(leaf.conv.out_channels, leaf.layer.name)
+        leaf = self._lower_leaf(tree, into, gives)
+        return leaf, Channels(leaf.conv.out_channels, leaf.layer.name)
 
     def _side_by_side(
-        self, branches: Sequence[tuple[Tree[LoweredLayer], _Channels]]
-    ) -> tuple[Tree[LoweredLayer], _Channels]:
+        self, branches: Sequence[tuple[Tree[LoweredLayer], Channels]]
+    ) -> tuple[Tree[LoweredLayer], Channels]:
         """Return the sum of the branches, each placed behind the channels of those before it."""
         counts = [known.channels or 0 for _, known in branches]
         parts, first, total = list[Tree[LoweredLayer]](), 0, sum(counts)
         for (branch, _), count in zip(branches, counts, strict=True):
             layer = read_layer(f"place({first}:{first + count}; of={total})")
             conv = make_written(layer.name, count, self.axes)
-            parts.append(Chain((branch, LoweredLayer(layer.name, conv, layer, layer.fields, ""))))
+            parts.append(Chain((branch, LoweredLayer(layer.name, conv, layer, layer.fields))))
             first += count
-        return Sum(tuple(parts)), _Channels(total, "the stack")
+        return Sum(tuple(parts)), Channels(total, "the stack")
 
     def _find(self, ref: LayerRef) -> Layer:
         if ref.source not in self.checkpoints:
@@ -209,65 +156,97 @@ class _TreeLowering:
         return self.checkpoints[ref.source].part(ref.name)
 
     def _fields(self, ref: LayerRef) -> Fields:
-        """Return what is stated of a layer, by itself or by the one that it is like."""
+        """Return what is known of a layer."""
+        return self._known(ref).fields
+
+    def _known(self, ref: LayerRef) -> Known:
+        """Return what is stated of a layer, by itself or by the one that it is like, and by whom."""
         layer = self.layers[ref]
         if ref.written:
-            return layer.fields
+            return Known(layer.fields, {})
+        if ref in self.known:
+            return self.known[ref]
         sources = self.sources.with_first(recorded(self.checkpoints[ref.source], ref.source))
-        own = sources.fields(full_name(layer.name, ref.source))
+        own = sources.known(full_name(layer.name, ref.source), layer)
         adapts = ref in self.adapters
+        like = ref.like or (self.adapters[ref][1]["of"] if adapts else "")
         if adapts:
-            own = {field: value for field, value in own.items() if field in layer.kind.fields}
-        if not ref.like:
-            return own
-        like = self.sources.with_first(recorded(self.checkpoints[BASE])).fields(ref.like)
-        return {field: like[field] for field in (layer.kind.fields if adapts else SHARED_FIELDS) if field in like} | own
+            own = own.only(layer.kind.fields)
+        if like:
+            base = self.checkpoints[BASE]
+            liked = self.sources.with_first(recorded(base)).known(like, base.part(like))
+            shared = layer.kind.fields if adapts else SHARED_FIELDS
+            taken = {name: liked.fields[name] for name in shared if name in liked.fields} | own.fields
+            own = replace(own, fields=taken, assumed=own.assumed | (liked.assumed & taken.keys() - own.fields.keys()))
+        self.known[ref] = own
+        return own
 
-    def _lower_chain(self, chain: Chain[LayerRef], into: _Channels) -> tuple[Tree[LoweredLayer], _Channels]:
+    def _lower_chain(
+        self, chain: Chain[LayerRef], into: Channels, gives: int | None
+    ) -> tuple[Tree[LoweredLayer], Channels]:
         parts: list[Tree[LoweredLayer]] = []
         for number, part in enumerate(chain.parts):
             guessed = into.channels is None and _is_written(part)
             if guessed:
                 # What is only guessed for a layer without tensors is nothing for the next one to infer groups from.
                 rest: Chain[LayerRef] = Chain(chain.parts[number:])
-                known = self._takes(rest, _Channels(None))
-                guess = known if known.channels is not None else self._takes(rest, _Channels(None), guess=True)
+                known = self._takes(rest, Channels(None))
+                guess = known if known.channels is not None else self._takes(rest, Channels(None), guess=True)
                 parts.append(self.lower(part, guess)[0])
-                into = self._gives(part, _Channels(None))
+                into = self._gives(part, Channels(None))
             else:
-                lowered, into = self.lower(part, into)
+                behind = chain.parts[number + 1 :]
+                needed = self._takes(Chain(behind), Channels(gives)).channels if behind else gives
+                lowered, into = self.lower(part, into, needed)
                 parts.append(lowered)
         return Chain(tuple(parts)), into
 
-    def _lower_leaf(self, ref: LayerRef, into: _Channels) -> LoweredLayer:
-        layer = self.layers[ref]
+    def _lower_leaf(self, ref: LayerRef, into: Channels, gives: int | None) -> LoweredLayer:
+        layer, known = self.layers[ref], self._known(ref)
         if not layer.tensors:
             if into.channels is None:
                 raise UsageError(
                     f"{ref}: the number of channels isn't known here; give --input-size with the channels in front"
                 )
-            return LoweredLayer(ref.name, make_written(ref.name, into.channels, self.axes), layer, layer.fields, "")
+            return LoweredLayer(ref.name, make_written(ref.name, into.channels, self.axes), layer, layer.fields)
         if ref.written:
             conv = self.checkpoints[ref.source].lower(layer, {}, self.axes, into.channels)
-            return LoweredLayer(str(ref), conv, layer, layer.fields, "", ref.source)
-        fields, assumed = layer.kind.settle(layer.shapes, self._fields(ref), into.channels, into.origin)
+            return LoweredLayer(str(ref), conv, layer, layer.fields, origin=ref.source)
+        kind, shapes = layer.kind, layer.shapes
+        found, said = kind.infer(shapes, known.fields, into, gives)
+        fields = {**known.fields, **found}
         conv = self.checkpoints[ref.source].lower(layer, fields, self.axes)
-        if into.channels is not None and conv.in_channels != into.channels:
+        if into.channels not in (None, conv.in_channels):
             raise UsageError(
                 f"channels don't fit: {layer.name} takes {conv.in_channels} channels, and {into.origin} gives"
                 f" {into.channels}{self._other_reading(layer, into, conv.in_channels)}"
             )
-        full = layer.kind.full_fields(conv, fields)
-        name = full_name(layer.name, ref.source)
-        if ref in self.adapters:  # its base says the same of the geometry
-            checkpoint, applied, axes = self.checkpoints[ref.source], layer, self.axes
-            conv = Computed(conv, lambda: checkpoint.lower(applied, fields, axes).weight)
-            layer, scaling = self.adapters[ref]
-            full, assumed = {**full, **scaling}, layer.kind.assumed(layer, scaling)
-        said = f"{name}: {', '.join(assumed)}" if assumed else ""
-        return LoweredLayer(name, conv, layer, full, said, ref.source)
+        tried = kind.trials(shapes, fields, gives)
+        bare = {name: value for name, value in fields.items() if name not in kind.by_rule}
+        implied = kind.infer(shapes, bare, into, gives)[0].keys() & kind.by_rule
+        record = self.checkpoints[ref.source].record
+        adapter, scaling = self.adapters.get(ref, (layer, {}))
+        if ref in self.adapters:
+            checkpoint, axes = self.checkpoints[ref.source], self.axes
+            conv = Computed(conv, lambda: checkpoint.lower(layer, fields, axes).weight)
+        return LoweredLayer(
+            full_name(layer.name, ref.source),
+            conv,
+            adapter,
+            {**fields, **scaling},
+            known.assumed,
+            {name: tried.get(name, ()) for name in kind.defaults if name not in fields and name in kind.settable},
+            frozenset(implied),
+            tuple(said),
+            known.overruled,
+            record.rests_on().get(layer.name, ()) if record else (),
+            ref.source,
+            scaling.get("of", ref.like),
+            layer,
+            tuple(adapter.kind.assumed(adapter, scaling)),
+        )
 
-    def _other_reading(self, layer: Layer, into: _Channels, takes: int) -> str:
+    def _other_reading(self, layer: Layer, into: Channels, takes: int) -> str:
         """Return a hint for channels that would fit, were one of the two layers read in another way; else ''."""
         for reading in layer.kind.other_readings(layer.shapes):
             if reading.takes == into.channels:
@@ -278,7 +257,7 @@ class _TreeLowering:
                     return f"; they would if {before.name} is {reading.what}: --set {before.name}.{reading.setting}"
         return ""
 
-    def _takes(self, tree: Tree[LayerRef], gives: _Channels, guess: bool = False) -> _Channels:
+    def _takes(self, tree: Tree[LayerRef], gives: Channels, guess: bool = False) -> Channels:
         """Return the channels of a tree's input, as far as its layers or the output's channels settle them.
 
         Args:
@@ -289,16 +268,28 @@ class _TreeLowering:
             return reduce(lambda known, part: self._takes(part, known, guess), reversed(tree.parts), gives)
         if isinstance(tree, Sum):
             if isinstance(tree, Stack):
-                gives = _Channels(None)
+                gives = Channels(None)
             elif gives.channels is None:  # what is added to something has as many channels
-                gives = self._first(self._gives(part, _Channels(None)) for part in tree.parts)
+                gives = self._first(self._gives(part, Channels(None)) for part in tree.parts)
             return self._first(self._takes(part, gives, guess) for part in tree.parts)
         layer = self.layers[tree]
         fields = {**layer.kind.defaults, **self._fields(tree)} if guess else self._fields(tree)
         count = layer.kind.takes(layer.shapes, fields, gives.channels)
-        return _Channels(count, gives.origin if count == gives.channels and not layer.tensors else layer.name)
+        return Channels(count, gives.origin if count == gives.channels and not layer.tensors else layer.name)
 
-    def _gives(self, tree: Tree[LayerRef], takes: _Channels) -> _Channels:
+    def _surely_gives(self, tree: Tree[LayerRef]) -> Channels:
+        """Return the channels of a tree's output, where its last layers leave no doubt of them."""
+        last = tree
+        while isinstance(last, Chain):
+            last = last.parts[-1]
+        if isinstance(last, Stack):
+            return Channels(None)
+        if isinstance(last, Sum):
+            return self._first(map(self._surely_gives, last.parts))
+        sure = self.layers[last].kind.trials(self.layers[last].shapes, {}, None) == {}
+        return self._gives(last, Channels(None)) if sure and self.layers[last].tensors else Channels(None)
+
+    def _gives(self, tree: Tree[LayerRef], takes: Channels) -> Channels:
         """Return the channels of a tree's output, as far as its layers or the input's channels settle them."""
         if isinstance(tree, Chain):
             return reduce(lambda known, part: self._gives(part, known), tree.parts, takes)
@@ -307,13 +298,13 @@ class _TreeLowering:
             if not isinstance(tree, Stack):
                 return self._first(branches)
             counts = [one.channels for one in branches if one.channels is not None]
-            return _Channels(sum(counts) if len(counts) == len(branches) else None, "the stack")
+            return Channels(sum(counts) if len(counts) == len(branches) else None, "the stack")
         layer = self.layers[tree]
-        return _Channels(layer.kind.gives(layer.shapes, self._fields(tree), takes.channels), layer.name)
+        return Channels(layer.kind.gives(layer.shapes, self._fields(tree), takes.channels), layer.name)
 
     @staticmethod
-    def _first(found: Iterable[_Channels]) -> _Channels:
-        return next((one for one in found if one.channels is not None), _Channels(None))
+    def _first(found: Iterable[Channels]) -> Channels:
+        return next((one for one in found if one.channels is not None), Channels(None))
 
 
 def as_computed(chain: Sequence[LoweredLayer]) -> Expression:

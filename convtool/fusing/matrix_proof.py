@@ -14,9 +14,12 @@ from convtool.core.names import is_written
 from convtool.core.order import MATRICES, Order
 from convtool.core.sizes import split_input_size
 from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.tree import BASE
 from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
 from convtool.errors import InputError, UsageError
-from convtool.fusing.lowering import LoweredLayer, as_computed, lower_chain
+from convtool.fusing.leaf import LoweredLayer
+from convtool.fusing.lowering import as_computed, lower_chain
+from convtool.fusing.settle import settle_alone
 from convtool.kinds import parse_field
 from convtool.kinds.kind import Kind
 from convtool.kinds.stated import FieldSource, FieldSources
@@ -107,7 +110,7 @@ def compare_with_layer(
     stored, said = str(found.dtype).removeprefix("torch."), (found.record or {}).get("dtype")
     if said not in (None, stored):
         report = replace(report, mismatch=f"it is stored in {stored}, and its record says {said!r}")
-    assumed = [leaf.assumed for leaf in lowered if leaf.assumed]
+    assumed = [f"{name}: {what}" for leaf in lowered for name, what in leaf.assumptions()]
     if found.record is None:
         others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)
         assumed.append(f"{found.path}: {form}{others}")
@@ -145,12 +148,16 @@ def _lowered(
     named = {name: checkpoint.layer(name) for name in names if not is_written(name)}
     if not size and not all(layer.kind.channels_last for layer in named.values()):
         raise UsageError(f"{found.path}: doesn't say its input size; give --input-size, such as 32,32")
-    tables = {
-        layer.name: _fields(found.path, one, layer.kind) for one in recorded if (layer := named.get(one["layer"]))
-    }
-    known = FieldSource("record", tables, exact_names=True)
+    own = [(layer, one) for one in recorded if (layer := named.get(one["layer"]))]
+    known = FieldSource(
+        f"the record of {found.path}",
+        {layer.name: _fields(found.path, one, layer.kind) for layer, one in own},
+        exact_names=True,
+        assumed={layer.name: one.get("unstated") or () for layer, one in own},
+    )
     try:
-        lowered = lower_chain(checkpoint, names, sources.with_first(known), size or None)
+        layers = lower_chain(checkpoint, names, sources.with_first(known), size or None)
+        lowered = settle_alone(layers, {BASE: checkpoint}, sources.assume)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{found.path}: its record is damaged: {error}") from None
     return lowered, split_input_size(size, lowered[0].conv.in_channels, lowered[0].conv.spatial_axes)
@@ -166,6 +173,7 @@ def _record(found: MatrixFile) -> dict[str, Any]:
         "chain": all(map(_is_layer, chain)) if isinstance(chain := record.get("chain") or [], list) else False,
         "input_size": size is None or _are_counts(size),
         "rows": rows is None or (_are_counts(rows) and len(rows) == 2),
+        "unstated": all(isinstance(name, str) for name in record.get("unstated") or ()),
         "order": record.get("order", "CHW") in tuple(MATRICES),
         **{flag: isinstance(record.get(flag, False), bool) for flag in ("transpose", "affine")},
     }

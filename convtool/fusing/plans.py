@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from convtool.checkpoint import Checkpoint
+from convtool.checkpoint.record import full_name
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, tree_text
-from convtool.fusing.fusion import PlannedLayer, assumptions, plan_layer
-from convtool.fusing.lowering import LoweredLayer, full_name, grouped, lower_tree, some_of
+from convtool.fusing.fusion import PlannedLayer, plan_layer
+from convtool.fusing.leaf import grouped, said_of, some_of
+from convtool.fusing.lowering import lower_tree
 from convtool.fusing.recipe import PlannedFusion
+from convtool.fusing.settle import settle
 from convtool.kinds.stated import FieldSources
 
 
@@ -39,8 +42,10 @@ def plan_all(
     """
     sizes = [one.input_size or input_size for one in fusions]
     trees = [lower_tree(checkpoints, one.tree, sources, size) for one, size in zip(fusions, sizes, strict=True)]
-    for text in _assumed(trees):
-        note(f"assumed: {text}")
+    border = bool(how.get("allow_border"))
+    trees = settle(trees, checkpoints, sources.assume, sizes=sizes, border=border)
+    for text in said_of(leaf for tree in trees for leaf in leaves(tree)):
+        note(text)
     doubts = ((leaf.name, leaf.layer.kind.doubt(leaf.layer, leaf.conv)) for tree in trees for leaf in leaves(tree))
     for line in grouped((name, doubt) for name, doubt in doubts if doubt):
         remark(line)
@@ -54,12 +59,6 @@ def plan_all(
     for _, text in _dearer(planned, input_size):
         remark(f"slower: {text}")
     return planned, alone
-
-
-def _assumed(trees: Iterable[Tree[LoweredLayer]]) -> list[str]:
-    """Return what nobody stated, in words; said once where it is the same of many layers."""
-    said = (text.rpartition(": ") for tree in trees for text in assumptions(tree))
-    return grouped((layer, what) for layer, _, what in said)
 
 
 def _left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]]) -> list[str]:
@@ -86,7 +85,7 @@ def _dearer(planned: Iterable[PlannedLayer], size: tuple[int, ...] | None) -> It
         size: of the input, with or without the channels, for those that are exact at every size; None: large inputs.
     """
     for layer in planned:
-        before, after = layer.multiply_adds(layer.fusion.verdict.input_size or size)
+        before, after, _ = layer.multiply_adds(layer.fusion.verdict.input_size or size) or (0, 0, "")
         if after > before:
             times = f"{after / before:.3g} times the multiply-adds" if before else "multiply-adds, and apart none"
             yield layer, f"{tree_text(layer.tree, lambda leaf: leaf.name)}: fused it takes {times}"

@@ -16,7 +16,7 @@ from convtool.core.tree import Chain, Sum, Tree, fold
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import ConvtoolError
 from convtool.fusing.fusion import PlannedLayer
-from convtool.fusing.lowering import LoweredLayer
+from convtool.fusing.leaf import LoweredLayer
 from convtool.kinds.kind import Tensors
 
 Made = TypeVar("Made")

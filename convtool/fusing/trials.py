@@ -18,7 +18,7 @@ from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError, UsageError
 from convtool.formats.dtypes import FLOATS
 from convtool.fusing.compare import Pairing
-from convtool.fusing.lowering import some_of
+from convtool.fusing.leaf import some_of
 from convtool.fusing.proof import exact_tree, stored_tree
 
 

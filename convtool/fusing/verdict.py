@@ -9,15 +9,17 @@ from convtool.core.geometry import format_sizes
 from convtool.core.tree import leaves
 from convtool.core.verify import EquivalenceReport
 from convtool.fusing.compare import Pairing
-from convtool.fusing.lowering import grouped
+from convtool.fusing.leaf import grouped
 
 Results = Sequence[tuple[Pairing, EquivalenceReport]]
 
 
 def assumed(pairings: Sequence[Pairing]) -> tuple[str, ...]:
-    """Return what nobody stated of the layers."""
-    found = [x.assumed for pairing in pairings for x in (*leaves(pairing.before), *leaves(pairing.after)) if x.assumed]
-    return tuple(dict.fromkeys(found))
+    """Return what the layers rest on that nobody stated."""
+    layers = [leaf for pairing in pairings for leaf in leaves(pairing.before)]
+    # A recorded layer rests on what is said of those that it is made of.
+    layers += [leaf for pairing in pairings if not pairing.path for leaf in leaves(pairing.after)]
+    return tuple(grouped(one for leaf in layers for one in leaf.assumptions()))
 
 
 def statement(results: Results, exhaustive: bool, sizes: bool, only: bool) -> str:

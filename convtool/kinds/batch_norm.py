@@ -47,6 +47,14 @@ class BatchNorm(Kind):
     def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
         return shapes["running_mean"][0]
 
+    def apart(self, name: str, tensors: Tensors) -> tuple[float, str] | None:
+        import torch
+
+        variance = tensors["running_var"].to(torch.float64)
+        ratio = torch.sqrt((variance + 1e-3) / (variance + 1e-5))  # the two values that networks have
+        most = float(ratio.max()) if len(ratio) else 1.0
+        return (most - 1) * 100, "1e-05 or 0.001"
+
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         """Return a float64 `Conv` with a group for each channel, whatever the dtype of the tensors.
 

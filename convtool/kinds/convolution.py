@@ -8,9 +8,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import FLAG, INTEGER, INTEGERS, MODE, PADDING, Fields, geometry_fields
-from convtool.core.geometry import Geometry, format_padding, format_sizes
+from convtool.core.geometry import Geometry, format_padding, format_sizes, per_axis
 from convtool.errors import InputError, UsageError
-from convtool.kinds.kind import Kind, Reading, Shapes, TensorInfo, Tensors
+from convtool.kinds.kind import Channels, Kind, Reading, Shapes, TensorInfo, Tensors
 
 if TYPE_CHECKING:
     from convtool.core.conv import Conv
@@ -47,7 +47,17 @@ class Convolution(Kind):
         "transposed": FLAG,
         "output_padding": INTEGERS,
     }
-    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros", "transposed": False}
+    defaults = {
+        "stride": 1,
+        "padding": 0,
+        "dilation": 1,
+        "groups": 1,
+        "padding_mode": "zeros",
+        "transposed": False,
+        "output_padding": 0,
+    }
+    by_rule = frozenset({"padding_mode", "transposed", "output_padding"})
+    channelwise = frozenset({"groups"})
     main = True
     modules = (
         *(f"torch.nn.modules.conv.Conv{axes}d" for axes in (1, 2, 3)),
@@ -71,32 +81,40 @@ class Convolution(Kind):
             return shapes["weight"][0]
         return shapes["weight"][1] * fields["groups"] if "groups" in fields else None
 
-    def settle(self, shapes: Shapes, fields: Fields, channels: int | None, origin: str) -> tuple[Fields, list[str]]:
-        # Of each field, only what some number hangs on is worth saying: a 1x1 kernel has no dilation, and where nothing
-        # is padded there is no padding mode.
-        weight, assumed = shapes["weight"], []
-        large = any(k > 1 for k in weight[2:])
-        if "stride" not in fields:
-            assumed.append("stride 1")
-        if "padding" not in fields:
-            assumed.append("padding 0")
-        elif "padding_mode" not in fields and fields["padding"] != 0:
-            assumed.append("padding_mode zeros")
-        if "dilation" not in fields and large:
-            assumed.append("dilation 1")
-        if "groups" not in fields:
-            per_group, groups = weight[1], 0
-            if channels is not None and not fields.get("transposed") and per_group and channels % per_group == 0:
-                groups = channels // per_group
-                fields = {**fields, "groups": groups}
-            if groups > 1:
-                assumed.append(f"groups {groups} ({channels} channels from {origin}, {per_group} per group)")
-            elif not groups:
-                assumed.append("groups 1")
-        # Tensors tell a transposed layer by their shapes, unless it has as many output as input channels.
-        if "transposed" not in fields and weight[0] == weight[1] * fields.get("groups", 1) and large:
-            assumed.append("not transposed")
-        return fields, assumed
+    def infer(self, shapes: Shapes, fields: Fields, takes: Channels, gives: int | None) -> tuple[Fields, list[str]]:
+        found: Fields = {}
+        said: list[str] = []
+        per_group = shapes["weight"][1]
+        if "transposed" not in fields and not _may_be_transposed(shapes, fields, takes.channels, gives):
+            found["transposed"] = False
+        if {**fields, **found}.get("transposed") is False and "output_padding" not in fields:
+            found["output_padding"] = 0
+        if fields.get("padding") == "same" and "stride" not in fields:
+            found["stride"] = 1  # torch defines it for no other
+        count, whose = (gives, "out") if fields.get("transposed") else (takes.channels, f"from {takes.origin}")
+        if "groups" not in fields and count is not None and _groups(shapes, count):
+            found["groups"] = _groups(shapes, count)
+            if found["groups"] > 1:
+                said.append(f"groups {found['groups']} ({count} channels {whose}, {per_group} per group)")
+        return found, said
+
+    def trials(self, shapes: Shapes, fields: Fields, gives: int | None) -> Mapping[str, Sequence[object]]:
+        weight, transposed = shapes["weight"], bool(fields.get("transposed"))
+        spread = per_axis("dilation", fields.get("dilation", 1), len(weight) - 2, least=1)
+        reach = max((d * (k - 1) for d, k in zip(spread, weight[2:], strict=True)), default=0)
+        found: dict[str, Sequence[object]] = {
+            "stride": (1, 2),
+            "padding": tuple(dict.fromkeys((0, 1, reach))),  # from the last on, the padding behind it hides nothing
+            "dilation": (1, 2) if reach else (1,),
+            "padding_mode": ("zeros",) if transposed else ("zeros", "circular"),
+            "output_padding": (0, 1) if transposed else (0,),
+        }
+        if weight[1] == 1 and gives == weight[0]:  # depthwise, and so of the same layout transposed
+            found["transposed"] = (False, True)
+        return found
+
+    def with_fields(self, geometry: Geometry, fields: Fields) -> Geometry:
+        return Geometry.of(geometry.kernel_size, **{**fields, "groups": geometry.groups})
 
     def other_readings(self, shapes: Shapes) -> Iterator[Reading]:
         yield Reading(shapes["weight"][0], shapes["weight"][1], "a transposed convolution", "transposed=true")
@@ -110,12 +128,13 @@ class Convolution(Kind):
             )
         return axes if rank == axes + 2 else None
 
-    def full_fields(self, conv: Conv, fields: Fields) -> Fields:
-        return geometry_fields(conv.geometry)
-
     def written_out(self, fields: Fields, shapes: Shapes) -> Fields:
-        full = geometry_fields(Geometry.of(shapes["weight"][2:], **fields))
-        return {name: value for name, value in full.items() if name in fields}
+        kernel = shapes["weight"][2:]
+        full = geometry_fields(Geometry.of(kernel, **fields))
+        known = {name: value for name, value in full.items() if name in fields}
+        if fields.get("padding") == "half" and "dilation" not in fields and any(k > 1 for k in kernel):
+            known["padding"] = "half"  # of what, nobody knows yet
+        return known
 
     def check_fields(self, fields: Fields) -> None:
         super().check_fields(fields)
@@ -170,16 +189,45 @@ class Convolution(Kind):
         return geometry_fields(geometry)
 
     def claim(self, fields: Fields, shapes: Shapes) -> str:
-        geometry, large = Geometry.of(shapes["weight"][2:], **fields), any(k > 1 for k in shapes["weight"][2:])
-        said = [f"stride {format_sizes(geometry.stride)}", f"padding {','.join(format_padding(geometry.padding))}"]
-        said += [f"padding_mode {geometry.padding_mode}"] if geometry.padded else []
-        said += [f"dilation {format_sizes(geometry.dilation)}"] if large else []
-        said += [f"groups {geometry.groups}", "transposed" if geometry.transposed else "not transposed"]
-        said += [f"output_padding {format_sizes(geometry.output_padding)}"] if any(geometry.output_padding) else []
-        return ", ".join(said)
+        known = self.written_out(fields, shapes)
+        padded = known.get("padding") == "half" or any(sum(sides) for sides in known.get("padding", ()))
+        idle = {
+            "dilation": all(k == 1 for k in shapes["weight"][2:]),
+            "padding_mode": not padded,
+            "output_padding": not any(known.get("output_padding", ())),
+        }
+        return ", ".join(self.say(name, value) for name, value in known.items() if not idle.get(name))
+
+    def say(self, name: str, value: Any) -> str:
+        if name == "transposed":
+            return "transposed" if value else "not transposed"
+        sides = format_padding(value) if name == "padding" and isinstance(value, list | tuple) else value
+        return f"{name} {_short(sides) if isinstance(sides, list | tuple) else sides}"
 
     def describe(self, fields: Fields, shapes: Shapes) -> str:
         return Geometry.of(shapes["weight"][2:], **fields).describe()
+
+
+def _short(values: Sequence[object]) -> str:
+    return str(values[0]) if len(set(values)) == 1 else format_sizes(values)
+
+
+def _groups(shapes: Shapes, count: int) -> int:
+    """Return the groups with which a weight's second axis comes to that many channels; 0 where none do."""
+    outer, per_group = shapes["weight"][:2]
+    groups = count // per_group if per_group and count % per_group == 0 else 0
+    return groups if groups and outer % groups == 0 else 0
+
+
+def _may_be_transposed(shapes: Shapes, fields: Fields, takes: int | None, gives: int | None) -> bool:
+    """Return whether the weight, read as a transposed layer's, fits what is known of the channels."""
+    if takes not in (None, shapes["weight"][0]) or fields.get("padding_mode", "zeros") != "zeros":
+        return False
+    if isinstance(fields.get("padding"), str):  # of which a transposed layer knows none
+        return False
+    count = gives if gives is not None else next(iter(shapes.get("bias", ())), None)
+    groups = None if count is None else _groups(shapes, count)
+    return groups is None or (groups > 0 and fields.get("groups", groups) == groups)
 
 
 CONV = Convolution()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from convtool.core.bound import Stored
     from convtool.core.conv import Conv
+    from convtool.core.geometry import Geometry
     from convtool.core.tree import Tree
 
 Shape: TypeAlias = tuple[int, ...]
@@ -89,6 +90,13 @@ class Base:
     weight: Callable[[], Tensor]
 
 
+class Channels(NamedTuple):
+    """A number of channels, where it is known, and the layer or the option that says so."""
+
+    channels: int | None
+    origin: str = ""
+
+
 class Reading(NamedTuple):
     """Another way to read a layer's tensors: the channels that it would take and give, and the setting that says so."""
 
@@ -109,6 +117,8 @@ class Kind:
             written, as in 'avg_pool(2)'.
         defaults: torch's value of each field that need not be said. What of a layer with tensors is taken from here is
             an assumption, and said to be one.
+        by_rule: the fields that are assumed where something depends on them, and not asked for.
+        channelwise: the fields that tell which channels meet, and so matter only where channels are mixed behind it.
         written: whether it can be written in a chain, as NAME(ARGUMENTS).
         usual_axes: the spatial axes of its input where neither its tensors nor anybody tell.
         main: whether it can take other layers in: the fused layer has its name and its dtype.
@@ -131,6 +141,8 @@ class Kind:
     counters: ClassVar[frozenset[str]] = frozenset()
     fields: ClassVar[Mapping[str, FieldType]] = {}
     defaults: ClassVar[Fields] = {}
+    by_rule: ClassVar[frozenset[str]] = frozenset()
+    channelwise: ClassVar[frozenset[str]] = frozenset()
     written: ClassVar[bool] = False
     usual_axes: ClassVar[int] = 0
     main: ClassVar[bool] = False
@@ -191,16 +203,34 @@ class Kind:
         """Return the channels of the output, as far as these or the input's settle them; else None."""
         return takes
 
-    def settle(self, shapes: Shapes, fields: Fields, channels: int | None, origin: str) -> tuple[Fields, list[str]]:
-        """Return all fields, those that follow from the channels or are assumed among them, and the latter in words.
+    def infer(self, shapes: Shapes, fields: Fields, takes: Channels, gives: int | None) -> tuple[Fields, list[str]]:
+        """Return the fields that follow from shapes and channels, and those of them in words that are worth saying.
 
         Args:
             fields: those that are stated.
-            channels: of the input, or None.
-            origin: who says so of the channels.
+            takes: the channels of the input and who says so, as far as anybody does.
+            gives: the channels that the output has to have, where that is known.
         """
-        assumed = {name: value for name, value in self.defaults.items() if name not in fields}
-        return {**fields, **assumed}, [f"{name} {format_value(value)}" for name, value in assumed.items()]
+        return {}, []
+
+    def trials(self, shapes: Shapes, fields: Fields, gives: int | None) -> Mapping[str, Sequence[object]]:
+        """Return values to try for the fields that only geometry hangs on, to see whether a result depends on them.
+
+        The first of each is its default. Other fields always matter, but for `channelwise` ones.
+
+        Args:
+            fields: those that are known.
+            gives: the channels that the output has to have, where that is known.
+        """
+        return {}
+
+    def apart(self, name: str, tensors: Tensors) -> tuple[float, str] | None:
+        """Return by how many percent usual values of a field move the layer's numbers apart, and these values."""
+        return None
+
+    def with_fields(self, geometry: Geometry, fields: Fields) -> Geometry:
+        """Return the geometry of a lowered layer that has these fields instead of its own; its groups are kept."""
+        return geometry
 
     def other_readings(self, shapes: Shapes) -> Iterator[Reading]:
         """Yield what else tensors of these shapes could be, for messages about channels that don't fit."""
@@ -239,12 +269,8 @@ class Kind:
         """
         raise NotImplementedError
 
-    def full_fields(self, conv: Conv, fields: Fields) -> Fields:
-        """Return all fields of a lowered layer, as records keep them."""
-        return fields
-
     def written_out(self, fields: Fields, shapes: Shapes) -> Fields:
-        """Return the given fields in the form that records have, with a value for each axis."""
+        """Return the given fields in the form that records have, with a value for each axis where it is known."""
         return fields
 
     def check_fields(self, fields: Fields) -> None:
@@ -315,8 +341,12 @@ class Kind:
         return None
 
     def claim(self, fields: Fields, shapes: Shapes) -> str:
-        """Return all of the fields that numbers or sizes hang on, those at their defaults too."""
-        return self.describe(fields, shapes)
+        """Return the given fields that numbers or sizes hang on, those at their defaults too."""
+        return ", ".join(self.say(name, value) for name, value in self.written_out(fields, shapes).items())
+
+    def say(self, name: str, value: Any) -> str:
+        """Return a field and its value in words."""
+        return f"{name} {format_value(value)}"
 
     def describe(self, fields: Fields, shapes: Shapes) -> str:
         """Return the fields in words, equal for two layers exactly if they mean the same."""

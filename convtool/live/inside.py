@@ -119,7 +119,8 @@ def difference(module: nn.Module, kind: Kind, fields: Fields) -> str:
             return f"{what},{code} and a {kind.label} was fused"
         found = inside.fields
     shapes = found_layers(module).get("", Layer("", UNKNOWN, {})).shapes
-    fused, live = kind.describe(fields, shapes), kind.describe(found, shapes)
+    # What nobody knew of the layer when it was fused, nothing depends on.
+    fused, live = kind.describe({**found, **fields}, shapes), kind.describe(found, shapes)
     return "" if fused == live else f"{fused} was fused, and the model has {live}"
 
 

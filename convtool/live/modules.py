@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from convtool.core.conv import Conv
 from convtool.core.geometry import format_sizes
 from convtool.errors import RefusedError, UsageError
-from convtool.fusing.fusion import torch_module
+from convtool.fusing.edits import torch_module
 
 
 def live_module(conv: Conv, dtype: torch.dtype) -> nn.Module:

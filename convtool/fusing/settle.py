@@ -1,0 +1,256 @@
+"""What becomes of fields that nobody states: left open, assumed and said to be, or asked for, all in one message."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+from convtool.checkpoint import Checkpoint
+from convtool.core.geometry import Geometry
+from convtool.core.sizes import split_input_size
+from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
+from convtool.errors import UsageError
+from convtool.fusing.dependence import KERNEL, depends, infer_strides, probes
+from convtool.fusing.leaf import LoweredLayer, some_of
+from convtool.kinds.stated import field_text
+
+NUMBERS, MATRIX = "for the numbers", "for the matrix"
+MOST_SETTINGS = 6  # fields that are spelled out to be stated one by one
+# What hides the least behind it is settled first: without padding, most else doesn't matter.
+_ORDER = ("padding", "stride", "dilation", "transposed", "groups", "padding_mode", "output_padding")
+
+
+@dataclass(frozen=True, slots=True)
+class Missing:
+    """A field that nobody states, and what depends on it."""
+
+    layer: LoweredLayer
+    field: str
+    what: str
+
+
+def settle(
+    trees: Sequence[Tree[LoweredLayer]],
+    checkpoints: Mapping[str, Checkpoint],
+    assume: Collection[str],
+    *,
+    sizes: Sequence[Sequence[int] | None] = (),
+    border: bool = False,
+) -> list[Tree[LoweredLayer]]:
+    """Return trees that are to become single layers, with everything known on which these depend.
+
+    Args:
+        checkpoints: by the origin that layers name.
+        assume: the fields for which torch's default is accepted.
+        sizes: of each tree's input, for those that have to be exact for one size only.
+        border: they may differ at the border, and what differs there is said.
+
+    Raises:
+        UsageError: what matters is stated nowhere; the message names all of it.
+    """
+    missing: list[Missing] = []
+    sizes = sizes or [None] * len(trees)
+    made = [_settled(tree, assume, size, border, missing) for tree, size in zip(trees, sizes, strict=True)]
+    _check(missing, checkpoints)
+    return made
+
+
+def settle_alone(
+    layers: Iterable[LoweredLayer],
+    checkpoints: Mapping[str, Checkpoint],
+    assume: Collection[str],
+    *,
+    weight_only: bool = False,
+) -> list[LoweredLayer]:
+    """Return layers of which matrices are to be made, with everything known on which these depend; see `settle`.
+
+    Args:
+        weight_only: they aren't for one input size, and of where the taps read nothing is said.
+    """
+    missing: list[Missing] = []
+    made = []
+    for leaf in layers:
+        for name in _ordered(leaf):
+            ruled = name in leaf.computed.kind.by_rule
+            if _changes(leaf, name) and (ruled or not (weight_only and leaf.open[name])):
+                if ruled or name in assume:
+                    leaf = _assumed(leaf, name)
+                else:
+                    missing.append(Missing(leaf, name, MATRIX))
+        made.append(leaf)
+    _check(missing, checkpoints)
+    return made
+
+
+def _settled(
+    tree: Tree[LoweredLayer],
+    assume: Collection[str],
+    input_size: Sequence[int] | None,
+    border: bool,
+    missing: list[Missing],
+) -> Tree[LoweredLayer]:
+    """Return the tree with what matters assumed where that is accepted; the rest of it is added to `missing`."""
+    tree = infer_strides(tree)
+    before, begun, first = tree, len(missing), next(leaves(tree)).conv
+    size = None if input_size is None else split_input_size(input_size, first.in_channels, first.spatial_axes)
+    # What is assumed by rule is so while the rest is looked at, and left open again where nothing depends on it then.
+    ruled = [(leaf.variable(name), name) for leaf in leaves(tree) for name in _ordered(leaf) if _is_ruled(leaf, name)]
+    for variable, name in ruled:
+        tree = map_leaves(partial(_assumed_if, variable, name), tree)
+    looked_at: set[str] = set()
+    for number in reversed(range(len(list(leaves(tree))))):
+        for name in _ordered(list(leaves(tree))[number]):
+            leaf = list(leaves(tree))[number]
+            variable = leaf.variable(name)
+            what = "" if variable in looked_at else _what_depends(tree, number, name, size, border)
+            looked_at.add(variable)
+            if what and name in assume:
+                tree = map_leaves(partial(_assumed_if, variable, name), tree)
+            elif what:
+                whose = next((one for one in leaves(tree) if variable == f"{one.name}.{name}"), leaf)
+                missing.insert(begun, Missing(whose, name, what))
+    for variable, name in dict.fromkeys(ruled):
+        opened = map_leaves(partial(_opened_if, variable, name, _open_values(before, variable, name)), tree)
+        number = next(n for n, one in enumerate(leaves(opened)) if name in one.open and one.variable(name) == variable)
+        if not _what_depends(opened, number, name, size, border):
+            tree = opened
+    return tree
+
+
+def _is_ruled(leaf: LoweredLayer, name: str) -> bool:
+    return name in leaf.computed.kind.by_rule
+
+
+def _open_values(tree: Tree[LoweredLayer], variable: str, name: str) -> Sequence[object]:
+    """Return the values to try of a variable."""
+    return next(leaf.open[name] for leaf in leaves(tree) if name in leaf.open and leaf.variable(name) == variable)
+
+
+def _opened_if(variable: str, name: str, values: Sequence[object], leaf: LoweredLayer) -> LoweredLayer:
+    """Return a layer without the assumption of a field, if it is of that variable."""
+    if name not in leaf.assumed or leaf.variable(name) != variable:
+        return leaf
+    fields = {field: value for field, value in leaf.fields.items() if field != name}
+    return replace(leaf, fields=fields, assumed=leaf.assumed - {name}, open={**leaf.open, name: values})
+
+
+def _assumed_if(variable: str, name: str, leaf: LoweredLayer) -> LoweredLayer:
+    """Return a layer with an open field assumed, if it is of that variable."""
+    return _assumed(leaf, name) if name in leaf.open and leaf.variable(name) == variable else leaf
+
+
+def _what_depends(tree: Tree[LoweredLayer], number: int, name: str, size: tuple[int, ...] | None, border: bool) -> str:
+    """Return what depends on an open field of the tree's layer of that number; '' where nothing does."""
+    leaf = list(leaves(tree))[number]
+    if name in leaf.computed.kind.channelwise:
+        # A transposed layer's weight has its input channels first, so that those are cut where its groups cut them.
+        return KERNEL if leaf in _mixed(tree, False, before=leaf.conv.geometry.transposed) else ""
+    if not leaf.open[name]:
+        return NUMBERS
+    looked_at = probes(_without_tail(tree, leaf))
+    variable = next(one.variable for one in list(leaves(looked_at))[number].open if one.field == name)
+    return depends(looked_at, variable, size, border)
+
+
+def _without_tail(tree: Tree[LoweredLayer], leaf: LoweredLayer) -> Tree[LoweredLayer]:
+    """Return a chain without the layers at its end that read one position each, as nothing hangs on those."""
+    if not isinstance(tree, Chain):
+        return tree
+    parts = list(tree.parts)
+    while len(parts) > 1 and isinstance(parts[-1], LoweredLayer) and parts[-1] is not leaf and _is_point(parts[-1]):
+        parts.pop()
+    return Chain(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
+def _is_point(leaf: LoweredLayer) -> bool:
+    """Return whether a layer's output reads the input at its own position, whatever is open of it."""
+    geometry = leaf.conv.geometry
+    return not leaf.open.keys() - leaf.computed.kind.channelwise - {"eps"} and geometry == Geometry.of(
+        (1,) * len(geometry.kernel_size), groups=geometry.groups
+    )
+
+
+def _mixed(tree: Tree[LoweredLayer], mixed: bool, *, before: bool) -> list[LoweredLayer]:
+    """Return the layers behind which, or before which, another one mixes channels.
+
+    Args:
+        mixed: something behind (or before) the tree does.
+    """
+    if isinstance(tree, LoweredLayer):
+        return [tree] if mixed else []
+    if isinstance(tree, Sum):
+        return [leaf for part in tree.parts for leaf in _mixed(part, mixed, before=before)]
+    found = []
+    for part in tree.parts if before else reversed(tree.parts):
+        found += _mixed(part, mixed, before=before)
+        mixed = mixed or any(leaf.conv.in_channels > leaf.conv.geometry.groups for leaf in leaves(part))
+    return found
+
+
+def _ordered(leaf: LoweredLayer) -> list[str]:
+    return sorted(leaf.open, key=lambda name: _ORDER.index(name) if name in _ORDER else -1)
+
+
+def _changes(leaf: LoweredLayer, name: str) -> bool:
+    """Return whether a layer's matrix depends on an open field, by the values to try of it."""
+    values = leaf.open[name]
+    if not values:
+        return True
+    seen = set()
+    for value in values:
+        try:
+            geometry = leaf.computed.kind.with_fields(leaf.conv.geometry, {**leaf.own_fields, name: value})
+        except UsageError:
+            continue
+        seen.add(geometry if geometry.padded else replace(geometry, padding_mode="zeros"))
+    return len(seen) > 1
+
+
+def _assumed(leaf: LoweredLayer, name: str) -> LoweredLayer:
+    return leaf.with_field(name, leaf.computed.kind.defaults[name], assumed=True)
+
+
+# --- the message
+
+
+def _check(missing: Sequence[Missing], checkpoints: Mapping[str, Checkpoint]) -> None:
+    """Raise UsageError where anything is missing."""
+    if not missing:
+        return
+    needed: dict[str, dict[str, list[str]]] = {}
+    for one in missing:
+        needed.setdefault(one.what, {}).setdefault(one.field, []).append(one.layer.name)
+    said = "; ".join(
+        f"{what}, {', '.join(_named(name, layers, missing, checkpoints) for name, layers in fields.items())}"
+        for what, fields in needed.items()
+    )
+    names = ",".join(dict.fromkeys(one.field for one in missing))
+    raise UsageError(
+        f"not stated, and needed: {said}. --assume {names} accepts torch's default{'s' if ',' in names else ''};"
+        f" {_to_paste(missing)}"
+    )
+
+
+def _named(name: str, layers: list[str], missing: Sequence[Missing], checkpoints: Mapping[str, Checkpoint]) -> str:
+    """Return a field and the layers of which it is missing, with what hangs on it where the tensors tell."""
+    same = [one.layer for one in missing if one.field == name]
+    found = [leaf.computed.kind.apart(name, checkpoints[leaf.origin].tensors_of(leaf.layer)) for leaf in same]
+    told = max((one for one in found if one is not None), default=None)
+    return f"{name} of {some_of(layers)}" + (
+        "" if told is None else f" ({told[1]}: weights up to {told[0]:.2g}% apart)"
+    )
+
+
+def _to_paste(missing: Sequence[Missing]) -> str:
+    """Return the options that state what is missing, with torch's defaults in place of the model's values."""
+    settings = list(dict.fromkeys(_settings(missing)))
+    if len(settings) > MOST_SETTINGS:
+        return "to state them: --geometry FILE, --model CODE, or --set LAYER.FIELD=VALUE"
+    return f"to state {'them' if len(missing) > 1 else 'it'}, with torch's values here: {' '.join(settings)}"
+
+
+def _settings(missing: Sequence[Missing]) -> Iterator[str]:
+    for one in missing:
+        value = field_text(one.layer.computed.kind.defaults[one.field])
+        yield f"--eps {value}" if one.field == "eps" else f"--set {one.layer.name}.{one.field}={value}"

@@ -60,9 +60,13 @@ class Source:
         """Return the error that says how the file is damaged."""
         return self.error(f"is damaged: {how}")
 
-    def opened(self) -> BinaryIO:
-        """Open the same file once more, to be read from its beginning, whatever has its name by now."""
-        return cast(BinaryIO, io.BufferedReader(_Stream(self)))
+    def opened(self, buffer: int = io.DEFAULT_BUFFER_SIZE) -> BinaryIO:
+        """Open the same file once more, to be read from its beginning, whatever has its name by now.
+
+        Args:
+            buffer: bytes that are read at a time, where a reader asks for a few.
+        """
+        return cast(BinaryIO, io.BufferedReader(_Stream(self), buffer))
 
     def view(self, start: int, stop: int) -> memoryview:
         """Return bytes start to stop, in memory of their own, which may be written to.

@@ -232,7 +232,10 @@ def way_back(
 
 def _step(conv: Conv, axis: int, size: int, given: Places) -> Step:
     """Return what a layer's taps read of some places on one axis."""
-    own = tap_table(conv.geometry.axes[axis], size)[given.positions]  # (places, taps)
+    # A few outputs at a time look at what these read, and not at the whole axis.
+    first, last = (int(end) for end in (given.positions.min(initial=size), given.positions.max(initial=-1)))
+    table = tap_table(conv.geometry.axes[axis], size, first, max(first, last + 1))
+    own = table[given.positions - first]  # (places, taps)
     live, classes = own != PADDED, np.broadcast_to(given.classes[:, None], own.shape)
     reading = Places(classes[live], own[live])
     read = _all_of([reading], size)

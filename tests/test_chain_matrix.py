@@ -146,6 +146,25 @@ def test_sums_and_layers_that_only_copy_are_part_of_a_chain() -> None:
     check(Chain((conv(second[:, :2], groups=2), halves, conv(second[:, :1], groups=4))), (6, 4))
 
 
+@pytest.mark.parametrize("seed", range(16))
+def test_long_axes_repeat_themselves_away_from_their_borders(seed: int) -> None:
+    rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
+    layers: list[Conv] = []
+    size: tuple[int, ...] = (rng.randint(50, 70),)
+    at = size
+    while len(layers) < 3:
+        layer = random_layer(rng, layers[-1].out_channels if layers else 1, 1, generator)
+        if layer is not None and layer.out_channels < 4 and 12 < layer.output_size(at)[0] < 200:
+            layers.append(layer)
+            at = layer.output_size(at)
+    tree = Chain(tuple(layers))
+    dense, _ = truth(tree, size)
+    torch.testing.assert_close(toeplitz(tree, size).to_dense(), dense, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(toeplitz(tree, size, transpose=True).to_dense(), dense.T, rtol=1e-9, atol=1e-9)
+    first, last = kernels._interior(tree, size, 0, at[0])
+    assert last - first > 3  # or this shows nothing
+
+
 @pytest.mark.parametrize("seed", [3, 5, 8])
 def test_a_matrix_is_the_same_in_blocks_of_any_size(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layers, size = random_chain(seed)

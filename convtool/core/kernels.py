@@ -11,6 +11,7 @@ its tap table, for one output of each class and all pairs of classes of two axes
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -234,35 +235,82 @@ def _of_group(conv: Conv, group: int, groups: int, dtype: torch.dtype) -> Conv:
 
 def _classes(tree: Expression, size: tuple[int, ...], axis: int, outputs: int) -> tuple[AxisSlots, Table]:
     """Return the slots of one axis, and the first output of each class; see the module."""
+    period, (begin, end) = _period(tree, axis, False), _interior(tree, size, axis, outputs)
+    # Away from the borders each output is like one of the first period, moved.
+    like, moved = np.arange(outputs), np.zeros(outputs, dtype=np.int64)
+    like[begin:end] = begin + np.arange(end - begin) % period
+    moved[begin:end] = np.arange(end - begin) // period * int(period / _rates(tree, axis)[-1])
+    looked = like == np.arange(outputs)
+    rows, of_output, first = _looked_at(tree, size, axis, np.flatnonzero(looked))
+    counts = np.zeros(outputs, dtype=np.int64)
+    counts[looked] = [len(row) for row in rows]
+    widest = int(counts.max(initial=0))
+    if outputs * widest > MOST_ENTRIES:
+        raise UsageError(f"an axis of {outputs} outputs that read up to {widest} inputs each is too long")
+    columns, number = np.full((outputs, widest), PADDED), np.zeros(outputs, dtype=np.int64)
+    columns[looked[:, None] & (np.arange(widest) < counts[:, None])] = np.concatenate([*rows, np.zeros(0, np.int64)])
+    number[looked] = of_output
+    columns, counts, number = columns[like], counts[like], number[like]
+    columns = np.where(columns == PADDED, PADDED, columns + moved[:, None])
+    begins = np.concatenate([[0], np.cumsum(counts[first])])  # of each class among the numbers
+    subsets = np.where(columns == PADDED, 0, begins[number][:, None] + np.arange(widest))
+    return AxisSlots(columns, subsets, counts, np.empty((max(1, int(begins[-1])), 0))), first
+
+
+def _looked_at(
+    tree: Expression, size: tuple[int, ...], axis: int, outputs: Table
+) -> tuple[list[Table], list[int], Table]:
+    """Return what each of some outputs reads, its class, and the first output of each class."""
     wide = sum(conv.geometry.kernel_size[axis] for conv in leaves(tree))
     classes: dict[bytes, int] = {}
     first: list[int] = []
     rows: list[Table] = []
-    of_output = np.zeros(outputs, dtype=np.int64)
-    for some in np.array_split(np.arange(outputs), min(outputs, 1 + outputs * wide**2 // CLASS_ENTRIES)):
+    of_output: list[int] = []
+    for some in np.array_split(outputs, min(len(outputs), 1 + len(outputs) * wide**2 // CLASS_ENTRIES)):
         way, (read,) = way_back(tree, size, [Places(np.arange(len(some)), some)], [axis])
         looks = [b""] * len(some)
         for step in way.steps():
             looks = [look + seen for look, seen in zip(looks, step.looks(len(some)), strict=True)]
         rows += np.split(read.positions, read.starts(len(some))[1:-1])
-        for output, look in zip(some, looks, strict=True):
+        for output, look in zip(some.tolist(), looks, strict=True):
             if look not in classes:
                 classes[look] = len(first)
                 first.append(output)
-            of_output[output] = classes[look]
-    counts = np.array([len(row) for row in rows], dtype=np.int64)
-    if outputs * int(counts.max(initial=0)) > MOST_ENTRIES:
-        raise UsageError(f"an axis of {outputs} outputs that read up to {counts.max()} inputs each is too long")
-    columns = np.full((outputs, int(counts.max(initial=0))), PADDED)
-    columns[np.arange(columns.shape[1]) < counts[:, None]] = np.concatenate(rows)
-    begins = np.concatenate([[0], np.cumsum(counts[first])])  # of each class among the numbers
-    subsets = np.where(columns == PADDED, 0, begins[of_output][:, None] + np.arange(columns.shape[1]))
-    return AxisSlots(columns, subsets, counts, np.empty((max(1, int(begins[-1])), 0))), np.array(first, dtype=np.int64)
+            of_output.append(classes[look])
+    return rows, of_output, np.array(first, dtype=np.int64)
 
 
-def _period(tree: Expression, axis: int, transpose: bool) -> int:
-    """Return after how many positions of the rows an axis repeats itself, away from the borders."""
-    rates = [Fraction(1)]  # positions for each of the input
+def _interior(tree: Expression, size: tuple[int, ...], axis: int, outputs: int) -> tuple[int, int]:
+    """Return a range of outputs for which no tap of any layer reads padding: away from both borders."""
+    inside = np.ones(outputs, dtype=bool)
+
+    def back(part: Expression, at: tuple[int, ...], lowest: Table, highest: Table) -> tuple[Table, Table]:
+        """Carry the first and the last place that each output may read back to the part's input."""
+        nonlocal inside
+        if isinstance(part, Chain):
+            sizes = itertools.accumulate(part.parts[:-1], lambda to, one: output_size(one, to), initial=at)
+            for layers, before in reversed(list(zip(part.parts, sizes, strict=True))):
+                lowest, highest = back(layers, before, lowest, highest)
+            return lowest, highest
+        if isinstance(part, Sum):
+            ends = [back(branch, at, lowest, highest) for branch in part.parts]
+            return np.minimum.reduce([low for low, _ in ends]), np.maximum.reduce([high for _, high in ends])
+        one = part.geometry.axes[axis]
+        if one.transposed:
+            lowest, highest = -((one.reach - one.before - lowest) // one.stride), (highest + one.before) // one.stride
+        else:
+            lowest, highest = lowest * one.stride - one.before, highest * one.stride - one.before + one.reach
+        inside = inside & (lowest >= 0) & (highest < at[axis])
+        return lowest, highest
+
+    back(tree, size, np.arange(outputs), np.arange(outputs))
+    found = np.flatnonzero(inside)
+    return (int(found[0]), int(found[-1]) + 1) if len(found) and inside[found[0] : found[-1] + 1].all() else (0, 0)
+
+
+def _rates(tree: Expression, axis: int) -> list[Fraction]:
+    """Return the positions behind each layer for each of the input, those of the output last."""
+    rates = [Fraction(1)]
 
     def step(conv: Conv, rate: Fraction) -> Fraction:
         stride = conv.geometry.stride[axis]
@@ -270,4 +318,10 @@ def _period(tree: Expression, axis: int, transpose: bool) -> int:
         return rates[-1]
 
     given = walk(tree, rates[0], step, lambda _, branches: branches[0])
-    return math.lcm(*((rate if transpose else rate / given).denominator for rate in rates))
+    return [*rates, given]
+
+
+def _period(tree: Expression, axis: int, transpose: bool) -> int:
+    """Return after how many positions of the rows an axis repeats itself, away from the borders."""
+    rates = _rates(tree, axis)
+    return math.lcm(*((rate if transpose else rate / rates[-1]).denominator for rate in rates))

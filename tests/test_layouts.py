@@ -23,7 +23,8 @@ from convtool.cli.app import run_app
 from convtool.errors import OutputError
 
 STATE = small_network() | {"rest.bits": any_bits(9, torch.bfloat16, 3, 5), "rest.table": torch.arange(6).reshape(2, 3)}
-GEOMETRY = ("--set", "stem.first.stride=2,1", "--set", "stem.first.padding=0:1,1")
+FIELDS = ("first.stride=2,1", "first.padding=0:1,1", "first.dilation=1", "first.groups=1", "second.padding=0")
+GEOMETRY = (*(word for field in (*FIELDS, "second.dilation=1") for word in ("--set", f"stem.{field}")), "--eps", "1e-5")
 FUSE = ("stem.first", "stem.second", "stem.bn")
 
 

@@ -241,7 +241,7 @@ def _find(
     from convtool.checkpoint.record import full_name
     from convtool.core.tree import BASE
     from convtool.fusing.adapters import check_scaled, configured, merged, parse_strengths
-    from convtool.fusing.named import by_recipe, named_chain, without_effect
+    from convtool.fusing.named import against_order, by_recipe, named_chain, without_effect
     from convtool.fusing.recipe import NothingFitsError, PlannedFusion
     from convtool.fusing.which import doing_more, fitting, in_words, the_one
 
@@ -260,7 +260,10 @@ def _find(
         name, recipe = the_one(checkpoints, fields)
         reporter.note(f"recipe: {name}, {recipe.about}")
     if recipe is None:
-        return [named_chain(wanted.chain, wanted.name or "", checkpoints)], fields
+        chain = named_chain(wanted.chain, wanted.name or "", checkpoints)
+        for text in against_order(chain, checkpoints[BASE]):
+            reporter.remark(text)
+        return [chain], fields
     others, fields = fields, fields.with_first(recipe.stated(names))
     for pattern in without_effect(recipe, checkpoints):
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")

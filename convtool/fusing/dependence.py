@@ -136,6 +136,8 @@ def fused_fields(tree: Tree[LoweredLayer], geometry: Geometry) -> tuple[Fields, 
     for name in {name for leaf in layers for name in leaf.computed.kind.channelwise}:
         known -= {name} if any(name in leaf.open for leaf in layers) else set()
         sure -= {name} if any(name in leaf.open or name in leaf.assumed for leaf in layers) else set()
+    # What has no value to be varied to, as an output padding hasn't while nobody knows of a transposed layer.
+    known -= {name for leaf in layers for name, values in leaf.open.items() if _is_fixed(leaf, name, values)}
     return {name: value for name, value in full.items() if name in known}, tuple(sorted(known - sure))
 
 
@@ -148,16 +150,19 @@ def changed_fields(tree: Tree[LoweredLayer], leaf: LoweredLayer) -> frozenset[st
     number = next(n for n, one in enumerate(leaves(tree)) if one is leaf)
     own = list(leaves(looked_at))[number]
     opened = [one for probe in leaves(looked_at) for one in probe.open]
-    second = {one.variable: one.values[min(1, len(one.values) - 1)] for one in opened}
     changed: set[str] = set()
-    for base in ({}, second):
+    for base in ({}, _seconds(looked_at)):
         for values in (base, *({**base, one.variable: value} for one in opened for value in one.values)):
             fused = _geometry(looked_at, values)
-            before = _geometry(own, values) or geometry_fields(own.geometry)
+            before = _geometry(own, values) or _told(own.geometry)
             changed |= {name for name, value in (fused or {}).items() if value != before[name]}
             if not any(sum(sides) for sides in before["padding"]):  # then its mode is nobody's
                 changed -= {"padding_mode"}
     return frozenset(changed)
+
+
+def _is_fixed(leaf: LoweredLayer, name: str, values: Sequence[object]) -> bool:
+    return name in leaf.computed.kind.by_rule and len(values) == 1
 
 
 def _reopened(leaf: LoweredLayer) -> LoweredLayer:
@@ -172,7 +177,7 @@ def fixed_fields(tree: Tree[Probe], varied: frozenset[str]) -> frozenset[str]:
     """Return the fields of the one layer in place of a tree that are the same whatever the varied ones are."""
     opened = {one.variable: one for leaf in leaves(tree) for one in leaf.open}
     same: set[str] | None = None
-    for base in ({}, {name: one.values[min(1, len(one.values) - 1)] for name, one in opened.items()}):
+    for base in ({}, _seconds(tree)):
         first = _geometry(tree, base)
         if first is None:
             continue
@@ -217,9 +222,25 @@ def _lowered(tree: Tree[Probe], values: Values) -> Tree[NamedConv]:
 
 def _geometry(tree: Tree[Probe], values: Values) -> Fields | None:
     try:
-        return geometry_fields(fused_geometry(map_leaves(lambda leaf: leaf.conv, _lowered(tree, values))))
+        return _told(fused_geometry(map_leaves(lambda leaf: leaf.conv, _lowered(tree, values))))
     except (UsageError, RefusedError):
         return None
+
+
+def _seconds(tree: Tree[Probe]) -> dict[str, object]:
+    """Return the second value to try of everything open that isn't assumed by rule: a layer that pads, and so on."""
+    return {
+        one.variable: one.values[min(1, len(one.values) - 1)]
+        for leaf in leaves(tree)
+        for one in leaf.open
+        if one.field not in leaf.kind.by_rule
+    }
+
+
+def _told(geometry: Geometry) -> Fields:
+    """Return a geometry's fields; a kernel of one tap has any dilation, and so the same as all others."""
+    pairs = zip(geometry.kernel_size, geometry.dilation, strict=True)
+    return geometry_fields(replace(geometry, dilation=tuple(1 if k == 1 else d for k, d in pairs)))
 
 
 def _axes(tree: Tree[Probe]) -> Iterator[tuple[int, Tree[Probe]]]:

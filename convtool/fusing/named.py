@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from math import isfinite, prod
 
 from convtool.checkpoint import Checkpoint
@@ -40,6 +41,17 @@ def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Chec
         near = (layer for layer in checkpoints[BASE].layers if unwrap(layer) in bare)
         name = Names(checkpoints[BASE].layers).write(name, near)
     return PlannedFusion(name, Chain(refs))
+
+
+def against_order(fusion: PlannedFusion, checkpoint: Checkpoint) -> list[str]:
+    """Return, in words, where a chain runs against the order that the file has its layers in, if it has the model's."""
+    own = [ref.name for ref in leaves(fusion.tree) if ref.source == BASE and ref.name in checkpoint.layers]
+    places = {name: number for number, name in enumerate(checkpoint.layers)} if _keeps_order(checkpoint) else {}
+    return [
+        f"{second} comes before {first} in the file, and so perhaps in the model: a chain is named first to last"
+        for first, second in pairwise(own)
+        if places and places[second] < places[first]
+    ]
 
 
 def by_recipe(

@@ -263,6 +263,28 @@ def test_every_signal_that_ends_a_run_leaves_nothing(here: Path, number: int, sa
     assert not (here / "out").exists()
 
 
+def test_a_signal_in_the_midst_of_a_finalizer_is_not_lost(here: Path) -> None:
+    """Nothing is raised out of one: Python prints what was, and goes on."""
+
+    class Closed:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def finalize() -> None:
+        Closed()
+        time.sleep(60)
+
+    def action() -> int:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            failing_at(monkeypatch, os, "fsync", 1, finalize)
+            return run_app(["convert", "net.pt", "out.pt"])
+
+    before = files_in(here)
+    ended = in_folder(here, action)
+    assert ended == Ended(143, "", "convtool: terminated; nothing was changed\n")
+    assert files_in(here) == before
+
+
 def test_a_signal_that_is_ignored_stays_so(here: Path) -> None:
     def action() -> int:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import os
 import signal
+import sys
 import threading
+import time
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 from convtool.formats.account import Account
 
 # By the name that JSON has for it; some systems lack some.
 KINDS = {"SIGHUP": "hangup", "SIGINT": "interrupted", "SIGQUIT": "quit", "SIGALRM": "alarm", "SIGTERM": "terminated"}
 UNHEARD = 2.0  # seconds after which a library isn't waited for: its own code doesn't hear of a signal before it ends
+AGAIN = 0.01  # seconds after which a signal that was lost is sent once more
 UNWINDING = 30.0  # seconds for clearing up what was interrupted
 
 
@@ -70,28 +75,41 @@ def _watched(account: Account, numbers: list[int], heard: list[int]) -> Iterator
         return
     out, into = os.pipe()
     os.set_blocking(into, False)
-    ended = threading.Event()
-    owner = os.getpid()
+    ended, owner = threading.Event(), os.getpid()
 
     def watch() -> None:
         with contextlib.suppress(OSError):
-            while data := os.read(out, 1):
-                if data[0] not in numbers or ended.wait(UNHEARD) or (heard and ended.wait(UNWINDING)):
-                    continue
-                if os.getpid() == owner:
+            while (data := os.read(out, 1)) and os.getpid() == owner:
+                if data[0] in numbers and not ended.wait(UNHEARD) and not (heard and ended.wait(UNWINDING)):
                     _end(account, data[0])
+        os.close(out)
 
-    watcher = threading.Thread(target=watch, daemon=True)
+    def unraisable(lost: Any) -> None:
+        """Have a signal sent once more that came in the midst of a finalizer, out of which nothing is raised."""
+        if isinstance(lost.exc_value, Signalled) and heard:
+            number = heard[0]
+            heard.clear()
+            _thread.start_new_thread(_send_again, (owner, number))
+        else:
+            before_hook(lost)
+
     before = signal.set_wakeup_fd(into, warn_on_full_buffer=False)
+    before_hook, sys.unraisablehook = sys.unraisablehook, unraisable
     try:
-        watcher.start()
+        # Not by `threading`, which would wait for a thread that has no memory to begin with.
+        with contextlib.suppress(RuntimeError, MemoryError):
+            _thread.start_new_thread(watch, ())
         yield
     finally:
         ended.set()
+        sys.unraisablehook = before_hook
         signal.set_wakeup_fd(before)
         os.close(into)  # which ends the thread's reading
-        watcher.join(UNHEARD)
-        os.close(out)
+
+
+def _send_again(process: int, number: int) -> None:
+    time.sleep(AGAIN)
+    os.kill(process, number)
 
 
 def _end(account: Account, number: int) -> None:

@@ -29,7 +29,7 @@ def ran_out(error: BaseException, size: int | None = None) -> str | None:
     """
     number = error.errno if isinstance(error, OSError) else None
     takes = "" if size is None else f"; it takes {human_bytes(size)}"
-    if number in (errno.EMFILE, errno.ENFILE):
+    if number in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):  # torch's own, or safetensors'
         return f"too many open files{_limit('RLIMIT_NOFILE', str)}; allow more with `ulimit -n`"
     if number == errno.ENOSPC:
         return f"No space left on device{takes}"

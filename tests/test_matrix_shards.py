@@ -303,7 +303,10 @@ def test_two_processes_and_one_that_is_killed(tmp_path: Path) -> None:
     for folder in (alone, together, killed):
         folder.mkdir()
     assert run_app(["toeplitz", CHAINS, *WIDEN, "-q", "-o", str(alone / "m.safetensors"), "--shards", "2"]) == 0
-    line = ["toeplitz", CHAINS, *WIDEN, "--shards", "2", "--json", "-o"]
+    older = ["toeplitz", CHAINS, "widen", "--input-size", "16,5,6", "-q", "--shards", "3"]
+    assert all(run_app([*older, "-o", str(folder / "m.safetensors")]) == 0 for folder in (together, killed))
+    before = files(killed)
+    line = ["toeplitz", CHAINS, *WIDEN, "--shards", "2", "--json", "--force", "-o"]
     sound = launch(["-m", "convtool", *line, str(together / "m.safetensors")], 2)
     broken = launch(["-c", KILLED, *line, str(killed / "m.safetensors")], 2)
     (out, error), (silent, _) = (process.communicate(timeout=120) for process in sound)
@@ -315,4 +318,4 @@ def test_two_processes_and_one_that_is_killed(tmp_path: Path) -> None:
     assert [process.returncode for process in broken] == [5, -signal.SIGKILL], error
     assert "another process of this launch is gone" in error
     assert "; nothing was changed" in error
-    assert all(name.startswith(".convtool-") for name in files(killed))
+    assert {name: data for name, data in files(killed).items() if not name.startswith(".convtool-")} == before

@@ -105,7 +105,8 @@ class SeveralPlan:
     def _write(self, noted: Account, ranks: Ranks, force: bool, progress: Progress | None) -> None:
         target = check_target(self.index, force=force)
         paths = [self.index.with_name(name) for name in self.plans]
-        mine, old, arrived = paths[ranks.rank :: ranks.count], named_beside(target) - self.plans.keys(), False
+        mine, arrived = paths[ranks.rank :: ranks.count], False
+        old = named_beside(target) - self.plans.keys() if ranks.rank == 0 else set()
         try:
             for path in mine:
                 self.plans[path.name].write(path, force=False, progress=progress)

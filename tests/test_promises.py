@@ -190,6 +190,13 @@ def test_what_rests_on_a_file_that_changed_meanwhile_is_not_written(
     assert after.get(f"out.{suffix}") == before.get(f"out.{suffix}")
 
 
+def test_what_a_run_replaces_or_removes_itself_has_not_changed(here: Path) -> None:
+    assert cli("convert net.pt out --shard-size 100B").code == 0
+    assert cli("convert out out --shard-size 200B --force").code == 0
+    assert cli("convert net.pt net.pt --force").code == 0
+    assert list(open_checkpoint("out").infos) == list(open_checkpoint("net.pt").infos) == list(small_network())
+
+
 @pytest.mark.parametrize(
     "line", ["inspect net.pt --json", "verify net.pt net.safetensors --json", "spectrum net.pt head --json"]
 )

@@ -10,6 +10,7 @@ import torch
 from live import done, error
 from torch import nn
 
+FIELDS = ("stride=1", "padding=1", "dilation=1", "groups=1")
 CODE = """
 from torch import nn
 
@@ -97,9 +98,7 @@ def test_elsewhere_there_is_no_product(folder: Path, name: str, pattern: str, wh
 
 def test_a_pattern_without_a_model_has_one_size(folder: Path) -> None:
     model, path = saved(folder, "net")
-    stated = [
-        word for name in ("0", "3") for field in ("stride=1", "padding=1") for word in ("--set", f"{name}.{field}")
-    ]
+    stated = [word for name in ("0", "3") for field in FIELDS for word in ("--set", f"{name}.{field}")]
     document = done("spectrum", path, "[03]", "--input-size", "6,5", *stated)
     assert document["no_product"] == "without --model nothing says in which order the layers run"
     assert [row["shape"] for row in document["rows"]] == [[90, 60], [90, 90]]

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import real_numbers
 from checkpoints import fitted
 from safetensors import safe_open
@@ -154,6 +155,23 @@ def test_an_unknown_key_is_an_error_in_verify_and_a_remark_elsewhere(files: Path
     save(state, record | {"schema": 99}, files / "edited.safetensors")
     assert verified(files).code == 3
     assert cli(f"inspect {files / 'edited.safetensors'}").code == 0
+
+
+def test_a_fused_layer_that_is_said_to_pad_otherwise_is_a_claim(files: Path) -> None:
+    """A kernel moved by one tap is right with a padding moved by one, which no model's code has unless it's told."""
+    state, record = load_file(files / "f.safetensors"), record_of(files / "f.safetensors")
+    state["c.weight"] = F.pad(state["c.weight"], (1, 0, 0, 0))  # 2x2 as 2x3, nothing in its first column
+    moved = copy.deepcopy(fitted(record, state))
+    save(state, moved, files / "edited.safetensors")
+    assert verified(files).code == 1
+    (fusion,) = (one for one in moved["fusions"] if one["name"] == "c")
+    fusion["fields"]["padding"] = [[1, 1], [2, 1]]
+    save(state, moved, files / "edited.safetensors")
+    found = verified(files)
+    assert found.code == 0
+    assert any(text.startswith("c: ") and "padding 1,2:1" in text for text in found.document["claims"])
+    save(load_file(files / "f.safetensors"), record, files / "edited.safetensors")
+    assert not any("padding 1,2:1" in text for text in verified(files).document["claims"])
 
 
 # Records edited at random

@@ -19,8 +19,9 @@ from convtool.core.tree import BASE, Chain, LayerRef, Tree, first_leaves, leaves
 from convtool.core.verify import LARGEST_INPUT
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.formats.pieces import same_bytes
+from convtool.fusing.claims import fused_claims
 from convtool.fusing.leaf import LoweredLayer
-from convtool.fusing.lowering import lower_tree, stored_dtype
+from convtool.fusing.lowering import lower_tree
 from convtool.fusing.settle import settle
 from convtool.fusing.standing import like_fused, standing
 from convtool.kinds.stated import FieldSource, FieldSources
@@ -211,7 +212,7 @@ def recorded_pairings(
                 spelled.dtypes,
                 str(after.path),
                 last[name].dtype,
-                (*_claims(layers, sources), *_dtype_claim(name, layers, last[name].dtype)),
+                (*_claims(layers, sources), *fused_claims(last[name], layers, fused)),
                 _taken(fusions),
                 last[name].gives,
             )
@@ -271,12 +272,6 @@ def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[s
                 yield leaf.name, f"{said} (assumed)" if assumed else said
         if leaf.like:
             yield leaf.name, f"otherwise as {leaf.like}"
-
-
-def _dtype_claim(name: str, tree: Tree[LoweredLayer], dtype: str) -> Iterator[tuple[str, str]]:
-    """Yield in what the fused layer is recorded to be stored, where that isn't what BEFORE's layers are stored in."""
-    if dtype != str(stored_dtype(list(leaves(tree)))).removeprefix("torch."):
-        yield name, f"stored in {dtype}"
 
 
 def _lower_recorded(

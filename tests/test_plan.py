@@ -807,6 +807,12 @@ def test_the_cheapest_partition_keeps_a_bottleneck_apart() -> None:
     assert planned(net, measure=True)[2].fusions[0].seconds is not None
 
 
+def test_what_the_totals_leave_out_is_counted() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.PReLU(4), nn.Conv2d(4, 2, 1))
+    assert convtool.plan(layers, (3, 5, 6)).uncounted == 2 * 4 + 4
+    assert convtool.plan(layers[:2], (3, 5, 6)).uncounted == 0
+
+
 def test_costs_are_of_the_run_that_was_followed() -> None:
     net = Net(lambda m, x: m.bn(m.a(x)), a=conv(4, 6, (3, 2), bias=False, groups=2), bn=nn.BatchNorm2d(6))
     (one,) = planned(net, (4, 9, 7))[2].fusions

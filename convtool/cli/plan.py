@@ -94,10 +94,15 @@ class Fusion:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """What the whole model takes."""
+    """What the whole model takes: its convolutions, linear layers, batch norms and scales.
+
+    Attributes:
+        uncounted: parameters of its other layers.
+    """
 
     before: Cost
     after: Cost
+    uncounted: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +159,7 @@ def run(options: Options, reporter: Reporter) -> Result:
         found,
         source=options.checkpoint,
         fusions=tuple(map(Fusion.of, found.fusions)),
-        total=Total(found.total, found.total_after),
+        total=Total(found.total, found.total_after, found.uncounted),
         out=None if recipe is None else out,
         written=written,
         bytes=None if recipe is None else len(recipe),
@@ -176,8 +181,10 @@ def show(result: Result, reporter: Reporter) -> None:
         reporter.line(f"left alone: {names}: {reason}")
     count = len(result.fusions)
     parameters, work = _costs(result.total)
+    others = result.total.uncounted
     reporter.line(
         f"{count} fusion{'' if count == 1 else 's'}; the whole model: {parameters} parameters, {work} multiply-adds"
+        + (f", without {_count(others)} parameters of layers of other kinds" if others else "")
     )
     if result.written:
         reporter.line(f"wrote {result.out}")

@@ -24,6 +24,7 @@ class Plan:
         fields: geometry and eps of every layer in the fusions.
         total: cost of all convolutions, linear layers, batch norms and scales of the run, as they are.
         remarks: what to know of how the model's run was followed.
+        uncounted: parameters of the model's other layers, which the total leaves out.
     """
 
     fusions: tuple[Merge, ...]
@@ -31,6 +32,7 @@ class Plan:
     fields: Mapping[str, Fields]
     total: Cost
     remarks: tuple[str, ...]
+    uncounted: int = 0
 
     @property
     def geometry(self) -> FieldSource:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from convtool import __version__
 from convtool.checkpoint.edit import Edit
@@ -93,7 +94,13 @@ def _planned(model: nn.Module, judge: Judge, merges: Sequence[Merge], left_alone
     others = left_over(judge.flow, found_layers(model).values(), said)
     used = {leaf.name: judge.layer(leaf.name).fields for one in merges for leaf in leaves(one.tree) if not leaf.written}
     fields = {name: used[name] for name, _ in model.named_modules() if used.get(name)}
-    return Plan(tuple(merges), (*left_alone, *others), fields, judge.total(), judge.flow.remarks)
+    counted = {layer.name for _, layer in judge.flow.calls()}
+    uncounted = (
+        tensor.numel()
+        for name, tensor in model.named_parameters()
+        if counted.isdisjoint((name, name.rpartition(".")[0])) and not is_lazy(tensor)
+    )
+    return Plan(tuple(merges), (*left_alone, *others), fields, judge.total(), judge.flow.remarks, sum(uncounted))
 
 
 def layer_runs(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[LayerRun]]:

@@ -63,7 +63,10 @@ def compose(first: Conv, second: Conv) -> Conv:
     first, second = _alike(first, second)
     if isinstance(first, Selection) or isinstance(second, Selection):
         return compose_moves(first, second, geometry)
-    weight = _compose_weights(first, second, geometry)
+    if second.only_scales and geometry.kernel_size == first.geometry.kernel_size:
+        weight = first.weight * second.weight.reshape(-1, *(1,) * (first.weight.dim() - 1))  # no sums, and no copies
+    else:
+        weight = _compose_weights(first, second, geometry)
     return Conv(weight, _compose_biases(first, second), geometry)
 
 

@@ -72,6 +72,13 @@ class Conv:
         return self.weight.dtype
 
     @property
+    def only_scales(self) -> bool:
+        """Return whether each output is one input times a number: a depthwise 1x1 layer, as a batch norm is."""
+        geometry = self.geometry
+        plain = set(geometry.kernel_size) <= {1} and set(geometry.stride) <= {1} and not geometry.padded
+        return plain and not geometry.transposed and geometry.groups == self.in_channels == self.out_channels
+
+    @property
     def has_bias(self) -> bool:
         """Return whether there is a bias that isn't zero throughout."""
         if self.bias is None:

@@ -46,7 +46,7 @@ def forward(conv: Conv, x: Tensor) -> Tensor:
         out = x.new_zeros(len(x), conv.out_channels, *output_size)
     elif conv.spatial_axes not in (1, 2, 3):
         out = _by_taps(conv, x)
-    elif _only_scales(conv):
+    elif conv.only_scales:
         # torch takes a float64 convolution of many groups one group at a time: 100 times as long as the products.
         out = x * conv.weight.reshape(-1, *(1,) * conv.spatial_axes)
     else:
@@ -62,13 +62,6 @@ def _picked(conv: Selection, x: Tensor) -> Tensor:
     out = entries.index_select(1, conv.picked.clamp(min=0))
     nothing = (conv.picked == NOTHING).reshape(-1, *(1,) * axes)
     return torch.where(nothing, torch.zeros((), dtype=x.dtype), out) if bool(nothing.any()) else out
-
-
-def _only_scales(conv: Conv) -> bool:
-    """Tell whether each output is one input times a number: a depthwise 1x1 layer, as a batch norm is."""
-    geometry = conv.geometry
-    plain = set(geometry.kernel_size) == {1} and set(geometry.stride) == {1} and not geometry.padded
-    return plain and not geometry.transposed and geometry.groups == conv.in_channels == conv.out_channels
 
 
 def _direct(conv: Conv, x: Tensor) -> Tensor:

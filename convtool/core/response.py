@@ -123,19 +123,12 @@ def _through(tree: Expression, response: Response) -> Response:
         return reduce(lambda at, part: _through(part, at), tree.parts, response)
     if isinstance(tree, Sum):
         return _total([_through(part, response) for part in tree.parts])
-    if _scales(tree):
+    if tree.only_scales:
         factors = tree.weight.to(torch.float64).flatten()
         return replace(response, factors=factors if response.factors is None else response.factors * factors)
     if response.weight is None:
         return _first(tree, response)
     return _behind(tree, response)
-
-
-def _scales(conv: Conv) -> bool:
-    """Tell whether each output is one input times a number."""
-    geometry = conv.geometry
-    alone = all(axis.kernel == axis.stride == 1 and not axis.before and not axis.after for axis in geometry.axes)
-    return alone and geometry.groups == conv.in_channels == conv.out_channels
 
 
 def _reached(axis: Axis, places: Sequence[int]) -> dict[int, tuple[list[int], list[int]]]:

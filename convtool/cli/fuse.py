@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -152,6 +153,7 @@ class Options:
     list_recipes: bool = flag("List the recipes that ship with it.")
     tensors_only: bool = shared.tensors_only()
     no_verify: bool = flag("Write what was fused without running it against its layers first.")
+    loader: Path | None = option("FILE.py", "Write plain torch code that makes the edits in a model, and loads OUT.")
     details: bool = flag("Of several fusions, print all that there is to say of each.")
     writing: shared.Writing = field(default_factory=shared.Writing)
 
@@ -224,10 +226,31 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         state_only=sources.root is not None,
         tensors_only=options.tensors_only,
     )
+    loader = _loader(options, planned, [name for name, _ in edit.order(opened.infos)], opened.root)
     proofs = [None for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
-    new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
+    with loader:
+        new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     made = (_fusion(layer, one, size) for layer, one in zip(planned, proofs, strict=True))
-    return Result(new, tuple(made), tuple(left_alone), options.details)
+    return Result(new, tuple(made), tuple(left_alone), options.loader, options.details)
+
+
+def _loader(
+    options: Options, planned: Sequence[PlannedLayer], names: Sequence[str], root: Sequence[str]
+) -> AbstractContextManager[object]:
+    """Return the block in which the checkpoint is to be written, so that its loader gets its name with it."""
+    from os.path import relpath
+
+    from convtool.formats.atomic import check_target
+    from convtool.fusing.loader import beside, loader_text
+
+    if options.loader is None:
+        return nullcontext()
+    if options.loader.suffix != ".py" or options.out is None or not options.out.suffix or options.out.suffix == ".json":
+        raise UsageError("--loader: expected a name that ends in .py, and OUT to be one file")
+    check_target(options.loader, force=options.writing.overwrite)
+    state = () if options.sources.root is not None else root  # what is written then is the state dict alone
+    text = loader_text(planned, names, relpath(options.out, options.loader.parent), state)
+    return nullcontext() if options.writing.dry_run else beside(options.loader, text, force=options.writing.force)
 
 
 def _find(

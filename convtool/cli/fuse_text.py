@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from convtool.cli import saved
@@ -85,11 +86,13 @@ class Result:
 
     Attributes:
         left_alone: what might have been fused and wasn't, in words.
+        loader: the module that makes the edits in a model, and loads the checkpoint.
     """
 
     checkpoint: saved.Written = field(metadata=INLINE)
     fusions: tuple[Fusion, ...]
     left_alone: tuple[str, ...]
+    loader: Path | None
     details: bool = field(metadata=HIDDEN)
 
 
@@ -125,6 +128,11 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
         after = sum(fusion.parameters.after for fusion in fusions)
         reporter.line(f"{len(fusions)} fusions, {before} → {after} parameters; --details lists the edits of each")
     saved.show(result.checkpoint, reporter)
+    out, did = result.checkpoint.out, "wrote" if result.checkpoint.written else "would write"
+    if result.loader is not None:
+        reporter.line(f"{did} {result.loader}: its load(model) makes the edits in a model and loads {out.name}")
+    elif result.checkpoint.written:
+        reporter.remark(f'to load it: convtool.apply(model, "{out}"), or the code that --loader FILE.py writes')
 
 
 def _row(fusion: Fusion) -> tuple[str, ...]:

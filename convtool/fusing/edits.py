@@ -43,7 +43,7 @@ def module_edits(planned: PlannedLayer) -> list[str]:
 def _own_line(planned: PlannedLayer) -> list[str]:
     """Return what becomes of the fused layer's own module."""
     conv, known = planned.fusion.conv, planned.record.fields
-    missing = [name for name in _needed(conv, known) if name not in known] if conv.spatial_axes else []
+    missing = [name for name in needed_fields(conv, known) if name not in known] if conv.spatial_axes else []
     if not missing:
         return [f"{planned.name} = {module_text(conv)}"]
     own = next((leaf for leaf in planned.layers if leaf.own and leaf.layer.name == planned.name), None)
@@ -54,13 +54,13 @@ def _own_line(planned: PlannedLayer) -> list[str]:
     return [f"{planned.name}: {', '.join(changes)}"] if changes else []
 
 
-def _needed(conv: Conv, known: Fields) -> list[str]:
+def needed_fields(conv: Conv, known: Fields) -> list[str]:
     """Return the fields without which the layer's constructor can't be written."""
     geometry = conv.geometry
     return [
         *("stride", "padding", "groups", "transposed"),
         *(["dilation"] if any(k > 1 for k in geometry.kernel_size) else []),
-        *(["padding_mode"] if geometry.padded else []),
+        *(["padding_mode"] if geometry.padded or "padding" not in known else []),
         *(["output_padding"] if known.get("transposed") else []),
     ]
 

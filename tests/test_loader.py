@@ -1,0 +1,146 @@
+"""`fuse --loader`: a module of plain torch that loads a fused checkpoint into the model as it was."""
+
+from __future__ import annotations
+
+import runpy
+import subprocess
+import sys
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from convtool.cli.app import run_app
+
+BN = nn.BatchNorm2d
+
+
+def filled(model: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(3)
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.1 * ("var" in name))
+    return model.eval()
+
+
+def sequence(**layers: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(layers))
+
+
+class Branches(nn.Module):
+    """RepVGG's block, by its authors' names, before and after."""
+
+    def __init__(self, stride: int = 2) -> None:
+        super().__init__()
+        self.rbr_dense = sequence(conv=nn.Conv2d(4, 6, 3, stride, 1, bias=False), bn=BN(6))
+        self.rbr_1x1 = sequence(conv=nn.Conv2d(4, 6, 1, stride, bias=False), bn=BN(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        fused = dict(self.named_children()).get("rbr_reparam")
+        whole: Tensor = self.rbr_dense(x) + self.rbr_1x1(x) if fused is None else fused(x)
+        return whole
+
+
+def strided() -> nn.Module:
+    return sequence(
+        conv1=nn.Conv2d(4, 6, 3, 2, (1, 2), 2, groups=2, bias=False, padding_mode="circular"), bn1=BN(6), relu=nn.ReLU()
+    )
+
+
+MODELS: dict[str, tuple[Any, list[str]]] = {
+    "what nobody states is the live layer's": (strided, ["conv1", "bn1", "--eps", "1e-5"]),
+    "all is stated": (
+        lambda: sequence(a=nn.Conv2d(4, 5, 1), b=nn.Conv2d(5, 3, (3, 2), 2)),
+        ["a", "b", "--set", "a.stride=1", "--set", "b.stride=2", "--assume-defaults"],
+    ),
+    "transposed": (
+        lambda: sequence(up=nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, bias=False), bn=BN(6)),
+        ["up", "bn", "--eps", "1e-5", "--set", "up.transposed=true"],
+    ),
+    "branches": (lambda: sequence(block=Branches()), ["--recipe", "repvgg"]),
+    "wrapped": (lambda: sequence(module=strided()), ["conv1", "bn1", "--eps", "1e-5"]),
+}
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+@pytest.mark.parametrize("name", MODELS)
+def test_the_loader_gives_the_model_that_apply_gives(
+    name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    make, words = MODELS[name]
+    model = filled(make()).double()
+    state = model.state_dict()
+    save_file(state, "net.safetensors") if suffix == "safetensors" else torch.save({"state_dict": state}, "net.pt")
+    x = torch.rand(2, 4, 9, 8, dtype=torch.float64)
+    before = model(x)
+    (tmp_path / "code").mkdir()
+    command = ["fuse", f"net.{suffix}", *words, "-o", f"fused.{suffix}", "--loader", "code/load_net.py"]
+    assert run_app(command) == 0
+    load = runpy.run_path("code/load_net.py")["load"]
+    fresh = make().double().eval()
+    loaded = load(fresh.module if name == "wrapped" else fresh)
+    assert sum(isinstance(one, BN) for one in loaded.modules()) == 0
+    torch.testing.assert_close(loaded(x), before, rtol=1e-9, atol=1e-9)
+
+
+def test_the_loader_needs_no_convtool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(filled(strided()).state_dict(), "net.pt")
+    assert run_app(["fuse", "net.pt", "conv1", "bn1", "--eps", "1e-5", "-o", "f.pt", "--loader", "load_net.py"]) == 0
+    code = "import load_net, sys; assert not [name for name in sys.modules if name.partition('.')[0] == 'convtool']"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+
+
+def test_a_layer_that_does_more_than_torchs_own_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class BatchNormAct(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x).relu()
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(filled(strided()).state_dict(), "net.pt")
+    assert run_app(["fuse", "net.pt", "conv1", "bn1", "--eps", "1e-5", "-o", "f.pt", "--loader", "load_net.py"]) == 0
+    model = strided()
+    model.bn1 = BatchNormAct(6)
+    with pytest.raises(TypeError, match=r"bn1 is a .*BatchNormAct, not a layer of torch's own; use convtool\.apply"):
+        runpy.run_path("load_net.py")["load"](model)
+
+
+def test_a_layer_that_isnt_as_stated_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(filled(strided()).state_dict(), "net.pt")
+    assert run_app(["fuse", "net.pt", "conv1", "bn1", "--eps", "1e-3", "-o", "f.pt", "--loader", "load_net.py"]) == 0
+    with pytest.raises(ValueError, match=r"bn1 has eps 1e-05, and 0\.001 was stated when it was fused"):
+        runpy.run_path("load_net.py")["load"](strided())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("conv1 bn1 --eps 1e-5 -o f.pt --loader load.txt", "expected a name that ends in .py"),
+        ("conv1 bn1 --eps 1e-5 -o f.pt --loader there.py", "there.py: exists"),
+    ],
+)
+def test_what_no_loader_is_written_for(
+    words: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(filled(strided()).state_dict(), "net.pt")
+    Path("there.py").write_text("")
+    assert run_app(["fuse", "net.pt", *words.split()]) in (2, 5)
+    assert said in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["net.pt", "there.py"]
+
+
+def test_a_name_writes_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    evil = 'a"""\nraise SystemExit("run")\n#'
+    state = filled(sequence(conv=nn.Conv2d(4, 6, 3, bias=False), bn=BN(6))).state_dict()
+    torch.save({f"{evil}{key}": tensor for key, tensor in state.items()}, "net.pt")
+    words = [f"{evil}conv", f"{evil}bn", "--eps", "1e-5"]
+    assert run_app(["fuse", "net.pt", *words, "-o", f"f{evil[:4]}.pt", "--loader", "load_net.py"]) == 0
+    assert "load" in runpy.run_path("load_net.py")

@@ -102,6 +102,7 @@ def run_page(page: Path, folder: Path) -> str:
     """A page with its blocks run in order, in one folder that has the sample models."""
     shutil.copytree(ROOT / "sample_models", folder / "sample_models")
     known: dict[str, object] = {}
+    sys.modules.pop("load_net", None)  # another page's
 
     def block(match: re.Match[str]) -> str:
         if match[1] == "console":

@@ -7,7 +7,9 @@ import io
 import itertools
 import json
 import re
+import tempfile
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -16,11 +18,13 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from checkpoints import bytes_of, same_bits, small_network, with_metadata
 from torch import Tensor
 
 from convtool import open_checkpoint
 from convtool.errors import InputError, OutputError, RefusedError, UsageError
+from convtool.graph.exported import read_exported
 
 SUFFIXES = {
     "safetensors": ".safetensors",
@@ -184,3 +188,67 @@ def read_by_its_package(path: Path, form: str, root: Sequence[str]) -> Any:
         warnings.simplefilter("ignore")
         value = torch.load(path, weights_only=True, map_location="cpu")
     return functools.reduce(lambda inner, key: inner[key], root, value)
+
+
+# Files of which one part is damaged and the rest stays good, checksums included: what else torch saves a network as
+
+INNER = {
+    "module": "net.pt",
+    "script": "data.pkl",
+    "script code": "code/__torch__/torch/nn/modules/conv.py",
+    "program": "models/model.json",
+    "program's weights": "data/weights/model_weights_config.json",
+    "folder": ".metadata",
+}
+
+
+@functools.cache
+def good_files(form: str) -> dict[str, bytes]:
+    """The files, or the members of the archive, that a small network is saved as, by name."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, (3, 1), stride=2, padding=(1, 0)), torch.nn.BatchNorm2d(3)).eval()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        path = Path(folder) / INNER[form]
+        if form == "module":
+            torch.save(net, path, _use_new_zipfile_serialization=False)
+        elif form == "folder":
+            dcp.save(net.state_dict(), checkpoint_id=folder)  # type: ignore[attr-defined]
+        elif form.startswith("script"):
+            torch.jit.script(net).save(str(path := Path(folder) / "net.pt"))
+        else:
+            path = Path(folder) / "net.pt2"
+            torch.export.save(torch.export.export(net, (torch.rand(1, 2, 5, 4),)), path)
+        if form in ("module", "folder"):
+            return {one.name: one.read_bytes() for one in Path(folder).iterdir()}
+        with zipfile.ZipFile(path) as archive:
+            return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
+
+
+def write_damaged(form: str, part: bytes, folder: Path) -> Path:
+    """Write the files with that in the place of the one part, and return what is to be opened."""
+    files = good_files(form) | {INNER[form]: part}
+    if form in ("module", "folder"):
+        for name, data in files.items():
+            (folder / name).write_bytes(data)
+        return folder / INNER[form]
+    with zipfile.ZipFile(folder / "net.zip", "w") as archive:
+        for name, data in files.items():
+            archive.writestr(f"net/{name}", data)
+    return folder / "net.zip"
+
+
+def read_all(path: Path) -> str:
+    """Read whatever is in a file; 'refused' or 'accepted'."""
+    try:
+        opened = open_checkpoint(path)
+        for name in opened.infos:
+            assert bytes_of(opened, name) == bytes(opened.bits(name).tolist())
+        _ = opened.stated, opened.other_classes, opened.left_out, opened.record
+        if opened.program is not None:
+            read_exported(opened, opened.program)
+    except (InputError, RefusedError, UsageError) as error:
+        message = str(error)
+        assert message, "a message"
+        assert len(message) < 2000, "a short message"
+        return "refused"
+    return "accepted"

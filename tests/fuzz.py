@@ -18,13 +18,14 @@ from types import FrameType
 from typing import Any
 
 import torch
-from damage import SUFFIXES, damaged, good_file, verdict, write_parts
+from damage import INNER, SUFFIXES, damaged, good_file, good_files, read_all, verdict, write_damaged, write_parts
 
 import convtool
 
-READERS = tuple(str(Path(convtool.__file__).parent / part) for part in ("checkpoint", "formats"))
+READERS = tuple(str(Path(convtool.__file__).parent / part) for part in ("checkpoint", "formats", "graph"))
 FINDINGS = Path("fuzz_findings")
 LARGEST = 64 << 10  # bytes of a file that is worth damaging further
+SLOWEST = 2.0  # seconds for a file of some kilobytes
 EVERY = 20  # one case in so many is traced, since tracing takes most of the time
 
 
@@ -53,37 +54,50 @@ class Coverage:
         self.last.clear()
         sys.settrace(self.trace)
         try:
-            verdict(path, form)
+            judged(path, form)
         finally:
             sys.settrace(None)
         return self.new > 0
+
+
+def judged(path: Path, form: str) -> str:
+    """Return what becomes of a file, or raise what is wrong."""
+    start = time.process_time()
+    result = read_all(path) if form in INNER else verdict(path, form)
+    assert time.process_time() - start < SLOWEST or sys.gettrace(), "slow"
+    return result
 
 
 def main(seconds: float, seed: int) -> int:
     torch.set_num_threads(1)
     random, coverage = Random(seed), Coverage()
     corpus: dict[str, list[bytes]] = {form: [good_file(form)] for form in SUFFIXES}
+    corpus |= {form: [good_files(form)[part]] for form, part in INNER.items()}
     counts: Counter[str] = Counter()
     findings = 0
     end = time.monotonic() + seconds
     with tempfile.TemporaryDirectory() as folder:
         write_parts(Path(folder))
         while time.monotonic() < end:
-            form = random.choice(list(SUFFIXES))
+            form = random.choice(list(corpus))
             data = damaged(random.choice(corpus[form]), random)
-            path = Path(folder) / f"file{SUFFIXES[form]}"
-            path.write_bytes(data)
+            if form in INNER:
+                (inner := Path(folder) / form).mkdir(exist_ok=True)
+                path = write_damaged(form, data, inner)
+            else:
+                path = Path(folder) / f"file{SUFFIXES[form]}"
+                path.write_bytes(data)
             try:
                 if random.randrange(EVERY) == 0:
                     counts["traced"] += 1
                     if coverage.found_new(path, form) and len(data) < LARGEST:
                         corpus[form].append(data)
                 else:
-                    counts[verdict(path, form)] += 1
+                    counts[judged(path, form)] += 1
             except Exception:
                 findings += 1
                 FINDINGS.mkdir(exist_ok=True)
-                (FINDINGS / f"{form}-{findings}{SUFFIXES[form]}").write_bytes(data)
+                (FINDINGS / f"{form}-{findings}{SUFFIXES.get(form, '')}").write_bytes(data)
                 traceback.print_exc()
     sizes = ", ".join(f"{form} {len(files)}" for form, files in corpus.items())
     print(f"{sum(counts.values())} damaged files: {dict(counts)}; {len(coverage.seen)} pairs of lines; corpus: {sizes}")

@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import described, files_in, raw_safetensors, save, small_network, write_edited
-from damage import SUFFIXES, damaged, good_file, verdict, write_parts
+from damage import INNER, SUFFIXES, damaged, good_file, good_files, read_all, verdict, write_damaged, write_parts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -380,6 +380,39 @@ def test_a_damaged_file_is_refused_or_is_what_it_says(form: str, seed: int) -> N
     path = FUZZED / f"file{SUFFIXES[form]}"
     path.write_bytes(damaged(GOOD[form], Random(seed)))
     verdict(path, form)
+
+
+@pytest.mark.parametrize("form", INNER)
+def test_whatever_torch_saves_is_read(tmp_path: Path, form: str) -> None:
+    assert read_all(write_damaged(form, good_files(form)[INNER[form]], tmp_path)) == "accepted"
+
+
+@pytest.mark.parametrize("form", INNER)
+@given(seed=st.integers(0, 2**32))
+@settings(max_examples=100)
+def test_whatever_torch_saves_is_refused_or_read_once_a_part_is_damaged(form: str, seed: int) -> None:
+    (FUZZED / form).mkdir(exist_ok=True)
+    read_all(write_damaged(form, damaged(good_files(form)[INNER[form]], Random(seed)), FUZZED / form))
+
+
+def test_what_means_to_take_for_ever_or_all_memory_is_refused(tmp_path: Path) -> None:
+    """Modules that each hold the one before twice, a state that holds itself 2**60 times, JSON in JSON in JSON."""
+    modules = b"ca\nB\n)\x81}(X\x0b\0\0\0_parameters}X\x01\0\0\0w" + tensor() + b"sX\x08\0\0\0_modules}ubq\x01"
+    for number in range(2, 80):
+        twice = b"".join(b"X\x01\0\0\0" + name + b"h" + bytes([number - 1]) for name in (b"x", b"y"))
+        modules += b"ca\nB\n)\x81}(X\x0b\0\0\0_parameters}X\x08\0\0\0_modules}(" + twice + b"uubq" + bytes([number])
+    path = archive(tmp_path / "modules.pt", b"\x80\x02(" + modules + b"1h\x4f.", FOUR)
+    with pytest.raises(InputError, match="modules in modules without an end"):
+        open_checkpoint(path)
+    itself = b")q\x00" + b"0h\x00h\x00\x86q\x00" * 60 + b"0"
+    state = b"\x80\x02" + itself + b"}(X\x01\0\0\0w" + tensor() + b"X\x01\0\0\0xca\nB\n)\x81h\x00bu."
+    opened = open_checkpoint(archive(tmp_path / "state.pt", state, FOUR))
+    assert opened.left_out == {"x": "an object of a.B"}
+    write_edited(opened, Edit.nothing(), tmp_path / "out.pt", force=False)
+    assert (tmp_path / "out.pt").stat().st_size < 4000
+    deep = write_damaged("program", b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", tmp_path)
+    with pytest.raises(InputError, match="is not JSON"):
+        open_checkpoint(deep)
 
 
 GOOD = {form: good_file(form) for form in SUFFIXES}

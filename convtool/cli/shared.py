@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 AUTO = "auto"  # as --recipe
 
 checkpoint = partial(
-    argument, "CKPT", "A .safetensors or torch (.pt, .pth, .bin) file; or an index or folder of several.", required=True
+    argument,
+    "CKPT",
+    "A file of .safetensors or torch (.pt, .pth, .bin, .pt2); or an index or folder (`convtool manual checkpoints`).",
+    required=True,
 )
 root = partial(option, "KEYS", "In a nested torch file, the dotted keys of the state dict.")
 model_args = partial(option, "JSON", "Arguments of the callable, as JSON.")

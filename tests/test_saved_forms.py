@@ -111,6 +111,30 @@ def test_a_subclass_is_named_and_nothing_is_said_of_it(saved: Any) -> None:
     assert exported["padding"] == [[0, 2], [0, 1]]
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_inspect_lists_all_that_there_is(saved: Any, form: str) -> None:
+    shown = cli(f"inspect {saved(Passing, form)} --json").document
+    formats = {"exported": "pt2", "folder": "dcp", "scripted": "torchscript", "traced": "torchscript"}
+    assert shown["format"] == formats.get(form, "torch")
+    assert bool(shown["others"]) == (form != "folder")  # code, a graph, or a module's class
+    assert ("saved_nets.Same" in shown["classes"]) == (form in ("module", "legacy"))
+
+
+def test_a_module_under_keys_is_replaced_by_its_state_dict_under_each(tmp_path: Path) -> None:
+    """As ultralytics saves a detector."""
+    net = made(Half)
+    torch.save({"epoch": -1, "model": net, "ema": net, "args": {"lr": 0.1}}, tmp_path / "yolo.pt")
+    line = f"fuse {tmp_path / 'yolo.pt'} stem bn -o {tmp_path / 'out.pt'} --force"
+    assert cli(f"{line} --json").document["left_out"] == ["model"]
+    done = cli(line)
+    assert "model is the module, an object of saved_nets.Half, which can't be written; its state dict is" in done.err
+    back = torch.load(tmp_path / "out.pt", weights_only=True)
+    assert back["model"] is back["ema"]
+    assert (back["epoch"], back["args"]) == (-1, {"lr": 0.1})
+    assert list(back["model"]) == ["stem.weight", "stem.bias", "conv.weight", "conv.bias", "head.weight", "head.bias"]
+    assert cli(f"verify {tmp_path / 'yolo.pt'} {tmp_path / 'out.pt'}").code == 0
+
+
 def test_tied_tensors_stay_tied(saved: Any, tmp_path: Path) -> None:
     for form in ("module", "exported", "scripted"):
         opened = open_checkpoint(saved(Tied, form))
@@ -491,6 +515,11 @@ def test_archives_of_other_programs_are_named(tmp_path: Path) -> None:
             open_checkpoint(tmp_path / name)
     with pytest.raises(InputError, match=r"^https://a\.b/c\.pt: is a URL; download it first"):
         open_checkpoint("https://a.b/c.pt")
+
+
+def test_one_padding_of_two_sides_for_two_axes_says_how_to_say_it(saved: Any, tmp_path: Path) -> None:
+    line = f"toeplitz {saved(Residual, 'module')} conv --input-size 6,6 --padding 1:2 -o {tmp_path / 'o.npz'}"
+    assert "got 1:2; before and after, on each axis: 1:2,1:2" in cli(line).message
 
 
 def test_an_empty_placeholder_is_named(tmp_path: Path) -> None:

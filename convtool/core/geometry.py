@@ -253,7 +253,9 @@ def _padding(
     if not isinstance(padding, Sequence):
         padding = (padding,) * axes
     if len(padding) != axes:
-        raise UsageError(f"padding: expected one value or {_count(axes)}, got {format_sizes(padding)}")
+        given = [":".join(map(str, one)) if isinstance(one, Sequence) else str(one) for one in padding]
+        hint = f"; before and after, on each axis: {','.join(given * axes)}" if len(padding) == 1 else ""
+        raise UsageError(f"padding: expected one value or {_count(axes)}, got {','.join(given)}{hint}")
     pairs: list[tuple[int, int]] = []
     for entry in padding:
         sides: tuple[Any, ...] = tuple(entry) if isinstance(entry, Sequence) else (entry, entry)

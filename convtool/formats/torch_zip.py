@@ -14,7 +14,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from convtool.errors import ConvtoolError, OutputError, RefusedError
 from convtool.formats import pickle_writer, pt2, torch_script
@@ -178,6 +178,17 @@ def _is_optimizer(value: object) -> bool:
     return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
 
 
+class _Archive(Protocol):
+    """What the module of an archive that torch has besides offers; it is read, and not written."""
+
+    def recognises(self, members: Mapping[str, Placed], /) -> bool: ...
+
+    def open_members(self, source: Source, members: Mapping[str, Placed], root: str | None, /) -> TensorFile: ...
+
+
+_ARCHIVES: tuple[_Archive, ...] = (torch_script, pt2)
+
+
 def recognises(start: bytes) -> bool:
     """Tell whether a file that begins so could be one: a zip archive, or a pickle."""
     return start.startswith((ZIP_MAGIC, b"\x80"))
@@ -198,10 +209,9 @@ def open_file(source: Source, root: str | None) -> TensorFile:
         contents = read_contents(source)
     else:
         members = read_members(source)
-        if torch_script.recognises(members):
-            return torch_script.open_members(source, members, root)
-        if pt2.recognises(members):
-            return pt2.open_members(source, members, root)
+        for form in _ARCHIVES:
+            if form.recognises(members):
+                return form.open_members(source, members, root)
         contents = read_archive(source, members)
     return TorchFile(source, contents, find_state(source, contents.value, root))
 

@@ -134,7 +134,7 @@ def _watched(source: Checkpoint, run: Callable[[Progress], None]) -> Callable[[P
     """Return what writes a checkpoint, and doesn't where the source's files have changed since they were opened."""
 
     def watched(progress: Progress) -> None:
-        with accounting(file.source.seen for file in source.files.values()):
+        with accounting(seen for file in source.files.values() for seen in file.seen):
             run(progress)
 
     return watched

@@ -254,7 +254,11 @@ def _padding(
         padding = (padding,) * axes
     if len(padding) != axes:
         given = [":".join(map(str, one)) if isinstance(one, Sequence) else str(one) for one in padding]
-        hint = f"; before and after, on each axis: {','.join(given * axes)}" if len(padding) == 1 else ""
+        hint = (
+            f"; before and after, on each axis: {','.join(given * axes)}"
+            if len(padding) == 1 and ":" in given[0]
+            else ""
+        )
         raise UsageError(f"padding: expected one value or {_count(axes)}, got {','.join(given)}{hint}")
     pairs: list[tuple[int, int]] = []
     for entry in padding:

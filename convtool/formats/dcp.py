@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from convtool.formats.account import Seen
 from convtool.formats.dtypes import ITEMSIZE, MOST_AXES
 from convtool.formats.indexes import named_file
 from convtool.formats.part import Part
@@ -52,8 +53,14 @@ class DcpFile(StoredTensors):
 
     def __init__(self, source: Source, storages: Mapping[str, Sharded], state: StateDict) -> None:
         super().__init__(source, storages, state.tensors)
+        self.sharded = tuple(storages.values())
         self.state = state
         self.root = state.root
+
+    @property
+    def seen(self) -> Iterable[Seen]:
+        parts = (shard.part.seen for sharded in self.sharded for shard in sharded.shards)
+        return dict.fromkeys((self.source.seen, *parts))
 
     @property
     def others(self) -> dict[str, str]:

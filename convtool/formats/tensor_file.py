@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from convtool.formats.account import Seen
 from convtool.formats.atomic import FilePlan
 from convtool.formats.pieces import Piece
 from convtool.formats.program import Program
@@ -73,6 +74,11 @@ class TensorFile(abc.ABC):
     def entries(self) -> Iterable[Any]:
         """The keys of all that stands where the tensors stand, in order."""
         return self.tensors
+
+    @property
+    def seen(self) -> Iterable[Seen]:
+        """The files that it is read from, as they were when they were opened."""
+        return (self.source.seen,)
 
     @property
     def others(self) -> Mapping[str, str]:

@@ -279,7 +279,9 @@ def test_a_folder_with_several_checkpoints_is_not_guessed_at(tmp_path: Path) -> 
         open_checkpoint(tmp_path)
     save(small_network(), tmp_path / "model.safetensors")  # what transformers would load
     assert open_checkpoint(tmp_path).path.name == "model.safetensors"
-    save(small_network(), tmp_path / "pytorch_model.bin")
+    save(small_network(), tmp_path / "pytorch_model.bin")  # the same model's weights, in the other format
+    assert open_checkpoint(tmp_path).path.name == "model.safetensors"
+    save(small_network(), tmp_path / "adapter_model.bin")
     with pytest.raises(UsageError, match="several checkpoints"):
         open_checkpoint(tmp_path)
 

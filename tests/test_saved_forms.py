@@ -408,6 +408,12 @@ def test_a_frozen_script_has_no_names(tmp_path: Path) -> None:
         open_checkpoint(tmp_path / "frozen.pt")
 
 
+@pytest.mark.parametrize("form", ["module", "exported", "folder", "scripted"])
+def test_a_root_that_is_not_there_is_refused(saved: Any, form: str) -> None:
+    with pytest.raises(UsageError, match=r"no such|has one state dict"):
+        open_checkpoint(saved(Residual, form), "elsewhere")
+
+
 def test_another_schema_is_refused_by_its_number(saved: Any, tmp_path: Path) -> None:
     path = tmp_path / "other.pt2"
     with zipfile.ZipFile(saved(Half, "exported")) as old, zipfile.ZipFile(path, "w") as new:

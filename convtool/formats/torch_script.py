@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from convtool.errors import UsageError
 from convtool.formats.pickle_values import Call, Global, plain_tensor, why_unusable
 from convtool.formats.pickled_modules import MOST_CHARACTERS, plain_attributes
 from convtool.formats.source import Source
@@ -48,7 +49,10 @@ def open_members(source: Source, members: Mapping[str, Placed], root: str | None
 
     Raises:
         InputError: it is damaged, or was frozen: its weights are constants without names then.
+        UsageError: another `root`.
     """
+    if root not in (None, "."):
+        raise UsageError(f"{source.path}: --root {root}: is TorchScript, which has one state dict; leave it out")
     contents = read_archive(source, members)
     classes = {name: about for path, member in members.items() for name, about in _classes(path, member)}
     tensors, unusable, modules = {}, {}, {}

@@ -449,9 +449,9 @@ def test_every_verb_takes_layers_of_few_bits_or_says_why_not(tmp_path: Path, dty
     for line, of_numbers in {
         f"inspect {tmp_path / 'in.pt'}": False,
         f"convert {tmp_path / 'in.pt'} {tmp_path / 'c.safetensors'}": False,
-        f"fuse {tmp_path / 'in.pt'} a b -o {tmp_path / 'f.pt'}": True,
-        f"spectrum {tmp_path / 'in.pt'} a --input-size 4,4": True,
-        f"toeplitz {tmp_path / 'in.pt'} a --input-size 4,4 {out} --dtype float32": True,
+        f"fuse {tmp_path / 'in.pt'} a b -o {tmp_path / 'f.pt'} --assume-defaults": True,
+        f"spectrum {tmp_path / 'in.pt'} a --input-size 4,4 --assume-defaults": True,
+        f"toeplitz {tmp_path / 'in.pt'} a --input-size 4,4 {out} --dtype float32 --assume-defaults": True,
         f"verify {tmp_path / 'in.pt'} {tmp_path / 'in.pt'}": False,
     }.items():
         done = cli(line)

@@ -206,6 +206,10 @@ def test_a_raw_kernel_named_as_a_layer_is_told_how_it_is_written(net: Path) -> N
     code, message = error("fuse", net, "c", "raw.k0", "-o", net.with_name("no.pt"))
     assert code == 3
     assert message.endswith("; a fixed kernel is written kernel(raw.k0), an offset offset(TENSOR)")
+    code, message = error("fuse", net, "raw.k0", "raw.k1", "-o", net.with_name("no.pt"))
+    assert code == 2
+    code, message = error("fuse", net, "raw.k0", "raw.k0", "-o", net.with_name("no.pt"))
+    assert (code, message.endswith("a tensor of it by itself is written kernel(raw.k0), or offset")) == (2, True)
 
 
 def test_a_fused_layer_that_no_conv_could_load_is_refused(net: Path) -> None:

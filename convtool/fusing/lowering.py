@@ -88,7 +88,12 @@ class _TreeLowering:
             layer = self.layers[ref] = self._find(ref)
             names = {full_name(name, ref.source) for name in layer.tensor_names()}
             if names & used:
-                raise UsageError(f"{layer.name} is named twice; a fusion runs through each layer once")
+                one = (
+                    f"; a tensor of it by itself is written kernel({ref.name}), or offset"
+                    if ref.name != layer.name
+                    else ""
+                )
+                raise UsageError(f"{layer.name} is named twice; a fusion runs through each layer once{one}")
             used |= names
             if layer.kind.adapts:
                 self.layers[ref] = self._applied(ref, layer)

@@ -263,6 +263,30 @@ def test_a_foreign_object_is_inert_and_written_as_it_was(tmp_path: Path, kind: s
         )
 
 
+class SetByAFunction:
+    """An object whose attributes a function of its own sets, which is called for that alone."""
+
+    def __init__(self) -> None:
+        self.value = 0
+
+    def __reduce__(self) -> Any:
+        return SetByAFunction, (), self.value, None, None, set_value
+
+
+def set_value(made: SetByAFunction, value: int) -> None:
+    made.value = value
+
+
+def test_what_is_called_for_its_effect_alone_is_written_too(tmp_path: Path) -> None:
+    made = SetByAFunction()
+    made.value = 7
+    torch.save({"model": small_network(), "other": [made, made]}, tmp_path / "in.pt")
+    write_edited(open_checkpoint(tmp_path / "in.pt"), Edit.nothing(), tmp_path / "out.pt", force=False)
+    one, other = torch.load(tmp_path / "out.pt", weights_only=False)["other"]
+    assert one is other
+    assert one.value == 7
+
+
 def test_foreign_classes_are_named_and_left_out_where_asked(tmp_path: Path) -> None:
     path, out = tmp_path / "in.pt", tmp_path / "out.safetensors"
     torch.save({"model": small_network(), "args": Settings()}, path)

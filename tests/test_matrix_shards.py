@@ -25,6 +25,7 @@ from convtool.core.order import toeplitz
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import ConvtoolError, InputError, OutputError, UsageError
 from convtool.formats.matrices import Layout
+from convtool.formats.several import Alone
 from convtool.matrix import plan_matrix, write_matrix
 from convtool.matrix.read import load_matrix, open_matrix
 from convtool.matrix.shards import index_path, plan_shards, shard_rows, write_shards
@@ -164,6 +165,17 @@ def test_a_rank_that_ends_midway_leaves_the_older_matrix(tmp_path: Path) -> None
     assert isinstance(first, OutputError)
     assert isinstance(second, Broken)
     assert files(tmp_path) == before
+
+
+def test_a_shard_that_is_gone_is_missed_before_an_index_names_it(tmp_path: Path) -> None:
+    class Losing(Alone):
+        def wait(self) -> None:
+            for path in tmp_path.glob("m-00002*"):
+                path.unlink()
+
+    with pytest.raises(OutputError, match=r"m-00002-of-00003\.safetensors: isn't there as it was written"):
+        write_shards(plan_shards(matrix(), tmp_path / "m.safetensors", 3), force=False, ranks=Losing())
+    assert files(tmp_path) == {}
 
 
 def test_without_an_index_there_is_no_matrix(tmp_path: Path) -> None:

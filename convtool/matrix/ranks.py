@@ -6,13 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convtool.errors import OutputError, UsageError
 
 if TYPE_CHECKING:
     from convtool.formats.several import Ranks
 
+MEETING = timedelta(minutes=10)  # for all processes to have started
 PATIENCE = timedelta(hours=12)  # for the slowest shard
 
 
@@ -31,11 +32,12 @@ def launched_ranks() -> Iterator[Ranks]:
     import torch.distributed as dist
 
     try:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+        dist.init_process_group("gloo", timeout=MEETING)
+        group = dist.new_group(timeout=PATIENCE, backend="gloo")
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"the processes of this launch don't find each other: {_first_line(error)}") from None
     try:
-        yield _Launched()
+        yield _Launched(group)
     finally:
         dist.destroy_process_group()
 
@@ -51,6 +53,9 @@ def _launched() -> bool:
 
 class _Launched:
     """One of several processes."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
 
     @property
     def rank(self) -> int:
@@ -68,7 +73,7 @@ class _Launched:
         import torch.distributed as dist
 
         try:
-            dist.barrier()
+            dist.barrier(self._group)
         except RuntimeError as error:
             raise OutputError(f"another process of this launch is gone ({_first_line(error)})") from None
 

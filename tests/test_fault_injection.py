@@ -31,8 +31,10 @@ State = dict[str, Tensor]
 
 # A grouped convolution with a stride, a padding on one side more than on the other, and a bias; a batch norm of an eps
 # that isn't the default; a grouped convolution. The fused kernel is 5x3 in 2 groups, its width and height not alike.
-FIELDS = ("first.stride=2", "first.padding=1:2,0:1", "first.groups=2", "norm.eps=1e-3", "second.groups=2")
-SQUARE = ("wide.padding=1",)  # a chain that can be transposed without its shape telling: 3x3 after 1x1
+FIELDS: tuple[str, ...] = ("first.stride=2", "first.padding=1:2,0:1", "first.groups=2", "norm.eps=1e-3")
+FIELDS += ("first.dilation=1", "second.stride=1", "second.padding=0", "second.dilation=1", "second.groups=2")
+# a chain that can be transposed without its shape telling: 3x3 after 1x1
+SQUARE = ("wide.stride=1", "wide.padding=1", "wide.groups=1", "narrow.stride=1", "narrow.padding=0")
 
 
 def network(dtype: torch.dtype) -> State:
@@ -178,7 +180,7 @@ def wrong_eps(state: State, record: dict[str, Any]) -> None:
     save_file(network(dtype), folder / "net.safetensors")
     settings = [word for text in FIELDS if "eps" not in text for word in ("--set", text)]
     chain = ("fuse", folder / "net.safetensors", "first", "norm", "second", "-o", folder / "out.safetensors")
-    assert run_json(*chain, *settings)[0] == 0
+    assert run_json(*chain, *settings, "--assume", "eps")[0] == 0
     other = load_file(folder / "out.safetensors")
     state.update({name: other[name] for name in ("first.weight", "first.bias")})
 
@@ -331,10 +333,10 @@ def make_others(dtype: str, folder: Path) -> Fused:
     net, step = folder / "net.safetensors", folder / "step{}.safetensors"
     save_file({name: rounded(tensor, getattr(torch, dtype)) for name, tensor in state.items()}, net)
     lines = (
-        "deep deep2 --set deep.padding=1 --set deep.groups=6 --set deep2.groups=6",
-        "ring ring2 --set ring.padding=1 --set ring.padding_mode=circular --input-size 7,8",
-        "glass glass2 --set glass.padding=1 --set glass.padding_mode=reflect --input-size 7,8",
-        "norm map --name map --set map.padding=1 --set norm.eps=1e-3 --input-size 7,8 --bias-map",
+        "deep deep2 --set deep.padding=1 --set deep.groups=6 --set deep2.groups=6 --assume-defaults",
+        "ring ring2 --set ring.padding=1 --set ring.padding_mode=circular --input-size 7,8 --assume-defaults",
+        "glass glass2 --set glass.padding=1 --set glass.padding_mode=reflect --input-size 7,8 --assume-defaults",
+        "norm map --name map --set map.padding=1 --set norm.eps=1e-3 --input-size 7,8 --bias-map --assume-defaults",
     )
     last = net
     for number, line in enumerate(lines):

@@ -24,7 +24,11 @@ def standing(
     if len(names) > 1:  # each is what BEFORE's of its name is, as far as nobody says otherwise
         said = sources.with_first(recorded(after))
         alike = {
-            leaf.name: {key: value for key, value in leaf.fields.items() if key not in said.fields(leaf.name)}
+            leaf.name: {
+                key: value
+                for key, value in leaf.fields.items()
+                if key not in said.fields(leaf.name) and key in after.part(leaf.name).kind.settable
+            }
             for leaf in leaves(before)
             if leaf.name in names
         }

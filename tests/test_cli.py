@@ -140,7 +140,7 @@ MISTAKES = [
             ("inspect ''", "expected CKPT"),
             ("verify net.pt ''", "expected AFTER"),
             ("convert net.pt ''", "expected OUT"),
-            ("plan '' --model model.py:Net --input-size 3,9,8", "expected CKPT"),
+            ("plan '' --model model.py:Net --model-input 3,9,8", "expected CKPT"),
             ("inspect net.pt --model ''", "--model: expected CODE"),
             ("inspect net.pt --geometry ''", "--geometry: expected FILE"),
             ("fuse net.pt first second -o ''", "--out: expected OUT"),
@@ -203,7 +203,7 @@ MISTAKES = [
             "toeplitz {} first --input-size 5,7 -o t.npz",
             "unfold {} first -o u.npz",
             "spectrum {} first --input-size 5,7",
-            "plan {} --model model.py:Net --input-size 3,9,8",
+            "plan {} --model model.py:Net --model-input 3,9,8",
             "fuse {} first second -o f.safetensors",
             "verify {} net.pt",
             "convert {} c.safetensors",
@@ -251,7 +251,7 @@ MISTAKES = [
     ("unfold net.pt first --input-size 2,7 -o u.npz", 2, "smaller than the kernel, which spans 3"),
     ("spectrum net.pt first --input-size 2,7", 2, "smaller than the kernel, which spans 3"),
     ("spectrum net.pt first", 2, "needs --input-size"),
-    ("plan --model model.py:Net --input-size 2,9,8", 2, "."),
+    ("plan --model model.py:Net --model-input 2,9,8", 2, "."),
     ("toeplitz net.pt first --input-size 7 -o t.npz", 2, "input size"),
     ("toeplitz net.pt first -o t.npz", 2, "needs --input-size"),
     ("verify net.pt net.pt --before first --after first --input-size 9,1", 2, "smaller than the kernel, which spans 2"),
@@ -278,8 +278,8 @@ MISTAKES = [
     ("spectrum net.pt frist --input-size 5,7", 2, r"no layer 'frist'; did you mean first\?"),
     ("convert net.pt c.pt --dtype float31", 2, "--dtype: expected one of .* got 'float31'"),
     ("convert net.pt c.pt --shard-size much", 2, "--shard-size: expected a number of bytes .* got 'much'"),
-    ("plan --model model.py:Nat --input-size 3,9,8", 2, "model.py has no 'Nat'"),
-    ("plan --model nowhere.py:Net --input-size 3,9,8", 3, "nowhere.py: no such file"),
+    ("plan --model model.py:Nat --model-input 3,9,8", 2, "model.py has no 'Nat'"),
+    ("plan --model nowhere.py:Net --model-input 3,9,8", 3, "nowhere.py: no such file"),
     ("plan net.pt", 2, "expected --model"),
     ("fuse net.pt first second", 2, "expected -o OUT"),
     ("fuse", 2, "expected CKPT"),
@@ -402,7 +402,7 @@ SUCCESSES = [
     ("verify net.pt net.pt --before first --after first --input-size 6,7", None),
     ("unfold net.pt first --input-size 5,7 -o u.npz", "u.npz"),
     ("spectrum net.pt first --input-size 5,7", None),
-    ("plan --model model.py:Net --input-size 3,9,8", None),
+    ("plan --model model.py:Net --model-input 3,9,8", None),
     ("convert net.pt c.safetensors", "c.safetensors"),
 ]
 
@@ -704,7 +704,7 @@ def test_a_dry_run_says_what_a_run_would_write(cli: Cli, here: Path) -> None:
         ("convert net.pt f.pt --as-toeplitz first=4,5 --assume-defaults", "f.pt"),
         ("convert net.pt parts --shard-size 300", "parts"),
         ("convert net.safetensors parts --dtype bfloat16 --shard-size 300B", "parts"),
-        ("plan --model model.py:Net --input-size 3,9,8 -o p.toml", "p.toml"),
+        ("plan --model model.py:Net --model-input 3,9,8 -o p.toml", "p.toml"),
     ],
 )
 def test_a_dry_run_tells_every_file_and_its_bytes_and_touches_none(line: str, out: str, cli: Cli, here: Path) -> None:
@@ -741,7 +741,7 @@ def test_verify_of_named_layers_and_one_sided_fields(cli: Cli, here: Path) -> No
 
 def test_a_plan_is_piped_into_fuse(cli: Cli, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = {name.replace("second", "0").replace("norm", "1"): tensor for name, tensor in network().items()}
-    plan = "plan --model piped.py:Net --input-size 4,9,8 -o -"
+    plan = "plan --model piped.py:Net --model-input 4,9,8 -o -"
     (here / "piped.py").write_text(
         MODEL.replace("Conv2d(3, 4, (3, 2))", "Conv2d(4, 5, (2, 3))").replace("2d(4)", "2d(5)")
     )

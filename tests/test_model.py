@@ -296,7 +296,7 @@ def test_inspect_shows_what_each_layer_reads_and_gives(folder: Path) -> None:
     geometry = folder / "geometry.toml"
     document = done(
         *("inspect", folder / "conv_bn.safetensors", *model),
-        *("--input-size", "1,9,8", "--write-geometry", geometry),
+        *("--model-input", "1,9,8", "--write-geometry", geometry),
     )
     runs = {layer["name"]: layer["runs"] for layer in document["layers"]}
     assert runs["conv2"] == [{"input_size": [12, 9, 8], "output_size": [16, 5, 4], "multiply_adds": 16 * 12 * 9 * 20}]
@@ -305,7 +305,7 @@ def test_inspect_shows_what_each_layer_reads_and_gives(folder: Path) -> None:
     for layer, other in zip(document["layers"], again["layers"], strict=True):
         fields = layer["geometry"] or {}
         assert (other["geometry"] or {}) == {key: fields[key] for key in fields if key != "output_padding"}
-    code, message = error("inspect", folder / "conv_bn.safetensors", "--input-size", "1,9,8")
+    code, message = error("inspect", folder / "conv_bn.safetensors", "--model-input", "1,9,8")
     assert (code, "goes with --model" in message) == (2, True)
     code, message = error("inspect", folder / "conv_bn.safetensors", "--write-geometry", folder / "none.toml")
     assert (code, "nothing is known" in message, (folder / "none.toml").exists()) == (2, True, False)
@@ -319,7 +319,7 @@ def test_a_plan_is_carried_out_by_fuse_at_once_or_as_a_recipe_and_the_network_st
 ) -> None:
     checkpoint, recipe = folder / f"{name}.safetensors", folder / f"{name}.toml"
     model = ("--model", f"{folder}/nets.py:{kind}")
-    plan = done("plan", checkpoint, *model, "--input-size", "1,8,8", "-o", recipe)
+    plan = done("plan", checkpoint, *model, "--model-input", "1,8,8", "-o", recipe)
     assert plan["out"] == str(recipe)
     one, other = folder / f"{name}-recipe.safetensors", folder / f"{name}-auto.safetensors"
     by_recipe = done("fuse", checkpoint, "--recipe", recipe, "-o", one)
@@ -328,7 +328,7 @@ def test_a_plan_is_carried_out_by_fuse_at_once_or_as_a_recipe_and_the_network_st
     assert [fusion["parameters"] for fusion in by_recipe["fusions"]] == [
         {side: fusion[side]["parameters"] for side in ("before", "after")} for fusion in plan["fusions"]
     ]
-    done("fuse", checkpoint, "--auto", *model, "--input-size", "1,8,8", "-o", other)
+    done("fuse", checkpoint, "--auto", *model, "--model-input", "1,8,8", "-o", other)
     assert one.read_bytes() == other.read_bytes()
     report = done("verify", checkpoint, one, *model, "--model-input", "1,9,10" if name != "chains" else "1,8,8")
     whole = report["whole_model"]
@@ -362,13 +362,13 @@ def test_what_goes_with_a_model_is_refused_without_one(folder: Path) -> None:
     checkpoint, out = folder / "chains.safetensors", folder / "never.safetensors"
     model = ("--model", f"{folder}/nets.py:Chains")
     for words, part in (
-        (("fuse", checkpoint, "--auto", "-o", out), "--auto"),
+        (("fuse", checkpoint, "--auto", "-o", out), "expected --model"),
         (("fuse", checkpoint, "a", "b", "--auto", *model, "-o", out), "--auto"),
-        (("fuse", checkpoint, "--auto", *model, "-o", out), "and --input-size"),
+        (("fuse", checkpoint, "--auto", *model, "-o", out), "expected --model-input"),
         (("fuse", checkpoint, "a", "b", "--measure", "-o", out), "goes with --auto"),
-        (("plan", checkpoint, "--input-size", "1,8,8"), "expected --model"),
-        (("plan", checkpoint, *model), "expected --input-size"),
-        (("plan", checkpoint, *model, "--input-size", "2,8,8"), "the model doesn't run on an input of shape"),
+        (("plan", checkpoint, "--model-input", "1,8,8"), "expected --model"),
+        (("plan", checkpoint, *model), "expected --model-input"),
+        (("plan", checkpoint, *model, "--model-input", "2,8,8"), "the model doesn't run on an input of shape"),
         (("inspect", checkpoint, "--model-args", "{}"), "goes with --model"),
         (("verify", checkpoint, checkpoint, "--model-input", "1,8,8"), "goes with --model"),
     ):
@@ -389,7 +389,7 @@ def test_a_bias_of_zeros_in_the_checkpoint_counts_as_none(tmp_path: Path) -> Non
         from torch import nn
         def net(): return nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 3, padding=1))
     """
-    model = ("--model", f"{written(tmp_path, code)}:net", "--input-size", "2,6,5")
+    model = ("--model", f"{written(tmp_path, code)}:net", "--model-input", "2,6,5")
     net = filled(nn.Sequential(nn.Conv2d(2, 3, 1), nn.Conv2d(3, 4, 3, padding=1)))
     assert done("plan", save(net, tmp_path / "biased.pt"), *model)["fusions"] == []
     net.get_parameter("0.bias").data.zero_()
@@ -406,7 +406,7 @@ def test_a_fusion_that_is_exact_for_one_size_goes_through_the_recipe(tmp_path: P
     spec = f"{written(tmp_path, code)}:net"
     net = filled(nn.Sequential(nn.Conv2d(2, 3, (2, 3), stride=(2, 3), bias=False), nn.Conv2d(3, 4, 3, padding=1)))
     checkpoint, recipe, out = save(net, tmp_path / "net.pt"), tmp_path / "plan.toml", tmp_path / "out.pt"
-    options = ("--model", spec, "--input-size", "2,8,9")
+    options = ("--model", spec, "--model-input", "2,8,9")
     assert done("plan", checkpoint, *options, "-o", recipe)["out"] is None
     assert not recipe.exists()
     plan = done("plan", checkpoint, *options, "--fixed-size", "--everything", "-o", recipe)
@@ -445,7 +445,7 @@ def test_what_the_models_code_prints_leaves_stdout_alone(tmp_path: Path) -> None
     path = written(tmp_path, NET)
     torch.manual_seed(0)
     net = save(load_model(f"{path}:build", in_memory=True), tmp_path / "net.pt")
-    plan = done("plan", net, "--model", f"{path}:build", "--input-size", "3,8,9")  # one JSON document, or it fails
+    plan = done("plan", net, "--model", f"{path}:build", "--model-input", "3,8,9")  # one JSON document, or it fails
     assert [fusion["layers"] for fusion in plan["fusions"]] == [["conv", "bn"]]
 
 
@@ -472,3 +472,55 @@ def test_a_model_of_another_network_is_refused_and_one_with_another_head_is_not(
             agree(other, checkpoint).check(other, "net.py:Net")
     for like in (network(3, 4, 7), network(3, 4, 5), network(2, 4, 5)):
         agree(like, checkpoint).check(like, "net.py:Net")
+
+
+TWO = """
+    import torch
+    from torch import nn
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.image = nn.Embedding(7, 4), nn.Conv2d(3, 4, (3, 1))
+            self.bn = nn.BatchNorm2d(4)
+        def forward(self, image, words=None, *, by_name=None):
+            y = self.bn(self.image(image))
+            return y if words is None else y * self.words(words).sum(1)[:, :, None, None]
+    def given():
+        return {"words": torch.tensor([[1, 5]]), "image": torch.ones(1, 3, 6, 5)}
+    def scaled():
+        return Scaled()
+    class Scaled(Two):
+        def forward(self, image, scale):
+            return super().forward(image) * scale[:, :, None, None]
+"""
+
+
+def test_a_model_of_several_inputs_or_of_token_ids(tmp_path: Path) -> None:
+    path = written(tmp_path, TWO)
+    net, out = save(filled(load_model(f"{path}:Two", in_memory=True)), tmp_path / "net.pt"), tmp_path / "out.pt"
+    for what, given in (("Two", [f"{path}:given"]), ("scaled", ["3,6,5", "4"])):
+        how = ["--model", f"{path}:{what}", *(word for one in given for word in ("--model-input", one))]
+        (fusion,) = done("plan", net, *how)["fusions"]
+        assert fusion["layers"] == ["image", "bn"]
+        done("fuse", net, "--auto", *how, "-o", out, "--force")
+        assert done("verify", net, out, *how)["whole_model"]["equal"]
+        assert done("inspect", net, *how)["layers"][1]["runs"]
+    for wrong in ("3,x", "0,3", f"{path}:Nothing"):
+        assert error("plan", net, "--model", f"{path}:Two", "--model-input", wrong)[0] == 2
+
+
+def test_an_exported_program_is_planned_and_fused_without_any_code(tmp_path: Path) -> None:
+    net = filled(NETWORKS["repvgg"]()).float()
+    exported = torch.export.export(net, (torch.zeros(1, 1, 8, 8),))
+    path, one, two = tmp_path / "net.pt2", tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    torch.export.save(exported, path)
+    checkpoint = save(net, tmp_path / "net.safetensors")
+    how = ("--model", f"{NETWORKS_PY}:RepVGGStyle", "--model-input", "1,8,8")
+    found, expected = done("plan", path), done("plan", checkpoint, *how)
+    assert {**found, "source": None} == {**expected, "source": None}
+    done("fuse", path, "--auto", "-o", one)
+    done("fuse", checkpoint, "--auto", *how, "-o", two)
+    assert load(one).keys() == load(two).keys()
+    assert all(torch.equal(tensor, load(two)[name]) for name, tensor in load(one).items())
+    assert error("plan", checkpoint)[1].endswith("and --model-input, such as 3,224,224")
+    assert error("plan", path, "--model-input", "1,8,8")[1] == "--model-input: goes with --model"

@@ -45,9 +45,9 @@ class Net(nn.Sequential):
         return super().forward(x)
 """
 COMMANDS = {
-    "inspect": ("inspect", "net.pt", "--model", "net.py:Net", "--input-size", "3,8,8"),
-    "plan": ("plan", "net.pt", "--model", "net.py:Net", "--input-size", "3,8,8"),
-    "fuse": ("fuse", "net.pt", "--auto", "--model", "net.py:Net", "--input-size", "3,8,8", "-o", "out.pt"),
+    "inspect": ("inspect", "net.pt", "--model", "net.py:Net", "--model-input", "3,8,8"),
+    "plan": ("plan", "net.pt", "--model", "net.py:Net", "--model-input", "3,8,8"),
+    "fuse": ("fuse", "net.pt", "--auto", "--model", "net.py:Net", "--model-input", "3,8,8", "-o", "out.pt"),
 }
 
 

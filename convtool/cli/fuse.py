@@ -69,7 +69,8 @@ class Wanted:
     bias_map: bool = flag(
         "Where padding hides a bias, store one for each output (NAME.bias_map): exact at --input-size."
     )
-    auto: bool = flag("Fuse what `convtool plan` finds; with --model, and --input-size of its input.")
+    auto: bool = flag("Fuse what `convtool plan` finds; with --model and --model-input, or in a .pt2 file.")
+    model_input: list[str] | None = shared.model_input()
     fixed_size: bool = shared.fixed_size()
     measure: bool = shared.measure()
     everything: bool = shared.everything()
@@ -105,9 +106,9 @@ class Wanted:
             raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
 
     def _check_auto(self, model: str | None) -> None:
-        if model is None or self.input_size is None:
-            raise UsageError("--auto: expected --model, and --input-size of the model's input, such as 3,224,224")
-        own = ("layers", "recipe", "name", "normalize", "input_scale", "allow_border", "bias_map")
+        if model is not None and not self.model_input:
+            raise UsageError("--auto: expected --model-input, the size of the model's input, such as 3,224,224")
+        own = ("input_size", "layers", "recipe", "name", "normalize", "input_scale", "allow_border", "bias_map")
         for name in own:
             if getattr(self, name):
                 other = "LAYERs" if name == "layers" else f"--{name.replace('_', '-')}"
@@ -309,7 +310,6 @@ def _find(
 def _plan_model(wanted: Wanted, opened: Checkpoint, sources: shared.Sources, reporter: Reporter) -> Plan:
     from convtool.cli.model import plan_for
 
-    assert sources.model is not None  # as `Wanted.check` has it
     plan = plan_for(opened, sources.model, sources.model_args, wanted, reporter)
     if not plan.fusions:
         raise RefusedError("--auto: found nothing to fuse; `convtool plan` says what was left alone, and why")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from convtool.cli import complete, shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
-from convtool.cli.options import Size, argument, flag, option
+from convtool.cli.options import argument, flag, option
 from convtool.cli.output import Reporter, table
 from convtool.cli.saved import Recorded, some_of
 from convtool.core.tree import tree_text
@@ -40,9 +40,7 @@ class Options:
     checkpoint: Path = shared.checkpoint()
     pattern: str | None = argument("PATTERN", "Only layers whose name matches, such as 'layer1.*'.", complete.layers)
     tensors: bool = flag("List every tensor.")
-    input_size: Size | None = option(
-        "C,H,W", "With --model: the size of its input, to show what each layer reads and gives, and its multiply-adds."
-    )
+    model_input: list[str] | None = shared.model_input()
     write_geometry: Path | None = option("FILE", "Write what is known of the layers' geometry as TOML for --geometry.")
     sources: shared.Sources
     force: bool = shared.force()
@@ -136,7 +134,7 @@ def run(options: Options, reporter: Reporter) -> Result:
         raise UsageError(f"{path}: no layer matches {pattern!r}; without a pattern all are listed")
     known = {name: fields.known(name, opened.layers[name]) for name in names}
     geometry = {name: _geometry(opened.layers[name], one.fields) for name, one in known.items()}
-    runs = runs_of_layers(found, options.input_size)
+    runs = runs_of_layers(found, options.model_input)
     layers = [
         _layer(opened, name, geometry[name], known[name], options.tensors, None if runs is None else runs.get(name, ()))
         for name in names

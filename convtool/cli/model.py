@@ -48,45 +48,52 @@ def _agreement(model: nn.Module, spec: str, checkpoint: Checkpoint, reporter: Re
 
 
 def runs_of_layers(
-    found: tuple[nn.Module, Agreement] | None, input_size: Sequence[int] | None
+    found: tuple[nn.Module, Agreement] | None, model_input: Sequence[str] | None
 ) -> Mapping[str, Sequence[LayerRun]] | None:
-    """Return what each layer reads and gives while the model runs once, by the checkpoint's names; None without a size.
+    """Return what each layer reads and gives while the model runs once, by the checkpoint's names; None without input.
 
     Raises:
-        UsageError: a size and no model.
+        UsageError: an input and no model.
     """
-    if input_size is None:
+    if not model_input:
         return None
     if found is None:
-        raise UsageError("--input-size: is the size of the model's input, and goes with --model")
+        raise UsageError("--model-input: goes with --model")
+    from convtool.live.given import model_inputs
     from convtool.live.plan import layer_runs
 
     built, agreed = found
-    runs = layer_runs(built, input_size)
+    runs = layer_runs(built, model_inputs(built, model_input))
     return {agreed.names[name]: each for name, each in runs.items() if name in agreed.names}
 
 
-def plan_for(checkpoint: Checkpoint | None, spec: str, arguments: str | None, how: Any, reporter: Reporter) -> Plan:
+def plan_for(
+    checkpoint: Checkpoint | None, spec: str | None, arguments: str | None, how: Any, reporter: Reporter
+) -> Plan:
     """Return the fusions of a model, by the names of the checkpoint and for what it holds, where there is one.
 
     Args:
-        how: options, with an input_size, fixed_size, everything and measure.
+        spec: the model's code; None where the checkpoint says what its data flow is.
+        how: options, with a model_input, fixed_size, everything and measure.
 
     Raises:
-        UsageError: no input size, a model that cannot be built or doesn't run on it, or of another checkpoint.
+        UsageError: no input, a model that cannot be built or doesn't run on it, or of another checkpoint.
         RefusedError: the model's data flow cannot be followed.
     """
+    from convtool.live.given import model_inputs
     from convtool.live.load import load_model
     from convtool.live.plan import plan
 
-    if how.input_size is None:
-        raise UsageError("expected --input-size, the size of the model's input, such as 3,224,224")
+    if spec is None:
+        return _plan_of_file(checkpoint, how)
+    if not how.model_input:
+        raise UsageError("expected --model-input, the size of the model's input, such as 3,224,224")
     model = load_model(spec, arguments)
     found = None if checkpoint is None else _agreement(model, spec, checkpoint, reporter)
     with reporter.progress("following the model", None):
         made = plan(
             model,
-            how.input_size,
+            inputs=model_inputs(model, how.model_input),
             fixed_size=how.fixed_size,
             everything=how.everything,
             measure=how.measure,
@@ -96,3 +103,16 @@ def plan_for(checkpoint: Checkpoint | None, spec: str, arguments: str | None, ho
     for line in made.remarks:
         reporter.remark(f"note: {line}")
     return made if found is None else made.renamed(found.names)
+
+
+def _plan_of_file(checkpoint: Checkpoint | None, how: Any) -> Plan:
+    """Return the fusions of a network whose checkpoint describes it."""
+    from convtool.graph.exported import plan_exported
+
+    if checkpoint is None:
+        raise UsageError(
+            "expected --model, the code that builds the model: pkg.mod:callable or file.py:callable; or a .pt2 file"
+        )
+    if checkpoint.program is not None and (how.measure or how.model_input):
+        raise UsageError(f"{'--measure' if how.measure else '--model-input'}: goes with --model")
+    return plan_exported(checkpoint, fixed_size=how.fixed_size, everything=how.everything)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, Count, Sizes, fill
-from convtool.cli.options import Size, argument, option
+from convtool.cli.options import argument, option
 from convtool.cli.output import Reporter, emit, table
 from convtool.core.tree import LayerRef, Tree, leaves, map_leaves
 from convtool.errors import UsageError
@@ -19,12 +19,14 @@ if TYPE_CHECKING:
     from convtool.graph.judge import Cost, Exact, Merge
 
 EXAMPLES = """
-convtool plan resnet.safetensors --model torchvision.models:resnet50 --input-size 3,224,224
-convtool plan net.pt --model net.py:Net --model-args '{"width": 32}' --input-size 3,64,64 -o plan.toml
+convtool plan resnet.safetensors --model torchvision.models:resnet50 --model-input 3,224,224
+convtool plan net.pt --model net.py:Net --model-args '{"width": 32}' --model-input 3,64,64 -o plan.toml
 convtool fuse net.pt --recipe plan.toml -o fused.pt
-convtool plan net.pt --model net.py:Net --input-size 3,64,64 -o - | convtool fuse net.pt --recipe - -o fused.pt
+convtool plan net.pt --model net.py:Net --model-input 3,64,64 -o - | convtool fuse net.pt --recipe - -o fused.pt
+# an exported program says by itself what its data flow is
+convtool plan net.pt2 -o plan.toml
 # a folder as Hugging Face lays it out
-convtool plan folder/model.safetensors --model folder --input-size 3,224,224 --everything
+convtool plan folder/model.safetensors --model folder --model-input 3,224,224 --everything
 """
 
 
@@ -36,10 +38,10 @@ class Options:
     model: str | None = option(
         "CODE",
         "The model's code: pkg.mod:callable, file.py:callable, or a Hugging Face folder. This runs that code,"
-        " your own, and nothing else in convtool does. Required.",
+        " your own, and nothing else in convtool does. A .pt2 file needs none.",
     )
     model_args: str | None = shared.model_args()
-    input_size: Size | None = option("C,H,W", "Size of the model's input, the channels in front; without the batch.")
+    model_input: list[str] | None = shared.model_input()
     out: Path | None = option("OUT", "Write the plan as a recipe (.toml; - for stdout).", "--out", "-o")
     fixed_size: bool = shared.fixed_size()
     everything: bool = shared.everything()
@@ -140,8 +142,6 @@ def run(options: Options, reporter: Reporter) -> Result:
     from convtool.formats.atomic import check_target, replacing
 
     out = options.out
-    if options.model is None:
-        raise UsageError("expected --model, the code that builds the model: pkg.mod:callable or file.py:callable")
     piped = out is not None and str(out) == "-"
     if piped and reporter.as_json:
         raise UsageError("--out -: stdout holds the recipe or the document of --json; name a file for one of them")
@@ -230,4 +230,4 @@ def _count(number: int) -> str:
     return str(number)
 
 
-COMMAND = Command("[CKPT] --model CODE --input-size C,H,W", EXAMPLES, Options, run, show)
+COMMAND = Command("[CKPT] --model CODE --model-input C,H,W", EXAMPLES, Options, run, show)

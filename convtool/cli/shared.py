@@ -32,6 +32,12 @@ model_args = partial(option, "JSON", "Arguments of the callable, as JSON.")
 input_size = partial(
     option, "[C,]H,W", "Spatial sizes of the first layer's input, with or without the channels in front."
 )
+model_input = partial(
+    option,
+    "C,H,W|CODE",
+    "With --model: the size of its input, channels in front, without the batch; once for each of several. Or"
+    " pkg.mod:callable or file.py:callable, which returns the arguments.",
+)
 others = partial(
     option, "NAME=FILE", "Another checkpoint, whose layers are then called NAME:LAYER. Repeatable.", "--with"
 )
@@ -42,7 +48,7 @@ dtype = partial(
     completion=complete.one_of(*DTYPES),
     parse=parse_dtype,
 )
-fixed_size = partial(flag, "Also fuse what is exact for inputs of --input-size only.")
+fixed_size = partial(flag, "Also fuse what is exact for inputs of --model-input's size only.")
 everything = partial(
     flag, "Also fuse what takes more multiply-adds then, and what the model's code has to be changed for."
 )

@@ -99,11 +99,7 @@ class Options:
         "DEVICE", "Where to run it, such as cuda; the verdict is the same.", parse=parse_device, default="cpu"
     )
     sources: Sources
-    model_input: Size | None = option(
-        "C,H,W",
-        "With --model: the size of the model's input. Also run the whole model before and after; without a record, the"
-        " model tells which layers another program may have fused.",
-    )
+    model_input: list[str] | None = shared.model_input()
     model_after: str | None = option(
         "CODE", "The code of AFTER's network: run both on random inputs, which covers what no pair of layers does."
     )
@@ -313,7 +309,7 @@ def _plan(options: Options, before: Checkpoint, reporter: Reporter) -> Plan:
     from convtool.cli.model import plan_for
 
     assert options.sources.model is not None  # as `Options.check` has it
-    how = SimpleNamespace(input_size=options.model_input, fixed_size=False, everything=True, measure=False)
+    how = SimpleNamespace(model_input=options.model_input, fixed_size=False, everything=True, measure=False)
     return plan_for(before, options.sources.model, options.sources.model_args, how, reporter)
 
 

@@ -142,7 +142,7 @@ class Whole:
         most: the largest ratio that is called equal.
     """
 
-    input_size: Sizes
+    inputs: str
     outputs: Count
     difference: float
     largest_output: float
@@ -160,7 +160,7 @@ class Whole:
 
     def __str__(self) -> str:
         return (
-            f"the whole model, on inputs of {format_sizes(self.input_size)}: outputs"
+            f"the whole model, on inputs of {self.inputs}: outputs"
             f" {'equal' if self.equal else 'DIFFER'}; they differ by {self.difference:.3g}, rounding every weight"
             f" changes them by {self.rounding:.3g}, the largest is {self.largest_output:.3g}"
         )

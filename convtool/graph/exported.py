@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from convtool.checkpoint import Checkpoint
-from convtool.formats.program import Inside, Node, Program, Value
+from convtool.errors import UsageError
+from convtool.formats.program import Node, Program, Value, values_in
+from convtool.graph.cut import cut
 from convtool.graph.flow import Flow
-from convtool.graph.operations import INPUT, Operation, Run, read_flow
+from convtool.graph.judge import Judge
+from convtool.graph.operations import INPUT, OF_SHAPE, Operation, Run, read_flow
+from convtool.graph.planned import Plan
 
 # ATen's operations whose value may lie in the memory of what they read first.
 _VIEWS = frozenset(
@@ -38,12 +43,43 @@ _CONSTANT = -1  # the number of what nothing of the run's input goes into
 def read_exported(opened: Checkpoint, program: Program) -> Flow:
     """Return the data flow of an exported program.
 
-    A layer is one here where the program does nothing else in its runs than such a layer does; others stay apart.
+    A layer is an operation here, as in a recorded run; one that pads by itself in another way than with zeros is told
+    by its module's run, whose padding is its own.
     """
     stated = opened.stated
+    padding = {name for name, fields in stated.items() if fields.get("padding_mode", "zeros") != "zeros"}
     layers = {name: replace(layer, fields=stated.get(name, {})) for name, layer in opened.layers.items()}
-    apart = {name: "the program does something else with its tensors" for name in layers if name not in stated}
-    return read_flow(read_run(program, layers), layers, apart)
+    return read_flow(read_run(program, padding), layers, {})
+
+
+def plan_exported(opened: Checkpoint, *, fixed_size: bool = False, everything: bool = False) -> Plan:
+    """Return every fusion in the network that a checkpoint describes, of which no code is run.
+
+    Args:
+        fixed_size: also take what is exact for inputs of the size only that it was exported with.
+        everything: cut each chain into the fewest layers; otherwise so that it takes the fewest multiply-adds.
+
+    Raises:
+        UsageError: the checkpoint describes none.
+    """
+    if opened.program is None:
+        raise UsageError(
+            f"{opened.path}: says nothing of the network's data flow; expected --model, the code that builds it, and"
+            " --model-input, such as 3,224,224"
+        )
+    flow = read_exported(opened, opened.program)
+    judge = Judge(flow, partial(_is_biased, opened))
+    judge.flow = flow = replace(flow, apart={**judge.resized(), **flow.apart})
+    merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=not everything)
+    stated = {layer.name: {**layer.fields, **opened.stated.get(layer.name, {})} for _, layer in flow.calls()}
+    others = (layer for layer in opened.layers.values() if layer.name not in stated)
+    uncounted = sum(info.count for layer in others for info in layer.stored())
+    return Plan.of(judge, merges, left_alone, opened.layers.values(), stated, uncounted=uncounted)
+
+
+def _is_biased(opened: Checkpoint, name: str) -> bool:
+    bias = opened.layer(name).tensors.get("bias")
+    return bias is not None and bool(opened.tensor(bias.name).count_nonzero())
 
 
 def read_run(program: Program, layers: Container[str]) -> Run:
@@ -62,6 +98,7 @@ class _Reader:
         self.made: dict[Value, int] = {}  # the operation that made a value
         self.memory: dict[Value, Value] = {}  # the value whose memory another lies in
         self.changed: dict[Value, int] = {}  # the last operation that changed a value's memory
+        self.made_of: dict[Value, tuple[str, ...]] = {}  # the model's tensors that a constant is computed of
         self.runs: dict[tuple[str, str], int] = {}  # of modules, by the number of their first operation
 
     def run(self) -> Run:
@@ -74,12 +111,21 @@ class _Reader:
         return Run(self.operations, outputs)
 
     def _add(self, node: Node) -> None:
-        read = list(node.reads())
+        read = [
+            one for key, value in node.arguments.items() if key != OF_SHAPE.get(node.name) for one in values_in(value)
+        ]
         reads = tuple(number for value in read if (number := self._number(value)) != _CONSTANT)
-        tensors = tuple(name for value in read if (name := self._tensor(value)) is not None)
-        shape = self.program.shapes.get(node.gives[0], ()) if node.gives else ()
+        tensors = tuple(name for value in read for name in self._tensors(value))
         number, arguments = len(self.operations), {key: _plain(value) for key, value in node.arguments.items()}
-        self.operations.append(Operation(node.name, reads, shape, tensors, arguments, self._call(node, number)))
+        operands = {
+            key: (self.program.tensors[value], self.program.shapes.get(value, ()))
+            for key, value in node.arguments.items()
+            if isinstance(value, Value) and value in self.program.tensors and self._number(value) == _CONSTANT
+        }
+        shape = self.program.shapes.get(node.gives[0], ()) if node.gives else ()
+        within = tuple((one.path, self.runs.setdefault((one.path, one.run), number)) for one in node.inside)
+        call = next((one for one in within if one[0] in self.layers), ("", 0))
+        self.operations.append(Operation(node.name, reads, shape, tensors, arguments, call, operands, within))
         kind = node.name.split(".")[1] if node.name.count(".") else node.name
         in_place = kind.endswith("_") and not kind.endswith("__")
         for value in node.gives:
@@ -87,6 +133,8 @@ class _Reader:
                 self.memory[value] = self._home(read[0])
             if reads:
                 self.made[value] = number
+            elif tensors:
+                self.made_of[value] = tensors
         if in_place and read and reads:
             self.changed[self._home(read[0])] = number
 
@@ -97,16 +145,10 @@ class _Reader:
         """Return the operation that a value comes from: the last one that changed its memory, if that is later."""
         return max(self.made.get(value, _CONSTANT), self.changed.get(self._home(value), _CONSTANT))
 
-    def _tensor(self, value: Value) -> str | None:
-        """Return the name of the model's tensor that a value is, or lies in."""
-        return self.program.tensors.get(self._home(value))
-
-    def _call(self, node: Node, number: int) -> tuple[str, int]:
-        """Return the outermost layer in whose run an operation happens, and the number of that run."""
-        inside: Inside | None = next((one for one in node.inside if one.path in self.layers), None)
-        if inside is None:
-            return "", 0
-        return inside.path, self.runs.setdefault((inside.path, inside.run), number)
+    def _tensors(self, value: Value) -> tuple[str, ...]:
+        """Return the name of the model's tensor that a value is, or lies in; or of those that it is computed of."""
+        name = self.program.tensors.get(self._home(value))
+        return self.made_of.get(value, ()) if name is None else (name,)
 
 
 def _plain(value: Any) -> Any:

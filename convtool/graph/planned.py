@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -10,7 +10,9 @@ from convtool.core.fields import Fields
 from convtool.core.names import toml_string
 from convtool.core.tree import LayerRef, Sum, Tree, leaves, map_leaves, tree_text
 from convtool.graph.flow import LeftAlone
-from convtool.graph.judge import Cost, Merge
+from convtool.graph.judge import Cost, Judge, Merge
+from convtool.graph.left_over import left_over
+from convtool.kinds.kind import Layer
 from convtool.kinds.stated import FieldSource, field_tables
 
 
@@ -33,6 +35,37 @@ class Plan:
     total: Cost
     remarks: tuple[str, ...]
     uncounted: int = 0
+
+    @classmethod
+    def of(
+        cls,
+        judge: Judge,
+        merges: Sequence[Merge],
+        left_alone: Sequence[LeftAlone],
+        layers: Iterable[Layer],
+        fields: Mapping[str, Fields] | None = None,
+        *,
+        uncounted: int,
+    ) -> Plan:
+        """Return the plan of fusions that were chosen.
+
+        Args:
+            left_alone: what was seen to, and is not among them.
+            layers: all of the model.
+            fields: of its layers, where they aren't those of the run.
+        """
+        layers = list(layers)
+        used = {leaf.name for one in merges for leaf in leaves(one.tree)}
+        said = used.union(name for one in left_alone for name in one.layers)
+        known = {layer.name: layer.fields for _, layer in judge.flow.calls()} if fields is None else fields
+        return cls(
+            tuple(merges),
+            (*left_alone, *left_over(judge.flow, layers, said)),
+            {one.name: known[one.name] for one in layers if one.name in used and known.get(one.name)},
+            judge.total(),
+            judge.flow.remarks,
+            uncounted,
+        )
 
     @property
     def geometry(self) -> FieldSource:

@@ -45,11 +45,18 @@ def load_model(spec: str, arguments: str | None = None, *, in_memory: bool = Fal
     return model.eval()
 
 
-def _from_code(spec: str, arguments: str | None, in_memory: bool) -> nn.Module:
+def run_code(option: str, spec: str) -> Any:
+    """Return what the callable that an option's value names returns; raise UsageError where it fails."""
+    with _named(spec) as made, _user_code(f"{option} {spec}: calling it failed"):
+        return made()
+
+
+@contextlib.contextmanager
+def _named(spec: str) -> Iterator[Any]:
+    """Give what 'pkg.mod:name' or 'file.py:name' names, and let its code import what lies beside it meanwhile."""
     where, _, attribute = spec.rpartition(":")
     if not where or not attribute:
         raise UsageError(f"--model: expected {EXPECTED}, got {spec!r}")
-    given = _arguments(arguments)
     with _importable(Path(where).parent if where.endswith(".py") else Path()):
         module = _file(Path(where)) if where.endswith(".py") else _import(where)
         try:
@@ -57,6 +64,12 @@ def _from_code(spec: str, arguments: str | None, in_memory: bool) -> nn.Module:
         except AttributeError:
             public = [name for name in vars(module) if not name.startswith("_")]
             raise UsageError(f"--model: {where} has no {attribute!r}; it has {', '.join(public[:8])}") from None
+        yield made
+
+
+def _from_code(spec: str, arguments: str | None, in_memory: bool) -> nn.Module:
+    given = _arguments(arguments)
+    with _named(spec) as made:
         if not isinstance(made, nn.Module):
             with _user_code(f"{spec}: calling it failed"):
                 made = _call(made, *given, in_memory)

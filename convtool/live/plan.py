@@ -14,14 +14,12 @@ from torch.nn.parameter import is_lazy
 from convtool import __version__
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record, SourceLayer
-from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves
+from convtool.core.tree import BASE, LayerRef, Tree, map_leaves
 from convtool.errors import UsageError
 from convtool.fusing.fusion import check_ties, plan_layer
 from convtool.fusing.lowering import lower_tree
 from convtool.graph.cut import cut
-from convtool.graph.flow import LeftAlone
 from convtool.graph.judge import Judge, LayerRun, Merge
-from convtool.graph.left_over import left_over
 from convtool.graph.planned import Plan
 from convtool.graph.stopwatch import Stopwatch
 from convtool.kinds.stated import FieldSources
@@ -30,7 +28,7 @@ from convtool.live.layers import found_layers
 from convtool.live.recorder import Recorded
 from convtool.live.rehearse import failures
 from convtool.live.state import StateCheckpoint
-from convtool.live.trace import example_input, trace
+from convtool.live.trace import Inputs, example_input, trace
 
 
 def plan(
@@ -71,7 +69,7 @@ def plan(
         merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=cheaper, refused=refused)
         wrong = _rehearsed(model, arguments, recorded, judge, merges)
         if not wrong:
-            return _planned(model, judge, merges, left_alone)
+            return Plan.of(judge, merges, left_alone, found_layers(model).values(), uncounted=_uncounted(model, judge))
         refused |= {merges[number].tree: reason for number, reason in wrong.items()}
 
 
@@ -88,32 +86,27 @@ def _rehearsed(
     return failures(model, inputs, recorded, put)
 
 
-def _planned(model: nn.Module, judge: Judge, merges: Sequence[Merge], left_alone: Sequence[LeftAlone]) -> Plan:
-    said = {leaf.name for one in merges for leaf in leaves(one.tree)}
-    said.update(name for one in left_alone for name in one.layers)
-    others = left_over(judge.flow, found_layers(model).values(), said)
-    used = {leaf.name: judge.layer(leaf.name).fields for one in merges for leaf in leaves(one.tree) if not leaf.written}
-    fields = {name: used[name] for name, _ in model.named_modules() if used.get(name)}
+def _uncounted(model: nn.Module, judge: Judge) -> int:
+    """Return how many parameters a model has besides those of the layers whose cost is counted."""
     counted = {layer.name for _, layer in judge.flow.calls()}
-    uncounted = (
+    return sum(
         tensor.numel()
         for name, tensor in model.named_parameters()
         if counted.isdisjoint((name, name.rpartition(".")[0])) and not is_lazy(tensor)
     )
-    return Plan(tuple(merges), (*left_alone, *others), fields, judge.total(), judge.flow.remarks, sum(uncounted))
 
 
-def layer_runs(model: nn.Module, input_size: Sequence[int]) -> dict[str, list[LayerRun]]:
+def layer_runs(model: nn.Module, inputs: Inputs) -> dict[str, list[LayerRun]]:
     """Return every run of each layer while the model runs once in eval mode, by module path; nothing is computed.
 
     Args:
-        input_size: of the model's input, without the batch.
+        inputs: the arguments of the model's forward.
 
     Raises:
-        UsageError: the model doesn't run on it.
+        UsageError: the model doesn't run on them.
         RefusedError: its data flow can't be followed.
     """
-    return Judge(trace(model, (example_input(model, input_size),)).flow, lambda name: True).runs()
+    return Judge(trace(model, inputs).flow, lambda name: True).runs()
 
 
 def _watch(model: nn.Module) -> Stopwatch:

@@ -186,10 +186,14 @@ def _check_runs(model: nn.Module, inputs: Inputs, kept: Kept) -> None:
         raise _does_not_run(inputs, error) from None
 
 
+def shapes_of(inputs: Inputs) -> str:
+    """Return the shapes of inputs, and of what is no tensor the type, in words."""
+    return ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
+
+
 def _does_not_run(inputs: Inputs, error: BaseException | None) -> UsageError:
-    sizes = ", ".join(str(tuple(x.shape)) if isinstance(x, Tensor) else type(x).__name__ for x in inputs)
     return UsageError(
-        f"the model doesn't run on an input of shape {sizes} (the batch first, then the input size):"
+        f"the model doesn't run on an input of shape {shapes_of(inputs)} (the batch first, then the input size):"
         f" {error_line(error)}"
     )
 

@@ -23,8 +23,9 @@ from convtool.checkpoint import Checkpoint
 from convtool.errors import InputError, UsageError
 from convtool.live.agreement import agree
 from convtool.live.apply import apply_checkpoint
+from convtool.live.given import describe_given, random_inputs
 from convtool.live.state import COUNTERS, load_tensors, tensors_of
-from convtool.live.trace import error_line
+from convtool.live.trace import Inputs, error_line, shapes_of
 
 # Times the effect of rounding every weight once that a difference may have: fused weights are rounded once as well,
 # but the maxima of a few random draws are compared. A layer in the wrong place differs by a million times and more.
@@ -37,14 +38,14 @@ class WholeReport:
     """Both networks on the same inputs, in float64.
 
     Attributes:
-        input_size: of the model's input, without the batch.
+        inputs: what the networks ran on, in words.
         difference: the largest, of all outputs and inputs.
         largest: output of the original.
         rounding: the largest change of an output when every number of the original is changed by a rounding.
         outputs: how many numbers were compared.
     """
 
-    input_size: tuple[int, ...]
+    inputs: str
     difference: float
     largest: float
     rounding: float
@@ -67,7 +68,7 @@ def compare_whole(
     build: Callable[[], nn.Module],
     before: Checkpoint,
     after: Checkpoint,
-    input_size: Sequence[int],
+    inputs: Sequence[str],
     *,
     trials: int = 2,
     seed: int = 0,
@@ -76,8 +77,8 @@ def compare_whole(
 
     Args:
         build: makes the network, its tensors in memory.
-        input_size: of its input, without the batch.
-        trials: random normal inputs.
+        inputs: of the network, as --model-input has them.
+        trials: random normal ones.
 
     Raises:
         UsageError: the network and BEFORE don't fit each other, or it doesn't run on that size.
@@ -86,7 +87,7 @@ def compare_whole(
     """
     original = _loaded(build(), before).eval()
     fused = apply_checkpoint(copy.deepcopy(original), after).eval()
-    return _compared(original, before, fused, after, input_size, trials, seed)
+    return _compared(original, before, fused, after, inputs, trials, seed)
 
 
 def compare_networks(
@@ -94,7 +95,7 @@ def compare_networks(
     before: Checkpoint,
     fused: nn.Module,
     after: Checkpoint,
-    input_size: Sequence[int],
+    inputs: Sequence[str],
     *,
     trials: int = 2,
     seed: int = 0,
@@ -103,7 +104,7 @@ def compare_networks(
 
     Args:
         original, fused: in memory.
-        input_size, trials: as of `compare_whole`.
+        inputs, trials: as of `compare_whole`.
 
     Raises:
         UsageError: a network and its checkpoint don't fit each other, or one doesn't run on that size.
@@ -112,7 +113,7 @@ def compare_networks(
     loaded = [
         _loaded(model, checkpoint, strict=True).eval() for model, checkpoint in ((original, before), (fused, after))
     ]
-    return _compared(loaded[0], before, loaded[1], after, input_size, trials, seed)
+    return _compared(loaded[0], before, loaded[1], after, inputs, trials, seed)
 
 
 def _compared(
@@ -120,23 +121,23 @@ def _compared(
     before: Checkpoint,
     fused: nn.Module,
     after: Checkpoint,
-    input_size: Sequence[int],
+    inputs: Sequence[str],
     trials: int,
     seed: int,
 ) -> WholeReport:
     """Run both networks, loaded, on the same inputs."""
     dtypes = {name: value.dtype for name, value in tensors_of(original).items()}
     original, generator = original.double(), torch.Generator().manual_seed(seed)
-    inputs = torch.randn(trials, *input_size, dtype=torch.float64, generator=generator)
-    expected, got = _outputs(original, inputs, before), _outputs(fused.double(), inputs, after)
+    arguments = random_inputs(original, inputs, trials, generator)
+    expected, got = _outputs(original, arguments, before), _outputs(fused.double(), arguments, after)
     if [value.shape for value in expected] != [value.shape for value in got]:
         raise InputError(f"{after.path}: the network with the fusions gives outputs of other shapes")
     rounding = 0.0
     for _ in range(DRAWS):
         with _rounded(original, dtypes, generator):
-            rounding = max(rounding, _distance(expected, _outputs(original, inputs, before)))
+            rounding = max(rounding, _distance(expected, _outputs(original, arguments, before)))
     largest, count = max(float(value.abs().max()) for value in expected), sum(value.numel() for value in expected)
-    return WholeReport(tuple(input_size), _distance(expected, got), largest, rounding, count)
+    return WholeReport(describe_given(inputs), _distance(expected, got), largest, rounding, count)
 
 
 def _loaded(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = False) -> nn.Module:
@@ -171,15 +172,15 @@ def _loaded(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = False) -
     return model
 
 
-def _outputs(model: nn.Module, inputs: Tensor, checkpoint: Checkpoint) -> list[Tensor]:
+def _outputs(model: nn.Module, inputs: Inputs, checkpoint: Checkpoint) -> list[Tensor]:
     """Return the floating-point outputs of a network."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            output: Any = model(inputs)
+            output: Any = model(*inputs)
     except Exception as error:  # the user's code
         raise UsageError(
-            f"the model with the tensors of {checkpoint.path} doesn't run on inputs of shape {tuple(inputs.shape)}:"
+            f"the model with the tensors of {checkpoint.path} doesn't run on inputs of shape {shapes_of(inputs)}:"
             f" {error_line(error)}"
         ) from None
     found = [value for value in pytree.tree_leaves(output) if isinstance(value, Tensor) and value.is_floating_point()]

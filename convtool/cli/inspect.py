@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 convtool inspect model.safetensors
 convtool inspect model.safetensors 'layer1.*' --tensors
-convtool inspect model.pt --model net.py:Net --input-size 3,64,64 --write-geometry net.toml
+convtool inspect model.pt --model net.py:Net --model-input 3,64,64 --write-geometry net.toml
 convtool inspect model.pt --json | jq -r '.layers[].name'
 """
 
@@ -69,7 +69,7 @@ class Layer:
         assumed: those of the fields that nobody stated when convtool wrote them down.
         rests_on: what was assumed of the layers that it was made of.
         tensors: with --tensors.
-        runs: with --input-size: each time that the layer runs; none where the model's run doesn't show it.
+        runs: with --model-input: each time that the layer runs; none where the model's run doesn't show it.
     """
 
     name: str

@@ -2,6 +2,7 @@
 # make check  ruff, mypy and a cross-section of the tests, under a minute: while working
 # make test   every check: ruff, mypy, all tests
 # make bench  the benchmarks, as ratios to what people use instead (BENCH="--short csr" for small sizes and one row)
+# make zoo    networks of other libraries, as far as these are installed: what stays, what is wrong, what is dearer, and why
 # make help   the list
 
 PYTHON ?= python3
@@ -22,6 +23,7 @@ help:
 	@echo "make mutants  change COUNT=150 places of PATHS=convtool at random (SEED=0), and see which no test notices (an hour)"
 	@echo "make models   train the sample models again (a minute)"
 	@echo "make fuzz     damage checkpoints for SECONDS=600, guided by coverage, and see that each is refused or true"
+	@echo "make zoo      plan and fuse networks of timm, torchvision and others, as far as installed (WORDS=resnet: only those)"
 	@echo "make clean    remove $(VENV), caches and outputs"
 
 $(VENV)/installed: pyproject.toml tests/constraints.txt
@@ -73,6 +75,9 @@ models: $(VENV)/installed
 
 fuzz: $(VENV)/installed-for-tests
 	@$(BIN)/python tests/fuzz.py $(or $(SECONDS),600) $(or $(SEED),0)
+
+zoo: $(VENV)/installed-for-tests
+	@$(BIN)/python tests/zoo.py --why $(WORDS)
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis build demo_output bench_output *.egg-info

@@ -435,6 +435,7 @@ def test_diverse_branch_blocks(tmp_path: Path) -> None:
 
     fields: dict[str, dict[str, object]] = {
         **{pattern: {"eps": EPS} for pattern in ("*.bn", "*.bn2", "*.avgbn")},
+        "[03].dbb_origin.conv": {"stride": 1},
         "[12].dbb_origin.conv": {"stride": 2},
         "1.dbb_origin.conv": {"groups": 2, "stride": 2},
     }

@@ -63,6 +63,13 @@ def test_eps_overrules_nothing() -> None:
     assert "1: eps is 0.001 by --set, and 1e-05 by --eps" in message
 
 
+def test_a_recipe_that_asks_for_a_stride_gets_no_made_up_one() -> None:
+    saved(nn.Conv2d(4, 4, 3, 2), nn.Conv2d(4, 4, 1))
+    Path("r.toml").write_text('[[fuse]]\nname = "1"\nchain = ["avg_pool(2; stride=stride(0))", "1"]\n')
+    code, message = error("fuse", "net.pt", "--recipe", "r.toml", "-o", "out.pt", "--assume-defaults")
+    assert (code, message.endswith("--set 0.stride=1")) == (2, True)
+
+
 # --- an assumption stays one
 
 

@@ -288,7 +288,12 @@ class _Resolution:
             if layer is None or not (axes := self.known.layers[BASE][layer].axes()):
                 raise UsageError(f"{self.origin}: {shortened(text)}: there is no convolution {shortened(name)}")
             if question == "stride":
-                stride = self.known.fields(layer).get("stride", 1)
+                stride = self.known.fields(layer).get("stride")
+                if stride is None:
+                    raise UsageError(
+                        f"{self.origin}: not stated, and needed: for {shortened(text)}, stride of {layer}. To state it,"
+                        f" with torch's value here: --set {layer}.stride=1"
+                    )
                 return str(stride) if isinstance(stride, int) else format_sizes(stride)
             kernel = self.known.layers[BASE][layer].shapes["weight"][-axes:]
             return format_sizes(kernel if question == "kernel" else (k // 2 for k in kernel))

@@ -151,7 +151,7 @@ def run(options: Options, reporter: Reporter) -> Result | spectrum_table.TableRe
         several = _several(options, found)
     known = ends.largest.converged and ends.smallest.converged
     unknown = {} if known else {"condition": None, "condition_error": None}
-    return fill(Result, options, ends, found, several=several, **unknown)
+    return fill(Result, ends, found, options, several=several, **unknown)
 
 
 def _several(options: Options, found: LayersAtSize) -> Several | None:

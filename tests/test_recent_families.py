@@ -156,24 +156,6 @@ def test_yolov6(tmp_path: Path) -> None:
     check(network(deploy=False), network(deploy=True), "yolov6", tmp_path, 3, {"stem.rbr_dense.conv": {"stride": 2}})
 
 
-def test_qarepvgg(tmp_path: Path) -> None:
-    def block(inner: int, outer: int, stride: int, deploy: bool) -> nn.Module:
-        norm = nn.BatchNorm2d(outer, eps=1e-3)
-        if deploy:
-            return named(rbr_reparam=conv(inner, outer, 3, stride, bias=True), bn=norm)
-        branches: dict[str, Any] = {
-            "rbr_dense": plain(inner, outer, 3, stride),
-            "rbr_1x1": conv(inner, outer, 1, stride),
-        }
-        return Sum(inner == outer and stride == 1, "bn", **branches, bn=norm)
-
-    def network(deploy: bool) -> nn.Module:
-        return named(stem=block(3, 6, 2, deploy), stage=block(6, 6, 1, deploy))
-
-    strides: dict[str, dict[str, object]] = {"stem.rbr_dense.conv": {"stride": 2}}
-    check(network(deploy=False), network(deploy=True), "qarepvgg", tmp_path, 3, strides)
-
-
 def test_idetect_of_yolov7(tmp_path: Path) -> None:
     class Implicit(nn.Module):
         def __init__(self, channels: int) -> None:

@@ -28,9 +28,6 @@ A rule with `where = [PATTERN, ...]` is for those values of its variables for wh
 with `unless` for those for which none does. A rule with `optional = true` may fit nothing. One with `in_order = true`
 refuses layers that stand in the checkpoint in another order than in its chain, where the file keeps the model's order.
 The fusions of one with `input_size = [C, H, W]` have to be exact for inputs of that size only.
-
-One with `square = PATTERN` is for dense layers there of as many output as input channels, beside which code adds its
-input without a tensor that tells.
 One with `rest = true` is for what the rules before it have left.
 
 In [geometry], a layer's pattern may hold variables too, which stand for a part of a component, and its fields use them:
@@ -71,7 +68,6 @@ MOST_LAYERS = 1000  # of one fusion
 _TREES: Mapping[str, type[Chain[Pattern] | Sum[Pattern]]] = {"chain": Chain, "sum": Sum, "stack": Stack}
 _ABOUT = (
     "rest",
-    "square",
     "optional",
     "where",
     "unless",
@@ -93,7 +89,6 @@ class Rule:
         input_size: (C, *sizes) for which it has to be exact, or None for every size.
         in_order: whether the checkpoint has to have the layers in this order.
         rest: whether it passes over layers that rules before it have taken.
-        square: a layer that has to have as many output as input channels, or None.
     """
 
     name: str
@@ -104,7 +99,6 @@ class Rule:
     input_size: tuple[int, ...] | None = None
     in_order: bool = False
     rest: bool = False
-    square: Pattern | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,9 +181,8 @@ def _parse_rule(table: object, where: str) -> Rule:
     body = {key: value for key, value in table.items() if key != "name" and key not in _ABOUT}
     tree = _parse_part(body, where)
     where_fits, unless_fits = (_parse_patterns(table.get(key, []), f"{where}: {key}") for key in ("where", "unless"))
-    (square,) = _parse_patterns([table["square"]], f"{where}: square") if "square" in table else (None,)
     size = _parse_input_size(table.get("input_size"), where)
-    rule = Rule(name, tree, optional, where_fits, unless_fits, size, in_order, rest, square)
+    rule = Rule(name, tree, optional, where_fits, unless_fits, size, in_order, rest)
     _check_variables(rule, where)
     return rule
 
@@ -286,7 +279,7 @@ def _check_variables(rule: Rule, where: str) -> None:
 
 def texts_of(rule: Rule) -> list[str]:
     """Everything in a rule that may hold variables."""
-    patterns = [*leaves(rule.tree), *rule.where, *rule.unless, *([rule.square] if rule.square else [])]
+    patterns = [*leaves(rule.tree), *rule.where, *rule.unless]
     liked = [pattern.like.text for pattern in patterns if pattern.like is not None]
     return [rule.name, *(pattern.text for pattern in patterns), *liked]
 

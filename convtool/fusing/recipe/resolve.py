@@ -104,8 +104,6 @@ class _Resolution:
                 continue
             if any(self._fits(pattern, binding) for pattern in self.rule.unless):
                 continue
-            if self.rule.square is not None and not self._square(self.rule.square, binding):
-                continue
             tree = self._tree(self.rule.tree, binding)
             if tree is not None:
                 if self.rule.in_order and self.known.ordered:
@@ -113,11 +111,6 @@ class _Resolution:
                 near = (ref.name for ref in leaves(tree) if ref.source == BASE and not ref.written)
                 name = self.names[BASE].write(filled(self.rule.name, binding), near)
                 yield PlannedFusion(name, tree, self.rule.input_size)
-
-    def _square(self, pattern: Pattern, binding: Binding) -> bool:
-        layers = self.known.layers[pattern.source]
-        weights = [layers[name].shapes.get("weight", ()) for name, _ in self._fits(pattern, binding)]
-        return bool(weights) and all(weight[0] == weight[1] for weight in weights)
 
     def _check_order(self, tree: Ref) -> None:
         places = self.places

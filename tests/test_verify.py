@@ -713,5 +713,8 @@ def test_correct_fusions_pass_and_the_bound_is_sharp(dtype: torch.dtype) -> None
 
 
 def test_the_public_name() -> None:
-    assert convtool.verify is verify
     assert convtool.EquivalenceReport is EquivalenceReport
+    conv = layer(1, (2, 3, 3, 2), torch.float32)
+    report = convtool.verify([conv], [conv], (5, 6))
+    assert report == verify([conv], [conv], (5, 6))
+    assert report.equivalent

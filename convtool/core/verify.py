@@ -40,7 +40,7 @@ from convtool.core.sizes import split_input_size
 from convtool.core.tally import Region, Tallies, check_trials
 from convtool.core.taps import PADDED, tap_table
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves
-from convtool.errors import ConvtoolError, RefusedError, UsageError
+from convtool.errors import ConvtoolError, UsageError
 
 WORK = 40_000_000_000  # multiply-adds that may be spent on impulses at one size: some seconds
 LARGEST_INPUT = 1 << 27  # numbers of one input in the widest layer: 1 GiB in float64, several times over
@@ -255,7 +255,7 @@ class _Sides:
         allowance = Allowance(self.before, self.kept, rules.computed_in, rules.between)
         try:
             return compare_numbers(self.before, layer, allowance, dtype, read)
-        except RefusedError:
+        except ConvtoolError:  # no such response, or one of too many numbers: impulses are run instead
             return None
 
     def without_biases(self) -> _Sides:

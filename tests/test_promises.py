@@ -28,9 +28,10 @@ from torch import Tensor
 
 from convtool import open_checkpoint
 from convtool.cli.app import run_app
-from convtool.errors import InputError
-from convtool.formats import pieces
+from convtool.errors import InputError, OutputError
+from convtool.formats import pieces, several
 from convtool.formats.pieces import same_bytes, tensor_chunks
+from convtool.formats.several import alone_in
 from convtool.matrix.read import load_matrix
 from convtool.matrix.shards import index_path
 
@@ -132,6 +133,21 @@ def test_a_folder_that_another_process_makes_or_removes_meanwhile(
     assert cli("convert net.pt out --shard-size 100B").code == 0
     assert calls == (1 if raced == "made" else 2)
     assert list(open_checkpoint("out").infos) == list(small_network())
+
+
+def test_a_folder_that_is_replaced_while_it_is_locked_is_locked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock on the one that is gone would keep nobody from the one that has its name."""
+    folder = tmp_path / "out"
+
+    def replace() -> None:
+        folder.rmdir()
+        folder.mkdir()
+
+    failing_at(monkeypatch, several, "lock_file", 1, replace)
+    with alone_in(folder), pytest.raises(OutputError, match="another process is writing to it"), alone_in(folder):
+        pass
 
 
 def test_a_link_to_nowhere_is_no_folder(here: Path) -> None:

@@ -190,6 +190,32 @@ def test_a_chain_against_the_order_of_the_file_is_remarked() -> None:
     assert order not in cli("fuse net.pt 0 1 -o out.pt --eps 1e-5 -f").err
 
 
+NETWORK = """
+import torch.nn as nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.n, self.b = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)
+        self.c = nn.Conv2d(3, 3, 1)
+    def forward(self, x):
+        return self.c(self.b((self.n(self.a(x)) + x).relu()))
+"""
+
+
+def test_a_chain_is_held_against_the_models_data_flow() -> None:
+    Path("net.py").write_text(NETWORK)
+    space: dict[str, Any] = {}
+    exec(NETWORK, space)
+    save(filled(space["Net"]()), Path("net.pt"))
+    words = ["--model", "net.py:Net", "--model-input", "3,6,5", "-o", "out.pt", "--force"]
+    code, message = error("fuse", "net.pt", "a", "b", *words)
+    assert code == 4
+    assert "between a and b it has n, an addition, aten.relu" in message
+    assert error("fuse", "net.pt", "b", "a", *words)[0] == 4
+    done("fuse", "net.pt", "a", "n", *words)
+    done("fuse", "net.pt", "b", "c", *words)
+
+
 # --- Python
 
 

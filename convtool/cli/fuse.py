@@ -287,6 +287,8 @@ def _find(
         chain = named_chain(wanted.chain, wanted.name or "", checkpoints)
         for text in against_order(chain, checkpoints[BASE]):
             reporter.remark(text)
+        if wanted.model_input:
+            _check_flow(wanted, chain, checkpoints[BASE], sources, reporter)
         return [chain], fields
     others, fields = fields, fields.with_first(recipe.stated(names))
     for pattern in without_effect(recipe, checkpoints):
@@ -305,6 +307,21 @@ def _find(
             f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"
         )
     return fusions, fields
+
+
+def _check_flow(
+    wanted: Wanted, chain: PlannedFusion, opened: Checkpoint, sources: shared.Sources, reporter: Reporter
+) -> None:
+    """Hold a chain against the model's data flow; raise RefusedError where something stands between its layers."""
+    from convtool.cli.model import check_chain, read_model
+    from convtool.core.tree import BASE, leaves
+
+    found = read_model(sources.model, sources.model_args, opened, reporter)
+    if found is None:
+        raise UsageError("--model-input: goes with --model")
+    refs = [ref for ref in leaves(chain.tree) if ref.source == BASE]
+    names = [ref.name if ref.written else opened.part(ref.name).name for ref in refs]
+    check_chain(found, wanted.model_input or (), names)
 
 
 def _plan_model(wanted: Wanted, opened: Checkpoint, sources: shared.Sources, reporter: Reporter) -> Plan:

@@ -104,6 +104,8 @@ def test_a_pattern_without_a_model_has_one_size(folder: Path) -> None:
     assert [row["shape"] for row in document["rows"]] == [[90, 60], [90, 90]]
     assert document["rows"][0]["largest"]["value"] == pytest.approx(norm(model.get_submodule("0"), (2, 6, 5))[0])
     assert error("spectrum", path, "x*", "--input-size", "6,5")[0] == 2
+    every = done("spectrum", path, "[!6]", "--input-size", "6,5", *stated, "--set", "1.eps=1e-3")
+    assert [row["layer"] for row in every["rows"]] == ["0", "1", "3"]
     assert "needs --input-size" in error("spectrum", path, "*")[1]
     assert "--model-input says the size" in error("spectrum", path, "*", "--model", f"{folder}/net.py:net")[1]
     assert error("spectrum", path, "*", "--input-size", "6,5", "--count", "2")[0] == 2

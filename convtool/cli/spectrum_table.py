@@ -83,7 +83,8 @@ def run_table(options: Any, sources: shared.Sources, opened: Checkpoint, reporte
     fields = sources.fields(None if found is None else found[1].geometry, opened.layers)
     network = None if found is None else _sequence(found, options.model_input)
     at = _at_sizes(names, wanted.input_size, network)
-    layers = settle_alone([_lowered(opened, name, fields, size) for name, size in at], {BASE: opened}, fields.assume)
+    found_layers = [_lowered(opened, name, fields, size, network is not None) for name, size in at]
+    layers = settle_alone(found_layers, {BASE: opened}, fields.assume)
     rows = []
     with reporter.progress("computing singular values", len(at)) as advance:
         for ((name, size), runs), leaf in zip(at.items(), layers, strict=True):
@@ -134,13 +135,23 @@ def _at_sizes(
     return counts
 
 
-def _lowered(opened: Checkpoint, name: str, fields: FieldSources, size: tuple[int, ...]) -> LoweredLayer:
-    """Return a layer with what is known of its fields."""
-    from convtool.fusing.lowering import lower_chain
+def _lowered(
+    opened: Checkpoint, name: str, fields: FieldSources, size: tuple[int, ...], channels: bool
+) -> LoweredLayer:
+    """Return a layer with what is known of its fields.
 
-    axes = opened.layers[name].axes()
-    with_channels = axes is None or len(size) == axes + 1
-    return lower_chain(opened, [name], fields, size if with_channels or axes else None)[0]
+    Args:
+        channels: whether the size has them in front, where the layer doesn't tell its axes.
+    """
+    from convtool.core.tree import BASE, LayerRef, leaves
+    from convtool.fusing.lowering import lower_tree
+
+    layer = opened.layers[name]
+    axes = layer.axes()
+    if axes is None:
+        axes = 0 if layer.kind.channels_last else len(size) - channels
+    known = size if len(size) == axes + 1 else None
+    return next(leaves(lower_tree({BASE: opened}, LayerRef(name), fields, known, axes=axes)))
 
 
 def _spatial(conv: Conv, size: tuple[int, ...]) -> tuple[int, ...]:

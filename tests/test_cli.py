@@ -667,11 +667,11 @@ def test_an_optimizer_s_states_of_fused_parameters_are_remarked(cli: Cli, here: 
     optimizer = {"state": {0: {"momentum_buffer": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
     for key, value in (("optimizer", optimizer), ("optimizer_states", [optimizer])):
         torch.save({"model": network(), key: value, "epoch": 3}, here / "training.pt")
-        found = cli("fuse training.pt first second -o f.pt --root model --force")
+        found = cli(f"fuse training.pt first second {PLAIN} -o f.pt --root model --force")
         assert f"{key}: holds an optimizer's states of the old parameters" in found.err
         kept = torch.load(here / "f.pt")[key]
         assert len(kept) == len(value)
-    assert "optimizer" not in cli("fuse net.pt first second -o f.pt --force").err
+    assert "optimizer" not in cli(f"fuse net.pt first second {PLAIN} -o f.pt --force").err
 
 
 def test_a_dry_run_says_what_a_run_would_write(cli: Cli, here: Path) -> None:

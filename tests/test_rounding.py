@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 import convtool
 from convtool.core.conv import Conv
+from convtool.core.geometry import Geometry
 from convtool.core.rounding import Rounding, held, rounded
+from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import RefusedError
 
 NARROW = [torch.float16, torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2]
@@ -136,13 +138,14 @@ def test_matrices_whose_sums_are_beyond_their_dtype_are_refused(tmp_path: Path) 
 
 
 def test_integers_hold_what_they_are_and_neither_wrap_nor_cut_off() -> None:
-    hundred = convtool.conv(torch.full((1, 1, 3), 100, dtype=torch.int8), padding=1, padding_mode="replicate")
+    geometry = Geometry.of((3,), padding=1, padding_mode="replicate")
+    hundred = Conv(torch.full((1, 1, 3), 100, dtype=torch.int8), None, geometry)
     with pytest.raises(RefusedError, match="such as 200, which would be -56"):
-        convtool.toeplitz(hundred, (5,)).to_dense()
-    assert convtool.toeplitz(hundred, (5,), dtype=torch.int32).to_dense().max() == 200
+        ToeplitzMatrix(hundred, (5,)).to_dense()
+    assert ToeplitzMatrix(hundred, (5,), dtype=torch.int32).to_dense().max() == 200
     half = convtool.conv(torch.full((1, 1, 3), 0.5))
     with pytest.raises(RefusedError, match=r"such as 0\.5, which would be 0"):
-        convtool.toeplitz(half, (5,), dtype=torch.int64).to_dense()
+        ToeplitzMatrix(half, (5,), dtype=torch.int64).to_dense()
 
 
 def test_float8_saturates_in_torch_and_is_refused_here() -> None:

@@ -177,7 +177,9 @@ def test_a_fusion_of_a_weight_norm_puts_a_plain_layer_in_its_place(tmp_path: Pat
     first, second = normed(nn.Conv1d(2, 3, 3), "new", 0), normed(nn.Conv1d(3, 4, 2), "old", 0)
     model = nn.Sequential(first, second).eval()
     path = save(model.state_dict(), tmp_path / "in.pt")
-    assert run_app(["fuse", str(path), "0", "1", "-o", str(tmp_path / "out.pt"), "--quiet", "--assume-defaults"]) == 0
+    fields = ("0.stride=1", "0.dilation=1", "0.groups=1", "1.padding=0", "1.dilation=1")
+    stated = [word for field in fields for word in ("--set", field)]
+    assert run_app(["fuse", str(path), "0", "1", "-o", str(tmp_path / "out.pt"), "--quiet", *stated]) == 0
     back = torch.load(tmp_path / "out.pt")
     assert list(back) == ["0.weight", "0.bias"]
     x = torch.randn(2, 2, 9)

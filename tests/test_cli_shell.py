@@ -291,7 +291,8 @@ def test_geometry_and_recipes_are_read_from_stdin(
     code, shown = run("inspect chains.safetensors widen --geometry -", '"wid*" = { padding = [1, 2] }')
     assert (code, shown.splitlines()[1].split("  ")[-1]) == (0, "padding 1,2, by -")
     recipe = '[[fuse]]\nname = "whole"\nchain = ["reduce", "spread"]\n'
-    code, shown = run("fuse chains.safetensors --recipe - -o whole.safetensors --dry-run --assume-defaults", recipe)
+    recipe += '[geometry]\n"*" = { stride = 1, padding = 0, dilation = 1, groups = 1 }\n'
+    code, shown = run("fuse chains.safetensors --recipe - -o whole.safetensors --dry-run", recipe)
     said = [line for line in shown.splitlines() if not line.startswith("assumed: ")]
     assert (code, said[0]) == (0, "reduce → spread becomes whole")
     code, shown = run("inspect chains.safetensors --geometry -", "widen = {")

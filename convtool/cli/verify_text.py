@@ -62,7 +62,7 @@ class Numbers:
     bound: float
 
     def __str__(self) -> str:
-        return f"{'equal' if not self.differing else 'differ'}, error/bound {self.ratio:.3g}"
+        return _ratio(self.ratio, equal=not self.differing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,8 +288,12 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
 
 def _show_fusions(reports: Sequence[Report], reporter: Reporter) -> None:
     if reports:
-        columns = ("layers", "input", "numbers", "interior", "rim", "relative error", "run as stored", "verdict")
+        columns = ("layers", "input", "error/bound: numbers", "interior", "rim", "verdict")
         table(columns, list(map(_row, reports)))
+    stored = [report.run_as_stored for report in reports if report.run_as_stored is not None]
+    for dtype in dict.fromkeys(one.dtype for one in stored):
+        most = max(one.difference for one in stored if one.dtype == dtype)
+        reporter.line(f"run in {dtype}, as stored, outputs differ by up to {most:.2g} of the largest")
     for report in reports:
         if report.mismatch:
             reporter.line(f"{report.name}: {report.mismatch}")
@@ -324,19 +328,17 @@ def _show_tensors(others: OtherTensors, rounded_to: str | None, reporter: Report
 
 
 def _row(report: Report) -> tuple[str, ...]:
-    regions = [region for region in (report.interior, report.rim) if region]
-    relative = max((region.relative_error for region in regions), default=None)
-    stored = report.run_as_stored
     return (
         report.layers,
         _times(report.input_size),
         "-" if report.numbers is None else str(report.numbers),
-        _region(report.interior),
-        _region(report.rim),
-        "-" if relative is None else f"{relative:.2g}",
-        "-" if stored is None else f"{stored.difference:.2g} in {stored.dtype}",
+        *("-" if one is None else _ratio(one.ratio, equal=one.equal) for one in (report.interior, report.rim)),
         _verdict(report.equivalent),
     )
+
+
+def _ratio(ratio: float, *, equal: bool) -> str:
+    return f"{ratio:.3g}" if equal else f"DIFFERS: {ratio:.3g}"
 
 
 def _worst_number(numbers: Numbers) -> str:

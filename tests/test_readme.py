@@ -103,6 +103,7 @@ def run_page(page: Path, folder: Path) -> str:
     shutil.copytree(ROOT / "sample_models", folder / "sample_models")
     known: dict[str, object] = {}
     sys.modules.pop("load_net", None)  # another page's
+    sys.path_importer_cache.pop(".", None)
 
     def block(match: re.Match[str]) -> str:
         if match[1] == "console":

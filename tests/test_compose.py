@@ -522,7 +522,7 @@ def refusal(first: Geometry, second: Geometry) -> str:
 
 
 def test_strides_between_plain_and_transposed_layers() -> None:
-    plain, transposed = Geometry.of((3, 2), stride=(1, 2)), Geometry.of((3, 2), transposed=True)
+    plain, transposed = Geometry.of((3, 2), stride=(1, 2)), Geometry.of((3, 2), stride=(2, 1), transposed=True)
     assert "is a convolution of stride 2 and then a transposed convolution" in refusal(plain, transposed)
     assert "is a transposed convolution and then a convolution of stride 2" in refusal(transposed, plain)
 
@@ -629,7 +629,7 @@ def test_fuse_names_the_layer_that_does_not_fit() -> None:
     ):
         fuse_chain([first, second, second], names=["a", "b", "c"])
     strided = Conv(first.weight, None, Geometry.of((3, 2), stride=2))
-    transposed = make_conv(Geometry.of((3, 2), transposed=True), 4, 2)
+    transposed = make_conv(Geometry.of((3, 2), stride=2, transposed=True), 4, 2)
     with pytest.raises(RefusedError, match="cannot fuse layer 1, layer 2: layer 2: no single layer is a convolution"):
         convtool.fuse([strided, transposed])
 

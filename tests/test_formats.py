@@ -130,7 +130,7 @@ def test_a_checkpoint_of_a_new_format_is_written_listed_fused_verified_and_conve
     capsys.readouterr()
     assert run("inspect", toy, "--json") == 0
     assert json.loads(capsys.readouterr().out)["format"] == "toy"
-    assert run("fuse", toy, "reduce", "spread", "-o", fused) == 0
+    assert run("fuse", toy, "reduce", "spread", "--assume-defaults", "-o", fused) == 0
     record = open_checkpoint(fused).record
     assert record is not None
     assert [fusion.name for fusion in record.fusions] == ["reduce"]

@@ -39,7 +39,7 @@ def carry(conv: Conv, values: Tensor) -> Tensor:
         first = _summed(shares, [phase[:1] for phase in phases]).flatten()
         if _agree(shares, first, phases, _slack(conv, values)):
             return first
-    return shares.reshape(len(shares), -1).sum(1)  # a linear layer has no taps
+    return shares.flatten(1).sum(1) if shares.dim() > 1 else shares  # a linear layer has no taps
 
 
 def hidden_biases(chain: Sequence[Conv], input_size: Sequence[int] | None) -> tuple[bool, ...]:
@@ -104,8 +104,8 @@ def _summed(shares: Tensor, patterns: Iterable[Tensor]) -> Tensor:
 def _shares(conv: Conv, values: Tensor) -> Tensor:
     """Return (C_out, *kernel) what each tap adds where all channels read their constant."""
     groups, shape = conv.geometry.groups, conv.weight.shape
-    weight = conv.weight.reshape(groups, shape[0] // groups, shape[1], -1)
-    return torch.einsum("goik,gi->gok", weight, values.reshape(groups, -1).to(weight.dtype)).reshape(
+    weight = conv.weight.reshape(groups, shape[0] // groups, shape[1], math.prod(shape[2:]))  # channels may be none
+    return torch.einsum("goik,gi->gok", weight, values.reshape(groups, shape[1]).to(weight.dtype)).reshape(
         shape[0], *conv.geometry.kernel_size
     )
 

@@ -167,6 +167,30 @@ def made(cls: type[nn.Module]) -> nn.Module:
     return net.eval()
 
 
+def geometry_of(module: nn.Module) -> dict[str, Any] | None:
+    """What torch's classes say of themselves, written down here once more."""
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return {"eps": module.eps}
+    if type(module).__module__ != "torch.nn.modules.conv":
+        return None
+    assert isinstance(module, nn.modules.conv._ConvNd)
+    padding = module.padding
+    if isinstance(padding, str):
+        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
+        sides = [[total // 2, total - total // 2] for total in totals]
+    else:
+        sides = [[p, p] for p in padding]
+    return {
+        "stride": list(module.stride),
+        "padding": sides,
+        "dilation": list(module.dilation),
+        "groups": module.groups,
+        "padding_mode": module.padding_mode,
+        "transposed": module.transposed,
+        "output_padding": list(module.output_padding),
+    }
+
+
 def example(net: nn.Module) -> Tensor:
     return torch.rand(2, 3, 9, 7).to(next(net.parameters()).dtype)
 

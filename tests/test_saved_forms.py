@@ -19,7 +19,7 @@ import saved_nets
 import torch
 from cases import whole_numbers
 from checkpoints import described, same_bits, small_network, write_edited
-from saved_nets import CHAINS, FORMS, NETS, Half, Passing, Residual, Tied, made, save_as
+from saved_nets import CHAINS, FORMS, NETS, Half, Passing, Residual, Tied, geometry_of, made, save_as
 from shell import cli
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
@@ -29,8 +29,6 @@ from convtool import open_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.errors import InputError, UsageError
 from convtool.formats.pickle_values import PickleError
-
-ANY_BN = nn.modules.batchnorm._BatchNorm
 
 
 @pytest.fixture(scope="module")
@@ -52,30 +50,6 @@ def expected_state(cls: type[nn.Module], form: str, path: Path) -> dict[str, Ten
         warnings.simplefilter("ignore")
         state: dict[str, Tensor] = torch.jit.load(path).state_dict()
     return state
-
-
-def geometry_of(module: nn.Module) -> dict[str, Any] | None:
-    """What torch's classes say of themselves, written down here once more."""
-    if isinstance(module, ANY_BN):
-        return {"eps": module.eps}
-    if type(module).__module__ != "torch.nn.modules.conv":
-        return None
-    assert isinstance(module, nn.modules.conv._ConvNd)
-    padding = module.padding
-    if isinstance(padding, str):
-        totals = [d * (k - 1) for d, k in zip(module.dilation, module.kernel_size, strict=True)]
-        sides = [[total // 2, total - total // 2] for total in totals]
-    else:
-        sides = [[p, p] for p in padding]
-    return {
-        "stride": list(module.stride),
-        "padding": sides,
-        "dilation": list(module.dilation),
-        "groups": module.groups,
-        "padding_mode": module.padding_mode,
-        "transposed": module.transposed,
-        "output_padding": list(module.output_padding),
-    }
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -109,6 +83,26 @@ def test_a_subclass_is_named_and_nothing_is_said_of_it(saved: Any) -> None:
     assert "not in the file (a saved_nets.Same)" in cli(f"inspect {saved(Passing, 'module')}").out
     exported = open_checkpoint(saved(Passing, "exported")).stated["same"]  # by its operations
     assert exported["padding"] == [[0, 2], [0, 1]]
+
+
+class Standardized(nn.Conv2d):
+    """A convolution that divides its weight by its deviation, as BiT's do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self._conv_forward(x, self.weight / self.weight.std(), self.bias)
+        return out
+
+
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_program_states_what_a_weight_norm_runs_with(tmp_path: Path, norm: Any, bias: bool) -> None:
+    plain = nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=1, bias=bias)
+    other = Standardized(4, 4, 3, bias=bias)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net = nn.Sequential(norm(nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=1, bias=bias)), other).eval()
+        torch.export.save(torch.export.export(net, (torch.rand(1, 3, 9, 9),)), tmp_path / "net.pt2")
+    assert open_checkpoint(tmp_path / "net.pt2").stated == {"0": geometry_of(plain)}
 
 
 @pytest.mark.parametrize("form", FORMS)

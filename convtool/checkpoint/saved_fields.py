@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from convtool.errors import ConvtoolError
 from convtool.formats.program import Node, Program
 from convtool.formats.tensor_file import SavedModule
 from convtool.kinds import KINDS
+from convtool.kinds.derived import WEIGHT_NORM
 from convtool.kinds.kind import Layer
 
 
@@ -43,6 +45,7 @@ def fields_of_program(layers: Mapping[str, Layer], program: Program) -> dict[str
     Of a layer whose runs differ, or do anything else besides, nothing is said; one without fields is there with none.
     """
     found: dict[str, Fields | None] = {}
+    program = _with_derived(program, layers)
     for run in _runs(program, layers):
         for layer in _layers_of(run, program, layers):
             try:
@@ -51,6 +54,21 @@ def fields_of_program(layers: Mapping[str, Layer], program: Program) -> dict[str
                 fields = None
             found[layer.name] = fields if found.get(layer.name, fields) == fields else None
     return {name: fields for name, fields in found.items() if fields is not None}
+
+
+def _with_derived(program: Program, layers: Mapping[str, Layer]) -> Program:
+    """Return the program with the weights that weight norms make as tensors of their layers, and without the norms."""
+    infos = (info for layer in layers.values() for info in layer.tensors.values())
+    derived = {info.derived_from: info.name for info in infos if info.derived_from}
+    nodes, tensors = list[Node](), dict(program.tensors)
+    for node in program.nodes:
+        v_g = [program.tensors.get(value, "") for value in node.reads()] if node.name == WEIGHT_NORM else []
+        name = derived.get(tuple(reversed(v_g)))
+        if name is not None and len(node.gives) == 1:
+            tensors[node.gives[0]] = name
+        else:
+            nodes.append(node)
+    return replace(program, nodes=nodes, tensors=tensors)
 
 
 def _runs(program: Program, layers: Mapping[str, Layer]) -> Iterator[list[Node]]:

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PARAMETRIZATIONS = "parametrizations"  # torch.nn.utils.parametrize's module, between a layer's name and its tensors'
 
+WEIGHT_NORM = "aten._weight_norm.default"  # of v and g, where a program computes one
+
 
 class WeightNorm:
     """g * v / |v|, as torch.nn.utils.weight_norm has it.

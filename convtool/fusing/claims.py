@@ -20,11 +20,11 @@ def fused_claims(
 ) -> Iterator[tuple[str, str]]:
     """Yield what is recorded of the fused layer and isn't what its sources make it: another dtype or geometry."""
     if fusion.dtype != str(stored_dtype(list(leaves(tree)))).removeprefix("torch."):
-        yield fusion.name, f"stored in {fusion.dtype}"
+        yield f"the fused {fusion.name}", f"stored in {fusion.dtype}"
     layer = next(leaf for leaf in leaves(fused) if leaf.own)
     expected: Fields = {}
     with contextlib.suppress(ConvtoolError):  # no single layer stands for it, and all of the fields are claimed
         expected = geometry_fields(fused_geometry(map_leaves(lambda leaf: leaf.conv, joined(tree))))
     recorded = {name: value for name, value in layer.fields.items() if name in fusion.fields}
     if layer.layer.kind.settable and any(expected.get(name) != value for name, value in recorded.items()):
-        yield fusion.name, layer.layer.kind.claim(recorded, layer.layer.shapes)
+        yield f"the fused {fusion.name}", layer.layer.kind.claim(recorded, layer.layer.shapes)

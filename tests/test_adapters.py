@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import real_numbers
 from live import done, error, load, run
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 RANK, ALPHA = 2, 3.0
@@ -239,3 +240,23 @@ def test_what_is_no_known_adapter_is_refused_by_name(
     code, message = error(*words)
     assert (code, what in message, "lora_unet_down_0_lin" in message) == (4, True, True)
     done(*words, "--leave", "*_lin")
+
+
+def test_what_was_merged_and_taken_out_again_is_verified_from_the_original(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from convtool.cli.app import run_app
+
+    monkeypatch.chdir(tmp_path)
+    generator = torch.Generator().manual_seed(2)
+    numbers = {"conv.weight": (8, 4, 3, 3), "down": (2, 4, 3, 3), "up": (8, 2, 1, 1)}
+    made = {name: torch.randn(shape, generator=generator) for name, shape in numbers.items()}
+    save_file({"conv.weight": made["conv.weight"]}, "unet.safetensors")
+    lora = {f"lora_unet_conv.lora_{name}.weight": made[name] for name in ("down", "up")}
+    save_file(lora | {"lora_unet_conv.alpha": torch.tensor(1.0)}, "lora.safetensors")
+    by = ["--with", "style=lora.safetensors"]
+    assert run_app(["fuse", "unet.safetensors", *by, "--strength", "0.8", "-o", "styled.safetensors"]) == 0
+    assert run_app(["fuse", "styled.safetensors", *by, "--strength", "-0.8", "-o", "back.safetensors"]) == 0
+    assert run_app(["verify", "unet.safetensors", "back.safetensors", *by, "--assume", "stride"]) == 0
+    assert run_app(["fuse", "styled.safetensors", *by, "--strength", "-0.7", "-o", "other.safetensors"]) == 0
+    torch.testing.assert_close(load_file("back.safetensors")["conv.weight"], made["conv.weight"], rtol=0, atol=1e-5)

@@ -897,7 +897,7 @@ def test_a_network_that_normalises_before_it_convolves_is_not_taken_for_one_that
     path = save(filled(block(layer1=Ordered(**layers))), tmp_path / "preact.pt")
     code, message = error("fuse", path, "--recipe", "conv-bn-torchvision", "-o", tmp_path / "out.pt")
     assert code == 2
-    assert "layer1.bn1 stands before layer1.conv1 in the checkpoint, and so it does in the model" in message
+    assert "layer1.bn1 stands before layer1.conv1 in the checkpoint or the model's code" in message
 
 
 def test_a_file_of_sorted_tensors_says_nothing_of_the_models_order(tmp_path: Path) -> None:
@@ -906,3 +906,30 @@ def test_a_file_of_sorted_tensors_says_nothing_of_the_models_order(tmp_path: Pat
     torch.save(dict(sorted(state.items())), tmp_path / "sorted.pt")
     words = ["fuse", tmp_path / "sorted.pt", "--recipe", "conv-bn-torchvision", "-o", tmp_path / "out.pt", "--eps", "1"]
     assert [fusion["name"] for fusion in done(*words)["fusions"]] == ["layer1.conv1", "layer1.conv2"]
+
+
+def test_a_network_that_normalises_first_is_told_by_its_code_or_said_to_be_assumed_not_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All channels are equal, and .safetensors sorts the tensors: only the code tells what runs first."""
+    from safetensors.torch import save_file
+
+    from convtool.cli.app import run_app
+
+    monkeypatch.chdir(tmp_path)
+    Path("pre.py").write_text(
+        "from collections import OrderedDict\nfrom torch import nn\n"
+        "def Pre():\n"
+        "    layers = dict(bn1=nn.BatchNorm2d(4), relu=nn.ReLU(), conv1=nn.Conv2d(4, 4, 3, bias=False))\n"
+        "    return nn.Sequential(OrderedDict(layers))\n"
+    )
+    layers = {"bn1": nn.BatchNorm2d(4), "relu": nn.ReLU(), "conv1": nn.Conv2d(4, 4, 3, bias=False)}
+    save_file(nn.Sequential(OrderedDict(layers)).state_dict(), "pre.safetensors")
+    words = ["fuse", "pre.safetensors", "--recipe", "conv-bn-torchvision", "-o", "out.safetensors", "-q"]
+    assert run_app([*words, "--model", "pre.py:Pre"]) == 2
+    assert "bn1 stands before conv1 in the checkpoint or the model's code" in capsys.readouterr().err
+    assert run_app([*words, "--eps", "1e-5"]) == 0
+    assert "assumed: each batch norm runs right behind its layer" in capsys.readouterr().out
+    chain = ["fuse", "pre.safetensors", "conv1", "bn1", "--model", "pre.py:Pre", "--model-input", "4,8,8"]
+    assert run_app([*chain, "-o", "chain.safetensors"]) == 4
+    assert "bn1 reads nothing that conv1 gives" in capsys.readouterr().err

@@ -169,7 +169,7 @@ def test_a_fused_layer_that_is_said_to_pad_otherwise_is_a_claim(files: Path) -> 
     save(state, moved, files / "edited.safetensors")
     found = verified(files)
     assert found.code == 0
-    assert any(text.startswith("c: ") and "padding 1,2:1" in text for text in found.document["claims"])
+    assert any(text.startswith("the fused c: ") and "padding 1,2:1" in text for text in found.document["claims"])
     save(load_file(files / "f.safetensors"), record, files / "edited.safetensors")
     assert not any("padding 1,2:1" in text for text in verified(files).document["claims"])
 

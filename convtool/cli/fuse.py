@@ -18,12 +18,15 @@ from convtool.cli.shared import AUTO
 from convtool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from convtool.checkpoint import Checkpoint
     from convtool.fusing import proof
     from convtool.fusing.fusion import PlannedLayer
     from convtool.fusing.recipe import PlannedFusion, Recipe
     from convtool.graph.planned import Plan
     from convtool.kinds.stated import FieldSources
+    from convtool.live.agreement import Agreement
 
 EXAMPLES = """
 convtool fuse resnet.safetensors layer1.0.conv1 layer1.0.bn1 -o fused.safetensors --set layer1.0.conv1.padding=1
@@ -263,9 +266,10 @@ def _find(
 ) -> tuple[list[PlannedFusion], FieldSources]:
     """Return the fusions that are wanted, by name, and where what is known of their layers comes from."""
     from convtool.checkpoint.record import full_name
+    from convtool.cli.model import read_model
     from convtool.core.tree import BASE
     from convtool.fusing.adapters import check_scaled, configured, merged, parse_strengths
-    from convtool.fusing.named import against_order, by_recipe, named_chain, without_effect
+    from convtool.fusing.named import against_order, by_recipe, in_order, named_chain, without_effect
     from convtool.fusing.recipe import NothingFitsError, PlannedFusion
     from convtool.fusing.which import doing_more, fitting, in_words, the_one
 
@@ -274,7 +278,9 @@ def _find(
         plan = _plan_model(wanted, checkpoints[BASE], sources, reporter)
         fusions = [PlannedFusion(one.name, one.tree, one.only_size) for one in plan.fusions]
         return fusions, sources.fields(plan.geometry, names)
-    fields = sources.fields(sources.of_model(checkpoints[BASE], reporter), names)
+    found = read_model(sources.model, sources.model_args, checkpoints[BASE], reporter)
+    fields = sources.fields(None if found is None else found[1].geometry, names)
+    order = in_order(checkpoints[BASE], None if found is None else list(found[1].names.values()))
     strengths = parse_strengths(wanted.strength or (), checkpoints)
     if wanted.adapts(checkpoints.keys() - {BASE}):
         fields = fields.with_first(configured(checkpoints))
@@ -285,21 +291,27 @@ def _find(
         reporter.note(f"recipe: {name}, {recipe.about}")
     if recipe is None:
         chain = named_chain(wanted.chain, wanted.name or "", checkpoints)
-        for text in against_order(chain, checkpoints[BASE]):
+        for text in against_order(chain, order):
             reporter.remark(text)
-        if wanted.model_input:
-            _check_flow(wanted, chain, checkpoints[BASE], sources, reporter)
+        _check_flow(wanted, [chain], checkpoints[BASE], found)
         return [chain], fields
     others, fields = fields, fields.with_first(recipe.stated(names))
     for pattern in without_effect(recipe, checkpoints):
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
     try:
-        fusions = by_recipe(recipe, checkpoints, fields.fields, strengths.get(BASE, 1.0), wanted.leave or ())
+        strength = strengths.get(BASE, 1.0)
+        fusions = by_recipe(recipe, checkpoints, fields.fields, strength, wanted.leave or (), order)
     except NothingFitsError as error:
         fit = fitting(checkpoints, others)
         raise UsageError(
             f"{error}; of the recipes that ship, {in_words(fit)} would fit" if fit else str(error)
         ) from None
+    _check_flow(wanted, fusions, checkpoints[BASE], found)
+    if order is None and any(rule.in_order for rule in recipe.rules):
+        reporter.note(
+            f"assumed: each batch norm runs right behind its layer, as {recipe.origin} has it, and not before it: this"
+            " file doesn't keep the model's order; --model tells"
+        )
     if more := doing_more(fusions, checkpoints, others) if wanted.recipe != AUTO else {}:
         reporter.note(f"left alone: what another recipe makes fewer layers of: {in_words(more)}")
     if wanted.input_size is not None and len(fusions) > 1:
@@ -310,18 +322,26 @@ def _find(
 
 
 def _check_flow(
-    wanted: Wanted, chain: PlannedFusion, opened: Checkpoint, sources: shared.Sources, reporter: Reporter
+    wanted: Wanted,
+    fusions: Sequence[PlannedFusion],
+    opened: Checkpoint,
+    found: tuple[nn.Module, Agreement] | None,
 ) -> None:
-    """Hold a chain against the model's data flow; raise RefusedError where something stands between its layers."""
-    from convtool.cli.model import check_chain, read_model
-    from convtool.core.tree import BASE, leaves
+    """Hold chains against the run of the model, where its input is given.
 
-    found = read_model(sources.model, sources.model_args, opened, reporter)
+    Raises:
+        RefusedError: something stands between two layers of a chain.
+    """
+    from convtool.cli.model import check_chains
+    from convtool.core.tree import BASE, chains
+
+    if not wanted.model_input:
+        return
     if found is None:
         raise UsageError("--model-input: goes with --model")
-    refs = [ref for ref in leaves(chain.tree) if ref.source == BASE]
-    names = [ref.name if ref.written else opened.part(ref.name).name for ref in refs]
-    check_chain(found, wanted.model_input or (), names)
+    own = [[ref for ref in chain if ref.source == BASE] for one in fusions for chain in chains(one.tree)]
+    names = [[ref.name if ref.written else opened.part(ref.name).name for ref in refs] for refs in own]
+    check_chains(found, wanted.model_input, names)
 
 
 def _plan_model(wanted: Wanted, opened: Checkpoint, sources: shared.Sources, reporter: Reporter) -> Plan:

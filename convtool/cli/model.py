@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch import nn
 
@@ -67,11 +67,13 @@ def runs_of_layers(
     return {agreed.names[name]: each for name, each in runs.items() if name in agreed.names}
 
 
-def check_chain(found: tuple[nn.Module, Agreement], model_input: Sequence[str], chain: Sequence[str]) -> None:
+def check_chains(
+    found: tuple[nn.Module, Agreement], model_input: Sequence[str], chains: Iterable[Sequence[str]]
+) -> None:
     """Raise RefusedError where the model's run has something between layers that a chain names one after the other.
 
     Args:
-        chain: by the checkpoint's names.
+        chains: by the checkpoint's names.
     """
     from convtool.graph.between import contradiction
     from convtool.live.given import model_inputs
@@ -80,9 +82,12 @@ def check_chain(found: tuple[nn.Module, Agreement], model_input: Sequence[str], 
     built, agreed = found
     ours = {theirs: name for name, theirs in agreed.names.items()}
     flow = trace(built, model_inputs(built, model_input)).flow
-    against = contradiction(flow, [ours.get(name, name) for name in chain])
-    if against:
-        raise RefusedError(f"the model's run is against this chain: {against}; name layers with nothing in between")
+    for chain in chains:
+        against = contradiction(flow, [ours.get(name, name) for name in chain])
+        if against:
+            raise RefusedError(
+                f"the model's run is against {' → '.join(chain)}: {against}; fuse layers with nothing in between"
+            )
 
 
 def plan_for(

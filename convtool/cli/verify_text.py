@@ -317,14 +317,17 @@ TOLD = {
 
 
 def _show_tensors(others: OtherTensors, rounded_to: str | None, reporter: Reporter) -> None:
-    for name, what in list(others.differing.items())[:MOST_NAMES]:
+    differing = list(others.differing.items())
+    for name, what in differing[:MOST_NAMES]:
         reporter.line(f"{name}: {TOLD.get(what, f'{what}, and no fusion accounts for it')}")
-    verdict = f"{len(others.differing)} differ" if others.differing else "bit for bit the same"
-    if rounded_to and not others.differing:
-        verdict += f", or rounded once to {rounded_to}"
-    if others.differing and others.by_random_inputs:
-        verdict += "; they went into the networks that were run on random inputs"
-    reporter.line(f"{others.compared} other tensors: {verdict}")
+    if len(differing) > MOST_NAMES:
+        reporter.line(f"... and {len(differing) - MOST_NAMES} more")
+    if differing:
+        covered = "; they went into the networks that were run on random inputs" if others.by_random_inputs else ""
+        reporter.line(f"{len(differing)} other tensors differ, are missing or are new{covered}")
+    else:
+        rounded = f", or rounded once to {rounded_to}" if rounded_to else ""
+        reporter.line(f"{others.compared} other tensors: bit for bit the same{rounded}")
 
 
 def _row(report: Report) -> tuple[str, ...]:

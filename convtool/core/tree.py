@@ -143,6 +143,22 @@ def map_leaves(change: Callable[[Leaf], Made], tree: Tree[Leaf]) -> Tree[Made]:
     return change(tree)
 
 
+def chains(tree: Tree[Leaf]) -> list[list[Leaf]]:
+    """Return the leaves that follow each other with nothing but leaves in between."""
+    if isinstance(tree, Sum):
+        return [run for part in tree.parts for run in chains(part)]
+    if not isinstance(tree, Chain):
+        return [[tree]]
+    runs: list[list[Leaf]] = [[]]
+    for part in tree.parts:
+        if isinstance(part, Chain | Sum):
+            runs += chains(part)
+            runs.append([])
+        else:
+            runs[-1].append(part)
+    return [run for run in runs if run]
+
+
 def tree_text(tree: Tree[Leaf], name: Callable[[Leaf], str] = str) -> str:
     """Return the tree in words: 'a → ((b → c) + d)', → for then and + for added."""
     if not isinstance(tree, Chain | Sum):

@@ -87,7 +87,7 @@ class _TreeLowering:
         for ref in leaves(tree):
             layer = self.layers[ref] = self._find(ref)
             names = {full_name(name, ref.source) for name in layer.tensor_names()}
-            if names & used:
+            if names & used and ref.source == BASE:  # another checkpoint keeps its tensors, whatever is made of them
                 one = (
                     f"; a tensor of it by itself is written kernel({ref.name}), or offset"
                     if ref.name != layer.name

@@ -43,14 +43,26 @@ def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Chec
     return PlannedFusion(name, Chain(refs))
 
 
-def against_order(fusion: PlannedFusion, checkpoint: Checkpoint) -> list[str]:
-    """Return, in words, where a chain runs against the order that the file has its layers in, if it has the model's."""
-    own = [ref.name for ref in leaves(fusion.tree) if ref.source == BASE and ref.name in checkpoint.layers]
-    places = {name: number for number, name in enumerate(checkpoint.layers)} if _keeps_order(checkpoint) else {}
+def in_order(checkpoint: Checkpoint, model: Sequence[str] | None) -> list[str] | None:
+    """Return the layers in the order of the model's code, or of the file where that keeps it; None where neither tells.
+
+    Args:
+        model: the layers in the order of the model's code.
+    """
+    if model is not None:
+        return [*model, *(name for name in checkpoint.layers if name not in set(model))]
+    return list(checkpoint.layers) if _keeps_order(checkpoint) else None
+
+
+def against_order(fusion: PlannedFusion, order: Sequence[str] | None) -> list[str]:
+    """Return, in words, where a chain runs against the order of the layers, if that is known."""
+    places = {name: number for number, name in enumerate(order or ())}
+    own = [ref.name for ref in leaves(fusion.tree) if ref.source == BASE and ref.name in places]
     return [
-        f"{second} comes before {first} in the file, and so perhaps in the model: a chain is named first to last"
+        f"{second} comes before {first} in the file or the model's code, and so perhaps in its run: a chain is named"
+        " first to last"
         for first, second in pairwise(own)
-        if places and places[second] < places[first]
+        if places[second] < places[first]
     ]
 
 
@@ -60,11 +72,13 @@ def by_recipe(
     fields: Callable[[str], Fields],
     strength: float = 1.0,
     leave: Sequence[str] = (),
+    order: Sequence[str] | None = None,
 ) -> list[PlannedFusion]:
     """Return the fusions that a recipe means for these checkpoints.
 
     Args:
         fields: what is stated of a layer's geometry.
+        order: the layers of the one that is changed in the model's order, where that is known.
         strength: a factor for what has an alpha.
         leave: patterns of modules of the other checkpoints that are to be left out.
 
@@ -75,7 +89,7 @@ def by_recipe(
         InputError: a number that it asks for isn't finite.
     """
     asked: set[tuple[str, str]] = set()
-    planned = resolve(recipe, replace(_known(checkpoints, fields, asked), strength=strength))
+    planned = resolve(recipe, replace(_known(checkpoints, fields, asked, order), strength=strength))
     check_nothing_missed(checkpoints, [one.tree for one in planned], asked)
     used = {(ref.source, ref.name) for one in planned for ref in leaves(one.tree) if ref.source != BASE}
     for source, opened in checkpoints.items():
@@ -129,7 +143,10 @@ def _layer_ref(text: str, checkpoints: Mapping[str, Checkpoint]) -> LayerRef:
 
 
 def _known(
-    checkpoints: Mapping[str, Checkpoint], fields: Callable[[str], Fields], asked: set[tuple[str, str]]
+    checkpoints: Mapping[str, Checkpoint],
+    fields: Callable[[str], Fields],
+    asked: set[tuple[str, str]],
+    order: Sequence[str] | None,
 ) -> Known:
     """Return what recipes are resolved against; the tensors whose numbers they ask for are added to `asked`."""
 
@@ -144,7 +161,9 @@ def _known(
         return value
 
     layers = {source: opened.layers for source, opened in checkpoints.items()}
-    return Known(layers, number, fields, ordered=_keeps_order(checkpoints[BASE]))
+    if order is not None:
+        layers[BASE] = {name: layers[BASE][name] for name in order}
+    return Known(layers, number, fields, ordered=order is not None)
 
 
 def _keeps_order(checkpoint: Checkpoint) -> bool:

@@ -12,6 +12,6 @@ MODEL := $(HERE)../networks.py:ConvBatchNorm
 
 release/%.safetensors: runs/%/model.safetensors
 	@mkdir -p release
-	convtool fuse $< --recipe conv-bn-torchvision --model $(MODEL) -o $@ --force
-	convtool verify $< $@ --json > release/$*.proof.json
+	convtool fuse $< --recipe conv-bn-torchvision --model $(MODEL) --model-input 1,8,8 -o $@ --force
+	convtool verify $< $@ --model $(MODEL) --model-input 1,8,8 --json > release/$*.proof.json
 	cd release && sha256sum $*.safetensors > $*.sha256

@@ -118,7 +118,7 @@ class _Resolution:
         for one, other in itertools.pairwise(names):
             if places[other] < places[one]:
                 raise UsageError(
-                    f"{self.origin}: {other} stands before {one} in the checkpoint, and so it does in the model, as in"
+                    f"{self.origin}: {other} stands before {one} in the checkpoint or the model's code, as in"
                     f" networks that normalise first; where it runs after {one}, name the two by hand"
                 )
 

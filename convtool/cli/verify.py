@@ -177,6 +177,10 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
     for text in verdict.hints(results, bool(sizes), options.computed_in is not None):
         reporter.remark(text)
     whole = _whole_model(options, sides, reporter)
+    if whole is None and options.model_input:
+        reporter.note(
+            "the whole model was not run: AFTER holds no record; --model-after CODE builds and runs its network"
+        )
     own_bound = options.rtol is not None or options.atol is not None
     differing = set(() if tensors is None else tensors.differing.values())
     covered = {"changed", "missing", "new"} if options.model_after is not None else set()

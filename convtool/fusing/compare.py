@@ -171,7 +171,8 @@ def recorded_pairings(
             return []  # nothing was fused, and nothing else was done either
         swapped = "; BEFORE holds one: BEFORE and AFTER may be swapped" if before.record is not None else ""
         raise InputError(
-            f"{after.path}: holds no record of what was fused{swapped}; name the layers: --before a,b --after c"
+            f"{after.path}: holds no record of what was fused{swapped}; name the layers: --before a,b --after c; or all"
+            " at once: --recipe, or --model with --model-input"
         )
     fusions = after.record.since(before.record)
     last = {fusion.name: fusion for fusion in fusions}

@@ -129,6 +129,20 @@ def test_a_module_under_keys_is_replaced_by_its_state_dict_under_each(tmp_path: 
     assert cli(f"verify {tmp_path / 'yolo.pt'} {tmp_path / 'out.pt'}").code == 0
 
 
+def test_a_compiled_module_is_read_as_the_module_in_it(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        net: Any = torch.compile(made(Residual))
+    torch.save(net, tmp_path / "net.pt")
+    opened = open_checkpoint(tmp_path / "net.pt")
+    assert list(opened.infos) == list(net.state_dict())
+    assert all(same_bits(opened.tensor(name), tensor) for name, tensor in net.state_dict().items())
+    assert opened.stated["_orig_mod.stem"] == geometry_of(made(Residual).get_submodule("stem"))
+    line = f"{tmp_path / 'net.pt'} _orig_mod.stem _orig_mod.bn -o {tmp_path / 'out.safetensors'} --tensors-only"
+    assert cli(f"fuse {line}").code == 0
+    assert cli(f"verify {tmp_path / 'net.pt'} {tmp_path / 'out.safetensors'}").code == 0
+
+
 def test_tied_tensors_stay_tied(saved: Any, tmp_path: Path) -> None:
     for form in ("module", "exported", "scripted"):
         opened = open_checkpoint(saved(Tied, form))

@@ -18,6 +18,7 @@ MOST_CHARACTERS = 1 << 24
 _LONGEST = 100  # of a plain text, or of a list of numbers
 _OWN_FORWARD = ("forward", "_conv_forward", "__call__")
 _GRAPH_MODULES = "torch.fx.graph_module"
+_COMPILED = "torch._dynamo.eval_frame"  # torch.compile's module, pickled as a call with the module in it
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
@@ -27,6 +28,8 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
     states = value.state if isinstance(value.state, tuple) else (value.state,)  # with slots, (attributes, slots)
     if value.calls(_GRAPH_MODULES):
         states += value.arguments
+    if value.calls(_COMPILED) == "OptimizedModule" and value.arguments:
+        states += ({"_parameters": {}, "_buffers": {}, "_modules": {"_orig_mod": value.arguments[0]}},)
     for state in states:
         if isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ("_parameters", "_modules")):
             return state

@@ -19,7 +19,7 @@ import saved_nets
 import torch
 from cases import whole_numbers
 from checkpoints import described, same_bits, small_network, write_edited
-from saved_nets import CHAINS, FORMS, NETS, Half, Passing, Residual, Tied, geometry_of, made, save_as
+from saved_nets import CHAINS, FORMS, NETS, Half, Mobile, Passing, Residual, Tied, geometry_of, made, save_as
 from shell import cli
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
@@ -83,6 +83,13 @@ def test_a_subclass_is_named_and_nothing_is_said_of_it(saved: Any) -> None:
     assert "not in the file (a saved_nets.Same)" in cli(f"inspect {saved(Passing, 'module')}").out
     exported = open_checkpoint(saved(Passing, "exported")).stated["same"]  # by its operations
     assert exported["padding"] == [[0, 2], [0, 1]]
+
+
+def test_a_chain_is_held_against_the_run_that_a_program_describes(saved: Any, tmp_path: Path) -> None:
+    for form, code in (("exported", 4), ("module", 0)):  # a module's file says nothing of its run
+        done = cli(f"fuse {saved(Mobile, form)} layers.0 layers.4 -o {tmp_path / 'o.safetensors'} --tensors-only")
+        assert done.code == code, done.err
+        assert code == 0 or "the model's run is against layers.0 → layers.4: between layers.0 and layers.4" in done.err
 
 
 class Standardized(nn.Conv2d):

@@ -327,21 +327,22 @@ def _check_flow(
     opened: Checkpoint,
     found: tuple[nn.Module, Agreement] | None,
 ) -> None:
-    """Hold chains against the run of the model, where its input is given.
+    """Hold chains against the run of the model, where its input is given or the file describes it.
 
     Raises:
         RefusedError: something stands between two layers of a chain.
     """
-    from convtool.cli.model import check_chains
+    from convtool.cli.model import check_by_program, check_chains
     from convtool.core.tree import BASE, chains
 
-    if not wanted.model_input:
-        return
-    if found is None:
+    if wanted.model_input and found is None:
         raise UsageError("--model-input: goes with --model")
     own = [[ref for ref in chain if ref.source == BASE] for one in fusions for chain in chains(one.tree)]
     names = [[ref.name if ref.written else opened.part(ref.name).name for ref in refs] for refs in own]
-    check_chains(found, wanted.model_input, names)
+    if wanted.model_input and found is not None:
+        check_chains(found, wanted.model_input, names)
+    else:
+        check_by_program(opened, names)
 
 
 def _plan_model(wanted: Wanted, opened: Checkpoint, sources: shared.Sources, reporter: Reporter) -> Plan:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from convtool.checkpoint import Checkpoint
     from convtool.cli.output import Reporter
+    from convtool.graph.flow import Flow
     from convtool.graph.judge import LayerRun
     from convtool.graph.planned import Plan
     from convtool.live.agreement import Agreement
@@ -75,13 +76,30 @@ def check_chains(
     Args:
         chains: by the checkpoint's names.
     """
-    from convtool.graph.between import contradiction
     from convtool.live.given import model_inputs
     from convtool.live.trace import trace
 
     built, agreed = found
-    ours = {theirs: name for name, theirs in agreed.names.items()}
     flow = trace(built, model_inputs(built, model_input)).flow
+    _hold_against(flow, chains, {theirs: name for name, theirs in agreed.names.items()})
+
+
+def check_by_program(opened: Checkpoint, chains: Iterable[Sequence[str]]) -> None:
+    """Raise RefusedError where the run that a file describes, if it does, is against a chain."""
+    from convtool.graph.exported import read_exported
+
+    if opened.program is None:
+        return
+    try:
+        flow = read_exported(opened, opened.program)
+    except UsageError:  # of an input without a batch: a run that can't be followed says nothing
+        return
+    _hold_against(flow, chains, {})
+
+
+def _hold_against(flow: Flow, chains: Iterable[Sequence[str]], ours: Mapping[str, str]) -> None:
+    from convtool.graph.between import contradiction
+
     for chain in chains:
         against = contradiction(flow, [ours.get(name, name) for name in chain])
         if against:

@@ -92,6 +92,24 @@ def test_a_chain_is_held_against_the_run_that_a_program_describes(saved: Any, tm
         assert code == 0 or "the model's run is against layers.0 → layers.4: between layers.0 and layers.4" in done.err
 
 
+class Flattened(nn.Sequential):
+    """A linear layer and a batch norm with the other axes flattened between them, as in LeViT."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self[0](x)
+        out: Tensor = self[1](x.flatten(0, 1)).reshape_as(x)
+        return out
+
+
+def test_a_flatten_of_other_axes_is_nothing_against_a_chain(tmp_path: Path) -> None:
+    net = Flattened(nn.Linear(4, 5), nn.BatchNorm1d(5)).eval()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(net, (torch.rand(2, 3, 4),)), tmp_path / "net.pt2")
+    done = cli(f"fuse {tmp_path / 'net.pt2'} 0 1 -o {tmp_path / 'out.safetensors'} --tensors-only")
+    assert done.code == 0, done.err
+
+
 class Standardized(nn.Conv2d):
     """A convolution that divides its weight by its deviation, as BiT's do."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import zlib
 from pathlib import Path
 
@@ -12,6 +13,11 @@ from hypothesis import HealthCheck, settings
 collect_ignore = ["mutants.py"]  # which needs an extra of its own
 
 torch.set_num_threads(1)
+
+# Under nohup, or behind a & in a script, a run ignores signals, and so would every command that a test starts.
+for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 # The same cases on every machine and in every run, so that a failure is a change of the code. To look for new ones:
 # pytest --hypothesis-profile explore

@@ -17,7 +17,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --con
 help:
 	@echo "make demo     set up $(VENV) and run inspect, toeplitz, fuse and verify on a trained sample model"
 	@echo "make check    set up $(VENV) and run ruff, mypy and a cross-section of the tests: under a minute, while working"
-	@echo "make test     set up $(VENV) and run every check: ruff, mypy, all tests (7 to 8 minutes on 2 cores)"
+	@echo "make test     set up $(VENV) and run every check: ruff, mypy, all tests (6 to 7 minutes on 2 cores)"
 	@echo "make bench    set up $(VENV) and measure convtool beside what people use instead (minutes; BENCH=--short: less)"
 	@echo "make faults   fail, kill and change sources at each step of each command, and see what is left (an hour or more)"
 	@echo "make mutants  change COUNT=150 places of PATHS=convtool at random (SEED=0), and see which no test notices (an hour)"
@@ -50,7 +50,7 @@ check: $(VENV)/installed-for-tests
 	$(BIN)/python -m pytest --part $(PART); tests=$$?; wait $$types && exit $$tests
 
 test: $(VENV)/installed-for-tests
-	@echo "Every check: 7 to 8 minutes on 2 cores, half a minute of it before the first test"
+	@echo "Every check: 6 to 7 minutes on 2 cores, half a minute of it before the first test"
 	@echo "ruff: style and common mistakes"
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .

@@ -47,6 +47,8 @@ def check_target(path: Path, *, force: bool) -> Path:
         if "\0" in str(path):
             raise OutputError(f"{path}: cannot be written: no file name holds a null character")
         target = path.resolve() if path.is_symlink() else path
+        if target.is_symlink():  # since Python 3.13 resolving a circle is no error
+            raise OutputError(f"{path}: cannot be written: its links lead in a circle")
         if not target.parent.is_dir():
             raise OutputError(f"{path}: the folder {target.parent} doesn't exist; create it first")
         if target.is_dir():

@@ -92,7 +92,7 @@ def fusing(path: Path, count: int, short: bool) -> Comparison:
         return timed(lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True), remove)
 
     in_memory = ("-c", f"{IN_MEMORY}\njob()", str(path), str(out))
-    command = ("-m", "convtool", "fuse", str(path), "first", "second", "-o", str(out), "--quiet")
+    command = ("-m", "convtool", "fuse", str(path), "first", "second", "--assume-defaults", "-o", str(out), "--quiet")
     within = timed(lambda: fuse(path, ["first", "second"], out), remove)
     return Comparison(
         f"fusing a pair in a checkpoint of {count / 1e9:.1f} GB, with fsync",

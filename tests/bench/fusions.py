@@ -110,7 +110,8 @@ def fuse(before: Path, words: list[str], after: Path) -> None:
     """Run the program."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
-        run_app(["fuse", str(before), *words, "-o", str(after), "--force", "--no-verify", "--json"])
+        how = ["--assume-defaults", "--force", "--no-verify", "--json"]
+        run_app(["fuse", str(before), *words, "-o", str(after), *how])
     document: dict[str, Any] = json.loads(out.getvalue())
     if not document["ok"]:
         raise SystemExit(document["error"]["message"])

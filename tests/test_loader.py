@@ -118,6 +118,35 @@ def test_a_layer_that_isnt_as_stated_is_left(tmp_path: Path, monkeypatch: pytest
         runpy.run_path("load_net.py")["load"](strided())
 
 
+@pytest.mark.parametrize(("padding", "fits"), [("same", True), (1, True), ("valid", False), (0, False), (2, False)])
+def test_padding_is_held_against_what_was_stated(
+    padding: int | str, fits: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network(padding: int | str) -> nn.Module:
+        return filled(sequence(conv=nn.Conv2d(4, 6, 3, padding=padding, bias=False), bn=BN(6)))
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(network(1).state_dict(), "net.pt")
+    words = ["conv", "bn", "--eps", "1e-5", "--set", "conv.padding=1"]
+    assert run_app(["fuse", "net.pt", *words, "-o", "f.pt", "--loader", "load_net.py"]) == 0
+    load = runpy.run_path("load_net.py")["load"]
+    if fits:
+        load(network(padding))
+    else:
+        with pytest.raises(ValueError, match=r"conv has padding .* was stated when it was fused"):
+            load(network(padding))
+
+
+def test_a_layer_under_two_names_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(filled(strided()).state_dict(), "net.pt")
+    assert run_app(["fuse", "net.pt", "conv1", "bn1", "--eps", "1e-5", "-o", "f.pt", "--loader", "load_net.py"]) == 0
+    model = strided()
+    model.again = model.bn1
+    with pytest.raises(ValueError, match="bn1 is in the model under two names"):
+        runpy.run_path("load_net.py")["load"](model)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [

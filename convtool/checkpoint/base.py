@@ -18,7 +18,8 @@ from convtool.formats.pieces import Piece
 from convtool.formats.program import Program
 from convtool.formats.tensor_file import Place, TensorFile
 from convtool.kinds.found import group_layers, why_not_plain
-from convtool.kinds.kind import Layer, TensorInfo, to_conv
+from convtool.kinds.kind import Layer, TensorInfo
+from convtool.kinds.to_conv import to_conv
 from convtool.kinds.written import read_layer, with_tensors
 
 if TYPE_CHECKING:
@@ -340,6 +341,6 @@ class Checkpoint:
         }
 
     def lower(self, layer: Layer, fields: Fields, axes: int, channels: int | None = None) -> Conv:
-        """Return a layer of this checkpoint, with the given fields, as a `Conv`; see `convtool.kinds.kind.to_conv`."""
+        """Return a layer of this checkpoint, with the given fields, as a `Conv`; see `convtool.kinds.to_conv`."""
         where = f"{self.path}: {layer.name or 'the bare module'}"
         return to_conv(layer, self.tensors_of(layer), fields, axes, where, why_not_plain(layer.tensors), channels)

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from convtool.cli import complete, exit_codes, shared, verify_text
+from convtool.cli import complete, exit_codes, matrix_verdict, shared, verify_text
 from convtool.cli.command import Command
 from convtool.cli.document import fill
 from convtool.cli.options import Size, argument, dtype_name, flag, option, parse_device, parse_float, parse_rows
@@ -139,7 +139,7 @@ class Options:
             raise UsageError("--only: compares the chains of --before and --after, or of --recipe; none are given")
 
 
-def run(options: Options, reporter: Reporter) -> verify_text.Result | verify_text.MatrixResult:
+def run(options: Options, reporter: Reporter) -> verify_text.Result | matrix_verdict.MatrixResult:
     """Prove that AFTER computes what BEFORE does, up to the rounding that storing it must bring.
 
     Goes by the record that convtool leaves in AFTER: every fused layer is run against the layers it stands for, and
@@ -205,7 +205,7 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
     )
 
 
-def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) -> verify_text.MatrixResult:
+def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) -> matrix_verdict.MatrixResult:
     """Return the verdict on a layer and its matrix, or on two matrices."""
     from convtool.fusing.matrix_proof import compare_with_layer, compare_with_matrix, open_numbers
     from convtool.matrix.read import is_matrix_file
@@ -230,13 +230,13 @@ def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) 
                 reporter.remark(f"{after} holds no bias; --no-bias compares the matrix alone")
     for text in compared.assumed:
         reporter.note(f"assumed: {text}")
-    matrix = verify_text.Matrix.made_of(compared)
+    matrix = matrix_verdict.Matrix.made_of(compared)
     return fill(
-        verify_text.MatrixResult,
+        matrix_verdict.MatrixResult,
         options,
         compared.report,
         compared,
-        statement=verify_text.EVERY_ENTRY,
+        statement=matrix_verdict.EVERY_ENTRY,
         tolerance=verify_text.BOUND,
         matrix=matrix,
     )
@@ -383,7 +383,7 @@ def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> verify_
     return verify_text.Whole.of(found)
 
 
-def _exit_code(result: verify_text.Result | verify_text.MatrixResult) -> int:
+def _exit_code(result: verify_text.Result | matrix_verdict.MatrixResult) -> int:
     return exit_codes.OK if result.equivalent else exit_codes.NOT_EQUIVALENT
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from convtool.cli.document import HIDDEN, Count, Dtype, Sizes, fill
+from convtool.cli.matrix_verdict import MatrixResult, compared, in_words, show_matrix, times
 from convtool.cli.output import Reporter, table
 from convtool.core.geometry import format_sizes
 from convtool.core.tree import leaves, tree_text
@@ -17,13 +18,11 @@ if TYPE_CHECKING:
     from convtool.core.verify import EquivalenceReport, StoredError
     from convtool.fusing.compare import Pairing
     from convtool.fusing.leaf import LoweredLayer
-    from convtool.fusing.matrix_proof import Compared
     from convtool.live.whole import WholeReport
 
 KINDS = {"normal": "a random input", "zero": "an input of zeros", "constant": "an input of ones"}
 MOST_NAMES = 20  # tensors named one by one before the rest is only counted
 BOUND: Literal["derived bound"] = "derived bound"
-EVERY_ENTRY = "every entry compared: this holds for all inputs of this size"
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,8 @@ class Report:
             numbers=None if report.numbers is None else fill(Numbers, report.numbers),
             input_channels_met=Met(*report.met),
             taps_read=Read(*report.taps),
-            interior=_compared(report.interior),
-            rim=_compared(report.rim),
+            interior=compared(report.interior),
+            rim=compared(report.rim),
             run_as_stored=report.stored_error,
         )
 
@@ -206,72 +205,14 @@ class Result:
     whole_model: Whole | None
 
 
-@dataclass(frozen=True, slots=True)
-class Matrix:
-    """How a matrix did.
-
-    Attributes:
-        of: the layer, or the file in BEFORE.
-        form: T @ x or x @ B, and where the bias is.
-        mismatch: why nothing could be compared.
-        ratio: largest error by its bound.
-        entries: where: row and column; positions: entries.
-        products: with some inputs, against torch's convolution; where: output.
-        bias: where: output.
-        bias_missing: the file has no room for the layer's bias, or --no-bias left it out.
-    """
-
-    of: str
-    form: str
-    shape: Sizes
-    dtype: Dtype
-    mismatch: str | None
-    ratio: float
-    entries: Region | None
-    products: Region | None
-    bias: Region | None
-    bias_missing: bool
-
-    @classmethod
-    def made_of(cls, compared: Compared) -> Matrix:
-        """Return what there is to say of a comparison."""
-        report = compared.report
-        regions = {name: _compared(getattr(report, name)) for name in ("entries", "products", "bias")}
-        return fill(cls, compared, report, mismatch=report.mismatch or None, **regions)
-
-
-@dataclass(frozen=True, slots=True)
-class MatrixResult:
-    """The verdict on a matrix file and its layer, or another matrix.
-
-    Attributes:
-        equivalent: exit code 0 or 1.
-        statement: what was shown, apart from the verdict.
-    """
-
-    before: Path
-    after: Path
-    equivalent: bool
-    statement: str
-    seed: int
-    tolerance: Literal["derived bound"]
-    assumed: tuple[str, ...]
-    matrix: Matrix
-
-
 def _name(layer: LoweredLayer) -> str:
     return layer.name
-
-
-def _compared(region: Region) -> Region | None:
-    """Return a region, or None where it is empty."""
-    return region if region.positions else None
 
 
 def show(result: Result | MatrixResult, reporter: Reporter) -> None:
     """Print a table of what was compared, what differs, and the verdict."""
     if isinstance(result, MatrixResult):
-        _show_matrix(result, reporter)
+        show_matrix(result, reporter)
     else:
         _show_fusions(result.fusions, reporter)
         for claim in result.claims:
@@ -300,7 +241,7 @@ def _show_fusions(reports: Sequence[Report], reporter: Reporter) -> None:
         taps = report.taps_read
         if taps.read < taps.of and not report.mismatch:
             reporter.line(
-                f"{report.name}: at {_times(report.input_size)} outputs read {taps.read} of {taps.of} taps; "
+                f"{report.name}: at {times(report.input_size)} outputs read {taps.read} of {taps.of} taps; "
                 "nothing is said of the others, which larger inputs meet"
             )
         if report.numbers is not None and report.numbers.differing:
@@ -333,10 +274,10 @@ def _show_tensors(others: OtherTensors, rounded_to: str | None, reporter: Report
 def _row(report: Report) -> tuple[str, ...]:
     return (
         report.layers,
-        _times(report.input_size),
+        times(report.input_size),
         "-" if report.numbers is None else str(report.numbers),
         *("-" if one is None else _ratio(one.ratio, equal=one.equal) for one in (report.interior, report.rim)),
-        _verdict(report.equivalent),
+        in_words(report.equivalent),
     )
 
 
@@ -368,37 +309,5 @@ def _worst(region: Region) -> str:
     )
 
 
-def _show_matrix(result: MatrixResult, reporter: Reporter) -> None:
-    part = result.matrix
-    regions = (part.entries, part.products, part.bias)
-    row = (part.of, part.form, _times(part.shape), *map(_region, regions), _verdict(result.equivalent))
-    table(("of", "form", "matrix", "entries", "products", "bias", "verdict"), [row])
-    if part.mismatch:
-        reporter.line(part.mismatch)
-    whats = (("entries", "row, column"), ("products", "output"), ("bias", "output"))
-    for (name, what), region in zip(whats, regions, strict=True):
-        if region and not region.equal:
-            where = f"; worst at {what} {', '.join(map(str, region.where))}" if region.where else ""
-            reporter.line(
-                f"{name}: {region.differing} of {region.positions} differ{where}:"
-                f" error {region.error:.3g}, bound {region.bound:.3g};"
-                f" relative to the largest {region.relative_error:.3g}"
-            )
-    if part.bias_missing:
-        reporter.line("the layer has a bias, which the file does not hold; the matrix alone was compared")
-
-
-def _region(region: Region | None) -> str:
-    return "-" if region is None else f"{'equal' if region.equal else 'differs'}, error/bound {region.ratio:.3g}"
-
-
-def _verdict(equivalent: bool) -> str:
-    return "equivalent" if equivalent else "NOT equivalent"
-
-
 def _at(position: Sequence[int]) -> str:
     return f" at {format_sizes(position)}" if position else ""
-
-
-def _times(size: Sequence[int]) -> str:
-    return "x".join(map(str, size))

@@ -53,9 +53,15 @@ def find(model: nn.Module, name: str, **stated: object) -> Any:
     layer = model.get_submodule(name)
     if type(layer) is not getattr(nn, type(layer).__name__, None):
         raise TypeError(f"{name} is a {type(layer).__qualname__}, not a layer of torch's own; use convtool.apply")
+    if sum(one is layer for _, one in model.named_modules(remove_duplicate=False)) > 1:
+        raise ValueError(f"{name} is in the model under two names; replacing it in one place would leave the other")
     for field, value in stated.items():
-        if getattr(layer, field) not in (value, "same", "valid"):
-            raise ValueError(f"{name} has {field} {getattr(layer, field)}, and {value} was stated when it was fused")
+        has = getattr(layer, field)
+        if field == "padding" and isinstance(has, str):  # "same" or "valid"
+            spans = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size)]
+            has = tuple(span / 2 if has == "same" else 0 for span in spans)
+        if has != value:
+            raise ValueError(f"{name} has {field} {has}, and {value} was stated when it was fused")
     return layer
 
 

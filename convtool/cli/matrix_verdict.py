@@ -1,0 +1,110 @@
+"""What `convtool verify` says of a matrix, and the words that all of its verdicts are in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from convtool.cli.document import Dtype, Sizes, fill
+from convtool.cli.output import Reporter, table
+
+if TYPE_CHECKING:
+    from convtool.core.tally import Region
+    from convtool.fusing.matrix_proof import Compared
+
+EVERY_ENTRY = "every entry compared: this holds for all inputs of this size"
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """How a matrix did.
+
+    Attributes:
+        of: the layer, or the file in BEFORE.
+        form: T @ x or x @ B, and where the bias is.
+        mismatch: why nothing could be compared.
+        ratio: largest error by its bound.
+        entries: where: row and column; positions: entries.
+        products: with some inputs, against torch's convolution; where: output.
+        bias: where: output.
+        bias_missing: the file has no room for the layer's bias, or --no-bias left it out.
+    """
+
+    of: str
+    form: str
+    shape: Sizes
+    dtype: Dtype
+    mismatch: str | None
+    ratio: float
+    entries: Region | None
+    products: Region | None
+    bias: Region | None
+    bias_missing: bool
+
+    @classmethod
+    def made_of(cls, found: Compared) -> Matrix:
+        """Return what there is to say of a comparison."""
+        report = found.report
+        regions = {name: compared(getattr(report, name)) for name in ("entries", "products", "bias")}
+        return fill(cls, found, report, mismatch=report.mismatch or None, **regions)
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixResult:
+    """The verdict on a matrix file and its layer, or another matrix.
+
+    Attributes:
+        equivalent: exit code 0 or 1.
+        statement: what was shown, apart from the verdict.
+    """
+
+    before: Path
+    after: Path
+    equivalent: bool
+    statement: str
+    seed: int
+    tolerance: Literal["derived bound"]
+    assumed: tuple[str, ...]
+    matrix: Matrix
+
+
+def compared(region: Region) -> Region | None:
+    """Return a region, or None where it is empty."""
+    return region if region.positions else None
+
+
+def in_words(equivalent: bool) -> str:
+    """Return a verdict."""
+    return "equivalent" if equivalent else "NOT equivalent"
+
+
+def times(size: Sequence[int]) -> str:
+    """Return sizes as '3x8x8'."""
+    return "x".join(map(str, size))
+
+
+def show_matrix(result: MatrixResult, reporter: Reporter) -> None:
+    """Print a table of what was compared, and what differs."""
+    part = result.matrix
+    regions = (part.entries, part.products, part.bias)
+    row = (part.of, part.form, times(part.shape), *map(_region, regions), in_words(result.equivalent))
+    table(("of", "form", "matrix", "entries", "products", "bias", "verdict"), [row])
+    if part.mismatch:
+        reporter.line(part.mismatch)
+    whats = (("entries", "row, column"), ("products", "output"), ("bias", "output"))
+    for (name, what), region in zip(whats, regions, strict=True):
+        if region and not region.equal:
+            where = f"; worst at {what} {', '.join(map(str, region.where))}" if region.where else ""
+            reporter.line(
+                f"{name}: {region.differing} of {region.positions} differ{where}:"
+                f" error {region.error:.3g}, bound {region.bound:.3g};"
+                f" relative to the largest {region.relative_error:.3g}"
+            )
+    if part.bias_missing:
+        reporter.line("the layer has a bias, which the file does not hold; the matrix alone was compared")
+
+
+def _region(region: Region | None) -> str:
+    return "-" if region is None else f"{'equal' if region.equal else 'differs'}, error/bound {region.ratio:.3g}"

@@ -250,7 +250,7 @@ assert run(["--version"], TORCH)[0] == 0
 for name in COMMANDS:
     code, out, err = run([name, "--help"], TORCH)
     assert code == 0 and name in out and not err, (code, out, err)
-for line in ("", "fuze", "--wrong", "inspect", "inspect x --wrong", "verify x y --trials z", "inspect x y z"):
+for line in ("", "fuze", "--wrong", "inspect", "inspect x --wrong", "verify x y --trials z", "convert x y z"):
     wrong = line.split()
     code, out, err = run(wrong, TORCH)
     assert code == 2 and not out and err, (wrong, code, out, err)

@@ -37,7 +37,7 @@ _NOT_BY_NAME = {
     ".distcp": "a part of a folder of torch.distributed.checkpoint; give the folder",
 }
 _TAR_AT = 257  # where a tar archive says "ustar"
-_HUB = re.compile(r"[\w-]+/[\w-]+(?:\.\d[\w.-]*)?")  # OWNER/MODEL, and no suffix of a file
+_HUB = re.compile(r"[\w-]+/[\w.-]+")  # OWNER/MODEL
 _URL = re.compile(r"(https?|s3|gs|hf|ftp):/+(.*)")
 _TEXT = frozenset(range(32, 127)) | set(b"\t\r\n\f")
 
@@ -138,8 +138,9 @@ def _beginning(path: Path) -> tuple[bytes, bool]:
     except FileNotFoundError:
         if url := _URL.match(str(path)):
             raise InputError(f"{url[1]}://{url[2]}: is a URL; download it first") from None
-        hub = "; if it is a model of a hub, download it first" if _HUB.fullmatch(str(path)) else ""
-        raise InputError(f"{path}: no such file{hub}") from None
+        of_hub = _HUB.fullmatch(str(path)) and path.suffix not in CHECKPOINTS and not path.parent.exists()
+        hint = f"; a model of the Hugging Face hub is downloaded first: hf download {path} --local-dir FOLDER"
+        raise InputError(f"{path}: no such file{hint if of_hub else ''}") from None
     except (OSError, ValueError) as error:
         why = ran_out(error) or getattr(error, "strerror", None) or error
         raise InputError(f"{path}: cannot be read: {why}") from None

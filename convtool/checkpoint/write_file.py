@@ -39,7 +39,10 @@ class Options:
 def format_of(path: Path) -> CheckpointFormat:
     """Return the format of a checkpoint of that name."""
     if path.suffix not in CHECKPOINTS:
-        raise UsageError(f"{path}: expected a name that ends in {', '.join(CHECKPOINTS)}")
+        raise UsageError(
+            f"{path}: expected a name that ends in {', '.join(CHECKPOINTS)}; or for a folder the name of its index,"
+            f" such as {path}/model.safetensors.index.json"
+        )
     return checkpoint_format(path.suffix)
 
 

@@ -169,8 +169,20 @@ class Subcommand(TyperCommand):
             ctx.fail(f"expected {', '.join(others)} and {last}" if others else f"expected {last}: {missing[0].help}")
         if rest and not ctx.resilient_parsing:
             ctx.fail(f"expected no more arguments, got {' '.join(rest)}")
+        self._check_order(ctx, declared)
         ctx.args = rest
         return rest
+
+    def _check_order(self, ctx: typer.Context, declared: Mapping[str, Any]) -> None:
+        """End with a usage error where a layer's name stands in a file's place, and the file further on."""
+        arguments = [param for param in self.params if param.param_type_name == "argument" and param.name in declared]
+        paths = [param for param in arguments if Path in declared[param.name][1]]
+        given = [ctx.params.get(param.name) for param in arguments if param not in paths]
+        words = [word for one in given for word in (one if isinstance(one, list) else [one]) if word]
+        for param in paths[:1]:
+            path, file = ctx.params.get(param.name), next((word for word in words if Path(word).is_file()), None)
+            if path and file and not path.exists():
+                ctx.fail(f"expected {_form(param)} first: there is no file {path}, and {file} is one")
 
     def get_help(self, ctx: typer.Context) -> str:  # type: ignore[override]
         sections = [("Arguments", argument_rows(self.params)), ("Options", option_rows(self.get_params(ctx)))]

@@ -126,7 +126,9 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
     if len(fusions) > 1:
         before = sum(fusion.parameters.before for fusion in fusions)
         after = sum(fusion.parameters.after for fusion in fusions)
-        reporter.line(f"{len(fusions)} fusions, {before} → {after} parameters; --details lists the edits of each")
+        works = dict.fromkeys(fusion.multiply_adds.per for fusion in fusions if fusion.multiply_adds is not None)
+        per = f"; multiply-adds are per {' or '.join(works)}" if works else ""
+        reporter.line(f"{len(fusions)} fusions, {before} → {after} parameters{per}; --details lists the edits of each")
     saved.show(result.checkpoint, reporter)
     out, did = result.checkpoint.out, "wrote" if result.checkpoint.written else "would write"
     if result.loader is not None:

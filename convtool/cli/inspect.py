@@ -11,7 +11,8 @@ from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
 from convtool.cli.options import argument, flag, option
 from convtool.cli.output import Reporter, table
-from convtool.cli.saved import Recorded, some_of
+from convtool.cli.saved import Recorded
+from convtool.core.names import grouped, some_of
 from convtool.core.tree import tree_text
 from convtool.errors import UsageError, human_bytes
 from convtool.kinds import kind_named
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 convtool inspect model.safetensors
-convtool inspect model.safetensors 'layer1.*' --tensors
+convtool inspect model.safetensors 'layer1.*' head --tensors
 convtool inspect model.pt --model net.py:Net --model-input 3,64,64 --write-geometry net.toml
 convtool inspect model.pt --json | jq -r '.layers[].name'
 """
@@ -38,7 +39,9 @@ class Options:
     """What to list, and where what a checkpoint doesn't hold comes from."""
 
     checkpoint: Path = shared.checkpoint()
-    pattern: str | None = argument("PATTERN", "Only layers whose name matches, such as 'layer1.*'.", complete.layers)
+    patterns: list[str] | None = argument(
+        "[PATTERN...]", "Only layers whose names match one of these, such as 'layer1.*'.", complete.layers
+    )
     tensors: bool = flag("List every tensor.")
     model_input: list[str] | None = shared.model_input()
     write_geometry: Path | None = option("FILE", "Write what is known of the layers' geometry as TOML for --geometry.")
@@ -123,15 +126,17 @@ def run(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.record import field_source
     from convtool.cli.model import read_model, runs_of_layers
 
-    path, pattern, sources = options.checkpoint, options.pattern, options.sources
+    path, patterns, sources = options.checkpoint, options.patterns, options.sources
     opened = sources.open(path, reporter)
     record = opened.record
     found = read_model(sources.model, sources.model_args, opened, reporter)
     fields = sources.fields(None if found is None else found[1].geometry, opened.layers)
     fields = fields.with_first(field_source(opened))
-    names = [name for name in opened.layers if pattern is None or name == pattern or fnmatchcase(name, pattern)]
-    if pattern is not None and not names:
-        raise UsageError(f"{path}: no layer matches {pattern!r}; without a pattern all are listed")
+    fitting = {one: {name for name in opened.layers if name == one or fnmatchcase(name, one)} for one in patterns or ()}
+    for pattern, some in fitting.items():
+        if not some:
+            raise UsageError(f"{path}: no layer matches {pattern!r}; without a pattern all are listed")
+    names = [name for name in opened.layers if not patterns or any(name in some for some in fitting.values())]
     known = {name: fields.known(name, opened.layers[name]) for name in names}
     geometry = {name: _geometry(opened.layers[name], one.fields) for name, one in known.items()}
     runs = runs_of_layers(found, options.model_input)
@@ -218,11 +223,13 @@ def _show_layers(result: Result, reporter: Reporter) -> None:
     """Print a line for each layer, and what convtool did to it."""
     columns = ("layer", "kind", "weight", "dtype", "size", "geometry")
     table(columns, [_row(one) for one in result.layers], right=("size",))
-    for layer in result.layers:
-        for text in layer.rests_on:
-            reporter.line(f"assumed when {layer.name} was made: {text}")
+    said = (text.partition(": ") for layer in result.layers for text in layer.rests_on)
+    for text in grouped((name, what) for name, _, what in said):
+        reporter.line(f"assumed when the fused layers were made: {text}")
+    listed = {layer.name for layer in result.layers}
     for fusion in result.record.fusions if result.record else ():
-        reporter.remark(f"{fusion.name} was fused by convtool from {tree_text(fusion.sources)}")
+        if fusion.name in listed:
+            reporter.remark(f"{fusion.name} was fused by convtool from {tree_text(fusion.sources)}")
 
 
 def _row(layer: Layer) -> tuple[str, ...]:
@@ -285,4 +292,4 @@ def _value(value: Any) -> str:
     return entries[0] if len(set(entries)) == 1 else ",".join(entries)
 
 
-COMMAND = Command("CKPT [PATTERN]", EXAMPLES, Options, run, show)
+COMMAND = Command("CKPT [PATTERN...]", EXAMPLES, Options, run, show)

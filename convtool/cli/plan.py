@@ -183,7 +183,8 @@ def show(result: Result, reporter: Reporter) -> None:
     parameters, work = _costs(result.total)
     others = result.total.uncounted
     reporter.line(
-        f"{count} fusion{'' if count == 1 else 's'}; the whole model: {parameters} parameters, {work} multiply-adds"
+        f"{count} fusion{'' if count == 1 else 's'}; the whole model: {parameters} parameters, {work}"
+        " multiply-adds for one input"
         + (f", without {_count(others)} parameters of layers of other kinds" if others else "")
     )
     if result.written:

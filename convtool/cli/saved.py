@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from convtool.cli.document import OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes, fill
 from convtool.cli.output import Reporter
+from convtool.core.names import some_of
 from convtool.core.tree import Tree, map_leaves
 from convtool.errors import human_bytes
 
@@ -152,7 +153,7 @@ def write(plan: WritePlan, opened: Checkpoint, edit: Edit, reporter: Reporter, *
         with reporter.progress(f"writing {plan.path.name}", plan.size) as advance:
             plan.write(advance)
         if plan.left_behind:
-            names = ", ".join(plan.left_behind[:5]) + (" ..." if len(plan.left_behind) > 5 else "")
+            names = some_of(plan.left_behind)
             reporter.remark(f"left where they were: {names}; copy those that fit the new checkpoint too")
     for name, what in opened.replaced.items():
         reporter.remark(f"{name} is {what}, which can't be written; its state dict is")
@@ -163,11 +164,6 @@ def write(plan: WritePlan, opened: Checkpoint, edit: Edit, reporter: Reporter, *
         reporter.remark(f"{some_of(states)}: holds an optimizer's states of the old parameters, which stay as they are")
     tensors = len(edit.order(opened.infos))
     return Written(opened.path, plan.path, not dry_run, tensors, plan.size, plan.files, plan.left_out)
-
-
-def some_of(names: Sequence[str], most: int = 5) -> str:
-    """Return the first of some names, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def changed_tensors(edit: Edit) -> ChangedTensors:

@@ -12,11 +12,10 @@ from typing import Any
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
 from convtool.core.fields import Fields
-from convtool.core.names import unwrap
+from convtool.core.names import some_of, unwrap
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.formats.strict_json import parse_json
-from convtool.fusing.leaf import some_of
 from convtool.fusing.recipe import PlannedFusion
 from convtool.kinds.found import other_adapter
 from convtool.kinds.kind import Layer
@@ -124,6 +123,11 @@ def _fitting(
         found[target] = name
         merged_components.add(component)
     lacking = [name for component, names in missed.items() if component in merged_components for name in names]
+    if not found and any(layer.kind.adapts for layer in base.layers.values()):
+        raise UsageError(
+            f"{source}: nothing in it changes a layer of the checkpoint, which holds adapters itself: give the base"
+            f" first, and the adapters as --with {source}={base.path}"
+        )
     _check_complete(source, opened, found, lacking)
     return found
 

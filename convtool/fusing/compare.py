@@ -261,17 +261,19 @@ def unfitting(
 
 def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[str, str]]:
     """Yield the fields of recorded layers that nobody else states, and that nothing in BEFORE shows."""
+    whole = {leaf.name for leaf in leaves(tree)}
     for leaf in leaves(tree):
         kind, stated = leaf.layer.kind, sources.fields(leaf.name)
+        shown = {"of"} if leaf.fields.get("of") in whole else set()  # that an adapter changes what it is added to
         for assumed in (False, True) if kind.settable else ():
-            names = leaf.known.keys() - stated.keys() - leaf.implied
+            names = leaf.known.keys() - stated.keys() - leaf.implied - shown
             claimed = {name: leaf.known[name] for name in leaf.known if name in names}
             said = kind.claim(
                 {name: value for name, value in claimed.items() if (name in leaf.assumed) == assumed}, leaf.layer.shapes
             )
             if said:
                 yield leaf.name, f"{said} (assumed)" if assumed else said
-        if leaf.like:
+        if leaf.like and not shown:
             yield leaf.name, f"otherwise as {leaf.like}"
 
 

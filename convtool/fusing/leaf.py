@@ -8,11 +8,10 @@ from dataclasses import dataclass, field, replace
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.fields import Fields
 from convtool.core.fuse import NamedConv
-from convtool.core.names import is_written
+from convtool.core.names import grouped, is_written
 from convtool.core.tree import BASE
 from convtool.kinds.kind import Layer
 
-MOST_NAMES = 3  # layers named one by one before the rest is only counted
 SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a layer takes from the one that it is like
 
 
@@ -106,18 +105,6 @@ class LoweredLayer(NamedConv):
         )
 
 
-def grouped(said: Iterable[tuple[str, str]]) -> list[str]:
-    """Return what is said of layers, (layer, what), as lines; once where it is the same of many."""
-    layers: dict[str, list[str]] = {}
-    for layer, what in dict.fromkeys(said):
-        layers.setdefault(what, []).append(layer)
-    return [
-        f"{name}: {what}"
-        for what, names in layers.items()
-        for name in (names if len(names) <= MOST_NAMES else [some_of(names)])
-    ]
-
-
 def said_of(layers: Iterable[LoweredLayer]) -> list[str]:
     """Return what there is to say of where the fields of layers are from: assumed, inferred, or against a source."""
     found = list(layers)
@@ -127,9 +114,3 @@ def said_of(layers: Iterable[LoweredLayer]) -> list[str]:
         "overruled": [(leaf.name, what) for leaf in found for what in leaf.overruled],
     }
     return [f"{how}: {line}" for how, each in said.items() for line in grouped(each)]
-
-
-def some_of(names: list[str]) -> str:
-    """Return the first of some names, and how many more there are."""
-    more = f" and {len(names) - MOST_NAMES} more" if len(names) > MOST_NAMES else ""
-    return ", ".join(names[:MOST_NAMES]) + more

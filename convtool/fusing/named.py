@@ -12,11 +12,10 @@ from math import isfinite, prod
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
 from convtool.core.fields import Fields
-from convtool.core.names import unwrap
+from convtool.core.names import some_of, unwrap
 from convtool.core.tree import BASE, Chain, LayerRef, leaves
 from convtool.errors import InputError, RefusedError
 from convtool.fusing.fusion import check_nothing_missed
-from convtool.fusing.leaf import some_of
 from convtool.fusing.recipe import Known, Names, PlannedFusion, Recipe, resolve
 from convtool.fusing.shipped import shipped
 from convtool.kinds.written import check_closed

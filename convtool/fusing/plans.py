@@ -7,9 +7,10 @@ from typing import Any
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
+from convtool.core.names import grouped, some_of
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, tree_text
 from convtool.fusing.fusion import PlannedLayer, plan_layer
-from convtool.fusing.leaf import grouped, said_of, some_of
+from convtool.fusing.leaf import said_of
 from convtool.fusing.lowering import lower_tree
 from convtool.fusing.recipe import PlannedFusion
 from convtool.fusing.settle import settle

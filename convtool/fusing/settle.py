@@ -8,11 +8,12 @@ from functools import partial
 
 from convtool.checkpoint import Checkpoint
 from convtool.core.geometry import Geometry
+from convtool.core.names import some_of
 from convtool.core.sizes import split_input_size
 from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
 from convtool.errors import UsageError
 from convtool.fusing.dependence import KERNEL, depends, infer_strides, probes
-from convtool.fusing.leaf import LoweredLayer, some_of
+from convtool.fusing.leaf import LoweredLayer
 from convtool.kinds.stated import field_text
 
 NUMBERS, MATRIX = "for the numbers", "for the matrix"

@@ -27,6 +27,9 @@ def find_recipe(name: str) -> Recipe:
     if name in known:
         return known[name]
     if not name.endswith(".toml") and name != STREAM:
-        near = did_you_mean(name, known, f"; expected one of {', '.join(known)}, or a .toml file")
-        raise UsageError(f"--recipe: no recipe {name!r}{near}")
+        near = did_you_mean(name, known, cutoff=0.8)
+        raise UsageError(
+            f"--recipe: no recipe {name!r}{near or ';'} --recipe auto takes the one that fits, `convtool fuse"
+            " --list-recipes` lists all, and a recipe of your own is a .toml file"
+        )
     return parse_recipe(read_toml(Path(name)), name)

@@ -12,13 +12,13 @@ import torch
 from convtool.checkpoint import Checkpoint
 from convtool.core.bound import Stored
 from convtool.core.expression import Expression, in_channels
+from convtool.core.names import some_of
 from convtool.core.sizes import alike_size, default_sizes, split_input_size
 from convtool.core.tree import BASE, Tree, leaves, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError, UsageError
 from convtool.formats.dtypes import FLOATS
 from convtool.fusing.compare import Pairing
-from convtool.fusing.leaf import some_of
 from convtool.fusing.proof import exact_tree, stored_tree
 
 

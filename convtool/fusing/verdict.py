@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 
 from convtool.core.geometry import format_sizes
+from convtool.core.names import grouped
 from convtool.core.tree import leaves
 from convtool.core.verify import EquivalenceReport
 from convtool.fusing.compare import Pairing
-from convtool.fusing.leaf import grouped
 
 Results = Sequence[tuple[Pairing, EquivalenceReport]]
 

@@ -15,12 +15,17 @@ from convtool.kinds.stated import FieldSources
 
 
 def fitting(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> dict[str, list[PlannedFusion]]:
-    """Return what each recipe would fuse, of those that fit; not those of which another does more."""
+    """Return what each recipe would fuse, of those that fit; not those of which another does the same, or more."""
     found: dict[str, list[PlannedFusion]] = {}
+    done: list[object] = []  # what each fuses, and what it says of the layers
     names = [name for opened in checkpoints.values() for name in opened.layers]
     for name, recipe in shipped().items():
         with suppress(ConvtoolError):
-            found[name] = by_recipe(recipe, checkpoints, fields.with_first(recipe.stated(names)).fields)
+            stated = recipe.stated(names)
+            made = by_recipe(recipe, checkpoints, fields.with_first(stated).fields)
+            if (made, stated.tables) not in done:
+                done.append((made, stated.tables))
+                found[name] = made
     return {name: made for name, made in found.items() if not any(_does_more(other, made) for other in found.values())}
 
 
@@ -30,7 +35,10 @@ def the_one(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> tupl
     if not found:
         raise UsageError("--recipe auto: none of the recipes that ship fits; `convtool fuse --list-recipes` lists them")
     if len(found) > 1:
-        raise UsageError(f"--recipe auto: several recipes fit, so name one: {in_words(found)}")
+        raise UsageError(
+            f"--recipe auto: several recipes fit: {in_words(found)}; name the one of the library or the authors whose"
+            " code builds the network, or give --auto with --model, which needs no recipe"
+        )
     (name,) = found
     return name, shipped()[name]
 

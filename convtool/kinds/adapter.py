@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from convtool.core.fields import FLAG, INTEGER, POSITIVE, TEXT, Fields
 from convtool.errors import InputError, RefusedError
 from convtool.kinds.convolution import CONV
-from convtool.kinds.kind import Base, Kind, Layer, Shape, TensorInfo, Tensors
+from convtool.kinds.kind import Base, Kind, Layer, Shape, Shapes, TensorInfo, Tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,6 +107,15 @@ class Adapter(Kind):
         if {"diff_b", "up_bias"} & layer.tensors.keys():
             made["bias"] = TensorInfo(f"{layer.name}.bias", "float64", shape[:1], 8 * shape[0], stored, bias)
         return Layer(layer.name, base.layer.kind, made)
+
+    def claim(self, fields: Fields, shapes: Shapes) -> str:
+        idle = {"output_padding"} if not any(fields.get("output_padding", ())) else set()
+        return ", ".join(self.say(name, value) for name, value in fields.items() if name not in idle)
+
+    def say(self, name: str, value: Any) -> str:
+        if name == "of":
+            return f"changes {value}"
+        return CONV.say(name, value) if name in CONV.fields else super().say(name, value)
 
     def assumed(self, layer: Layer, fields: Fields) -> list[str]:
         unsaid = self.rank(layer.shapes) is not None and "alpha" not in {**layer.tensors, **fields}

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from convtool.checkpoint import Checkpoint, Layer
-from convtool.core.names import unwrap
+from convtool.core.names import some_of, unwrap
 from convtool.errors import UsageError
 from convtool.kinds.stated import FieldSource
 from convtool.live.layers import module_layers
@@ -140,5 +140,4 @@ def _listed(what: str, names: Iterable[str]) -> list[str]:
     found = [name or "(bare module)" for name in names]
     if not found:
         return []
-    more = f" and {len(found) - MOST_NAMES} more" if len(found) > MOST_NAMES else ""
-    return [f"{what}: {', '.join(found[:MOST_NAMES])}{more}"]
+    return [f"{what}: {some_of(found, MOST_NAMES)}"]

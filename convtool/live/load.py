@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
+from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError, did_you_mean
 
 EXPECTED = "pkg.mod:callable, path/to/file.py:callable, or a Hugging Face folder with a config.json"
 
@@ -54,16 +54,18 @@ def run_code(option: str, spec: str) -> Any:
 @contextlib.contextmanager
 def _named(spec: str) -> Iterator[Any]:
     """Give what 'pkg.mod:name' or 'file.py:name' names, and let its code import what lies beside it meanwhile."""
-    where, _, attribute = spec.rpartition(":")
-    if not where or not attribute:
+    where, _, attribute = (spec, "", "") if spec.endswith(".py") else spec.rpartition(":")
+    if not where or not (attribute or where.endswith(".py")):
         raise UsageError(f"--model: expected {EXPECTED}, got {spec!r}")
     with _importable(Path(where).parent if where.endswith(".py") else Path()):
         module = _file(Path(where)) if where.endswith(".py") else _import(where)
         try:
             made: Any = reduce(getattr, attribute.split("."), module)
         except AttributeError:
-            public = [name for name in vars(module) if not name.startswith("_")]
-            raise UsageError(f"--model: {where} has no {attribute!r}; it has {', '.join(public[:8])}") from None
+            own = [name for name, made in vars(module).items() if getattr(made, "__module__", "") == module.__name__]
+            near = did_you_mean(attribute, own, f"; it has {', '.join(own[:8]) or 'none of its own'}")
+            lacks = f"has no {attribute!r}" if attribute else f"expected {where}:NAME, NAME being what builds the model"
+            raise UsageError(f"--model: {where}: {lacks}{near}") from None
         yield made
 
 

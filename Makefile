@@ -64,6 +64,7 @@ bench: $(VENV)/installed-for-tests
 
 faults: $(VENV)/installed-for-tests
 	@$(BIN)/python tests/faults.py $(FAULTS)
+	@$(BIN)/python tests/launched.py
 
 mutants: $(VENV)/installed-for-tests
 	@$(PIP) --editable '.[test,mutants]'

@@ -384,7 +384,8 @@ class Case:
             return "hung"
         unfinished = {name for name in self.outputs() if Path(name).name.startswith(".convtool-")}
         found = {name: data for name, data in self.outputs().items() if name not in unfinished}
-        said = {name for name in found if "left over" in ended.err and Path(name).name in ended.err}
+        left = ended.err.partition("left over, and can be deleted: ")[2]
+        said = {name for name in found if Path(name).name in left}
         found = {name: data for name, data in found.items() if name not in said}
         state = next((state for state, files in self.states.items() if files == found), None)
         if state is None and self.scenario.apart and self.each_whole(found):
@@ -544,6 +545,8 @@ def main(given: argparse.Namespace) -> int:
                     wrong.append(
                         f"{scenario.title}, {fault.name} at step {at} of {'/'.join(fault.families)}: {problem}"
                     )
+        runs = sum(row.runs for (title, _), row in rows.items() if title == scenario.title)
+        print(f"{scenario.title}: {runs} faults, {len(wrong)} wrong so far", file=sys.stderr, flush=True)
     report(rows, wrong, as_json=given.json)
     return 1 if wrong else 0
 

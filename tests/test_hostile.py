@@ -31,6 +31,7 @@ from convtool.errors import InputError
 from convtool.formats import indexes, safetensors
 from convtool.formats.pieces import Piece
 from convtool.formats.stored_zip import archive_size, write_archive
+from convtool.matrix.read import open_matrix
 
 
 def archive(path: Path, pickled: bytes, storages: dict[str, bytes] | None = None) -> Path:
@@ -410,6 +411,13 @@ def test_what_means_to_take_for_ever_or_all_memory_is_refused(tmp_path: Path) ->
     assert opened.left_out == {"x": "an object of a.B"}
     write_edited(opened, Edit.nothing(), tmp_path / "out.pt", force=False)
     assert (tmp_path / "out.pt").stat().st_size < 4000
+    nested = b")" + b"2\x86" * 60
+    cls = b"ctorch._tensor\n_rebuild_from_type_v2\n(ca\nB\n" + nested + b")\x85NtR"
+    assert open_checkpoint(archive(tmp_path / "class.pt", inside(cls))).unusable["w"].startswith("is of the tensor sub")
+    layout = b"ctorch.serialization\n_get_layout\n" + nested + b"\x85R"
+    sparse = b"ctorch._utils\n_rebuild_sparse_tensor\n" + layout + b")\x86R"
+    with pytest.raises(InputError, match="not made as torch makes one"):
+        open_matrix(archive(tmp_path / "matrix.pt", b"\x80\x02}X\x06\0\0\0weight" + sparse + b"s."))
     deep = write_damaged("program", b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", tmp_path)
     with pytest.raises(InputError, match="is not JSON"):
         open_checkpoint(deep)
@@ -525,6 +533,38 @@ def test_names_cannot_steer_a_terminal(tmp_path: Path, suffix: str, capsys: pyte
 
 
 # Sizes
+
+
+def remembered(*values: bytes) -> bytes:
+    """The opcodes that put values into a pickle's memo, from number 0 on."""
+    return b"".join(value + b"q" + bytes([number]) + b"0" for number, value in enumerate(values))
+
+
+LONG_TEXT = b"X" + (500_000).to_bytes(4, "little") + b"a" * 500_000
+LATIN = b"X\x06\0\0\0latin1"
+PAIRS = b"](" + b"".join(b"J" + number.to_bytes(4, "little") + b"N\x86" for number in range(50_000)) + b"e"
+AGAIN = {  # what is remembered, and what is made of it 50,000 times
+    "bytes": (remembered(LONG_TEXT, LATIN, b"c_codecs\nencode\n"), b"h\x02h\0h\1\x86R"),
+    "byte arrays": (
+        remembered(LONG_TEXT, LATIN, b"c_codecs\nencode\n", b"h\x02h\0h\1\x86R", b"cbuiltins\nbytearray\n"),
+        b"h\4h\3\x85R",
+    ),
+    "dicts": (remembered(PAIRS, b"ccollections\nOrderedDict\n"), b"h\1h\0\x85R"),
+    "tensors": (
+        remembered(b"B" + (500_000).to_bytes(4, "little") + bytes(500_000), b"ctorch.storage\n_load_from_bytes\n"),
+        b"h\1h\0\x85R",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", AGAIN)
+def test_what_is_made_again_and_again_of_a_few_bytes_is_refused(tmp_path: Path, kind: str) -> None:
+    first, again = AGAIN[kind]
+    path = tmp_path / "a.pt"
+    path.write_bytes(b"\x80\x03" + first + b"(" + again * 50_000 + b"t.")
+    grown, found = peak_memory(path)
+    assert "again and again" in found
+    assert grown < 100 * path.stat().st_size
 
 
 PEAK = """

@@ -457,6 +457,16 @@ def _write_folder(folder: Path, whole: Tensor, boxes: Sequence[tuple[tuple[int, 
     (folder / ".metadata").write_bytes(pickle.dumps(table))
 
 
+def test_a_table_of_contents_with_names_that_are_hashed_for_ever_is_refused(tmp_path: Path) -> None:
+    nested: tuple[Any, ...] = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    places = {dcp_metadata.MetadataIndex("w", torch.Size([0])): _StorageInfo(nested, 0, 4)}  # type: ignore[arg-type]
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(dcp_metadata.Metadata({}, {}, places)))
+    with pytest.raises(InputError, match="a name that isn't a text"):
+        open_checkpoint(tmp_path)
+
+
 def test_a_frozen_script_has_no_names(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -554,6 +564,7 @@ MESSAGES: dict[str, tuple[str, bytes, str]] = {
     "xz": ("m.pt", b"\xfd7zXZ\0" + bytes(100), "compressed by xz"),
     "bz2": ("m.pt", b"BZh9" + bytes(range(100)), "compressed by bzip2"),
     "npy": ("m.npy", b"\x93NUMPY\x01\0" + bytes(100), "an array of numpy"),
+    "Core ML": ("weight.bin", b"\1\0\0\0\2".ljust(64, b"\0") + b"\xef\xbe\xad\xde" + bytes(60), "weights of Core ML"),
     "part": ("__0_0.distcp", b"PK" + bytes(100), "a part of a folder of torch.distributed.checkpoint"),
 }
 
@@ -564,6 +575,23 @@ def test_files_of_other_programs_are_named(tmp_path: Path, kind: str) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(InputError, match=message):
         open_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize("protocol", [0, 1, 2, 4, 5])
+@pytest.mark.parametrize("arrays", [False, True])
+def test_what_pickle_itself_wrote_is_read(tmp_path: Path, protocol: int, arrays: bool) -> None:
+    """Tensors stand in such a pickle as files of torch's; protocol 0 is text."""
+    state = {"a.weight": torch.randn(4, 3).T, "a.bias": torch.arange(3), "half": torch.ones(2).half()}
+    saved = {name: tensor.numpy() for name, tensor in state.items()} if arrays else state | {"tied": state["a.bias"]}
+    (tmp_path / "in.pt").write_bytes(pickle.dumps(saved, protocol))
+    opened = open_checkpoint(tmp_path / "in.pt")
+    assert opened.infos.keys() == saved.keys()
+    assert all(torch.equal(opened.tensor(name), tensor) for name, tensor in state.items())
+    assert arrays or opened.memory("tied") == opened.memory("a.bias")
+    if not arrays:
+        assert cli(f"convert {tmp_path / 'in.pt'} {tmp_path / 'out.pt'}").code == 0
+        back = torch.load(tmp_path / "out.pt")
+        assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
 
 
 def test_archives_of_other_programs_are_named(tmp_path: Path) -> None:

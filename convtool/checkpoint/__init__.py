@@ -10,6 +10,7 @@ from convtool.checkpoint.base import Checkpoint
 from convtool.checkpoint.folder import find_in_folder
 from convtool.errors import InputError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format, dcp
+from convtool.formats.account import version_at
 from convtool.formats.indexes import is_index, named_file, read_index
 from convtool.formats.resources import ran_out
 from convtool.formats.source import Source
@@ -18,25 +19,40 @@ from convtool.kinds.kind import Layer, TensorInfo
 
 __all__ = ["Checkpoint", "Layer", "TensorInfo", "is_flat", "open_checkpoint"]
 
+_TAR = (
+    "a tar archive, which convtool doesn't read; if torch before 0.2 saved it, and you trust it, load it with"
+    " torch.load(PATH, weights_only=False) and save its state dict again; else unpack it first"
+)
+# Where a file says so, with what bytes, and what it is then.
 _NOT_A_CHECKPOINT = (
-    (b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
-    (b"<!DOCTYPE", "a web page, not a checkpoint; the download went wrong"),
-    (b"<html", "a web page, not a checkpoint; the download went wrong"),
-    (b"\x89HDF", "an HDF5 file, which convtool doesn't read; load it and save its weights with safetensors or torch"),
-    (b"GGUF", "a GGUF file, which convtool doesn't read; convert from the checkpoint that it was made of"),
-    (b"\x1f\x8b", "compressed by gzip; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it first"),
-    (b"\xfd7zXZ\0", "compressed by xz; unpack it first"),
-    (b"BZh", "compressed by bzip2; unpack it first"),
-    (b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
-    (b"\x93NUMPY", "an array of numpy; save it as a tensor under its name"),
+    (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
+    (0, b"<!DOCTYPE", "a web page, not a checkpoint; the download went wrong"),
+    (0, b"<html", "a web page, not a checkpoint; the download went wrong"),
+    (
+        0,
+        b"\x89HDF",
+        "an HDF5 file, which convtool doesn't read; load it and save its weights with torch",
+    ),
+    (0, b"GGUF", "a GGUF file, which convtool doesn't read; convert from the checkpoint that it was made of"),
+    (0, b"\x1f\x8b", "compressed by gzip; unpack it first"),
+    (0, b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it first"),
+    (0, b"\xfd7zXZ\0", "compressed by xz; unpack it first"),
+    (0, b"BZh", "compressed by bzip2; unpack it first"),
+    (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
+    (0, b"\x93NUMPY", "an array of numpy; save it as a tensor under its name"),
+    (
+        64,
+        b"\xef\xbe\xad\xde",
+        "weights of Core ML, which convtool doesn't read; use the checkpoint behind them",
+    ),
+    (257, b"ustar", _TAR),
 )
 _NOT_BY_NAME = {
     ".onnx": "ONNX, which convtool doesn't read; use the PyTorch checkpoint that it was exported from",
     ".tflite": "TensorFlow Lite, which convtool doesn't read; use the PyTorch checkpoint that it was made of",
     ".distcp": "a part of a folder of torch.distributed.checkpoint; give the folder",
 }
-_TAR_AT = 257  # where a tar archive says "ustar"
+_LOOKED_AT = 512  # bytes of a file that tell what it is
 _HUB = re.compile(r"[\w-]+/[\w.-]+")  # OWNER/MODEL
 _URL = re.compile(r"(https?|s3|gs|hf|ftp):/+(.*)")
 _TEXT = frozenset(range(32, 127)) | set(b"\t\r\n\f")
@@ -70,24 +86,15 @@ def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
 
 
 def _open_index(path: Path) -> Checkpoint:
-    before = _version(path)
+    before = version_at(path)
     index = read_index(path)
     try:
         names = dict.fromkeys(index["weight_map"].values())
         files = {name: _open_file(named_file(path, name), None) for name in names}
     finally:
-        if _version(path) != before:  # files of the one and of the other would be taken together
+        if version_at(path) != before:  # files of the one and of the other would be taken together
             raise InputError(f"{path}: was replaced while its files were opened; try again")
     return Checkpoint(path, files, index)
-
-
-def _version(path: Path) -> tuple[int, ...]:
-    """Return what differs once a file has been replaced; nothing of one that can't be looked at."""
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return ()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 def is_flat(path: Path) -> bool:
@@ -97,44 +104,39 @@ def is_flat(path: Path) -> bool:
 
 
 def _open_file(path: Path, root: str | None) -> TensorFile:
-    start, tar = _beginning(path)
+    start = _beginning(path)
     if path.suffix in _NOT_BY_NAME:
         raise InputError(f"{path}: is {_NOT_BY_NAME[path.suffix]}")
     if path.name == dcp.METADATA:
         return dcp.open_folder(Source(path), root)
-    for beginning, what in _NOT_A_CHECKPOINT:
-        if start[: len(beginning)].lower() == beginning.lower():
+    for at, mark, what in _NOT_A_CHECKPOINT:
+        if start[at : at + len(mark)].lower() == mark.lower():
             raise InputError(f"{path}: is {what}")
-    if tar:
-        raise InputError(
-            f"{path}: is a tar archive, which convtool doesn't read; if torch before 0.2 saved it, and you trust it,"
-            " load it with torch.load(PATH, weights_only=False) and save its state dict again; else unpack it first"
-        )
     if not start:
         raise InputError(f"{path}: is empty")
-    if not start.strip(b"\0"):
+    if not start[:64].strip(b"\0"):
         raise InputError(f"{path}: begins with zeros only; it was never written completely")
-    if _TEXT.issuperset(start):
-        raise InputError(
-            f"{path}: is text, not a checkpoint (it begins {start[:32].decode()!r}); was it downloaded whole?"
-        )
     # How a file begins tells its format; its name is only asked where that doesn't.
     for suffix in CHECKPOINTS:
         form = checkpoint_format(suffix)
         if form.recognises(start):
             return form.open_file(Source(path), root)
+    if _TEXT.issuperset(start[:64]):
+        raise InputError(
+            f"{path}: is text, not a checkpoint (it begins {start[:32].decode()!r}); was it downloaded whole?"
+        )
     if path.suffix in CHECKPOINTS:
         return checkpoint_format(path.suffix).open_file(Source(path), root)
     raise InputError(f"{path}: is neither a safetensors nor a torch file")
 
 
-def _beginning(path: Path) -> tuple[bytes, bool]:
-    """Return how a file begins, and whether it is a tar archive, which tells so further on."""
+def _beginning(path: Path) -> bytes:
+    """Return how a file begins."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # asked first: to open a pipe would wait for its other end
             raise InputError(f"{path}: is not a regular file")
         with path.open("rb") as file:
-            return file.read(64), file.seek(_TAR_AT) == _TAR_AT and file.read(5) == b"ustar"
+            return file.read(_LOOKED_AT)
     except FileNotFoundError:
         if url := _URL.match(str(path)):
             raise InputError(f"{url[1]}://{url[2]}: is a URL; download it first") from None

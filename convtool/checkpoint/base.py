@@ -17,6 +17,7 @@ from convtool.formats.indexes import RECORD_KEY
 from convtool.formats.pieces import Piece
 from convtool.formats.program import Program
 from convtool.formats.tensor_file import Place, TensorFile
+from convtool.kinds import field_types
 from convtool.kinds.found import group_layers, why_not_plain
 from convtool.kinds.kind import Layer, TensorInfo
 from convtool.kinds.to_conv import to_conv
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from convtool.core.conv import Conv
     from convtool.core.fields import Fields
-    from convtool.core.geometry import Padding, PerAxis
 
 
 class Checkpoint:
@@ -263,42 +263,27 @@ class Checkpoint:
                 raise InputError(f"{self.path}: {key} {reason}")
         return find_layer(self.layers, name, str(self.path))
 
-    def conv(
-        self,
-        name: str,
-        *,
-        stride: PerAxis | None = None,
-        padding: Padding | None = None,
-        dilation: PerAxis | None = None,
-        groups: int | None = None,
-        padding_mode: str | None = None,
-        transposed: bool | None = None,
-        output_padding: PerAxis | None = None,
-        eps: float | None = None,
-        spatial_axes: int | None = None,
-        **others: Any,
-    ) -> Conv:
+    def conv(self, name: str, *, spatial_axes: int | None = None, **fields: Any) -> Conv:
         """Return a layer of the checkpoint as a `Conv`.
 
         Args:
             name: module path.
-            stride, padding, dilation, groups, padding_mode, transposed, output_padding: as in torch, and see
-                `convtool.conv`; where None, what convtool recorded in the file, else nn.Conv's default. Of a layer that
-                convtool made, what it could not record has to be passed.
-            eps: of a batch norm, which has to be passed where no record states it.
             spatial_axes: for a batch norm or a linear layer, whose tensors don't tell; 2 and 0 where None.
+            fields: stride, padding, dilation, groups, padding_mode, transposed, output_padding as in torch, and see
+                `convtool.conv`; eps of a batch norm. Where None, what convtool recorded in the file, else nn.Conv's
+                default. Of a layer that convtool made, what it could not record has to be passed, and eps where no
+                record states it.
 
         Raises:
             UsageError: no such layer, the fields don't fit it, or one that matters is stated nowhere.
             InputError: the layer is of a kind that isn't linear or can't be read.
         """
-        given = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups, "eps": eps}
-        given |= {"padding_mode": padding_mode, "transposed": transposed, "output_padding": output_padding}
-        for other in others:
-            raise UsageError(f"conv: a layer has no field {other!r}{did_you_mean(other, [*given, 'spatial_axes'])}")
+        known = [*field_types(), "spatial_axes"]
+        for other in fields.keys() - known:
+            raise UsageError(f"conv: a layer has no field {other!r}{did_you_mean(other, known)}")
         layer = self.layer(name)
         recorded = (self.record.fields() if self.record else self.stated).get(layer.name)
-        fields = (recorded or {}) | {field: value for field, value in given.items() if value is not None}
+        fields = {**(recorded or {}), **{field: value for field, value in fields.items() if value is not None}}
         missing = self._missing(layer, fields, made=recorded is not None)
         if missing:
             raise UsageError(

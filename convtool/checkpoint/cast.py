@@ -6,28 +6,19 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from convtool.core.rounding import Rounding, held
+from convtool.core.rounding import Rounding
 from convtool.formats.dtypes import FLOATS, ITEMSIZE
 from convtool.formats.pieces import Chunk, Piece
 
 ROUNDED = 1 << 16  # numbers that are rounded together, which takes ten times their memory
 
 
-def cast_tensor(name: str, tensor: Tensor, after: str) -> Tensor:
-    """Return a tensor in another dtype; as it is where it isn't of floating-point numbers of 16 bits and more.
-
-    Raises:
-        RefusedError: the new dtype doesn't hold the tensor's numbers.
-    """
-    if str(tensor.dtype).removeprefix("torch.") not in FLOATS:
-        return tensor
-    return held(tensor, getattr(torch, after), name)
-
-
 def cast_piece(piece: Piece, after: str) -> Piece:
-    """Return a piece in another dtype; as `cast_tensor`, and the error comes when it is written."""
+    """Return a piece in another dtype; as it is where it isn't of floating-point numbers of 16 bits and more.
+
+    Where the new dtype doesn't hold its numbers, the error comes when its bytes are made (`cast_chunks`).
+    """
     before = piece.dtype
     if before not in FLOATS - {after}:
         return piece

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -52,13 +52,6 @@ class Edit:
     def nothing(cls) -> Edit:
         """Everything as it is."""
         return cls(frozenset(), {})
-
-    def changed(self, change: Callable[[str, Tensor], Tensor]) -> Edit:
-        """Return the edit with something done to each new tensor."""
-        places = {
-            anchor: {name: change(name, tensor) for name, tensor in new.items()} for anchor, new in self.places.items()
-        }
-        return Edit(self.remove, places)
 
     @property
     def insert(self) -> dict[str, Tensor]:

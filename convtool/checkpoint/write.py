@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.cast import cast_tensor
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.write_file import Options, check_flat, format_of, pieces_of, plan_file
@@ -97,10 +97,7 @@ def plan_edited(
     record: Record | None,
     *,
     force: bool,
-    dtype: str | None = None,
-    state_only: bool = False,
-    tensors_only: bool = False,
-    shard_size: int | None = None,
+    **given: Any,
 ) -> WritePlan:
     """Say what writing `source` with `edit` applied, and the record of it, will give; nothing is written.
 
@@ -108,23 +105,20 @@ def plan_edited(
         path: a file, whose suffix chooses the format; or a folder or index, for a checkpoint in several files.
         record: None for a checkpoint without one.
         force: overwrite what is there.
-        dtype, state_only, tensors_only, shard_size: see `Options`.
+        given: `Options`.
 
     Raises:
         OutputError: something is in the way (`check_output`).
         RefusedError: the format cannot hold what the source holds.
         UsageError: no known suffix, or a new name is taken.
-        InputError: a new tensor holds a number that is too large for `dtype`.
     """
-    options = Options(dtype, state_only, tensors_only, shard_size)
-    check_output(path, force=force, source=source, shard_size=shard_size)
-    if dtype is not None:
-        edit = edit.changed(lambda name, tensor: cast_tensor(name, tensor, dtype))
-    if is_folder(path, source, shard_size):
+    options = Options(**given)
+    check_output(path, force=force, source=source, shard_size=options.shard_size)
+    if is_folder(path, source, options.shard_size):
         return _plan_folder(source, edit, path, record, options, force=force)
     form = format_of(path)
     plan = plan_file(source, edit, path, form, record, options)
-    kept = source.format == form.NAME and not tensors_only
+    kept = source.format == form.NAME and not options.tensors_only
     left_out = source.replaced if kept else source.left_out
     run = lambda progress: plan.write(path, force=force, progress=progress)  # noqa: E731
     return WritePlan(path, {path: plan.size}, _watched(source, run), left_out=tuple(left_out))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from convtool.checkpoint.base import Checkpoint
-from convtool.checkpoint.cast import cast_piece, cast_tensor
+from convtool.checkpoint.cast import cast_piece
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.errors import RefusedError, UsageError
 from convtool.formats import CHECKPOINTS, CheckpointFormat, checkpoint_format
 from convtool.formats.atomic import FilePlan
 from convtool.formats.pieces import Piece
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,10 @@ class Options:
     def cast(self, piece: Piece) -> Piece:
         """Return a tensor as it is to be stored."""
         return piece if self.dtype is None else cast_piece(piece, self.dtype)
+
+    def new(self, name: str, tensor: Tensor) -> Piece:
+        """Return a new tensor as it is to be stored."""
+        return self.cast(Piece.of_tensor(name, tensor))
 
 
 def format_of(path: Path) -> CheckpointFormat:
@@ -62,7 +70,7 @@ def plan_file(
     if source.format == form.NAME:
         (file,) = source.files.values()
         order = edit.order(file.entries)
-        entries = [(name, None if tensor is None else Piece.of_tensor(name, tensor)) for name, tensor in order]
+        entries = [(name, None if tensor is None else options.new(name, tensor)) for name, tensor in order]
         plan = file.rewritten(entries, text, options.cast, alone=options.tensors_only)
         if plan is not None:
             return plan
@@ -70,24 +78,11 @@ def plan_file(
     return form.plan_state(pieces_of(source, edit, options), source.metadata, text)
 
 
-def new_pieces(edit: Edit, dtype: str | None = None) -> list[Piece]:
-    """Return the tensors that an edit puts in, as they are stored.
-
-    Args:
-        dtype: of every floating-point tensor; None for what it has.
-
-    Raises:
-        RefusedError: the dtype doesn't hold a tensor's numbers.
-    """
-    cast = edit if dtype is None else edit.changed(lambda name, tensor: cast_tensor(name, tensor, dtype))
-    return [Piece.of_tensor(name, tensor) for name, tensor in cast.insert.items()]
-
-
 def pieces_of(source: Checkpoint, edit: Edit, options: Options) -> list[Piece]:
     """Return the edited checkpoint's tensors, in order."""
     places = {name: place for place, (name, _) in enumerate(edit.order(source.in_order_of_bytes()))}
     kept_or_new = (
-        options.cast(source.piece(name)) if tensor is None else Piece.of_tensor(name, tensor)
+        options.cast(source.piece(name)) if tensor is None else options.new(name, tensor)
         for name, tensor in edit.order(source.infos)
     )
     return [replace(piece, place=places[piece.name]) for piece in kept_or_new]

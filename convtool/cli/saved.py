@@ -136,13 +136,15 @@ def plan_changed(
     from convtool.checkpoint.edit import Edit
     from convtool.checkpoint.record import Record
     from convtool.checkpoint.write import plan_edited
-    from convtool.checkpoint.write_file import new_pieces
+    from convtool.checkpoint.write_file import Options
     from convtool.core.tree import BASE
 
     edit, record = Edit.together([change.edit for change in changes]), opened.record
     if changes:
         sources = {**(others or {}), BASE: opened}
-        made = [with_digests(change.record, sources, new_pieces(change.edit, dtype)) for change in changes]
+        new = Options(dtype).new
+        pieces = ([new(*one) for one in change.edit.insert.items()] for change in changes)
+        made = [with_digests(change.record, sources, some) for change, some in zip(changes, pieces, strict=True)]
         record = (record or Record(__version__)).appended(__version__, made)
     return edit, plan_edited(opened, edit, out, record, force=force, dtype=dtype, **options)
 

@@ -73,9 +73,8 @@ def _watched(account: Account, numbers: list[int], heard: list[int]) -> Iterator
     if os.name != "posix":  # where the numbers of signals go through a socket
         yield
         return
-    out, into = os.pipe()
+    (out, into), ended, owner = os.pipe(), threading.Event(), os.getpid()
     os.set_blocking(into, False)
-    ended, owner = threading.Event(), os.getpid()
 
     def watch() -> None:
         with contextlib.suppress(OSError):

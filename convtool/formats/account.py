@@ -29,7 +29,7 @@ def version_of(status: os.stat_result) -> Version:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _version_at(path: Path) -> Version:
+def version_at(path: Path) -> Version:
     """Return the version of the file at a path; () where there is none."""
     try:
         return version_of(path.stat())
@@ -49,7 +49,7 @@ class Seen(NamedTuple):
         Raises:
             InputError: it was written to, cut short, replaced or deleted.
         """
-        now = _version_at(self.path)
+        now = version_at(self.path)
         if now != self.version:
             how = "is gone" if not now else "is another file" if now[:2] != self.version[:2] else "was written to"
             raise InputError(f"{self.path}: changed while it was read: it {how}; run this again once it stays as it is")
@@ -86,7 +86,8 @@ class Account:
                 seen.check()
 
     def writes(self, path: Path, ours: os.stat_result) -> None:
-        """Note that a file is about to get its name."""
+        """Note that a file is about to get its name; InputError where one that was read isn't what it was."""
+        self.check_unchanged()
         self.outputs[path.resolve()] = version_of(ours)[:2]
 
     def removes(self, path: Path) -> None:
@@ -104,7 +105,7 @@ class Account:
     def has_written(self, path: Path) -> bool:
         """Tell whether what has a name by now is an output of this run: that is looked at, not remembered."""
         ours = self.outputs.get(path.resolve())
-        return ours is not None and _version_at(path)[:2] == ours
+        return ours is not None and version_at(path)[:2] == ours
 
     def written(self) -> list[Path]:
         """Return the outputs that have their names by now."""
@@ -119,7 +120,7 @@ class Account:
 
     def left_over(self) -> str:
         """Return which files are left that should have gone; '' for none."""
-        left = [path.name for path in self.unfinished if _version_at(path)]
+        left = [path.name for path in self.unfinished if version_at(path)]
         return f"left over, and can be deleted: {', '.join(left)}" if left else ""
 
 

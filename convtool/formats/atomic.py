@@ -133,39 +133,24 @@ def replacing(
 
     It is written beside the target, synced, handed to `check` (which raises where it is not what it should be), and
     renamed, if the files that were read are still what they were; then the folder is synced. A target's mode is kept;
-    without `force`, one that appeared is left alone.
-
-    Args:
-        size: in bytes, where it is known, for the message where there is no room for them.
+    without `force`, one that appeared is left alone. `size`, in bytes, is for the message where there is no room.
 
     Raises:
         OutputError: `check_target`'s reasons, or the write failed (full disk, no permission, ...).
         InputError: a file that was read has changed.
     """
     target = check_target(path, force=force)
-    _remove_stale(target.parent)
-    temporary = target.with_name(TEMPORARY.format(secrets.token_hex(RANDOM_BYTES))).absolute()
-    noted, ours, lock = account(), None, None
-    noted.began, noted.unfinished[temporary] = True, None
+    temporary, ours, lock = _begun(target), None, None
     try:
-        mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
         descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
         with Written(descriptor, progress) as file:
-            ours = os.fstat(descriptor)
-            lock = os.dup(descriptor)  # holds it until the file has its name
-            lock_file(lock)
+            ours, lock = os.fstat(descriptor), os.dup(descriptor)
+            lock_file(lock)  # until the file has its name
             yield file
-            file.flush()
-            if hasattr(os, "fchmod"):
-                os.fchmod(file.fileno(), mode)
-            else:
-                temporary.chmod(mode)
-            os.fsync(file.fileno())
+            _seal(file, temporary, target)
         check(temporary)
-        noted.check_unchanged()
-        noted.writes(target, ours)
+        account().writes(target, ours)
         _publish(temporary, target, force=force)
-        sync_folder(target.parent)
     except BaseException as error:
         if not force and ours is not None:
             _take_back(target, ours)
@@ -176,6 +161,26 @@ def replacing(
         discard(temporary)
         if lock is not None:
             os.close(lock)
+
+
+def _begun(target: Path) -> Path:
+    """Return the name of an unfinished file beside a target, noted as one; what killed writes have left there goes."""
+    _remove_stale(target.parent)
+    path = target.with_name(TEMPORARY.format(secrets.token_hex(RANDOM_BYTES))).absolute()
+    noted = account()
+    noted.began, noted.unfinished[path] = True, None
+    return path
+
+
+def _seal(file: Written, temporary: Path, target: Path) -> None:
+    """Give a file that is written the mode of the target, or a new file's, and bring it to the disk."""
+    mode = stat.S_IMODE(target.stat().st_mode) if target.exists() else 0o666 & ~_umask()
+    file.flush()
+    if hasattr(os, "fchmod"):
+        os.fchmod(file.fileno(), mode)
+    else:
+        temporary.chmod(mode)
+    os.fsync(file.fileno())
 
 
 def lock_file(descriptor: int) -> bool | None:
@@ -317,17 +322,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def _publish(temporary: Path, target: Path, *, force: bool) -> None:
-    if force:
-        temporary.replace(target)
-        return
+    """Give a file its name, on the disk too; without `force`, only where nothing has it."""
     try:
-        os.link(temporary, target)  # unlike a rename, this never replaces a file
-    except FileExistsError:
-        raise OutputError(f"{target}: was created by another program meanwhile; it was left alone") from None
-    except (OSError, AttributeError):  # a file system, or a system, without hard links
+        if not force:
+            os.link(temporary, target)  # unlike a rename, this never replaces a file
+    except (OSError, AttributeError):  # it exists; or a file system, or a system, without hard links
         if target.exists():
             raise OutputError(f"{target}: was created by another program meanwhile; it was left alone") from None
+        force = True
+    if force:
         temporary.replace(target)
+    sync_folder(target.parent)
 
 
 def _umask() -> int:

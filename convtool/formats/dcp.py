@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convtool.formats.account import Seen
-from convtool.formats.dtypes import ITEMSIZE, MOST_AXES
+from convtool.formats.dtypes import ITEMSIZE
 from convtool.formats.indexes import named_file
 from convtool.formats.part import Part
 from convtool.formats.pickle_reader import loads
@@ -25,7 +24,6 @@ from convtool.formats.pickle_values import (
     PickleError,
     StorageRef,
     TensorRef,
-    describe,
     is_size,
     numbers_of,
     plain_tensor,
@@ -46,32 +44,6 @@ _CLASSES = "torch.distributed.checkpoint.metadata"
 _SAVE_AGAIN = "put it into one file with torch.distributed.checkpoint.format_utils.dcp_to_torch_save"
 
 
-class DcpFile(StoredTensors):
-    """A folder of torch.distributed.checkpoint."""
-
-    format = NAME
-
-    def __init__(self, source: Source, storages: Mapping[str, Sharded], state: StateDict) -> None:
-        super().__init__(source, storages, state.tensors)
-        self.sharded = tuple(storages.values())
-        self.state = state
-        self.root = state.root
-
-    @property
-    def seen(self) -> Iterable[Seen]:
-        parts = (shard.part.seen for sharded in self.sharded for shard in sharded.shards)
-        return dict.fromkeys((self.source.seen, *parts))
-
-    @property
-    def others(self) -> dict[str, str]:
-        entries = self.state.entries.items()
-        return {str(name): describe(value) for name, value in entries if name not in self.tensors}
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        return {**self.state.beside, **self.others}
-
-
 @dataclass(frozen=True)
 class Shard:
     """A part of a tensor: the box of its elements, and where a file has it."""
@@ -90,7 +62,7 @@ class Shard:
         ref = plain_tensor(contents.value)
         if ref is None or (ref.dtype, ref.shape) != (dtype, self.sizes):
             raise self.part.damaged(f"bytes {self.part.start} and on aren't the {dtype} tensor that {METADATA} says")
-        return StoredTensors(self.part, contents.storages, {"": ref})
+        return StoredTensors(self.part, contents.storages, StateDict((), ref, {"": ref}))
 
 
 class Sharded:
@@ -149,7 +121,7 @@ class Sharded:
         return made
 
 
-def open_folder(source: Source, root: str | None) -> DcpFile:
+def open_folder(source: Source, root: str | None) -> StoredTensors:
     """Open a folder by its table of contents.
 
     Args:
@@ -170,7 +142,10 @@ def open_folder(source: Source, root: str | None) -> DcpFile:
         raise source.damaged(
             f"it isn't the table of contents of torch.distributed.checkpoint ({str(error)[:100]})"
         ) from None
-    return DcpFile(source, table.storages, find_state(source, top, root))
+    file = StoredTensors(source, table.storages, find_state(source, top, root), NAME)
+    parts = (shard.part.seen for sharded in table.storages.values() for shard in sharded.shards)
+    file.seen = dict.fromkeys((source.seen, *parts))
+    return file
 
 
 class _Table:
@@ -230,6 +205,8 @@ class _Table:
         for index, info in self.state["storage_data"].items():
             of, where = _fields(index, "MetadataIndex"), info.state
             name, start, length = where["relative_path"], where["offset"], where["length"]
+            if not (isinstance(name, str) and isinstance(of["fqn"], str)):  # tuples in tuples can be hashed for ever
+                raise ValueError("a name that isn't a text")
             if where.get("transform_descriptors"):
                 raise self.source.error(f"was compressed or encrypted when it was saved; {_SAVE_AGAIN}")
             if name not in files:
@@ -260,6 +237,6 @@ def _fields(value: Any, cls: str) -> dict[Any, Any]:
 
 def _numbers(value: Any) -> tuple[int, ...]:
     numbers = numbers_of(value)
-    if len(numbers) > MOST_AXES or not all(map(is_size, numbers)):
+    if not all(map(is_size, numbers)):
         raise ValueError("sizes that make no sense")
     return numbers

@@ -7,6 +7,7 @@ keeps convtool's record in its `metadata`; a matrix's says in `shards` which fil
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -185,16 +186,12 @@ def named_file(index: Path, name: str) -> Path:
 
 
 def _document(path: Path, missing: str = "") -> Any:
-    try:
-        if path.stat().st_size > MAX_INDEX:
-            raise InputError(f"{path}: is larger than any index")
-        source = Source(path)
-        data = bytes(source.view(0, source.size))
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file{missing}") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return parse_json(data, path, "it")
+    if not os.path.lexists(path):
+        raise InputError(f"{path}: no such file{missing}")
+    source = Source(path)
+    if source.size > MAX_INDEX:
+        raise source.error("is larger than any index")
+    return parse_json(bytes(source.view(0, source.size)), path, "it")
 
 
 def _size(number: Any) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from convtool.formats.dtypes import ITEMSIZE, MOST_AXES, STORAGE_CLASSES
+from convtool.formats.dtypes import ITEMSIZE, STORAGE_CLASSES
 from convtool.formats.pickle_values import Call, Global, OldText, StorageRef, TensorRef, is_size, numbers_of
 
 _NUMBERS = {
@@ -33,7 +33,7 @@ def read_array(call: Call, key: str) -> tuple[TensorRef, bytes] | None:
     if dtype is None or not isinstance(data, bytes | bytearray) or not isinstance(shape_of, tuple | list | Call):
         return None
     shape = numbers_of(shape_of)
-    if len(shape) > MOST_AXES or not all(map(is_size, shape)) or math.prod(shape) * ITEMSIZE[dtype] != len(data):
+    if not all(map(is_size, shape)) or math.prod(shape) * ITEMSIZE[dtype] != len(data):
         return None
     cls = STORAGE_CLASSES.get(dtype, "")
     storage = StorageRef(key, dtype if cls else "uint8", cls, "cpu", len(data) // (ITEMSIZE[dtype] if cls else 1))

@@ -1,22 +1,26 @@
 """A pickle as plain values, read without running anything: what it would call is described, never called.
 
 torch's own `weights_only` reader does call what it allows (`bytearray(10**12)`, `torch.Tensor(10**12)`), and it needs
-torch. Here each opcode builds the plain values of `pickle_values`: a class or function is inert, whatever its name, and
-so is all that would be made with it. `pickle_writer` makes a pickle of the same values again.
+torch. Here the opcodes that only build numbers, texts and rows are the standard library's, and those that would look
+up, call or fill anything are this module's: a class or function is inert, whatever its name, and so is all that would
+be made with it. What stands in neither list is refused. `pickle_writer` makes a pickle of the same values again.
 """
 
 from __future__ import annotations
 
-import pickletools
+import io
+import pickle
+import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import IO, Any, Protocol, cast
+from dataclasses import dataclass, field, replace
+from typing import Any, BinaryIO
 
-from convtool.errors import ConvtoolError, InputError
-from convtool.formats.dtypes import ITEMSIZE, STORAGES
+from convtool.errors import InputError
+from convtool.formats.dtypes import ITEMSIZE, REPEATED, ROOM, STORAGES
 from convtool.formats.numpy_arrays import read_array
 from convtool.formats.pickle_values import (
     ARRAY,
+    INSIDE,
     NEWOBJ,
     NEWOBJ_EX,
     OBJ,
@@ -35,6 +39,7 @@ from convtool.formats.pickle_values import (
     TensorRef,
     make_tensor,
     plain_tensor,
+    storage_ref,
 )
 
 _BUILTINS = "set frozenset bytes bytearray complex slice list dict int float object"
@@ -72,16 +77,7 @@ _KNOWN = {Global(module, name) for module, names in _NAMES.items() for name in n
 _ORDERED = Global("collections", "OrderedDict")
 _ENCODE = Global("_codecs", "encode")
 MOST_IN_KEY = 1000  # values in a key, counted each time that they are met
-
-
-class PickleFile(Protocol):
-    """What a pickle is read from."""
-
-    def read(self, count: int, /) -> bytes: ...
-
-    def readline(self) -> bytes: ...
-
-    def tell(self) -> int: ...
+PAIR, PARSED = 50, 8  # bytes of an entry of a dict, about; and that could be copied while one of a pickle is read
 
 
 @dataclass(slots=True)
@@ -92,7 +88,7 @@ class Pickled:
         value: what was pickled.
         tensors: every tensor in it, arrays included.
         foreign: the classes and functions it names that are none of a state dict's, in order.
-        arrays: the bytes of its arrays of numpy, by the keys of their storages.
+        arrays: the bytes of tensors that stand in it, and of arrays of numpy, by the keys of their storages.
     """
 
     value: Any = None
@@ -101,89 +97,89 @@ class Pickled:
     arrays: dict[str, bytes] = field(default_factory=dict)
 
 
-def loads(file: PickleFile, where: str, persistent: Callable[[Any], Any]) -> Pickled:
+def loads(file: BinaryIO, where: str, persistent: Callable[[Any], Any], around: _Machine | None = None) -> Pickled:
     """Read one pickle from where the file stands, up to its end.
 
     Args:
         where: the file, for messages.
         persistent: what a persistent id stands for.
+        around: reads the pickle that this one stands in.
 
     Raises:
         PickleError: it is not a pickle, or one of a form that torch doesn't write.
         InputError: it holds something that cannot be read, by name.
     """
-    machine = _Machine(where, persistent)
+    machine = _Machine(file, where, persistent, around)
     try:
-        machine.read.value = machine.run(file)
-    except (ConvtoolError, PickleError):
-        raise
+        machine.found.value = machine.load()
     except IndexError:
-        raise PickleError("its pickle takes more from its stack than is there") from None
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError, AttributeError, EOFError) as error:
+        raise PickleError("its pickle ends too early, or takes more from its stack than is there") from None
+    except _ERRORS as error:
         raise PickleError(f"its pickle cannot be read ({str(error)[:100] or type(error).__name__})") from None
-    return machine.read
+    if machine.stack or machine.metastack:
+        raise PickleError("its pickle leaves more than one value")
+    return machine.found
 
 
-class _Machine:
-    """The stack, the marks and the memo."""
+_ERRORS = (
+    *(pickle.UnpicklingError, struct.error, EOFError, ValueError, TypeError, KeyError, OverflowError),
+    *(RecursionError, AttributeError),
+)
 
-    def __init__(self, where: str, persistent: Callable[[Any], Any]) -> None:
-        self.where = where
+
+class _Memo(dict[int, Any]):
+    """What a pickle remembers; a call in it is one that more may be done with."""
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        super().__setitem__(index, value)
+        if isinstance(value, Call):
+            value.remembered = True
+
+
+class _Machine(pickle._Unpickler):
+    """The standard library's reader in Python, of whose opcodes those are kept that can't do anything.
+
+    It calls `find_class`, `persistent_load`, `_instantiate` and `_decode_string`, and the methods of `_OWN`.
+    """
+
+    stack: list[Any]
+    metastack: list[list[Any]]
+    pop_mark: Callable[[], list[Any]]
+    read: Callable[[int], bytes]
+
+    def __init__(self, file: BinaryIO, where: str, persistent: Callable[[Any], Any], around: _Machine | None) -> None:
+        super().__init__(file)
+        self.memo = _Memo()
+        self.file, self.where = file, where
+        self.around, self.copied = around, 0
         self.persistent = persistent
-        self.stack: list[Any] = []
-        self.marked: list[list[Any]] = []
-        self.memo: dict[int, Any] = {}
-        self.remembered: set[int] = set()  # calls by their addresses; the memo keeps them alive
-        self.read = Pickled()
+        self.found = Pickled()
 
-    def run(self, file: PickleFile) -> Any:
-        for opcode, argument, _ in pickletools.genops(cast(IO[bytes], file)):
-            name = opcode.name
-            if name == "STOP":
-                (result,) = self.stack  # exactly one value is left
-                return result
-            action = _ACTIONS.get(name)
-            if action is None:
-                raise PickleError(f"its pickle uses the opcode {name}, which torch's files don't")
-            action(self, argument)
-        raise PickleError("its pickle has no end")
+    def _decode_string(self, data: bytes) -> OldText:
+        return OldText(data.decode("latin-1"))
 
-    def push(self, value: Any) -> None:
-        self.stack.append(value)
+    def persistent_load(self, pid: Any) -> Any:
+        return self.persistent(pid)
 
-    def pop_mark(self) -> list[Any]:
-        items, self.stack = self.stack, self.marked.pop()
-        return items
+    def frame(self) -> None:
+        self.read(8)  # how far the opcodes go that could be read ahead: no more than the file has, whatever is said
 
-    def mark(self, _: Any) -> None:
-        self.marked.append(self.stack)
-        self.stack = []
+    def byte_array(self) -> None:
+        self.stack.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
 
-    def pop(self, _: Any) -> None:
+    def pop(self) -> None:
         if not self.stack:
             self.pop_mark()
             return
         value = self.stack.pop()
-        if isinstance(value, Call) and id(value) not in self.remembered:
+        if isinstance(value, Call) and not value.remembered:
             # Nothing refers to what it gives: it is called for what it does to its first argument.
             target = value.arguments[0] if value.arguments else None
             if not isinstance(target, Call):
                 raise PickleError("its pickle calls something and throws away what it gives")
             target.then.append(value)
 
-    def put(self, index: int) -> None:
-        value = self.memo[index] = self.stack[-1]
-        if isinstance(value, Call):
-            self.remembered.add(id(value))
-
-    def tuple_of(self, count: int) -> None:
-        if len(self.stack) < count:
-            raise IndexError
-        items = tuple(self.stack[len(self.stack) - count :])
-        del self.stack[len(self.stack) - count :]
-        self.push(items)
-
-    def append(self, items: list[Any]) -> None:
+    def append_items(self, items: list[Any]) -> None:
         target = self.stack[-1]
         if isinstance(target, Call):
             target = target.appended
@@ -204,35 +200,30 @@ class _Machine:
                 raise InputError(f"{self.where}: is damaged: a dict in its pickle has {named} twice")
             target[key] = value
 
-    def dict_of(self, items: list[Any]) -> None:
-        self.push({})
+    def dict_of(self) -> None:
+        items = self.pop_mark()
+        self.stack.append({})
         self.set_items(items)
 
-    def add(self, items: list[Any]) -> None:
-        target = self.stack[-1]
+    def add_items(self) -> None:
+        items, target = self.pop_mark(), self.stack[-1]
         if not isinstance(target, set):
             raise PickleError("its pickle adds to something that isn't a set")
         for item in items:
             check_key(item)
-            target.add(item)
+        target.update(items)
 
-    def frozen_set(self, _: Any) -> None:
+    def frozen_set(self) -> None:
         items = self.pop_mark()
         for item in items:
             check_key(item)
-        self.push(frozenset(items))
+        self.stack.append(frozenset(items))
 
-    def find(self, module: str, name: str) -> Global:
+    def find_class(self, module: str, name: str) -> Global:
         found = Global(module, name)
         if found not in _KNOWN:
-            self.read.foreign[found] = None
+            self.found.foreign[found] = None
         return found
-
-    def stack_global(self, _: Any) -> None:
-        name, module = self.stack.pop(), self.stack.pop()
-        if not (isinstance(name, str) and isinstance(module, str)):
-            raise PickleError("its pickle names a class by something that isn't text")
-        self.push(self.find(module, name))
 
     def call(self, opcode: bytes, count: int = 1) -> None:
         """Make what a function or class gives for `count` arguments of the opcode, a tuple first."""
@@ -240,12 +231,12 @@ class _Machine:
         function = self.stack.pop()
         if not isinstance(function, Global | Call) or not isinstance(arguments[0], tuple):
             raise PickleError("its pickle calls something that isn't a function")
-        self.push(self.made(function, arguments[0]) if opcode == REDUCE else _new(function, opcode, arguments))
+        self.stack.append(self.made(function, arguments[0]) if opcode == REDUCE else _new(function, opcode, arguments))
 
-    def instance(self, function: Any, arguments: list[Any]) -> None:
+    def _instantiate(self, function: Any, arguments: list[Any]) -> None:
         if not isinstance(function, Global):
             raise PickleError("its pickle makes an object of something that isn't a class")
-        self.push(Call(function, tuple(arguments), OBJ))
+        self.stack.append(Call(function, tuple(arguments), OBJ))
 
     def made(self, function: Global | Call, arguments: tuple[Any, ...]) -> Any:
         """Return what a function would give: a value where that is one of a state dict's, else the call."""
@@ -253,42 +244,62 @@ class _Machine:
             return self.ordered(arguments)
         call = Call(function, arguments)
         if (data := _bytes_of(call)) is not None:
+            self.copies(len(data))
             return data
+        if call.calls("torch.storage") == "_load_from_bytes" and isinstance(data := next(iter(arguments), None), bytes):
+            self.copies(PARSED * len(data))
+            return self.storage_in(data) or call
         name = call.calls("torch._utils")
         if name in TENSORS and not (arguments and isinstance(arguments[0], Call)):
             tensor = make_tensor(name, arguments)
-            self.read.tensors.append(tensor)
+            self.found.tensors.append(tensor)
             return tensor
         if name in PARAMETERS and arguments:
             call.tensor = plain_tensor(arguments[0])
         elif call.calls("torch._tensor") == "_rebuild_from_type_v2" and len(arguments) == 4:
-            self.with_attributes(call, *arguments)
+            inner, cls, given, _ = arguments
+            if isinstance(inner, Global) and isinstance(cls, Global) and cls in PLAIN_CLASSES and type(given) is tuple:
+                call.tensor = plain_tensor(self.made(inner, given))
         return self.array(call)
 
-    def with_attributes(self, call: Call, function: Any, cls: Any, arguments: Any, _: Any) -> None:
-        """Find the numbers of a tensor with attributes of Python's, where it is a plain one for the rest."""
-        if not (isinstance(function, Global) and isinstance(arguments, tuple) and arguments and cls in PLAIN_CLASSES):
-            return
-        if function.module == "torch._utils" and function.name in TENSORS and isinstance(arguments[0], StorageRef):
-            if arguments[0].start:
-                return  # of a form that torch no longer wrote when tensors had attributes
-            call.tensor = make_tensor(function.name, arguments)
-            self.read.tensors.append(call.tensor)
-        elif function.module == "torch._utils" and function.name in PARAMETERS:
-            call.tensor = plain_tensor(arguments[0])
+    def copies(self, count: int) -> None:
+        """Count bytes that are made of others, which a pickle can name again and again."""
+        if self.around is not None:
+            self.around.copies(count)
+        self.copied += count
+        if self.copied > REPEATED * self.file.tell() + ROOM:
+            raise PickleError("its pickle makes the same bytes again and again")
+
+    def storage_in(self, data: bytes) -> StorageRef | None:
+        """Return the storage of a tensor that was pickled without torch.save: a file of torch's in the pickle.
+
+        It is of the older format: a row of pickles, the fourth of them the storage, and its bytes. None where it isn't.
+        """
+        file = io.BytesIO(data)
+        try:
+            *_, storage, _ = (loads(file, self.where, storage_ref, self).value for _ in range(5))
+        except PickleError:
+            return None
+        if not isinstance(storage, StorageRef) or int.from_bytes(file.read(8), "little") != storage.count:
+            return None
+        storage = replace(storage, key=f"{INSIDE}{len(self.found.arrays)}")
+        self.found.arrays[storage.key] = file.read()
+        return storage
 
     def array(self, call: Call) -> Call:
         """Return a call, with the numbers that it holds where it makes an array of numpy."""
-        found = read_array(call, f"{ARRAY}{len(self.read.arrays)}")
+        found = read_array(call, f"{ARRAY}{len(self.found.arrays)}")
         if found is not None:
-            call.tensor, self.read.arrays[found[0].storage.key] = found
-            self.read.tensors.append(call.tensor)
+            call.tensor, self.found.arrays[found[0].storage.key] = found
+            self.copies(len(found[1]))
+            self.found.tensors.append(call.tensor)
         return call
 
     def ordered(self, arguments: tuple[Any, ...]) -> OrderedItems:
         pairs = arguments[0] if arguments else []
         if not isinstance(pairs, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
             raise PickleError("its pickle makes an OrderedDict of something that isn't a list of pairs")
+        self.copies(PAIR * len(pairs))
         for key, _ in pairs:
             check_key(key)
         made = OrderedItems(dict(pairs))
@@ -296,7 +307,7 @@ class _Machine:
             raise InputError(f"{self.where}: is damaged: an OrderedDict in its pickle has a key twice")
         return made
 
-    def build(self, _: Any) -> None:
+    def build(self) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if not isinstance(target, Call | OrderedItems):
             raise PickleError("its pickle sets attributes of something that has none")
@@ -336,61 +347,44 @@ def check_key(key: Any) -> None:
             ahead += value if len(value) <= left else [None] * (left + 1)
 
 
-def _pushes(make: Callable[[], Any]) -> Callable[[_Machine, Any], None]:
-    return lambda machine, _: machine.push(make())
-
-
-def _push_mark(make: Callable[[list[Any]], Any]) -> Callable[[_Machine, Any], None]:
-    return lambda machine, _: machine.push(make(machine.pop_mark()))
-
-
-def _object(machine: _Machine, _: Any) -> None:
-    cls, *arguments = machine.pop_mark()
-    machine.instance(cls, arguments)
-
-
-_ARGUMENTS = (
-    *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+# The opcodes of the standard library's that build numbers, texts and rows, and look nothing up but by `_Machine`.
+_PLAIN = (
+    *(
+        pickle.PROTO,
+        pickle.STOP,
+        pickle.MARK,
+        pickle.POP_MARK,
+        pickle.DUP,
+        pickle.NONE,
+        pickle.NEWTRUE,
+        pickle.NEWFALSE,
+    ),
+    *(pickle.INT, pickle.LONG, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4),
+    *(pickle.FLOAT, pickle.BINFLOAT, pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING),
+    *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
+    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
+    *(pickle.TUPLE, pickle.EMPTY_TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.LIST, pickle.EMPTY_LIST, pickle.EMPTY_DICT, pickle.EMPTY_SET),
+    *(pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE, pickle.GET, pickle.BINGET, pickle.LONG_BINGET),
+    *(pickle.GLOBAL, pickle.STACK_GLOBAL, pickle.INST, pickle.OBJ, pickle.BINPERSID),
 )
-_ACTIONS: dict[str, Callable[[_Machine, Any], Any]] = {
-    **dict.fromkeys(_ARGUMENTS, _Machine.push),
-    **dict.fromkeys(("STRING", "BINSTRING", "SHORT_BINSTRING"), lambda machine, text: machine.push(OldText(text))),
-    **dict.fromkeys(("PROTO", "FRAME"), lambda machine, argument: None),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT"), _Machine.put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), lambda machine, index: machine.push(machine.memo[index])),
-    "MEMOIZE": lambda machine, _: machine.put(len(machine.memo)),
-    "MARK": _Machine.mark,
-    "POP": _Machine.pop,
-    "POP_MARK": lambda machine, _: machine.pop_mark(),
-    "DUP": lambda machine, _: machine.push(machine.stack[-1]),
-    "NONE": _pushes(lambda: None),
-    "NEWTRUE": _pushes(lambda: True),
-    "NEWFALSE": _pushes(lambda: False),
-    "EMPTY_LIST": _pushes(list),
-    "EMPTY_DICT": _pushes(dict),
-    "EMPTY_SET": _pushes(set),
-    "EMPTY_TUPLE": _pushes(tuple),
-    "LIST": _push_mark(list),
-    "DICT": lambda machine, _: machine.dict_of(machine.pop_mark()),
-    "TUPLE": _push_mark(tuple),
-    "FROZENSET": _Machine.frozen_set,
-    "TUPLE1": lambda machine, _: machine.tuple_of(1),
-    "TUPLE2": lambda machine, _: machine.tuple_of(2),
-    "TUPLE3": lambda machine, _: machine.tuple_of(3),
-    "APPEND": lambda machine, _: machine.append([machine.stack.pop()]),
-    "APPENDS": lambda machine, _: machine.append(machine.pop_mark()),
-    "SETITEM": lambda machine, _: machine.set_items([machine.stack.pop(-2), machine.stack.pop()]),
-    "SETITEMS": lambda machine, _: machine.set_items(machine.pop_mark()),
-    "ADDITEMS": lambda machine, _: machine.add(machine.pop_mark()),
-    "GLOBAL": lambda machine, argument: machine.push(machine.find(*argument.split(" ", 1))),
-    "STACK_GLOBAL": _Machine.stack_global,
-    "INST": lambda machine, name: machine.instance(machine.find(*name.split(" ", 1)), machine.pop_mark()),
-    "OBJ": _object,
-    "REDUCE": lambda machine, _: machine.call(REDUCE),
-    "NEWOBJ": lambda machine, _: machine.call(NEWOBJ),
-    "NEWOBJ_EX": lambda machine, _: machine.call(NEWOBJ_EX, 2),
-    "BUILD": _Machine.build,
-    "BINPERSID": lambda machine, _: machine.push(machine.persistent(machine.stack.pop())),
+_OWN: dict[bytes, Callable[[Any], None]] = {
+    pickle.FRAME: _Machine.frame,
+    pickle.BYTEARRAY8: _Machine.byte_array,
+    pickle.POP: _Machine.pop,
+    pickle.APPEND: lambda machine: machine.append_items([machine.stack.pop()]),
+    pickle.APPENDS: lambda machine: machine.append_items(machine.pop_mark()),
+    pickle.SETITEM: lambda machine: machine.set_items([machine.stack.pop(-2), machine.stack.pop()]),
+    pickle.SETITEMS: lambda machine: machine.set_items(machine.pop_mark()),
+    pickle.DICT: _Machine.dict_of,
+    pickle.ADDITEMS: _Machine.add_items,
+    pickle.FROZENSET: _Machine.frozen_set,
+    pickle.REDUCE: lambda machine: machine.call(REDUCE),
+    pickle.NEWOBJ: lambda machine: machine.call(NEWOBJ),
+    pickle.NEWOBJ_EX: lambda machine: machine.call(NEWOBJ_EX, 2),
+    pickle.BUILD: _Machine.build,
+}
+_Machine.dispatch = {
+    **{opcode[0]: pickle._Unpickler.dispatch[opcode[0]] for opcode in _PLAIN},
+    **{opcode[0]: action for opcode, action in _OWN.items()},
 }

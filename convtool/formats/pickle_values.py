@@ -17,6 +17,7 @@ REDUCE, NEWOBJ, NEWOBJ_EX, OBJ = b"R", b"\x81", b"\x92", b"o"  # the opcodes tha
 
 
 ARRAY = "\0array "  # how the keys of storages begin that are arrays of numpy
+INSIDE = "\0inside "  # and of those whose bytes stand in the pickle
 
 
 class PickleError(Exception):
@@ -32,6 +33,12 @@ class Global:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
+
+
+class Unusable(str):
+    """A tensor that can't be computed with: what it is, and what to do."""
+
+    __slots__ = ()
 
 
 class OldText(str):
@@ -53,6 +60,7 @@ class Call:
         state: what its attributes are set from afterwards; None for nothing.
         then: calls that are made for what they do to it.
         tensor: the plain numbers that it holds, where it is a tensor or an array.
+        remembered: whether its pickle has a name for it, by which it can be met again.
     """
 
     function: Any
@@ -63,6 +71,7 @@ class Call:
     state: Any = None
     then: list[Call] = field(default_factory=list)
     tensor: TensorRef | None = None
+    remembered: bool = False
 
     def calls(self, *modules: str) -> str:
         """Return the name of the function that is called, where it is one of these modules; else ''."""
@@ -168,7 +177,7 @@ PLAIN_CLASSES = {
     *(Global("torch.nn.parameter", "Parameter"), Global("torch.nn.parameter", "Buffer")),
 }
 # Tensors without plain numbers, which can be passed on but not computed with: what they are, and what to do.
-_SPARSE = "is sparse; save it dense: tensor.to_dense()"
+SPARSE = "is sparse; save it dense: tensor.to_dense()"
 _OTHER_DEVICE = "was saved from a device that torch has no storages of; save it after .cpu()"
 _SUBCLASS = "is of a tensor subclass; save the plain tensor that it stands for"
 _DISTRIBUTED = (
@@ -178,8 +187,8 @@ _DISTRIBUTED = (
 _INSIDE = "was pickled with its numbers inside of the pickle; load the file and save it with torch.save"
 UNUSABLE = {
     "_rebuild_qtensor": "is quantized; save it dequantized: tensor.dequantize()",
-    "_rebuild_sparse_tensor": _SPARSE,
-    "_rebuild_sparse_csr_tensor": _SPARSE,
+    "_rebuild_sparse_tensor": SPARSE,
+    "_rebuild_sparse_csr_tensor": SPARSE,
     "_rebuild_nested_tensor": "is a nested tensor; save its parts as tensors of their own",
     "_rebuild_meta_tensor_no_storage": "is on the meta device and holds no numbers; load the weights before saving",
     "_rebuild_device_tensor_from_numpy": _OTHER_DEVICE,
@@ -229,6 +238,8 @@ def plain_tensor(value: Any) -> TensorRef | None:
 def why_unusable(value: Any) -> str | None:
     """Say what an entry is that is a tensor but not one of plain numbers, and what to do; None for all others."""
     value = bare(value)
+    if isinstance(value, Unusable):
+        return value
     if not isinstance(value, Call) or value.tensor is not None:
         return None
     classes = [one for one in (value.function, *value.arguments[:2]) if isinstance(one, Global)]
@@ -263,8 +274,6 @@ def make_tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
     if not isinstance(storage, StorageRef):
         raise PickleError("its pickle makes a tensor of something that isn't a storage")
     shape, stride = (tuple(numbers_of(value)) for value in (shape, stride))
-    if len(shape) > MOST_AXES:
-        raise PickleError(f"its pickle holds a tensor of {len(shape)} axes")
     if not is_size(offset) or len(shape) != len(stride) or not all(map(is_size, (*shape, *stride))):
         raise PickleError("its pickle holds a tensor whose offset, shape or strides make no sense")
     least = {"_rebuild_tensor": 0, "_rebuild_tensor_v2": 2, "_rebuild_tensor_v3": 3}[function]
@@ -295,4 +304,6 @@ def numbers_of(value: Any) -> tuple[Any, ...]:
         value = value.arguments[0]
     if not isinstance(value, tuple | list):
         raise PickleError("its pickle holds a tensor whose shape isn't a tuple")
+    if len(value) > MOST_AXES:
+        raise PickleError(f"its pickle holds a tensor of {len(value)} axes")
     return tuple(value)

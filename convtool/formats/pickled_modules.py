@@ -7,8 +7,8 @@ attributes mean is known for torch's own classes alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from convtool.formats.pickle_values import Call, Global, OrderedItems, PickleError, plain_tensor, why_unusable
 from convtool.formats.tensor_file import SavedModule
@@ -36,31 +36,40 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
     return None
 
 
-def read_module(top: Call) -> tuple[OrderedItems, dict[str, SavedModule]]:
-    """Return the state dict that a module would give, and what each module in it says of itself, by path.
+class Module(NamedTuple):
+    """A module in a pickle: what it says of itself, its tensors of a state dict, and the modules in it, by name."""
+
+    about: SavedModule
+    tensors: Mapping[Any, Any]
+    parts: Mapping[Any, Any]
+
+
+def module_of(value: Any) -> Module | None:
+    """Return the module that a value of a pickle is; None of whatever isn't one."""
+    attributes = attributes_of(value)
+    if attributes is None:
+        return None
+    buffers, transient = attributes.get("_buffers"), _names(attributes.get("_non_persistent_buffers_set"))
+    buffers = buffers if isinstance(buffers, dict) else {}
+    plain = plain_attributes(attributes)
+    plain |= {name: one is not None or None for name, one in (attributes["_parameters"] | buffers).items()}
+    cls = str(value.function) if isinstance(value.function, Global) else "a class made by a call"
+    # A forward among the attributes is called in the place of the class's.
+    own = next((name for name in _OWN_FORWARD if name in attributes), None)
+    about = SavedModule(cls if own is None else f"{cls} with a {own} of its own", plain)
+    kept = {name: one for name, one in buffers.items() if name not in transient}
+    return Module(about, attributes["_parameters"] | kept, attributes["_modules"])
+
+
+def read_module(
+    top: Any, find: Callable[[Any], Module | None] = module_of
+) -> tuple[OrderedItems, dict[str, SavedModule]]:
+    """Return the state dict that a module would give, in its order, and what each module in it says of itself, by path.
 
     Raises:
         PickleError: the modules have more names than any network.
     """
     state, modules = OrderedItems(), dict[str, SavedModule]()
-    for path, module, attributes in _walk(top):
-        prefix = f"{path}." if path else ""
-        buffers, transient = attributes.get("_buffers"), _names(attributes.get("_non_persistent_buffers_set"))
-        kept = {
-            name: value
-            for name, value in (buffers.items() if isinstance(buffers, dict) else ())
-            if name not in transient
-        }
-        for name, value in (*attributes["_parameters"].items(), *kept.items()):
-            tensor = plain_tensor(value)
-            if tensor is not None or why_unusable(value) is not None:
-                state[f"{prefix}{name}"] = value if tensor is None else tensor
-        modules[path] = _described(module, attributes)
-    return state, modules
-
-
-def _walk(top: Call) -> Iterator[tuple[str, Call, dict[str, Any]]]:
-    """Yield each module in the order of `state_dict()`, with its path and its attributes."""
     left = MOST_CHARACTERS
     ahead: list[tuple[str, Any]] = [("", top)]
     while ahead:
@@ -68,12 +77,17 @@ def _walk(top: Call) -> Iterator[tuple[str, Call, dict[str, Any]]]:
         left -= len(path) + 16
         if left < 0:
             raise PickleError("its pickle holds modules in modules without an end")
-        attributes = attributes_of(value)
-        if attributes is None:
+        module = find(value)
+        if module is None:
             continue
-        yield path, value, attributes
         prefix = f"{path}." if path else ""
-        ahead += reversed([(f"{prefix}{name}", one) for name, one in attributes["_modules"].items()])
+        for name, one in module.tensors.items():
+            tensor = plain_tensor(one)
+            if tensor is not None or why_unusable(one) is not None:
+                state[f"{prefix}{name}"] = one if tensor is None else tensor
+        modules[path] = module.about
+        ahead += reversed([(f"{prefix}{name}", one) for name, one in module.parts.items()])
+    return state, modules
 
 
 def _names(value: Any) -> Any:
@@ -81,17 +95,6 @@ def _names(value: Any) -> Any:
     if isinstance(value, Call) and value.calls("builtins", "__builtin__") == "set" and value.arguments:
         value = value.arguments[0]
     return value if isinstance(value, set | list) else ()
-
-
-def _described(module: Call, attributes: Mapping[str, Any]) -> SavedModule:
-    plain = plain_attributes(attributes)
-    for part in ("_parameters", "_buffers"):
-        tensors = attributes.get(part)
-        plain |= {name: one is not None or None for name, one in (tensors if isinstance(tensors, dict) else {}).items()}
-    cls = str(module.function) if isinstance(module.function, Global) else "a class made by a call"
-    # A forward among the attributes is called in the place of the class's.
-    own = next((name for name in _OWN_FORWARD if name in attributes), None)
-    return SavedModule(cls if own is None else f"{cls} with a {own} of its own", plain)
 
 
 def plain_attributes(attributes: Mapping[Any, Any]) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from convtool.errors import InputError, UsageError
-from convtool.formats.dtypes import ITEMSIZE, MOST_AXES
-from convtool.formats.pickle_values import StorageRef, TensorRef, is_size
-from convtool.formats.program import Inside, Node, Program, Value
+from convtool.formats.dtypes import EXPORTED, ITEMSIZE, MOST_AXES
+from convtool.formats.pickle_values import SPARSE, StorageRef, TensorRef, Unusable, is_size
+from convtool.formats.program import Inside, Node, Program, Value, values_in
 from convtool.formats.source import Source
+from convtool.formats.state_dicts import StateDict
 from convtool.formats.storages import Placed
 from convtool.formats.stored_tensors import StoredTensors, check_tensors
 from convtool.formats.strict_json import parse_json
@@ -23,46 +24,8 @@ from convtool.formats.tensor_file import TensorFile
 NAME = "pt2"
 MAJOR = 8  # of the schema; minor versions only add
 STRIDED = 7  # a layout
-_DTYPES = {
-    1: "uint8",
-    2: "int8",
-    3: "int16",
-    4: "int32",
-    5: "int64",
-    6: "float16",
-    7: "float32",
-    8: "float64",
-    9: "complex32",
-    10: "complex64",
-    11: "complex128",
-    12: "bool",
-    13: "bfloat16",
-    28: "uint16",
-    29: "float8_e4m3fn",
-    30: "float8_e5m2",
-    31: "float8_e4m3fnuz",
-    32: "float8_e5m2fnuz",
-    33: "float8_e8m0fnu",
-    34: "uint32",
-    35: "uint64",
-}
 _SMALL = ("as_int", "as_ints", "as_float", "as_floats", "as_bool", "as_bools", "as_string", "as_strings")
 _MODELS, _WEIGHTS = "models/", "data/weights/"
-
-
-class Pt2File(StoredTensors):
-    """An exported program.
-
-    Attributes:
-        beside: what else is in the archive, and what that is.
-    """
-
-    format = NAME
-    beside: Mapping[str, str] = {}
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        return self.beside
 
 
 def recognises(members: Mapping[str, Placed]) -> bool:
@@ -106,9 +69,10 @@ def open_members(source: Source, members: Mapping[str, Placed], root: str | None
         raise source.damaged(f"its JSON isn't as torch writes it ({type(error).__name__}: {error!s:.100})") from None
     storages = {name.removeprefix(_WEIGHTS): own[name] for name in own if name.startswith(_WEIGHTS)}
     check_tensors(source, tensors.values(), storages)
-    file = Pt2File(source, storages, tensors)
-    file.unusable, file.program = unusable, program
-    file.beside = {f"{_MODELS}{model}.json": "the exported program", **_others(own, model)}
+    beside = {f"{_MODELS}{model}.json": "the exported program", **_others(own, model)}
+    entries: dict[str, Any] = {**tensors, **unusable}
+    file = StoredTensors(source, storages, StateDict((), entries, entries, beside=beside), NAME)
+    file.program = program
     return file
 
 
@@ -147,21 +111,21 @@ class _Reader:
 
     # --- tensors
 
-    def tensors(self, config: Mapping[str, Any]) -> tuple[dict[str, TensorRef], dict[str, str]]:
+    def tensors(self, config: Mapping[str, Any]) -> tuple[dict[str, TensorRef], dict[str, Unusable]]:
         """Return the tensors by name, and those that can't be computed with, with the reason."""
         found: dict[str, TensorRef] = {}
-        unusable: dict[str, str] = {}
+        unusable: dict[str, Unusable] = {}
         for name, entry in config["config"].items():
             if entry["use_pickle"] or entry["tensor_meta"] is None:
-                unusable[name] = "is pickled in the archive, as tensor subclasses are; save the plain tensor"
+                unusable[name] = Unusable("is pickled in the archive, as tensor subclasses are; save the plain tensor")
             elif entry["tensor_meta"]["layout"] != STRIDED:
-                unusable[name] = "is sparse; save it dense: tensor.to_dense()"
+                unusable[name] = Unusable(SPARSE)
             else:
                 found[name] = self.tensor(name, entry["path_name"], entry["tensor_meta"])
         return found, unusable
 
     def tensor(self, name: str, home: str, meta: Mapping[str, Any]) -> TensorRef:
-        dtype = _DTYPES.get(meta["dtype"])
+        dtype = EXPORTED.get(meta["dtype"])
         if dtype is None:
             raise InputError(f"{self.source.path}: {name}: has a dtype that is not known ({meta['dtype']!s:.20})")
         shape, stride = _fixed(meta["sizes"]), _fixed(meta["strides"])
@@ -184,17 +148,17 @@ class _Reader:
         for spec in signature["input_specs"]:
             ((kind, about),) = ((key, one) for key, one in spec.items() if one is not None)
             if kind == "user_input":
-                inputs += _values(about["arg"])
+                inputs += values_in(_argument(about["arg"]))
             elif kind in ("parameter", "buffer", "tensor_constant"):
                 tensors[Value(about["arg"]["name"])] = about[f"{kind}_name"]
-        outputs = [value for spec in graph["outputs"] for value in _values(spec)]
+        outputs = [value for spec in graph["outputs"] for value in values_in(_argument(spec))]
         shapes = {Value(name): _sizes(meta["sizes"]) for name, meta in graph["tensor_values"].items()}
         return Program(tuple(map(_node, graph["nodes"])), tuple(inputs), tensors, tuple(outputs), shapes)
 
 
 def _node(node: Mapping[str, Any]) -> Node:
     arguments = {one["name"]: _argument(one["arg"]) for one in node["inputs"]}
-    gives = tuple(value for one in node["outputs"] for value in _values(one))
+    gives = tuple(value for one in node["outputs"] for value in values_in(_argument(one)))
     name = node["target"].removeprefix("torch.ops.")
     return Node(name, arguments, gives, tuple(_inside(node["metadata"].get("nn_module_stack", ""))))
 
@@ -211,31 +175,21 @@ def _argument(argument: Mapping[str, Any]) -> Any:
     ((kind, value),) = argument.items()
     if kind == "as_none":
         return None
-    if kind in ("as_tensor", "as_optional_tensor"):
-        return next(iter(_values(argument)), None)
-    if kind in ("as_tensors", "as_optional_tensors", "as_nested_tensors"):
-        return list(_values(argument))
+    if kind == "as_tensor":
+        return Value(value["name"])
+    if kind == "as_optional_tensor":
+        return _argument(value)
+    if kind == "as_tensors":
+        return [Value(one["name"]) for one in value]
+    if kind == "as_optional_tensors":
+        return [one for one in map(_argument, value) if one is not None]
+    if kind == "as_nested_tensors":
+        return [Value(one["name"]) for inner in value for one in inner]
     if kind in _SMALL:
         return value
     if kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
         return next((one for key, one in value.items() if key != "as_name"), None)
     return f"<{kind.removeprefix('as_')}>"
-
-
-def _values(argument: Any) -> Iterator[Value]:
-    """Yield the tensors of an argument."""
-    ((kind, value),) = argument.items()
-    if kind == "as_tensor":
-        yield Value(value["name"])
-    elif kind == "as_tensors":
-        yield from (Value(one["name"]) for one in value)
-    elif kind == "as_optional_tensor":
-        yield from _values(value)
-    elif kind == "as_optional_tensors":
-        for one in value:
-            yield from _values(one)
-    elif kind == "as_nested_tensors":
-        yield from (Value(one["name"]) for inner in value for one in inner)
 
 
 def _fixed(sizes: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:

@@ -66,7 +66,7 @@ class Source:
         Args:
             buffer: bytes that are read at a time, where a reader asks for a few.
         """
-        return cast(BinaryIO, io.BufferedReader(_Stream(self), buffer))
+        return cast(BinaryIO, _Opened(_Stream(self), buffer))
 
     def view(self, start: int, stop: int) -> memoryview:
         """Return bytes start to stop, in memory of their own, which may be written to.
@@ -139,6 +139,15 @@ def _read_at(descriptor: int, buffer: memoryview, start: int) -> int:
     return len(data)
 
 
+class _Opened(io.BufferedReader):
+    """Asks for no more than there is, since room is made for all that is asked for: lengths in a file are anybody's."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > CHUNK:
+            size = min(size, max(0, cast(_Stream, self.raw).left(self.tell())))
+        return super().read(size)
+
+
 class _Stream(io.RawIOBase):
     """A source as a file that is read from one end to the other, as the readers of other packages want it."""
 
@@ -162,6 +171,10 @@ class _Stream(io.RawIOBase):
 
     def tell(self) -> int:
         return self._position
+
+    def left(self, position: int) -> int:
+        """Return how many bytes stand behind a position."""
+        return self._source.size - position
 
     def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer).cast("B")

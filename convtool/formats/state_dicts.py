@@ -8,7 +8,7 @@ from typing import Any
 
 from convtool.errors import UsageError
 from convtool.formats.pickle_values import Call, PickleError, TensorRef, describe, plain_tensor, why_unusable
-from convtool.formats.pickled_modules import attributes_of, read_module
+from convtool.formats.pickled_modules import attributes_of, module_of, read_module
 from convtool.formats.source import Source
 from convtool.formats.tensor_file import SavedModule
 
@@ -150,13 +150,11 @@ def _module_tensors(module: Call) -> Iterator[Any]:
     ahead, seen = [module], set[int]()
     while ahead:
         one = ahead.pop()
-        attributes = attributes_of(one) if id(one) not in seen else None
+        found = module_of(one) if id(one) not in seen else None
         seen.add(id(one))
-        if attributes is not None:
-            buffers = attributes.get("_buffers")
-            values = (*attributes["_parameters"].values(), *(buffers.values() if isinstance(buffers, dict) else ()))
-            yield from (value for value in values if plain_tensor(value) is not None or why_unusable(value))
-            ahead += attributes["_modules"].values()
+        if found is not None:
+            yield from (value for value in found.tensors.values() if plain_tensor(value) or why_unusable(value))
+            ahead += found.parts.values()
 
 
 def _beside(top: Any, root: Keys) -> dict[str, str]:

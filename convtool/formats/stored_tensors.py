@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from convtool.formats.dtypes import ITEMSIZE
-from convtool.formats.pickle_values import TensorRef
+from convtool.formats.dtypes import ITEMSIZE, REPEATED, ROOM
+from convtool.formats.pickle_values import TensorRef, describe
 from convtool.formats.pieces import Chunk, Piece, tensor_chunks
 from convtool.formats.source import Source
+from convtool.formats.state_dicts import StateDict
 from convtool.formats.storages import Placed, Storage
 from convtool.formats.stored_array import Array, StoredArray
 from convtool.formats.tensor_file import Place, TensorFile
@@ -17,25 +18,39 @@ from convtool.formats.tensor_file import Place, TensorFile
 if TYPE_CHECKING:
     from torch import Tensor
 
-# How much larger than the file a tensor of repeated elements may be, so that no small file fills the memory.
-REPEATED = 16
-ROOM = 1 << 24
-
 
 class StoredTensors(TensorFile):
     """An open file whose tensors are `TensorRef`s.
 
     Attributes:
         storages: the bytes that they are views of, by the storages' keys.
+        state: the state dict that is meant.
     """
 
     tensors: Mapping[str, TensorRef]
 
-    def __init__(self, source: Source, storages: Mapping[str, Storage], tensors: Mapping[str, TensorRef]) -> None:
+    def __init__(self, source: Source, storages: Mapping[str, Storage], state: StateDict, form: str = "") -> None:
         super().__init__(source)
-        self.storages = storages
-        self.tensors = tensors
+        self.storages, self.state, self.format = storages, state, form
+        self.tensors, self.unusable = state.tensors, state.unusable
+        self.root, self.modules = state.root, state.modules
         self._verified_keys: set[str] = set()
+
+    @property
+    def entries(self) -> Iterable[Any]:
+        return self.state.entries
+
+    @property
+    def others(self) -> dict[str, str]:
+        return {
+            str(name): self.unusable.get(str(name)) or describe(value)
+            for name, value in self.state.entries.items()
+            if name not in self.tensors
+        }
+
+    @property
+    def left_out(self) -> dict[str, str]:
+        return {**self.state.beside, **self.replaced, **self.others}
 
     def tensor(self, name: str) -> Tensor:
         import torch

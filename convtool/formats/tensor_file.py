@@ -54,6 +54,7 @@ class TensorFile(abc.ABC):
         program: a run of the model, where the file has one.
         replaced: what a new file of the same format can't hold either, by name, and what it is.
         classes: classes and functions that it names, dotted, and no state dict is made of; nothing is done with them.
+        seen: the files that it is read from, as they were when they were opened.
     """
 
     format: str
@@ -69,16 +70,12 @@ class TensorFile(abc.ABC):
     def __init__(self, source: Source) -> None:
         self.source = source
         self.path: Path = source.path
+        self.seen: Iterable[Seen] = (source.seen,)
 
     @property
     def entries(self) -> Iterable[Any]:
         """The keys of all that stands where the tensors stand, in order."""
         return self.tensors
-
-    @property
-    def seen(self) -> Iterable[Seen]:
-        """The files that it is read from, as they were when they were opened."""
-        return (self.source.seen,)
 
     @property
     def others(self) -> Mapping[str, str]:

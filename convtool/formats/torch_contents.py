@@ -7,12 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from convtool.formats.pickle_reader import Pickled, PickleFile, loads
+from convtool.formats.pickle_reader import Pickled, loads
 from convtool.formats.pickle_values import Global, PickleError, StorageRef, storage_ref
 from convtool.formats.source import Source
 from convtool.formats.storages import Held, Placed, Storage
 from convtool.formats.stored_tensors import check_tensors
-from convtool.formats.zip_members import SAVE_AGAIN, ZIP_MAGIC, read_members
+from convtool.formats.zip_members import SAVE_AGAIN, ZIP_MAGIC, read_members, what_else
 
 # Members that every writer makes anew.
 _OWN_MEMBERS = {"data.pkl", "version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}
@@ -54,7 +54,7 @@ def read_archive(source: Source, members: Mapping[str, Placed]) -> Contents:
     roots = [name.removesuffix("data.pkl") for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(roots) != 1:
         what = "no data.pkl" if not roots else "several data.pkl"
-        raise source.error(f"is a zip archive that torch.save didn't write: it has {what}{_what_else(members)}")
+        raise source.error(f"is a zip archive that torch.save didn't write: it has {what}; {what_else(members)}")
     own = {name.removeprefix(roots[0]): placed for name, placed in members.items() if name.startswith(roots[0])}
     order = own.get("byteorder")
     if order is not None and order.text("byteorder") != b"little":
@@ -80,15 +80,6 @@ def _contents(
     return Contents(read.value, everywhere, extras or {}, tuple(read.foreign))
 
 
-def _what_else(members: Mapping[str, Placed]) -> str:
-    """Say what an archive is that torch.save didn't write, by its members."""
-    names = list(members)
-    if names and all(name.endswith(".npy") for name in names):
-        return "; it is an .npz of numpy's: load it and save its arrays as tensors with torch.save"
-    inner = next((name for name in names if name.endswith((".pt", ".pth", ".bin", ".ckpt", ".safetensors"))), None)
-    return "" if inner is None else f"; it holds {inner}: unpack that first"
-
-
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 LEGACY_PROTOCOL = 1001
 
@@ -107,8 +98,7 @@ def _read_legacy(source: Source) -> Contents:
             raise PickleError(f"its pickle describes the storage {ref.key!r} in two ways")
         return ref
 
-    with source.opened() as opened:
-        file = _Bounded(opened, source.size)
+    with source.opened() as file:
         first = loads(file, where, no_storage)
         if first.value != LEGACY_MAGIC:
             if file.tell() != source.size:
@@ -145,31 +135,7 @@ def _legacy_storages(source: Source, refs: Iterable[StorageRef], position: int) 
     return storages
 
 
-class _Bounded:
-    """A file of pickles, of which no more is asked than there is: lengths in it are anybody's."""
-
-    def __init__(self, file: BinaryIO, size: int) -> None:
-        self._file = file
-        self._left = size
-
-    def read(self, count: int) -> bytes:
-        data = self._file.read(min(count, self._left))
-        self._left -= len(data)
-        return data
-
-    def readline(self) -> bytes:
-        data = self._file.readline(LONGEST_LINE)
-        self._left -= len(data)
-        return data
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-
-LONGEST_LINE = 1 << 16  # of a pickle: names and numbers
-
-
-def _plain(file: PickleFile, where: str) -> Any:
+def _plain(file: BinaryIO, where: str) -> Any:
     """Read a pickle without storages."""
     return loads(file, where, no_storage).value
 

@@ -25,7 +25,7 @@ from convtool.formats.pickle_values import (
 )
 from convtool.formats.pieces import Piece
 from convtool.formats.source import Source
-from convtool.formats.state_dicts import tensors_of
+from convtool.formats.state_dicts import StateDict
 from convtool.formats.stored_tensors import StoredTensors
 from convtool.formats.torch_contents import Contents, read_contents
 from convtool.formats.torch_zip import MATRIX_RECORD, REBUILD_SPARSE, check_written, member_text, write_value
@@ -82,22 +82,31 @@ def _open_matrix(source: Source, contents: Contents) -> tuple[StoredTensors, tup
     weight = bare(state.get("weight"))
     bias = {"bias": state["bias"]} if "bias" in state else {}
     if isinstance(weight, TensorRef):
-        return StoredTensors(source, contents.storages, tensors_of({"weight": weight} | bias)), None
+        return _opened(source, contents, {"weight": weight} | bias), None
     if not (isinstance(weight, Call) and weight.function in REBUILD_SPARSE):
         raise source.error("holds no matrix: expected a tensor, or a dict with a tensor `weight`")
     try:
         layout, parts = weight.arguments
         (name,) = layout.arguments
+        if not isinstance(name, str):  # tuples in tuples can be hashed for ever
+            raise TypeError
         names = _SPARSE_PARTS.get(name)
         if names is None:
-            raise source.error(f"holds a {name} tensor; expected a sparse CSR, sparse COO or dense one")
+            raise source.error(f"holds a {name:.80} tensor; expected a sparse CSR, sparse COO or dense one")
         tensors = dict(zip(names, map(plain_tensor, parts), strict=False))
         rows, columns = numbers_of(parts[len(names)])
     except (PickleError, TypeError, ValueError, AttributeError, IndexError):
         raise source.damaged("its sparse tensor is not made as torch makes one") from None
     if None in tensors.values() or not (is_size(rows) and is_size(columns)):
         raise source.damaged("its sparse tensor is not made of tensors and a shape")
-    return StoredTensors(source, contents.storages, tensors_of(tensors | bias)), (rows, columns)
+    return _opened(source, contents, tensors | bias), (rows, columns)
+
+
+def _opened(source: Source, contents: Contents, entries: dict[str, Any]) -> StoredTensors:
+    file = StoredTensors(source, contents.storages, StateDict((), entries, entries))
+    if file.tensors.keys() != entries.keys():
+        raise source.error("holds a matrix that isn't made of tensors alone")
+    return file
 
 
 def read_matrix(source: Source) -> Found:

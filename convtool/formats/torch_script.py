@@ -7,14 +7,16 @@ classes, stand at the top of each class in the code: `__parameters__ = [...]`, `
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from convtool.errors import UsageError
-from convtool.formats.pickle_values import Call, Global, plain_tensor, why_unusable
-from convtool.formats.pickled_modules import MOST_CHARACTERS, plain_attributes
+from convtool.formats.pickle_values import Call, Global, PickleError
+from convtool.formats.pickled_modules import Module, plain_attributes, read_module
 from convtool.formats.source import Source
+from convtool.formats.state_dicts import StateDict
 from convtool.formats.storages import Placed
 from convtool.formats.stored_tensors import StoredTensors
 from convtool.formats.tensor_file import SavedModule, TensorFile
@@ -27,16 +29,6 @@ _NAMES = re.compile(r"^  __(parameters|buffers)__ = \[(.*)\]$", re.MULTILINE)
 _FINAL = re.compile(r"^  (\w+) : Final\[.*\] = (.{1,200})$", re.MULTILINE)
 _MANGLED = re.compile(r"\.___torch_mangle_\d+")
 _TORCH = "__torch__."
-
-
-class ScriptFile(StoredTensors):
-    """A TorchScript archive."""
-
-    format = NAME
-
-    @property
-    def left_out(self) -> Mapping[str, str]:
-        return {"code": "the TorchScript code"}
 
 
 def recognises(members: Mapping[str, Placed]) -> bool:
@@ -55,46 +47,34 @@ def open_members(source: Source, members: Mapping[str, Placed], root: str | None
         raise UsageError(f"{source.path}: --root {root}: is TorchScript, which has one state dict; leave it out")
     contents = read_archive(source, members)
     classes = {name: about for path, member in members.items() for name, about in _classes(path, member)}
-    tensors, unusable, modules = {}, {}, {}
-    for path, module, attributes in _walk(source, contents.value):
-        name = str(module.function).removeprefix(_TORCH)
-        cls = classes.get(str(module.function), SavedModule("", {}))
-        modules[path] = SavedModule(
-            _MANGLED.sub("", f".{name}")[1:], {**plain_attributes(attributes), **cls.attributes}
-        )
-        for key in (*cls.attributes["parameters"], *cls.attributes["buffers"]) if cls.attributes else ():
-            full, value = f"{path}.{key}" if path else key, attributes.get(key)
-            tensor, reason = plain_tensor(value), why_unusable(value)
-            if tensor is not None:
-                tensors[full] = tensor
-            elif reason is not None:
-                unusable[full] = reason
-    if not tensors and not unusable:
+    try:
+        state, modules = read_module(contents.value, functools.partial(_module, classes))
+    except PickleError as error:
+        raise source.damaged(str(error)) from None
+    if not state:
         frozen = sum("/constants/" in f"/{name}" for name in members)
         what = f"its {frozen} weights are constants without names, as torch.jit.freeze makes them" if frozen else ""
         raise source.error(f"is TorchScript without tensors under names{what and ': ' + what}; save it before freezing")
-    file = ScriptFile(source, contents.storages, tensors)
-    file.unusable, file.modules = unusable, modules
-    return file
+    beside = {"code": "the TorchScript code"}
+    return StoredTensors(source, contents.storages, StateDict((), state, state, modules, beside), NAME)
 
 
-def _walk(source: Source, top: Any) -> Iterator[tuple[str, Call, dict[str, Any]]]:
-    """Yield each module with its path and its attributes, those of a module's children behind its own."""
-    left = MOST_CHARACTERS
-    ahead: list[tuple[str, Any]] = [("", top)]
-    while ahead:
-        path, value = ahead.pop()
-        left -= len(path) + 16
-        if left < 0:
-            raise source.damaged("it holds modules in modules without an end")
-        if not (isinstance(value, Call) and isinstance(value.function, Global) and isinstance(value.state, dict)):
-            continue
-        if not f"{value.function.module}.".startswith(_TORCH):
-            continue
-        attributes = {name: one for name, one in value.state.items() if isinstance(name, str)}
-        yield path, value, attributes
-        prefix = f"{path}." if path else ""
-        ahead += reversed([(f"{prefix}{name}", one) for name, one in attributes.items() if isinstance(one, Call)])
+def _module(classes: Mapping[str, SavedModule], value: Any) -> Module | None:
+    """Return the module that a value of the pickle is, by the code of its class; None of whatever isn't one."""
+    if not (isinstance(value, Call) and isinstance(value.function, Global) and isinstance(value.state, dict)):
+        return None
+    name = str(value.function)
+    if not name.startswith(_TORCH):
+        return None
+    stated = classes.get(name, SavedModule("", {})).attributes
+    attributes = {key: one for key, one in value.state.items() if isinstance(key, str)}
+    cls = _MANGLED.sub("", f".{name.removeprefix(_TORCH)}")[1:]
+    names = (*stated.get("parameters", ()), *stated.get("buffers", ()))
+    return Module(
+        SavedModule(cls, {**plain_attributes(attributes), **stated}),
+        {key: attributes.get(key) for key in names},
+        {key: one for key, one in attributes.items() if isinstance(one, Call)},
+    )
 
 
 def _classes(path: str, member: Placed) -> Iterator[tuple[str, SavedModule]]:

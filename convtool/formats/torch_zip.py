@@ -10,7 +10,8 @@ state dict is, in its place. `torch_script`, `pt2` and `torch_matrix` are about 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +38,7 @@ REBUILD_SPARSE = [Global("torch._utils", name) for name in ("_rebuild_sparse_ten
 
 FOLDER = "archive"  # of the members of a zip file; torch's name for it where it writes to no named file
 MATRIX_RECORD = f"extra/{RECORD_NAME}.json"
+_TEXT_PICKLE = re.compile(rb"\([dl]p\d+\n|c[\w.]+\n\w+\n(p\d+\n|\()")  # a dict, a list, or what a class makes
 RECORD = "convtool.json"  # the member that holds convtool's record of a checkpoint
 
 
@@ -45,35 +47,12 @@ class TorchFile(StoredTensors):
 
     Attributes:
         contents: what stands in it.
-        state: the state dict that is meant.
     """
 
-    format = NAME
-
     def __init__(self, source: Source, contents: Contents, state: StateDict) -> None:
-        super().__init__(source, contents.storages, state.tensors)
+        super().__init__(source, contents.storages, state, NAME)
         self.contents = contents
-        self.state = state
-        self.root = state.root
-        self.modules = state.modules
-        self.unusable = state.unusable
         self.classes = tuple(map(str, contents.foreign))
-
-    @property
-    def entries(self) -> Iterable[Any]:
-        return self.state.entries
-
-    @property
-    def others(self) -> dict[str, str]:
-        return {
-            str(name): self.unusable.get(str(name)) or describe(value)
-            for name, value in self.state.entries.items()
-            if name not in self.tensors
-        }
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        return {**self.state.beside, **self.replaced, **self.others}
 
     @property
     def replaced(self) -> dict[str, str]:  # type: ignore[override]
@@ -190,8 +169,8 @@ _ARCHIVES: tuple[_Archive, ...] = (torch_script, pt2)
 
 
 def recognises(start: bytes) -> bool:
-    """Tell whether a file that begins so could be one: a zip archive, or a pickle."""
-    return start.startswith((ZIP_MAGIC, b"\x80"))
+    """Tell whether a file that begins so could be one: a zip archive, or a pickle, which may be text."""
+    return start.startswith((ZIP_MAGIC, b"\x80")) or _TEXT_PICKLE.match(start) is not None
 
 
 def open_file(source: Source, root: str | None) -> TensorFile:

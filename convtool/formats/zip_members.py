@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 import zipfile
+from collections.abc import Iterable
 
 from convtool.formats.source import Source
 from convtool.formats.storages import Placed
@@ -38,11 +39,8 @@ def read_members(source: Source) -> dict[str, Placed]:
             raise source.damaged(f"its archive has the member {name!r} twice")
         packed = info.compress_type == zipfile.ZIP_DEFLATED and _PACKED.search(name) is not None
         if (info.compress_type != zipfile.ZIP_STORED and not packed) or info.flag_bits & 1:
-            if name.endswith(".npy"):
-                raise source.error("is an .npz of numpy's; load it and save its arrays as tensors with torch.save")
-            if name.endswith(_CHECKPOINTS):
-                raise source.error(f"is a zip archive that holds {name}; unpack that first")
-            raise source.error(f"was compressed or encrypted by another program ({name}); {SAVE_AGAIN}")
+            what = what_else(info.filename for info in listed)
+            raise source.error(f"was compressed or encrypted by another program ({name}); {what}")
         data_start = _data_start(source, info, taken)
         taken = data_start + info.compress_size
         if (info.compress_size != size and not packed) or taken > start:
@@ -50,6 +48,15 @@ def read_members(source: Source) -> dict[str, Placed]:
         crc = info.CRC if checked else None
         placed[name] = Placed(source, data_start, size, crc, info.compress_size if packed else None)
     return placed
+
+
+def what_else(names: Iterable[str]) -> str:
+    """Say what to do with an archive that torch didn't write, by its members' names."""
+    arrays = list(names)
+    if arrays and all(name.endswith(".npy") for name in arrays):
+        return "it is an .npz of numpy's: load it and save its arrays as tensors with torch.save"
+    inner = next((name for name in arrays if name.endswith(_CHECKPOINTS)), None)
+    return SAVE_AGAIN if inner is None else f"it holds {inner}; unpack that first"
 
 
 def _directory(source: Source) -> tuple[list[zipfile.ZipInfo], int]:

@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convtool.errors import OutputError, UsageError
 
@@ -33,11 +33,12 @@ def launched_ranks() -> Iterator[Ranks]:
 
     try:
         dist.init_process_group("gloo", timeout=MEETING)
-        group = dist.new_group(timeout=PATIENCE, backend="gloo")
+        # Not for a second group, which would wait as long for a process that is gone before it is made.
+        dist.distributed_c10d._set_pg_timeout(PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise UsageError(f"the processes of this launch don't find each other: {_first_line(error)}") from None
     try:
-        yield _Launched(group)
+        yield _Launched()
     finally:
         dist.destroy_process_group()
 
@@ -53,9 +54,6 @@ def _launched() -> bool:
 
 class _Launched:
     """One of several processes."""
-
-    def __init__(self, group: Any) -> None:
-        self._group = group
 
     @property
     def rank(self) -> int:
@@ -73,7 +71,7 @@ class _Launched:
         import torch.distributed as dist
 
         try:
-            dist.barrier(self._group)
+            dist.barrier()
         except RuntimeError as error:
             raise OutputError(f"another process of this launch is gone ({_first_line(error)})") from None
 

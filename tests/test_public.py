@@ -101,6 +101,51 @@ class Doubled(nn.Conv2d):
         return 2 * super().forward(input)
 
 
+BARE: tuple[tuple[nn.Module, tuple[int, ...]], ...] = (
+    (nn.AvgPool2d(3, 2, 1), (3, 8, 6)),
+    (nn.AvgPool1d(3), (2, 9)),
+    (nn.AvgPool2d(2, divisor_override=3), (2, 4, 6)),
+    (nn.AdaptiveAvgPool2d((3, 2)), (2, 6, 4)),
+    (nn.Identity(), (3, 4, 4)),
+    (nn.Flatten(), (3, 4, 5)),
+    (nn.PixelShuffle(2), (8, 3, 4)),
+    (nn.PixelUnshuffle(2), (2, 4, 6)),
+    (nn.ChannelShuffle(2), (4, 3, 3)),
+    (nn.ZeroPad2d((1, 2, 0, 3)), (2, 4, 5)),  # of the last axis first
+    (nn.Upsample(scale_factor=2), (2, 3, 4)),
+    (nn.Sequential(CONV, nn.Identity(), NORM, nn.AvgPool2d(2), nn.Flatten(), nn.Linear(24, 5)), (2, 8, 4)),
+    (nn.Sequential(NEXT, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)), (3, 7, 8)),
+)
+
+
+@pytest.mark.parametrize(("module", "size"), BARE)
+def test_modules_without_tensors_are_layers_as_well(module: nn.Module, size: tuple[int, ...]) -> None:
+    matrix = convtool.toeplitz(module, size, dtype=torch.float64)
+    x = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    bias = 0 if matrix.bias is None else matrix.bias
+    with torch.no_grad():
+        torch.testing.assert_close((matrix @ x.double().flatten() + bias).float(), module(x[None]).flatten())
+    values = torch.linalg.svdvals(matrix.to_dense())
+    assert convtool.spectrum(module, size).largest.value == pytest.approx(float(values[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("module", "size", "message"),
+    [
+        (nn.AvgPool2d(2), (5, 5), "the number of channels isn't known here"),  # not of one axis, with channels
+        (nn.AvgPool2d(2, ceil_mode=True), (3, 5, 5), "AvgPool2d: with ceil_mode"),
+        (nn.AdaptiveAvgPool2d(3), (3, 5, 6), "makes a map of 3,3 of 5,6, which it doesn't divide"),
+        (nn.Upsample(scale_factor=1.5), (3, 5, 5), "by whole factors"),
+        (nn.Flatten(2), (3, 5, 5), "it flattens other axes"),
+    ],
+)
+def test_what_modules_without_tensors_have_to_say(module: nn.Module, size: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ConvtoolError, match=message):
+        convtool.toeplitz(module, size)
+    with pytest.raises(UsageError, match=r"Flatten: how large a map it reads isn't known here; write it as 'flatten"):
+        convtool.fuse([CONV, nn.Flatten()])
+
+
 def test_modules_that_compute_something_else_are_refused() -> None:
     hooked = nn.Conv2d(2, 3, 3)
     hooked.register_forward_hook(lambda module, inputs, output: 2 * output)

@@ -7,12 +7,12 @@ With P positions, output channel c*P + p of a flatten is position p of channel c
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import SIZES, Fields
 from convtool.core.geometry import Geometry, format_sizes
-from convtool.errors import UsageError
+from convtool.errors import RefusedError, UsageError
 from convtool.kinds.kind import Kind, Shape, Shapes, Tensors, check_size
 
 if TYPE_CHECKING:
@@ -35,7 +35,16 @@ class Flatten(Kind):
     written = True
     reshapes = True
     code = "nowhere"  # a model's own flatten may stay: what is left of the map, one position, it flattens as well
+    bare_modules = ("torch.nn.modules.flatten.Flatten",)
     operations = VIEWS
+
+    def of_module(self, module: Any, size_of: Callable[[], tuple[int, ...] | None]) -> Fields:
+        if (module.start_dim, module.end_dim) != (1, -1):
+            raise RefusedError("it flattens other axes than all but the batch's")
+        size = size_of()
+        if size is None:
+            raise UsageError("how large a map it reads isn't known here; write it as 'flatten(7,7)'")
+        return {"size": list(size)}
 
     def axes(self, shapes: Shapes, fields: Fields) -> int | None:
         return len(fields["size"])

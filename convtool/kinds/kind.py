@@ -133,6 +133,7 @@ class Kind:
         neutral: whether it changes nothing, so that what stands before it and behind it is next to each other.
         adapts: whether it is a change of another layer, and a layer only with that one; see `convtool.kinds.adapter`.
         modules: dotted names of torch's classes that compute it, and nothing else.
+        bare_modules: dotted names of torch's classes without tensors that compute it, where `of_module` says so.
         operations: dotted names of ATen's operations that compute it, where `of_operation` says so.
     """
 
@@ -156,6 +157,7 @@ class Kind:
     neutral: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
     modules: ClassVar[tuple[str, ...]] = ()
+    bare_modules: ClassVar[tuple[str, ...]] = ()
     operations: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -320,6 +322,18 @@ class Kind:
             RefusedError: why it isn't this layer for all that.
         """
         return {name: getattr(module, name) for name in self.fields}
+
+    def of_module(self, module: Any, size_of: Callable[[], tuple[int, ...] | None]) -> Fields:
+        """Return the fields of the layer that a module of one of `bare_modules` is.
+
+        Args:
+            size_of: returns the size of the feature map that it reads, None where that isn't known.
+
+        Raises:
+            RefusedError: why it isn't this layer for all that.
+            UsageError: it takes the size to tell.
+        """
+        return {}
 
     def fields_of_run(self, run: Sequence[tuple[str, Mapping[str, Any]]], shapes: Shapes) -> Fields | None:
         """Return the fields of a layer that these operations of ATen are a run of; None where they do anything else.

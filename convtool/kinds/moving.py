@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from convtool.core.fields import INTEGER, INTEGERS, LIST, RANGE, Fields
@@ -24,7 +24,11 @@ class PixelUnshuffle(Kind):
     name = "pixel_unshuffle"
     fields = {"factor": INTEGERS}
     written = True
+    bare_modules: ClassVar[tuple[str, ...]] = ("torch.nn.modules.pixelshuffle.PixelUnshuffle",)
     operations: ClassVar[tuple[str, ...]] = ("aten.pixel_unshuffle.default",)
+
+    def of_module(self, module: Any, size_of: Callable[[], tuple[int, ...] | None]) -> Fields:
+        return {"factor": module.downscale_factor}
 
     def over(self, fields: Fields, axes: int) -> Fields:
         return {"factor": list(per_axis("factor", fields.get("factor", 2), axes, least=1))}
@@ -50,7 +54,7 @@ class Focus(PixelUnshuffle):
 
     name = "focus"
     fields = {}
-    operations = ()
+    bare_modules = operations = ()
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         import torch
@@ -66,7 +70,11 @@ class PixelShuffle(PixelUnshuffle):
     """nn.PixelShuffle: blocks of channels as blocks of positions, the adjoint of pixel_unshuffle."""
 
     name = "pixel_shuffle"
+    bare_modules = ("torch.nn.modules.pixelshuffle.PixelShuffle",)
     operations = ("aten.pixel_shuffle.default",)
+
+    def of_module(self, module: Any, size_of: Callable[[], tuple[int, ...] | None]) -> Fields:
+        return {"factor": module.upscale_factor}
 
     def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
         return PIXEL_UNSHUFFLE.gives(shapes, fields, gives)
@@ -177,7 +185,11 @@ class ChannelShuffle(Kind):
     name = "channel_shuffle"
     fields = {"groups": INTEGER}
     written = True
+    bare_modules = ("torch.nn.modules.channelshuffle.ChannelShuffle",)
     operations = ("aten.channel_shuffle.default",)
+
+    def of_module(self, module: Any, size_of: Callable[[], tuple[int, ...] | None]) -> Fields:
+        return {"groups": module.groups}
 
     def of_operation(self, name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Fields | None:
         return {"groups": arguments["groups"]}

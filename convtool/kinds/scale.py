@@ -102,6 +102,7 @@ class Identity(Kind):
     written = True
     code = "nowhere"
     neutral = True
+    bare_modules = ("torch.nn.modules.linear.Identity",)
     operations = (
         *(f"aten.{name}.default" for name in ("clone", "alias", "detach", "contiguous", "lift_fresh")),
         *_DROPOUTS,

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import FLAG, INTEGER, INTEGERS, PADDING, Fields
-from convtool.core.geometry import Geometry, per_axis
+from convtool.core.geometry import Geometry, format_sizes, per_axis
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds.kind import Kind, Tensors, check_size
 
@@ -29,6 +29,25 @@ class AvgPool(Kind):
     }
     defaults = {"stride": None, "padding": 0, "count_include_pad": True, "dilation": 1, "divisor_override": None}
     written = True
+    bare_modules = tuple(
+        f"torch.nn.modules.pooling.{name}{axes}d" for name in ("AvgPool", "AdaptiveAvgPool") for axes in (1, 2, 3)
+    )
+
+    def of_module(self, module: Any, size_of: Callable[[], tuple[int, ...] | None]) -> Fields:
+        if hasattr(module, "output_size"):
+            wanted, size = module.output_size, size_of()
+            if size is None:
+                raise UsageError("how large a map it reads isn't known here; write it as 'avg_pool(7,7)'")
+            wanted = (wanted,) * len(size) if isinstance(wanted, int) else wanted
+            if any(not part or whole % part for whole, part in zip(size, wanted, strict=True)):
+                raise RefusedError(
+                    f"it makes a map of {format_sizes(wanted)} of {format_sizes(size)}, which it doesn't divide"
+                )
+            return {"kernel_size": [whole // part for whole, part in zip(size, wanted, strict=True)]}
+        if module.ceil_mode:
+            raise RefusedError("with ceil_mode it divides by less at the border, which no convolution does")
+        found = {name: getattr(module, name, None) for name in self.fields.keys() - {"dilation"}}
+        return {name: value for name, value in found.items() if value != self.defaults.get(name, ())}
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         kernel = per_axis("kernel_size", fields["kernel_size"], axes, least=1)
@@ -54,6 +73,13 @@ class Upsample(Kind):
     name = "upsample"
     fields = {"factor": INTEGERS}
     written = True
+    bare_modules = tuple(f"torch.nn.modules.upsampling.{name}" for name in ("Upsample", "UpsamplingNearest2d"))
+
+    def of_module(self, module: Any, size_of: Callable[[], tuple[int, ...] | None]) -> Fields:
+        factors = module.scale_factor if isinstance(module.scale_factor, tuple) else (module.scale_factor,)
+        if module.mode != "nearest" or any(factor is None or factor % 1 for factor in factors):
+            raise RefusedError("only mode='nearest' by whole factors is a layer here")
+        return {"factor": [int(factor) for factor in factors]}
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         factors = per_axis("factor", fields["factor"], axes, least=1)
@@ -67,6 +93,11 @@ class Pad(Kind):
     name = "pad"
     fields = {"padding": PADDING}
     written = True
+    bare_modules = tuple(f"torch.nn.modules.padding.ZeroPad{axes}d" for axes in (1, 2, 3))
+
+    def of_module(self, module: Any, size_of: Callable[[], tuple[int, ...] | None]) -> Fields:
+        sides = module.padding  # of the last axis first
+        return {"padding": [(sides[at], sides[at + 1]) for at in range(len(sides) - 2, -1, -2)]}
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         kernel = (1,) * axes

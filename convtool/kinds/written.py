@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,16 @@ def layer_of_operation(name: str, arguments: Mapping[str, Any], takes: Shape, gi
         if kind.written and fields is not None and kind.fields.keys() <= {**kind.defaults, **fields}.keys():
             return Layer(_text(kind, fields), kind, {}, fields)
     return None
+
+
+def layer_of_module(module: object, size_of: Callable[[], tuple[int, ...] | None]) -> Layer | None:
+    """Return the layer without tensors that a module is, as it would be written; see `Kind.of_module`."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    kind = next((kind for kind in KINDS if name in kind.bare_modules), None)
+    if kind is None:
+        return None
+    fields = kind.of_module(module, size_of)
+    return Layer(_text(kind, fields), kind, {}, fields)
 
 
 def undoing(text: str) -> Layer:

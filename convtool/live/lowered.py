@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -12,14 +13,15 @@ from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression
+from convtool.core.expression import Expression, output_size
 from convtool.core.fields import Fields, geometry_fields
-from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves
-from convtool.errors import RefusedError, UsageError
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
+from convtool.errors import ConvtoolError, RefusedError, UsageError
 from convtool.fusing.lowering import lower_tree, stored_dtype
 from convtool.kinds import KINDS
 from convtool.kinds.kind import UNKNOWN
 from convtool.kinds.stated import FieldSource, FieldSources
+from convtool.kinds.written import layer_of_module
 from convtool.live.layers import module_layers
 from convtool.live.state import StateCheckpoint
 
@@ -42,10 +44,12 @@ def lower_modules(
         RefusedError: a module that computes something else than its class says.
         InputError: numbers that aren't finite, or none at all.
     """
+    found = (_AXES.search(type(leaf).__name__) for leaf in leaves(tree))
+    axes = next((int(one[1]) for one in found if one), None)
+    tree = _written_out(tree, input_size, axes)
     numbers = itertools.count(1)
     tensors: dict[str, Tensor] = {}
     tables: dict[str, Fields] = {}
-    axes: list[int] = []
 
     def named(leaf: LayerLike) -> LayerRef:
         if isinstance(leaf, str):
@@ -54,15 +58,42 @@ def lower_modules(
         own, fields = _parts(leaf, name)
         tensors.update({f"{name}.{key}": value for key, value in own.items()})
         tables[name] = fields
-        if found := _AXES.search(type(leaf).__name__):
-            axes.append(int(found[1]))
         return LayerRef(name)
 
     refs: Tree[LayerRef] = map_leaves(named, tree)
     sources = FieldSources((FieldSource("the modules", tables, exact_names=True),))
     state = StateCheckpoint(tensors)
-    lowered = lower_tree({BASE: state}, refs, sources, input_size, axes=axes[0] if axes else None)
+    lowered = lower_tree({BASE: state}, refs, sources, input_size, axes=axes)
     return map_leaves(lambda leaf: leaf.conv, lowered), stored_dtype(list(leaves(lowered))) if tensors else None
+
+
+def _written_out(tree: Tree[LayerLike], input_size: Sequence[int] | None, axes: int | None) -> Tree[LayerLike]:
+    """Return the tree with modules that have no tensors as they are written: nn.AvgPool2d(2) as 'avg_pool(2)'."""
+
+    def size_behind(before: tuple[LayerLike, ...]) -> tuple[int, ...] | None:
+        if input_size is None:
+            return None
+        known = len(input_size) - 1 if axes is None else axes
+        spatial = tuple(input_size[len(input_size) - known :])
+        return output_size(lower_modules(Chain(before), input_size)[0], spatial) if before else spatial
+
+    def written(part: Tree[LayerLike], before: tuple[LayerLike, ...]) -> Tree[LayerLike]:
+        if isinstance(part, Chain):
+            parts: list[Tree[LayerLike]] = []
+            for one in part.parts:
+                parts.append(written(one, (*before, *parts)))
+            return Chain(tuple(parts))
+        if isinstance(part, Sum):
+            return type(part)(tuple(written(one, before) for one in part.parts))
+        if not isinstance(part, nn.Module) or part._forward_hooks or part._forward_pre_hooks:
+            return part
+        try:
+            layer = layer_of_module(part, partial(size_behind, before))
+        except ConvtoolError as error:
+            raise type(error)(f"{type(part).__name__}: {error}") from None
+        return part if layer is None else layer.name
+
+    return written(tree, ())
 
 
 def _parts(leaf: LayerLike, name: str) -> tuple[Mapping[str, Tensor], Fields]:
@@ -75,7 +106,7 @@ def _parts(leaf: LayerLike, name: str) -> tuple[Mapping[str, Tensor], Fields]:
     what, found = f"{name}, a {type(leaf).__name__},", module_layers(leaf)
     layer = found.layers.get("")
     if layer is None or layer.kind is UNKNOWN:
-        known = sorted({path.rpartition(".")[2] for kind in KINDS for path in kind.modules})
+        known = sorted({path.rpartition(".")[2] for kind in KINDS for path in (*kind.modules, *kind.bare_modules)})
         inside = "; name the layers in it, or see `convtool.plan`" if list(leaf.children()) else ""
         raise UsageError(
             f"{what} is of no kind known here: expected {', '.join(known)}, an nn.Sequential of them, or a text such as"

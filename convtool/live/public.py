@@ -77,6 +77,8 @@ def _in_python(message: str, signature: inspect.Signature) -> str:
             return option[0]
         return f"{name}=True" if signature.parameters[name].annotation == "bool" else f"{name}=..."
 
+    if "input_size" not in signature.parameters:  # there is nowhere to give it
+        message = message.partition("; give --input-size")[0]
     return _OPTION.sub(argument, message)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Dtype, LayerFields, Sizes
-from convtool.cli.options import Size, argument, dtype_name, option, parse_float, parse_size
+from convtool.cli.options import Size, argument, dtype_name, option, parse_bytes, parse_float, parse_size
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
@@ -35,16 +35,6 @@ convtool convert linear.safetensors vit2.safetensors --as-conv patch_embed.proj
 # a convolution as nn.Linear for inputs of one size
 convtool convert net.safetensors fc.safetensors --as-toeplitz conv1=3,8,8 --set conv1.padding=1
 """
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def _parse_bytes(text: str, option: str) -> int:
-    """Return '500MB' as a number of bytes."""
-    number = text.rstrip("BKMGIbkmgi")
-    unit = text[len(number) :].upper()
-    if not number.isdecimal() or unit not in UNITS or len(number) > 15 or int(number) == 0:
-        raise UsageError(f"{option}: expected a number of bytes such as 500MB, 5GB or 2GiB, got {text!r}")
-    return int(number) * UNITS[unit]
 
 
 def _parse_sized(text: str, option: str) -> tuple[str, Size]:
@@ -69,7 +59,7 @@ class Options:
         "Of every floating-point tensor of 16 bits or more: float64, float32, float16 (fp16) or bfloat16 (bf16).",
         parse=parse_float,
     )
-    shard_size: int | None = option("SIZE", "Write files of at most 500MB, 5GB, ... and an index.", parse=_parse_bytes)
+    shard_size: int | None = option("SIZE", "Write files of at most 500MB, 5GB, ... and an index.", parse=parse_bytes)
     as_linear: list[str] | None = option(
         "LAYER",
         "Write a patch convolution (kernel = stride) as the linear layer that it is on a patch. Repeatable.",

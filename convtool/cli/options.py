@@ -31,6 +31,8 @@ SHORT_DTYPES = {
     for short in shorts
 }
 
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
 
 def argument(metavar: str, text: str, completion: complete.Completion | None = None, *, required: bool = False) -> Any:
     """Declare a field of options as an argument."""
@@ -103,6 +105,15 @@ def parse_device(name: str, option: str) -> torch.device:
         reason = str(error).partition("\n")[0]
         raise UsageError(f"{option}: torch cannot compute in float64 on {name!r} here ({reason})") from None
     return device
+
+
+def parse_bytes(text: str, option: str) -> int:
+    """Return '500MB' as a number of bytes."""
+    number = text.rstrip("BKMGIbkmgi")
+    unit = text[len(number) :].upper()
+    if not number.isdecimal() or unit not in UNITS or len(number) > 15 or int(number) == 0:
+        raise UsageError(f"{option}: expected a number of bytes such as 500MB, 5GB or 2GiB, got {text!r}")
+    return int(number) * UNITS[unit]
 
 
 def parse_rows(text: str, option: str) -> tuple[int, int]:

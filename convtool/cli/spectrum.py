@@ -20,7 +20,7 @@ from convtool.cli.layer import (
     find_layers,
     more_layers,
 )
-from convtool.cli.options import Size, option
+from convtool.cli.options import Size, option, parse_bytes
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
@@ -55,6 +55,11 @@ class Options:
     more: list[str] | None = more_layers()
     tolerance: float = option("T", "How far off the values may be, relative to the largest.", default=1e-6)
     steps: int | None = option("N", "Steps of each iteration at most; by default what usually does.")
+    memory: int | None = option(
+        "SIZE",
+        "What a factorisation may take, such as 4GB, however long it takes; 1.5GiB and a minute or two without.",
+        parse=parse_bytes,
+    )
     count: int | None = option("K", "Also the K largest and the K smallest singular values.")
     vectors: Path | None = option("OUT", "Write the singular vectors of --count (1 without it): an .npz file.")
     model_input: Size | None = option("C,H,W", "With a pattern and --model: the size of the network's input.")
@@ -98,6 +103,7 @@ class Result:
         condition_error: how far off the condition number may be; null where that is.
         tolerance: on errors, relative to the largest.
         steps: of iterations.
+        lacking: bytes of a factorisation that would have proved more and wasn't made; 0 without one.
         several: those of --count.
         vectors: the file of --vectors.
     """
@@ -114,6 +120,7 @@ class Result:
     tolerance: float
     methods: tuple[Method, ...]
     steps: Count
+    lacking: Count
     several: Several | None
     vectors: Path | None
     assumed: tuple[str, ...]
@@ -147,7 +154,9 @@ def run(options: Options, reporter: Reporter) -> Result | spectrum_table.TableRe
         check_vectors(options.vectors, force=options.force)
     found = find_layers(options.wanted, options.more, options.sources, reporter)
     with reporter.progress("computing singular values", None):
-        ends = spectrum(found.tree, found.spatial, tolerance=options.tolerance, steps=options.steps)
+        ends = spectrum(
+            found.tree, found.spatial, tolerance=options.tolerance, steps=options.steps, memory=options.memory
+        )
         several = _several(options, found)
     known = ends.largest.converged and ends.smallest.converged
     unknown = {} if known else {"condition": None, "condition_error": None}
@@ -191,7 +200,10 @@ def show(result: Result | spectrum_table.TableResult, reporter: Reporter) -> Non
     if result.several is not None:
         _show_several(result.several, result.vectors, reporter)
     if not (result.largest.converged and result.smallest.converged):
-        reporter.remark(f"not settled to {result.tolerance:g} in {result.steps} steps: what is printed are bounds")
+        more = f"; --memory {math.ceil(result.lacking / 1e6)}MB lets a factorisation decide" if result.lacking else ""
+        reporter.remark(
+            f"not settled to {result.tolerance:g} in {result.steps} steps: what is printed are bounds{more}"
+        )
 
 
 def _show_several(several: Several, vectors: Path | None, reporter: Reporter) -> None:

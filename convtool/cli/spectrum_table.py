@@ -89,7 +89,8 @@ def run_table(options: Any, sources: shared.Sources, opened: Checkpoint, reporte
     with reporter.progress("computing singular values", len(at)) as advance:
         for ((name, size), runs), leaf in zip(at.items(), layers, strict=True):
             conv = leaf.conv
-            ends = spectrum(conv, _spatial(conv, size), tolerance=options.tolerance, steps=options.steps)
+            how = {"tolerance": options.tolerance, "steps": options.steps, "memory": options.memory}
+            ends = spectrum(conv, _spatial(conv, size), **how)
             inputs = conv.in_channels, *_spatial(conv, size)
             kind = opened.layers[name].kind.name
             rows.append(Row(name, kind, runs, inputs, ends.shape, ends.largest, ends.smallest))

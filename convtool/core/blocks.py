@@ -18,15 +18,16 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from convtool.core.bound import U64, gamma
 from convtool.core.conv import Conv, swap_channels
 from convtool.core.flat import tensor_bits
 from convtool.core.geometry import Axis
+from convtool.core.meeting import Meeting, meeting_of
 from convtool.core.taps import PADDED, Table, tap_table
 from convtool.errors import UsageError
 
@@ -89,7 +90,7 @@ class Line:
         return counts
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Block:
     """A matrix with a number for each pair of channels and each tap.
 
@@ -113,9 +114,21 @@ class Block:
         rows, columns = self.sides
         return math.prod(rows), math.prod(columns)
 
-    def taps(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (C_out, C_in) the numbers of each tap that reads anything, of which outputs, and what these read."""
-        by_tap = self.weight.movedim((0, 1), (-2, -1))
+    @property
+    def terms(self) -> int:
+        """Of the sums that a product with T* T takes."""
+        readers = math.prod(int(np.bincount(line.table[line.table >= 0]).max(initial=1)) for line in self.lines)
+        return self.weight[0].numel() + len(self.weight) * readers
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds of such a product."""
+        return 2 * self.weight.numel() * self.sides[0][1]
+
+    @cached_property
+    def _taps(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """(C_out, C_in) the numbers of each tap that reads anything, of which outputs, and what these read."""
+        found, by_tap = [], self.weight.movedim((0, 1), (-2, -1))
         for tap in itertools.product(*map(range, self.weight.shape[2:])):
             place, live = np.zeros(1, dtype=np.int64), np.ones(1, dtype=bool)
             for line, t in zip(self.lines, tap, strict=True):
@@ -123,24 +136,39 @@ class Block:
                 place = (place[:, None] * line.size + column).ravel()
                 live = (live[:, None] & (column != PADDED)).ravel()
             if live.any():
-                yield by_tap[tap], torch.from_numpy(np.flatnonzero(live)), torch.from_numpy(place[live])
+                found.append((by_tap[tap], torch.from_numpy(np.flatnonzero(live)), torch.from_numpy(place[live])))
+        return found
 
     def dense(self) -> Tensor:
         """Return the matrix itself."""
         out = self.weight.new_zeros(*(part for side in self.sides for part in side))  # (C_out, outputs, C_in, inputs)
-        for numbers, output, source in self.taps():
+        for numbers, output, source in self._taps:
             out[:, output, :, source] += numbers
         return out.reshape(self.shape)
 
-    def short_side(self) -> ShortSide:
-        """Return the matrix from its shorter side."""
-        return ShortSide(self)
+    def times(self, x: Tensor, adjoint: bool) -> Tensor:
+        """Return T x, or T* x, for the rows of x."""
+        given, gives = self.sides if adjoint else self.sides[::-1]
+        x = x.reshape(-1, *given)
+        out = x.new_zeros(len(x), *gives)
+        for numbers, output, source in self._taps:
+            if adjoint:
+                out.index_add_(2, source, numbers.mH @ x[:, :, output])
+            else:
+                out.index_add_(2, output, numbers @ x[:, :, source])
+        return out.flatten(1)
 
+    @cached_property
     def norm(self) -> float:
-        """Return a bound on the norm of the matrix of absolute values: the root of its largest row and column sums."""
-        side = ShortSide(Block(self.weight.abs(), self.lines))
-        ones = (torch.ones(1, size, dtype=torch.float64) for size in sorted(self.shape))
-        return math.sqrt(float(side.there(next(ones)).max()) * float(side.back(next(ones)).max()))
+        """A bound on the norm of the matrix of absolute values: the root of its largest row and column sums."""
+        sizes, (rows, columns) = Block(self.weight.abs(), self.lines), self.shape
+        sums = ((columns, False), (rows, True))
+        each = (float(sizes.times(torch.ones(1, n, dtype=torch.float64), back).max()) for n, back in sums)
+        return math.sqrt(math.prod(each))
+
+    def meeting(self, flipped: bool) -> Meeting:
+        """Return which positions of its shorter side meet."""
+        return meeting_of(self.weight, self.lines, flipped)
 
     def bound(self, work: int) -> float:
         """Return a bound on the largest singular value: the norm of the convolution of an endless input.
@@ -171,53 +199,6 @@ class Block:
         copies = math.prod(line.copies for line in self.lines)
         between = math.cos(math.pi / 2 / fine) ** sum(n > 0 for n in steps)
         return math.sqrt(max(largest, 0.0) * copies) / between * (1 + 2.0**-36)
-
-
-class ShortSide:
-    """A block, or its adjoint where that starts from the shorter side: from the longer one, T has zeros of its own.
-
-    Attributes:
-        flipped: whether it is the adjoint.
-        size, channels, positions: of the shorter side: size = channels * prod(positions).
-        terms: of the sums that a product with T* T takes.
-        work: multiply-adds of such a product.
-    """
-
-    def __init__(self, block: Block) -> None:
-        (rows, columns), sides = block.shape, block.sides
-        self.block, self.size, self.flipped = block, min(rows, columns), rows < columns
-        self._long, self._short = sides[::-1] if self.flipped else sides
-        self.channels = self._short[0]
-        self.positions = tuple(len(line.table) if self.flipped else line.size for line in block.lines)
-        self._taps = [(w.mH, i, o) if self.flipped else (w, o, i) for w, o, i in block.taps()]
-        readers = math.prod(int(np.bincount(line.table[line.table >= 0]).max(initial=1)) for line in block.lines)
-        self.terms = block.weight[0].numel() + len(block.weight) * readers
-        self.work = 2 * block.weight.numel() * sides[0][1]
-
-    def there(self, x: Tensor) -> Tensor:
-        """Return T x for the rows of x, (n, size)."""
-        return _through(self._taps, x.reshape(-1, *self._short), self._long)
-
-    def back(self, y: Tensor) -> Tensor:
-        """Return T* y for the rows of y."""
-        return _through([(w.mH, i, o) for w, o, i in self._taps], y.reshape(-1, *self._long), self._short)
-
-    def gram(self, x: Tensor) -> Tensor:
-        """Return T* T x for the rows of x."""
-        return self.back(self.there(x))
-
-    def measured(self, x: Tensor) -> tuple[float, float]:
-        """Return |T x| / |x|, which lies between the ends, and how far off that may be."""
-        image, rounding = self.there(x), gamma(4 * self.terms + 64, U64) * self.block.norm()
-        sums = (float(np.square(np.abs(part.numpy())).sum()) for part in (image, x))  # numpy adds up pair by pair
-        return math.sqrt(next(sums) / next(sums)), rounding
-
-
-def _through(taps: Sequence[tuple[Tensor, Tensor, Tensor]], x: Tensor, size: tuple[int, int]) -> Tensor:
-    out = x.new_zeros(len(x), *size)
-    for numbers, to, source in taps:
-        out.index_add_(2, to, numbers @ x[:, :, source])
-    return out.flatten(1)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,7 +16,8 @@ import numpy.typing as npt
 import torch
 
 from convtool.core.expression import Expression
-from convtool.core.sparse_block import SparseBlock, SparseGram, SparseSide
+from convtool.core.gram import Gram, Side
+from convtool.core.sparse_block import SparseBlock
 from convtool.errors import UsageError
 
 Array = npt.NDArray[Any]
@@ -78,11 +79,12 @@ def _dense(block: SparseBlock, count: int) -> Extremes:
 def _sparse(block: SparseBlock, count: int, seed: int) -> Extremes:
     from scipy.sparse.linalg import LinearOperator, eigsh
 
-    side = block.short_side()
-    gram = SparseGram.over(side)
-    shifts = (-gram.norm * 2.0**-power for power in range(46, 0, -4)) if gram else ()  # a singular matrix needs some
-    factor = next((made for shift in shifts if gram and (made := gram.factor(1, shift)) is not None), None)
-    if gram is None or factor is None:
+    side = Side(block)
+    gram = Gram(side)
+    fits = gram.fits(None)
+    shifts = (-gram.norm * 2.0**-power for power in range(46, 0, -4)) if fits else ()  # a singular matrix needs some
+    factor = next((made for shift in shifts if (made := gram.factor(1, shift)) is not None), None)
+    if factor is None:
         raise UsageError(
             "count: the smallest values of this matrix would take a factorisation beyond what is made; without it,"
             " both ends are enclosed"
@@ -99,21 +101,23 @@ def _sparse(block: SparseBlock, count: int, seed: int) -> Extremes:
 
     high = ends(lambda x: side.gram(torch.from_numpy(x.reshape(1, -1))).numpy().ravel())
     low = ends(lambda x: gram.solve(factor, torch.from_numpy(x.reshape(1, -1))))
-    return _measured(side, high, low)
+    return _measured(block, high, low)
 
 
-def _measured(side: SparseSide, high: Array, low: Array) -> Extremes:
+def _measured(block: SparseBlock, high: Array, low: Array) -> Extremes:
     """Return what vectors on the shorter side are the singular vectors of, and how nearly."""
-    block, vectors = side.block, np.concatenate([high, low], axis=1)
+    side, vectors = Side(block), np.concatenate([high, low], axis=1)
     vectors = vectors / np.linalg.norm(vectors, axis=0)
-    images = side.matrix @ vectors
+    there, back = (block.adjoint, block.matrix) if side.flipped else (block.matrix, block.adjoint)
+    images = there @ vectors
     values = np.linalg.norm(images, axis=0)
     # What is zero but for rounding has no image, and so none that it is the image of.
     others = np.where(values > ROUNDING * values.max(initial=0.0), images / np.where(values > 0, values, 1.0), 0.0)
     # T v = s u, so s is within |T* u - s v| of a singular value; and there is one that is at most |T v|.
-    residuals = np.linalg.norm(side.matrix.conj().T @ others - values * vectors, axis=0)
+    residuals = np.linalg.norm(back @ others - values * vectors, axis=0)
     residuals = np.minimum(residuals, values)
-    errors = (residuals + side.measured(torch.from_numpy(np.ascontiguousarray(vectors[:, :1].T)))[1]) * block.scale
+    rounding = side.measured(torch.from_numpy(np.ascontiguousarray(vectors[:, :1].T)))[1] + block.entries_off
+    errors = (residuals + rounding) * block.scale
     left, right = (vectors, others) if side.flipped else (others, vectors)
     count, values = high.shape[1], values * block.scale
     first = np.argsort(-values[:count])

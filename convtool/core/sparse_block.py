@@ -17,7 +17,7 @@ from convtool.core.blocks import Apart, Block
 from convtool.core.bound import U64, fusing_terms, gamma
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, with_sizes
-from convtool.core.gram import BAND_BYTES, FACTOR_WORK, SLACK, Array, Gram
+from convtool.core.meeting import Meeting
 from convtool.core.order import toeplitz
 from convtool.core.tree import Chain, map_leaves
 from convtool.errors import UsageError
@@ -45,11 +45,10 @@ class SparseBlock:
                 f"the chain's matrix has {made.nnz} entries; its singular values are found of up to {MOST_ENTRIES}"
             )
         self.shape, self.matrix = made.shape, made.to_scipy()
-        heaviest = float(np.abs(self.matrix.data).max(initial=0.0))
-        self.scale = 2.0 ** max(math.frexp(heaviest)[1] - 1, -1000) if heaviest > 0 else 1.0
+        self.scale = scale_of(torch.from_numpy(self.matrix.data))
         self.matrix.data /= self.scale
         self.weight = torch.from_numpy(self.matrix.data)
-        steps = 4 * depth(self._tree, _window) + fusing_terms(self._tree)
+        steps = 4 * depth(self._tree, window) + fusing_terms(self._tree)
         self.entries_off = gamma(steps, U64) * _norm(abs(toeplitz(self._absolute, input_size).to_scipy())) / self.scale
 
     @property
@@ -60,24 +59,57 @@ class SparseBlock:
         """Return the matrix itself."""
         return torch.from_numpy(self.matrix.toarray())
 
-    def short_side(self) -> SparseSide:
-        """Return the matrix from its shorter side."""
-        return SparseSide(self)
+    @cached_property
+    def adjoint(self) -> scipy.sparse.csr_array[Any]:
+        """The matrix's adjoint."""
+        return self.matrix.conj().T.tocsr()
 
+    @property
+    def terms(self) -> int:
+        """Of the sums that a product with T* T takes."""
+        return sum(int(np.diff(one.indptr).max(initial=0)) for one in (self.matrix, self.adjoint))
+
+    @property
+    def work(self) -> int:
+        """Multiply-adds of such a product."""
+        return 2 * int(self.matrix.nnz)
+
+    def times(self, x: Tensor, adjoint: bool) -> Tensor:
+        """Return T x, or T* x, for the rows of x."""
+        return torch.from_numpy(np.ascontiguousarray(((self.adjoint if adjoint else self.matrix) @ x.numpy().T).T))
+
+    @cached_property
     def norm(self) -> float:
-        """Return a bound on the norm of the matrix of absolute values."""
+        """A bound on the norm of the matrix of absolute values."""
         return _norm(abs(self.matrix))
+
+    def meeting(self, flipped: bool) -> Meeting:
+        """Return which rows or columns, those of its shorter side, meet; each is a position."""
+        from scipy.sparse.csgraph import reverse_cuthill_mckee
+
+        gram = (self.matrix @ self.adjoint if flipped else self.adjoint @ self.matrix).tocoo()
+        place = np.argsort(reverse_cuthill_mckee(gram.tocsr(), symmetric_mode=True)).astype(np.int64)
+        row, column = place[gram.row], place[gram.col]
+        lower = row >= column
+        numbers = gram.data[lower].reshape(-1, 1, 1), column[lower], (row - column)[lower]
+        return Meeting(place, int(np.abs(row - column).max(initial=0)), 1, int(gram.nnz), lambda: numbers)
 
     def bound(self, work: int) -> float:
         """Return a bound on the largest singular value: that of the absolute values, or of the layers, multiplied."""
-        found = self.norm()
+        found = self.norm
         if isinstance(self._tree, Chain) and all(isinstance(part, Conv) for part in self._tree.parts):
             layers = math.prod(_layer_bound(conv, size, work) for conv, size in with_sizes(self._tree, self._size))
             found = min(found, layers / self.scale)
-        return found + self.entries_off
+        return found
 
 
-def _window(conv: Conv) -> int:
+def scale_of(numbers: Tensor) -> float:
+    """Return the power of two by which numbers are brought near 1."""
+    heaviest = float(numbers.abs().max()) if numbers.numel() else 0.0
+    return 2.0 ** max(math.frexp(heaviest)[1] - 1, -1000) if heaviest > 0 else 1.0
+
+
+def window(conv: Conv) -> int:
     """Return how many numbers an output is added up of, at most."""
     return conv.in_channels * math.prod(conv.geometry.kernel_size) + 2
 
@@ -92,77 +124,3 @@ def _layer_bound(conv: Conv, size: tuple[int, ...], work: int) -> float:
     apart = Apart.of(conv, size)
     blocks = (Block(weight, apart.lines) for batch in apart.batches() for weight in batch)
     return max((block.bound(work) for block in blocks if block.weight.any()), default=0.0)
-
-
-class SparseSide:
-    """The matrix or its adjoint, from its shorter side; as `core.blocks.ShortSide`."""
-
-    def __init__(self, block: SparseBlock) -> None:
-        (rows, columns), self.block = block.shape, block
-        self.size, self.flipped = min(rows, columns), rows < columns
-        self.matrix = block.matrix.conj().T.tocsr() if self.flipped else block.matrix
-        counts = np.diff(self.matrix.indptr).max(initial=0), np.bincount(self.matrix.indices).max(initial=0)
-        self.terms, self.work = int(sum(counts)), 2 * self.matrix.nnz
-
-    @cached_property
-    def _back(self) -> scipy.sparse.csr_array[Any]:
-        return self.matrix.conj().T.tocsr()
-
-    def gram(self, x: Tensor) -> Tensor:
-        """Return T* T x for the rows of x."""
-        return torch.from_numpy(np.ascontiguousarray((self._back @ (self.matrix @ x.numpy().T)).T))
-
-    def measured(self, x: Tensor) -> tuple[float, float]:
-        """Return |T x| / |x|, which lies between the ends, and how far off that may be."""
-        image = self.matrix @ x.numpy().T
-        rounding = gamma(4 * self.terms + 64, U64) * self.block.norm() + self.block.entries_off
-        return float(np.linalg.norm(image) / np.linalg.norm(x.numpy())), rounding
-
-
-class SparseGram(Gram):
-    """G of such a matrix; `SparseGram.over` makes it where it fits."""
-
-    def __init__(self, side: SparseSide, gram: scipy.sparse.csr_array[Any], order: Array, width: int) -> None:
-        self.order, self.side, self._width, self.work = order, side, width, side.size * width**2  # type: ignore[assignment]
-        self.norm, self._matrix = side.block.norm() ** 2, gram.tocoo()
-        self._complex = 4 if side.block.weight.is_complex() else 1
-        self._formed = gamma(side.terms * self._complex + SLACK, U64) * self.norm
-
-    @classmethod
-    def over(cls, side: SparseSide) -> SparseGram | None:
-        """Return the Gram matrix, or None where it would take too much to factor."""
-        from scipy.sparse.csgraph import reverse_cuthill_mckee
-
-        gram = (side.matrix.conj().T @ side.matrix).tocsr()
-        order = reverse_cuthill_mckee(gram, symmetric_mode=True)
-        gram = gram[order][:, order]
-        row, column = gram.nonzero()
-        width = int(np.abs(row.astype(np.int64) - column).max(initial=0))
-        item = side.block.weight.dtype.itemsize
-        if side.size * (width + 1) * item > BAND_BYTES or side.size * width**2 * item > 8 * FACTOR_WORK:
-            return None
-        return cls(side, gram, order, width)
-
-    def factor(self, sign: int, shift: float) -> Array | None:
-        """Return the Cholesky factor of sign * (G - shift) as a band, None where that isn't positive definite."""
-        from scipy.linalg import LinAlgError, cholesky_banded
-
-        band = np.zeros((self.side.size, self._width + 1), dtype=self._matrix.dtype)  # (column, below the diagonal)
-        lower = self._matrix.row >= self._matrix.col
-        row, column = self._matrix.row[lower], self._matrix.col[lower]
-        band[column, row - column] = sign * self._matrix.data[lower]
-        band[:, 0] -= sign * shift
-        try:
-            found: Array = cholesky_banded(band.T, overwrite_ab=True, lower=True, check_finite=False)
-        except LinAlgError:
-            return None
-        return found
-
-    def solve(self, factor: Array, right: Tensor) -> Array:
-        """Solve a factored system for a vector."""
-        from scipy.linalg import cho_solve_banded
-
-        x = cho_solve_banded((factor, True), right.numpy().ravel()[self.order], check_finite=False)
-        solved: Array = np.empty_like(x)
-        solved[self.order] = x
-        return solved

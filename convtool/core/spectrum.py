@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, TypeAlias
 
@@ -21,14 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from convtool.core.blocks import Apart, Block, ShortSide
+from convtool.core.blocks import Apart, Block
 from convtool.core.bound import U64, gamma
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth
 from convtool.core.fuse import NamedConv, fuse_tree
-from convtool.core.gram import Gram
+from convtool.core.gram import AnyBlock, Gram, Side
 from convtool.core.operator import ConvOperator
-from convtool.core.sparse_block import SparseBlock, SparseGram, SparseSide
+from convtool.core.sparse_block import SparseBlock, scale_of, window
 from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
 from convtool.errors import InputError, RefusedError, UsageError
 
@@ -72,6 +72,7 @@ class Spectrum:
         methods: how it was computed, in the order of first use.
         steps: of iterations, in the group that took most; 0 where there were none.
         tolerance: on errors, relative to the largest singular value.
+        lacking: bytes of the largest factorisation that would have proved more and wasn't made; 0 without one.
     """
 
     shape: tuple[int, int]
@@ -80,6 +81,7 @@ class Spectrum:
     methods: tuple[Method, ...]
     steps: int
     tolerance: float
+    lacking: int
 
     @property
     def condition(self) -> float:
@@ -111,6 +113,7 @@ def spectrum(
     *,
     tolerance: float = 1e-6,
     steps: int | None = None,
+    memory: int | None = None,
     seed: int = 0,
 ) -> Spectrum:
     """The largest and the smallest singular value of the layer's matrix at one input size; the bias has no part in it.
@@ -119,6 +122,8 @@ def spectrum(
         layers: a layer; or several, first to last, with every border as it is.
         tolerance: how far from a singular value each may be, relative to the largest.
         steps: of each iteration, at most; by default what usually does.
+        memory: bytes that a factorisation may take, however long it takes then; by default 1.5 GiB, and less than half
+            a minute or so for each.
         seed: of the random vector that iterations start from.
 
     Raises:
@@ -129,23 +134,15 @@ def spectrum(
     if not 0 < tolerance < 1:
         raise UsageError(f"tolerance: expected a number between 0 and 1, got {tolerance:g}")
     tree: Expression = Chain(tuple(layers)) if isinstance(layers, Sequence) else layers
-    size = tuple(input_size)
+    if not all(bool(layer.exact().weight.isfinite().all()) for layer in leaves(tree)):
+        raise InputError("a weight holds values that are not finite; its matrix has no singular values")
+    size, ends = tuple(input_size), _Ends(tolerance, steps, memory, seed)
     conv, off = _one_layer(tree, size)
-    if conv is None:
-        return _of_tree(tree, size, tolerance, steps, seed)
-    if not bool(conv.exact().weight.isfinite().all()):
-        raise InputError("the weight holds values that are not finite; its matrix has no singular values")
-    # Squares are formed on the way, and sums: of numbers near 1, whatever the weights.
-    exact, shape = conv.without_bias().exact(), ConvOperator(conv, input_size).shape
-    heaviest = float(exact.weight.abs().max()) if exact.weight.numel() else 0.0
-    scale = 2.0 ** max(math.frexp(heaviest)[1] - 1, -1000) if heaviest > 0 else 1.0
-    ends = _Ends(tolerance)
-    methods = _find(ends, Apart.of(Conv(exact.weight / scale, None, conv.geometry), size), shape, steps, seed)
-    ends.widen(off / scale)
+    shape, scale = _of_tree(ends, tree, size) if conv is None else _of_layer(ends, conv, size, off)
     largest, smallest = ends.values(scale)
     if math.isinf(largest.value):
-        raise InputError(f"weights as large as {heaviest:.3g} have singular values beyond what float64 holds, 1.8e308")
-    return Spectrum(shape, largest, smallest, methods, ends.steps, tolerance)
+        raise InputError(f"weights near {scale:.3g} have singular values beyond what float64 holds, 1.8e308")
+    return Spectrum(shape, largest, smallest, tuple(ends.methods) or ("dense",), ends.taken, tolerance, ends.lacking)
 
 
 def _one_layer(tree: Expression, size: tuple[int, ...]) -> tuple[Conv | None, float]:
@@ -168,26 +165,7 @@ def _one_layer(tree: Expression, size: tuple[int, ...]) -> tuple[Conv | None, fl
     # The root of the largest row sum and column sum bounds a norm; padding that copies inputs brings some twice.
     into, out = absolute.flatten(1).sum(1).max(), absolute.sum((0, *range(2, absolute.dim()))).max()
     copies = math.prod(conv.geometry.kernel_size)
-    steps = 4 * depth(tree, lambda layer: layer.in_channels * math.prod(layer.geometry.kernel_size) + 2)
-    return conv, gamma(steps, U64) * math.sqrt(float(into) * float(out) * copies)
-
-
-def _of_tree(tree: Expression, size: tuple[int, ...], tolerance: float, steps: int | None, seed: int) -> Spectrum:
-    """Return the spectrum of layers that no single one stands for, by their matrix."""
-    if not all(bool(conv.exact().weight.isfinite().all()) for conv in leaves(tree)):
-        raise InputError("a weight holds values that are not finite; its matrix has no singular values")
-    block, ends, methods = SparseBlock(tree, size), _Ends(tolerance), dict[Method, None]()
-    small, large = sorted(block.shape)
-    if small**2 * large <= DENSE_WORK and small * large <= DENSE_ELEMENTS and small:
-        ends.exact(torch.linalg.svdvals(block.dense()))
-        methods["dense"] = None
-    elif small:
-        methods |= dict.fromkeys(_largest(ends, block, steps, seed))
-        methods |= dict.fromkeys(_smallest(ends, block, steps, seed + 1))
-    else:
-        ends.low = ends.least = 0.0
-    ends.widen(block.entries_off)
-    return Spectrum(block.shape, *ends.values(block.scale), tuple(methods) or ("dense",), ends.steps, tolerance)
+    return conv, gamma(4 * depth(tree, window), U64) * math.sqrt(float(into) * float(out) * copies)
 
 
 @dataclass(slots=True)
@@ -196,19 +174,27 @@ class _Ends:
 
     Attributes:
         tolerance: relative to the largest.
+        steps, memory, seed: as of `spectrum`.
         high, low: the largest and the smallest that are the norm of T on some unit vector.
         most, least: what nothing is above and below; that is proved.
         rounding: how far off `high` and `low` may be.
-        steps: most of an iteration.
+        taken: most steps of an iteration.
+        lacking: bytes of the largest factorisation that wasn't made.
+        methods: in the order of first use.
     """
 
     tolerance: float
+    steps: int | None
+    memory: int | None
+    seed: int
     high: float = 0.0
     low: float = math.inf
     most: float = 0.0
     least: float = math.inf
     rounding: float = 0.0
-    steps: int = 0
+    taken: int = 0
+    lacking: int = 0
+    methods: dict[Method, None] = field(default_factory=dict)
 
     def exact(self, values: torch.Tensor) -> None:
         """Count singular values that are exact to rounding."""
@@ -219,7 +205,7 @@ class _Ends:
     def found(self, value: float, rounding: float, steps: int) -> None:
         """Count the norm of T on a unit vector."""
         self.high, self.low = max(self.high, value), min(self.low, value)
-        self.rounding, self.steps = max(self.rounding, rounding), max(self.steps, steps)
+        self.rounding, self.taken = max(self.rounding, rounding), max(self.taken, steps)
 
     def widen(self, off: float) -> None:
         """Allow for a matrix that is so far off, in norm."""
@@ -236,14 +222,34 @@ class _Ends:
         return largest, smallest
 
 
-def _find(ends: _Ends, apart: Apart, shape: tuple[int, int], steps: int | None, seed: int) -> tuple[Method, ...]:
-    """Find the ends of all blocks, and return how that was done."""
+def _of_tree(ends: _Ends, tree: Expression, size: tuple[int, ...]) -> tuple[tuple[int, int], float]:
+    """Find the ends of layers that no single one stands for; return the shape and the scale of their matrix."""
+    block = SparseBlock(tree, size)
+    small, large = sorted(block.shape)
+    if small**2 * large <= DENSE_WORK and small * large <= DENSE_ELEMENTS and small:
+        ends.exact(torch.linalg.svdvals(block.dense()))
+        ends.methods["dense"] = None
+    _find(ends, [] if ends.methods or not small else [block], hollow=not small)
+    ends.widen(block.entries_off)
+    return block.shape, block.scale
+
+
+def _of_layer(ends: _Ends, conv: Conv, size: tuple[int, ...], off: float) -> tuple[tuple[int, int], float]:
+    """Find the ends of a layer by the blocks that its matrix falls apart into; return its shape and scale.
+
+    Args:
+        off: how far off its matrix may be, in norm.
+    """
+    # Squares are formed on the way, and sums: of numbers near 1, whatever the weights.
+    exact, shape = conv.without_bias().exact(), ConvOperator(conv, size).shape
+    scale = scale_of(exact.weight)
+    apart = Apart.of(Conv(exact.weight / scale, None, conv.geometry), size)
     parts, budget = {apart.lines: 1}, DENSE_WORK
     if apart.work(apart.lines) > budget:
         parts = apart.parts()
-    by_frequency = any(len(wave.phases(real=True)) > 1 for wave in apart.waves) or (apart.waves and not apart.lines)
-    methods: dict[Method, None] = {"fourier": None} if by_frequency else {}  # in the order of first use
-    large: list[Block] = []
+    if any(len(wave.phases(real=True)) > 1 for wave in apart.waves) or (apart.waves and not apart.lines):
+        ends.methods["fourier"] = None
+    large: list[AnyBlock] = []
     for lines in sorted(parts, key=apart.work):
         budget -= apart.work(lines)
         sides = apart.shape(lines)
@@ -253,67 +259,83 @@ def _find(ends: _Ends, apart: Apart, shape: tuple[int, int], steps: int | None, 
         for batch in apart.batches() if min(sides) else ():
             for some in (Block(weight, lines).dense() for weight in batch) if lines else (batch,):
                 ends.exact(torch.linalg.svdvals(some))
-                methods |= {} if apart.waves and not lines else {"dense": None}
-    for block in large:
-        methods |= dict.fromkeys(_largest(ends, block, steps, seed))
-    if sum(apart.repeats * count * min(apart.shape(lines)) for lines, count in parts.items()) < max(1, min(shape)):
-        ends.low = ends.least = 0.0  # a row or a column of zeros, or more of them than the others
-    else:
-        for block in large:
-            methods |= dict.fromkeys(_smallest(ends, block, steps, seed + 1))
-    return tuple(methods) or ("dense",)
+                ends.methods |= {} if apart.waves and not lines else {"dense": None}
+    # A row or a column of zeros, or more of them than the others.
+    full = sum(apart.repeats * count * min(apart.shape(lines)) for lines, count in parts.items())
+    _find(ends, large, hollow=full < max(1, min(shape)))
+    ends.widen(off / scale)
+    return shape, scale
 
 
-def _gram(side: ShortSide | SparseSide) -> Gram | None:
-    """Return the Gram matrix of a block's shorter side, where it can be factored."""
-    return SparseGram.over(side) if isinstance(side, SparseSide) else Gram.of(side)
+def _find(ends: _Ends, large: Sequence[AnyBlock], hollow: bool) -> None:
+    """Find the ends of all blocks that no dense SVD was made of.
 
-
-def _largest(ends: _Ends, block: Block | SparseBlock, steps: int | None, seed: int) -> list[Method]:
-    """Take the largest of a block into account, and return what that took."""
-    if not block.weight.any():
+    Args:
+        hollow: whether the smallest is zero, whatever the blocks.
+    """
+    if not all(block.weight.any() for block in large):
         ends.exact(torch.zeros(1))
-        return ["dense"]
+    large = [block for block in large if block.weight.any()]
+    for block in large:
+        _largest(ends, block)
+    if hollow:
+        ends.low = ends.least = 0.0
+    else:
+        ends.seed += 1
+        for block in large:
+            _smallest(ends, block)
+
+
+def _gram(ends: _Ends, side: Side) -> Gram | None:
+    """Return the Gram matrix of a block's shorter side, where it can be factored."""
+    gram = Gram(side)
+    if gram.fits(ends.memory):
+        return gram
+    ends.lacking = max(ends.lacking, gram.bytes)
+    return None
+
+
+def _largest(ends: _Ends, block: AnyBlock) -> None:
+    """Take the largest of a block into account."""
     bound, above = block.bound(GRID_WORK), 1 + 0.5 * ends.tolerance
-    methods: list[Method] = []
     if bound > ends.high * above:
-        side = block.short_side()
-        gram, methods = _gram(side), ["lanczos"]
-        factor = gram.factor(-1, bound**2 * above) if gram and gram.work < INVERTED * side.work else None
+        side = Side(block)
+        gram = _gram(ends, side)
+        factor = gram.factor(-1, bound**2 * above) if gram and gram.work < INVERTED * block.work else None
         if gram is None or factor is None:
-            _iterate(ends, side, side.gram, (1e-2, 1e-4, ends.tolerance), steps, seed)
+            _iterate(ends, side, side.gram, (1e-2, 1e-4, ends.tolerance))
         else:
-            _iterate(ends, gram.side, partial(gram.solve, factor), (1e-3, 1e-6), steps, seed)
+            _iterate(ends, side, partial(gram.solve, factor), (1e-3, 1e-6))
+        del factor
+        proved: Method = "lanczos" if gram is None or bound <= ends.high * above else "cholesky"
         if gram is None:
             bound = min(bound, block.bound(16 * GRID_WORK))
         elif bound > ends.high * above:
-            methods = ["cholesky"]
             rounding = gram.proves(-1, (ends.high * above) ** 2)
             bound = bound if rounding is None else min(bound, math.sqrt((ends.high * above) ** 2 + rounding))
+        ends.methods[proved] = None
     ends.most = max(ends.most, bound)
-    return methods
 
 
-def _smallest(ends: _Ends, block: Block | SparseBlock, steps: int | None, seed: int) -> list[Method]:
-    """Take the smallest of a block into account, and return what that took."""
-    if not block.weight.any():
-        return []
-    side = block.short_side()
-    gram, over = _gram(side), block.bound(GRID_WORK) ** 2
+def _smallest(ends: _Ends, block: AnyBlock) -> None:
+    """Take the smallest of a block into account."""
+    side = Side(block)
+    gram = _gram(ends, side)
+    ends.methods["cholesky" if gram else "lanczos"] = None
     if gram is None:
-        _iterate(ends, side, lambda x: over * x - side.gram(x), COARSER, steps, seed)
+        over = block.bound(GRID_WORK) ** 2
+        _iterate(ends, side, lambda x: over * x - side.gram(x), COARSER)
         ends.least = 0.0
-        return ["lanczos"]
+        return
     floor = _floor(gram, ends) if ends.least < math.inf else 0.0
     if floor < ends.low - ends.tolerance * ends.high:  # something of this block may lie below what is known
         shifts = (-gram.norm * 2.0**-power for power in range(46, 0, -4))  # a singular matrix needs some
         factor = next((factor for shift in shifts if (factor := gram.factor(1, shift)) is not None), None)
         if factor is not None:
-            _iterate(ends, gram.side, partial(gram.solve, factor), (1e-3, 1e-8), steps, seed)
+            _iterate(ends, side, partial(gram.solve, factor), (1e-3, 1e-8))
         del factor
         floor = _floor(gram, ends)
     ends.least = min(ends.least, floor)
-    return ["cholesky"]
 
 
 def _floor(gram: Gram, ends: _Ends) -> float:
@@ -331,21 +353,14 @@ class _EnoughError(Exception):
     """An iteration has taken all of its steps."""
 
 
-def _iterate(
-    ends: _Ends,
-    side: ShortSide | SparseSide,
-    apply: Callable[[Any], Any],
-    tolerances: Sequence[float],
-    steps: int | None,
-    seed: int,
-) -> None:
+def _iterate(ends: _Ends, side: Side, apply: Callable[[Any], Any], tolerances: Sequence[float]) -> None:
     """Count the norm of T on nearly an eigenvector of the largest eigenvalue of a Hermitian map.
 
     It is found more accurately each time, from where the last one ended: what ARPACK doesn't finish it doesn't give.
     """
     from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-    limit = max(40, min(PRODUCTS, ITERATION_WORK // max(1, side.work))) if steps is None else steps
+    limit = max(40, min(PRODUCTS, ITERATION_WORK // max(1, side.block.work))) if ends.steps is None else ends.steps
     taken = 0
 
     def counted(x: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -355,7 +370,7 @@ def _iterate(
         taken += 1
         return np.asarray(apply(torch.from_numpy(x.reshape(1, -1)))).reshape(-1)
 
-    random = torch.randn(side.size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    random = torch.randn(side.size, dtype=torch.float64, generator=torch.Generator().manual_seed(ends.seed))
     vector = random.to(side.block.weight.dtype).numpy()
     matrix = LinearOperator((side.size, side.size), matvec=counted, dtype=vector.dtype)
     with suppress(_EnoughError, ArpackError):

@@ -20,7 +20,7 @@ from convtool.core.fields import geometry_fields
 from convtool.core.forward import forward
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
 from convtool.core.joint import add_geometry
-from convtool.core.order import toeplitz
+from convtool.core.toeplitz import toeplitz
 from convtool.errors import RefusedError, UsageError
 
 

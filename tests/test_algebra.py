@@ -21,7 +21,7 @@ from convtool.core.expression import Expression, in_channels, output_size, run
 from convtool.core.forward import forward
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.geometry import Geometry
-from convtool.core.order import toeplitz
+from convtool.core.toeplitz import toeplitz
 from convtool.core.tree import Chain, Sum, Tree, map_leaves
 from convtool.errors import RefusedError
 

@@ -17,8 +17,9 @@ from convtool.core import kernels
 from convtool.core.conv import Conv, conv
 from convtool.core.expression import Expression, in_channels, out_channels, run
 from convtool.core.geometry import Geometry
+from convtool.core.kernels import ORDERS
 from convtool.core.moves import NOTHING, Selection
-from convtool.core.order import MATRICES, toeplitz
+from convtool.core.toeplitz import toeplitz
 from convtool.core.tree import Chain, Sum
 from convtool.errors import ConvtoolError, UsageError
 
@@ -82,7 +83,7 @@ def last(channels: int, size: tuple[int, ...]) -> Tensor:
 def check(tree: Expression, size: tuple[int, ...]) -> None:
     """Hold every form of a tree's matrix against running it."""
     dense, bias = truth(tree, size)
-    for order in MATRICES:
+    for order in ORDERS:
         for transpose in (False, True):
             plain, affine = (
                 toeplitz(tree, size, transpose=transpose, affine=full, order=order) for full in (False, True)

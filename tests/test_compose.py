@@ -43,7 +43,7 @@ from convtool.core.forward import forward
 from convtool.core.fuse import NamedConv, fuse_chain, fuse_tree
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
 from convtool.core.joint import compose_geometry
-from convtool.core.order import toeplitz
+from convtool.core.toeplitz import toeplitz
 from convtool.core.tree import Chain, Sum
 from convtool.errors import InputError, RefusedError, UsageError
 

@@ -47,7 +47,7 @@ STEPS = {
 
 CORE_IMPORTS = {
     *("__future__", "collections", "concurrent", "contextlib", "dataclasses", "enum", "fnmatch", "fractions"),
-    *("functools", "difflib", "itertools", "json", "math", "operator", "re", "threading", "types", "typing"),
+    *("functools", "difflib", "hashlib", "itertools", "json", "math", "operator", "re", "threading", "types", "typing"),
     *("abc", "bisect", "warnings"),
     *("convtool", "numpy", "scipy", "torch"),
 }

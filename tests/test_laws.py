@@ -19,8 +19,8 @@ from convtool.core.compose import add, compose
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
-from convtool.core.order import toeplitz
 from convtool.core.recover import matrix_to_conv
+from convtool.core.toeplitz import toeplitz
 from convtool.core.unfold import kernel_matrix, unfold
 from convtool.kinds import KINDS
 

@@ -16,7 +16,7 @@ from schemas import validate
 
 import convtool
 from convtool.cli.app import run_app
-from convtool.core.order import MATRICES, Order
+from convtool.core.kernels import Order
 from convtool.core.unfold import kernel_matrix
 from convtool.matrix import plot
 
@@ -205,7 +205,14 @@ def test_toeplitz_channels_last(widen: convtool.Conv, tmp_path: Path, capsys: py
 
 
 @pytest.mark.parametrize("order", ["CHW", "HWC"])
-@pytest.mark.parametrize("options", [(), ("--rows", "7:200"), ("--affine", "--transpose"), ("--shards", "3")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        *((), ("--rows", "7:200"), ("--affine", "--transpose"), ("--shards", "3")),
+        *(("--columns", "70:90"), ("--columns", "3:481", "--rows", "5:9", "--affine")),
+        ("--columns", "70:90", "--transpose"),
+    ],
+)
 def test_verify_goes_by_the_order_in_the_record(
     order: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +242,7 @@ NO_NUMBERS: list[Any] = [True, 5, 1.5, "x", [True], ["a", 1], [None, None], [-1,
         ("fields", [5, "x", [1, 2], {"stride": None}, {"padding": [[1], 2]}, {"a": 1}]),
         ("input_size", NO_NUMBERS),
         ("rows", [*NO_NUMBERS, [1], [1, 2, 3]]),
+        ("columns", [*NO_NUMBERS, [1], [1, 2, 3]]),
         ("order", [5, [], ["CHW"], {}, None]),
         ("transpose", [0, None, "false", []]),
         ("affine", [1, "", {}]),
@@ -314,7 +322,7 @@ def test_rows_of_a_matrix_of_billions_are_verified_entry_by_entry(
 
 @pytest.mark.parametrize("order", ["CHW", "HWC"])
 def test_a_picture_shows_the_largest_entry_of_each_bin(order: Order, widen: convtool.Conv) -> None:
-    matrix = MATRICES[order](widen, (5, 6), affine=True)
+    matrix = convtool.toeplitz(widen, (5, 6), affine=True, order=order)
     dense = matrix.dense_rows(0, matrix.shape[0]).numpy()
     for part in ((0, 720), (100, 347), (719, 720)):
         expected = np.zeros((min(part[1] - part[0], 50), 40))
@@ -323,7 +331,7 @@ def test_a_picture_shows_the_largest_entry_of_each_bin(order: Order, widen: conv
                 place = row * len(expected) // (part[1] - part[0]), column * 40 // 481
                 if (abs(value), value) > (abs(expected[place]), expected[place]):
                     expected[place] = value
-        np.testing.assert_array_equal(plot._binned(matrix, part, 50, 40).numpy(), expected)
+        np.testing.assert_array_equal(plot.Part.of(matrix, part).binned(50, 40).numpy(), expected)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +374,7 @@ def test_toeplitz_says_what_64_bit_indices_mean(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("options", [(), ("--rows", "7:200"), ("--affine",), ("--transpose",)])
+@pytest.mark.parametrize("options", [(), ("--rows", "7:200"), ("--affine",), ("--transpose",), ("--columns", "70:90")])
 def test_a_text_file_is_verified_like_any_other(
     dtype: str, options: tuple[str, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

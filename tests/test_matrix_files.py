@@ -29,8 +29,7 @@ from torch import Tensor
 
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
-from convtool.core.order import toeplitz
-from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.matrices import RECORD_NAME, Contents, Layout
@@ -338,7 +337,7 @@ from pathlib import Path
 import torch
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
-from convtool.core.order import toeplitz
+from convtool.core.toeplitz import toeplitz
 from convtool.matrix import plan_matrix, write_matrix
 
 def anonymous():

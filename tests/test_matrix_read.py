@@ -26,8 +26,7 @@ import convtool
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
-from convtool.core.order import toeplitz
-from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
 from convtool.formats import mtx
 from convtool.formats.matrices import Layout

@@ -21,8 +21,7 @@ from schemas import validate
 
 from convtool.cli.app import run_app
 from convtool.core.geometry import Geometry
-from convtool.core.order import toeplitz
-from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import ConvtoolError, InputError, OutputError, UsageError
 from convtool.formats.matrices import Layout
 from convtool.formats.several import Alone

@@ -19,8 +19,8 @@ from convtool.cli.app import run_app
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
-from convtool.core.order import toeplitz
 from convtool.core.recover import matrix_to_conv, patches_to_linear
+from convtool.core.toeplitz import toeplitz
 from convtool.errors import RefusedError, UsageError
 from convtool.kinds.written import make_written
 

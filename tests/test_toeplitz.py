@@ -20,16 +20,14 @@ from strategies import layers_with_sizes
 from torch import Tensor
 
 import convtool
-from convtool.core import order as order_module
 from convtool.core import rows as rows_module
 from convtool.core import tiles as tiles_module
 from convtool.core import toeplitz as module
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
-from convtool.core.order import toeplitz
 from convtool.core.rows import index_dtype
-from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import UsageError
 
 Size: TypeAlias = tuple[int, ...]
@@ -367,7 +365,7 @@ def check_channels_last(conv: Conv, size: Size) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_channels_last(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(order_module, "SORTED_ENTRIES", 100)  # some positions at a time
+    monkeypatch.setattr(tiles_module, "RUN_ENTRIES", 100)  # some channels of a position at a time
     check_channels_last(case.conv(), case.input_size)
 
 
@@ -375,6 +373,22 @@ def test_channels_last(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
 @given(layer=layers_with_sizes())
 def test_random_layers_channels_last(layer: tuple[Conv, Size]) -> None:
     check_channels_last(*layer)
+
+
+@pytest.mark.parametrize("form", [{}, {"affine": True}, {"affine": True, "transpose": True}, {"order": "HWC"}])
+@pytest.mark.parametrize("case", CASES[::3], ids=IDS[::3])
+def test_columns_are_those_of_the_dense_matrix(case: Case, form: dict[str, Any]) -> None:
+    matrix = toeplitz(case.conv(), case.input_size, **form)
+    (rows, count), dense = matrix.shape, matrix.to_dense()
+    for start, stop in {(0, count), (count // 3, count // 3 + 1), (count // 2, count)}:
+        part = matrix.columns(start, stop)
+        assert torch.equal(part.to_dense(), dense[:, start:stop])
+        assert part.nnz == part.entries(0, rows) == len(part.indices(0, rows))
+        some = rows // 3, rows // 3 + 1 + rows // 2
+        assert torch.equal(matrix.columns(start, stop, some).dense_rows(*some), dense[slice(*some), start:stop])
+    for wrong in ((0, 0), (-1, 1), (0, count + 1), (0.0, 1)):
+        with pytest.raises(UsageError, match=f"expected A:B with 0 <= A < B <= {count}"):
+            matrix.columns(*wrong)
 
 
 # --- values and types

@@ -14,9 +14,9 @@ from torch import Tensor
 
 import convtool
 from convtool.core.conv import Conv
-from convtool.core.order import MATRICES, Order, toeplitz
+from convtool.core.kernels import ORDERS, Order
 from convtool.core.rows import CsrBlock
-from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
 from convtool.errors import UsageError
 
@@ -56,7 +56,7 @@ def layer(case: Case) -> Conv:
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-@pytest.mark.parametrize("order", MATRICES)
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(("transpose", "affine"), [(False, False), (True, True)], ids=["T @ x", "x @ B affine"])
 def test_the_matrix_of_every_kind_of_layer(case: Case, transpose: bool, affine: bool, order: Order) -> None:
     conv = layer(case)
@@ -75,7 +75,7 @@ def test_the_matrix_of_every_kind_of_layer(case: Case, transpose: bool, affine: 
 def test_a_matrix_in_one_order_is_not_the_one_in_the_other() -> None:
     pairs: list[tuple[Order, Order]] = [("CHW", "HWC"), ("HWC", "CHW")]
     for mine, other in pairs:
-        matrix = MATRICES[mine](CONV, SIZE, dtype=torch.float32)
+        matrix = toeplitz(CONV, SIZE, dtype=torch.float32, order=mine)
         assert verify_matrix(CONV, SIZE, made(matrix), bias=matrix.bias, order=mine).equivalent
         report = verify_matrix(CONV, SIZE, made(matrix), bias=matrix.bias, order=other)
         assert not report.entries.equal
@@ -158,7 +158,7 @@ def test_the_products_witness_the_tables(good: Stored, monkeypatch: pytest.Monke
             flipped = Conv(conv.weight.flip(-1), conv.bias, conv.geometry)
             super().__init__(flipped, *args, **options)
 
-    monkeypatch.setitem(MATRICES, "CHW", Mistaken)
+    monkeypatch.setattr("convtool.core.toeplitz.ToeplitzMatrix", Mistaken)
     report = verify_matrix(CONV, SIZE, made(tables(wrong, SIZE, dtype=torch.float32)), bias=good_bias())
     assert report.entries.equal
     assert not report.products.equal

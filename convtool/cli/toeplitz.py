@@ -65,6 +65,7 @@ class Options:
         "ORDER", "How x and y are flattened: CHW, or HWC for channels last.", default="CHW"
     )
     rows: tuple[int, int] | None = option("A:B", "Only rows A to B-1.", parse=parse_rows)
+    columns: tuple[int, int] | None = option("A:B", "Only columns A to B-1.", parse=parse_rows)
     shards: int | None = option(
         "N",
         "Write N .safetensors files, each a part of the rows, and an index; under torchrun the processes share them.",
@@ -83,7 +84,7 @@ class Record:
         of: the layer; of a chain, the first one.
         chain: the layers of a chain, first to last; empty for one layer.
         order: how inputs and outputs are flattened.
-        rows: from, and to but not with.
+        rows, columns: from, and to but not with.
     """
 
     of: OfLayer = field(metadata=INLINE)
@@ -92,6 +93,7 @@ class Record:
     affine: bool
     order: Literal["CHW", "HWC"]
     rows: Sizes | None
+    columns: Sizes | None
     dtype: Dtype
 
 
@@ -140,10 +142,8 @@ def run(options: Options, reporter: Reporter) -> Result:
     _check_outputs(options)
     found = find_layers(options.wanted, options.more, options.sources, reporter)
     matrix = _matrix(options, found)
-    plan = plan_matrix(matrix, options.out, layout=options.layout, rows=options.rows)
-    record = Record(
-        found.of, found.chain, options.transpose, options.affine, options.order, plan.rows, dtype_name(matrix.dtype)
-    )
+    plan = plan_matrix(matrix, options.out, layout=options.layout, rows=options.rows, columns=options.columns)
+    record = fill(Record, plan, options, found, dtype=dtype_name(matrix.dtype))
     write = _write_file if options.shards is None else _write_shards
     with _plotted(options, found, matrix, plan):
         files = write(options, matrix, plan, to_json(record), reporter)
@@ -172,8 +172,8 @@ def _check_outputs(options: Options) -> None:
     shared.check_not_source(options.out, options.wanted.checkpoint)
     if options.shards is None:
         check_target(options.out, force=options.writing.overwrite)
-    elif options.rows is not None:
-        raise UsageError("--shards cuts all rows into parts; it doesn't go with --rows")
+    elif options.rows is not None or options.columns is not None:
+        raise UsageError("--shards cuts all of the matrix into parts; it doesn't go with --rows or --columns")
     else:
         check_shards(options.out, options.shards, force=options.writing.overwrite)
     if options.plot is not None:
@@ -192,15 +192,16 @@ def _plotted(
     if options.plot is None or not (options.writing.written and speaks()):
         return nullcontext()
     from convtool.core.tree import leaves
-    from convtool.matrix.plot import plotted
+    from convtool.matrix.plot import Part, plotted
 
     title = found.name if found.chain else f"{found.name}, {next(leaves(found.tree)).geometry.describe()}"
-    how: dict[str, Any] = {"force": options.writing.force, "rows": plan.rows, "by_channel": options.order == "CHW"}
-    return plotted(matrix, options.plot, title=title.removeprefix(", "), **how)
+    how: dict[str, Any] = {"force": options.writing.force, "by_channel": options.order == "CHW"}
+    part = Part.of(matrix, plan.rows, plan.columns)
+    return plotted(matrix, options.plot, title=title.removeprefix(", "), part=part, **how)
 
 
 def _matrix(options: Options, found: LayersAtSize) -> ToeplitzMatrix:
-    from convtool.core.order import toeplitz
+    from convtool.core.toeplitz import toeplitz
 
     form = {name: getattr(options, name) for name in ("transpose", "affine", "order")}
     return toeplitz(found.tree, found.spatial, dtype=options.dtype or found.dtype, **form)
@@ -261,10 +262,10 @@ def _remark(options: Options, found: LayersAtSize, plan: MatrixPlan, bias: str |
 
 
 def _drawing(matrix: ToeplitzMatrix, plan: MatrixPlan) -> tuple[str, ...]:
-    from convtool.matrix.plot import drawn
+    from convtool.matrix.plot import Part, drawn
 
     columns, lines = shutil.get_terminal_size()
-    return tuple(drawn(matrix, columns - 1, max(10, lines - 6), plan.rows))
+    return tuple(drawn(Part.of(matrix, plan.rows, plan.columns), columns - 1, max(10, lines - 6)))
 
 
 def show(result: Result, reporter: Reporter) -> None:

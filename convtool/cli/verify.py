@@ -94,6 +94,7 @@ class Options:
     rows: tuple[int, int] | None = option(
         "A:B", "Which rows of the layer's matrix AFTER holds, where it doesn't say so itself.", parse=parse_rows
     )
+    columns: tuple[int, int] | None = option("A:B", "Which columns of it, likewise.", parse=parse_rows)
     no_bias: bool = flag("Compare the matrix alone, of a layer whose bias was not saved with it.")
     device: Any = option(
         "DEVICE", "Where to run it, such as cuda; the verdict is the same.", parse=parse_device, default="cpu"
@@ -131,8 +132,9 @@ class Options:
                 raise UsageError(f"{name}: doesn't go with a matrix file")
         if with_matrix and (self.only or len(self.before_layers or ()) > 1):
             raise UsageError("--only and several --before are for two checkpoints; a matrix is of one layer")
-        if (self.rows or self.no_bias) and not with_matrix:
-            raise UsageError(f"{'--rows' if self.rows else '--no-bias'}: is for a matrix file")
+        for_matrix = {"--rows": self.rows, "--columns": self.columns, "--no-bias": self.no_bias}
+        if not with_matrix and (said := next((name for name, value in for_matrix.items() if value), None)):
+            raise UsageError(f"{said}: is for a matrix file")
         if not with_matrix and len(self.before_layers or ()) != len(self.after_layers or ()):
             raise UsageError("--before and --after go together: a chain in BEFORE and the one that stands for it")
         if self.only and not (self.before_layers or self.recipe):
@@ -218,13 +220,15 @@ def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) 
     if not is_matrix_file(after):
         raise UsageError(f"{before} is a matrix file and {after} is none; the matrix is AFTER, its layer in BEFORE")
     found = open_numbers(after)
-    if opened is None and (named is not None or sizes or options.rows or options.no_bias):
-        raise UsageError("--before, --input-size, --rows and --no-bias are for a layer; BEFORE is a matrix file too")
+    if opened is None and (named is not None or sizes or options.rows or options.columns or options.no_bias):
+        raise UsageError(
+            "--before, --input-size, --rows, --columns and --no-bias are for a layer; BEFORE is a matrix file too"
+        )
     with reporter.progress("comparing matrices", None):
         if opened is None:
             compared = compare_with_matrix(found, open_numbers(before))
         else:
-            names, how = split_names(named) if named else None, how | {"rows": options.rows}
+            names, how = split_names(named) if named else None, how | {"rows": options.rows, "columns": options.columns}
             compared = compare_with_layer(found, opened, names, sizes, fields, no_bias=options.no_bias, **how)
             if not compared.report.equivalent and found.bias is None and compared.report.bias.differing:
                 reporter.remark(f"{after} holds no bias; --no-bias compares the matrix alone")

@@ -19,6 +19,7 @@ from collections import OrderedDict
 from dataclasses import replace
 from fractions import Fraction
 from functools import cached_property, reduce
+from typing import Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -34,6 +35,9 @@ from convtool.core.tree import Chain, Sum, leaves, map_leaves, walk
 from convtool.core.ways import Places, way_back
 from convtool.errors import UsageError
 
+Order: TypeAlias = Literal["CHW", "HWC"]
+ORDERS: tuple[Order, ...] = get_args(Order)  # how inputs and outputs are flattened
+
 BLOCK_NUMBERS = 1 << 19  # of the kernels, or of what is on the way to them, that are made at a time: 4 MiB
 KEPT_BLOCKS = 4  # of these
 CLASS_ENTRIES = 1 << 22  # of tap tables that are looked through at a time
@@ -44,6 +48,7 @@ class Kernels(ABC):
 
     Attributes:
         output_size: of the layers, at the matrix's input size.
+        row_size, column_size: sizes of the axes of the rows' positions, and of the columns'.
         dtype: of their numbers.
         bias: (C_out,) or (C_out, *output_size), or None.
         slots: of each axis, by the positions of the matrix's rows.
@@ -54,6 +59,8 @@ class Kernels(ABC):
     """
 
     output_size: tuple[int, ...]
+    row_size: tuple[int, ...]
+    column_size: tuple[int, ...]
     dtype: torch.dtype
     bias: Tensor | None
     slots: list[AxisSlots]
@@ -83,6 +90,7 @@ class LayerKernels(Kernels):
             slots = [axis.adjoint(size) for axis, size in zip(slots, input_size, strict=True)]
             weight = swap_channels(weight, geometry.groups)  # (C_in, C_out/groups, *kernel)
         self.slots, self._weight = slots, weight
+        self.row_size, self.column_size = _sides(self.output_size, input_size, transpose)
         self.row_channels, self.column_channels, self.groups = len(weight), weight.shape[1], geometry.groups
         # A transposed layer reads in the rhythm of its stride, and so does the transpose of a plain one.
         self.periods = geometry.stride if geometry.transposed != transpose else (1,) * len(slots)
@@ -103,6 +111,7 @@ class TreeKernels(Kernels):
     def __init__(self, tree: Expression, input_size: tuple[int, ...], transpose: bool) -> None:
         self.output_size, self.dtype = output_size(tree, input_size), next(leaves(tree)).dtype
         self._tree, self._transpose, self.bias = tree, transpose, _bias(tree, input_size)
+        self.row_size, self.column_size = _sides(self.output_size, input_size, transpose)
         complex_ones = any(conv.dtype.is_complex for conv in leaves(tree))
         self._exact = torch.complex128 if complex_ones else torch.float64
         found = [_classes(tree, input_size, axis, size) for axis, size in enumerate(self.output_size)]
@@ -174,12 +183,49 @@ class TreeKernels(Kernels):
         return max(1, BLOCK_NUMBERS * max(1, self.groups) // max(1, *sizes))
 
 
-def kernels(layers: Expression, input_size: tuple[int, ...], transpose: bool) -> Kernels:
+class ChannelsLast(Kernels):
+    """The numbers of a matrix for channels-last data: x is flattened as (*spatial, C), and so is the output.
+
+    The channels are one more axis, the innermost: there an output reads all inputs of its group, each by a number of
+    its own. What is left is one channel, which has all numbers.
+    """
+
+    row_channels = column_channels = groups = 1
+
+    def __init__(self, made: Kernels, outputs: int) -> None:
+        self._made, self.dtype, self.output_size = made, made.dtype, made.output_size
+        rows, columns = self._shape = made.row_channels, made.column_channels
+        row, column = np.arange(rows)[:, None], np.arange(columns)
+        subsets, members = row * columns + column, np.empty((rows * columns, 0))
+        channels = AxisSlots(row // made.per_group * columns + column, subsets, np.full(rows, columns), members)
+        self.slots, self.periods = [*made.slots, channels], (*made.periods, 1)
+        self.row_size, self.column_size = (*made.row_size, rows), (*made.column_size, columns * made.groups)
+        if made.bias is None:
+            self.bias = None
+        else:
+            positions = math.prod(self.output_size)
+            self.bias = made.bias.reshape(outputs, -1).expand(-1, positions).T.reshape(1, -1)
+
+    def values(self, first: int, last: int) -> Tensor:
+        members = (len(axis.members) for axis in self._made.slots)
+        values = self._made.values(0, self._shape[0]).reshape(*self._shape, *members)
+        return values.movedim((0, 1), (-2, -1)).reshape(1, -1)
+
+
+def _sides(output_size: tuple[int, ...], input_size: tuple[int, ...], transpose: bool) -> tuple[tuple[int, ...], ...]:
+    return (input_size, output_size) if transpose else (output_size, input_size)
+
+
+def kernels(layers: Expression, input_size: tuple[int, ...], transpose: bool, order: Order = "CHW") -> Kernels:
     """Return what the matrix of a layer, or of layers in chains and sums, is made of; see `Kernels`.
 
     Raises:
-        UsageError: they cannot run on that input size, or on each other's outputs.
+        UsageError: another order, or they cannot run on that input size, or on each other's outputs.
     """
+    if order not in ORDERS:
+        raise UsageError(f"order: expected {' or '.join(ORDERS)}, got {order!r}")
+    if order == "HWC":
+        return ChannelsLast(kernels(layers, input_size, transpose), out_channels(layers))
     while isinstance(layers, Chain | Sum) and len(layers.parts) == 1:
         layers = layers.parts[0]
     if isinstance(layers, Conv):

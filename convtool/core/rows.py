@@ -7,6 +7,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -243,6 +244,17 @@ class RowMatrix(ABC):
             for part_done in begun:
                 part_done.result()
 
+    def columns(self, start: int, stop: int, rows: tuple[int, int] | None = None) -> ColumnsOf:
+        """Return columns start:stop as a matrix of their own.
+
+        Args:
+            rows: the range that will be asked about, where that isn't all.
+        """
+        if type(start) is not int or type(stop) is not int or not 0 <= start < stop <= self.shape[1]:
+            raise UsageError(f"--columns: expected A:B with 0 <= A < B <= {self.shape[1]}, got {start}:{stop}")
+        with enough_memory(f"{self!r}: columns {start}:{stop}"):
+            return _columns_of(self, start, stop, rows or (0, self.shape[0]))
+
     def to_sparse_csr(self) -> Tensor:
         """Return the whole matrix as a torch sparse CSR tensor."""
         _, indices, values = self.rows(0, self.shape[0])
@@ -298,3 +310,48 @@ class RowMatrix(ABC):
     def _check_rows(self, start: int, stop: int) -> None:
         if type(start) is not int or type(stop) is not int or not 0 <= start <= stop <= self.shape[0]:
             raise UsageError(f"rows: expected 0 <= A <= B <= {self.shape[0]}, got {start}:{stop}")
+
+
+class ColumnsOf(RowMatrix):
+    """Some columns of a matrix; how many entries each row has there is counted at once, of the rows that are wanted."""
+
+    def __init__(self, matrix: RowMatrix, start: int, stop: int, rows: tuple[int, int]) -> None:
+        self._matrix, self._first, self._last, self._top = matrix, start, stop, rows[0]
+        self.shape, self.dtype = (matrix.shape[0], stop - start), matrix.dtype
+        self._period, self._plain_rows = 1, matrix.shape[0]
+        self._starts = np.zeros(rows[1] - rows[0] + 1, dtype=np.int64)
+        for first, last, _, _ in matrix.stretches(*rows):
+            row = np.repeat(np.arange(last - first), matrix.row_counts(first, last).numpy())
+            counts = np.bincount(row[self._live(first, last)[1]], minlength=last - first)
+            self._starts[first - self._top + 1 : last - self._top + 1] = counts
+        np.cumsum(self._starts, out=self._starts)
+        self.nnz = int(self._starts[-1])
+
+    def _live(self, start: int, stop: int) -> tuple[Array, npt.NDArray[np.bool_]]:
+        """Return the columns of all entries of some rows, and which of these are wanted."""
+        columns: Array = self._matrix.indices(start, stop).numpy()
+        return columns, (columns >= self._first) & (columns < self._last)
+
+    def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]:
+        for first, last, columns, values in self._matrix.stretches(start, stop):
+            yield Stretch(first, last, columns, (columns, values))
+
+    def _plain_counts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        return np.diff(self._starts[start - self._top : stop - self._top + 1])
+
+    def _plain_before(self, row: int) -> int:
+        return int(self._starts[row - self._top])
+
+    def _plain_indices(self, start: int, stop: int, out: Array) -> None:
+        columns, live = self._live(start, stop)
+        out[:] = columns[live] - self._first
+
+    def _plain_values(self, start: int, stop: int, out: Array) -> None:
+        out[:] = words(self._matrix.values(start, stop))[self._live(start, stop)[1]]
+
+
+@lru_cache(maxsize=4)
+def _columns_of(
+    matrix: RowMatrix, start: int, stop: int, rows: tuple[int, int]
+) -> ColumnsOf:  # to count takes going through all entries
+    return ColumnsOf(matrix, start, stop, rows)

@@ -18,7 +18,7 @@ from convtool.core.bound import U64, fusing_terms, gamma
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, with_sizes
 from convtool.core.meeting import Meeting
-from convtool.core.order import toeplitz
+from convtool.core.toeplitz import toeplitz
 from convtool.core.tree import Chain, map_leaves
 from convtool.errors import UsageError
 

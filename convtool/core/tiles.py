@@ -11,6 +11,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from hashlib import blake2b
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -219,8 +220,9 @@ class ChannelRows:
                 columns, subsets = axis.columns[start:stop], axis.subsets[start:stop]
                 live = columns != PADDED
                 lowest = int(columns[live].min(initial=size - 1))
-                look = np.where(live, columns - lowest, PADDED).tobytes(), np.where(live, subsets, 0).tobytes()
-                found = self._patterns.setdefault((number, stop - start, look), len(self._patterns))
+                look = blake2b(np.where(live, columns - lowest, PADDED).tobytes())
+                look.update(np.where(live, subsets, 0).tobytes())
+                found = self._patterns.setdefault((number, stop - start, look.digest()), len(self._patterns))
                 self._ranges[key] = found, lowest * column_step
             return self._ranges[key]
 

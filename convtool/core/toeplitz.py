@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from convtool.core.conv import Conv
 from convtool.core.expression import Expression
-from convtool.core.kernels import kernels
+from convtool.core.kernels import Order, kernels
 from convtool.core.rounding import check_room, held
 from convtool.core.rows import BLOCK_ENTRIES, Array, RowMatrix, Stretch, words
 from convtool.core.tiles import RUN_ENTRIES, ChannelRows, Run
+from convtool.core.tree import Chain
 
 
 class _Band(NamedTuple):
@@ -46,6 +48,7 @@ class ToeplitzMatrix(RowMatrix):
         transpose: make the matrix B for row vectors, x @ B, instead of T.
         affine: append the bias as T's last column (its last row with `transpose`), so that an input extended by a
             final 1 gives the layer's output, bias included.
+        order: how inputs and outputs are flattened: "CHW", or "HWC" for channels last.
 
     Attributes:
         shape: (rows, columns).
@@ -64,20 +67,23 @@ class ToeplitzMatrix(RowMatrix):
         dtype: torch.dtype | None = None,
         transpose: bool = False,
         affine: bool = False,
+        order: Order = "CHW",
     ) -> None:
-        self._kernels = made = kernels(layers, tuple(input_size), transpose)
+        self._kernels = made = kernels(layers, tuple(input_size), transpose, order)
         self.layers, self.input_size, self.output_size = layers, tuple(input_size), made.output_size
         self.dtype = made.dtype if dtype is None else dtype
         check_room(made.dtype, self.dtype)
-        self.transpose, self.affine = transpose, affine
-        row_size, column_size = self.output_size, self.input_size
-        row_size, column_size = (column_size, row_size) if transpose else (row_size, column_size)
-        self._period = math.prod(row_size)  # each channel is like the first
-        self._column_positions = math.prod(column_size)
-        self._column_step = made.column_channels * self._column_positions  # columns of one group
+        self.transpose, self.affine, self.order = transpose, affine, order
+        self._period = math.prod(made.row_size)  # each channel is like the first
+        self._column_step = made.column_channels * math.prod(made.column_size)  # columns of one group
         self._has_bias_column = affine and not transpose
         self._channel = ChannelRows(
-            made.slots, row_size, column_size, made.column_channels, made.periods, bias_column=self._has_bias_column
+            made.slots,
+            made.row_size,
+            made.column_size,
+            made.column_channels,
+            made.periods,
+            bias_column=self._has_bias_column,
         )
         self._channel_values: tuple[tuple[int, int], Array] | None = None
         self._plain_rows, self._plain_columns = made.row_channels * self._period, self._column_step * made.groups
@@ -98,9 +104,8 @@ class ToeplitzMatrix(RowMatrix):
     @property
     def T(self) -> Self:  # noqa: N802
         """The matrix's transpose."""
-        return type(self)(
-            self.layers, self.input_size, dtype=self.dtype, transpose=not self.transpose, affine=self.affine
-        )
+        form: dict[str, Any] = {"dtype": self.dtype, "affine": self.affine, "order": self.order}
+        return type(self)(self.layers, self.input_size, transpose=not self.transpose, **form)
 
     @cached_property
     def _bias(self) -> Tensor | None:
@@ -111,12 +116,12 @@ class ToeplitzMatrix(RowMatrix):
     @property
     def bias(self) -> Tensor | None:
         """The bias as a vector over all outputs, in their order, or None where the layer has none."""
-        return None if self._bias is None else self._bias_grid.flatten()
+        return None if self._bias is None else self._bias_rows.flatten()
 
     def bias_part(self, start: int, stop: int) -> Tensor:
         """Return the bias of outputs start:stop, without making all of it; only of a layer that has one."""
-        row, width = torch.arange(start, stop), self._bias_grid.shape[1]
-        return self._bias_grid[row // width, row % width]
+        row, width = torch.arange(start, stop), self._bias_rows.shape[1]
+        return self._bias_rows[row // width, row % width]
 
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
@@ -186,7 +191,7 @@ class ToeplitzMatrix(RowMatrix):
                 target[:, self._row_ends(band)] = words(bias)
 
     def _full_row(self) -> Tensor:
-        return self._bias_grid.flatten()
+        return self._bias_rows.flatten()
 
     def _fill_channel(self, runs: list[Run], values: Array, out: Array) -> None:
         """Write the values of a channel's runs: each tile gathered when it first comes up, and copied from then on."""
@@ -232,16 +237,11 @@ class ToeplitzMatrix(RowMatrix):
 
     @cached_property
     def _bias_rows(self) -> Tensor:
-        """(C_out, prod(output_size)) the bias of every output, zero where there is none; a view."""
-        positions = math.prod(self.output_size)
+        """The bias of every output, zero where there is none, row by row in the order of the outputs; a view."""
+        positions = math.prod(self._kernels.column_size if self.transpose else self._kernels.row_size)
         channels = self.outputs // max(1, positions)
         bias = torch.zeros(1, dtype=self.dtype) if self._bias is None else self._bias
         return (bias if self._varying_bias else bias[:, None]).flatten(1).expand(channels, positions)
-
-    @property
-    def _bias_grid(self) -> Tensor:
-        """The bias as a matrix whose numbers, row by row, are in the order of the outputs; a view."""
-        return self._bias_rows
 
     def _bands(self, start: int, stop: int) -> Iterator[_Band]:
         """Cut the rows into what is left of the first channel, whole ones, and the rest."""
@@ -281,3 +281,43 @@ class ToeplitzMatrix(RowMatrix):
         """Return where in a channel of a band the last entry of each row is."""
         ends: npt.NDArray[np.int64] = np.cumsum(self._channel.counts(np.arange(band.start, band.stop))) - 1
         return ends
+
+
+def toeplitz(
+    layers: Conv | Sequence[Conv] | Expression,
+    input_size: Sequence[int],
+    *,
+    dtype: torch.dtype | None = None,
+    transpose: bool = False,
+    affine: bool = False,
+    order: Order = "CHW",
+) -> ToeplitzMatrix:
+    """Return the matrix of a layer, or of a chain, on inputs of that spatial size; see `ToeplitzMatrix`.
+
+    Args:
+        layers: a layer; or several, first to last, with every border as it is and their biases carried into one.
+        input_size: spatial sizes of the input.
+        dtype: of the values; the first layer's by default.
+        transpose: make the matrix B for row vectors, x @ B, instead of T.
+        affine: append the bias as T's last column.
+        order: how inputs and outputs are flattened: "CHW", or "HWC" for channels last.
+
+    Raises:
+        UsageError: another order, or the layers cannot run on that input size.
+        RefusedError: `dtype` doesn't hold the numbers.
+
+    >>> import torch, convtool
+    >>> kernel = torch.tensor([[[[1.0, 2.0], [3.0, 4.0]]]])
+    >>> layer = convtool.conv(kernel)
+    >>> matrix = convtool.toeplitz(layer, (3, 3))
+    >>> matrix
+    ToeplitzMatrix(4 x 9, 16 entries, float32)
+    >>> matrix.to_dense()[0]
+    tensor([1., 2., 0., 3., 4., 0., 0., 0., 0.])
+    >>> pair = convtool.toeplitz([convtool.conv(kernel, padding=1), layer], (2, 2))
+    >>> x = torch.tensor([1.0, 0.0, 0.0, 2.0])
+    >>> pair @ x
+    tensor([52., 54., 36., 41.])
+    """
+    tree: Expression = Chain(tuple(layers)) if isinstance(layers, Sequence) else layers
+    return ToeplitzMatrix(tree, input_size, dtype=dtype, transpose=transpose, affine=affine, order=order)

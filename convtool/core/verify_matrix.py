@@ -21,11 +21,11 @@ from convtool.core.bound import U64, fusing_terms, gamma, half_digit, half_ulp, 
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, in_channels, run
 from convtool.core.inputs import dense_inputs
+from convtool.core.kernels import Order
 from convtool.core.moves import Selection
-from convtool.core.order import Order, toeplitz
-from convtool.core.rows import CsrBlock
+from convtool.core.rows import CsrBlock, RowMatrix
 from convtool.core.tally import Region, Worst, check_trials, ratios
-from convtool.core.toeplitz import ToeplitzMatrix
+from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.core.tree import leaves, map_leaves
 
 BLOCK_ENTRIES = 1 << 17  # entries of a matrix in flight
@@ -99,6 +99,7 @@ def verify_matrix(
     affine: bool = False,
     order: Order = "CHW",
     rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
     trials: int = 2,
     seed: int = 0,
     computed_in: torch.dtype = torch.float64,
@@ -110,23 +111,24 @@ def verify_matrix(
         layers, matrix: a layer, or chains and sums of them, their numbers taken as exact; and what was exported.
         bias: the vector stored with it, or None.
         stores_bias: whether there is room for one where it is stored; else a missing one is no difference.
-        transpose, affine, order: as in `convtool.core.order.toeplitz`.
-        rows: the range A:B that `matrix` holds; all of them where None.
+        transpose, affine, order: as in `convtool.core.toeplitz.toeplitz`.
+        rows, columns: the ranges A:B that `matrix` holds; all of them where None.
         trials, seed, computed_in: as in `convtool.core.verify.verify`.
         digits: decimal ones that the matrix's numbers were rounded to; None where they are as they were stored.
     """
     check_trials(trials, seed)
-    layer = _Layer(map_leaves(Conv.exact, layers), tuple(input_size), order, transpose, affine, rows, computed_in)
+    exact, at = map_leaves(Conv.exact, layers), tuple(input_size)
+    layer = _Layer(exact, at, order, transpose, affine, rows, columns, computed_in)
     report = MatrixReport(layer.shape, dtype=_name(matrix.dtype), seed=seed)
     if tuple(matrix.shape) != layer.shape:
-        return replace(
-            report, mismatch=f"the layer's matrix is {_by(layer.shape)}, and this one is {_by(matrix.shape)}"
-        )
+        return replace(report, mismatch=f"the layer's matrix is {_by(layer.shape)}, this one is {_by(matrix.shape)}")
     products = _Products(layer, trials, seed, _least(matrix.dtype)) if layer.numbers <= MOST_NUMBERS else None
     entries = _compare_rows(matrix, layer.shape[1], layer.block, products, digits)
     report = replace(report, entries=entries, products=products.region() if products else Region())
-    if affine:
-        return report
+    return report if affine else _with_bias(report, layer, bias, stores_bias)
+
+
+def _with_bias(report: MatrixReport, layer: _Layer, bias: Tensor | None, stores_bias: bool) -> MatrixReport:
     wanted, slack, size = layer.bias
     missing = bias is None and wanted is not None and not stores_bias
     region = Region() if missing else _compare_bias(wanted, bias, size, slack)
@@ -164,6 +166,7 @@ class _Layer:
     transpose: bool
     affine: bool
     part: tuple[int, int] | None
+    part_of_columns: tuple[int, int] | None
     computed_in: torch.dtype
 
     def matrix(self, tree: Expression) -> ToeplitzMatrix:
@@ -207,9 +210,17 @@ class _Layer:
         return self.part or (0, self.whole.shape[0])
 
     @property
+    def columns(self) -> tuple[int, int]:
+        """Which of its columns are asked about."""
+        return self.part_of_columns or (0, self.whole.shape[1])
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of what is asked about."""
-        return self.rows[1] - self.rows[0], self.whole.shape[1]
+        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
+
+    def _cut(self, matrix: ToeplitzMatrix) -> RowMatrix:
+        return matrix if self.part_of_columns is None else matrix.columns(*self.part_of_columns, self.part)
 
     @property
     def numbers(self) -> int:
@@ -219,7 +230,7 @@ class _Layer:
     @property
     def bias(self) -> tuple[Tensor | None, Tensor | None, int]:
         """The bias that should be stored with the rows asked about, what it may be off, and how long a vector it is."""
-        part = (0, self.whole.outputs) if self.part is None or self.transpose else self.part
+        part = (self.part_of_columns if self.transpose else self.part) or (0, self.whole.outputs)
         if not self.whole.has_bias:
             return None, None, part[1] - part[0]
         # One layer's bias is stored as it is; what is carried through several has been rounded on the way.
@@ -230,11 +241,11 @@ class _Layer:
         """Return rows first:last of those asked about, and what their values may be off before they are stored."""
         part = self.rows[0] + first, self.rows[0] + last
         if self.sums is None:
-            return self.whole.rows(*part), None
-        magnitudes, counts = (matrix.values(*part) for matrix in self.sums)
+            return self._cut(self.whole).rows(*part), None
+        magnitudes, counts = (self._cut(matrix).values(*part) for matrix in self.sums)
         # One tap to an entry is stored as it is; sums of several, and products, have been rounded on the way.
         rounded = counts > 1 if isinstance(self.tree, Conv) else torch.ones_like(counts, dtype=torch.bool)
-        return self.whole.rows(*part), torch.where(rounded, magnitudes * self.adding, 0.0)
+        return self._cut(self.whole).rows(*part), torch.where(rounded, magnitudes * self.adding, 0.0)
 
 
 def _ones(conv: Conv) -> Conv:
@@ -329,23 +340,24 @@ class _Products:
     """The matrix times some inputs, block by block, against torch's convolution of them."""
 
     def __init__(self, layer: _Layer, trials: int, seed: int, least: float) -> None:
-        tree, self.rows, self.transpose, self.order = layer.tree, layer.rows, layer.transpose, layer.order
+        tree, self.transpose, self.order = layer.tree, layer.transpose, layer.order
+        # Of a part of the matrix: what isn't multiplied is zero, and what isn't made isn't compared.
+        self.inputs, self.outputs = (layer.rows, layer.columns)[:: 1 if self.transpose else -1]
         elements = in_channels(tree) * math.prod(layer.input_size)
         inputs = dense_inputs(in_channels(tree), layer.input_size, trials, seed, elements)
         kind = torch.complex128 if any(conv.dtype.is_complex for conv in leaves(tree)) else torch.float64
         x = torch.cat([x for _, x in inputs]).to(kind)  # (n, C_in, *input_size)
         one = torch.ones(len(x), 1 if layer.affine else 0, dtype=x.dtype)  # the final 1 that the bias stands at
         flat = torch.cat([self._flat(x), one], dim=1)
-        if self.transpose:  # x @ B adds up rows: of a part of them, the inputs that stand at these
-            kept = torch.zeros(flat.shape[1], dtype=torch.bool)
-            kept[slice(*self.rows)] = True
-            flat = torch.where(kept, flat, torch.zeros_like(flat))
+        kept = torch.zeros(flat.shape[1], dtype=torch.bool)
+        kept[slice(*self.inputs)] = True
+        flat = torch.where(kept, flat, torch.zeros_like(flat))
         self.x = flat[:, :elements].reshape(self._moved(x).shape)
         self.x = self.x.movedim(-1, 1) if self.order == "HWC" else self.x
         biased = layer.affine and bool(flat[:, elements:].any())
         self.tree = tree if biased else map_leaves(Conv.without_bias, tree)
-        self.flat = flat.T.contiguous()  # (columns of T, n)
-        outputs = layer.shape[1] if self.transpose else layer.shape[0]
+        self.flat = flat.T[slice(*self.inputs)].contiguous()  # (columns of T, n)
+        outputs = self.outputs[1] - self.outputs[0]
         self.found = torch.zeros(outputs, len(x), dtype=x.dtype)
         self.size = torch.zeros(outputs, len(x), dtype=torch.float64)
         self.lost = self.size + least * self.flat.abs().sum(0)  # of entries that were rounded to zero and left out
@@ -366,7 +378,7 @@ class _Products:
         for total, values in numbers:
             x = self.flat if total is self.found else self.flat.abs()
             if self.transpose:
-                row = torch.repeat_interleave(torch.arange(start, stop), block.counts) + self.rows[0]
+                row = torch.repeat_interleave(torch.arange(start, stop), block.counts)
                 total.index_add_(0, block.indices.long(), values.to(total.dtype)[:, None] * x[row])
             else:
                 total[start:stop] += block._replace(values=values).to_torch(len(x), total.dtype) @ x
@@ -375,8 +387,7 @@ class _Products:
         """Hold the products against the convolutions."""
         expected = self._flat(run(self.tree, self.x)).T  # (outputs, n)
         most = self._flat(run(map_leaves(Conv.absolute, self.tree), self.x.abs())).T
-        if not self.transpose:
-            expected, most = expected[slice(*self.rows)], most[slice(*self.rows)]
+        expected, most = expected[slice(*self.outputs)], most[slice(*self.outputs)]
         bound = self.lost + self.computing * most + self.running * (most + self.size) + 2.0**-1022
         worst, each = Worst("product"), self.found.shape[1]
         _hold(worst, expected.flatten(), self.found.flatten(), bound.flatten(), lambda at: divmod(at, each)[:1])

@@ -10,8 +10,8 @@ from typing import Any
 
 from convtool.checkpoint import Checkpoint
 from convtool.core.expression import Expression
+from convtool.core.kernels import ORDERS, Order
 from convtool.core.names import is_written
-from convtool.core.order import MATRICES, Order
 from convtool.core.sizes import split_input_size
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.tree import BASE
@@ -59,6 +59,7 @@ class _Form:
     affine: bool
     order: Order = "CHW"
     rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
 
     def __str__(self) -> str:
         return USES[self.transpose, self.affine] + (", channels last" if self.order == "HWC" else "")
@@ -86,6 +87,7 @@ def compare_with_layer(
     sources: FieldSources,
     *,
     rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
     no_bias: bool = False,
     **how: Any,
 ) -> Compared:
@@ -95,13 +97,13 @@ def compare_with_layer(
         names: of the layers, where the file has no record or to overrule it.
         sizes: of the first layer's input: one, where the file has no record.
         sources: fields of the layer, overruling the record.
-        rows: the range A:B of the whole matrix's rows that the file holds, where it has no record of them.
+        rows, columns: the ranges A:B of the whole matrix that the file holds, where it has no record of them.
         no_bias: compare the matrix alone, whatever bias is missing.
         how: trials, seed and computed_in, as of `verify_matrix`.
     """
     lowered, size = _lowered(found, checkpoint, names, sizes, sources)
     tree = as_computed(lowered)
-    forms = list(_forms(found, tree, size, rows))
+    forms = list(_forms(found, tree, size, rows, columns))
     verify = partial(_verify, found, tree, size, how | {"digits": found.digits}, no_bias)
     tried = zip(forms, map(verify, forms), strict=True)  # one by one, until one is equal
     first = form, report = next(tried)
@@ -166,15 +168,15 @@ def _lowered(
 def _record(found: MatrixFile) -> dict[str, Any]:
     """Return what the file says of its matrix, if anything; raise InputError where convtool writes no such record."""
     record = found.record or {}
-    layer, fields, size, rows = (record.get(name) for name in ("layer", "fields", "input_size", "rows"))
+    layer, fields, size = (record.get(name) for name in ("layer", "fields", "input_size"))
     sound = {
         "layer": layer is None or isinstance(layer, str),
         "fields": fields is None or isinstance(fields, dict),
         "chain": all(map(_is_layer, chain)) if isinstance(chain := record.get("chain") or [], list) else False,
         "input_size": size is None or _are_counts(size),
-        "rows": rows is None or (_are_counts(rows) and len(rows) == 2),
+        **{name: _is_span(record.get(name)) for name in ("rows", "columns")},
         "unstated": all(isinstance(name, str) for name in record.get("unstated") or ()),
-        "order": record.get("order", "CHW") in tuple(MATRICES),
+        "order": record.get("order", "CHW") in ORDERS,
         **{flag: isinstance(record.get(flag, False), bool) for flag in ("transpose", "affine")},
     }
     wrong = next((name for name, good in sound.items() if not good), None)
@@ -186,6 +188,10 @@ def _record(found: MatrixFile) -> dict[str, Any]:
 def _is_layer(one: object) -> bool:
     """Return whether an entry of a record's chain is one."""
     return isinstance(one, dict) and isinstance(one.get("layer"), str) and isinstance(one.get("fields"), dict)
+
+
+def _is_span(value: Any) -> bool:
+    return value is None or (_are_counts(value) and len(value) == 2)
 
 
 def _are_counts(values: object) -> bool:
@@ -201,26 +207,37 @@ def _fields(path: Path, record: dict[str, Any], kind: Kind) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if key in kind.settable}
 
 
-def _forms(found: MatrixFile, tree: Expression, size: tuple[int, ...], rows: tuple[int, int] | None) -> Iterator[_Form]:
+def _forms(
+    found: MatrixFile,
+    tree: Expression,
+    size: tuple[int, ...],
+    rows: tuple[int, int] | None,
+    columns: tuple[int, int] | None,
+) -> Iterator[_Form]:
     """Yield which of the layer's matrices it may be: the one that its record says, else those of its shape.
 
     Without a record, the comparison tells: it is the one that it is equal to, entry by entry. The likeliest is first.
     """
+    given: dict[str, Any] = {"rows": rows, "columns": columns}
     if found.record is not None:
         record = _record(found)
-        span = None if record.get("rows") is None else (record["rows"][0], record["rows"][1])
-        if rows not in (None, span):
-            raise UsageError(f"--rows: {found.path} says itself which rows it holds")
-        yield _Form(record.get("transpose", False), record.get("affine", False), record.get("order", "CHW"), span)
+        spans = {name: None if record.get(name) is None else tuple(record[name]) for name in given}
+        for name, span in given.items():
+            if span not in (None, spans[name]):
+                raise UsageError(f"--{name}: {found.path} says itself which {name} it holds")
+        yield _Form(record.get("transpose", False), record.get("affine", False), record.get("order", "CHW"), **spans)
         return
-    matrices = {use: MATRICES["CHW"](tree, size, transpose=use[0], affine=use[1]) for use in USES}
-    if rows is not None and not 0 <= rows[0] < rows[1] <= max(matrix.shape[0] for matrix in matrices.values()):
-        raise UsageError(f"--rows: expected A:B with A below B, and rows that the matrix has, got {rows[0]}:{rows[1]}")
-    fitting = [use for use, matrix in matrices.items() if _shape_of(matrix, rows) == found.shape]
-    yield from [_Form(*use, order, rows) for use in fitting for order in MATRICES] or [_Form(False, False, rows=rows)]
+    matrices = {use: ToeplitzMatrix(tree, size, transpose=use[0], affine=use[1]) for use in USES}
+    for axis, (name, span) in enumerate(given.items()):
+        if span is not None and not 0 <= span[0] < span[1] <= max(one.shape[axis] for one in matrices.values()):
+            raise UsageError(
+                f"--{name}: expected A:B with A below B, and {name} that the matrix has, got {span[0]}:{span[1]}"
+            )
+    fitting = [use for use, matrix in matrices.items() if _shape_of(matrix, (rows, columns)) == found.shape]
+    yield from [_Form(*use, order, **given) for use in fitting for order in ORDERS] or [_Form(False, False, **given)]
 
 
-def _shape_of(matrix: ToeplitzMatrix, rows: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the shape of a matrix, or of some of its rows."""
-    count = matrix.shape[0] if rows is None else min(rows[1], matrix.shape[0]) - rows[0]
-    return count, matrix.shape[1]
+def _shape_of(matrix: ToeplitzMatrix, part: Sequence[tuple[int, int] | None]) -> tuple[int, ...]:
+    """Return the shape of a matrix, or of some of its rows and columns."""
+    spans = (span or (0, size) for span, size in zip(part, matrix.shape, strict=True))
+    return tuple(min(stop, size) - start for (start, stop), size in zip(spans, matrix.shape, strict=True))

@@ -20,8 +20,8 @@ from convtool.core.conv import conv as _conv
 from convtool.core.forward import forward as _forward
 from convtool.core.fuse import fuse as _fuse
 from convtool.core.operator import operator as _operator
-from convtool.core.order import toeplitz as _toeplitz
 from convtool.core.spectrum import spectrum as _spectrum
+from convtool.core.toeplitz import toeplitz as _toeplitz
 from convtool.core.unfold import unfold as _unfold
 from convtool.core.verify import verify as _verify
 from convtool.errors import ConvtoolError, UsageError, did_you_mean, enough_memory

@@ -32,7 +32,7 @@ class MatrixPlan:
     Attributes:
         format: the file's suffix, with its dot.
         layout: csr, coo or dense.
-        rows: the range A:B of the matrix's rows that the file holds, or None for all of them.
+        rows, columns: the ranges A:B of the matrix that the file holds, or None for all of them.
         shape: (rows, columns) in the file.
         nnz: entries in those rows (what a sparse layout stores).
         dtype: of the values.
@@ -45,6 +45,7 @@ class MatrixPlan:
     format: str
     layout: Layout
     rows: tuple[int, int] | None
+    columns: tuple[int, int] | None
     shape: tuple[int, int]
     nnz: int
     dtype: torch.dtype
@@ -54,15 +55,20 @@ class MatrixPlan:
 
 
 def plan_matrix(
-    matrix: ToeplitzMatrix, path: Path, *, layout: Layout | None = None, rows: tuple[int, int] | None = None
+    matrix: ToeplitzMatrix,
+    path: Path,
+    *,
+    layout: Layout | None = None,
+    rows: tuple[int, int] | None = None,
+    columns: tuple[int, int] | None = None,
 ) -> MatrixPlan:
     """Say what writing a matrix to `path` will give; nothing is made or written.
 
     Args:
         path: its suffix chooses the format.
         layout: the format's own by default: csr, and dense for .npy.
-        rows: only rows A to B-1, as a matrix of B - A rows and all columns; the bias is cut alike (not that of a
-            transposed matrix, whose outputs are columns).
+        rows, columns: only those from A to B-1. The bias is cut with the outputs, a transposed matrix's columns and
+            another's rows; of a part of the inputs the file has all of it.
 
     Raises:
         UsageError: an unknown suffix, a layout that the format has no room for, or rows that the matrix doesn't have.
@@ -83,7 +89,7 @@ def plan_matrix(
     refusal = FORMATS[path.suffix].refusal(_name(matrix.dtype), chosen)
     if refusal is not None:
         raise RefusedError(f"{path}: {refusal}")
-    return _plan(matrix, path.suffix, chosen, rows)
+    return _plan(matrix, path.suffix, chosen, rows, columns)
 
 
 def planned_size(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, object] | None = None) -> int:
@@ -152,25 +158,33 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _plan(matrix: ToeplitzMatrix, suffix: str, layout: Layout, rows: tuple[int, int] | None) -> MatrixPlan:
+def _plan(
+    matrix: ToeplitzMatrix,
+    suffix: str,
+    layout: Layout,
+    rows: tuple[int, int] | None,
+    columns: tuple[int, int] | None,
+) -> MatrixPlan:
+    part = matrix if columns is None else matrix.columns(*columns, rows)
     start, stop = (0, matrix.shape[0]) if rows is None else rows
-    shape = stop - start, matrix.shape[1]
-    nnz = matrix.entries(start, stop)
+    shape = stop - start, part.shape[1]
+    nnz = part.entries(start, stop)
     indices = None
     if layout == "coo" and (needed := FORMATS[suffix].COO_INDICES) is not None:
         indices = getattr(torch, needed)
     elif layout != "dense":
         indices = index_dtype(max(shape) if layout == "coo" else max(nnz, *shape))
     bias = matrix.has_bias and not matrix.affine and FORMATS[suffix].STORES_BIAS
-    plan = MatrixPlan(suffix, layout, rows, shape, nnz, matrix.dtype, indices, 0, bias)
+    plan = MatrixPlan(suffix, layout, rows, columns, shape, nnz, matrix.dtype, indices, 0, bias)
     return replace(plan, size=matrix_file(matrix, plan, None).size)
 
 
 def matrix_file(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, object] | None) -> FilePlan:
     """Return the file that is made of a plan, with this record in it."""
     rows = (0, matrix.shape[0]) if plan.rows is None else plan.rows
-    arrays = matrix_arrays(matrix, plan.layout, rows, plan.index_dtype or torch.int64)
-    bias = bias_array(matrix, rows) if plan.stores_bias else None
+    part = matrix if plan.columns is None else matrix.columns(*plan.columns, plan.rows)
+    arrays = matrix_arrays(part, plan.layout, rows, plan.index_dtype or torch.int64)
+    bias = bias_array(matrix, plan.columns if matrix.transpose else plan.rows) if plan.stores_bias else None
     text = None if record is None else json.dumps(record, separators=(",", ":"))
     contents = Contents(plan.layout, plan.shape, arrays if bias is None else (*arrays, bias), text)
     return FORMATS[plan.format].plan_matrix(contents)
@@ -179,7 +193,7 @@ def matrix_file(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, obje
 def _advice(matrix: ToeplitzMatrix, plan: MatrixPlan, size: int, free: int) -> str:
     """Name the smallest file that holds as much, where that is worth saying."""
     others = [
-        _plan(matrix, suffix, layout, plan.rows)
+        _plan(matrix, suffix, layout, plan.rows, plan.columns)
         for suffix, form in FORMATS.items()
         for layout in form.LAYOUTS
         if form.refusal(_name(matrix.dtype), layout) is None and (form.STORES_BIAS or not plan.stores_bias)

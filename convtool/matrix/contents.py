@@ -10,41 +10,18 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from convtool.core.flat import tensor_bits
-from convtool.core.rows import Stretch
+from convtool.core.rows import RowMatrix
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.formats.matrices import Layout
 from convtool.formats.pieces import Chunk, Piece
 
 CHUNK_BYTES = 1 << 20  # of a chunk that isn't a stretch of the matrix's own
 KEPT_BYTES = 16 << 20  # of chunks kept in case they come again
-
-
-class RowMatrix(Protocol):
-    """A matrix that makes any range of its rows on demand; `ToeplitzMatrix` says what each of these is."""
-
-    @property
-    def shape(self) -> tuple[int, int]: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def entries(self, start: int, stop: int, /) -> int: ...
-
-    def stretches(self, start: int, stop: int, /) -> Iterator[Stretch]: ...
-
-    def row_counts(self, start: int, stop: int, /) -> Tensor: ...
-
-    def indices(self, start: int, stop: int, /) -> Tensor: ...
-
-    def values(self, start: int, stop: int, /) -> Tensor: ...
-
-    def dense_rows(self, start: int, stop: int, /) -> Tensor: ...
 
 
 def matrix_arrays(
@@ -65,14 +42,11 @@ def matrix_arrays(
     return indices("indptr", stop - start + 1, _row_starts), indices("indices", entries, _columns), data
 
 
-def bias_array(matrix: ToeplitzMatrix, rows: tuple[int, int]) -> Piece | None:
-    """Return the bias that belongs to rows A:B, or None where there is none or the matrix has it as a column.
-
-    A transposed matrix has an output in each column, so all of its bias belongs to any of its rows.
-    """
+def bias_array(matrix: ToeplitzMatrix, outputs: tuple[int, int] | None) -> Piece | None:
+    """Return the bias of outputs A:B, or of all; None where there is none or the matrix has it as a column."""
     if not matrix.has_bias or matrix.affine:
         return None
-    start, stop = (0, matrix.outputs) if matrix.transpose else rows
+    start, stop = outputs or (0, matrix.outputs)
 
     def chunks() -> Iterator[Chunk]:
         for first, last in _spans(start, stop, CHUNK_BYTES // 8):

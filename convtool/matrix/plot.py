@@ -6,12 +6,13 @@ import contextlib
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from convtool.core.conv import Conv
+from convtool.core.rows import RowMatrix
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import UsageError
 from convtool.formats.atomic import replacing
@@ -20,6 +21,37 @@ SHADES = " \N{LIGHT SHADE}\N{MEDIUM SHADE}\N{DARK SHADE}\N{FULL BLOCK}"  # of te
 TICKS = 13  # numbers along an axis
 LINES = 65  # of the grid, as long as they leave something to see
 PIXELS = 1024  # per side; a larger matrix is binned, each pixel showing the entry of largest magnitude in its bin
+
+
+class Part(NamedTuple):
+    """Rows A:B and columns A:B of a matrix."""
+
+    matrix: RowMatrix
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+
+    @classmethod
+    def of(cls, matrix: RowMatrix, rows: tuple[int, int] | None = None, columns: tuple[int, int] | None = None) -> Part:
+        """Return a part of a matrix, of all rows or columns where none are given."""
+        return cls(matrix, rows or (0, matrix.shape[0]), columns or (0, matrix.shape[1]))
+
+    def binned(self, most_rows: int = PIXELS, most_columns: int = PIXELS) -> Tensor:
+        """Return each bin's entry of largest magnitude, 0 without any: (at most most_rows, most_columns) float64."""
+        matrix = (
+            self.matrix if self.columns == (0, self.matrix.shape[1]) else self.matrix.columns(*self.columns, self.rows)
+        )
+        rows, columns = self.rows[1] - self.rows[0], matrix.shape[1]
+        height, width = min(rows, most_rows), min(columns, most_columns)
+        high = torch.zeros(height * width, dtype=torch.float64)
+        low = torch.zeros_like(high)
+        for start, stop, _, _ in matrix.stretches(*self.rows):
+            block = matrix.rows(start, stop)
+            row = torch.repeat_interleave(torch.arange(start, stop) - self.rows[0], block.counts)
+            place = row * height // rows * width + block.indices.long() * width // columns
+            values = block.values.real if block.values.is_complex() else block.values
+            high.scatter_reduce_(0, place, values.double(), "amax")
+            low.scatter_reduce_(0, place, values.double(), "amin")
+        return torch.where(high >= -low, high, low).reshape(height, width)
 
 
 def check_plot(path: Path) -> None:
@@ -38,15 +70,9 @@ def check_plot(path: Path) -> None:
 
 @contextlib.contextmanager
 def plotted(
-    matrix: ToeplitzMatrix,
-    path: Path,
-    *,
-    force: bool,
-    title: str,
-    rows: tuple[int, int] | None = None,
-    by_channel: bool = True,
+    matrix: ToeplitzMatrix, path: Path, *, force: bool, title: str, part: Part, by_channel: bool = True
 ) -> Iterator[None]:
-    """Draw the matrix, or rows A:B of it, as a PNG, which gets its name when the block ends well.
+    """Draw a part of the matrix as a PNG, which gets its name when the block ends well.
 
     Axes count channels, a line stands between two of them, and a single layer's taps are drawn beside.
 
@@ -61,15 +87,14 @@ def plotted(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    start, stop = (0, matrix.shape[0]) if rows is None else rows
-    picture = _binned(matrix, (start, stop))
-    height = max(4.0, min(12.0, 8.0 * (stop - start) / matrix.shape[1]))
+    (start, stop), (left, right), picture = part.rows, part.columns, part.binned()
+    height = max(4.0, min(12.0, 8.0 * (stop - start) / (right - left)))
     figure = Figure(figsize=(10.0, height + 1.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes, beside = figure.subplots(1, 2, width_ratios=(6, 1))
     largest = float(picture.abs().max()) or 1.0
-    shown = _image(axes, picture, largest, extent=(0, matrix.shape[1], stop, start), aspect="auto")
-    high, wide = -(-(stop - start) // picture.shape[0]), -(-matrix.shape[1] // picture.shape[1])
+    shown = _image(axes, picture, largest, extent=(left, right, stop, start), aspect="auto")
+    high, wide = -(-(stop - start) // picture.shape[0]), -(-(right - left) // picture.shape[1])
     axes.set_title(title + (f"\na pixel shows the largest of {high} x {wide} entries" if high * wide > 1 else ""))
     ends = [("input", matrix.input_size, axes.xaxis), ("output", matrix.output_size, axes.yaxis)]
     for (name, size, _), (_, _, axis) in zip(ends, ends[:: -1 if matrix.transpose else 1], strict=True):
@@ -117,38 +142,19 @@ def _draw_taps(axes: Any, matrix: ToeplitzMatrix, largest: float) -> None:
     axes.grid(color="0.8", linewidth=0.5)
 
 
-def drawn(matrix: ToeplitzMatrix, width: int, height: int, part: tuple[int, int] | None = None) -> list[str]:
-    """Return the matrix, or rows A:B of it, as lines of text, darker where it is larger.
+def drawn(part: Part, width: int, height: int) -> list[str]:
+    """Return a part of a matrix as lines of text, darker where it is larger.
 
     They have at most `width` characters, and there are about `height` of them. A character is about twice as high as
     wide, so a square matrix gets half as many lines as columns.
     """
-    start, stop = (0, matrix.shape[0]) if part is None else part
-    rows, columns = stop - start, matrix.shape[1]
+    rows, columns = (stop - start for start, stop in (part.rows, part.columns))
     wide = min(columns, width)
     high = max(1, min(rows, height, round(wide * rows / columns / 2)))
-    picture = _binned(matrix, (start, stop), high, wide).abs()
+    picture = part.binned(high, wide).abs()
     largest = float(picture.max())
     if not largest:
         return [" " * wide] * high
     # An entry of any size shows: the faintest shade is for what is there, the blank for what isn't.
     shades = (picture / largest * (len(SHADES) - 1)).ceil().long().clamp(max=len(SHADES) - 1)
     return ["".join(SHADES[shade] for shade in line) for line in shades.tolist()]
-
-
-def _binned(
-    matrix: ToeplitzMatrix, part: tuple[int, int], most_rows: int = PIXELS, most_columns: int = PIXELS
-) -> Tensor:
-    """Return each bin's entry of largest magnitude, 0 without any: (at most most_rows, most_columns) float64."""
-    rows, columns = part[1] - part[0], matrix.shape[1]
-    height, width = min(rows, most_rows), min(columns, most_columns)
-    high = torch.zeros(height * width, dtype=torch.float64)
-    low = torch.zeros_like(high)
-    for start, stop, _, _ in matrix.stretches(*part):
-        block = matrix.rows(start, stop)
-        row = torch.repeat_interleave(torch.arange(start, stop) - part[0], block.counts)
-        place = row * height // rows * width + block.indices.long() * width // columns
-        values = block.values.real if block.values.is_complex() else block.values
-        high.scatter_reduce_(0, place, values.double(), "amax")
-        low.scatter_reduce_(0, place, values.double(), "amin")
-    return torch.where(high >= -low, high, low).reshape(height, width)

@@ -207,8 +207,10 @@ class ChannelsLast(Kernels):
             self.bias = made.bias.reshape(outputs, -1).expand(-1, positions).T.reshape(1, -1)
 
     def values(self, first: int, last: int) -> Tensor:
-        members = (len(axis.members) for axis in self._made.slots)
-        values = self._made.values(0, self._shape[0]).reshape(*self._shape, *members)
+        values = self._made.values(0, self._shape[0])
+        if not values.numel():  # nothing is read of the input
+            return values.reshape(1, 0)
+        values = values.reshape(*self._shape, *(len(axis.members) for axis in self._made.slots))
         return values.movedim((0, 1), (-2, -1)).reshape(1, -1)
 
 

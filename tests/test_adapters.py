@@ -199,6 +199,40 @@ def test_names_of_trainers(base: Path, before: str, down: str, up: str) -> None:
     same(found["down.1.conv.weight"], load(base)["down.1.conv.weight"] + change * RANK / ALPHA)  # no alpha: the rank
 
 
+# Layers of a UNet as diffusers and as Stable Diffusion's own code call them.
+BLOCKS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "down_blocks.0.resnets.1.conv2": "input_blocks.2.0.out_layers.3",
+    "down_blocks.1.downsamplers.0.conv": "input_blocks.6.0.op",
+    "down_blocks.2.attentions.1.transformer_blocks.9.attn1.to_q": "input_blocks.8.1.transformer_blocks.9.attn1.to_q",
+    "mid_block.resnets.1.time_emb_proj": "middle_block.2.emb_layers.1",
+    "mid_block.attentions.0.proj_in": "middle_block.1.proj_in",
+    "up_blocks.0.attentions.2.proj_out": "output_blocks.2.1.proj_out",
+    "up_blocks.0.upsamplers.0.conv": "output_blocks.2.2.conv",
+    "up_blocks.2.resnets.0.conv_shortcut": "output_blocks.6.0.skip_connection",
+    "conv_out": "out.2",
+}
+
+
+@pytest.mark.parametrize("prefix", ["lora_unet_", "unet."])
+@pytest.mark.parametrize("theirs", [False, True])
+def test_a_unets_blocks_are_known_by_both_names(theirs: bool, prefix: str, tmp_path: Path) -> None:
+    ours = {f"model.diffusion_model.{new}" if theirs else old: old if theirs else new for old, new in BLOCKS.items()}
+    base, parts = tmp_path / "unet.pt", Parts()
+    state = {f"{name}.weight": numbers(name, 6, 4) for name in ours}
+    torch.save(state, base)
+    for name in ours.values():
+        path = prefix + (name.replace(".", "_") if prefix.endswith("_") else name)
+        down, up = numbers(f"{name} down", RANK, 4), numbers(f"{name} up", 6, RANK)
+        parts |= {f"{path}.lora_down.weight": down, f"{path}.lora_up.weight": up}
+    found = merge(base, parts)
+    for own, name in ours.items():
+        change = numbers(f"{name} up", 6, RANK) @ numbers(f"{name} down", RANK, 4)
+        same(found[f"{own}.weight"], state[f"{own}.weight"] + change)
+
+
 def test_differences_of_biases(base: Path) -> None:
     delta = numbers("b", 6)
     found, before = merge(base, {"down.1.conv.diff_b": delta, "down.0.lin.diff_b": delta}), load(base)

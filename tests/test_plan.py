@@ -703,16 +703,17 @@ def test_a_value_that_the_model_puts_aside_stays(how: str) -> None:
     assert {name for one in found.left_alone for name in one.layers} == {"seq.0", "other", "bn"}
 
 
-def test_a_transposed_layer_that_is_told_its_output_size_stays() -> None:
-    """That size needs an output padding which the layer's attributes don't have."""
+def test_a_transposed_layer_that_is_told_its_output_size_takes_in_what_only_scales() -> None:
+    """That size needs an output padding which the layer's attributes don't have; the code goes on to ask for it."""
     net = Net(
-        lambda m, x: m.bn(m.a(x, output_size=(18, 13))),
+        lambda m, x: m.b(m.bn(m.a(x, output_size=(18, 13)))),
         a=nn.ConvTranspose2d(4, 4, (3, 1), 2, (1, 0)),
         bn=nn.BatchNorm2d(4),
+        b=nn.ConvTranspose2d(4, 4, 3, padding=1),
     )
     chains, alone, _ = planned(net)
-    assert chains == []
-    assert alone == {"a bn": "a: the model's code gives it an output size of its own"}
+    assert chains == ["a → bn"]
+    assert alone == {"a bn b": "a: the model's code gives it an output size of its own"}
 
 
 class Scaled(nn.Module):

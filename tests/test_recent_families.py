@@ -212,12 +212,97 @@ def test_unireplknet_has_its_dilations_in_names(tmp_path: Path) -> None:
                 y = y + self.get_submodule(f"dil_bn_k{k}_{d}")(self.get_submodule(f"dil_conv_k{k}_{d}")(x))
             return y
 
+    class Offset(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.beta = nn.Parameter(torch.rand(1, 1, 1, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.beta
+
+    class Block(nn.Module):
+        """The block behind its large kernel, without what the recipe leaves as it is."""
+
+        def __init__(self, dwconv: nn.Module, deploy: bool, scaled: bool) -> None:
+            super().__init__()
+            self.dwconv = dwconv
+            self.norm = nn.Identity() if deploy else nn.BatchNorm2d(4)
+            self.act = nn.Sequential(nn.Tanh(), *([] if deploy else [Offset()]))
+            self.pwconv2 = nn.Sequential(nn.Linear(4, 4, bias=deploy))
+            if not deploy:
+                self.pwconv2.add_module("2", nn.BatchNorm2d(4))
+            if scaled and not deploy:
+                self.gamma = nn.Parameter(torch.rand(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.act(self.norm(self.dwconv(x)).permute(0, 2, 3, 1))
+            y = self.pwconv2[0](y).permute(0, 3, 1, 2)
+            y = self.pwconv2[1](y) if len(self.pwconv2) > 1 else y
+            made: Tensor = x + (y * self.gamma.view(1, -1, 1, 1) if "gamma" in self._parameters else y)
+            return made
+
     def network(deploy: bool) -> nn.Module:
-        last = nn.Identity() if deploy else nn.BatchNorm2d(4)
-        return named(stages=nn.Sequential(named(dwconv=Dilated(deploy), norm=last)))
+        small = conv(4, 4, 3, groups=4, bias=deploy)
+        return named(
+            stages=nn.Sequential(Block(Dilated(deploy), deploy, scaled=True), Block(small, deploy, scaled=False))
+        )
 
     groups: dict[str, dict[str, object]] = {"*.lk_origin": {"groups": 4}, "*.dil_conv_k*": {"groups": 4}}
     check(network(deploy=False), network(deploy=True), "unireplknet", tmp_path, 4, groups)
+
+
+@pytest.mark.parametrize("version", ["", "-v2"])
+def test_qarepvgg_adds_its_input_where_it_keeps_channels_at_stride_1(version: str, tmp_path: Path) -> None:
+    class Averaged(Sum):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.get_submodule("rbr_dense")(x) + self.get_submodule("rbr_1x1")(x)
+            y = y + x + (F.avg_pool2d(x, 3, 1, 1) if version else 0) if self.identity else y
+            made: Tensor = self.get_submodule("bn")(y)
+            return made
+
+    def block(inner: int, stride: int, deploy: bool) -> nn.Module:
+        norm = nn.BatchNorm2d(8, eps=1e-3)
+        if deploy:
+            return named(rbr_reparam=conv(inner, 8, 3, stride, bias=True), bn=norm)
+        branches: dict[str, Any] = {"rbr_dense": plain(inner, 8, 3, stride), "rbr_1x1": conv(inner, 8, 1, stride)}
+        return Averaged(identity=inner == 8 and stride == 1, bn=norm, **branches)
+
+    def network(deploy: bool) -> nn.Module:
+        first = named(conv=conv(3, 3, bias=True)) if deploy else plain(3, 3, 1)
+        return named(stem=first, stages=nn.Sequential(block(3, 2, deploy), block(8, 1, deploy), block(8, 2, deploy)))
+
+    strides: dict[str, dict[str, object]] = {
+        f"stages.{number}.rbr_dense.conv": {"stride": stride} for number, stride in enumerate((2, 1, 2))
+    }
+    check(network(deploy=False), network(deploy=True), f"qarepvgg{version}", tmp_path, 3, strides)
+    words = ("fuse", tmp_path / "train.safetensors", "-o", tmp_path / "x.safetensors")
+    code, message = error(*words, "--recipe", f"qarepvgg{version}")
+    assert (code, "stages.1.rbr_dense.conv.stride=1" in message) == (2, True)
+    assert "qarepvgg (" in error(*words, "--recipe", "auto", *settings({"*": {}, **strides}, tmp_path / "g.toml"))[1]
+
+
+def test_sesr(tmp_path: Path) -> None:
+    def block(inner: int, outer: int, kernel: int, deploy: bool, identity: bool = False) -> nn.Module:
+        if deploy:
+            return named(conv_expand=conv(inner, outer, kernel, bias=True))
+        layers = named(conv_expand=conv(inner, 9, kernel), conv_squeeze=conv(9, outer, bias=True))
+        return Residual(layers) if identity else layers
+
+    class Residual(nn.Sequential):
+        def __init__(self, inner: nn.Sequential) -> None:
+            super().__init__(OrderedDict(inner.named_children()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.get_submodule("conv_squeeze")(self.get_submodule("conv_expand")(x)) + x  # type: ignore[no-any-return]
+
+    def network(deploy: bool) -> nn.Module:
+        return named(
+            conv_first=block(3, 6, 5, deploy),
+            residual_block=nn.Sequential(block(6, 6, 3, deploy, identity=True), nn.Tanh()),
+            conv_last=block(6, 4, 5, deploy),
+        )
+
+    check(network(deploy=False), network(deploy=True), "sesr", tmp_path, 3)
 
 
 def test_replknet(tmp_path: Path) -> None:
@@ -267,23 +352,28 @@ class SeqConv3x3(nn.Module):
         return F.conv2d(y, self.scale * self.mask, self.bias, groups=len(self.scale))
 
 
-def test_ecbsr(tmp_path: Path) -> None:
+@pytest.mark.parametrize("identity", [False, True])
+def test_ecbsr(identity: bool, tmp_path: Path) -> None:
     sobel = [[1.0, 0.0, -1.0], [2.0, 0.0, -2.0], [1.0, 0.0, -1.0]]
     laplace = [[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]]
 
-    def network(deploy: bool) -> nn.Module:
-        dense = nn.Conv2d(3, 4, 3, padding=1)
+    def block(inner: int, deploy: bool) -> nn.Module:
+        dense = nn.Conv2d(inner, 4, 3, padding=1)
         if deploy:
-            return named(backbone=nn.Sequential(named(conv3x3=dense)))
+            return named(conv3x3=dense)
         branches: dict[str, Any] = {
-            "conv1x1_3x3": SeqConv3x3(3, 4, 6, None),
-            "conv1x1_sbx": SeqConv3x3(3, 4, 4, sobel),
-            "conv1x1_sby": SeqConv3x3(3, 4, 4, [list(row) for row in zip(*sobel, strict=True)]),
-            "conv1x1_lpl": SeqConv3x3(3, 4, 4, laplace),
+            "conv1x1_3x3": SeqConv3x3(inner, 4, 6, None),
+            "conv1x1_sbx": SeqConv3x3(inner, 4, 4, sobel),
+            "conv1x1_sby": SeqConv3x3(inner, 4, 4, [list(row) for row in zip(*sobel, strict=True)]),
+            "conv1x1_lpl": SeqConv3x3(inner, 4, 4, laplace),
         }
-        return named(backbone=nn.Sequential(Sum(conv3x3=dense, **branches)))
+        return Sum(identity=identity and inner == 4, conv3x3=dense, **branches)
 
-    check(network(deploy=False), network(deploy=True), "ecbsr", tmp_path, 3)
+    def network(deploy: bool) -> nn.Module:
+        return named(backbone=nn.Sequential(block(3, deploy), block(4, deploy)))
+
+    recipe = "ecbsr-identity" if identity else "ecbsr"
+    check(network(deploy=False), network(deploy=True), recipe, tmp_path, 3)
 
 
 def test_the_recipe_that_fits_is_found(tmp_path: Path) -> None:

@@ -113,7 +113,9 @@ def test_a_fused_layer_of_unknown_padding_is_no_layer_without_padding() -> None:
 def test_a_convolution_and_its_batch_norm_are_fused_and_the_edit_says_only_what_changes(layer: nn.Conv2d) -> None:
     saved(layer, nn.BatchNorm2d(layer.out_channels))
     (fusion,) = done("fuse", "net.pt", "0", "1", "-o", "out.pt", "--eps", "1e-5")["fusions"]
-    assert fusion["edits"] == ([] if layer.bias is not None else ["0: add a bias"]) + ["1 = nn.Identity()"]
+    assert fusion["edits"] == ([] if layer.bias is not None else ["0: add a bias"]) + [
+        "1 = nn.Identity()  # but for an activation inside of it, which stays"
+    ]
     assert run("verify", "net.pt", "out.pt")[0] == 0
 
 

@@ -34,6 +34,22 @@ _NETWORKS = (
     *("model.diffusion_model.", "diffusion_model.", "unet.", "transformer.", "text_encoder.", "text_encoder_2."),
     *("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
 )
+# Stable Diffusion's own names of its UNet's blocks, of which every third begins a level; _ for dots.
+_BLOCK = re.compile(r"(?:(input|output)_blocks_([0-9]+)_([0-9]+)|middle_block_([0-9]+))_(.+)")
+_INSIDE = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "emb_layers_1": "time_emb_proj",
+    "skip_connection": "conv_shortcut",
+}
+_AROUND = {
+    "input_blocks_0_0": "conv_in",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "out_2": "conv_out",
+}
 # diffusers' older names: the layers of a processor, which stood beside those that they change.
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out|add_[kqv]_proj)_lora")
 
@@ -91,7 +107,7 @@ def _places(base: Checkpoint) -> dict[str, list[str]]:
         if layer.kind.main and "weight" in layer.tensors:
             bare = unwrap(name).removesuffix(".base_layer")
             keys = {bare, *(bare.removeprefix(network) for network in _NETWORKS)}
-            for key in {key.replace(".", "_") for key in keys}:
+            for key in {_in_one_spelling(key) for key in keys}:
                 found.setdefault(key, []).append(name)
     return found
 
@@ -152,7 +168,28 @@ def _split(name: str) -> tuple[str, str]:
     component, rest = (match[1], match[2]) if match else ("", name)
     if old := _PROCESSOR.fullmatch(rest):
         rest = f"{old[1]}.{old[2]}{'.0' if old[2] == 'to_out' else ''}"
-    return component, rest.replace(".", "_")
+    return component, _in_one_spelling(rest)
+
+
+def _in_one_spelling(name: str) -> str:
+    """Return a layer's name with _ for dots, and as diffusers has it where it is one of Stable Diffusion's own."""
+    flat = name.replace(".", "_")
+    if flat in _AROUND:
+        return _AROUND[flat]
+    match = _BLOCK.fullmatch(flat)
+    if match is None:
+        return flat
+    side, number, inner, middle, rest = match.groups()
+    inside = _INSIDE.get(rest, rest)
+    if middle:
+        return f"mid_block_{'attentions_0' if middle == '1' else f'resnets_{int(middle) // 2}'}_{inside}"
+    level, place = divmod(int(number) - (side == "input"), 3)
+    if rest == "op":
+        return f"down_blocks_{level}_downsamplers_0_conv"
+    if rest == "conv":
+        return f"up_blocks_{level}_upsamplers_0_conv"
+    part = f"{'attentions' if inner == '1' else 'resnets'}_{place}"
+    return f"{'down' if side == 'input' else 'up'}_blocks_{level}_{part}_{inside}"
 
 
 def _may_change(layer: Layer, base: Layer, opened: Checkpoint) -> bool:

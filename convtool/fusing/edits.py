@@ -32,9 +32,12 @@ def module_edits(planned: PlannedLayer) -> list[str]:
             lines += [f"{tensor} = None" for tensor in layer.tensor_names()]
         elif layer.name != name and stays and has_sum(planned.tree):
             silent.append(layer.name)
+        elif layer.name != name and has_sum(planned.tree):  # an identity would add its input to the sum
+            lines.append(f"del {layer.name}")
         elif layer.name != name:
-            # an identity in place of a branch would add its input to the sum
-            lines.append(f"del {layer.name}" if has_sum(planned.tree) else f"{layer.name} = nn.Identity()")
+            # Tensors don't tell whether the module does more: timm's BatchNormAct2d has an activation inside.
+            more = "  # but for an activation inside of it, which stays" if layer.kind.spare else ""
+            lines.append(f"{layer.name} = nn.Identity(){more}")
     if silent:
         lines.append(f"{', '.join(silent)}: nn.Identity(), and zeros from each branch, as convtool.apply has it")
     return lines

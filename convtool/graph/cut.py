@@ -116,7 +116,7 @@ class _Cutter:
             RefusedError: of what is in the code between them, something can't be undone.
         """
         added: list[Tree[LayerRef]] = []
-        for part in parts if self.cheaper else ():
+        for part in parts:
             layer = read_layer(part.name) if isinstance(part, LayerRef) and part.written else None
             if layer is not None and layer.kind.code == "model":
                 if layer.kind.undone_by(layer.fields) is None:

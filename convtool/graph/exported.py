@@ -69,7 +69,6 @@ def plan_exported(opened: Checkpoint, *, fixed_size: bool = False, everything: b
         )
     flow = read_exported(opened, opened.program)
     judge = Judge(flow, partial(_is_biased, opened))
-    judge.flow = flow = replace(flow, apart={**judge.resized(), **flow.apart})
     merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=not everything)
     stated = {layer.name: {**layer.fields, **opened.stated.get(layer.name, {})} for _, layer in flow.calls()}
     others = (layer for layer in opened.layers.values() if layer.name not in stated)

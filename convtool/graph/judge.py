@@ -106,6 +106,7 @@ class Judge:
     def __init__(self, flow: Flow, is_biased: Callable[[str], bool], watch: Stopwatch | None = None) -> None:
         self.flow, self.is_biased, self.watch = flow, is_biased, watch
         self.calls = {layer.name: (step, layer) for step, layer in flow.calls()}
+        self.resized = {layer.name for step, layer in flow.calls() if self._is_resized(step, layer)}
 
     def layer(self, name: str) -> Layer:
         """Return the layer of a name, or what is written in a layer's place."""
@@ -121,6 +122,9 @@ class Judge:
         main = next((layer for layer in layers if layer.kind.main), None)
         if main is None:
             raise RefusedError("there is no convolution or linear layer among them that could take the others in")
+        told = next((layer.name for layer in layers if layer.name in self.resized), "")
+        if told and not all(layer.kind.per_channel for layer in layers if layer.name != told):
+            raise RefusedError(f"{told}: the model's code gives it an output size of its own")
         # What only scales and shifts channels may stand where feature maps are of another size or shape.
         ours = [layer for layer in layers if layer.tensors]
         sized = next((layer for layer in ours if not layer.kind.per_channel), ours[0])
@@ -165,14 +169,10 @@ class Judge:
         parameters = sum(cost.parameters for cost in dict(costs).values())
         return Cost(parameters, sum(cost.multiply_adds for _, cost in costs))
 
-    def resized(self) -> dict[str, str]:
-        """Return the layers whose output isn't of the size that their geometry says: transposed ones told another."""
-        told = {}
-        for step, layer in self.flow.calls():
-            conv = self._conv(step, layer)
-            if conv is not None and layer.axes() and step.shape[2:] != conv.output_size(self._input(step)[1]):
-                told[layer.name] = "the model's code gives it an output size of its own"
-        return told
+    def _is_resized(self, step: Step, layer: Layer) -> bool:
+        """Return whether a layer's output isn't of the size that its geometry says: a transposed one told another."""
+        conv = self._conv(step, layer) if layer.fields.get("transposed") else None
+        return conv is not None and step.shape[2:] != conv.output_size(self._input(step)[1])
 
     def _conv(self, step: Step, layer: Layer) -> Conv | None:
         """Return a layer of the run; None where only its own code knows of what its weight is made."""

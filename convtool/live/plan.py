@@ -62,8 +62,8 @@ def plan(
         raise UsageError("plan: expected either an input size or inputs")
     arguments = (example_input(model, input_size),) if input_size is not None else tuple(inputs or ())
     flow, recorded = trace(model, arguments)
+    flow = replace(flow, apart={**flow.apart, **(barred or {})})
     judge = Judge(flow, is_biased or partial(_is_biased, StateCheckpoint.of(model)), _watch(model) if measure else None)
-    flow = replace(flow, apart={**judge.resized(), **flow.apart, **(barred or {})})
     cheaper, refused = measure or not everything, dict[Tree[LayerRef], str]()
     while True:  # what the model's code can't do without is cut again, as parts of it may be one layer
         merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=cheaper, refused=refused)

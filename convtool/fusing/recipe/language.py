@@ -28,7 +28,9 @@ A rule with `where = [PATTERN, ...]` is for those values of its variables for wh
 with `unless` for those for which none does. A rule with `optional = true` may fit nothing. One with `in_order = true`
 refuses layers that stand in the checkpoint in another order than in its chain, where the file keeps the model's order.
 The fusions of one with `input_size = [C, H, W]` have to be exact for inputs of that size only.
-One with `rest = true` is for what the rules before it have left.
+One with `rest = true` is for what the rules before it have left, and one with `same_shape = true` for those values of
+its variables for which its first layer gives as many channels as it takes, at stride 1: where blocks have a branch
+without tensors, such as an identity.
 
 In [geometry], a layer's pattern may hold variables too, which stand for a part of a component, and its fields use them:
 "*.dil_conv_k{k}_{d}" = { dilation = "{d}" }.
@@ -66,14 +68,8 @@ ALPHA = "alpha"
 DEEPEST = 32  # lists and tables inside of each other
 MOST_LAYERS = 1000  # of one fusion
 _TREES: Mapping[str, type[Chain[Pattern] | Sum[Pattern]]] = {"chain": Chain, "sum": Sum, "stack": Stack}
-_ABOUT = (
-    "rest",
-    "optional",
-    "where",
-    "unless",
-    "input_size",
-    "in_order",
-)  # what a rule says besides its layers
+_FLAGS = ("optional", "in_order", "rest", "same_shape")
+_ABOUT = ("where", "unless", "input_size", *_FLAGS)  # what a rule says besides its layers
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +85,7 @@ class Rule:
         input_size: (C, *sizes) for which it has to be exact, or None for every size.
         in_order: whether the checkpoint has to have the layers in this order.
         rest: whether it passes over layers that rules before it have taken.
+        same_shape: whether its first layer has to give as many channels as it takes, at stride 1.
     """
 
     name: str
@@ -99,6 +96,7 @@ class Rule:
     input_size: tuple[int, ...] | None = None
     in_order: bool = False
     rest: bool = False
+    same_shape: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,21 +166,20 @@ def _parse_rule(table: object, where: str) -> Rule:
             f"{where}: unknown key {shortened(sorted(unknown)[0])!r}; expected name, chain, sum or stack, scale, alpha,"
             f" {', '.join(_ABOUT)}"
         )
-    name, optional = table.get("name"), table.get("optional", False)
+    name, flags = table.get("name"), {key: table.get(key, False) for key in _FLAGS}
     if not isinstance(name, str) or not name:
         raise UsageError(f"{where}: expected name = the fused layer's name")
     check_text(name, f"{where}: name")
     if "*" in name:
         raise UsageError(f"{where}: name: {shortened(name)}: * stands for several; expected a name for one layer")
-    in_order, rest = table.get("in_order", False), table.get("rest", False)
-    for key, value in (("optional", optional), ("in_order", in_order), ("rest", rest)):
+    for key, value in flags.items():
         if not isinstance(value, bool):
             raise UsageError(f"{where}: {key}: expected true or false")
     body = {key: value for key, value in table.items() if key != "name" and key not in _ABOUT}
     tree = _parse_part(body, where)
     where_fits, unless_fits = (_parse_patterns(table.get(key, []), f"{where}: {key}") for key in ("where", "unless"))
     size = _parse_input_size(table.get("input_size"), where)
-    rule = Rule(name, tree, optional, where_fits, unless_fits, size, in_order, rest)
+    rule = Rule(name, tree, where=where_fits, unless=unless_fits, input_size=size, **flags)
     _check_variables(rule, where)
     return rule
 

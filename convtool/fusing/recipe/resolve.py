@@ -105,12 +105,29 @@ class _Resolution:
             if any(self._fits(pattern, binding) for pattern in self.rule.unless):
                 continue
             tree = self._tree(self.rule.tree, binding)
-            if tree is not None:
+            if tree is not None and (not self.rule.same_shape or self._keeps_shape(tree)):
                 if self.rule.in_order and self.known.ordered:
                     self._check_order(tree)
                 near = (ref.name for ref in leaves(tree) if ref.source == BASE and not ref.written)
                 name = self.names[BASE].write(filled(self.rule.name, binding), near)
                 yield PlannedFusion(name, tree, self.rule.input_size)
+
+    def _keeps_shape(self, tree: Ref) -> bool:
+        """Return whether a tree's first layer gives as many channels as it takes, at stride 1."""
+        ref = next(ref for ref in leaves(tree) if not ref.written)
+        layer, fields = self.known.layers[ref.source][ref.name], self.known.fields(ref.name)
+        takes, gives = layer.kind.takes(layer.shapes, fields, None), layer.kind.gives(layer.shapes, fields, None)
+        return takes == gives and set(self._stride(ref.name, ref.name)) == {1}
+
+    def _stride(self, layer: str, whose: str) -> tuple[int, ...]:
+        """Return a layer's stride; UsageError, that it is needed for `whose`, where nobody states it."""
+        stride = self.known.fields(layer).get("stride")
+        if stride is None:
+            raise UsageError(
+                f"{self.origin}: not stated, and needed: for {shortened(whose)}, stride of {layer}. To state it,"
+                f" with torch's value here: --set {layer}.stride=1"
+            )
+        return (stride,) if isinstance(stride, int) else tuple(stride)
 
     def _check_order(self, tree: Ref) -> None:
         places = self.places
@@ -281,13 +298,7 @@ class _Resolution:
             if layer is None or not (axes := self.known.layers[BASE][layer].axes()):
                 raise UsageError(f"{self.origin}: {shortened(text)}: there is no convolution {shortened(name)}")
             if question == "stride":
-                stride = self.known.fields(layer).get("stride")
-                if stride is None:
-                    raise UsageError(
-                        f"{self.origin}: not stated, and needed: for {shortened(text)}, stride of {layer}. To state it,"
-                        f" with torch's value here: --set {layer}.stride=1"
-                    )
-                return str(stride) if isinstance(stride, int) else format_sizes(stride)
+                return format_sizes(self._stride(layer, text))
             kernel = self.known.layers[BASE][layer].shapes["weight"][-axes:]
             return format_sizes(kernel if question == "kernel" else (k // 2 for k in kernel))
 

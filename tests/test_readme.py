@@ -38,6 +38,13 @@ def commands_table() -> str:
     return "\n".join(["| command | |", "| --- | --- |", *lines])
 
 
+def pages_table() -> str:
+    """Every page of the manual with its title."""
+    titles = {name: path.read_text().partition("\n")[0] for name, path in PAGES.items() if path != README}
+    rows = [f"| [{name}](convtool/manual/{name}.md) | {title.removeprefix('# ')} |" for name, title in titles.items()]
+    return "\n".join(["| page | about |", "| --- | --- |", *rows])
+
+
 def every_help() -> str:
     """The help of every command, as a window of 100 columns shows it."""
     command = typer.main.get_command(application(COMMANDS))
@@ -62,6 +69,7 @@ def pipeline_files() -> str:
 
 GENERATED = {
     "commands": commands_table,
+    "pages": pages_table,
     "help": every_help,
     "exit codes": exit_codes_table,
     "pipeline": pipeline_files,

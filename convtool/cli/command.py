@@ -91,8 +91,8 @@ class _Speech:
     """How every command speaks."""
 
     as_json: bool = flag("Print one JSON document on stdout, also on failure.", "--json")
-    quiet: bool = flag("No remarks on stderr. Results and what they rest on are printed all the same.", "-q")
-    color: Colour | None = option("WHEN", "A verdict in green or red: auto (on a terminal), always or never.")
+    quiet: bool = flag("Print no remarks on stderr. Results and assumptions are still printed.", "-q")
+    color: Colour | None = option("WHEN", "Whether a verdict is green or red: auto (on a terminal), always or never.")
 
 
 @cache
@@ -167,9 +167,10 @@ class Subcommand(TyperCommand):
         if missing:
             *others, last = map(_form, sorted(missing, key=lambda param: param.param_type_name))
             ctx.fail(f"expected {', '.join(others)} and {last}" if others else f"expected {last}: {missing[0].help}")
-        if rest and not ctx.resilient_parsing:
-            ctx.fail(f"expected no more arguments, got {' '.join(rest)}")
-        self._check_order(ctx, declared)
+        if not ctx.resilient_parsing:
+            if rest:
+                ctx.fail(f"expected no more arguments, got {' '.join(rest)}")
+            self._check_order(ctx, declared)
         ctx.args = rest
         return rest
 
@@ -186,7 +187,7 @@ class Subcommand(TyperCommand):
 
     def get_help(self, ctx: typer.Context) -> str:  # type: ignore[override]
         sections = [("Arguments", argument_rows(self.params)), ("Options", option_rows(self.get_params(ctx)))]
-        return page(f"{ctx.command_path} {self.options_metavar}", self.help or "", sections, self.epilog or "")
+        return page(self, ctx, sections)
 
 
 class Group(TyperGroup):
@@ -208,7 +209,7 @@ class Group(TyperGroup):
         commands = [(name, summary(command.help)) for name, command in self.commands.items()]
         codes = [(str(code), meaning) for code, meaning in exit_codes.MEANINGS.items()]
         sections = [("Commands", commands), ("Options", option_rows(self.get_params(ctx))), ("Exit codes", codes)]
-        return page(f"{ctx.command_path} {self.options_metavar}", self.help or "", sections, self.epilog or "")
+        return page(self, ctx, sections)
 
 
 def _form(param: Any) -> str:

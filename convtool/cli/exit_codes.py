@@ -36,10 +36,10 @@ BY_ERROR: dict[type[ConvtoolError], str] = {
 
 MEANINGS = {
     OK: "done; verify: equivalent",
-    NOT_EQUIVALENT: "verify: not equivalent, and nothing else ever exits 1",
+    NOT_EQUIVALENT: "verify: not equivalent; no other command exits with 1",
     USAGE: "usage: unknown option, layer or value",
     3: "input missing, corrupt, changed while it was read, unsupported, not finite, or more than memory allows",
-    4: "refused: it would not be exact, or the pickle holds code",
+    4: "refused: not exact, not complete, against the model's own run, or more than the dtype can hold",
     5: "output exists without --force, or could not be written",
     INTERNAL: "a bug in convtool, with how to report it",
     HUNG_UP: "ended by SIGHUP, as when a connection drops; nothing half-written left behind",

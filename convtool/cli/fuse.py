@@ -56,11 +56,11 @@ class Wanted:
     name: str | None = option("NAME", "What the fused layer is called; the first layer's name by default.")
     recipe: str | None = option(
         "NAME|FILE|auto",
-        "Fuse by a recipe instead of LAYERs; - for one on stdin, auto for the one that fits.",
+        "Fuse by a recipe instead of LAYERs; auto takes the one that fits, - reads one from stdin.",
         completion=complete.recipes,
     )
     strength: list[str] | None = option(
-        "X|NAME=X", "How much of the adapters is added, of all or of one --with; below 0 takes them out; repeatable."
+        "X|NAME=X", "How much of the adapters to add, of all or of one --with. Below 0 takes them out. Repeatable."
     )
     leave: list[str] | None = option("PATTERN", "Modules of --with files to leave out, such as 'lora_te*'; repeatable.")
     normalize: tuple[str, str] | None = option(
@@ -143,22 +143,24 @@ class Wanted:
 class Options:
     """What to fuse, of which checkpoint, and where to write it."""
 
-    checkpoint: Path | None = argument("CKPT", "A .safetensors or torch (.pt, .pth, .bin) file.")
+    checkpoint: Path | None = shared.checkpoint(required=False)
     wanted: Wanted = field(default_factory=Wanted)
-    out: Path | None = option("OUT", "The new checkpoint.", "--out", "-o")
+    out: Path | None = option(
+        "OUT", "The new checkpoint: a file; or for several a folder that exists, or an index.", "--out", "-o"
+    )
     dtype: Any = option(
         "DTYPE",
-        "Of the fused layers alone, such as float32 or bf16; the rest stays as it is (convert --dtype has it all).",
+        "dtype of the fused layers, such as float32 or bf16. Other tensors keep theirs; convert --dtype changes all.",
         completion=complete.one_of(*DTYPES),
         parse=parse_dtype,
     )
     sources: shared.Sources = field(default_factory=shared.Sources)
     others: list[str] | None = shared.others()
-    list_recipes: bool = flag("List the recipes that ship with it.")
+    list_recipes: bool = flag("List the recipes that ship with convtool.")
     tensors_only: bool = shared.tensors_only()
-    no_verify: bool = flag("Write what was fused without running it against its layers first.")
-    loader: Path | None = option("FILE.py", "Write plain torch code that makes the edits in a model, and loads OUT.")
-    details: bool = flag("Of several fusions, print all that there is to say of each.")
+    no_verify: bool = flag("Write without the proof.")
+    loader: Path | None = option("FILE.py", "Write plain torch code that makes the edits in a model and loads OUT.")
+    details: bool = flag("Print everything about each of several fusions, not one line.")
     writing: shared.Writing = field(default_factory=shared.Writing)
 
     def check(self) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 from convtool.cli.output import bold, stdout_styled, window_columns
 
 WIDEST = 100  # longer lines are hard to read
-TERM_COLUMN = 28  # where explanations begin
-NARROW = 64  # below this many columns an explanation stands under its term,
-SHORT = 14  # unless the terms take no more than this
+WIDEST_TERM = 24  # that an explanation stands beside, and not under;
+NARROW = 64  # in a window of fewer columns than this,
+SHORT = 10  # a term of no more than this
 
 # A word of a shell's line, or an option with its value.
 _WORD = r"""(?:[^\s'"]|'[^']*'|"[^"]*")+"""
@@ -28,43 +28,26 @@ def summary(text: str | None) -> str:
     return " ".join(inspect.cleandoc(text or "").split("\n\n")[0].split())
 
 
-def page(usage: str, text: str, sections: Iterable[tuple[str, Rows]], examples: str) -> str:
-    """A page of help for the window.
+def page(command: Any, ctx: Any, sections: Iterable[tuple[str, Rows]]) -> str:
+    """A page of help for the window: usage, the command's docstring, sections that aren't empty, and its examples.
 
     Args:
-        usage: the command line in general.
-        text: the command's docstring.
-        sections: titles with their terms and explanations; empty ones are left out.
-        examples: lines of shell, and comments.
+        command, ctx: as typer has them.
+        sections: titles with their terms and explanations.
     """
-    width = min(window_columns(), WIDEST) - 1
-    styled = stdout_styled()
-    blocks = [bold("Usage:", styled) + _folded(usage, width, " " * 7, " " * 9)[6:]]
-    blocks += [textwrap.fill(" ".join(part.split()), width) for part in inspect.cleandoc(text).split("\n\n")]
-    blocks += [f"{bold(f'{title}:', styled)}\n{_definitions(rows, width)}" for title, rows in sections if rows]
-    if examples:
-        lines = "\n".join(_example(line, width) for line in examples.strip().splitlines() if line)
-        blocks.append(f"{bold('Examples:', styled)}\n{lines}")
-    return "\n\n".join(blocks)
-
-
-def _definitions(rows: Rows, width: int) -> str:
-    """Terms with their explanations beside them, or under them where the window is narrow."""
-    lines = []
-    column = min(TERM_COLUMN, max(len(term) for term, _ in rows) + 4)
-    for term, text in rows:
-        if width < NARROW and column > SHORT:
-            lines += [f"  {term}", textwrap.fill(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)]
-        elif len(term) + 4 > column:
-            lines += [
-                f"  {term}",
-                textwrap.fill(text, width, initial_indent=" " * column, subsequent_indent=" " * column),
-            ]
-        else:
-            lines.append(
-                textwrap.fill(text, width, initial_indent=f"  {term}".ljust(column), subsequent_indent=" " * column)
-            )
-    return "\n".join(lines)
+    formatter, width, styled = ctx.make_formatter(), min(window_columns(), WIDEST) - 1, stdout_styled()
+    formatter.width = width
+    usage = _folded(f"{ctx.command_path} {command.options_metavar}", width, " " * 7, " " * 9)
+    formatter.write(f"{bold('Usage:', styled)}{usage[6:]}\n\n")
+    formatter.write_text(inspect.cleandoc(command.help))
+    for title, rows in sections:
+        if rows:
+            under = width < NARROW and max(len(term) for term, _ in rows) > SHORT
+            with formatter.section(bold(title, styled)):
+                formatter.write_dl(rows, 2 if under else WIDEST_TERM)
+    with formatter.section(bold("Examples", styled)):
+        formatter.write("\n".join(_example(line, width) for line in command.epilog.strip().splitlines() if line))
+    return str(formatter.getvalue()).rstrip("\n")
 
 
 def _example(line: str, width: int) -> str:

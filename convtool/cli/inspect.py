@@ -221,8 +221,11 @@ def show(result: Result, reporter: Reporter) -> None:
 
 def _show_layers(result: Result, reporter: Reporter) -> None:
     """Print a line for each layer, and what convtool did to it."""
-    columns = ("layer", "kind", "weight", "dtype", "size", "geometry")
-    table(columns, [_row(one) for one in result.layers], right=("size",))
+    rows: list[tuple[str, ...]] = []
+    for layer in result.layers:
+        bias = " + bias" if layer.bias and _kind(layer).main else ""
+        rows.append((*_head(layer, bias), layer.dtype, human_bytes(layer.bytes)))
+    _show_table(("layer", "kind", "weight", "dtype", "size"), rows, result.layers, reporter)
     said = (text.partition(": ") for layer in result.layers for text in layer.rests_on)
     for text in grouped((name, what) for name, _, what in said):
         reporter.line(f"assumed when the fused layers were made: {text}")
@@ -232,21 +235,28 @@ def _show_layers(result: Result, reporter: Reporter) -> None:
             reporter.remark(f"{fusion.name} was fused by convtool from {tree_text(fusion.sources)}")
 
 
-def _row(layer: Layer) -> tuple[str, ...]:
-    bias = " + bias" if layer.bias and _kind(layer).main else ""
-    return (*_head(layer, bias), layer.dtype, human_bytes(layer.bytes), _fields_text(layer))
-
-
 def _show_runs(result: Result, reporter: Reporter) -> None:
     """Print a line for each run of a layer, in place of its tensors' sizes."""
     rows: list[tuple[str, ...]] = []
+    layers: list[Layer] = []
     for layer in result.layers:
         seen = [(_shape(one.input_size), _shape(one.output_size), str(one.multiply_adds)) for one in layer.runs or ()]
-        rows += [(*_head(layer), *one, _fields_text(layer)) for one in seen or [("-", "-", "-")]]
-    columns = ("layer", "kind", "weight", "input", "output", "multiply-adds", "geometry")
-    table(columns, rows, right=("multiply-adds",))
+        rows += [(*_head(layer), *one) for one in seen or [("-", "-", "-")]]
+        layers += [layer] * max(1, len(seen))
+    _show_table(("layer", "kind", "weight", "input", "output", "multiply-adds"), rows, layers, reporter)
     total = sum(one.multiply_adds for layer in result.layers for one in layer.runs or ())
     reporter.line(f"{total} multiply-adds for one input")
+
+
+def _show_table(
+    columns: tuple[str, ...], rows: list[tuple[str, ...]], layers: Sequence[Layer], reporter: Reporter
+) -> None:
+    """Print rows with the geometry of each one's layer; who says so once, where it is the same for all."""
+    origins = {origin for layer in layers for origin in (layer.origins or {}).values()}
+    cells = [(*row, _fields_text(layer, len(origins) > 1)) for row, layer in zip(rows, layers, strict=True)]
+    table((*columns, "geometry"), cells, right=("size", "multiply-adds"))
+    if len(origins) == 1:
+        reporter.line(f"geometry by {origins.pop()}")
 
 
 def _kind(layer: Layer) -> Kind:
@@ -261,9 +271,10 @@ def _shape(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape)) or "scalar"
 
 
-def _fields_text(layer: Layer) -> str:
+def _fields_text(layer: Layer, with_origins: bool) -> str:
     """Return what is known of a layer's fields, and who says so."""
-    if not _kind(layer).settable:
+    kind = _kind(layer)
+    if not kind.settable:
         return ""
     if not layer.geometry:
         return f"not in the file (a {layer.module})" if layer.module else "not in the file"
@@ -271,8 +282,8 @@ def _fields_text(layer: Layer) -> str:
     for name, value in layer.geometry.items():
         if _worth_saying(name, value):
             assumed = " (assumed)" if name in layer.assumed else ""
-            by_origin.setdefault((layer.origins or {})[name], []).append(f"{name} {_value(value)}{assumed}")
-    return "; ".join(f"{', '.join(said)}, by {origin}" for origin, said in by_origin.items())
+            by_origin.setdefault((layer.origins or {})[name], []).append(kind.say(name, value) + assumed)
+    return "; ".join(", ".join(said) + f", by {by}" * with_origins for by, said in by_origin.items())
 
 
 def _worth_saying(name: str, value: Any) -> bool:
@@ -283,13 +294,6 @@ def _worth_saying(name: str, value: Any) -> bool:
         or (name == "groups" and value == 1)
         or (name == "dilation" and all(d == 1 for d in value))
     )
-
-
-def _value(value: Any) -> str:
-    if not isinstance(value, list):
-        return f"{value:g}" if isinstance(value, float) else str(value)
-    entries = [str(v) if not isinstance(v, list) else str(v[0]) if v[0] == v[1] else f"{v[0]}:{v[1]}" for v in value]
-    return entries[0] if len(set(entries)) == 1 else ",".join(entries)
 
 
 COMMAND = Command("CKPT [PATTERN...]", EXAMPLES, Options, run, show)

@@ -13,6 +13,8 @@ from convtool.cli.options import Size, argument, flag, option
 from convtool.cli.output import Reporter
 from convtool.core.geometry import PADDING_MODES
 from convtool.errors import UsageError
+from convtool.kinds import kind_named
+from convtool.kinds.kind import UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -50,11 +52,13 @@ class LayerOptions:
     layer: str = argument("LAYER", "Module path of the layer.", complete.layers, required=True)
     input_size: Size | None = shared.input_size()
     stride: Any = _field_option("N[,N]", "Stride of LAYER.")
-    padding: Any = _field_option("P", "1, or 1,2, or before:after (0:1,2:2), or same, or half.")
+    padding: Any = _field_option("P", "Padding of LAYER: 1; or 1,2; or before:after, as 0:1,2:2; or same, or half.")
     dilation: Any = _field_option("N[,N]", "Dilation of LAYER.")
     groups: Any = _field_option("N", "Groups of LAYER.")
     padding_mode: Any = _field_option(
-        "MODE", "zeros, circular, replicate, reflect or symmetric.", completion=complete.one_of(*PADDING_MODES)
+        "MODE",
+        "Of LAYER: zeros, circular, replicate, reflect or symmetric.",
+        completion=complete.one_of(*PADDING_MODES),
     )
     transposed: bool = flag("LAYER is a ConvTranspose.")
     output_padding: Any = _field_option("N[,N]", "Of a transposed LAYER.")
@@ -96,28 +100,13 @@ class OfLayer:
 
     @property
     def fields_text(self) -> str:
-        """'stride 2, padding 3, dilation 1 (default)'; '' of a layer without fields."""
-        from convtool.kinds.stated import field_text
-
-        marks = dict.fromkeys(self.unstated, " (default)")
-        return ", ".join(f"{name} {field_text(value)}{marks.get(name, '')}" for name, value in self.fields.items())
-
-
-@dataclass(frozen=True, slots=True)
-class LayerAtSize:
-    """A layer, lowered, and the size of its input.
-
-    Attributes:
-        source: the checkpoint.
-        spatial: spatial sizes of its input; None where none were given and none are needed.
-        assumed: what was assumed of it, in words.
-    """
-
-    source: Path
-    of: OfLayer
-    conv: Conv
-    spatial: tuple[int, ...] | None
-    assumed: tuple[str, ...]
+        """'stride 2, padding 3; by default: dilation 1'; '' of a layer without fields."""
+        kind = kind_named(self.kind) or UNKNOWN
+        idle = () if self.fields.get("transposed") else ("output_padding",)
+        said = {name: kind.say(name, value) for name, value in self.fields.items() if name not in idle}
+        stated = ", ".join(text for name, text in said.items() if name not in self.unstated)
+        default = ", ".join(text for name, text in said.items() if name in self.unstated)
+        return "; by default: ".join(text for text in (stated, default) if text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +119,7 @@ class LayersAtSize:
         chain: all layers, first to last; none where there is one.
         tree: the layers.
         dtype: that they are stored in.
-        spatial: spatial sizes of the input.
+        spatial: spatial sizes of the input; () where none were given and none are needed.
         assumed: what was assumed of them, in words.
     """
 
@@ -181,8 +170,7 @@ def find_layers(
     from convtool.fusing.settle import settle_alone
 
     if not more:
-        one = find_layer(wanted, given, reporter)
-        return LayersAtSize(one.source, one.of, (), one.conv, one.conv.dtype, one.spatial or (), one.assumed)
+        return find_layer(wanted, given, reporter)[0]
     for name in wanted.fields:
         option = f"--{name.replace('_', '-')}"
         raise UsageError(f"{option}: is for one layer; of one of several, --set {wanted.layer}.{name}=... says it")
@@ -215,8 +203,8 @@ def _of_layer(leaf: LoweredLayer, name: str, spatial: Sequence[int] | None) -> O
 
 def find_layer(
     wanted: LayerOptions, given: shared.Sources, reporter: Reporter, *, needs_size: bool = True
-) -> LayerAtSize:
-    """Return the layer that is wanted; what was assumed of it is remarked.
+) -> tuple[LayersAtSize, Conv]:
+    """Return the layer that is wanted, and its convolution; what was assumed of it is remarked.
 
     Args:
         needs_size: whether there has to be an --input-size (where the layer has spatial axes).
@@ -248,7 +236,8 @@ def find_layer(
     unsized = size is None and conv.spatial_axes
     spatial = None if unsized else split_input_size(size or (), conv.in_channels, conv.spatial_axes)
     rests_on = () if defined else tuple(f"{name}: {what}" for name, what in lowered.assumptions())
-    return LayerAtSize(wanted.checkpoint, _of_layer(lowered, found.name, spatial), conv, spatial, rests_on)
+    of = _of_layer(lowered, found.name, spatial)
+    return LayersAtSize(wanted.checkpoint, of, (), conv, conv.dtype, spatial or (), rests_on), conv
 
 
 def _defined(leaf: LoweredLayer, opened: Checkpoint, sources: FieldSources) -> frozenset[str]:

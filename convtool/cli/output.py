@@ -17,12 +17,12 @@ from convtool.cli.document import Error, Failure, to_json, whole_document
 from convtool.errors import OutputError, human_bytes
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, ProgressColumn
+    from rich.progress import Progress, ProgressColumn, TaskID
 
 PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
 GAP = 2  # blanks between two columns of a table
 NARROW = 64  # columns that a bar with all that it tells takes; below, it is percent and time
-NARROWEST = 16  # columns that the last one of a table may be folded to
+NARROWEST = 24  # columns that the last one of a table may be folded to
 
 Advance: TypeAlias = Callable[[float], None]
 Unit: TypeAlias = Literal["bytes", "share"]
@@ -95,46 +95,31 @@ class Reporter:
         if self.quiet or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
             yield lambda count: None
             return
-        bar = _Bar(printable(what), total, unit)
+        done = 0.0
+        shown: list[tuple[Progress, TaskID]] = []
+
+        def show() -> None:
+            bar = _progress(unit, known=bool(total))
+            shown.append((bar, bar.add_task(printable(what), total=total or None)))
+            advance(0)
+            bar.start()
+
+        def advance(count: float) -> None:
+            nonlocal done
+            done += count
+            for bar, task in shown:
+                bar.update(task, completed=done)
+
+        waiting = threading.Timer(PATIENCE, show)  # whatever the work does meanwhile
+        waiting.daemon = True
+        waiting.start()
         try:
-            yield bar.advance
+            yield advance
         finally:
-            bar.stop()
-
-
-class _Bar:
-    """Appears on stderr when the work turns out to be long, and vanishes when it stops."""
-
-    def __init__(self, what: str, total: float | None, unit: Unit) -> None:
-        self._what, self._total = what, total or None
-        self._unit: Unit | None = unit
-        self._done = 0.0
-        self._shown: Progress | None = None
-        self._changing = threading.Lock()
-        self._waiting = threading.Timer(PATIENCE, self._show)  # whatever the work does meanwhile
-        self._waiting.daemon = True
-        self._waiting.start()
-
-    def advance(self, count: float) -> None:
-        with self._changing:
-            self._done += count
-            if self._shown is not None:
-                self._shown.update(self._shown.task_ids[0], completed=self._done)
-
-    def stop(self) -> None:
-        self._waiting.cancel()
-        with self._changing:
-            if self._shown is not None:
-                self._shown.stop()
-            self._unit = None
-
-    def _show(self) -> None:
-        with self._changing:
-            if self._unit is not None:
-                self._shown = _progress(self._unit, known=self._total is not None)
-                task = self._shown.add_task(self._what, total=self._total)
-                self._shown.update(task, completed=self._done)
-                self._shown.start()
+            waiting.cancel()
+            waiting.join()  # a bar that is just appearing is stopped as well
+            for bar, _ in shown:
+                bar.stop()
 
 
 def _progress(unit: Unit, *, known: bool) -> Progress:
@@ -222,41 +207,22 @@ def table(
         return
     cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    if not sys.stdout.isatty():
-        for row in cells:
-            padded = (
-                cell.rjust(width) if name in right else cell.ljust(width)
-                for cell, width, name in zip(row, widths, columns, strict=True)
-            )
-            emit((" " * GAP).join(padded).rstrip())
-        return
-    styled, window = stdout_styled(), window_columns()
-    left = window - 1 - sum(widths[:-1]) - GAP * (len(widths) - 1)
+    left = window_columns() - 1 - sum(widths[:-1]) - GAP * (len(widths) - 1) if sys.stdout.isatty() else widths[-1]
     if left < min(NARROWEST, widths[-1]):
         for name, *others in cells[1:]:
-            emit(bold(name, styled))
-            emit(_wrapped("; ".join(f"{c} {v}" for c, v in zip(columns[1:], others, strict=True) if v), window))
+            emit(bold(_folded(name, window_columns(), "  "), stdout_styled()))
+            said = "; ".join(f"{column} {cell}" for column, cell in zip(columns[1:], others, strict=True) if cell)
+            emit(_folded(f"  {said}", window_columns() - 1, "    "))
         return
-    emit(_rich_table(cells, right, styled, window - 1))
-
-
-def _rich_table(cells: Sequence[Sequence[str]], right: Sequence[str], styled: bool, width: int) -> str:
-    """The table for a terminal, its last column folded where it has to be."""
-    import io
-
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    made = Table(box=None, pad_edge=False, padding=(0, GAP, 0, 0), header_style="bold" if styled else "")
-    for number, name in enumerate(cells[0]):
-        last = number == len(cells[0]) - 1
-        made.add_column(Text(name), justify="right" if name in right else "left", no_wrap=not last, overflow="fold")
-    for row in cells[1:]:
-        made.add_row(*map(Text, row))
-    console = Console(file=io.StringIO(), width=width, force_terminal=styled, no_color=True, highlight=False)
-    console.print(made)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+    for number, row in enumerate(cells):
+        aligned = [
+            cell.rjust(width) if name in right else cell.ljust(width)
+            for cell, width, name in zip(row, widths, columns, strict=True)
+        ]
+        before = "".join(cell + " " * GAP for cell in aligned[:-1])
+        for line in textwrap.wrap(aligned[-1].rstrip(), left, break_on_hyphens=False) or [""]:
+            emit(bold(f"{before}{line}".rstrip(), stdout_styled() and number == 0))
+            before = " " * len(before)
 
 
 def markdown(text: str) -> None:
@@ -276,16 +242,13 @@ def markdown(text: str) -> None:
 
 def _fitting(line: str, stream: TextIO) -> str:
     """The line, on a terminal folded between words instead of anywhere."""
-    if not stream.isatty():
-        return line
-    indent = " " * (len(line) - len(line.lstrip()) + 2)
-    return textwrap.fill(
-        line, window_columns(), subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-    )
+    return _folded(line, window_columns(), " " * (len(line) - len(line.lstrip()) + 2)) if stream.isatty() else line
 
 
-def _wrapped(text: str, window: int) -> str:
-    return textwrap.fill(text, max(window - 1, 20), initial_indent="  ", subsequent_indent="    ")
+def _folded(text: str, width: int, indent: str) -> str:
+    """The text in lines of a width, between words, all but the first indented."""
+    how = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.fill(text, max(width, 20), subsequent_indent=indent, **how)  # type: ignore[arg-type]
 
 
 def window_columns() -> int:

@@ -37,8 +37,8 @@ class Options:
     checkpoint: Path | None = argument("[CKPT]", "The model's checkpoint, whose names and biases then count.")
     model: str | None = option(
         "CODE",
-        "The model's code: pkg.mod:callable, file.py:callable, or a Hugging Face folder. This runs that code,"
-        " your own, and nothing else in convtool does. A .pt2 file needs none.",
+        "The model's code: pkg.mod:callable, file.py:callable, or a Hugging Face folder. This runs your code. A .pt2"
+        " file needs none.",
     )
     model_args: str | None = shared.model_args()
     model_input: list[str] | None = shared.model_input()

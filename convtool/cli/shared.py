@@ -24,7 +24,7 @@ AUTO = "auto"  # as --recipe
 checkpoint = partial(
     argument,
     "CKPT",
-    "A file of .safetensors or torch (.pt, .pth, .bin, .pt2); or an index or folder (`convtool manual checkpoints`).",
+    "A .safetensors or torch (.pt, .pth, .bin, .pt2) file; or an index or a folder (`convtool manual checkpoints`).",
     required=True,
 )
 root = partial(option, "KEYS", "In a nested torch file, the dotted keys of the state dict.")
@@ -35,8 +35,8 @@ input_size = partial(
 model_input = partial(
     option,
     "C,H,W|CODE",
-    "With --model: the size of its input, channels in front, without the batch; once for each of several. Or"
-    " pkg.mod:callable or file.py:callable, which returns the arguments.",
+    "Size of the model's input, channels first, without the batch; repeat it for several inputs. Or code that returns"
+    " them: pkg.mod:callable or file.py:callable.",
 )
 others = partial(
     option, "NAME=FILE", "Another checkpoint, whose layers are then called NAME:LAYER. Repeatable.", "--with"
@@ -50,12 +50,10 @@ dtype = partial(
 )
 fixed_size = partial(flag, "Also fuse what is exact for inputs of --model-input's size only.")
 everything = partial(
-    flag, "Also fuse what takes more multiply-adds then, and what the model's code has to be changed for."
+    flag, "Also fuse where that takes more multiply-adds, or where the model's code has to be changed."
 )
-measure = partial(flag, "Choose by the time that layers take on this machine, measured.")
-tensors_only = partial(
-    flag, "Leave out all that isn't tensors: what lies beside the state dict, and entries of it that are none."
-)
+measure = partial(flag, "Choose by the measured time of the layers on this machine.")
+tensors_only = partial(flag, "Leave out whatever isn't a tensor, in the state dict and beside it.")
 force = partial(flag, "Overwrite OUT if it exists.", "-f")
 
 
@@ -81,11 +79,13 @@ class Writing:
 class Sources:
     """Where the fields that a checkpoint doesn't hold come from, and how it is opened: as typed."""
 
-    geometry: Path | None = option("FILE", "TOML with a table of fields per layer or pattern; - for stdin.")
+    geometry: Path | None = option(
+        "FILE", "TOML with a table of fields for each layer or pattern; - reads it from stdin."
+    )
     model: str | None = option(
         "CODE",
         "The model's code, to read geometry off: pkg.mod:callable, file.py:callable, or a Hugging Face folder."
-        " This runs that code, your own, and nothing else in convtool does.",
+        " This runs your code.",
     )
     model_args: str | None = model_args()
     settings: list[str] | None = option(
@@ -95,11 +95,11 @@ class Sources:
         "--set",
         completion=complete.settings,
     )
-    eps: float | None = option("X", "Epsilon of the batch norms of which no other source states one.")
+    eps: float | None = option("X", "eps of the batch norms for which nothing else states it.")
     assume: list[str] | None = option(
-        "FIELD,...", "Accept torch's default of these fields where no source states them; the result says so."
+        "FIELD,...", "Accept torch's default of these fields where nothing states them; the result says so."
     )
-    assume_defaults: bool = flag("Accept torch's default of every field that no source states.")
+    assume_defaults: bool = flag("Accept torch's default of every field that nothing states.")
     root: str | None = root()
 
     def open(self, path: Path, reporter: Reporter, *, second: bool = False) -> Checkpoint:

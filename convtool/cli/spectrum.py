@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 convtool spectrum resnet.safetensors layer1.0.conv1 --input-size 56,56 --padding 1
-# of a chain, every border as it is
+# of a chain, exact at the borders
 convtool spectrum net.pt conv1 bn1 conv2 --input-size 3,32,32 --set 'conv*.padding=1'
 # the ten largest and the ten smallest, and their vectors
 convtool spectrum net.pt conv1 --input-size 3,32,32 --count 10 --vectors vectors.npz
-# of each layer of a pattern; of a whole network, with what it lengthens a difference by at most
+# of each layer of a pattern; of a whole network, and by how much it enlarges a difference at most
 convtool spectrum net.pt 'layer1.*' --input-size 56,56 --set '*.padding=1'
 convtool spectrum net.pt '*' --model net.py:Net --model-input 3,224,224
 # how far the answers may be off, relative to the largest
@@ -54,13 +54,13 @@ class Options:
     wanted: LayerOptions
     more: list[str] | None = more_layers()
     tolerance: float = option("T", "How far off the values may be, relative to the largest.", default=1e-6)
-    steps: int | None = option("N", "Steps of each iteration at most; by default what usually does.")
+    steps: int | None = option("N", "The most steps of an iteration; by default enough for most layers.")
     memory: int | None = option(
         "SIZE",
         "What a factorisation may take, such as 4GB, however long it takes; 1.5GiB and a minute or two without.",
         parse=parse_bytes,
     )
-    count: int | None = option("K", "Also the K largest and the K smallest singular values.")
+    count: int | None = option("K", "Also print the K largest and the K smallest singular values.")
     vectors: Path | None = option("OUT", "Write the singular vectors of --count (1 without it): an .npz file.")
     model_input: Size | None = option("C,H,W", "With a pattern and --model: the size of the network's input.")
     sources: shared.Sources

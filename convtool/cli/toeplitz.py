@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 convtool toeplitz resnet.safetensors conv1 --input-size 32,32 --stride 2 --padding 3 -o conv1.npz
 python -c 'import scipy.sparse; print(scipy.sparse.load_npz("conv1.npz").shape)'
-# of a chain, every border as it is
+# of a chain, exact at the borders
 convtool toeplitz net.pt conv1 bn1 'avg_pool(2)' conv2 --input-size 3,32,32 --set conv1.padding=1 -o chain.npz
 # for row vectors, x @ B, with the bias as the last row
 convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.npy
@@ -127,11 +127,11 @@ class Result:
 
 
 def run(options: Options, reporter: Reporter) -> Result:
-    """Write the matrix T of a layer or of a chain, so that T @ x.reshape(-1) is the output, less the bias.
+    """Write the matrix T of a layer or of a chain, so that T @ x.reshape(-1) is the output without the bias.
 
     Rows are (output channel, output position), columns (input channel, input position), row-major: the layout of
-    nn.Linear.weight. The bias is stored beside it as its own vector, except in .npy, which has no room for one. Of a
-    chain, every border is as it is, and the biases are carried into one vector.
+    nn.Linear.weight. The bias is stored beside it as its own vector, except in .npy, which has no room for one. The
+    matrix of a chain is exact at the borders, and the biases become one vector.
     """
     from convtool.matrix import plan_matrix
     from convtool.matrix.ranks import speaks

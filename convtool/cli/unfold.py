@@ -68,7 +68,7 @@ class Result:
 
 
 def run(options: Options, reporter: Reporter) -> Result:
-    """Write a layer as im2col has it: its kernel as a matrix W, and what each tap reads as a gather matrix U.
+    """Write a layer in its im2col form: the kernel as a matrix W, and what each entry reads as a gather matrix U.
 
     W is C_out x (C_in * taps), in the array `weight`. With --input-size, U is a sparse matrix of ones whose rows are
     (input channel, tap, output position): the layer's matrix is T = kron(W, I) @ U, I the identity over the output
@@ -82,8 +82,8 @@ def run(options: Options, reporter: Reporter) -> Result:
     out = options.out
     shared.check_not_source(out, options.wanted.checkpoint)
     check_target(out, force=options.writing.overwrite)
-    found = find_layer(options.wanted, options.sources, reporter, needs_size=False)
-    conv, values = found.conv, options.dtype or found.conv.weight.dtype
+    found, conv = find_layer(options.wanted, options.sources, reporter, needs_size=False)
+    values = options.dtype or conv.weight.dtype
     spatial = None if options.wanted.input_size is None else found.spatial
     gather = None if spatial is None else GatherMatrix(conv.geometry, conv.in_channels, spatial, values)
     contents = unfolding_contents(conv, gather, out, values, to_json(found.of) | {"form": "unfold"})

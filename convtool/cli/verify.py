@@ -74,10 +74,10 @@ class Options:
     )
     recipe: str | None = option(
         "NAME|FILE|auto",
-        "What another program fused, by a recipe, in place of what AFTER records; auto for the one that fits.",
+        "A recipe that says what another program fused, in place of AFTER's record; auto takes the one that fits.",
         completion=complete.recipes,
     )
-    only: bool = flag("Compare the chains of --before and --after, or of --recipe, alone, and no other tensor.")
+    only: bool = flag("Compare only the chains of --before and --after, or of --recipe, and no other tensor.")
     trials: int = option("TRIALS", "Random inputs for each chain and size.", default=8)
     seed: int = option("SEED", "Seed of the random inputs.", default=0)
     exhaustive: bool = flag("Run every basis vector: settles equality for all inputs.")
@@ -142,14 +142,14 @@ class Options:
 
 
 def run(options: Options, reporter: Reporter) -> verify_text.Result | matrix_verdict.MatrixResult:
-    """Prove that AFTER computes what BEFORE does, up to the rounding that storing it must bring.
+    """Prove or disprove that AFTER computes the same as BEFORE, apart from the rounding that storing brings.
 
-    Goes by the record that convtool leaves in AFTER: every fused layer is run against the layers it stands for, and
-    every other tensor must be the same bit for bit; a matrix is held against its layer entry by entry. Exit code 0:
-    equivalent, 1: not equivalent.
+    The record that convtool left in AFTER says what was fused. Every fused layer is compared with the layers that it
+    stands for, and every other tensor has to be the same bit for bit. A matrix is compared with its layer entry by
+    entry. Exit code 0: equivalent, 1: not equivalent.
 
-    There is no tolerance to choose: each output is held against a bound derived from the weights, the input and the
-    dtype, and the largest ratio of error to bound is reported; at most 1 passes.
+    There is no tolerance to choose: each number is compared with a bound that follows from the weights, the input and
+    the dtype. The largest ratio of error to bound is printed; at most 1 passes.
     """
     import torch
 

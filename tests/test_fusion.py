@@ -321,16 +321,22 @@ def test_a_lone_gamma_of_a_norm_is_a_scale_where_its_tensor_is_named(tmp_path: P
     assert document["fusions"][0]["edits"] == ["rms_norm.gamma = None"]
 
 
+@pytest.mark.parametrize("words", [["a", "identity()"], ["scale(1)", "a"], ["a", "pad(0)", "avg_pool(1)"]])
+def test_what_would_change_nothing_is_no_fusion(words: list[str], tmp_path: Path) -> None:
+    before = save(filled(chain(a=nn.Conv2d(4, 6, (3, 2)))), tmp_path / "before.pt")
+    for name in ([], ["--name", "b"]):
+        code, message = error("fuse", before, *words, "-o", tmp_path / "after.pt", *name)
+        assert (code, "is what a does by itself" in message) == (2, True)
+
+
 # 6 channels are 2 groups of 3 to a plain layer; a transposed one has its output channels there.
-@pytest.mark.parametrize("scale", ["s", "s.gamma", "scale(0.5)", "identity()"])
+@pytest.mark.parametrize("scale", ["s", "s.gamma", "scale(0.5)"])
 def test_a_scale_before_a_transposed_layer_says_nothing_of_its_groups(scale: str, tmp_path: Path) -> None:
     model = filled(chain(s=Scale(6), a=nn.ConvTranspose2d(6, 3, (3, 2), (2, 1))))
     before, after = save(model, tmp_path / "before.pt"), tmp_path / "after.pt"
     done("fuse", before, scale, "a", "-o", after, "--name", "b", "--set", "a.transposed=true", "--set", "a.stride=2,1")
     x = inputs(2, 6, 5, 4)
-    factors = {"scale(0.5)": torch.tensor(0.5), "identity()": torch.tensor(1.0)}.get(
-        scale, model.get_parameter("s.gamma")
-    )
+    factors = torch.tensor(0.5) if scale == "scale(0.5)" else model.get_parameter("s.gamma")
     with torch.no_grad():
         expected = model.get_submodule("a")(x * factors.reshape(-1, 1, 1))
     conv = convtool.open_checkpoint(after).conv("b", padding=0, dilation=1, groups=1)

@@ -712,12 +712,17 @@ def test_a_fusion_of_a_layer_with_itself_cannot_buy_a_tolerance(net: dict[str, T
     def with_fusion(more: dict[str, Any]) -> dict[str, str]:
         return {"convtool": json.dumps({**record, "fusions": [*record["fusions"], more]})}
 
-    save_file(tensors, "wrong.safetensors", with_fusion(again))
-    found = cli("verify net.safetensors wrong.safetensors")
-    assert found.code == 3
-    assert "is said to be fused from itself alone" in found.err
+    def written(name: str, kind: str) -> dict[str, Any]:
+        return {"name": name, "kind": kind, "fields": {}}
+
+    one = written("identity()", "identity")
+    for nothing in ([itself], [itself, one], [one, written("avg_pool(1)", "avg_pool"), itself]):
+        save_file(tensors, "wrong.safetensors", with_fusion({**again, "sources": {"chain": nothing}}))
+        found = cli("verify net.safetensors wrong.safetensors")
+        assert found.code == 3
+        assert "is said to be fused from itself alone" in found.err
     # A step that does something is allowed for, and the verdict says so.
-    step = {**again, "sources": {"chain": [itself, {"name": "identity()", "kind": "identity", "fields": {}}]}}
+    step = {**again, "sources": {"chain": [itself, written("scale(2)", "scale")]}}
     save_file(tensors, "step.safetensors", with_fusion(step))
     found = cli("verify net.safetensors step.safetensors --json")
     assert found.document["statement"].endswith("roundings in between, as AFTER records: 1 to float32")

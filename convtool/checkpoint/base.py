@@ -122,10 +122,14 @@ class Checkpoint:
 
     def sharing(self, names: Container[str]) -> Iterator[tuple[str, str]]:
         """Yield pairs of tensors that share memory, tied or overlapping, of which the first is one of `names`."""
-        places = [(self.place(name), name) for name in self.infos]
-        own = [(place, name) for place, name in places if name in names]
-        for place, name in own:
-            yield from ((name, other) for there, other in places if other != name and place.meets(there))
+        stored: dict[Hashable, list[tuple[Place, str]]] = {}
+        for name in self.infos:
+            place = self.place(name)
+            stored.setdefault(place.storage, []).append((place, name))
+        for places in stored.values():
+            for place, name in places if len(places) > 1 else ():
+                others = places if name in names else ()
+                yield from ((name, other) for there, other in others if other != name and place.meets(there))
 
     def overlapping(self) -> tuple[str, str] | None:
         """Return two tensors that share memory without being the same elements of it; None where there are none."""
@@ -316,16 +320,30 @@ class Checkpoint:
             return with_tensors(read_layer(name), self.infos)
         return named_part(self.layer(name), name)
 
-    def tensors_of(self, layer: Layer) -> dict[str, Tensor]:
-        """Return a layer's tensors by parameter name, those computed from others included."""
-        return {
-            name: self.tensor(info.name)
-            if info.compute is None
-            else info.compute(*map(self.stored_tensor, info.derived_from))
-            for name, info in layer.tensors.items()
-        }
+    def tensors_of(self, layer: Layer) -> Mapping[str, Tensor]:
+        """Return a layer's tensors by parameter name, those computed from others included, each read when asked for."""
+        return _Tensors(self, layer)
 
     def lower(self, layer: Layer, fields: Fields, axes: int, channels: int | None = None) -> Conv:
         """Return a layer of this checkpoint, with the given fields, as a `Conv`; see `convtool.kinds.to_conv`."""
         where = f"{self.path}: {layer.name or 'the bare module'}"
         return to_conv(layer, self.tensors_of(layer), fields, axes, where, why_not_plain(layer.tensors), channels)
+
+
+class _Tensors(Mapping[str, "Tensor"]):
+    """The tensors of one layer; see `Checkpoint.tensors_of`."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: Layer) -> None:
+        self.checkpoint, self.layer = checkpoint, layer
+
+    def __getitem__(self, name: str) -> Tensor:
+        info = self.layer.tensors[name]
+        if info.compute is None:
+            return self.checkpoint.tensor(info.name)
+        return info.compute(*map(self.checkpoint.stored_tensor, info.derived_from))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.layer.tensors)
+
+    def __len__(self) -> int:
+        return len(self.layer.tensors)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import LARGEST, Geometry
 from convtool.core.names import is_written
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, UsageError
 from convtool.kinds import kind_named, parse_field
 from convtool.kinds.kind import Kind
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
 
 SCHEMA = 2
+# What is assumed of a layer that is unplaced.
+PLACE = "runs right behind the layer before it in its chain, as --model with --model-input would tell"
 
 
 class UnknownRecordError(InputError):
@@ -41,6 +43,7 @@ class SourceLayer:
         origin: the other checkpoint that it came from, by the name it was given; BASE for the one that was changed.
         assumed: the fields that nobody stated.
         like: the layer whose stride, padding, dilation and padding mode it has, which aren't all known.
+        unplaced: nobody stated that it runs right behind the layer before it.
     """
 
     name: str
@@ -49,6 +52,7 @@ class SourceLayer:
     origin: str = BASE
     assumed: tuple[str, ...] = ()
     like: str = ""
+    unplaced: bool = False
 
     @property
     def written(self) -> bool:
@@ -59,11 +63,14 @@ class SourceLayer:
         document: dict[str, Any] = {"name": self.name, "kind": self.kind.name, "fields": self.fields}
         document |= {"assumed": list(self.assumed)} if self.assumed else {}
         document |= {"like": self.like} if self.like else {}
+        document |= {"unplaced": True} if self.unplaced else {}
         return document | ({"origin": self.origin} if self.origin else {})
 
     def assumptions(self) -> Iterator[tuple[str, str]]:
-        """Yield the layer's name and each field that was assumed of it, in words."""
-        return ((full_name(self.name, self.origin), self.kind.say(field, self.fields[field])) for field in self.assumed)
+        """Yield the layer's name and each thing that was assumed of it, in words."""
+        name = full_name(self.name, self.origin)
+        yield from ((name, self.kind.say(field, self.fields[field])) for field in self.assumed)
+        yield from [(name, PLACE)] if self.unplaced else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,17 +204,20 @@ def _tree_to_json(tree: Tree[SourceLayer]) -> dict[str, Any]:
 
 def _tree_from_json(item: dict[str, Any]) -> Tree[SourceLayer]:
     if "chain" in item:
-        return Chain(tuple(_tree_from_json(part) for part in item["chain"]))
+        return Chain(tuple(map(_tree_from_json, _only(item, {"chain"})["chain"])))
     if "sum" in item:
-        return Sum(tuple(_tree_from_json(part) for part in item["sum"]))
+        return Sum(tuple(map(_tree_from_json, _only(item, {"sum"})["sum"])))
+    _only(item, _LAYER)
     kind = kind_named(item["kind"])
     if kind is None:
         raise UsageError(f"{item['name']}: unknown kind {item['kind']!r}")
     fields = _fields(item["fields"])
     kind.check_fields(fields)
     assumed = _assumed(item, fields)
-    origin, like = str(item.get("origin", BASE)), str(item.get("like", ""))
-    return SourceLayer(str(item["name"]), kind, fields, origin, assumed, like)
+    origin, like, unplaced = str(item.get("origin", BASE)), str(item.get("like", "")), item.get("unplaced", False)
+    if not isinstance(unplaced, bool):
+        raise UsageError(f"unplaced: expected true or false, got {unplaced!r}")
+    return SourceLayer(str(item["name"]), kind, fields, origin, assumed, like, unplaced)
 
 
 def _assumed(item: dict[str, Any], fields: Fields) -> tuple[str, ...]:
@@ -228,18 +238,14 @@ def loads(text: str, where: str) -> Record:
         document = json.loads(text, object_pairs_hook=_without_repetition)
         if document["schema"] != SCHEMA:
             raise UnknownRecordError(
-                f"{where}: holds a convtool record of schema {document['schema']!r}, this version reads {SCHEMA};"
+                f"holds a convtool record of schema {document['schema']!r}, this version reads {SCHEMA};"
                 " use the version that wrote it"
             )
-        for key in _unknown_keys(document):
-            raise UnknownRecordError(
-                f"{where}: its convtool record has the key {key!r}, which this version doesn't know"
-            )
-        fusions = tuple(_fusion(item) for item in document["fusions"])
+        fusions = tuple(_fusion(item) for item in _only(document, _KEYS)["fusions"])
         _check_history(fusions)
         return Record(str(document["version"]), fusions)
-    except InputError:
-        raise
+    except UnknownRecordError as error:
+        raise UnknownRecordError(f"{where}: {error}") from None
     except Exception as error:  # anything at all may stand in a damaged record
         what = str(error) if isinstance(error, ConvtoolError) else f"{type(error).__name__}: {error}"
         raise InputError(f"{where}: its convtool record is damaged ({what})") from None
@@ -249,25 +255,14 @@ def loads(text: str, where: str) -> Record:
 _KEYS = {"schema", "version", "fusions"}
 _FUSION = {"name", "sources", "fields", "assumed", "dtype", "exact", "input_size", "rim", "before", "after"}
 _FUSION |= {"takes", "gives"}
-_LAYER = {"name", "kind", "fields", "origin", "assumed", "like"}
+_LAYER = {"name", "kind", "fields", "origin", "assumed", "like", "unplaced"}
 
 
-def _unknown_keys(document: dict[str, Any]) -> Iterator[str]:
-    """Yield keys that this version doesn't know; what holds them may mean what it can't judge."""
-    yield from document.keys() - _KEYS
-    for fusion in document["fusions"]:
-        yield from fusion.keys() - _FUSION
-        yield from _unknown_in_tree(fusion["sources"])
-
-
-def _unknown_in_tree(item: dict[str, Any]) -> Iterator[str]:
-    for key in ("chain", "sum"):
-        if key in item:
-            yield from item.keys() - {key}
-            for part in item[key]:
-                yield from _unknown_in_tree(part)
-            return
-    yield from item.keys() - _LAYER
+def _only(item: dict[str, Any], known: set[str]) -> dict[str, Any]:
+    """Return what a record holds; with a key that this version doesn't know, it may mean what that can't judge."""
+    for key in item.keys() - known:
+        raise UnknownRecordError(f"its convtool record has the key {key!r}, which this version doesn't know")
+    return item
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -284,6 +279,7 @@ def _digests(what: str, value: object) -> dict[str, str]:
 
 
 def _fusion(item: dict[str, Any]) -> FusionRecord:
+    _only(item, _FUSION)
     fusion = FusionRecord(
         name=str(item["name"]),
         tree=_tree_from_json(item["sources"]),
@@ -313,12 +309,17 @@ def _check_history(fusions: Sequence[FusionRecord]) -> None:
     """UsageError where one fusion takes what an earlier one took, as no checkpoint has it any more."""
     gone: set[str] = set()
     made: set[str] = set()
+    dtypes: dict[str, str] = {}
     for fusion in fusions:
         own = [source.name for source in fusion.sources if source.origin == BASE and not source.written]
         if not own:
             raise UsageError(f"no layer of the checkpoint went into {fusion.name!r}")
-        if len(fusion.sources) == 1 and own == [fusion.name] and not fusion.before:
-            raise UsageError(f"{fusion.name!r} is said to be fused from itself alone, which changes nothing")
+        if not fusion.before and changes_nothing(fusion.tree):
+            # One layer under another name is what a recipe makes of a sum of one branch; nothing is rounded then.
+            kept = len(fusion.sources) == 1 and own != [fusion.name]
+            if not kept or dtypes.get(own[0], fusion.dtype) != fusion.dtype:
+                raise UsageError(f"{fusion.name!r} is said to be fused from itself alone, which changes nothing")
+        dtypes[fusion.name] = fusion.dtype
         again = [name for number, name in enumerate(own) if name in gone or name in own[:number]]
         if again:
             raise UsageError(f"{again[0]!r} goes into {fusion.name!r} after it went into a fusion already")
@@ -326,6 +327,35 @@ def _check_history(fusions: Sequence[FusionRecord]) -> None:
             raise UsageError(f"two fusions are called {fusion.name!r}")
         gone = gone.union(own) - {fusion.name}
         made = made.difference(own) | {fusion.name}
+
+
+def changes_nothing(tree: Tree[SourceLayer]) -> bool:
+    """Return whether a tree computes what the one layer with tensors in it does, whatever that is."""
+    parts = list(leaves(tree))
+    if sum(not part.written for part in parts) != 1 or any(part.kind.reshapes for part in parts):
+        return False
+    return len(parts) == 1 or all(_is_identity(tree, channels) for channels in (1, 2))
+
+
+def _is_identity(tree: Tree[SourceLayer], channels: int) -> bool:
+    """Return whether the layers that are written compute their input, of so many channels, and so nothing."""
+    import torch
+
+    from convtool.core.conv import pointwise
+    from convtool.core.fuse import NamedConv, fuse_tree
+    from convtool.core.response import regrouped
+    from convtool.kinds.written import make_written
+
+    def lowered(part: SourceLayer) -> NamedConv:
+        return NamedConv(part.name, make_written(part.name if part.written else "identity()", channels, axes=2))
+
+    try:
+        made = fuse_tree(map_leaves(lowered, tree), input_size=None, allow_border=True, dtype=torch.float64).conv
+    except (ConvtoolError, KeyError):  # a number of channels or a tensor that it goes with
+        return False
+    weight = regrouped(made.weight, made.geometry.groups, 1).flatten(1)
+    same = made.geometry == pointwise(2, made.geometry.groups) and torch.equal(weight, torch.eye(channels).double())
+    return same and not made.has_bias
 
 
 def _written(what: str, value: object) -> str:

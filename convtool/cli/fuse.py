@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
-from convtool.cli.document import fill
-from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Proof, Recipes, Result, Work, show
+from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Recipes, Result, Work, show
 from convtool.cli.options import DTYPES, Size, argument, flag, option, parse_dtype
 from convtool.cli.output import Reporter
 from convtool.cli.shared import AUTO
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from convtool.checkpoint import Checkpoint
-    from convtool.fusing import proof
     from convtool.fusing.fusion import PlannedLayer
+    from convtool.fusing.proof import Proof
     from convtool.fusing.recipe import PlannedFusion, Recipe
     from convtool.graph.planned import Plan
     from convtool.kinds.stated import FieldSources
@@ -59,10 +58,8 @@ class Wanted:
         "Fuse by a recipe instead of LAYERs; auto takes the one that fits, - reads one from stdin.",
         completion=complete.recipes,
     )
-    strength: list[str] | None = option(
-        "X|NAME=X", "How much of the adapters to add, of all or of one --with. Below 0 takes them out. Repeatable."
-    )
-    leave: list[str] | None = option("PATTERN", "Modules of --with files to leave out, such as 'lora_te*'; repeatable.")
+    strength: list[str] | None = shared.strength()
+    leave: list[str] | None = shared.leave()
     normalize: tuple[str, str] | None = option(
         "mean=M,M,M std=S,S,S", "Fold (x - mean) / std of the input into the first layer."
     )
@@ -163,8 +160,8 @@ class Options:
     details: bool = flag("Print everything about each of several fusions, not one line.")
     writing: shared.Writing = field(default_factory=shared.Writing)
 
-    def check(self) -> None:
-        """Raise UsageError where something is missing, with all that is, or where options don't go together."""
+    def named(self) -> tuple[Path, Path]:
+        """Return CKPT and OUT; raise UsageError where anything is missing, or where options don't go together."""
         wanted = self.wanted
         adapts = wanted.adapts(self.others or ())
         said = bool(wanted.layers and len(wanted.chain) > 1) or wanted.recipe is not None or wanted.auto or adapts
@@ -176,6 +173,9 @@ class Options:
         if missing := [what for what, there in expected.items() if not there]:
             raise UsageError(f"expected {'; and '.join(missing)}")
         wanted.check(self.sources.model, adapts)
+        assert self.checkpoint is not None
+        assert self.out is not None
+        return self.checkpoint, self.out
 
 
 def run(options: Options, reporter: Reporter) -> Result | Recipes:
@@ -197,17 +197,14 @@ def run(options: Options, reporter: Reporter) -> Result | Recipes:
 def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.write import check_output
     from convtool.core.tree import BASE
-    from convtool.fusing.fusion import check_ties
     from convtool.fusing.plans import plan_all
 
     wanted, sources, overwrite = options.wanted, options.sources, options.writing.overwrite
-    options.check()
-    assert options.checkpoint is not None  # as `check` has it
-    assert options.out is not None
-    recipe = wanted.find_recipe()
-    opened = sources.open(options.checkpoint, reporter)
+    path, out = options.named()
+    recipe = wanted.find_recipe()  # so that a misspelt one is said before a file is read
+    opened = sources.open(path, reporter)
     checkpoints = {BASE: opened, **sources.open_others(options.others, reporter)}
-    check_output(options.out, force=overwrite, source=opened)
+    check_output(out, force=overwrite, source=opened)
     fusions, fields = _find(wanted, recipe, checkpoints, sources, reporter)
     size = None if wanted.auto else wanted.input_size  # with --auto, each fusion has one of its own
     planned, left_alone = plan_all(
@@ -222,11 +219,10 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         bias_map=wanted.bias_map,
         dtype=options.dtype,
     )
-    check_ties(opened, [layer.edit for layer in planned])
     edit, plan = saved.plan_changed(
         opened,
         planned,
-        options.out,
+        out,
         force=overwrite,
         others=checkpoints,
         state_only=sources.root is not None,
@@ -270,10 +266,9 @@ def _find(
     from convtool.checkpoint.record import full_name
     from convtool.cli.model import read_model
     from convtool.core.tree import BASE
-    from convtool.fusing.adapters import check_scaled, configured, merged, parse_strengths
-    from convtool.fusing.named import against_order, by_recipe, in_order, named_chain, without_effect
-    from convtool.fusing.recipe import NothingFitsError, PlannedFusion
-    from convtool.fusing.which import doing_more, fitting, in_words, the_one
+    from convtool.fusing.adapters import adapted
+    from convtool.fusing.named import against_order, in_order, named_chain
+    from convtool.fusing.recipe import PlannedFusion
 
     names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
     if wanted.auto:
@@ -282,45 +277,47 @@ def _find(
         return fusions, sources.fields(plan.geometry, names)
     found = read_model(sources.model, sources.model_args, checkpoints[BASE], reporter)
     fields = sources.fields(None if found is None else found[1].geometry, names)
-    order = in_order(checkpoints[BASE], None if found is None else list(found[1].names.values()))
-    strengths = parse_strengths(wanted.strength or (), checkpoints)
     if wanted.adapts(checkpoints.keys() - {BASE}):
-        fields = fields.with_first(configured(checkpoints))
-        check_scaled(checkpoints, fields.fields)
-        return merged(checkpoints, strengths, wanted.leave or ()), fields
-    if wanted.recipe == AUTO:
+        return adapted(checkpoints, fields, wanted.strength or (), wanted.leave or ())
+    order = in_order(checkpoints[BASE], None if found is None else list(found[1].names.values()))
+    if wanted.recipe is None:
+        fusions = [named_chain(wanted.chain, wanted.name or "", checkpoints)]
+        for text in against_order(fusions[0], order):
+            reporter.remark(text)
+    else:
+        fusions, fields = _by_recipe(wanted, recipe, checkpoints, fields, order, reporter)
+    _check_flow(wanted, fusions, checkpoints[BASE], found)
+    return fusions, fields
+
+
+def _by_recipe(
+    wanted: Wanted,
+    recipe: Recipe | None,
+    checkpoints: Mapping[str, Checkpoint],
+    fields: FieldSources,
+    order: Sequence[str] | None,
+    reporter: Reporter,
+) -> tuple[list[PlannedFusion], FieldSources]:
+    """Return the fusions of a recipe; of the one that ships and fits, where none is given."""
+    from convtool.fusing.named import without_effect
+    from convtool.fusing.shipped import is_file
+    from convtool.fusing.which import by_name, doing_more, in_words, the_one
+
+    auto = recipe is None
+    if recipe is None:
         name, recipe = the_one(checkpoints, fields)
         reporter.note(f"recipe: {name}, {recipe.about}")
-    if recipe is None:
-        chain = named_chain(wanted.chain, wanted.name or "", checkpoints)
-        for text in against_order(chain, order):
-            reporter.remark(text)
-        _check_flow(wanted, [chain], checkpoints[BASE], found)
-        return [chain], fields
-    others, fields = fields, fields.with_first(recipe.stated(names))
-    for pattern in without_effect(recipe, checkpoints):
+    own = is_file(str(wanted.recipe))
+    for pattern in without_effect(recipe, checkpoints) if own else ():  # those that ship are for many networks
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
-    try:
-        strength = strengths.get(BASE, 1.0)
-        fusions = by_recipe(recipe, checkpoints, fields.fields, strength, wanted.leave or (), order)
-    except NothingFitsError as error:
-        fit = fitting(checkpoints, others)
-        raise UsageError(
-            f"{error}; of the recipes that ship, {in_words(fit)} would fit" if fit else str(error)
-        ) from None
-    _check_flow(wanted, fusions, checkpoints[BASE], found)
-    if order is None and any(rule.in_order for rule in recipe.rules):
-        reporter.note(
-            f"assumed: each batch norm runs right behind its layer, as {recipe.origin} has it, and not before it: this"
-            " file doesn't keep the model's order; --model tells"
-        )
-    if more := doing_more(fusions, checkpoints, others) if wanted.recipe != AUTO else {}:
+    fusions, stated = by_name(recipe, checkpoints, fields, wanted.strength or (), wanted.leave or (), order)
+    if more := {} if own or auto else doing_more(fusions, checkpoints, fields):
         reporter.note(f"left alone: what another recipe makes fewer layers of: {in_words(more)}")
     if wanted.input_size is not None and len(fusions) > 1:
         raise UsageError(
             f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"
         )
-    return fusions, fields
+    return fusions, stated
 
 
 def _check_flow(
@@ -358,7 +355,7 @@ def _plan_model(wanted: Wanted, opened: Checkpoint, sources: shared.Sources, rep
 
 def _verified(
     planned: Sequence[PlannedLayer], checkpoints: Mapping[str, Checkpoint], reporter: Reporter
-) -> Sequence[proof.Proof | None]:
+) -> Sequence[Proof | None]:
     """Hold each fusion against the layers that it stands for, before a file takes its name."""
     from convtool.fusing.proof import check_planned
 
@@ -366,7 +363,7 @@ def _verified(
         return [check_planned(layer, checkpoints, advance) for layer in planned]
 
 
-def _fusion(layer: PlannedLayer, found: proof.Proof | None, size: tuple[int, ...] | None) -> Fusion:
+def _fusion(layer: PlannedLayer, found: Proof | None, size: tuple[int, ...] | None) -> Fusion:
     """Return what there is to say of a fusion.
 
     Args:
@@ -391,7 +388,7 @@ def _fusion(layer: PlannedLayer, found: proof.Proof | None, size: tuple[int, ...
         parameters=Change(*layer.parameters),
         multiply_adds=None if work is None else Work(*work),
         tensors=saved.changed_tensors(layer.edit),
-        verified=None if found is None else fill(Proof, found),
+        verified=found,
     )
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from convtool.cli import saved
 from convtool.cli.document import HIDDEN, INLINE, Count, Sizes
 from convtool.cli.output import Reporter, table
 from convtool.core.geometry import format_sizes
 from convtool.core.tree import LayerRef, map_leaves, tree_text
+
+if TYPE_CHECKING:
+    from convtool.fusing.proof import Proof
 
 MOST_ROWS = 40  # of a table on a terminal, before the rest is only counted
 
@@ -30,21 +33,6 @@ class Work:
     before: float
     after: float
     per: Literal["input position", "input", "output position"]
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    """How the fused layer did against its layers.
-
-    Attributes:
-        ratio: largest error by its bound.
-        numbers: of the layer, how many were held each against what an impulse gives; 0 where it was run instead.
-        input_sizes: that it was run on.
-    """
-
-    ratio: float
-    numbers: Count
-    input_sizes: tuple[Sizes, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,9 +246,9 @@ def _defined(leaf: LoweredLayer, opened: Checkpoint, sources: FieldSources) -> f
     Args:
         sources: all but those options.
     """
-    from convtool.fusing.lowering import recorded
+    from convtool.checkpoint.record import field_source
 
     layer = leaf.layer
-    if sources.fields(layer.name).keys() & layer.kind.settable.keys() or layer.name in recorded(opened).tables:
+    if sources.fields(layer.name).keys() & layer.kind.settable.keys() or layer.name in field_source(opened).tables:
         return frozenset()
     return frozenset(name for name, values in leaf.open.items() if values or name in layer.kind.channelwise)

@@ -67,6 +67,7 @@ class Source:
         assumed: those of the fields that nobody stated.
         origin: the other checkpoint that it came from (--with).
         like: the layer that it shares its geometry with, where not all of that is known.
+        unplaced: that it runs right behind the layer before it was assumed.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Source:
     assumed: tuple[str, ...]
     origin: str | None = field(metadata=OPTIONAL)
     like: str | None = field(metadata=OPTIONAL)
+    unplaced: bool | None = field(metadata=OPTIONAL)
 
     def __str__(self) -> str:
         return f"{self.origin}:{self.name}" if self.origin else self.name
@@ -108,7 +110,14 @@ class Recorded:
     def of(cls, fusion: FusionRecord) -> Recorded:
         """Return what there is to say of a record's fusion."""
         tree = map_leaves(
-            lambda one: fill(Source, one, kind=one.kind.name, origin=one.origin or None, like=one.like or None),
+            lambda one: fill(
+                Source,
+                one,
+                kind=one.kind.name,
+                origin=one.origin or None,
+                like=one.like or None,
+                unplaced=one.unplaced or None,
+            ),
             fusion.tree,
         )
         around = {"before": fusion.before or None, "after": fusion.after or None}

@@ -53,6 +53,12 @@ everything = partial(
     flag, "Also fuse where that takes more multiply-adds, or where the model's code has to be changed."
 )
 measure = partial(flag, "Choose by the measured time of the layers on this machine.")
+strength = partial(
+    option,
+    "X|NAME=X",
+    "How much of the adapters to add, of all or of one --with. Below 0 takes them out. Repeatable.",
+)
+leave = partial(option, "PATTERN", "Modules of --with files to leave out, such as 'lora_te*'; repeatable.")
 tensors_only = partial(flag, "Leave out whatever isn't a tensor, in the state dict and beside it.")
 force = partial(flag, "Overwrite OUT if it exists.", "-f")
 

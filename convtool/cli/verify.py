@@ -77,6 +77,8 @@ class Options:
         "A recipe that says what another program fused, in place of AFTER's record; auto takes the one that fits.",
         completion=complete.recipes,
     )
+    strength: list[str] | None = shared.strength()
+    leave: list[str] | None = shared.leave()
     only: bool = flag("Compare only the chains of --before and --after, or of --recipe, and no other tensor.")
     trials: int = option("TRIALS", "Random inputs for each chain and size.", default=8)
     seed: int = option("SEED", "Seed of the random inputs.", default=0)
@@ -137,6 +139,8 @@ class Options:
             raise UsageError(f"{said}: is for a matrix file")
         if not with_matrix and len(self.before_layers or ()) != len(self.after_layers or ()):
             raise UsageError("--before and --after go together: a chain in BEFORE and the one that stands for it")
+        if (self.strength or self.leave) and not self.others and self.recipe is None:
+            raise UsageError("--strength and --leave: go with adapters given as --with NAME=FILE, or with a --recipe")
         if self.only and not (self.before_layers or self.recipe):
             raise UsageError("--only: compares the chains of --before and --after, or of --recipe; none are given")
 
@@ -179,10 +183,6 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
     for text in verdict.hints(results, bool(sizes), options.computed_in is not None):
         reporter.remark(text)
     whole = _whole_model(options, sides, reporter)
-    if whole is None and options.model_input:
-        reporter.note(
-            "the whole model was not run: AFTER holds no record; --model-after CODE builds and runs its network"
-        )
     own_bound = options.rtol is not None or options.atol is not None
     differing = set(() if tensors is None else tensors.differing.values())
     covered = {"changed", "missing", "new"} if options.model_after is not None else set()
@@ -272,7 +272,8 @@ def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairi
 
     Without a record, they are those of the model.
     """
-    from convtool.fusing.compare import named_pairing, recorded_pairings
+    from convtool.fusing.compare import named_pairing
+    from convtool.fusing.recorded import recorded_pairings
 
     chains = zip(options.before_layers or (), options.after_layers or (), strict=True)
     named = [named_pairing(sides.before, sides.after, split_names(a), split_names(b), sides.fields) for a, b in chains]
@@ -286,26 +287,31 @@ def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairi
 
 
 def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Reporter) -> list[Pairing]:
-    """Return what --recipe says that another program fused; without a record, what the model says."""
-    from convtool.checkpoint.record import full_name
+    """Return what --recipe says that another program fused; without a record, what the model or adapters say."""
     from convtool.core.tree import BASE
+    from convtool.fusing.adapters import adapted
     from convtool.fusing.claimed import claimed_pairings, not_named
-    from convtool.fusing.named import by_recipe
+    from convtool.fusing.named import in_order
     from convtool.fusing.recipe import PlannedFusion
     from convtool.fusing.shipped import find_recipe
-    from convtool.fusing.which import the_one
+    from convtool.fusing.which import by_name, the_one
 
     checkpoints, fields = {BASE: sides.before, **sides.others}, sides.fields[0]
+    how = (options.strength or (), options.leave or ())
     if options.recipe is not None:
         auto = options.recipe == AUTO
         recipe = the_one(checkpoints, fields)[1] if auto else find_recipe(options.recipe)
-        names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
-        fields, origin = fields.with_first(recipe.stated(names)), f"--recipe {options.recipe}"
-        fusions = by_recipe(recipe, checkpoints, fields.fields)
+        fusions, fields = by_name(recipe, checkpoints, fields, *how, in_order(sides.before, None))
+        origin = f"--recipe {options.recipe}"
+    elif sides.after.record is not None and any(how):
+        raise UsageError("--strength and --leave: AFTER records what was merged, and how much; leave them out")
     elif options.model_input is not None and sides.after.record is None:
         plan = _plan(options, sides.before, reporter)
         fields, origin = fields.with_first(plan.geometry), f"--model {options.sources.model}"
         fusions = [PlannedFusion(one.name, one.tree, one.only_size) for one in plan.fusions]
+    elif sides.others and sides.after.record is None and not named:
+        fusions, fields = adapted(checkpoints, fields, *how)
+        origin = "--with"
     else:
         return []
     covered = options.model_after is not None
@@ -375,7 +381,12 @@ def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> verify_
     from convtool.live.whole import compare_networks, compare_whole
 
     model, arguments, size = options.sources.model, options.sources.model_args, options.model_input
-    if model is None or size is None or (options.model_after is None and sides.after.record is None):
+    if model is None or size is None:
+        return None
+    if options.model_after is None and sides.after.record is None:
+        reporter.note(
+            "the whole model was not run: AFTER holds no record; --model-after CODE builds and runs its network"
+        )
         return None
     build = partial(load_model, model, arguments, in_memory=True)
     with reporter.progress("running the model", None):

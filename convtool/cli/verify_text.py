@@ -14,6 +14,7 @@ from convtool.core.geometry import format_sizes
 from convtool.core.tree import leaves, tree_text
 
 if TYPE_CHECKING:
+    from convtool.core.coefficients import Numbers
     from convtool.core.tally import Region
     from convtool.core.verify import EquivalenceReport, StoredError
     from convtool.fusing.compare import Pairing
@@ -46,32 +47,13 @@ class Read:
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
-    """AFTER's numbers, each held against what an impulse gives; those in taps that an output reads.
-
-    Attributes:
-        where: output channel, input channel of its group, and tap of the largest ratio; of a bias, the channel.
-    """
-
-    compared: Count
-    differing: Count
-    ratio: float
-    where: Sizes | None
-    error: float
-    bound: float
-
-    def __str__(self) -> str:
-        return _ratio(self.ratio, equal=not self.differing)
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """Layers of BEFORE and those of AFTER that stand for them, at one input size.
 
     Attributes:
         ratio: largest error by its bound.
         mismatch: why nothing could be compared.
-        numbers: null where impulses were run instead.
+        numbers: AFTER's, each held against what an impulse gives; null where impulses were run instead.
         inputs: by kind.
         run_as_stored: both sides in the dtype they are stored in, relative to the largest output; no part of the
             verdict.
@@ -106,7 +88,6 @@ class Report:
             before=tuple(one.name for one in leaves(pairing.before)),
             after=tuple(one.name for one in leaves(pairing.after)),
             mismatch=report.mismatch or None,
-            numbers=None if report.numbers is None else fill(Numbers, report.numbers),
             input_channels_met=Met(*report.met),
             taps_read=Read(*report.taps),
             interior=compared(report.interior),
@@ -275,7 +256,7 @@ def _row(report: Report) -> tuple[str, ...]:
     return (
         report.layers,
         times(report.input_size),
-        "-" if report.numbers is None else str(report.numbers),
+        "-" if (numbers := report.numbers) is None else _ratio(numbers.ratio, equal=not numbers.differing),
         *("-" if one is None else _ratio(one.ratio, equal=one.equal) for one in (report.interior, report.rim)),
         in_words(report.equivalent),
     )

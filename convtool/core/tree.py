@@ -7,7 +7,7 @@ What stands at the leaves differs: patterns in a recipe, names in a plan, named 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import reduce
 from typing import Generic, TypeAlias, TypeVar
 
@@ -25,11 +25,13 @@ class LayerRef:
         name: of a layer of the checkpoint, or one without tensors ('avg_pool(2)').
         source: the other checkpoint that it is from.
         like: the layer whose stride, padding, dilation and padding mode it has, as far as none are stated of it.
+        unplaced: nobody states that it runs right behind the layer before it in its chain.
     """
 
     name: str
     source: str = BASE
     like: str = ""
+    unplaced: bool = field(default=False, compare=False)
 
     @property
     def written(self) -> bool:
@@ -133,8 +135,8 @@ def walk(
     return step(tree, state)
 
 
-def map_leaves(change: Callable[[Leaf], Made], tree: Tree[Leaf]) -> Tree[Made]:
-    """Return the tree with every leaf changed."""
+def map_leaves(change: Callable[[Leaf], Tree[Made]], tree: Tree[Leaf]) -> Tree[Made]:
+    """Return the tree with every leaf changed, into another leaf or a tree."""
     if isinstance(tree, Chain):
         return Chain(tuple(map_leaves(change, part) for part in tree.parts))
     if isinstance(tree, Sum):

@@ -19,7 +19,7 @@ from convtool.formats.strict_json import parse_json
 from convtool.fusing.recipe import PlannedFusion
 from convtool.kinds.found import other_adapter
 from convtool.kinds.kind import Layer
-from convtool.kinds.stated import FieldSource
+from convtool.kinds.stated import FieldSource, FieldSources
 
 CONFIG = "adapter_config.json"  # where PEFT keeps alpha and rank
 _PEFT = "base_model.model."
@@ -54,7 +54,20 @@ _AROUND = {
 _PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out|add_[kqv]_proj)_lora")
 
 
-def merged(
+def adapted(
+    checkpoints: Mapping[str, Checkpoint], sources: FieldSources, strengths: Sequence[str], leave: Sequence[str]
+) -> tuple[list[PlannedFusion], FieldSources]:
+    """Return a fusion for each layer that other checkpoints change, and where fields come from then; see `_merged`.
+
+    Args:
+        strengths: what --strength says, X or NAME=X.
+    """
+    sources = sources.with_first(_configured(checkpoints))
+    _check_scaled(checkpoints, sources.fields)
+    return _merged(checkpoints, parse_strengths(strengths, checkpoints), leave), sources
+
+
+def _merged(
     checkpoints: Mapping[str, Checkpoint], strengths: Mapping[str, float], leave: Sequence[str]
 ) -> list[PlannedFusion]:
     """Return a fusion for each layer that a module of the other checkpoints changes, in the order of the checkpoint.
@@ -202,7 +215,7 @@ def _may_change(layer: Layer, base: Layer, opened: Checkpoint) -> bool:
     return True
 
 
-def configured(checkpoints: Mapping[str, Checkpoint]) -> FieldSource:
+def _configured(checkpoints: Mapping[str, Checkpoint]) -> FieldSource:
     """Return what the files beside adapters say of how they are scaled: PEFT's adapter_config.json.
 
     Raises:
@@ -217,7 +230,7 @@ def configured(checkpoints: Mapping[str, Checkpoint]) -> FieldSource:
     return FieldSource(CONFIG, tables, exact_names=True)
 
 
-def check_scaled(checkpoints: Mapping[str, Checkpoint], fields: Callable[[str], Fields]) -> None:
+def _check_scaled(checkpoints: Mapping[str, Checkpoint], fields: Callable[[str], Fields]) -> None:
     """Raise UsageError for a file in PEFT's names of whose alpha nobody says anything."""
     for source, opened in checkpoints.items():
         for layer in opened.layers.values() if source != BASE else ():

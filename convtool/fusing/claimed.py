@@ -70,7 +70,8 @@ def _parts(
 ) -> list[tuple[Tree[LayerRef], list[str]]]:
     """Return the parts of a fusion that were carried out, each with the layers of AFTER that stand for it."""
     own = [ref for ref in leaves(fusion.tree) if ref.source == BASE and not ref.written]
-    if all(_is_same(ref, before, after) for ref in own):
+    others = any(ref.source != BASE for ref in leaves(fusion.tree))
+    if not others and all(_is_same(ref, before, after) for ref in own):
         return []  # it wasn't carried out
     kept = [ref.name for ref in own if ref.name in after.layers]
     refs = [part for part in getattr(fusion.tree, "parts", ()) if isinstance(part, LayerRef)]

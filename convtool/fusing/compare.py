@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from convtool.checkpoint import Checkpoint, TensorInfo
 from convtool.checkpoint.cast import cast_piece
 from convtool.checkpoint.digests import digests_of
-from convtool.checkpoint.record import FusionRecord, SourceLayer, full_name
-from convtool.checkpoint.spelled import Path, spelled_out
+from convtool.checkpoint.spelled import Path
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, output_size
 from convtool.core.geometry import LARGEST, format_sizes
 from convtool.core.inputs import widest_layer
 from convtool.core.sizes import alike_size, split_input_size
-from convtool.core.tree import BASE, Chain, LayerRef, Tree, first_leaves, leaves, map_leaves, walk
+from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves, walk
 from convtool.core.verify import LARGEST_INPUT
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.formats.pieces import same_bytes
-from convtool.fusing.claims import fused_claims
 from convtool.fusing.leaf import LoweredLayer
 from convtool.fusing.lowering import lower_tree
 from convtool.fusing.settle import settle
-from convtool.fusing.standing import like_fused, standing
-from convtool.kinds.stated import FieldSource, FieldSources
-from convtool.kinds.written import read_layer
+from convtool.fusing.standing import standing
+from convtool.kinds.stated import FieldSources
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,10 +65,9 @@ class Pairing:
         where = f"{self.path}: its record says that {self.name} was fused for input size"
         said = " and ".join(dict.fromkeys(format_sizes(size) for _, size in self.sizes))
         try:
-            ranges = [_sizes_for(tree, path, size) for path, size in self.sizes]
-            smallest = tuple(max(one[a][0] for one in ranges) for a in range(axes))
-            largest = tuple(min(one[a][1] for one in ranges) for a in range(axes))
-            if any(least > most for least, most in zip(smallest, largest, strict=True)):
+            parts = [_part(tree, path, size) for path, size in self.sizes]
+            smallest = tuple(max(_least(layers, axis, size) for layers, size in parts) for axis in range(axes))
+            if any(_gives(layers, axis, smallest[axis]) != n for layers, size in parts for axis, n in enumerate(size)):
                 raise InputError(
                     f"{where} {said}, one of them a part of it, and at no one input size are all of these exact; give"
                     " --input-size to compare at one of your own"
@@ -85,31 +82,20 @@ class Pairing:
         return smallest
 
 
-def _sizes_for(tree: Expression, path: Path, size: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Return per axis the smallest and the largest input size of the tree with which its part at `path` gets `size`."""
+def _part(tree: Expression, path: Path, size: Sequence[int]) -> tuple[list[Expression], tuple[int, ...]]:
+    """Return what the input of a tree's part at `path` went through, and its spatial size as given for that part."""
     before: list[Expression] = []
-    part = tree
     for number in path:
-        if isinstance(part, Conv):
+        if isinstance(tree, Conv):
             raise UsageError("there is no such part")
-        before += part.parts[:number] if isinstance(part, Chain) else ()
-        part = part.parts[number]
-    spatial = split_input_size(size, in_channels(part), next(leaves(part)).spatial_axes)
-    return [
-        (_smallest_giving(before, axis, n), _smallest_giving(before, axis, n + 1) - 1) for axis, n in enumerate(spatial)
-    ]
+        before += tree.parts[:number] if isinstance(tree, Chain) else ()
+        tree = tree.parts[number]
+    return before, split_input_size(size, in_channels(tree), next(leaves(tree)).spatial_axes)
 
 
-def _smallest_giving(layers: Sequence[Expression], axis: int, least: int) -> int:
+def _least(layers: Sequence[Expression], axis: int, size: Sequence[int]) -> int:
     """Return the smallest input size of an axis with which the layers give at least that; sizes grow with sizes."""
-    low, high = 1, LARGEST
-    while low < high:
-        middle = (low + high) // 2
-        if _gives(layers, axis, middle) >= least:
-            high = middle
-        else:
-            low = middle + 1
-    return low
+    return bisect_left(range(LARGEST), size[axis], lo=1, key=lambda tried: _gives(layers, axis, tried))
 
 
 def _gives(layers: Sequence[Expression], axis: int, size: int) -> int:
@@ -147,90 +133,6 @@ def named_pairing(
     return Pairing(",".join(second), chain, standing(second, chain, after, sources[1]))
 
 
-def recorded_pairings(
-    before: Checkpoint,
-    after: Checkpoint,
-    sources: FieldSources,
-    others: Mapping[str, Checkpoint] | None = None,
-    named: Sequence[Pairing] = (),
-) -> list[Pairing]:
-    """Return a pairing for each fusion that AFTER records and BEFORE doesn't.
-
-    Geometry is as recorded, `sources` overruling it.
-
-    Args:
-        others: the other checkpoints that layers came from, by the names they were given.
-        named: what stands in place of the record for the layers in it.
-
-    Raises:
-        InputError: AFTER has no record of a fusion that BEFORE lacks, or the record doesn't fit the tensors.
-    """
-    if after.record is None:
-        same_names = before.record is None and before.infos.keys() == after.infos.keys()
-        if same_names and not differing_tensors(before, after, []):
-            return []  # nothing was fused, and nothing else was done either
-        swapped = "; BEFORE holds one: BEFORE and AFTER may be swapped" if before.record is not None else ""
-        raise InputError(
-            f"{after.path}: holds no record of what was fused{swapped}; name the layers: --before a,b --after c; or all"
-            " at once: --recipe, or --model with --model-input"
-        )
-    fusions = after.record.since(before.record)
-    last = {fusion.name: fusion for fusion in fusions}
-    checkpoints = {BASE: before, **(others or {})}
-    pairings = []
-    taken = {leaf.layer.name for pairing in named for leaf in leaves(pairing.before) if leaf.own}
-    taken_after = {leaf.layer.name for pairing in named for leaf in leaves(pairing.after)}
-    for name, spelled in spelled_out(fusions).items():
-        tree = spelled.tree
-        if name in taken_after or any(source.name in taken for source in leaves(tree) if source.origin == BASE):
-            continue
-        chain = [source for source in leaves(tree) if not source.written and source.origin == BASE]
-        missing = [source.name for source in chain if not _has_layer(before, source.name)]
-        if missing or name not in after.layers:
-            where, which = (before.path, missing[0]) if missing else (after.path, name)
-            raise InputError(f"{where}: has no layer {which!r}, which the record of {after.path} names")
-        for source in leaves(tree):
-            _check_kind(source, checkpoints, after)
-        try:
-            fused = lower_tree({BASE: after}, _stands(last[name]), FieldSources())
-        except UsageError as error:
-            raise _does_not_fit(after, error) from None
-        stands = next(leaves(fused)).conv
-        axes = stands.spatial_axes  # which batch norms by themselves don't tell
-        layers = _lower_recorded(tree, checkpoints, after, sources, stands)
-        if next(leaves(layers)).conv.spatial_axes != axes:  # a matrix fused further in the flat form that it has
-            raise InputError(
-                f"{after.path}: its record can't say how {name!r}, which takes flat numbers, stands for layers over"
-                " feature maps; name them: --before a,b --after c"
-            )
-        (layers,) = settle([layers], checkpoints, sources.assume)
-        pairings.append(
-            Pairing(
-                name,
-                layers,
-                like_fused(fused, layers),
-                spelled.sizes,
-                spelled.dtypes,
-                str(after.path),
-                last[name].dtype,
-                (*_claims(layers, sources), *fused_claims(last[name], layers, fused)),
-                _taken(fusions),
-                last[name].gives,
-            )
-        )
-    return pairings
-
-
-def _taken(fusions: Sequence[FusionRecord]) -> dict[str, str]:
-    """Return the digests of the tensors that the first of these fusions found, and none of them made."""
-    taken: dict[str, str] = {}
-    made: set[str] = set()
-    for fusion in fusions:
-        taken |= {name: digest for name, digest in fusion.takes.items() if name not in made}
-        made |= fusion.gives.keys()
-    return taken
-
-
 def unfitting(
     pairings: Sequence[Pairing], checkpoints: Mapping[str, Checkpoint], after: Checkpoint, rounded_to: str = ""
 ) -> dict[str, str]:
@@ -257,81 +159,6 @@ def unfitting(
         found |= {name: "digest" for name in pairing.gives.keys() - recast if digests.get(name) != pairing.gives[name]}
         found |= dict.fromkeys(digests.keys() - pairing.gives.keys(), "digest")
     return found
-
-
-def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[str, str]]:
-    """Yield the fields of recorded layers that nobody else states, and that nothing in BEFORE shows."""
-    whole = {leaf.name for leaf in leaves(tree)}
-    for leaf in leaves(tree):
-        kind, stated = leaf.layer.kind, sources.fields(leaf.name)
-        shown = {"of"} if leaf.fields.get("of") in whole else set()  # that an adapter changes what it is added to
-        for assumed in (False, True) if kind.settable else ():
-            names = leaf.known.keys() - stated.keys() - leaf.implied - shown
-            claimed = {name: leaf.known[name] for name in leaf.known if name in names}
-            said = kind.claim(
-                {name: value for name, value in claimed.items() if (name in leaf.assumed) == assumed}, leaf.layer.shapes
-            )
-            if said:
-                yield leaf.name, f"{said} (assumed)" if assumed else said
-        if leaf.like and not shown:
-            yield leaf.name, f"otherwise as {leaf.like}"
-
-
-def _lower_recorded(
-    tree: Tree[SourceLayer],
-    checkpoints: Mapping[str, Checkpoint],
-    after: Checkpoint,
-    sources: FieldSources,
-    stands: Conv,
-) -> Tree[LoweredLayer]:
-    """Return the layers of BEFORE; an error is the record's, unless what else is said of them may be the cause."""
-    names = {full_name(source.name, source.origin): source for source in leaves(tree)}
-    known = FieldSource(
-        f"the record of {after.path}",
-        {name: source.fields for name, source in names.items()},
-        exact_names=True,
-        assumed={name: source.assumed for name, source in names.items()},
-    )
-    try:
-        refs = map_leaves(lambda source: LayerRef(source.name, source.origin, source.like), tree)
-        # What is written in front doesn't tell its channels.
-        channels = stands.in_channels if any(source.written for source in first_leaves(tree)) else None
-        return lower_tree(checkpoints, refs, sources.with_first(known), axes=stands.spatial_axes, channels=channels)
-    except UsageError as error:
-        lacking = any(not source.written and source.origin not in checkpoints for source in names.values())
-        if lacking or any(sources.fields(name) for name in names):
-            raise
-        raise _does_not_fit(after, error) from None
-
-
-def _check_kind(source: SourceLayer, checkpoints: Mapping[str, Checkpoint], after: Checkpoint) -> None:
-    """InputError where the record takes a layer for what it isn't."""
-    if not source.written and source.origin not in checkpoints:
-        return  # which is said where it is read
-    found = (read_layer(source.name) if source.written else checkpoints[source.origin].part(source.name)).kind
-    if source.kind is not found:
-        raise InputError(
-            f"{after.path}: its convtool record is damaged: it calls {source.name!r} a {source.kind.label}, and it is a"
-            f" {found.label}"
-        )
-
-
-def _does_not_fit(after: Checkpoint, error: UsageError) -> InputError:
-    what = str(error).removeprefix(f"{after.path}: ")
-    return InputError(f"{after.path}: its convtool record doesn't fit the tensors: {what}")
-
-
-def _stands(fusion: FusionRecord) -> Tree[LayerRef]:
-    """Return what stands in AFTER for the sources: the layer, between what gives and takes the form of its tensors."""
-    return Chain(tuple(LayerRef(name) for name in (fusion.before, fusion.name, fusion.after) if name))
-
-
-def _has_layer(checkpoint: Checkpoint, name: str) -> bool:
-    """Return whether there is a layer of exactly that name, or a tensor of it that went into a fusion as a scale."""
-    try:
-        return checkpoint.part(name).name == name
-    except UsageError:
-        return False
 
 
 def tensors_of(tree: Tree[LoweredLayer]) -> set[str]:

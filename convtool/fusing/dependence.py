@@ -5,11 +5,15 @@ bias, not on channels or numbers. So layers of one channel, an axis at a time, a
 then with another, all else the same, by the code that fuses the layers themselves: where the kernel or the verdict
 differs, the field matters. The other open fields are held at several values meanwhile, as a padding may matter only
 where the next layer pads. A field on which nothing depends may have any value, and is given none.
+
+What stands at the end of a chain and reads one position for each that it gives, as a batch norm does, moves no tap and
+hides none, so that a chain is looked at without it. Of a convolution and its batch norm one layer is left.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -78,18 +82,37 @@ class Probe:
         return NamedConv(f"{number}", Conv(taps.reshape(1, 1, *geometry.kernel_size), bias, geometry))
 
 
+def taps_alone(tree: Tree[LoweredLayer]) -> Tree[LoweredLayer]:
+    """Return a tree without the layers at its end that read one position for each that they give."""
+    if not isinstance(tree, Chain):
+        return tree
+    parts = list(tree.parts)
+    while len(parts) > 1 and isinstance(parts[-1], LoweredLayer) and _is_point(parts[-1]):
+        parts.pop()
+    return Chain(tuple(parts)) if len(parts) > 1 else taps_alone(parts[0])
+
+
+def _is_point(leaf: LoweredLayer) -> bool:
+    """Return whether a layer's output reads the input at its own position, whatever is open of it."""
+    geometry = leaf.conv.geometry
+    return not leaf.open.keys() - leaf.computed.kind.channelwise - {"eps"} and geometry == Geometry.of(
+        (1,) * len(geometry.kernel_size), groups=geometry.groups
+    )
+
+
 def probes(tree: Tree[LoweredLayer]) -> Tree[Probe]:
     """Return the tree of the layers' probes."""
-    strides = dict(_shared_strides(tree))
+    shared: dict[str, str] = {}
+    _shared_strides(tree, shared)
+    numbers: dict[str, str] = {}  # so that layers alike are looked at once, whatever they are called
+
+    def variable(leaf: LoweredLayer, name: str) -> str:
+        return numbers.setdefault(_one(leaf.variable(name), shared), f"{len(numbers)}")
 
     def probe(leaf: LoweredLayer) -> Probe:
-        shared = {"stride": strides[id(leaf)]} if id(leaf) in strides else {}
-        found = [
-            Open(name, shared.get(name, leaf.variable(name)), tuple(some)) for name, some in leaf.open.items() if some
-        ]
-        known = tuple(
-            (name, _frozen(value)) for name, value in leaf.own_fields.items() if name not in _channelwise(leaf)
-        )
+        found = [Open(name, variable(leaf, name), tuple(some)) for name, some in leaf.open.items() if some]
+        channelwise = leaf.computed.kind.channelwise
+        known = tuple((name, _frozen(value)) for name, value in leaf.own_fields.items() if name not in channelwise)
         geometry = replace(leaf.conv.geometry, groups=1)
         return Probe(leaf.computed.kind, geometry, known, tuple(found), leaf.conv.has_bias)
 
@@ -103,6 +126,8 @@ def depends(tree: Tree[Probe], variable: str, size: tuple[int, ...] | None, bord
         size: the one that it has to be exact for.
         border: what differs where it isn't exact counts as well.
     """
+    if isinstance(tree, Probe):  # then it stands for itself
+        return ""
     found = set()
     for axis, alone in _axes(tree):
         here = None if size is None else (size[axis],)
@@ -125,10 +150,10 @@ def fused_fields(tree: Tree[LoweredLayer], geometry: Geometry) -> tuple[Fields, 
     full, layers = geometry_fields(geometry), list(leaves(tree))
     if not any(leaf.open or leaf.assumed for leaf in layers):
         return full, ()
-    looked_at = probes(map_leaves(_reopened, tree))
+    looked_at = probes(taps_alone(map_leaves(_reopened, tree)))
     variables = [
         (one.variable, one.field in leaf.assumed)
-        for leaf, probe in zip(layers, leaves(looked_at), strict=True)
+        for leaf, probe in zip(layers, leaves(looked_at), strict=False)  # what is left out stands at the end
         for one in probe.open
     ]
     known = fixed_fields(looked_at, frozenset(name for name, assumed in variables if not assumed))
@@ -146,8 +171,13 @@ def changed_fields(tree: Tree[LoweredLayer], leaf: LoweredLayer) -> frozenset[st
 
     Those of which nothing is known count where they differ for some value of what is open.
     """
-    looked_at = probes(tree)
-    number = next(n for n, one in enumerate(leaves(tree)) if one is leaf)
+    bare = taps_alone(tree)
+    kept = bare if any(one is leaf for one in leaves(bare)) else tree
+    return _changed(probes(kept), next(n for n, one in enumerate(leaves(kept)) if one is leaf))
+
+
+@lru_cache(maxsize=1024)
+def _changed(looked_at: Tree[Probe], number: int) -> frozenset[str]:
     own = list(leaves(looked_at))[number]
     opened = [one for probe in leaves(looked_at) for one in probe.open]
     changed: set[str] = set()
@@ -266,12 +296,22 @@ def _contexts(tree: Tree[Probe]) -> Iterator[dict[str, object]]:
         yield {one.variable: one.values[min(chosen[one.field], len(one.values) - 1)] for one in opened}
 
 
-def _shared_strides(tree: Tree[LoweredLayer]) -> Iterator[tuple[int, str]]:
-    """Yield the layers (by id) whose strides are one, as they are those of the branches of a sum."""
-    for number, parts in enumerate(_sums(tree)):
-        open_ones = [[leaf for leaf in leaves(part) if "stride" in leaf.open] for part in parts]
-        if all(len(found) == 1 for found in open_ones):
-            yield from ((id(found[0]), f"stride of sum {number}") for found in open_ones)
+def _shared_strides(tree: Tree[LoweredLayer], shared: dict[str, str]) -> list[str]:
+    """Return the open strides along a tree; those of branches are one, and go into `shared` under the name of it."""
+    if isinstance(tree, LoweredLayer):
+        return [_one(tree.variable("stride"), shared)] if "stride" in tree.open else []
+    paths = [_shared_strides(part, shared) for part in tree.parts]
+    if isinstance(tree, Chain):
+        return [name for path in paths for name in path]
+    if all(len(path) == 1 for path in paths):
+        first = _one(paths[0][0], shared)
+        shared |= {name: first for (other,) in paths if (name := _one(other, shared)) != first}
+    return max(paths, key=len)
+
+
+def _one(name: str, shared: Mapping[str, str]) -> str:
+    """Return the name of a variable that is one with others."""
+    return _one(shared[name], shared) if name in shared else name
 
 
 def infer_strides(tree: Tree[LoweredLayer]) -> Tree[LoweredLayer]:
@@ -306,27 +346,8 @@ def _stride(tree: Tree[LoweredLayer]) -> tuple[int, ...]:
         return _stride(path.parts[0])
     if isinstance(path, Chain):
         each = [_stride(part) for part in path.parts]
-        return tuple(_product(sizes) for sizes in zip(*each, strict=True))
+        return tuple(math.prod(sizes) for sizes in zip(*each, strict=True))
     return path.conv.geometry.stride
-
-
-def _product(numbers: Sequence[int]) -> int:
-    total = 1
-    for number in numbers:
-        total *= number
-    return total
-
-
-def _sums(tree: Tree[LoweredLayer]) -> Iterator[tuple[Tree[LoweredLayer], ...]]:
-    if isinstance(tree, Chain | Sum):
-        if isinstance(tree, Sum):
-            yield tree.parts
-        for part in tree.parts:
-            yield from _sums(part)
-
-
-def _channelwise(leaf: LoweredLayer) -> frozenset[str]:
-    return leaf.computed.kind.channelwise
 
 
 def _frozen(value: Any) -> object:

@@ -7,21 +7,22 @@ from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.record import FusionRecord
+from convtool.checkpoint.record import FusionRecord, changes_nothing
 from convtool.core.compose import compose
 from convtool.core.conv import Conv, pointwise
 from convtool.core.expression import joined, multiply_adds, work_per_position
 from convtool.core.fuse import Fusion, fuse_tree
 from convtool.core.names import is_written
-from convtool.core.sizes import split_input_size
-from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves, walk
+from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves, tree_text, walk
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.dependence import fused_fields
-from convtool.fusing.leaf import LoweredLayer
+from convtool.fusing.leaf import LoweredLayer, spatial_size
 from convtool.fusing.lowering import stored_dtype
+from convtool.kinds.kind import Layer
 
 Per: TypeAlias = Literal["input position", "input", "output position"]
 
@@ -31,18 +32,23 @@ class PlannedLayer:
     """A fused layer of a new checkpoint.
 
     Attributes:
-        name: of the fused layer.
+        record: what the new checkpoint says of it.
         tree: the layers that it stands for.
         fusion: the layer itself, and where it is exact.
         edit: what changes in the checkpoint.
         blocks: those of its layers that hold other layers of the checkpoint.
     """
 
-    name: str
+    record: FusionRecord
     tree: Tree[LoweredLayer]
     fusion: Fusion
     edit: Edit
     blocks: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Return what the fused layer is called."""
+        return self.record.name
 
     @property
     def layers(self) -> list[LoweredLayer]:
@@ -60,22 +66,6 @@ class PlannedLayer:
         return not any(len(values) > 1 for leaf in self.layers for values in leaf.open.values())
 
     @property
-    def record(self) -> FusionRecord:
-        """Return what the new checkpoint says of it."""
-        conv, verdict = self.fusion.conv, self.fusion.verdict
-        fields, assumed = fused_fields(self.tree, conv.geometry) if conv.spatial_axes else ({}, ())
-        return FusionRecord(
-            name=self.name,
-            tree=map_leaves(LoweredLayer.source, self.tree),
-            fields=fields,
-            dtype=str(conv.weight.dtype).removeprefix("torch."),
-            exact=verdict.exact,
-            input_size=verdict.input_size,
-            rim=verdict.rim,
-            assumed=assumed,
-        )
-
-    @property
     def parameters(self) -> tuple[int, int]:
         """Numbers before and after that are stored; of a batch norm, those that it computes with."""
         stored = (layer.conv for layer in self.layers if layer.layer.tensors)
@@ -91,7 +81,7 @@ class PlannedLayer:
         if self.settled and input_size is None:
             return work_per_position(tree), work_per_position(conv), "input position"
         if self.settled and input_size is not None:
-            size = split_input_size(input_size, self.layers[0].conv.in_channels, conv.spatial_axes)
+            size = spatial_size(self.tree, input_size) or ()
             return multiply_adds(tree, size), multiply_adds(conv, size), "input"
         strided = map_leaves(_with_stride_of_two, self.tree)
         here, there = (
@@ -131,34 +121,59 @@ def plan_layer(
         InputError: the result is not finite in that dtype.
     """
     layers = list(leaves(tree))
-    first = layers[0].conv
-    size = None if input_size is None else split_input_size(input_size, first.in_channels, first.spatial_axes)
+    own, size = _own(layers), spatial_size(tree, input_size)
+    if size is not None:
+        _check_inputs(tree, size)
+    dtype = dtype or stored_dtype(layers)
+    fusion = fuse_tree(joined(tree), input_size=size, allow_border=allow_border, bias_map=bias_map, dtype=dtype)
+    fusion = replace(fusion, conv=_as_module(fusion.conv))
+    record = _record(name or _name_of(own), tree, fusion)
+    if changes_nothing(record.tree) and (len(layers) > 1 or record.name == own[0].name):
+        raise UsageError(f"{tree_text(record.tree, lambda one: one.name)}: is what {own[0].name} does by itself")
+    remove = [key for layer in own for key in layer.tensor_names()]
+    edit = Edit.of(remove, conv_tensors(record.name, fusion.conv), remove[0])
+    blocks = (layer.name for layer in own if any(other.startswith(f"{layer.name}.") for other in base.layers))
+    return PlannedLayer(record, tree, fusion, edit, frozenset(blocks))
+
+
+def _own(layers: Sequence[LoweredLayer]) -> list[Layer]:
+    """Return those of the checkpoint that is changed; raise UsageError where there are none."""
     own = [layer.layer for layer in layers if layer.own]
     if not own:
         raise UsageError("expected at least one layer of the checkpoint in the fusion")
-    if size is not None:
-        _check_inputs(tree, size)
-    fusion = fuse_tree(
-        joined(tree),
-        input_size=size,
-        allow_border=allow_border,
-        bias_map=bias_map,
-        dtype=dtype or stored_dtype(layers),
+    return own
+
+
+def _name_of(own: Sequence[Layer]) -> str:
+    """Return what the layer in place of these is called where nobody says: as the first of them that is a module."""
+    name = next((layer.name for layer in own if not layer.kind.parameter), own[0].name)
+    if is_written(name):
+        raise UsageError(f"expected --name, as {name} is no module that the fused layer could stand in place of")
+    return name
+
+
+def conv_tensors(name: str, conv: Conv) -> dict[str, Tensor]:
+    """Return a layer's tensors by full name, as they go into a file."""
+    tensors = {"weight": conv.torch_weight().contiguous()}
+    if conv.bias is not None:
+        tensors["bias_map" if conv.has_bias_map else "bias"] = conv.bias
+    return {f"{name}.{part}" if name else part: tensor for part, tensor in tensors.items()}
+
+
+def _record(name: str, tree: Tree[LoweredLayer], fusion: Fusion) -> FusionRecord:
+    """Return what the new checkpoint says of a fusion."""
+    conv, verdict = fusion.conv, fusion.verdict
+    fields, assumed = fused_fields(tree, conv.geometry) if conv.spatial_axes else ({}, ())
+    return FusionRecord(
+        name=name,
+        tree=map_leaves(LoweredLayer.source, tree),
+        fields=fields,
+        dtype=str(conv.weight.dtype).removeprefix("torch."),
+        exact=verdict.exact,
+        input_size=verdict.input_size,
+        rim=verdict.rim,
+        assumed=assumed,
     )
-    if fusion.conv.geometry.padded and fusion.conv.geometry.padding_mode == "symmetric":
-        raise RefusedError("the fused layer would pad symmetrically, with the edge repeated, which no nn.Conv does")
-    if not fusion.conv.spatial_axes and fusion.conv.geometry.groups > 1:
-        fusion = replace(fusion, conv=_without_groups(fusion.conv))
-    fused_name = name or next((layer.name for layer in own if not layer.kind.parameter), own[0].name)
-    if is_written(fused_name):
-        raise UsageError(f"expected --name, as {fused_name} is no module that the fused layer could stand in place of")
-    prefix = f"{fused_name}." if fused_name else ""
-    insert = {f"{prefix}weight": fusion.conv.torch_weight().contiguous()}
-    if fusion.conv.bias is not None:
-        insert[f"{prefix}{'bias_map' if fusion.conv.has_bias_map else 'bias'}"] = fusion.conv.bias
-    remove = [key for layer in own for key in layer.tensor_names()]
-    blocks = (layer.name for layer in own if any(other.startswith(f"{layer.name}.") for other in base.layers))
-    return PlannedLayer(fused_name, tree, fusion, Edit.of(remove, insert, remove[0]), frozenset(blocks))
 
 
 def _check_inputs(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> None:
@@ -174,8 +189,12 @@ def _check_inputs(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> None:
     walk(tree, size, step, lambda _, sizes: sizes[-1])
 
 
-def _without_groups(conv: Conv) -> Conv:
-    """Return the layer with one group, which is all that nn.Linear knows; its numbers are the same."""
+def _as_module(conv: Conv) -> Conv:
+    """Return the layer as a module of torch's can have it: nn.Linear knows no groups; its numbers are the same."""
+    if conv.geometry.padded and conv.geometry.padding_mode == "symmetric":
+        raise RefusedError("the fused layer would pad symmetrically, with the edge repeated, which no nn.Conv does")
+    if conv.spatial_axes or conv.geometry.groups == 1:
+        return conv
     everything = Conv(torch.eye(conv.in_channels).reshape(conv.in_channels, -1), None, pointwise(0))
     return compose(everything, conv).to(conv.weight.dtype)
 

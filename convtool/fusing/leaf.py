@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from convtool.checkpoint.record import SourceLayer
+from convtool.checkpoint.record import PLACE, SourceLayer
 from convtool.core.fields import Fields
 from convtool.core.fuse import NamedConv
 from convtool.core.names import grouped, is_written
-from convtool.core.tree import BASE
+from convtool.core.sizes import split_input_size
+from convtool.core.tree import BASE, Tree, leaves
 from convtool.kinds.kind import Layer
 
 SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a layer takes from the one that it is like
@@ -30,6 +31,7 @@ class LoweredLayer(NamedConv):
         rests_on: what was assumed when it was made, (layer, what).
         like: the layer that it shares `SHARED_FIELDS` with, known or not.
         form: the layer that it is computed as, where that is another: an adapter's change is one like its base.
+        unplaced: nobody states that it runs right behind the layer before it.
         unsaid: what else nobody says of it, in words.
         origin: the checkpoint that it is from, BASE for the one that is changed.
     """
@@ -45,6 +47,7 @@ class LoweredLayer(NamedConv):
     origin: str = BASE
     like: str = ""
     form: Layer | None = None
+    unplaced: bool = False
     unsaid: tuple[str, ...] = ()
 
     @property
@@ -75,12 +78,14 @@ class LoweredLayer(NamedConv):
         kind = self.computed.kind
         said = [*self.unsaid, *(kind.say(name, value) for name, value in self.known.items() if name in self.assumed)]
         recorded = [(name, f"{what} (when {self.name} was made)") for name, what in self.rests_on]
-        return [*([(self.name, ", ".join(said))] if said else []), *recorded]
+        placed = [(self.name, PLACE)] if self.unplaced else []
+        return [*([(self.name, ", ".join(said))] if said else []), *placed, *recorded]
 
     def source(self) -> SourceLayer:
         """Return what a record says of it."""
         like = self.like if any(name in SHARED_FIELDS for name in self.open) else ""
-        return SourceLayer(self.layer.name, self.layer.kind, self.known, self.origin, tuple(sorted(self.assumed)), like)
+        assumed = tuple(sorted(self.assumed))
+        return SourceLayer(self.layer.name, self.layer.kind, self.known, self.origin, assumed, like, self.unplaced)
 
     def variable(self, name: str) -> str:
         """Return what an open field is called that layers may share."""
@@ -103,6 +108,12 @@ class LoweredLayer(NamedConv):
             assumed=self.assumed | {name} if assumed else self.assumed,
             inferred=(*self.inferred, said) if said else self.inferred,
         )
+
+
+def spatial_size(tree: Tree[LoweredLayer], input_size: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Return the spatial sizes of a tree's input, of those with or without the channels in front."""
+    first = next(leaves(tree)).conv
+    return None if input_size is None else split_input_size(input_size, first.in_channels, first.spatial_axes)
 
 
 def said_of(layers: Iterable[LoweredLayer]) -> list[str]:

@@ -17,13 +17,8 @@ from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves, 
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.leaf import SHARED_FIELDS, LoweredLayer
 from convtool.kinds.kind import Base, Channels, Layer
-from convtool.kinds.stated import FieldSource, FieldSources, Known
+from convtool.kinds.stated import FieldSources, Known
 from convtool.kinds.written import make_written, read_layer
-
-
-def recorded(checkpoint: Checkpoint, origin: str = BASE) -> FieldSource:
-    """Return what a checkpoint says about its own layers: as convtool wrote it down, or as its format has it."""
-    return field_source(checkpoint, origin)
 
 
 def lower_chain(
@@ -171,7 +166,7 @@ class _TreeLowering:
             return Known(layer.fields, {})
         if ref in self.known:
             return self.known[ref]
-        sources = self.sources.with_first(recorded(self.checkpoints[ref.source], ref.source))
+        sources = self.sources.with_first(field_source(self.checkpoints[ref.source], ref.source))
         own = sources.known(full_name(layer.name, ref.source), layer)
         adapts = ref in self.adapters
         like = ref.like or (self.adapters[ref][1]["of"] if adapts else "")
@@ -179,7 +174,7 @@ class _TreeLowering:
             own = own.only(layer.kind.fields)
         if like:
             base = self.checkpoints[BASE]
-            liked = self.sources.with_first(recorded(base)).known(like, base.part(like))
+            liked = self.sources.with_first(field_source(base)).known(like, base.part(like))
             shared = layer.kind.fields if adapts else SHARED_FIELDS
             taken = {name: liked.fields[name] for name in shared if name in liked.fields} | own.fields
             own = replace(own, fields=taken, assumed=own.assumed | (liked.assumed & taken.keys() - own.fields.keys()))
@@ -207,20 +202,13 @@ class _TreeLowering:
         return Chain(tuple(parts)), into
 
     def _lower_leaf(self, ref: LayerRef, into: Channels, gives: int | None) -> LoweredLayer:
-        layer, known = self.layers[ref], self._known(ref)
-        if not layer.tensors:
-            if into.channels is None:
-                raise UsageError(
-                    f"{ref}: the number of channels isn't known here; give --input-size with the channels in front"
-                )
-            return LoweredLayer(ref.name, make_written(ref.name, into.channels, self.axes), layer, layer.fields)
+        layer, known, checkpoint, axes = self.layers[ref], self._known(ref), self.checkpoints[ref.source], self.axes
         if ref.written:
-            conv = self.checkpoints[ref.source].lower(layer, {}, self.axes, into.channels)
-            return LoweredLayer(str(ref), conv, layer, layer.fields, origin=ref.source)
+            return self._lower_written(ref, layer, into)
         kind, shapes = layer.kind, layer.shapes
         found, said = kind.infer(shapes, known.fields, into, gives)
         fields = {**known.fields, **found}
-        conv = self.checkpoints[ref.source].lower(layer, fields, self.axes)
+        conv = checkpoint.lower(layer, fields, axes)
         if into.channels not in (None, conv.in_channels):
             raise UsageError(
                 f"channels don't fit: {layer.name} takes {conv.in_channels} channels, and {into.origin} gives"
@@ -229,10 +217,8 @@ class _TreeLowering:
         tried = kind.trials(shapes, fields, gives)
         bare = {name: value for name, value in fields.items() if name not in kind.by_rule}
         implied = kind.infer(shapes, bare, into, gives)[0].keys() & kind.by_rule
-        record = self.checkpoints[ref.source].record
         adapter, scaling = self.adapters.get(ref, (layer, {}))
         if ref in self.adapters:
-            checkpoint, axes = self.checkpoints[ref.source], self.axes
             conv = Computed(conv, lambda: checkpoint.lower(layer, fields, axes).weight)
         return LoweredLayer(
             full_name(layer.name, ref.source),
@@ -244,12 +230,24 @@ class _TreeLowering:
             frozenset(implied),
             tuple(said),
             known.overruled,
-            record.rests_on().get(layer.name, ()) if record else (),
+            checkpoint.record.rests_on().get(layer.name, ()) if checkpoint.record else (),
             ref.source,
             scaling.get("of", ref.like),
             layer,
+            ref.unplaced,
             tuple(adapter.kind.assumed(adapter, scaling)),
         )
+
+    def _lower_written(self, ref: LayerRef, layer: Layer, into: Channels) -> LoweredLayer:
+        if layer.tensors:
+            conv = self.checkpoints[ref.source].lower(layer, {}, self.axes, into.channels)
+        elif into.channels is not None:
+            conv = make_written(ref.name, into.channels, self.axes)
+        else:
+            raise UsageError(
+                f"{ref}: the number of channels isn't known here; give --input-size with the channels in front"
+            )
+        return LoweredLayer(str(ref), conv, layer, layer.fields, origin=ref.source)
 
     def _other_reading(self, layer: Layer, into: Channels, takes: int) -> str:
         """Return a hint for channels that would fit, were one of the two layers read in another way; else ''."""

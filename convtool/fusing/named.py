@@ -17,7 +17,6 @@ from convtool.core.tree import BASE, Chain, LayerRef, leaves
 from convtool.errors import InputError, RefusedError
 from convtool.fusing.fusion import check_nothing_missed
 from convtool.fusing.recipe import Known, Names, PlannedFusion, Recipe, resolve
-from convtool.fusing.shipped import shipped
 from convtool.kinds.written import check_closed
 
 
@@ -128,9 +127,7 @@ def _component(name: str) -> str:
 
 
 def without_effect(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
-    """Patterns of a user's recipe that state geometry of no layer; those that ship are for many networks."""
-    if recipe.origin in {known.origin for known in shipped().values()}:
-        return []
+    """Patterns of a recipe that state geometry of no layer."""
     layers = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
     stated = recipe.geometry
     return [text for text in stated.tables if not any(stated.matches(text, name) for name in layers)]

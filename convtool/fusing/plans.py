@@ -9,8 +9,8 @@ from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
 from convtool.core.names import grouped, some_of
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, tree_text
-from convtool.fusing.fusion import PlannedLayer, plan_layer
-from convtool.fusing.leaf import said_of
+from convtool.fusing.fusion import PlannedLayer, check_ties, plan_layer
+from convtool.fusing.leaf import LoweredLayer, said_of
 from convtool.fusing.lowering import lower_tree
 from convtool.fusing.recipe import PlannedFusion
 from convtool.fusing.settle import settle
@@ -45,11 +45,7 @@ def plan_all(
     trees = [lower_tree(checkpoints, one.tree, sources, size) for one, size in zip(fusions, sizes, strict=True)]
     border = bool(how.get("allow_border"))
     trees = settle(trees, checkpoints, sources.assume, sizes=sizes, border=border)
-    for text in said_of(leaf for tree in trees for leaf in leaves(tree)):
-        note(text)
-    doubts = ((leaf.name, leaf.layer.kind.doubt(leaf.layer, leaf.conv)) for tree in trees for leaf in leaves(tree))
-    for line in grouped((name, doubt) for name, doubt in doubts if doubt):
-        remark(line)
+    _tell(trees, remark, note)
     alone = _left_alone(checkpoints, [one.tree for one in fusions]) if surveyed else []
     for text in alone:
         note(f"left alone: {text}")
@@ -57,9 +53,20 @@ def plan_all(
         plan_layer(checkpoints[BASE], one.name, tree, input_size=size, **how)
         for one, tree, size in zip(fusions, trees, sizes, strict=True)
     ]
-    for _, text in _dearer(planned, input_size):
+    check_ties(checkpoints[BASE], [layer.edit for layer in planned])
+    for text in _dearer(planned, input_size):
         remark(f"slower: {text}")
     return planned, alone
+
+
+def _tell(trees: Iterable[Tree[LoweredLayer]], remark: Callable[[str], None], note: Callable[[str], None]) -> None:
+    """Say where the layers' fields are from, and what they look like that may be meant otherwise."""
+    found = [leaf for tree in trees for leaf in leaves(tree)]
+    for text in said_of(found):
+        note(text)
+    doubts = ((leaf.name, leaf.layer.kind.doubt(leaf.layer, leaf.conv)) for leaf in found)
+    for line in grouped((name, doubt) for name, doubt in doubts if doubt):
+        remark(line)
 
 
 def _left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]]) -> list[str]:
@@ -79,7 +86,7 @@ def _left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[Laye
     return lines
 
 
-def _dearer(planned: Iterable[PlannedLayer], size: tuple[int, ...] | None) -> Iterator[tuple[PlannedLayer, str]]:
+def _dearer(planned: Iterable[PlannedLayer], size: tuple[int, ...] | None) -> Iterator[str]:
     """Yield the fusions that take more multiply-adds than their layers apart, and how many times as many.
 
     Args:
@@ -89,4 +96,4 @@ def _dearer(planned: Iterable[PlannedLayer], size: tuple[int, ...] | None) -> It
         before, after, _ = layer.multiply_adds(layer.fusion.verdict.input_size or size) or (0, 0, "")
         if after > before:
             times = f"{after / before:.3g} times the multiply-adds" if before else "multiply-adds, and apart none"
-            yield layer, f"{tree_text(layer.tree, lambda leaf: leaf.name)}: fused it takes {times}"
+            yield f"{tree_text(layer.tree, lambda leaf: leaf.name)}: fused it takes {times}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
 
 from convtool.checkpoint import Checkpoint
 from convtool.core.bound import Allowance, Stored
@@ -12,14 +11,12 @@ from convtool.core.coefficients import compare_numbers
 from convtool.core.expression import Expression, joined, output_size
 from convtool.core.geometry import format_sizes
 from convtool.core.sizes import alike_size, default_sizes
-from convtool.core.tree import Chain, Sum, Tree, fold
+from convtool.core.tree import Tree, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import ConvtoolError
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
 from convtool.kinds.kind import Tensors
-
-Made = TypeVar("Made")
 
 PLAN_TRIALS = 2  # random inputs for each fusion that is checked before it is written
 PLAN_SIZES = 2  # and input sizes: one, and one that the stride doesn't divide
@@ -32,26 +29,20 @@ def exact_tree(tree: Tree[LoweredLayer], checkpoints: Mapping[str, Checkpoint]) 
     Args:
         checkpoints: by the origin that the layers name.
     """
-    return _each(tree, lambda leaf: leaf.layer.kind.parts(leaf.conv, _tensors(leaf, checkpoints), leaf.fields))
+    return map_leaves(
+        lambda leaf: leaf.layer.kind.parts(leaf.conv, _tensors(leaf, checkpoints), leaf.fields), joined(tree)
+    )
 
 
 def stored_tree(tree: Tree[LoweredLayer], checkpoints: Mapping[str, Checkpoint]) -> Tree[Stored]:
     """Return the layers of AFTER, each number with what rounding it when it was stored can have moved it by."""
-    return _each(tree, lambda leaf: leaf.layer.kind.stored(leaf.conv, _tensors(leaf, checkpoints), leaf.fields))
+    return map_leaves(
+        lambda leaf: leaf.layer.kind.stored(leaf.conv, _tensors(leaf, checkpoints), leaf.fields), joined(tree)
+    )
 
 
 def _tensors(leaf: LoweredLayer, checkpoints: Mapping[str, Checkpoint]) -> Tensors:
     return checkpoints[leaf.origin].tensors_of(leaf.layer) if leaf.layer.tensors else {}
-
-
-def _each(tree: Tree[LoweredLayer], one: Callable[[LoweredLayer], Tree[Made]]) -> Tree[Made]:
-    def chain(parts: list[Tree[Made]]) -> Tree[Made]:
-        return Chain(tuple(parts))
-
-    def total(parts: list[Tree[Made]]) -> Tree[Made]:
-        return Sum(tuple(parts))
-
-    return fold(joined(tree), one, chain, total)
 
 
 @dataclass(frozen=True, slots=True)

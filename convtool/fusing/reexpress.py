@@ -13,7 +13,7 @@ from torch import Tensor
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import FusionRecord, SourceLayer
-from convtool.core.conv import Conv
+from convtool.core.conv import Conv, pointwise
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.recover import Residual, matrix_to_conv, patches_to_linear
@@ -22,6 +22,7 @@ from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.tree import BASE, Chain
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.edits import module_text
+from convtool.fusing.fusion import conv_tensors
 from convtool.fusing.leaf import LoweredLayer
 from convtool.fusing.lowering import lower_chain
 from convtool.fusing.settle import settle_alone
@@ -65,9 +66,7 @@ def as_linear(lowered: LoweredLayer) -> Reexpression:
     except RefusedError as error:
         raise RefusedError(f"{layer.name}: {error}") from None
     kernel = conv.geometry.kernel_size
-    sizes = (conv.in_channels, *kernel)
-    record = _record(layer.name, Chain((lowered.source(),)), {}, weight, sizes, before=_text("flatten", kernel))
-    return Reexpression(layer.name, _edit(layer, weight, conv.bias), record, _linear_text(weight, conv.bias))
+    return _linear(lowered, weight, conv.bias, (conv.in_channels, *kernel), _text("flatten", kernel))
 
 
 def as_toeplitz(lowered: LoweredLayer, size: Sequence[int]) -> Reexpression:
@@ -90,18 +89,17 @@ def as_toeplitz(lowered: LoweredLayer, size: Sequence[int]) -> Reexpression:
             f"{layer.name}: its matrix of {matrix.shape[0]} x {matrix.shape[1]} takes {needed / 2**30:.1f} GiB, more"
             f" than the memory free; `convtool toeplitz` writes it sparse and of any size"
         )
-    weight, bias = matrix.to_dense(), matrix.bias
-    sizes = (conv.in_channels, *matrix.input_size)
-    record = _record(
-        layer.name,
-        Chain((lowered.source(),)),
-        {},
-        weight,
-        sizes,
-        before=_text("flatten", matrix.input_size),
-        after=_text("unflatten", matrix.output_size),
-    )
-    return Reexpression(layer.name, _edit(layer, weight, bias), record, _linear_text(weight, bias))
+    flat = (_text("flatten", matrix.input_size), _text("unflatten", matrix.output_size))
+    return _linear(lowered, matrix.to_dense(), matrix.bias, (conv.in_channels, *matrix.input_size), *flat)
+
+
+def _linear(
+    lowered: LoweredLayer, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], before: str, after: str = ""
+) -> Reexpression:
+    """Return a convolution as a linear layer between what gives and takes the form of its tensors."""
+    layer, conv = lowered.layer, Conv(weight, bias, pointwise(0))
+    record = _record(layer.name, Chain((lowered.source(),)), {}, weight, sizes, before, after)
+    return Reexpression(layer.name, _edit(layer, conv), record, module_text(conv))
 
 
 def lower_convolution(
@@ -148,10 +146,23 @@ def as_conv(
             f"{layer.name}: takes {weight.shape[1]} numbers, and an input of {format_sizes(input_size)} has"
             f" {channels * math.prod(size)}"
         )
-    geometry = Geometry.of(tuple(kernel), **fields)
     stored_bias = None if bias is None else checkpoint.tensor(bias.name)
+    geometry = Geometry.of(tuple(kernel), **fields)
+    conv, residual = _recovered(layer, weight, stored_bias, geometry, input_size)
+    output_size = geometry.output_size(size)
+    sources = [_written("flatten", size), SourceLayer(layer.name, layer.kind, {})]
+    if math.prod(output_size) > 1:
+        sources.append(_written("unflatten", output_size))
+    record = _record(layer.name, Chain(tuple(sources)), geometry_fields(geometry), conv.weight, tuple(input_size))
+    return Reexpression(layer.name, _edit(layer, conv), record, module_text(conv), residual)
+
+
+def _recovered(
+    layer: Layer, weight: Tensor, bias: Tensor | None, geometry: Geometry, input_size: Sequence[int]
+) -> tuple[Conv, Residual]:
+    """Return the convolution that a weight is the matrix of; see `as_conv`."""
     try:
-        conv, residual = matrix_to_conv(weight, stored_bias, geometry, size)
+        conv, residual = matrix_to_conv(weight, bias, geometry, list(input_size[1:]))
     except UsageError as error:
         raise UsageError(f"{layer.name}: {error}") from None
     most = ROUNDING_STEPS * float(torch.finfo(weight.dtype).eps)
@@ -162,12 +173,7 @@ def as_conv(
             f" {format_sizes(input_size)}: the nearest one differs by {residual.relative:.3g} of the largest weight"
             f" (row {row}, column {column}); other sizes, or another geometry?"
         )
-    output_size = geometry.output_size(size)
-    sources = [_written("flatten", size), SourceLayer(layer.name, layer.kind, {})]
-    if math.prod(output_size) > 1:
-        sources.append(_written("unflatten", output_size))
-    record = _record(layer.name, Chain(tuple(sources)), geometry_fields(geometry), conv.weight, tuple(input_size))
-    return Reexpression(layer.name, _conv_edit(layer, conv), record, module_text(conv), residual)
+    return conv, residual
 
 
 def _record(
@@ -192,26 +198,9 @@ def _written(kind: str, size: Sequence[int]) -> SourceLayer:
     return SourceLayer(layer.name, layer.kind, {})
 
 
-def _edit(layer: Layer, weight: Tensor, bias: Tensor | None) -> Edit:
-    insert = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    return _replacing(layer, insert)
-
-
-def _conv_edit(layer: Layer, conv: Conv) -> Edit:
-    insert = {"weight": conv.torch_weight()}
-    if conv.bias is not None:
-        insert["bias_map" if conv.has_bias_map else "bias"] = conv.bias
-    return _replacing(layer, insert)
-
-
-def _replacing(layer: Layer, tensors: dict[str, Tensor]) -> Edit:
-    prefix = f"{layer.name}." if layer.name else ""
+def _edit(layer: Layer, conv: Conv) -> Edit:
     gone = list(layer.tensor_names())
-    return Edit.of(gone, {prefix + name: tensor.contiguous() for name, tensor in tensors.items()}, gone[0])
-
-
-def _linear_text(weight: Tensor, bias: Tensor | None) -> str:
-    return f"nn.Linear({weight.shape[1]}, {weight.shape[0]}{', bias=False' if bias is None else ''})"
+    return Edit.of(gone, conv_tensors(layer.name, conv), gone[0])
 
 
 def _memory() -> int | None:

@@ -7,13 +7,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from convtool.checkpoint import Checkpoint
-from convtool.core.geometry import Geometry
 from convtool.core.names import some_of
-from convtool.core.sizes import split_input_size
-from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
+from convtool.core.tree import Sum, Tree, leaves, map_leaves
 from convtool.errors import UsageError
-from convtool.fusing.dependence import KERNEL, depends, infer_strides, probes
-from convtool.fusing.leaf import LoweredLayer
+from convtool.fusing.dependence import KERNEL, depends, infer_strides, probes, taps_alone
+from convtool.fusing.leaf import LoweredLayer, spatial_size
 from convtool.kinds.stated import field_text
 
 NUMBERS, MATRIX = "for the numbers", "for the matrix"
@@ -93,8 +91,7 @@ def _settled(
 ) -> Tree[LoweredLayer]:
     """Return the tree with what matters assumed where that is accepted; the rest of it is added to `missing`."""
     tree = infer_strides(tree)
-    before, begun, first = tree, len(missing), next(leaves(tree)).conv
-    size = None if input_size is None else split_input_size(input_size, first.in_channels, first.spatial_axes)
+    before, begun, size = tree, len(missing), spatial_size(tree, input_size)
     # What is assumed by rule is so while the rest is looked at, and left open again where nothing depends on it then.
     ruled = [(leaf.variable(name), name) for leaf in leaves(tree) for name in _ordered(leaf) if _is_ruled(leaf, name)]
     for variable, name in ruled:
@@ -149,27 +146,9 @@ def _what_depends(tree: Tree[LoweredLayer], number: int, name: str, size: tuple[
         return KERNEL if leaf in _mixed(tree, False, before=leaf.conv.geometry.transposed) else ""
     if not leaf.open[name]:
         return NUMBERS
-    looked_at = probes(_without_tail(tree, leaf))
+    looked_at = probes(taps_alone(tree))
     variable = next(one.variable for one in list(leaves(looked_at))[number].open if one.field == name)
     return depends(looked_at, variable, size, border)
-
-
-def _without_tail(tree: Tree[LoweredLayer], leaf: LoweredLayer) -> Tree[LoweredLayer]:
-    """Return a chain without the layers at its end that read one position each, as nothing hangs on those."""
-    if not isinstance(tree, Chain):
-        return tree
-    parts = list(tree.parts)
-    while len(parts) > 1 and isinstance(parts[-1], LoweredLayer) and parts[-1] is not leaf and _is_point(parts[-1]):
-        parts.pop()
-    return Chain(tuple(parts)) if len(parts) > 1 else parts[0]
-
-
-def _is_point(leaf: LoweredLayer) -> bool:
-    """Return whether a layer's output reads the input at its own position, whatever is open of it."""
-    geometry = leaf.conv.geometry
-    return not leaf.open.keys() - leaf.computed.kind.channelwise - {"eps"} and geometry == Geometry.of(
-        (1,) * len(geometry.kernel_size), groups=geometry.groups
-    )
 
 
 def _mixed(tree: Tree[LoweredLayer], mixed: bool, *, before: bool) -> list[LoweredLayer]:

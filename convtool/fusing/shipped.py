@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -11,7 +13,8 @@ from convtool.formats.toml import STREAM, read_toml
 from convtool.fusing.recipe import Recipe, parse_recipe
 
 
-def shipped() -> dict[str, Recipe]:
+@cache
+def shipped() -> Mapping[str, Recipe]:
     """Return the recipes by name, in order of their names."""
     files = sorted(resources.files("convtool.recipes").iterdir(), key=lambda file: file.name)
     return {
@@ -21,15 +24,20 @@ def shipped() -> dict[str, Recipe]:
     }
 
 
+def is_file(name: str) -> bool:
+    """Return whether a recipe is named by its file, and so is none of those that ship."""
+    return name.endswith(".toml") or name == STREAM
+
+
 def find_recipe(name: str) -> Recipe:
     """Return a recipe by its name or the path of its file; raise UsageError where there is none."""
+    if is_file(name):
+        return parse_recipe(read_toml(Path(name)), name)
     known = shipped()
-    if name in known:
-        return known[name]
-    if not name.endswith(".toml") and name != STREAM:
+    if name not in known:
         near = did_you_mean(name, known, cutoff=0.8)
         raise UsageError(
             f"--recipe: no recipe {name!r}{near or ';'} --recipe auto takes the one that fits, `convtool fuse"
             " --list-recipes` lists all, and a recipe of your own is a .toml file"
         )
-    return parse_recipe(read_toml(Path(name)), name)
+    return known[name]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from convtool.checkpoint import Checkpoint
+from convtool.checkpoint.record import field_source
 from convtool.core.bound import fused_geometry
 from convtool.core.expression import joined
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves
 from convtool.errors import RefusedError
 from convtool.fusing.leaf import LoweredLayer
-from convtool.fusing.lowering import lower_tree, recorded
+from convtool.fusing.lowering import lower_tree
 from convtool.fusing.settle import settle
 from convtool.kinds.stated import FieldSource, FieldSources
 
@@ -22,7 +23,7 @@ def standing(
     """Return the layers of AFTER that stand for those of BEFORE; what nobody states of them follows from the latter."""
     first = next(leaves(before)).conv
     if len(names) > 1:  # each is what BEFORE's of its name is, as far as nobody says otherwise
-        said = sources.with_first(recorded(after))
+        said = sources.with_first(field_source(after))
         alike = {
             leaf.name: {
                 key: value

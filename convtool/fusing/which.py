@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
 from convtool.checkpoint import Checkpoint
-from convtool.core.tree import leaves
+from convtool.checkpoint.record import full_name
+from convtool.core.tree import BASE, leaves
 from convtool.errors import ConvtoolError, UsageError
+from convtool.fusing.adapters import parse_strengths
 from convtool.fusing.named import by_recipe
-from convtool.fusing.recipe import PlannedFusion, Recipe
+from convtool.fusing.recipe import NothingFitsError, PlannedFusion, Recipe
 from convtool.fusing.shipped import shipped
 from convtool.kinds.stated import FieldSources
 
@@ -41,6 +43,30 @@ def the_one(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> tupl
         )
     (name,) = found
     return name, shipped()[name]
+
+
+def by_name(
+    recipe: Recipe,
+    checkpoints: Mapping[str, Checkpoint],
+    fields: FieldSources,
+    strengths: Sequence[str] = (),
+    leave: Sequence[str] = (),
+    order: Sequence[str] | None = None,
+) -> tuple[list[PlannedFusion], FieldSources]:
+    """Return the fusions that a recipe means, and where fields come from then; see `by_recipe`.
+
+    Args:
+        strengths: what --strength says.
+    """
+    names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
+    stated, strength = fields.with_first(recipe.stated(names)), parse_strengths(strengths, checkpoints)
+    try:
+        return by_recipe(recipe, checkpoints, stated.fields, strength.get(BASE, 1.0), leave, order), stated
+    except NothingFitsError as error:
+        fit = fitting(checkpoints, fields)
+        raise UsageError(
+            f"{error}; of the recipes that ship, {in_words(fit)} would fit" if fit else str(error)
+        ) from None
 
 
 def doing_more(

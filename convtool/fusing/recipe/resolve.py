@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 from convtool.core.fields import Fields
 from convtool.core.geometry import format_sizes
-from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves, map_leaves
 from convtool.errors import UsageError
 from convtool.fusing.recipe.language import ALPHA, Plan, Recipe, Rule, anchors_of, texts_of
 from convtool.fusing.recipe.layer_names import Effort, Layers, Names
@@ -106,8 +106,7 @@ class _Resolution:
                 continue
             tree = self._tree(self.rule.tree, binding)
             if tree is not None and (not self.rule.same_shape or self._keeps_shape(tree)):
-                if self.rule.in_order and self.known.ordered:
-                    self._check_order(tree)
+                tree = self._in_order(tree) if self.rule.in_order else tree
                 near = (ref.name for ref in leaves(tree) if ref.source == BASE and not ref.written)
                 name = self.names[BASE].write(filled(self.rule.name, binding), near)
                 yield PlannedFusion(name, tree, self.rule.input_size)
@@ -129,7 +128,11 @@ class _Resolution:
             )
         return (stride,) if isinstance(stride, int) else tuple(stride)
 
-    def _check_order(self, tree: Ref) -> None:
+    def _in_order(self, tree: Ref) -> Ref:
+        """Return the tree, held against the order of the layers; where nobody knows that, it says so of them."""
+        if not self.known.ordered:
+            first = next(leaves(tree))
+            return map_leaves(lambda ref: ref if ref is first or ref.written else replace(ref, unplaced=True), tree)
         places = self.places
         names = [ref.name for ref in leaves(tree) if ref.source == BASE and ref.name in places]
         for one, other in itertools.pairwise(names):
@@ -138,6 +141,7 @@ class _Resolution:
                     f"{self.origin}: {other} stands before {one} in the checkpoint or the model's code, as in"
                     f" networks that normalise first; where it runs after {one}, name the two by hand"
                 )
+        return tree
 
     def _texts(self) -> Iterator[str]:
         yield from (pattern.text for pattern in leaves(self.rule.tree) if not pattern.is_function)

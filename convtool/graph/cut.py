@@ -49,8 +49,7 @@ class _Cutter:
 
     def _cut_sum(self, tree: Sum[LayerRef]) -> tuple[Price, list[Merge]]:
         apart = [self.cut(part) for part in tree.parts]
-        price, merges = _total(apart)
-        best: tuple[Price, list[Merge]] = price, merges
+        best = _total(apart)
         count = len(tree.parts)
         for some in itertools.combinations(range(count), count) if count > MOST_BRANCHES else _parts_of(count):
             try:
@@ -58,9 +57,9 @@ class _Cutter:
             except ConvtoolError:
                 continue
             others = [apart[number] for number in range(count) if number not in some]
-            price, merges = _total([(self._price(_work(whole)), [whole]), *others])
-            if price < best[0]:
-                best = price, merges
+            best = min(best, _total([(self._price(_work(whole)), [whole]), *others]), key=lambda one: one[0])
+            if len(some) == count and self._price(_work(whole)) <= max(price for price, _ in apart):
+                break  # whatever else has the dearest branch in it takes as much
         if not any(isinstance(merge.tree, Sum) and len(merge.tree.parts) == count for merge in best[1]):
             self._leave(tree)
         return best

@@ -106,6 +106,7 @@ class Judge:
     def __init__(self, flow: Flow, is_biased: Callable[[str], bool], watch: Stopwatch | None = None) -> None:
         self.flow, self.is_biased, self.watch = flow, is_biased, watch
         self.calls = {layer.name: (step, layer) for step, layer in flow.calls()}
+        self.leaves: dict[tuple[str, int, int], NamedConv] = {}
         self.resized = {layer.name for step, layer in flow.calls() if self._is_resized(step, layer)}
 
     def layer(self, name: str) -> Layer:
@@ -206,9 +207,12 @@ class Judge:
         return joined(map_leaves(lambda _: next(found), tree))
 
     def _leaf(self, ref: LayerRef, axes: int, channels: int) -> NamedConv:
-        layer = self.layer(ref.name)
-        numbers = {name: _number(layer).expand(info.shape) for name, info in layer.tensors.items()}
-        return NamedConv(ref.name, layer.kind.lower(numbers, layer.fields, axes, channels))
+        key = ref.name, axes, channels
+        if key not in self.leaves:
+            layer = self.layer(ref.name)
+            numbers = {name: _number(layer).expand(info.shape) for name, info in layer.tensors.items()}
+            self.leaves[key] = NamedConv(ref.name, layer.kind.lower(numbers, layer.fields, axes, channels))
+        return self.leaves[key]
 
     def _stand_in(self, leaf: NamedConv) -> NamedConv:
         """Return a layer of one channel, of ones, that is exact where this one is."""

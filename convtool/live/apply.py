@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from convtool.checkpoint import Checkpoint, open_checkpoint
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
-from convtool.core.names import unwrap
+from convtool.core.names import WRAPPERS, unwrap
 from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.kinds.written import read_layer, undoing
@@ -103,6 +103,9 @@ class Applying:
         self.model, self.check, self.keep = model, check, keep
         self.making = making or contextlib.nullcontext()
         self.made: set[str] = set()
+        self.names: dict[int, list[str]] = {}  # of each module
+        for name, module in model.named_modules(remove_duplicate=False):
+            self.names.setdefault(id(module), []).append(name)
         self.rests: dict[tuple[type, str], tuple[str, ...]] = {}  # what stays of modules that do more than a layer
         self.touched: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
 
@@ -123,7 +126,6 @@ class Applying:
                 f"{name} was fused with {again}, which the model's own code does and would go on to do; take"
                 " it out there, and then pass check=False"
             )
-        places = self._places()
         silent: dict[str, nn.Module] = {}
         if fused is not None:
             self._put_fused(name, next((source for source in sources if source.name == name), None), sources[0], fused)
@@ -133,14 +135,16 @@ class Applying:
             # What the fused layer stands for may be the container of its sources: those went with it.
             if source.name == name or source.name.startswith(f"{name}."):
                 continue
-            if source.name in silent and stays:
-                self._set(places[unwrap(source.name)], silent[source.name])
-            elif source.kind.parameter:
+            if source.kind.parameter and not (source.name in silent and stays):
                 self._drop_scale(source)
+                continue
+            place = self._place(source.name)
+            if source.name in silent and stays:
+                self._set(place, silent[source.name])
             elif branches and not stays:  # an identity in place of a branch would add its input to the sum
-                self._delete(places[unwrap(source.name)])
+                self._delete(place)
             else:
-                self._set(places[unwrap(source.name)], self._without(source, places[unwrap(source.name)]))
+                self._set(place, self._without(source, place))
 
     def _without(self, source: SourceLayer, place: str) -> nn.Module:
         """Return what is to stand in a layer's place."""
@@ -156,7 +160,7 @@ class Applying:
         near = self._near(first)
         dtype = fused.weight.dtype if near is None else near.dtype  # the model may have been cast
         device = torch.device("cpu") if near is None else near.device
-        place = self._place(name, self._places())
+        place = self._place(name)
         module = None if own is None or name in self.made else self.model.get_submodule(place)
         if self.keep and module is not None and own is not None and not is_plain(module, own.kind):
             self._touch(module)
@@ -169,8 +173,8 @@ class Applying:
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Load every tensor of the checkpoint; InputError, before any is, where they don't fit."""
-        places, own = self._places(), tensors_of(self.model)
-        state = {self._tensor_place(name, places): checkpoint.tensor(name) for name in checkpoint.infos}
+        own = tensors_of(self.model)
+        state = {self._tensor_place(name): checkpoint.tensor(name) for name in checkpoint.infos}
         missing = [name for name in own if name not in state and name.rpartition(".")[2] not in COUNTERS]
         unexpected = [name for name in state if name not in own]
         wrong = [
@@ -196,38 +200,52 @@ class Applying:
 
     # --- where layers are
 
-    def _places(self) -> dict[str, str]:
-        """Return the model's own names of its modules by the names without wrappers."""
-        return {unwrap(name): name for name, _ in self.model.named_modules(remove_duplicate=False)}
+    def _find(self, name: str) -> str | None:
+        """Return the model's own name of a module, whatever wrappers stand around its parts; None where it has none."""
+        path: list[str] = []
+        module = self.model
+        for part in (*filter(None, unwrap(name).split(".")), ""):
+            while part not in module._modules and (wrappers := WRAPPERS & module._modules.keys()):
+                path.append(min(wrappers))
+                module = module.get_submodule(path[-1])
+            if part and module._modules.get(part) is None:
+                return None
+            if part:
+                path.append(part)
+                module = module.get_submodule(part)
+        return ".".join(path)
 
-    def _place(self, name: str, places: dict[str, str]) -> str:
+    def _place(self, name: str) -> str:
         """Return where a module of that name stands, or is to stand."""
         parent, _, last = unwrap(name).rpartition(".")
-        if unwrap(name) not in places and parent not in places:
+        found, around = self._find(name), self._find(parent)
+        if found is None and around is None:
             raise UsageError(f"the model has no module {parent!r}, in which {name!r} is to stand")
-        return places.get(unwrap(name)) or _joined(places[parent], last)
+        return found or _joined(around or "", last)
 
-    def _tensor_place(self, name: str, places: dict[str, str]) -> str:
+    def _tensor_place(self, name: str) -> str:
         path, _, parameter = name.rpartition(".")
-        return _joined(places.get(unwrap(path), path), parameter)
+        found = self._find(path)
+        return _joined(path if found is None else found, parameter)
 
     def _holder(self, source: SourceLayer) -> tuple[str, nn.Module, str]:
         """Return the model's name of the module that a layer is, the module, and the parameter where it is a scale."""
-        path, places, parameter = source.name, self._places(), ""
-        if source.kind.parameter and unwrap(path) not in places:  # named by its tensor
+        path, parameter = source.name, ""
+        if source.kind.parameter and self._find(path) is None:  # named by its tensor
             path, _, parameter = path.rpartition(".")
-        if unwrap(path) not in places:
+        place = self._find(path)
+        if place is None:
             raise UsageError(f"the model has no layer {path!r}, which the checkpoint's record names")
-        module = self.model.get_submodule(places[unwrap(path)])
+        module = self.model.get_submodule(place)
         names = (name for name in source.kind.tensors if name in module._parameters)
-        return places[unwrap(path)], module, parameter or (next(names, "") if source.kind.parameter else "")
+        return place, module, parameter or (next(names, "") if source.kind.parameter else "")
 
     def _check(self, source: SourceLayer) -> None:
         """Raise unless a source is in the model, under one name, and is what the record says."""
         if source.name in self.made:
             return
         _, module, _ = self._holder(source)
-        shared = [other for other, one in self.model.named_modules(remove_duplicate=False) if one is module]
+        shared = self.names.get(id(module), ())
         if len(shared) > 1:
             raise RefusedError(
                 f"{' and '.join(shared)} are one module of the model; replacing it in one place would leave the other"

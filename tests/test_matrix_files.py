@@ -34,7 +34,7 @@ from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.matrices import RECORD_NAME, Contents, Layout
 from convtool.formats.pieces import Chunk, Piece
-from convtool.formats.stored_zip import LIMIT, archive_size, write_archive
+from convtool.formats.stored_zip import archive_size, write_archive
 from convtool.matrix import FORMATS, MatrixPlan, plan_matrix, write_matrix
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
@@ -469,6 +469,9 @@ def test_an_archive_beyond_4_gib_is_one_to_every_reader(tmp_path: Path) -> None:
     check_end(path, len(members))
 
 
+LIMIT = 0xFFFFFFFF  # from here on a size takes the wide fields
+
+
 def check_end(path: Path, count: int) -> None:
     """Hold each field of the end of a large archive against PKWARE's APPNOTE, 4.3.14 to 4.3.16; readers skip most."""
     size = path.stat().st_size
@@ -482,7 +485,7 @@ def check_end(path: Path, count: int) -> None:
     assert (disk, first_disk, here, entries) == (0, 0, count, count)
     assert offset + directory == size - 98
     assert struct.unpack("<LLQL", locator) == (0x07064B50, 0, size - 98, 1)
-    assert struct.unpack("<L4H2LH", end) == (0x06054B50, 0, 0, 0xFFFF, 0xFFFF, LIMIT, LIMIT, 0)
+    assert struct.unpack("<L4H2LH", end) == (0x06054B50, 0, 0, count, count, directory, LIMIT, 0)
     with path.open("rb") as file:
         file.seek(offset)
         assert file.read(4) == b"PK\x01\x02"

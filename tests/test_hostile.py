@@ -423,6 +423,20 @@ def test_what_means_to_take_for_ever_or_all_memory_is_refused(tmp_path: Path) ->
         open_checkpoint(deep)
 
 
+def test_a_storage_of_no_tensor_is_looked_at_too(tmp_path: Path) -> None:
+    saved = {"w": torch.ones(2), "s": torch.arange(5.0).untyped_storage()}
+    torch.save(saved, tmp_path / "in.pt")
+    with zipfile.ZipFile(tmp_path / "in.pt") as old:
+        pickled, first = (old.read(f"in/{name}") for name in ("data.pkl", "data/0"))
+    for rest in ({}, {"1": bytes(7)}):
+        with pytest.raises(InputError, match="the storage '1' "):
+            open_checkpoint(archive(tmp_path / "out.pt", pickled, {"0": first, **rest}))
+    data = pickle.dumps(saved)
+    (tmp_path / "cut.pt").write_bytes(data.replace(struct.pack("<5f", *range(5)), struct.pack("<4f", *range(4))))
+    with pytest.raises(InputError, match="is damaged"):
+        open_checkpoint(tmp_path / "cut.pt")
+
+
 GOOD = {form: good_file(form) for form in SUFFIXES}
 FUZZED = (Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else Path("/tmp")) / f"convtool-fuzzed-{os.getpid()}"
 

@@ -42,6 +42,9 @@ class Checkpoint:
         index: what the index says: `weight_map` and `metadata`; None where there is none.
         root: the keys that lead to the tensors, in a file of dicts in dicts.
         metadata: the texts that a .safetensors file made of it has.
+        others: entries that aren't tensors of plain numbers, and what they are.
+        left_out: all that a file of the tensors alone would not hold, and what it is.
+        replaced: what even a file of the same format would not hold: a pickled module, whose state dict is written.
 
     Args:
         files: one, or with an index several; none where a subclass has the tensors from elsewhere.
@@ -57,8 +60,8 @@ class Checkpoint:
         self._homes: Mapping[str, str] = {} if index is None else index["weight_map"]
         self._only = next(iter(self.files.values()), None) if index is None else None
         self.root = () if self._only is None else self._only.root
-        self.unusable = {key: reason for file in self.files.values() for key, reason in file.unusable.items()}
-        self.metadata = {key: text for file in self.files.values() for key, text in file.metadata.items()}
+        told = ("unusable", "metadata", "others", "left_out", "replaced")
+        self.unusable, self.metadata, self.others, self.left_out, self.replaced = map(self._of_all_files, told)
         if not self.files:
             return
         if index is not None:
@@ -83,11 +86,13 @@ class Checkpoint:
         Raises:
             InputError: its bytes are damaged, or of a dtype that torch doesn't have.
         """
-        if name in self.infos:
-            return self.stored_tensor(name)
-        derived = self._derived[name]
-        assert derived.compute is not None
-        return derived.compute(*map(self.stored_tensor, derived.derived_from))
+        return self.made(self.infos.get(name) or self._derived[name])
+
+    def made(self, info: TensorInfo) -> Tensor:
+        """Return a tensor as it stands in a file, or as it is computed from others."""
+        if info.compute is None:
+            return self.stored_tensor(info.name)
+        return info.compute(*map(self.stored_tensor, info.derived_from))
 
     def stored_tensor(self, name: str) -> Tensor:
         """Return a tensor that stands in a file."""
@@ -147,20 +152,8 @@ class Checkpoint:
                 end, last = max(end, stop), name
         return None
 
-    @property
-    def others(self) -> dict[str, str]:
-        """Entries that aren't tensors of plain numbers, and what they are."""
-        return {name: what for file in self.files.values() for name, what in file.others.items()}
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        """All that a file of the tensors alone would not hold, and what it is."""
-        return {name: what for file in self.files.values() for name, what in file.left_out.items()}
-
-    @property
-    def replaced(self) -> dict[str, str]:
-        """What even a file of the same format would not hold: a pickled module, whose state dict is written."""
-        return {name: what for file in self.files.values() for name, what in file.replaced.items()}
+    def _of_all_files(self, told: str) -> dict[str, str]:
+        return {name: what for file in self.files.values() for name, what in getattr(file, told).items()}
 
     @property
     def classes(self) -> list[str]:
@@ -337,10 +330,7 @@ class _Tensors(Mapping[str, "Tensor"]):
         self.checkpoint, self.layer = checkpoint, layer
 
     def __getitem__(self, name: str) -> Tensor:
-        info = self.layer.tensors[name]
-        if info.compute is None:
-            return self.checkpoint.tensor(info.name)
-        return info.compute(*map(self.checkpoint.stored_tensor, info.derived_from))
+        return self.checkpoint.made(self.layer.tensors[name])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.layer.tensors)

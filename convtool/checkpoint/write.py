@@ -148,13 +148,10 @@ def is_folder(path: Path, source: Checkpoint | None, shard_size: int | None) -> 
 def _check_folder(path: Path, source: Checkpoint | None, *, force: bool) -> None:
     """Check that the index of a folder can be written; see `check_output`."""
     index = _index_path(path, source)
-    if not index.parent.is_dir():
-        if index.parent.exists():
-            raise OutputError(f"{index.parent}: is not a folder")
-        if not index.parent.parent.is_dir():
-            raise OutputError(f"{path}: the folder {index.parent.parent} doesn't exist; create it first")
-        return
-    check_target(index, force=force)
+    folder = index.parent
+    if folder.exists() and not folder.is_dir():
+        raise OutputError(f"{folder}: is not a folder")
+    check_target(index if folder.exists() else folder, force=force)
 
 
 def _index_path(path: Path, source: Checkpoint | None) -> Path:

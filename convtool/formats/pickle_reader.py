@@ -280,10 +280,11 @@ class _Machine(pickle._Unpickler):
             *_, storage, _ = (loads(file, self.where, storage_ref, self).value for _ in range(5))
         except PickleError:
             return None
-        if not isinstance(storage, StorageRef) or int.from_bytes(file.read(8), "little") != storage.count:
+        count, data = int.from_bytes(file.read(8), "little"), file.read()
+        if not isinstance(storage, StorageRef) or (count, len(data)) != (storage.count, storage.nbytes):
             return None
         storage = replace(storage, key=f"{INSIDE}{len(self.found.arrays)}")
-        self.found.arrays[storage.key] = file.read()
+        self.found.arrays[storage.key] = data
         return storage
 
     def array(self, call: Call) -> Call:

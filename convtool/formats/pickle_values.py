@@ -169,7 +169,13 @@ class TensorRef:
         return True
 
 
-TENSORS = {"_rebuild_tensor", "_rebuild_tensor_v2", "_rebuild_tensor_v3"}
+# Functions that make a tensor of a storage, with what they are given behind offset, shape and strides.
+_REST: dict[str, tuple[str, ...]] = {
+    "_rebuild_tensor": (),
+    "_rebuild_tensor_v2": ("requires_grad", "hooks", "metadata"),
+    "_rebuild_tensor_v3": ("requires_grad", "hooks", "dtype", "metadata"),
+}
+TENSORS = set(_REST)
 PARAMETERS = {"_rebuild_parameter", "_rebuild_parameter_with_state"}
 # Classes that a tensor with attributes may have and still be one of plain numbers.
 PLAIN_CLASSES = {
@@ -271,31 +277,31 @@ def is_size(value: object) -> bool:
 def make_tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
     """Return the tensor that torch._utils' function of that name makes of these arguments."""
     storage, offset, shape, stride, *rest = arguments
+    names = _REST[function]
     if not isinstance(storage, StorageRef):
         raise PickleError("its pickle makes a tensor of something that isn't a storage")
     shape, stride = (tuple(numbers_of(value)) for value in (shape, stride))
     if not is_size(offset) or len(shape) != len(stride) or not all(map(is_size, (*shape, *stride))):
         raise PickleError("its pickle holds a tensor whose offset, shape or strides make no sense")
-    least = {"_rebuild_tensor": 0, "_rebuild_tensor_v2": 2, "_rebuild_tensor_v3": 3}[function]
-    if not least <= len(rest) <= least + (function != "_rebuild_tensor"):
+    if len(rest) not in (len(names), len(names) - 1):  # the metadata are new
         raise PickleError("its pickle makes a tensor of too few or too many things")
-    dtype, requires_grad, hooks, metadata = storage.dtype, False, None, None
-    if function == "_rebuild_tensor_v2":
-        requires_grad, hooks, metadata = (*rest, None)[:3]
-    elif function == "_rebuild_tensor_v3":
-        requires_grad, hooks, given, metadata = (*rest, None)[:4]
+    said = dict(zip(names, rest, strict=False))
+    dtype, metadata = storage.dtype, said.get("metadata")
+    if "dtype" in said:
+        given = said["dtype"]
         if not (isinstance(given, Global) and given.module == "torch" and given.name in ITEMSIZE):
             raise PickleError(f"its pickle holds a tensor of {describe(given)} as dtype, which is not known")
         dtype = given.name
         if storage.typed and dtype != storage.dtype:  # torch reads storages without a dtype so, and no others
             raise PickleError(f"its pickle reads a storage of {storage.dtype} as {dtype}")
-    if not storage.typed and function != "_rebuild_tensor_v3":
+    elif not storage.typed:
         raise PickleError("its pickle holds a tensor without a dtype")
     if metadata is not None and not (
         isinstance(metadata, dict) and all(key in ("conj", "neg") and type(metadata[key]) is bool for key in metadata)
     ):
         raise PickleError("its pickle holds a tensor with metadata that are not known")
-    return TensorRef(storage, dtype, offset + storage.start, shape, stride, bool(requires_grad), hooks, metadata)
+    grad = bool(said.get("requires_grad"))
+    return TensorRef(storage, dtype, offset + storage.start, shape, stride, grad, said.get("hooks"), metadata)
 
 
 def numbers_of(value: Any) -> tuple[Any, ...]:

@@ -68,7 +68,7 @@ def open_members(source: Source, members: Mapping[str, Placed], root: str | None
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise source.damaged(f"its JSON isn't as torch writes it ({type(error).__name__}: {error!s:.100})") from None
     storages = {name.removeprefix(_WEIGHTS): own[name] for name in own if name.startswith(_WEIGHTS)}
-    check_tensors(source, tensors.values(), storages)
+    check_tensors(source, tensors.values())
     beside = {f"{_MODELS}{model}.json": "the exported program", **_others(own, model)}
     entries: dict[str, Any] = {**tensors, **unusable}
     file = StoredTensors(source, storages, StateDict((), entries, entries, beside=beside), NAME)

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from convtool.formats.dtypes import ITEMSIZE, REPEATED, ROOM
-from convtool.formats.pickle_values import TensorRef, describe
+from convtool.formats.pickle_values import StorageRef, TensorRef, describe
 from convtool.formats.pieces import Chunk, Piece, tensor_chunks
 from convtool.formats.source import Source
 from convtool.formats.state_dicts import StateDict
@@ -33,24 +33,17 @@ class StoredTensors(TensorFile):
         super().__init__(source)
         self.storages, self.state, self.format = storages, state, form
         self.tensors, self.unusable = state.tensors, state.unusable
-        self.root, self.modules = state.root, state.modules
+        self.root, self.modules, self.beside = state.root, state.modules, state.beside
+        self.others = {
+            str(name): self.unusable.get(str(name)) or describe(value)
+            for name, value in state.entries.items()
+            if name not in self.tensors
+        }
         self._verified_keys: set[str] = set()
 
     @property
     def entries(self) -> Iterable[Any]:
         return self.state.entries
-
-    @property
-    def others(self) -> dict[str, str]:
-        return {
-            str(name): self.unusable.get(str(name)) or describe(value)
-            for name, value in self.state.entries.items()
-            if name not in self.tensors
-        }
-
-    @property
-    def left_out(self) -> dict[str, str]:
-        return {**self.state.beside, **self.replaced, **self.others}
 
     def tensor(self, name: str) -> Tensor:
         import torch
@@ -129,18 +122,9 @@ class StoredTensors(TensorFile):
         return storage
 
 
-def check_tensors(source: Source, tensors: Iterable[TensorRef], storages: Mapping[str, Storage], room: int = 0) -> None:
-    """Check that every tensor's storage is there, as long as declared, and holds all that the tensor reads.
-
-    Args:
-        room: bytes that the tensors have beyond the source.
-
-    Raises:
-        InputError: a storage is missing or of another length, a tensor reads beyond it, or claims absurdly more
-            elements than the file has bytes (a stride of 0 repeats elements).
-    """
-    for tensor in tensors:
-        ref = tensor.storage
+def check_storages(source: Source, refs: Iterable[StorageRef], storages: Mapping[str, Storage]) -> None:
+    """Raise InputError where a storage, a tensor's or one by itself, is missing or of another length than declared."""
+    for ref in refs:
         placed = storages.get(ref.key)
         if placed is None:
             raise source.damaged(f"the storage {ref.key!r} of a tensor is not in the file")
@@ -148,13 +132,23 @@ def check_tensors(source: Source, tensors: Iterable[TensorRef], storages: Mappin
             raise source.damaged(
                 f"the storage {ref.key!r} has {placed.nbytes} bytes, and is declared to have {ref.nbytes}"
             )
-        itemsize = ITEMSIZE[tensor.dtype]
-        if tensor.reach and (tensor.offset + tensor.reach) * itemsize > placed.nbytes:
+
+
+def check_tensors(source: Source, tensors: Iterable[TensorRef]) -> None:
+    """Check that every tensor's storage holds all that the tensor reads.
+
+    Raises:
+        InputError: one reads beyond its storage, or claims absurdly more elements than the file has bytes (a stride of
+            0 repeats elements).
+    """
+    for tensor in tensors:
+        ref, shape = tensor.storage, list(tensor.shape)
+        if tensor.reach and (tensor.offset + tensor.reach) * ITEMSIZE[tensor.dtype] > ref.nbytes:
             raise source.damaged(
-                f"a tensor of shape {list(tensor.shape)} reads beyond its storage {ref.key!r} of {placed.nbytes} bytes"
+                f"a tensor of shape {shape} reads beyond its storage {ref.key!r} of {ref.nbytes} bytes"
             )
-        if tensor.nbytes > REPEATED * (source.size + room) + ROOM:
+        if tensor.nbytes > REPEATED * source.size + ROOM:
             raise source.error(
-                f"a tensor of shape {list(tensor.shape)} repeats the {placed.nbytes} bytes of its"
-                f" storage to {tensor.nbytes}; save it after .contiguous() if that is meant"
+                f"a tensor of shape {shape} repeats the {ref.nbytes} bytes of its storage to {tensor.nbytes}; save it"
+                " after .contiguous() if that is meant"
             )

@@ -52,7 +52,10 @@ class TensorFile(abc.ABC):
         root: the keys that lead to the tensors, in a file of dicts in dicts.
         modules: what the file says of the modules that the tensors are in, by their paths.
         program: a run of the model, where the file has one.
+        others: entries that stand among the tensors and aren't ones of plain numbers, and what they are.
+        beside: what stands beside the tensors, and what it is.
         replaced: what a new file of the same format can't hold either, by name, and what it is.
+        optimizers: names of entries beside the tensors that hold what optimizers keep of each parameter.
         classes: classes and functions that it names, dotted, and no state dict is made of; nothing is done with them.
         seen: the files that it is read from, as they were when they were opened.
     """
@@ -64,7 +67,10 @@ class TensorFile(abc.ABC):
     root: tuple[str, ...] = ()
     modules: Mapping[str, SavedModule] = {}
     program: Program | None = None
+    others: Mapping[str, str] = {}
+    beside: Mapping[str, str] = {}
     replaced: Mapping[str, str] = {}
+    optimizers: Sequence[str] = ()
     classes: tuple[str, ...] = ()
 
     def __init__(self, source: Source) -> None:
@@ -78,19 +84,9 @@ class TensorFile(abc.ABC):
         return self.tensors
 
     @property
-    def others(self) -> Mapping[str, str]:
-        """Entries that aren't tensors of plain numbers, and what they are."""
-        return {}
-
-    @property
     def left_out(self) -> Mapping[str, str]:
         """All that a file of the tensors alone would not hold, and what it is."""
-        return self.others
-
-    @property
-    def optimizers(self) -> list[str]:
-        """Names of entries beside the tensors that hold what optimizers keep of each parameter."""
-        return []
+        return {**self.beside, **self.replaced, **self.others}
 
     def in_order_of_bytes(self) -> list[str]:
         """Return the tensors' names in the order of their bytes, where a new file is to keep that."""

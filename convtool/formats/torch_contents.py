@@ -11,7 +11,7 @@ from convtool.formats.pickle_reader import Pickled, loads
 from convtool.formats.pickle_values import Global, PickleError, StorageRef, storage_ref
 from convtool.formats.source import Source
 from convtool.formats.storages import Held, Placed, Storage
-from convtool.formats.stored_tensors import check_tensors
+from convtool.formats.stored_tensors import check_storages, check_tensors
 from convtool.formats.zip_members import SAVE_AGAIN, ZIP_MAGIC, read_members, what_else
 
 # Members that every writer makes anew.
@@ -60,23 +60,33 @@ def read_archive(source: Source, members: Mapping[str, Placed]) -> Contents:
     if order is not None and order.text("byteorder") != b"little":
         raise source.error(f"was written on a big-endian machine; {SAVE_AGAIN} on a little-endian one")
     pickled = own["data.pkl"].text("data.pkl")
-    file = io.BytesIO(pickled)
+    file, refs = io.BytesIO(pickled), list[StorageRef]()
+
+    def persistent(pid: Any) -> StorageRef:
+        refs.append(storage_ref(pid))
+        return refs[-1]
+
     try:
-        read = loads(file, str(source.path), storage_ref)
+        read = loads(file, str(source.path), persistent)
     except PickleError as error:
         raise source.error(f"is damaged, or not a torch file: {error}") from None
     if file.tell() != len(pickled):
         raise source.damaged("bytes follow the end of its pickle")
     storages = {name.removeprefix("data/"): placed for name, placed in own.items() if name.startswith("data/")}
     extras = {name: placed for name, placed in own.items() if name not in _OWN_MEMBERS and not name.startswith("data/")}
-    return _contents(source, read, storages, extras)
+    return _contents(source, read, refs, storages, extras)
 
 
 def _contents(
-    source: Source, read: Pickled, storages: Mapping[str, Placed], extras: Mapping[str, Placed] | None = None
+    source: Source,
+    read: Pickled,
+    refs: Iterable[StorageRef],
+    storages: Mapping[str, Placed],
+    extras: Mapping[str, Placed] | None = None,
 ) -> Contents:
     everywhere: dict[str, Storage] = {**storages, **{key: Held(data) for key, data in read.arrays.items()}}
-    check_tensors(source, read.tensors, everywhere)
+    check_storages(source, refs, everywhere)
+    check_tensors(source, read.tensors)
     return Contents(read.value, everywhere, extras or {}, tuple(read.foreign))
 
 
@@ -103,7 +113,7 @@ def _read_legacy(source: Source) -> Contents:
         if first.value != LEGACY_MAGIC:
             if file.tell() != source.size:
                 raise source.error(f"is a pickle that torch.save didn't write, and more; {SAVE_AGAIN}")
-            return _contents(source, first, {})  # such as detectron's: arrays in dicts
+            return _contents(source, first, (), {})  # such as detectron's: arrays in dicts
         version, machine = _plain(file, where), _plain(file, where)
         if version != LEGACY_PROTOCOL or not isinstance(machine, dict):
             raise source.error("is of a version of torch's older format that isn't known")
@@ -116,7 +126,7 @@ def _read_legacy(source: Source) -> Contents:
             raise source.damaged("its list of storages isn't that of its tensors")
         position = file.tell()
     storages = _legacy_storages(source, [refs[key] for key in keys], position)
-    return _contents(source, read, storages)
+    return _contents(source, read, refs.values(), storages)
 
 
 def _legacy_storages(source: Source, refs: Iterable[StorageRef], position: int) -> dict[str, Placed]:

@@ -53,17 +53,10 @@ class TorchFile(StoredTensors):
         super().__init__(source, contents.storages, state, NAME)
         self.contents = contents
         self.classes = tuple(map(str, contents.foreign))
-
-    @property
-    def replaced(self) -> dict[str, str]:  # type: ignore[override]
-        is_module = self.state.value is not self.state.entries
-        return {".".join(self.root) or ".": f"the module, {describe(self.state.value)}"} if is_module else {}
-
-    @property
-    def optimizers(self) -> list[str]:
-        top = self.contents.value
-        beside = top.items() if self.root and isinstance(top, dict) else ()
-        return [str(name) for name, value in beside if name != self.root[0] and _is_optimizer(value)]
+        if state.value is not state.entries:
+            self.replaced = {".".join(self.root) or ".": f"the module, {describe(state.value)}"}
+        beside = contents.value.items() if self.root and isinstance(contents.value, dict) else ()
+        self.optimizers = [str(name) for name, value in beside if name != self.root[0] and _is_optimizer(value)]
 
     def record(self) -> tuple[str, Path] | None:
         text = member_text(self.contents, RECORD)

@@ -1,27 +1,28 @@
-"""A layer's numbers against the impulse response of the layers that it stands for: torch runs the oracle."""
+"""Numbers of layers held against those of other layers: running them through torch is the oracle."""
 
 from __future__ import annotations
 
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from cases import real_numbers
 from torch import Tensor
 
-from convtool.core.bound import Allowance, fused_geometry, half_ulp, less_inwards
+from convtool.core.bound import Bound, half_ulp, less_inwards, stored
 from convtool.core.coefficients import compare_numbers
-from convtool.core.compose import add, compose_chain
+from convtool.core.compose import add
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, in_channels
+from convtool.core.expression import Expression, in_channels, run
 from convtool.core.fuse import fuse
-from convtool.core.geometry import Geometry
-from convtool.core.response import constant, responses
-from convtool.core.tree import Chain, Sum, leaves, map_leaves
-from convtool.errors import RefusedError
+from convtool.core.geometry import PADDING_MODES, Geometry
+from convtool.core.tally import Region
+from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
+from convtool.errors import RefusedError, UsageError
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,81 +56,10 @@ def chains(count: int, seed: int = 0) -> Iterator[list[Conv]]:
         yield chain
 
 
-def by_torch(tree: Expression, residue: tuple[int, ...], channel: int) -> dict[tuple[int, ...], Tensor]:
-    """Return what torch makes of an impulse far from the border, by output position counted from there."""
-    whole = fused_geometry(tree)
-    stride = whole.stride
-    far = 2 + max((a.reach + a.before + a.after) // a.stride for a in whole.axes) if residue else 0  # outputs
-    size = tuple(2 * far * s for s in stride)
-    x = torch.zeros(1, in_channels(tree), *size, dtype=torch.float64)
-    x[(0, channel, *(far * s + q for s, q in zip(stride, residue, strict=True)))] = 1
-
-    def run(part: Expression, x: Tensor) -> Tensor:
-        if isinstance(part, Chain):
-            for one in part.parts:
-                x = run(one, x)
-            return x
-        if isinstance(part, Sum):
-            outs = [run(one, x) for one in part.parts]
-            return torch.stack(outs).sum(0)
-        g = part.geometry
-        x = F.pad(x, [side for pair in reversed(g.padding) for side in pair])
-        if not g.kernel_size:
-            return F.linear(x, part.weight)
-        function = (F.conv1d, F.conv2d, F.conv3d)[len(g.kernel_size) - 1]
-        out: Tensor = function(x, part.weight, stride=g.stride, dilation=g.dilation, groups=g.groups)
-        return out
-
-    if any(conv.geometry.groups > 1 for conv in leaves(tree)) and not residue:
-        tree = map_leaves(lambda conv: Conv(dense(conv), None, Geometry.of(())), tree)
-    out = run(tree, x)[0]
-    found = out.abs().sum(0).nonzero().tolist()
-    return {tuple(at - far for at in place): out[(slice(None), *place)] for place in found}
-
-
-def dense(conv: Conv) -> Tensor:
-    blocks = conv.weight.reshape(conv.geometry.groups, -1, conv.weight.shape[1])
-    found: Tensor = torch.block_diag(*blocks)
-    return found
-
-
-@pytest.mark.parametrize("number", range(5))
-def test_an_impulse_does_what_torch_makes_of_it(number: int) -> None:
-    for chain in chains(6, seed=number):
-        tree: Expression = Chain(tuple(chain))
-        check_responses(tree)
-
-
-def test_an_impulse_in_branches() -> None:
-    chance = random.Random(5)
-    for groups in (1, 2, 4):
-        wide = Conv(real_numbers(1, 4, 4 // groups, 3, 2), None, Geometry.of((3, 2), padding=1, groups=groups))
-        narrow = Conv(real_numbers(2, 4, 4, 1, 1), None, Geometry.of((1, 1), padding=((0, 0), (0, 1))))
-        same = Conv(torch.ones(4, 1, 1, 1, dtype=torch.float64), None, Geometry.of((1, 1), groups=4))
-        after = layer(chance, 4, 2)
-        check_responses(Sum((wide, narrow)))
-        check_responses(Chain((Sum((Chain((same, narrow)), wide)), after)))
-
-
-def check_responses(tree: Expression) -> None:
-    for residue, response in responses(tree):
-        numbers = response.regrouped(1).numbers()  # (C_out, C_in, *places)
-        for channel in range(numbers.shape[1]):
-            expected = by_torch(tree, residue, channel)
-            for index in torch.ones(numbers.shape[2:]).nonzero().tolist() if numbers.dim() > 2 else [[]]:
-                place = tuple(places[i] for places, i in zip(response.places, index, strict=True))
-                found = numbers[:, channel, *index]
-                assert torch.allclose(found, expected.pop(place, torch.zeros_like(found)), rtol=1e-12, atol=1e-12)
-            assert not expected  # torch reaches nothing else
-
-
-def test_zeros_far_from_the_border_become_the_bias() -> None:
-    for chain in chains(20, seed=9):
-        tree = Chain(tuple(chain))
-        bias, found = compose_chain(chain).bias, constant(tree)
-        assert (bias is None) == (found is None)
-        if bias is not None and found is not None:
-            assert torch.allclose(found, bias, rtol=1e-12, atol=1e-12)
+def compared(before: Expression, after: Tree[Conv], dtype: torch.dtype | None = None, **options: Any) -> Region:
+    """Return what comes of holding layers against each other."""
+    kept = map_leaves(lambda conv: stored(conv, dtype), after)
+    return compare_numbers(before, kept, Bound(before, kept), **options)
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -137,9 +67,9 @@ def test_fused_layers_are_equal_and_a_number_two_units_off_is_not(dtype: torch.d
     chance, caught, planted = random.Random(1), 0, 0
     for chain in chains(60, seed=2):
         tree, fused = Chain(tuple(chain)), fuse(chain, allow_border=True, dtype=dtype)
-        sound = compare_numbers(tree, fused, Allowance(tree, fused), dtype)
+        sound = compared(tree, fused)
         assert sound.equal
-        assert sound.compared == fused.weight.numel() + (0 if fused.bias is None else fused.bias.numel())
+        assert sound.elements == fused.weight.numel() + (0 if fused.bias is None else fused.bias.numel())
         wrong = fused.weight.clone()
         places = wrong.reshape(-1).nonzero().flatten().tolist()
         if not places:
@@ -148,14 +78,16 @@ def test_fused_layers_are_equal_and_a_number_two_units_off_is_not(dtype: torch.d
         words = wrong.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]).view(-1)
         words[at] += 2
         other = Conv(wrong, fused.bias, fused.geometry)
-        found = compare_numbers(tree, other, Allowance(tree, other), dtype)
+        found = compared(tree, other)
         planted += 1
         caught += not found.equal
         if not found.equal:
             assert (found.differing, found.ratio > 1) == (1, True)
-            shape = tuple(wrong.shape)
             assert found.where is not None
-            assert sum(i * math.prod(shape[n + 1 :]) for n, i in enumerate(found.where)) == at
+            output, channel, *tap = found.where
+            inner = wrong.shape[1]
+            where = output, channel - output // (len(wrong) // fused.geometry.groups) * inner, *tap
+            assert sum(i * math.prod(wrong.shape[n + 1 :]) for n, i in enumerate(where)) == at
     assert caught == planted or dtype == torch.float64  # whose own rounding is what may be off
 
 
@@ -168,36 +100,99 @@ def test_a_bias_two_units_off_or_left_out_is_found() -> None:
     off.view(torch.int32)[2] += 2
     for bias in (off, None):
         other = Conv(fused.weight, bias, fused.geometry)
-        found = compare_numbers(tree, other, Allowance(tree, other), torch.float32)
+        found = compared(tree, other)
         assert found.differing == (1 if bias is not None else 4)
         assert found.where == ((2,) if bias is not None else found.where)
 
 
-def test_what_no_impulse_meets_has_to_be_zero() -> None:
+def test_what_the_layers_never_read_has_to_be_zero() -> None:
     first = Conv(real_numbers(1, 2, 2, 2), None, Geometry.of((2,), dilation=2))
     second = Conv(real_numbers(2, 2, 2, 2), None, Geometry.of((2,), dilation=3))
     fused = fuse([first, second], dtype=torch.float32)  # taps at 0, 2, 3 and 5 of 6
     tree = Chain((first, second))
-    assert compare_numbers(tree, fused, Allowance(tree, fused), torch.float32).equal
+    assert compared(tree, fused).equal
     fused.weight[1, 0, 4] = 1e-30
-    found = compare_numbers(tree, fused, Allowance(tree, fused), torch.float32)
+    found = compared(tree, fused)
     assert (found.differing, found.where) == (1, (1, 0, 4))
-    read = compare_numbers(tree, fused, Allowance(tree, fused), torch.float32, [[0, 2, 3, 5]])
-    assert read.equal
-    assert read.compared == 16
 
 
-def test_a_layer_of_another_geometry_is_not_compared_so() -> None:
+def test_a_layer_of_another_geometry_differs() -> None:
     chain = [Conv(real_numbers(n, 2, 2, 3), None, Geometry.of((3,), padding=1)) for n in (1, 2)]
-    fused = fuse(chain, allow_border=True)
-    tree = Chain(tuple(chain))
-    for geometry in (Geometry.of((5,), stride=2, padding=2), Geometry.of((5,), transposed=True)):
-        other = Conv(fused.weight, fused.bias, geometry)
-        with pytest.raises(RefusedError):
-            compare_numbers(tree, other, Allowance(tree, other), torch.float64)
-    moved = Conv(fused.weight, fused.bias, Geometry.of((5,), padding=((1, 3),)))
-    with pytest.raises(RefusedError, match="reach beyond"):
-        compare_numbers(tree, moved, Allowance(tree, moved), torch.float64)
+    fused, tree = fuse(chain, allow_border=True), Chain(tuple(chain))
+    assert compared(tree, fused).equal
+    assert not compared(tree, fused, size=(9,), everywhere=True).equal  # the border
+    for geometry in (Geometry.of((5,), transposed=True), Geometry.of((5,), padding=((1, 3),))):
+        assert not compared(tree, Conv(fused.weight, fused.bias, geometry)).equal
+    with pytest.raises(RefusedError, match="far inside"):  # the outputs of the one don't stand where the other's do
+        compared(tree, Conv(fused.weight, fused.bias, Geometry.of((5,), stride=2, padding=2)))
+
+
+def by_running(tree: Expression, size: tuple[int, ...]) -> Tensor:
+    """Return the matrix of a tree and what it makes of zeros, its last column, from running it."""
+    inputs = in_channels(tree) * math.prod(size)
+    kind = torch.complex128 if any(conv.dtype.is_complex for conv in leaves(tree)) else torch.float64
+    bias = run(tree, torch.zeros(1, in_channels(tree), *size, dtype=kind)).flatten(1)
+    basis = torch.eye(inputs, dtype=kind).reshape(inputs, in_channels(tree), *size)
+    return torch.cat([run(tree, basis).flatten(1) - bias, bias]).T
+
+
+def any_layer(chance: random.Random, channels: int, kind: str) -> Conv:
+    """Return a layer of one axis that may be transposed, complex, or pad in any way."""
+    groups = chance.choice([n for n in (1, 1, 2) if channels % n == 0])
+    outer, kernel, seed = groups * chance.choice((1, 2)), chance.choice((1, 2, 3)), chance.randrange(10**6)
+    transposed = kind == "transposed" and chance.random() < 0.6
+    geometry = Geometry.of(
+        (kernel,),
+        stride=chance.choice((1, 1, 2)),
+        padding=0 if transposed else ((chance.choice((0, 1)), chance.choice((0, 1))),),
+        groups=groups,
+        transposed=transposed,
+        padding_mode="zeros" if transposed else chance.choice(PADDING_MODES),
+    )
+    weight, bias = real_numbers(seed, outer, channels // groups, kernel), real_numbers(seed + 1, outer)
+    if kind == "complex":
+        weight, bias = weight + 1j * real_numbers(seed + 2, *weight.shape), bias * (1 - 2j)
+    return Conv(weight, bias if chance.random() < 0.7 else None, geometry)
+
+
+@pytest.mark.parametrize("kind", ["plain", "transposed", "complex"])
+def test_chains_of_any_layers_are_equal_where_running_them_says_so(kind: str) -> None:
+    """Also where no single layer stands for a chain; against another one with a number moved, or another border."""
+    chance, verdicts = random.Random(kind), list[bool]()
+    while len(verdicts) < 60:
+        channels = chance.choice((2, 4))
+        first = any_layer(chance, channels, kind)
+        chain = [first, any_layer(chance, first.out_channels, kind)]
+        size, number = (chance.randint(1, 9),), chance.randrange(2)
+        other, weight = [*chain], chain[number].weight.clone()
+        if chance.random() < 0.5:
+            weight.view(-1)[chance.randrange(weight.numel())] *= 1 + chance.choice((1e-15, 1e-3))
+        geometry = chain[number].geometry
+        if chance.random() < 0.5 and not geometry.transposed:
+            geometry = replace(geometry, padding_mode=chance.choice(PADDING_MODES))
+        other[number] = Conv(weight, chain[number].bias, geometry)
+        one, two = Chain(tuple(chain)), Chain(tuple(other))
+        try:
+            expected, found = by_running(one, size), by_running(two, size)
+        except UsageError:  # too small
+            continue
+        equal = bool(torch.allclose(expected, found, rtol=0, atol=1e-9))
+        assert (compared(one, two, size=size, everywhere=True).ratio <= 1) == equal
+        verdicts.append(equal)
+    assert 10 < sum(verdicts) < 50
+
+
+def test_a_bias_map_is_compared_at_its_size() -> None:
+    norm = Conv(real_numbers(1, 2, 1, 1), real_numbers(2, 2), Geometry.of((1,), groups=2))
+    second = Conv(real_numbers(3, 3, 2, 3), None, Geometry.of((3,), padding=1))
+    tree, fused = Chain((norm, second)), fuse([norm, second], input_size=(6,), bias_map=True, dtype=torch.float32)
+    assert fused.has_bias_map
+    assert fused.bias is not None
+    found = compared(tree, fused, size=(6,))
+    assert found.equal
+    assert found.elements == fused.weight.numel() + fused.bias.numel()
+    moved = Conv(fused.weight, fused.bias.roll(1, 1), fused.geometry)
+    assert compared(tree, moved, size=(6,)).differing > 3
 
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
@@ -216,6 +211,4 @@ def test_bits_tell_the_same_as_arithmetic(dtype: torch.dtype) -> None:
 def test_adding_branches_is_what_their_responses_add_up_to() -> None:
     wide = Conv(real_numbers(1, 4, 2, 3, 2), real_numbers(5, 4), Geometry.of((3, 2), padding=1, groups=2))
     narrow = Conv(real_numbers(2, 4, 4, 1, 1), None, Geometry.of((1, 1), padding=((0, 0), (0, 1))))
-    tree = Sum((wide, narrow))
-    total = add(wide, narrow)
-    assert compare_numbers(tree, total, Allowance(tree, total), torch.float64).equal
+    assert compared(Sum((wide, narrow)), add(wide, narrow)).equal

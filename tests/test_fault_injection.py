@@ -405,9 +405,9 @@ def test_a_fault_in_others_is_found(others: Fused, name: str, fault: Fault, wron
     assert code == 1
     assert {part["name"] for part in document["fusions"] if not part["equivalent"]} == wrong
     assert bool(document["other_tensors"]["differing"]) == (not wrong)
-    if "circular" in name or "reflecting" in name:  # the numbers are right, and the border alone tells
+    if "circular" in name or "reflecting" in name:  # the kernel is right, and the border alone tells
         (part,) = (part for part in document["fusions"] if not part["equivalent"])
-        assert part["numbers"]["differing"] == 0
+        assert part["numbers"]["differing"] > 0
 
 
 def main() -> None:

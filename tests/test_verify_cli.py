@@ -86,18 +86,17 @@ def test_the_document_says_all_that_was_found(net: dict[str, Tensor]) -> None:
     assert (part["before"], part["after"]) == (["first", "second", "norm"], ["first"])
     assert part["input_size"] == [3, 9, 11]
     assert part["inputs"]["normal"] == 3
-    assert part["input_channels_met"] == {"met": 3, "of": 3}
     assert part["mismatch"] is part["rim"] is None
     region = part["interior"]
     assert region["ratio"] == pytest.approx(region["error"] / region["bound"])
     numbers = part["numbers"]
     assert part["ratio"] == max(numbers["ratio"], region["ratio"])
     assert 0.9 < numbers["ratio"] <= 1
-    assert (numbers["compared"], numbers["differing"]) == (5 * 3 * 4 * 5 + 5, 0)
-    assert region["kind"] == "impulse"
+    assert (numbers["elements"], numbers["differing"]) == (5 * 3 * 4 * 5 + 5, 0)
+    assert region["kind"] in ("normal", "zero", "constant")
     assert 0 < region["error"] <= region["largest_error"]
     assert 0 < region["relative_error"] < 1e-6
-    assert len(region["where"]) == len(region["source"]) == 3
+    assert len(region["where"]) == 3
     stored = part["run_as_stored"]
     assert stored["dtype"] == "float32"
     assert 0 < stored["difference"] < 1e-5

@@ -341,9 +341,9 @@ def _is_identity(tree: Tree[SourceLayer], channels: int) -> bool:
     """Return whether the layers that are written compute their input, of so many channels, and so nothing."""
     import torch
 
+    from convtool.core.compose import in_groups
     from convtool.core.conv import pointwise
     from convtool.core.fuse import NamedConv, fuse_tree
-    from convtool.core.response import regrouped
     from convtool.kinds.written import make_written
 
     def lowered(part: SourceLayer) -> NamedConv:
@@ -353,7 +353,7 @@ def _is_identity(tree: Tree[SourceLayer], channels: int) -> bool:
         made = fuse_tree(map_leaves(lowered, tree), input_size=None, allow_border=True, dtype=torch.float64).conv
     except (ConvtoolError, KeyError):  # a number of channels or a tensor that it goes with
         return False
-    weight = regrouped(made.weight, made.geometry.groups, 1).flatten(1)
+    weight = in_groups(made, 1).flatten(1)
     same = made.geometry == pointwise(2, made.geometry.groups) and torch.equal(weight, torch.eye(channels).double())
     return same and not made.has_bias
 

@@ -82,7 +82,7 @@ class Options:
     only: bool = flag("Compare only the chains of --before and --after, or of --recipe, and no other tensor.")
     trials: int = option("TRIALS", "Random inputs for each chain and size.", default=8)
     seed: int = option("SEED", "Seed of the random inputs.", default=0)
-    exhaustive: bool = flag("Run every basis vector: settles equality for all inputs.")
+    exhaustive: bool = flag("Run every basis vector through torch as well.")
     rtol: float | None = option("RTOL", "A relative tolerance instead of the derived bound.")
     atol: float | None = option("ATOL", "An absolute tolerance instead of the derived bound.")
     computed_in: Any = option(

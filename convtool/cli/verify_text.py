@@ -14,24 +14,20 @@ from convtool.core.geometry import format_sizes
 from convtool.core.tree import leaves, tree_text
 
 if TYPE_CHECKING:
-    from convtool.core.coefficients import Numbers
     from convtool.core.tally import Region
     from convtool.core.verify import EquivalenceReport, StoredError
     from convtool.fusing.compare import Pairing
     from convtool.fusing.leaf import LoweredLayer
     from convtool.live.whole import WholeReport
 
-KINDS = {"normal": "a random input", "zero": "an input of zeros", "constant": "an input of ones"}
+KINDS = {
+    "normal": "a random input",
+    "zero": "an input of zeros",
+    "constant": "an input of ones",
+    "basis": "a basis vector",
+}
 MOST_NAMES = 20  # tensors named one by one before the rest is only counted
 BOUND: Literal["derived bound"] = "derived bound"
-
-
-@dataclass(frozen=True, slots=True)
-class Met:
-    """Of each group's input channels, those with every kernel entry met by itself."""
-
-    met: Count
-    of: Count
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +49,8 @@ class Report:
     Attributes:
         ratio: largest error by its bound.
         mismatch: why nothing could be compared.
-        numbers: AFTER's, each held against what an impulse gives; null where impulses were run instead.
+        numbers: AFTER's, each held against BEFORE's, those in taps that an output reads; `where` is output channel,
+            input channel and tap.
         inputs: by kind.
         run_as_stored: both sides in the dtype they are stored in, relative to the largest output; no part of the
             verdict.
@@ -69,9 +66,8 @@ class Report:
     input_size: Sizes
     output_size: Sizes
     dtype: Dtype
-    numbers: Numbers | None
+    numbers: Region | None
     inputs: dict[str, Count]
-    input_channels_met: Met
     taps_read: Read
     interior: Region | None
     rim: Region | None
@@ -88,7 +84,7 @@ class Report:
             before=tuple(one.name for one in leaves(pairing.before)),
             after=tuple(one.name for one in leaves(pairing.after)),
             mismatch=report.mismatch or None,
-            input_channels_met=Met(*report.met),
+            numbers=compared(report.numbers),
             taps_read=Read(*report.taps),
             interior=compared(report.interior),
             rim=compared(report.rim),
@@ -266,12 +262,12 @@ def _ratio(ratio: float, *, equal: bool) -> str:
     return f"{ratio:.3g}" if equal else f"DIFFERS: {ratio:.3g}"
 
 
-def _worst_number(numbers: Numbers) -> str:
+def _worst_number(numbers: Region) -> str:
     """Return where a number differs most, in words."""
     channel, *place = numbers.where or ()
     at = f"input channel {place[0]}{_at(place[1:])}" if place else "its bias"
     return (
-        f"numbers: {numbers.differing} of {numbers.compared} differ; worst in output channel {channel}, {at}:"
+        f"numbers: {numbers.differing} of {numbers.elements} differ; worst in output channel {channel}, {at}:"
         f" error {numbers.error:.3g}, bound {numbers.bound:.3g}"
     )
 
@@ -279,13 +275,9 @@ def _worst_number(numbers: Numbers) -> str:
 def _worst(region: Region) -> str:
     """Return where a region differs most, in words."""
     channel, *position = region.where or ()
-    given = KINDS.get(region.kind, "")
-    if region.source:
-        source, *at = region.source
-        given = f"an impulse in input channel {source}{_at(at)}"
     return (
         f"{region.differing} of {region.positions} output positions differ; worst in channel {channel}"
-        f"{_at(position)}, for {given}: error {region.error:.3g}, bound {region.bound:.3g};"
+        f"{_at(position)}, for {KINDS[region.kind]}: error {region.error:.3g}, bound {region.bound:.3g};"
         f" relative to the largest output {region.relative_error:.3g}"
     )
 

@@ -14,10 +14,10 @@ m_i = |A|(|x|) up to layer i,
 
     S_0 = 0,   S_{i+1} = |a_i| S_i + h(a_i) (m_i + S_i) + h(bias_i)        (branches of a sum: added up)
 
-is the most that these do together: the chain with |a_i| + h(a_i), less the one with |a_i|. It covers underflow (fp16,
-bf16), where no relative bound holds; for one layer it is at most u |A|(|x|), u the unit roundoff, and down to half of
-it. Casts of torch from float64 to 16 bits pass through float32 and round twice (convtool's own don't): h has float32's
-half unit on top, 2^-13 of itself or less.
+is the most that these do together: the chain with |a_i| + h(a_i), less the one with |a_i|, as which it is computed. It
+covers underflow (fp16, bf16), where no relative bound holds; for one layer it is at most u |A|(|x|), u the unit
+roundoff, and down to half of it. Casts of torch from float64 to 16 bits pass through float32 and round twice
+(convtool's own don't): h has float32's half unit on top, 2^-13 of itself or less.
 
 gamma(K, v), computing. gamma(n, u) = n u / (1 - n u) bounds the relative error of n roundings in a row (Higham, lemma
 3.1), and a sum of n products errs by at most gamma(n, u) times the sum of their absolute values, in whatever order it
@@ -38,20 +38,21 @@ roundings of its own, and is made larger by as much.
 eta, underflow in float64: half of 2^-1074 for each product, carried through the layers that follow.
 
 There is no tolerance to choose: a ratio of error to bound of at most 1 is what rounding can do, and more is a
-difference. An impulse meets one kernel entry at a time, and then the bound is h of that entry and little else: an entry
-one unit in the last place off is found, whatever the size of its neighbours. Numbers just below a power of two lie half
-as far apart as those above, so what was rounded to one lies within h beyond it and h/2 towards zero. Where A is one
-real layer, impulses (which are never negative) are held to that, by the sign of the error: else a power of two in place
-of its neighbour below, half its own unit off, would pass.
+difference. Numbers by themselves (`convtool.core.coefficients`) are what an input of one 1 among zeros gives: the
+bound is then h of that number and little else, and one that is two units in the last place off is found, whatever the
+size of its neighbours. Numbers just below a power of two lie half as far apart as those above, so what was rounded to
+one lies within h beyond it and h/2 towards zero. Where A is one real layer, its numbers are held to that, by the sign
+of the error: else a power of two in place of its neighbour below, half its own unit off, would pass.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -59,9 +60,10 @@ from torch import Tensor
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, in_channels
 from convtool.core.geometry import Geometry
-from convtool.core.inputs import Impulses, Input, Leaf, apply, respond
 from convtool.core.joint import add_geometry, compose_geometry
-from convtool.core.tree import Chain, Sum, Tree, fold, map_leaves
+from convtool.core.moves import Selection
+from convtool.core.rounding import exact_dtype
+from convtool.core.tree import Chain, Leaf, Sum, Tree, fold, map_leaves
 from convtool.errors import ConvtoolError, UsageError
 
 U64 = 2.0**-53  # unit roundoff of float64
@@ -70,40 +72,47 @@ LAYER_STEPS = 6  # roundings of a batch norm: subtract the mean, add eps, square
 COMPLEX_STEPS = 3  # what the product of two complex numbers has more
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Stored:
     """A layer whose numbers were rounded when they were stored.
 
     Attributes:
         conv: with the numbers as they are stored.
-        error: with the most that storing moved each of them by, in float64.
-        less_inwards: as the weight; by how much less it can have been towards zero. None where it can be as much.
+        given: with the most that storing moved each of them by, in float64, where that isn't what rounding it does.
+        dtype: that each was rounded to; its own where None.
     """
 
     conv: Conv
-    error: Conv
-    less_inwards: Tensor | None = None
+    given: Conv | None = None
+    dtype: torch.dtype | None = None
 
-    @property
-    def geometry(self) -> Geometry:
-        """Where the layer reads."""
-        return self.conv.geometry
+    @cached_property
+    def error(self) -> Conv | None:
+        """The most that storing moved each number by; None where they are stored nowhere."""
+        if self.given is not None or isinstance(self.conv, Selection):
+            return self.given
+        return self.conv.changed(lambda numbers: half_ulp(numbers, self.dtype or numbers.dtype))
 
-    def without_bias(self) -> Stored:
-        """Return the linear part of the layer."""
-        return Stored(self.conv.without_bias(), self.error.without_bias(), self.less_inwards)
+    @cached_property
+    def less(self) -> Conv | None:
+        """By how much less each can have been moved towards zero; None where it can be as much."""
+        if self.given is not None or isinstance(self.conv, Selection) or self.conv.dtype.is_complex:
+            return None
+
+        def inwards(numbers: Tensor) -> Tensor:
+            less = less_inwards(numbers, self.dtype or numbers.dtype)
+            return torch.zeros(numbers.shape, dtype=torch.float64) if less is None else less
+
+        return self.conv.changed(inwards)
 
     def to(self, dtype: torch.dtype, device: torch.device) -> Stored:
         """Return the layer with its numbers in `dtype` on the device; the errors stay in float64."""
-        less = None if self.less_inwards is None else self.less_inwards.to(device)
-        return Stored(self.conv.to(dtype, device), self.error.to(torch.float64, device), less)
+        return Stored(self.conv.to(dtype, device), self.error and self.error.to(torch.float64, device), self.dtype)
 
 
 def stored(conv: Conv, dtype: torch.dtype | None = None) -> Stored:
     """Return the layer with each number taken as rounded once to `dtype`; to its own where None."""
-    bias = None if conv.bias is None else half_ulp(conv.bias, dtype or conv.bias.dtype)
-    kind = dtype or conv.weight.dtype
-    return Stored(conv, Conv(half_ulp(conv.weight, kind), bias, conv.geometry), less_inwards(conv.weight, kind))
+    return Stored(conv, None, dtype)
 
 
 def less_inwards(numbers: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -162,8 +171,11 @@ def _behind_exponent(info: torch.finfo) -> int:
     return round(1 / info.eps) - 1
 
 
-class Allowance:
-    """What rounding may add up to, beyond what storing AFTER's numbers did to them; see this module's docstring.
+Evaluated: TypeAlias = Callable[[Expression], Tensor]
+
+
+class Bound:
+    """What rounding may add up to; see this module's docstring.
 
     Args:
         before: layers with exact numbers.
@@ -178,65 +190,90 @@ class Allowance:
     def __init__(
         self,
         before: Expression,
-        after: Expression,
+        after: Tree[Stored],
         computed_in: torch.dtype = torch.float64,
         between: Sequence[torch.dtype] = (),
     ) -> None:
-        self._before, self._kept = before, after
-        fusing, running = fusing_terms(before), depth(before, _terms) + depth(after, _terms)
+        self._before, self._after, kept = before, after, map_leaves(lambda leaf: leaf.conv, after)
+        fusing, running = fusing_terms(before), depth(before, _terms) + depth(kept, _terms)
         stored_between = math.expm1(sum(math.log1p(torch.finfo(dtype).eps / 2) for dtype in between))
         self.computing = gamma(fusing, torch.finfo(computed_in).eps / 2) + stored_between
         self.running = gamma(running + fusing, U64)
-
-    @cached_property
-    def underflow(self) -> float:
-        """What float64 products that underflow can add up to."""
-        return _underflow(self._before) + _underflow(self._kept)
-
-    def around(self, lost: Tensor, before: Tensor, after: Tensor) -> Tensor:
-        """Return the bound on numbers.
-
-        Args:
-            lost: what storing them can have moved them by.
-            before, after: what the absolute values of either side give.
-        """
-        bound = lost + self.computing * before + self.running * (before + after.abs()) + self.underflow
-        return bound * (1 + self.running)
-
-
-class Bound(Allowance):
-    """The whole bound on outputs; `before` is in float64 or complex128, and `after` says what storing it did."""
-
-    def __init__(
-        self, before: Expression, after: Tree[Stored], computed_in: torch.dtype, between: Sequence[torch.dtype] = ()
-    ) -> None:
-        super().__init__(before, map_leaves(lambda leaf: leaf.conv, after), computed_in, between)
-        self._after = after
 
     # What isn't asked for isn't made: these are as large as the layers.
     @cached_property
     def before(self) -> Expression:
         """The absolute values of BEFORE."""
-        return map_leaves(Conv.absolute, self._before)
+        return map_leaves(lambda conv: conv.exact().absolute(), self._before)
 
     @cached_property
-    def after(self) -> Tree[Stored]:
+    def after(self) -> Expression:
         """The absolute values of AFTER."""
-        return map_leaves(_absolute_stored, self._after)
+        return map_leaves(lambda leaf: leaf.conv.exact().absolute(), self._after)
+
+    @cached_property
+    def wide(self) -> Expression:
+        """The most that AFTER's numbers can have been before they were stored."""
+        return map_leaves(_widened, self._after)
+
+    @cached_property
+    def error(self) -> Conv | None:
+        """What storing moved the numbers of AFTER by, where it is one layer."""
+        layer = sole_layer(self._after)
+        return None if layer is None or layer.error is None else _with_underflow(layer.error)
 
     @cached_property
     def less(self) -> tuple[Conv, Conv] | None:
-        """What to take off for an impulse where outputs should be larger, and where smaller; None where nothing."""
-        return _less_inwards(self._after)
+        """What of that to take off where numbers should be larger, and where smaller; None where nothing."""
+        layer = sole_layer(self._after)
+        if layer is None or layer.less is None:
+            return None
+        numbers = ((layer.conv.weight, layer.less.weight), (layer.conv.bias, layer.less.bias))
+        sides = []  # those numbers that are nearer to zero where they are larger; smaller
+        for sign in (-1, 1):
+            weight, bias = (
+                None if one is None or less is None else torch.where(one.to(torch.float64) * sign > 0, less, 0.0)
+                for one, less in numbers
+            )
+            assert weight is not None
+            sides.append(Conv(weight, bias, layer.conv.geometry))
+        return sides[0], sides[1]
 
-    def of(self, x: Input, expected: Tensor, found: Tensor) -> Tensor:
-        """Return the most that rounding can do to each output, (N, C_out, *output_size)."""
-        size = x.abs()
-        before, (after, lost) = apply(self.before, size), _storing(self.after, size, None)
-        if self.less is not None and isinstance(x, Impulses):
-            up, down = (respond(less, x) for less in self.less)
-            lost = lost - torch.where(expected > found, up, down)
-        return self.around(lost, before, after)
+    @cached_property
+    def underflow(self) -> float:
+        """What float64 products that underflow can add up to."""
+        return _underflow(self._before) + _underflow(map_leaves(lambda leaf: leaf.conv, self._after))
+
+    def of(
+        self,
+        evaluated: Evaluated,
+        expected: Tensor,
+        found: Tensor,
+        *,
+        numbers: bool = False,
+        lost: Tensor | None = None,
+    ) -> Tensor:
+        """Return the most that rounding can do to what was found.
+
+        Args:
+            evaluated: gives for other layers what `expected` is of BEFORE and `found` of AFTER, signs apart.
+            numbers: it is about the layers' own numbers, not about what comes of them.
+            lost: what storing can have moved these by, where that is known.
+        """
+        if lost is None and self.error is None:
+            wide = evaluated(self.wide)
+            lost = wide - evaluated(self.after) + 2 * self.running * wide
+        elif lost is None and self.error is not None:
+            lost = evaluated(self.error)
+            if numbers and self.less is not None:
+                up, down = map(evaluated, self.less)
+                lost = lost - torch.where(expected > found, up, down)
+        assert lost is not None
+        if numbers and bool(((expected - found).abs() <= lost).all()):
+            return lost  # which is nearly always so, and takes nothing more
+        before = evaluated(self.before)
+        bound = lost + self.computing * before + self.running * (before + evaluated(self.after)) + self.underflow
+        return bound * (1 + self.running)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +288,16 @@ class Tolerance:
             if not 0 <= value < math.inf:
                 raise UsageError(f"--{name}: expected a finite number of at least 0, got {value:g}")
 
-    def of(self, x: Input, expected: Tensor, found: Tensor) -> Tensor:
-        """Return the most that each output may be off."""
+    def of(
+        self,
+        evaluated: Evaluated,
+        expected: Tensor,
+        found: Tensor,
+        *,
+        numbers: bool = False,
+        lost: Tensor | None = None,
+    ) -> Tensor:
+        """Return the most that each number may be off; see `Bound.of`."""
         return self.atol + self.rtol * expected.abs()
 
 
@@ -274,9 +319,9 @@ def half_digit(values: Tensor, digits: int) -> Tensor:
     return torch.where(size > 0, 0.5 * 10.0**power * (1 + 2.0**-40), 0.0)
 
 
-def stored_within(wanted: Tensor, have: Tensor, half: Tensor) -> Tensor:
-    """Return what storing may have moved each number by, on its side: powers of two move less inwards."""
-    less = less_inwards(have, have.dtype)
+def stored_within(wanted: Tensor, have: Tensor, half: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what storing may have moved each number of a dtype by, on its side: powers of two move less inwards."""
+    less = less_inwards(have, dtype)
     return half if less is None else half - torch.where(wanted.abs() < have.abs(), less, 0.0)
 
 
@@ -286,7 +331,7 @@ def fusing_terms(tree: Expression) -> int:
         return max(map(fusing_terms, tree.parts)) + len(tree.parts) - 1
     if isinstance(tree, Chain):
         return sum(map(fusing_terms, tree.parts)) + _joints(tree)
-    return LAYER_STEPS + (COMPLEX_STEPS if tree.weight.is_complex() else 0)
+    return LAYER_STEPS + (COMPLEX_STEPS if tree.dtype.is_complex else 0)
 
 
 def _joints(chain: Chain[Conv]) -> int:
@@ -318,7 +363,9 @@ def fused_geometry(tree: Expression) -> Geometry:
 
 def _terms(conv: Conv) -> int:
     """Return the length of the longest accumulation in a layer: products and the bias."""
-    return conv.weight[0].numel() + 1 + (COMPLEX_STEPS if conv.weight.is_complex() else 0)
+    return math.prod(conv.geometry.kernel_size) * (conv.in_channels // conv.geometry.groups) + (
+        1 + (COMPLEX_STEPS if conv.dtype.is_complex else 0)
+    )
 
 
 def _underflow(tree: Expression) -> float:
@@ -329,28 +376,29 @@ def _underflow(tree: Expression) -> float:
             return reduce(lambda value, one: through(one, value), part.parts, lost)
         if isinstance(part, Sum):
             return sum(through(one, lost) for one in part.parts)
-        gain = float(part.weight.abs().flatten(1).sum(1).max()) if part.weight.numel() else 0.0
+        if isinstance(part, Selection):
+            return lost
+        gain = (
+            float(part.weight.to(exact_dtype(part.dtype)).abs().flatten(1).sum(1).max()) if part.weight.numel() else 0.0
+        )
         return lost * gain + _terms(part) * TINY64
 
     return through(tree, 0.0)
 
 
-def _absolute_stored(leaf: Stored) -> Stored:
+def _with_underflow(error: Conv) -> Conv:
     # What underflowed on the way to a number before it was stored, however long the sum.
-    more = leaf.conv.weight[0].numel() * TINY64 if leaf.conv.weight.numel() else 0.0
-    bias = None if leaf.error.bias is None else leaf.error.bias + more
-    return Stored(leaf.conv.absolute(), Conv(leaf.error.weight + more, bias, leaf.geometry))
+    more = _terms(error) * TINY64
+    return error.changed(lambda numbers: numbers + more)
 
 
-def _less_inwards(after: Tree[Stored]) -> tuple[Conv, Conv] | None:
-    """Return what to take off for an impulse where outputs should be larger, and where smaller; None where nothing."""
-    layer = sole_layer(after)
-    if layer is None or layer.less_inwards is None:
-        return None
-    weight, less = layer.conv.weight, layer.less_inwards
-    sides = (weight < 0, weight > 0)  # those numbers that are nearer to zero where they are larger; smaller
-    up, down = (Conv(torch.where(side, less, 0.0), None, layer.geometry) for side in sides)
-    return up, down
+def _widened(leaf: Stored) -> Conv:
+    size = leaf.conv.exact().absolute()
+    if leaf.error is None:
+        return size
+    error = _with_underflow(leaf.error)
+    bias = None if size.bias is None or error.bias is None else size.bias + error.bias
+    return Conv(size.weight + error.weight, bias, size.geometry)
 
 
 def sole_layer(tree: Tree[Leaf]) -> Leaf | None:
@@ -360,25 +408,3 @@ def sole_layer(tree: Tree[Leaf]) -> Leaf | None:
             return None
         tree = tree.parts[0]
     return tree
-
-
-def _storing(tree: Tree[Stored], x: Input, lost: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return (m, S) behind the tree: the absolute output, and what storing the numbers can have moved it by.
-
-    Args:
-        x: the absolute input.
-        lost: the S that it brings along; None for none.
-    """
-    if isinstance(tree, Chain):
-        first, *others = tree.parts
-        size, lost = _storing(first, x if isinstance(x, Tensor) else x.into(others), lost)
-        for part in others:
-            size, lost = _storing(part, size, lost)
-        return (size, lost) if isinstance(x, Tensor) else (x.wanted(size, others), x.wanted(lost, others))
-    if isinstance(tree, Sum):
-        sizes, losses = zip(*(_storing(part, x, lost) for part in tree.parts), strict=True)
-        return reduce(torch.add, sizes), reduce(torch.add, losses)
-    size = respond(tree.conv, x)
-    if lost is None or not isinstance(x, Tensor):
-        return size, respond(tree.error, x)
-    return size, respond(tree.conv.without_bias(), lost) + respond(tree.error, x + lost)

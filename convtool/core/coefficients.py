@@ -1,203 +1,212 @@
-"""A layer held number by number against what the layers that it stands for make of impulses, by `convtool.core.bound`.
+"""Layers held number by number against those that they stand for: rows of both matrices, by `convtool.core.bound`.
 
-Where the tables say that the borders agree as well, this is a proof for all inputs: two layers of one geometry are
-equal exactly if their numbers are.
+An output is a sum of inputs, each times a number, and of what the biases come to. Two trees of layers are equal for all
+inputs exactly if these numbers are. They are found for each tree by the way back (`convtool.core.ways`), which uses
+nothing of `convtool.core.compose`, for one output of each class. Away from the border, one period of outputs has all
+the numbers of the one layer that stands for a tree; where the tables say that the borders agree as well, comparing
+these is a proof for all inputs of all sizes. At one size, an output of every class is one for all inputs of that size,
+whatever the layers and their borders.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from convtool.core.bound import Allowance, fused_geometry, half_ulp, less_inwards
+from convtool.core.bound import Bound, Stored, Tolerance, half_ulp, sole_layer, stored_within
+from convtool.core.classes import classes, inside, period
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression
-from convtool.core.response import ROWS, Response, check_plain, constant, regrouped, responses
-from convtool.core.tree import map_leaves
-from convtool.errors import RefusedError
+from convtool.core.expression import Expression, in_channels, out_channels, output_size, run
+from convtool.core.geometry import LARGEST
+from convtool.core.rounding import rounded
+from convtool.core.tally import Region, Worst, hold
+from convtool.core.taps import tap_table
+from convtool.core.tree import Sum, Tree, leaves, map_leaves
+from convtool.core.ways import LayerWay, Places, Rows, placed_among, pull, union, way_back, widest
+from convtool.errors import RefusedError, UsageError
 
+AT_ONCE = 1 << 17  # numbers of a row, times the rows that are made together: they stay in the processor's cache
+MANY = 1 << 15  # numbers that are looked at together for a start
 
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """How the numbers of a layer did.
-
-    Attributes:
-        compared: how many.
-        differing: how many are beyond their bounds.
-        ratio: the largest error by its bound.
-        where: (output channel, input channel of its group, *tap) of it; the channel alone of a bias.
-        error, bound: there.
-    """
-
-    compared: int = 0
-    differing: int = 0
-    ratio: float = 0.0
-    where: tuple[int, ...] | None = None
-    error: float = 0.0
-    bound: float = 0.0
-
-    @property
-    def equal(self) -> bool:
-        """Return whether there was something to compare and all of it was within its bound."""
-        return self.compared > 0 and self.differing == 0
+Ways = Tree[LayerWay]
 
 
 def compare_numbers(
     before: Expression,
-    after: Conv,
-    bound: Allowance,
-    dtype: torch.dtype,
-    read: Sequence[Sequence[int]] | None = None,
-) -> Numbers:
-    """Hold each number of a layer against what the tree that it stands for gives.
+    after: Tree[Stored],
+    bound: Bound | Tolerance,
+    size: tuple[int, ...] | None = None,
+    *,
+    everywhere: bool = False,
+) -> Region:
+    """Hold each number of some layers against that of the layers that they stand for.
 
     Args:
         before: its numbers are taken as exact.
-        dtype: that `after` is stored in.
-        read: on each axis the taps to compare; all of them by default.
+        size: of the input. Only there bias maps can be compared.
+        everywhere: look at all outputs of that size; else at those away from the border of a large input.
+
+    Returns:
+        What was compared; `where` is (output channel, input channel, *tap), or the channel alone of a bias. Where AFTER
+        isn't one layer with such a tap, it has the number of the place among those that the output reads instead.
 
     Raises:
-        RefusedError: it can't be done so, and has to be run: see `responses`.
+        RefusedError: everything is near a border, at all sizes.
     """
-    return _Comparison(before, after, bound, dtype, read).run()
+    return _Comparison(before, after, bound, size, everywhere).run()
 
 
 class _Comparison:
-    """The numbers of a layer while they are compared; see `compare_numbers`."""
+    """The numbers of layers while they are compared; see `compare_numbers`."""
 
     def __init__(
         self,
         before: Expression,
-        after: Conv,
-        bound: Allowance,
-        dtype: torch.dtype,
-        read: Sequence[Sequence[int]] | None,
+        after: Tree[Stored],
+        bound: Bound | Tolerance,
+        size: tuple[int, ...] | None,
+        everywhere: bool,
     ) -> None:
-        self.before, self.after, self.bound, self.dtype = before, after, bound, dtype
-        self.found, geometry, one = Numbers(), after.geometry, fused_geometry(before)
-        check_plain(after)
-        if one.stride != geometry.stride:
-            raise RefusedError("the layer has another stride than those that it stands for")
-        self.groups = math.gcd(one.groups, geometry.groups)
-        self.weight = regrouped(after.weight, geometry.groups, self.groups)  # (C_out, C_in/groups, *kernel)
-        self.read = [list(range(k)) for k in geometry.kernel_size] if read is None else [list(taps) for taps in read]
+        self.before, self.kept, self.bound = before, map_leaves(lambda leaf: leaf.conv, after), bound
+        self.layer, one = sole_layer(self.kept), sole_layer(after)
+        # Several taps of one layer may meet at a border, and then no entry is a number as it was stored.
+        alone = one is not None and one.given is None and not everywhere and isinstance(bound, Bound)
+        self.dtype = (one.dtype or one.conv.dtype) if one is not None and alone else None
+        bias = None if one is None else one.conv.bias
+        self.bias_dtype = self.dtype if one is None or bias is None or self.dtype is None else one.dtype or bias.dtype
+        both, self.map_size = (self.before, self.kept), size
+        self.convs = [conv for tree in both for conv in leaves(tree)]
+        bare = [map_leaves(_without_map, tree) for tree in both]
+        self.size, self.given = _outputs(bare, size) if everywhere and size is not None else _far(bare)
+        reads = [way_back(tree, self.size, self.given, range(len(self.size)), torch.float64)[1] for tree in bare]
+        self.read = [union(each, n) for each, n in zip(zip(*reads, strict=True), self.size, strict=True)]
+        self.places = math.prod(len(places.positions) for places in self.read)
+        self.groups = math.gcd(*(conv.geometry.groups for conv in self.convs))
+        self.channels, self.inputs = out_channels(before) // self.groups, in_channels(before)
+        self.ways: dict[int, tuple[Expression, Ways]] = {}
+        self.worst = Worst("number")
 
-    def run(self) -> Numbers:
+    def run(self) -> Region:
         """Compare all of them."""
-        met = torch.zeros(self.after.geometry.kernel_size, dtype=torch.bool)
-        for number, (residue, response) in enumerate(responses(self.before)):
-            self._response(number, residue, response.regrouped(self.groups), met)
-        read = torch.zeros_like(met)
-        read[_grid(self.read)] = True
-        for tap in (read & ~met).nonzero().tolist():  # what no impulse meets has to be zero
-            found = self.weight[..., *tap]
-            self._judge(torch.zeros_like(found, dtype=torch.float64), found, None, (0, [[at] for at in tap]))
-        self._bias()
-        return self.found
+        mapped = any(conv.has_bias_map for conv in self.convs)
+        biased = any(conv.bias is not None for conv in self.convs)
+        widths = (widest(self.way(tree)) for tree in (self.before, self.kept))
+        step = max(1, AT_ONCE // max(self.places * self.inputs, *widths))
+        for first in range(0, self.channels, step):
+            pulled: dict[int, Rows] = {}
 
-    def _response(self, number: int, residue: tuple[int, ...], response: Response, met: Tensor) -> None:
-        """Compare the taps that one impulse meets, and mark them."""
-        kept: list[list[int]] = []
-        taps: list[list[int]] = []
-        for axis, at, places, read in zip(self.after.geometry.axes, residue, response.places, self.read, strict=True):
-            there = [divmod(at + axis.before - place * axis.stride, axis.dilation) for place in places]
-            if not all(0 <= tap < axis.kernel and not rest for tap, rest in there):
-                raise RefusedError("the layers reach beyond the one that stands for them")
-            kept.append([number for number, (tap, _) in enumerate(there) if tap in read])
-            taps.append([there[number][0] for number in kept[-1]])
-        if not all(taps):
-            return
-        met[_grid(taps)] = True
-        rows = max(1, ROWS // max(1, math.prod(self.weight.shape[1:])))
-        for start in range(0, len(self.weight), rows):
-            stop = start + rows
+            def rows(tree: Expression, first: int = first, pulled: dict[int, Rows] = pulled) -> Rows:
+                if id(tree) not in pulled:
+                    pulled[id(tree)] = self.rows(tree, first, min(first + step, self.channels))
+                return pulled[id(tree)]
 
-            def size(start: int = start, stop: int = stop) -> Tensor:
-                return _at(self._absolute[number].regrouped(self.groups).numbers(start, stop), kept)
+            if not self.nearest(*(rows(tree).dense(self.places) for tree in (self.before, self.kept))):
+                self.hold(lambda tree: rows(tree).dense(self.places), partial(self.place, first), self.dtype)
+            if biased and not mapped:
+                self.hold(lambda tree: rows(tree).offset, partial(self.channel, first), self.bias_dtype)
+        if mapped and self.map_size is not None:
+            shape = 1, self.inputs, *self.map_size
+            nothing = torch.zeros(shape, dtype=torch.complex128 if self.complex(self.before) else torch.float64)
+            self.hold(lambda tree: run(map_leaves(Conv.exact, tree), nothing)[0], lambda where: where[:1])
+        return self.worst.region
 
-            expected = _at(response.numbers(start, stop), kept)
-            self._judge(expected, _at(self.weight[start:stop], taps), size, (start, taps))
+    def nearest(self, expected: Tensor, found: Tensor) -> bool:
+        """Return whether many numbers of one layer are all the nearest that its dtype has, and if so count them.
 
-    @cached_property
-    def _absolute(self) -> list[Response]:
-        return [response for _, response in responses(map_leaves(Conv.absolute, self.before))]
+        That takes a fraction of the time, and for so many the largest ratio is hardly ever much below 1.
+        """
+        if self.dtype is None or expected.numel() < MANY:
+            return False
+        same = torch.equal(rounded(expected, self.dtype).to(found.dtype), found)
+        if same:
+            self.worst.count(expected.numel())
+        return same
 
-    def _bias(self) -> None:
-        expected, found = constant(self.before), self.after.bias
-        if expected is None and found is None:
-            return
-        nothing = torch.zeros(len(self.weight), dtype=torch.float64)
-        size = constant(map_leaves(Conv.absolute, self.before))
-        given = nothing.to(self.dtype) if found is None else found
-        expected = nothing if expected is None else expected
-        self._judge(expected, given, lambda: nothing if size is None else size, (0, None))
-
-    def _judge(
+    def hold(
         self,
-        expected: Tensor,
-        found: Tensor,
-        size: Callable[[], Tensor] | None,
-        place: tuple[int, list[list[int]] | None],
+        evaluated: Callable[[Expression], Tensor],
+        place: Callable[[tuple[int, ...]], tuple[int, ...]],
+        dtype: torch.dtype | None = None,
     ) -> None:
-        """Hold numbers against what storing alone can do, and where that isn't enough against the whole bound.
+        """Hold what is evaluated of AFTER against what is of BEFORE.
 
         Args:
-            size: gives what absolute values of the layers make of the impulse; None for nothing.
-            place: the first row, and the tap on each axis for each place; None for a bias.
+            dtype: of AFTER's numbers, where these are evaluated as they are stored.
         """
-        if not expected.numel():
-            return
-        error = (found.to(torch.float64) - expected).abs_()
-        most = half_ulp(found, self.dtype)
-        less = less_inwards(found, self.dtype)
-        if less is not None:
-            most = most - torch.where(expected.abs() < found.to(torch.float64).abs(), less, 0.0)
-        ratio = error / most
-        if not float(ratio.max()) <= 1:
-            most = self.bound.around(most, torch.zeros_like(expected) if size is None else size(), found)
-            ratio = ratios(error, most)
-        at = int(ratio.argmax())
-        worst, now = float(ratio.reshape(-1)[at]), self.found
-        now = replace(
-            now,
-            compared=now.compared + error.numel(),
-            differing=now.differing + (int((ratio > 1).sum()) if worst > 1 else 0),
-        )
-        if now.where is None or worst > now.ratio:
-            row, *rest = (int(i) for i in np.unravel_index(at, tuple(error.shape)))
-            taps = place[1] or []
-            where = (
-                row + place[0],
-                *rest[:1],
-                *(tap[i] for tap, i in zip(taps, rest[1:] or (0,) * len(taps), strict=True)),
-            )
-            off, limit = float(error.reshape(-1)[at]), float(most.reshape(-1)[at])
-            now = replace(now, ratio=worst, where=where, error=off, bound=limit)
-        self.found = now
+        expected, found = evaluated(self.before), evaluated(self.kept)
+        lost = None if dtype is None else stored_within(expected, found, half_ulp(found, dtype), dtype)
+        most = self.bound.of(evaluated, expected, found, numbers=True, lost=lost)
+        shape = tuple(expected.shape)
+        hold(self.worst, expected, found, most, lambda at: place(tuple(int(i) for i in np.unravel_index(at, shape))))
+
+    @staticmethod
+    def complex(tree: Expression) -> bool:
+        """Return whether some numbers of a tree are."""
+        return any(conv.dtype.is_complex for conv in leaves(tree))
+
+    def way(self, tree: Expression) -> Ways:
+        """Return the way back through BEFORE, AFTER, or layers of their geometry, to what both read."""
+        if id(tree) not in self.ways:
+            dtype = torch.complex128 if self.complex(tree) else torch.float64
+            bare = map_leaves(_without_map, tree)
+            found = way_back(bare, self.size, self.given, range(len(self.size)), dtype)
+            self.ways[id(tree)] = tree, placed_among(self.read, *found, self.size, dtype)
+        return self.ways[id(tree)][1]
+
+    def rows(self, tree: Expression, first: int, last: int) -> Rows:
+        """Return the numbers of each group's output channels first:last."""
+        dtype = torch.complex128 if self.complex(tree) else torch.float64
+        counts = [len(places.positions) for places in self.given]
+        return pull(self.way(tree), Rows.of(first, last, self.groups, self.channels * self.groups, counts, dtype))
+
+    def channel(self, first: int, where: tuple[int, ...]) -> tuple[int, ...]:
+        """Return the output channel of an offset, (row, *class, group)."""
+        return (where[-1] * self.channels + first + where[0],)
+
+    def place(self, first: int, where: tuple[int, ...]) -> tuple[int, ...]:
+        """Return (output channel, input channel, *tap) of a number, (row, place, input channel)."""
+        row, place, channel = where
+        output = channel // (self.inputs // self.groups) * self.channels + first + row
+        numbers = np.unravel_index(place, tuple(len(places.positions) for places in self.read)) if self.read else ()
+        return (output, channel, *(self.tap(axis, int(number)) for axis, number in enumerate(numbers)))
+
+    def tap(self, axis: int, number: int) -> int:
+        """Return the tap of AFTER that reads a place; the place's number in its class where none does."""
+        own = self.read[axis].classes[number]
+        if self.layer is not None:
+            output = int(self.given[axis].positions[own])
+            taps = tap_table(self.layer.geometry.axes[axis], self.size[axis], output, output + 1)[0]
+            if len(found := np.flatnonzero(taps == self.read[axis].positions[number])):
+                return int(found[0])
+        return number - int(self.read[axis].starts(int(own) + 1)[own])
 
 
-def ratios(error: Tensor, most: Tensor) -> Tensor:
-    """Return error by bound; inf where one isn't finite."""
-    ratio = torch.where(error == 0, 0.0, error / most)
-    return torch.where((error + most).isfinite(), ratio, math.inf)
+def _without_map(conv: Conv) -> Conv:
+    return conv.without_bias() if conv.has_bias_map else conv
 
 
-def _grid(places: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
-    """Return the index of every place that is one of these on each axis."""
-    each = [torch.tensor(one, dtype=torch.int64) for one in places]
-    return tuple(torch.meshgrid(*each, indexing="ij")) if each else ()
+def _outputs(trees: list[Expression], size: tuple[int, ...]) -> tuple[tuple[int, ...], list[Places]]:
+    """Return an output of each class that any of the trees tells apart, on each axis."""
+    return size, [Places.each(classes(Sum(tuple(trees)), size, axis).first) for axis in range(len(size))]
 
 
-def _at(numbers: Tensor, chosen: Sequence[Sequence[int]]) -> Tensor:
-    """Return the chosen places on each axis behind the first two."""
-    for axis, places in enumerate(chosen, 2):
-        if list(places) == list(range(numbers.shape[axis])):
+def _far(trees: list[Expression]) -> tuple[tuple[int, ...], list[Places]]:
+    """Return a size so large, and a period of outputs so far inside, that nothing near a border comes into it."""
+    axes = range(next(leaves(trees[0])).spatial_axes)
+    every = [math.lcm(*(period(tree, axis) for tree in trees)) for axis in axes]
+    for power in range(5, LARGEST.bit_length()):
+        size = (1 << power,) * len(axes)
+        try:
+            middle = [n // 2 for n in output_size(trees[0], size)]
+            given = [at + np.arange(n) for at, n in zip(middle, every, strict=True)]
+            if all(inside(tree, size, axis, given[axis]).all() for tree, axis in itertools.product(trees, axes)):
+                return size, [Places.each(positions) for positions in given]
+        except UsageError:  # too small to run
             continue
-        numbers = numbers.index_select(axis, torch.tensor(places, dtype=torch.int64))
-    return numbers
+    raise RefusedError("no input is so large that outputs of both stand far inside of it")

@@ -285,7 +285,7 @@ def add(a: Conv, b: Conv) -> Conv:
     _check_room(a.out_channels, a.in_channels // geometry.groups, geometry.kernel_size)
     weight = a.weight.new_zeros(a.out_channels, a.in_channels // geometry.groups, *geometry.kernel_size)
     for conv in (a, b):
-        weight[(slice(None), slice(None), *_embedding(conv.geometry, geometry))] += _regroup(conv, geometry.groups)
+        weight[(slice(None), slice(None), *_embedding(conv.geometry, geometry))] += in_groups(conv, geometry.groups)
     biases = [conv.bias for conv in (a, b) if conv.bias is not None]
     return Conv(weight, sum(biases[1:], biases[0]) if biases else None, geometry)
 
@@ -299,7 +299,7 @@ def _embedding(part: Geometry, whole: Geometry) -> tuple[slice, ...]:
     return tuple(slices)
 
 
-def _regroup(conv: Conv, groups: int) -> Tensor:
+def in_groups(conv: Conv, groups: int) -> Tensor:
     """The weight as that of a layer with fewer groups, (C_out, C_in/groups, *kernel), zeros between the old groups."""
     old = conv.geometry.groups
     if old == groups:

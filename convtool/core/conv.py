@@ -116,15 +116,18 @@ class Conv:
         """Return the linear part of the layer."""
         return self if self.bias is None else Conv(self.weight, None, self.geometry)
 
+    def changed(self, change: Callable[[Tensor], Tensor]) -> Conv:
+        """Return the layer with its weight and its bias changed."""
+        return Conv(change(self.weight), None if self.bias is None else change(self.bias), self.geometry)
+
     def absolute(self) -> Conv:
         """Return the layer of the absolute values, which bounds what rounding does to this one's sums."""
-        return Conv(self.weight.abs(), None if self.bias is None else self.bias.abs(), self.geometry)
+        return self.changed(torch.abs)
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Conv:
         """Return the layer with its numbers rounded to `dtype`; RefusedError for complex numbers in a real dtype."""
         check_room(self.weight.dtype, dtype)
-        bias = None if self.bias is None else rounded(self.bias, dtype).to(device)
-        return Conv(rounded(self.weight, dtype).to(device), bias, self.geometry)
+        return self.changed(lambda numbers: rounded(numbers, dtype).to(device))
 
     def exact(self) -> Conv:
         """Return the layer in float64 (complex128), in which all arithmetic is done."""

@@ -68,6 +68,14 @@ def with_sizes(expression: Expression, size: tuple[int, ...]) -> list[tuple[Conv
     return found
 
 
+def widest_layer(expression: Expression, size: tuple[int, ...]) -> int:
+    """Count the numbers of one input where the expression is widest."""
+    return max(
+        max(conv.in_channels * math.prod(at), conv.out_channels * math.prod(conv.output_size(at)))
+        for conv, at in with_sizes(expression, size)
+    )
+
+
 def _common_size(_: tuple[int, ...], sizes: list[tuple[int, ...]]) -> tuple[int, ...]:
     if len(set(sizes)) > 1:
         raise UsageError(f"the branches of a sum give outputs of different sizes: {sorted(set(sizes))}")

@@ -11,13 +11,11 @@ its tap table, for one output of each class and all pairs of classes of two axes
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from dataclasses import replace
-from fractions import Fraction
 from functools import cached_property, reduce
 from typing import Literal, TypeAlias, get_args
 
@@ -25,14 +23,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convtool.core.classes import Classes, classes, period
 from convtool.core.conv import Conv, swap_channels
 from convtool.core.expression import Expression, in_channels, out_channels, output_size, run
 from convtool.core.moves import NOTHING, Selection
 from convtool.core.rounding import exact_dtype
 from convtool.core.slots import AxisSlots, axis_slots
-from convtool.core.taps import MOST_ENTRIES, PADDED, Table, tap_table
+from convtool.core.taps import MOST_ENTRIES, PADDED, tap_table
 from convtool.core.tree import Chain, Sum, leaves, map_leaves, walk
-from convtool.core.ways import Places, way_back
+from convtool.core.ways import Places, Rows, pull, way_back, widest
 from convtool.errors import UsageError
 
 Order: TypeAlias = Literal["CHW", "HWC"]
@@ -40,7 +39,6 @@ ORDERS: tuple[Order, ...] = get_args(Order)  # how inputs and outputs are flatte
 
 BLOCK_NUMBERS = 1 << 19  # of the kernels, or of what is on the way to them, that are made at a time: 4 MiB
 KEPT_BLOCKS = 4  # of these
-CLASS_ENTRIES = 1 << 22  # of tap tables that are looked through at a time
 
 
 class Kernels(ABC):
@@ -114,18 +112,18 @@ class TreeKernels(Kernels):
         self.row_size, self.column_size = _sides(self.output_size, input_size, transpose)
         complex_ones = any(conv.dtype.is_complex for conv in leaves(tree))
         self._exact = torch.complex128 if complex_ones else torch.float64
-        found = [_classes(tree, input_size, axis, size) for axis, size in enumerate(self.output_size)]
-        slots, given = [slots for slots, _ in found], [Places(np.arange(len(first)), first) for _, first in found]
-        self._way, _ = way_back(tree, input_size, given, range(len(slots)))
+        found = [classes(tree, input_size, axis) for axis in range(len(input_size))]
+        slots, given = list(map(_slots, found)), [Places.each(one.first) for one in found]
+        self._way, _ = way_back(tree, input_size, given, range(len(slots)), self._exact)
         self.slots = [axis.adjoint(n) for axis, n in zip(slots, input_size, strict=True)] if transpose else slots
         self.groups = reduce(math.gcd, (conv.geometry.groups for conv in leaves(tree)))
         self._sides = out_channels(tree), in_channels(tree)
         self.row_channels, columns = self._sides[::-1] if transpose else self._sides
         self.column_channels = columns // max(1, self.groups)
-        self.periods = tuple(_period(tree, axis, transpose) for axis in range(len(slots)))
+        self.periods = tuple(period(tree, axis, transpose) for axis in range(len(slots)))
         self._spread = math.prod(len(axis.members) for axis in slots)  # numbers for each pair of channels
         self._blocks: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._layers: tuple[int, list[Conv]] = -1, []  # of a group
+        self._here = -1, self._way  # the way of one group
         self._lock = threading.Lock()
 
     def values(self, first: int, last: int) -> Tensor:
@@ -166,21 +164,18 @@ class TreeKernels(Kernels):
 
     def _pulled(self, group: int, start: int, stop: int) -> Tensor:
         """Return (stop - start, C_in/groups, spread) the numbers of some of a group's output channels."""
-        if self._layers[0] != group:
-            self._layers = group, [_of_group(conv, group, self.groups, self._exact) for conv in leaves(self._tree)]
-        made, outputs = [], self._sides[0] // max(1, self.groups)
-        for first in range(start, stop, self._together):
-            some = torch.arange(first, min(first + self._together, stop))
-            weighs = torch.zeros(len(some), outputs, *self._way.sizes, dtype=self._exact)
-            weighs[torch.arange(len(some)), some] = 1.0
-            made.append(self._way.pull(weighs, self._layers[1][:]).flatten(2))
-        return torch.cat(made)
+        if self._here[0] != group:
+            parts = (_of_group(conv, group, self.groups) for conv in leaves(self._tree))
+            through = map_leaves(lambda way: way if way.conv is None else way.through(next(parts)), self._way)
+            self._here = group, through
+        outputs, step = self._sides[0] // max(1, self.groups), self._together
+        made = (Rows.of(at, min(at + step, stop), 1, outputs, (), self._exact) for at in range(start, stop, step))
+        return torch.cat([pull(self._here[1], rows).dense(self._spread).movedim(1, 2) for rows in made])
 
     @cached_property
     def _together(self) -> int:
         """How many output channels are carried back at a time."""
-        sizes = (way.conv.out_channels * math.prod(way.sizes) for way in self._way.of_layers())
-        return max(1, BLOCK_NUMBERS * max(1, self.groups) // max(1, *sizes))
+        return max(1, BLOCK_NUMBERS * max(1, self.groups) // widest(self._way))
 
 
 class ChannelsLast(Kernels):
@@ -265,111 +260,33 @@ def _bias(tree: Expression, input_size: tuple[int, ...]) -> Tensor | None:
     return run(exact, zeros)[0]
 
 
-def _of_group(conv: Conv, group: int, groups: int, dtype: torch.dtype) -> Conv:
-    """Return the part of a layer that one of a chain's groups runs through."""
-    if groups > 1:
-        per_group, geometry = (
-            conv.out_channels // groups,
-            replace(conv.geometry, groups=conv.geometry.groups // groups),
-        )
-        part = slice(group * per_group, (group + 1) * per_group)
-        if isinstance(conv, Selection):
-            inputs = conv.in_channels // groups
-            own = conv.picked[part] - group * inputs * math.prod(geometry.kernel_size)
-            return Selection(torch.where(conv.picked[part] == NOTHING, NOTHING, own), inputs, geometry)
-        conv = Conv(conv.weight[part], None, geometry)
-    return conv if isinstance(conv, Selection) else conv.without_bias().to(dtype)
+def _of_group(conv: Conv, group: int, groups: int) -> Conv:
+    """Return the part of a layer that one of a chain's groups runs through, without its bias."""
+    if groups == 1:
+        return conv.without_bias()
+    outputs, inputs = conv.out_channels // groups, conv.in_channels // groups
+    part, geometry = slice(group * outputs, (group + 1) * outputs), conv.geometry
+    geometry = replace(geometry, groups=geometry.groups // groups)
+    if not isinstance(conv, Selection):
+        return Conv(conv.weight[part], None, geometry)
+    own = conv.picked[part] - group * inputs * math.prod(geometry.kernel_size)
+    return Selection(torch.where(conv.picked[part] == NOTHING, NOTHING, own), inputs, geometry)
 
 
-def _classes(tree: Expression, size: tuple[int, ...], axis: int, outputs: int) -> tuple[AxisSlots, Table]:
-    """Return the slots of one axis, and the first output of each class; see the module."""
-    period, (begin, end) = _period(tree, axis, False), _interior(tree, size, axis, outputs)
-    # Away from the borders each output is like one of the first period, moved.
-    like, moved = np.arange(outputs), np.zeros(outputs, dtype=np.int64)
-    like[begin:end] = begin + np.arange(end - begin) % period
-    moved[begin:end] = np.arange(end - begin) // period * int(period / _rates(tree, axis)[-1])
-    looked = like == np.arange(outputs)
-    rows, of_output, first = _looked_at(tree, size, axis, np.flatnonzero(looked))
-    counts = np.zeros(outputs, dtype=np.int64)
-    counts[looked] = [len(row) for row in rows]
-    widest = int(counts.max(initial=0))
+def _slots(axis: Classes) -> AxisSlots:
+    """Return the slots of one axis; see the module."""
+    rows = [axis.reads[at] for at in axis.first.tolist()]
+    counts = np.array([len(row) for row in rows], dtype=np.int64)
+    outputs, widest = len(axis.number), int(counts.max(initial=0))
     if outputs * widest > MOST_ENTRIES:
         raise UsageError(f"an axis of {outputs} outputs that read up to {widest} inputs each is too long")
-    columns, number = np.full((outputs, widest), PADDED), np.zeros(outputs, dtype=np.int64)
-    columns[looked[:, None] & (np.arange(widest) < counts[:, None])] = np.concatenate([*rows, np.zeros(0, np.int64)])
-    number[looked] = of_output
-    columns, counts, number = columns[like], counts[like], number[like]
-    columns = np.where(columns == PADDED, PADDED, columns + moved[:, None])
-    begins = np.concatenate([[0], np.cumsum(counts[first])])  # of each class among the numbers
-    subsets = np.where(columns == PADDED, 0, begins[number][:, None] + np.arange(widest))
-    return AxisSlots(columns, subsets, counts, np.empty((max(1, int(begins[-1])), 0))), first
-
-
-def _looked_at(
-    tree: Expression, size: tuple[int, ...], axis: int, outputs: Table
-) -> tuple[list[Table], list[int], Table]:
-    """Return what each of some outputs reads, its class, and the first output of each class."""
-    wide = sum(conv.geometry.kernel_size[axis] for conv in leaves(tree))
-    classes: dict[bytes, int] = {}
-    first: list[int] = []
-    rows: list[Table] = []
-    of_output: list[int] = []
-    for some in np.array_split(outputs, min(len(outputs), 1 + len(outputs) * wide**2 // CLASS_ENTRIES)):
-        way, (read,) = way_back(tree, size, [Places(np.arange(len(some)), some)], [axis])
-        looks = [b""] * len(some)
-        for step in way.steps():
-            looks = [look + seen for look, seen in zip(looks, step.looks(len(some)), strict=True)]
-        rows += np.split(read.positions, read.starts(len(some))[1:-1])
-        for output, look in zip(some.tolist(), looks, strict=True):
-            if look not in classes:
-                classes[look] = len(first)
-                first.append(output)
-            of_output.append(classes[look])
-    return rows, of_output, np.array(first, dtype=np.int64)
-
-
-def _interior(tree: Expression, size: tuple[int, ...], axis: int, outputs: int) -> tuple[int, int]:
-    """Return a range of outputs for which no tap of any layer reads padding: away from both borders."""
-    inside = np.ones(outputs, dtype=bool)
-
-    def back(part: Expression, at: tuple[int, ...], lowest: Table, highest: Table) -> tuple[Table, Table]:
-        """Carry the first and the last place that each output may read back to the part's input."""
-        nonlocal inside
-        if isinstance(part, Chain):
-            sizes = itertools.accumulate(part.parts[:-1], lambda to, one: output_size(one, to), initial=at)
-            for layers, before in reversed(list(zip(part.parts, sizes, strict=True))):
-                lowest, highest = back(layers, before, lowest, highest)
-            return lowest, highest
-        if isinstance(part, Sum):
-            ends = [back(branch, at, lowest, highest) for branch in part.parts]
-            return np.minimum.reduce([low for low, _ in ends]), np.maximum.reduce([high for _, high in ends])
-        one = part.geometry.axes[axis]
-        if one.transposed:
-            lowest, highest = -((one.reach - one.before - lowest) // one.stride), (highest + one.before) // one.stride
-        else:
-            lowest, highest = lowest * one.stride - one.before, highest * one.stride - one.before + one.reach
-        inside = inside & (lowest >= 0) & (highest < at[axis])
-        return lowest, highest
-
-    back(tree, size, np.arange(outputs), np.arange(outputs))
-    found = np.flatnonzero(inside)
-    return (int(found[0]), int(found[-1]) + 1) if len(found) and inside[found[0] : found[-1] + 1].all() else (0, 0)
-
-
-def _rates(tree: Expression, axis: int) -> list[Fraction]:
-    """Return the positions behind each layer for each of the input, those of the output last."""
-    rates = [Fraction(1)]
-
-    def step(conv: Conv, rate: Fraction) -> Fraction:
-        stride = conv.geometry.stride[axis]
-        rates.append(rate * stride if conv.geometry.transposed else rate / stride)
-        return rates[-1]
-
-    given = walk(tree, rates[0], step, lambda _, branches: branches[0])
-    return [*rates, given]
-
-
-def _period(tree: Expression, axis: int, transpose: bool) -> int:
-    """Return after how many positions of the rows an axis repeats itself, away from the borders."""
-    rates = _rates(tree, axis)
-    return math.lcm(*((rate if transpose else rate / rates[-1]).denominator for rate in rates))
+    begins = np.concatenate([[0], np.cumsum(counts)])  # of each class among the numbers
+    live = np.arange(widest) < counts[axis.number][:, None]
+    columns = np.full((outputs, widest), PADDED)
+    looked, place = np.unique(axis.looked, return_inverse=True)
+    padded = np.full((len(looked), widest), PADDED)
+    for row, at in zip(padded, looked.tolist(), strict=True):
+        row[: len(axis.reads[at])] = axis.reads[at]
+    columns = np.where(live, padded[place] + axis.moved[:, None], PADDED)
+    subsets = np.where(live, begins[axis.number][:, None] + np.arange(widest), 0)
+    return AxisSlots(columns, subsets, counts[axis.number], np.empty((max(1, int(begins[-1])), 0)))

@@ -7,9 +7,8 @@ import math
 from collections.abc import Sequence
 
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression
+from convtool.core.expression import Expression, widest_layer
 from convtool.core.geometry import format_sizes
-from convtool.core.inputs import widest_layer
 from convtool.core.tree import Chain, leaves, walk
 from convtool.errors import UsageError
 

@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convtool.core.border import Mask
-from convtool.core.inputs import Impulses, Input
+from convtool.core.rounding import exact_dtype
 from convtool.errors import UsageError
 
 
@@ -22,11 +21,10 @@ class Region:
 
     Attributes:
         elements: numbers compared; 0 where the region is empty.
-        ratio: largest error / bound; inf for NaN and for what cannot be compared.
+        ratio: largest error / bound, 1 where that is all that was asked; inf for NaN and for what cannot be compared.
         error, bound: the error and the bound where that ratio stands.
         where: (channel, *position) of it, or None where nothing was compared.
-        kind: of the input that brought it about: normal, zero, constant, impulse or basis.
-        source: for an impulse, (channel, *position) of the input that the output answered to; else None.
+        kind: of the input that brought it about: normal, zero, constant or basis; 'number' where none did.
         largest_error: the largest error anywhere in the region.
         relative_error: that, relative to the largest output there.
         differing: output positions with an element beyond its bound.
@@ -40,7 +38,6 @@ class Region:
     bound: float = 0.0
     where: tuple[int, ...] | None = None
     kind: str = ""
-    source: tuple[int, ...] | None = None
     largest_error: float = 0.0
     relative_error: float = 0.0
     differing: int = 0
@@ -75,6 +72,12 @@ class Worst:
     def __init__(self, kind: str = "") -> None:
         self.region = Region(kind=kind)
         self._output = 0.0
+
+    def count(self, elements: int) -> None:
+        """Count numbers that are within their bounds."""
+        now = self.region
+        elements, positions = now.elements + elements, now.positions + elements
+        self.region = replace(now, elements=elements, positions=positions, ratio=max(now.ratio, 1.0))
 
     def add(
         self,
@@ -114,54 +117,39 @@ class Worst:
         return worst
 
 
-class Tallies:
-    """Interior and rim, apart.
-
-    Args:
-        rim: mask of the output's spatial shape.
-        device: where outputs are.
-    """
-
-    def __init__(self, rim: Mask, device: torch.device) -> None:
-        mask = torch.from_numpy(rim).to(device)  # output_size
-        self.interior, self.rim = Tally(~mask), Tally(mask)
-
-    def add(self, kind: str, x: Input, expected: Tensor, found: Tensor, bound: Tensor) -> None:
-        """Count outputs (N, C_out, *output_size), those expected, those found, and their bound."""
-        error, ratio = ratios(expected, found, bound)
-        for part in (self.interior, self.rim):
-            part.add(kind, x, error, ratio, bound, expected)
+def hold(worst: Worst, expected: Tensor, found: Tensor, bound: Tensor, where: Callable[[int], tuple[int, ...]]) -> None:
+    """Count numbers; `where` says what stands at an index of all of them, flat."""
+    if found.numel():
+        error, ratio = ratios(expected, found.to(exact_dtype(found.dtype)), bound * (1 + 2.0**-50))
+        worst.add(expected.abs(), error, ratio, bound, found.numel(), lambda at: {"where": where(at)})
 
 
 class Tally:
-    """One region's count; see `Tallies`."""
+    """The count of some output positions.
+
+    Args:
+        mask: of the output's spatial shape.
+    """
 
     def __init__(self, mask: Tensor) -> None:
         self._mask, self._differs = mask, torch.zeros_like(mask)
         self._worst = Worst()
 
-    def add(self, kind: str, x: Input, error: Tensor, ratio: Tensor, bound: Tensor, expected: Tensor) -> None:
-        """Count a batch; see `Tallies.add`."""
-        rows = x.rows if isinstance(x, Impulses) else None
-        grid = torch.meshgrid(*rows, indexing="ij") if rows else ...  # of output positions
-        mask = self._mask[grid]
-        positions = int(mask.sum())
+    def add(self, kind: str, expected: Tensor, found: Tensor, bound: Tensor) -> None:
+        """Count outputs (N, C_out, *output_size), those expected, those found, and their bound."""
+        error, ratio = ratios(expected, found, bound)
+        positions, size = int(self._mask.sum()), expected.abs()
         if not positions or not error.numel():
             return
-        size = expected.abs()
-        if positions < mask.numel():
-            ratio = torch.where(mask, ratio, -1.0)  # below all others, so that the largest is inside
-            error, size = torch.where(mask, error, 0.0), torch.where(mask, size, 0.0)
+        if positions < self._mask.numel():
+            ratio = torch.where(self._mask, ratio, -1.0)  # below all others, so that the largest is inside
+            error, size = torch.where(self._mask, error, 0.0), torch.where(self._mask, size, 0.0)
 
         def place(at: int) -> dict[str, Any]:
-            number, channel, *where = (int(i) for i in np.unravel_index(at, tuple(error.shape)))
-            if rows:
-                where = [int(row[index]) for row, index in zip(rows, where, strict=True)]
-            source = x.source(number, channel, error.shape[1]) if isinstance(x, Impulses) else None
-            return {"where": (channel, *where), "kind": kind, "source": source}
+            return {"where": tuple(int(i) for i in np.unravel_index(at, tuple(error.shape))[1:]), "kind": kind}
 
         if self._worst.add(size, error, ratio, bound, error.shape[0] * error.shape[1] * positions, place) > 1:
-            self._differs[grid] |= (ratio > 1).flatten(0, 1).any(0)
+            self._differs |= (ratio > 1).flatten(0, 1).any(0)
 
     def region(self) -> Region:
         """Return what was found, counted by positions."""

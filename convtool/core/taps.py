@@ -13,12 +13,13 @@ composition and the question where a fusion is exact are all read off this table
 
 from __future__ import annotations
 
+import math
 from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from convtool.core.geometry import Axis
+from convtool.core.geometry import Axis, Geometry
 from convtool.errors import UsageError
 
 Table: TypeAlias = npt.NDArray[np.int64]
@@ -50,6 +51,12 @@ def tap_table(axis: Axis, size: int, start: int = 0, stop: int | None = None) ->
         index = np.abs(index)
         return np.where(index < size, index, 2 * (size - 1) - index)
     return np.where((index >= 0) & (index < size), index, PADDED)
+
+
+def taps_read(geometry: Geometry, size: tuple[int, ...]) -> tuple[int, int]:
+    """Count of a kernel's taps those that some output reads the input with at this size, and of how many."""
+    read = [int((tap_table(axis, n) != PADDED).any(axis=0).sum()) for axis, n in zip(geometry.axes, size, strict=True)]
+    return math.prod(read), math.prod(geometry.kernel_size)
 
 
 def compose_tables(first: Table, second: Table) -> Table:

@@ -1,15 +1,15 @@
 """Whether two chains of layers compute the same, up to the rounding that storing one of them must bring.
 
-Both are run in float64 on inputs that find faults (`convtool.core.inputs`), and every output element is held against a
-bound of its own (`convtool.core.bound`). There is no tolerance to choose: a ratio of error to bound of at most 1 is
-what rounding alone can do, and more is a difference.
+Their numbers are compared (`convtool.core.coefficients`), which settles it for all inputs of a size. As a second
+opinion that owes nothing to tap tables, both are run through torch in float64 (`convtool.core.inputs`), and every
+output element is held against a bound of its own (`convtool.core.bound`). There is no tolerance to choose: a ratio of
+error to bound of at most 1 is what rounding alone can do, and more is a difference.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, TypeAlias
@@ -19,30 +19,28 @@ import torch
 from torch import Tensor
 
 from convtool.core.border import Mask, border_at
-from convtool.core.bound import Allowance, Bound, Stored, Tolerance, fused_geometry, sole_layer, stored
-from convtool.core.coefficients import Numbers, compare_numbers
+from convtool.core.bound import Bound, Stored, Tolerance, fused_geometry, sole_layer, stored
+from convtool.core.coefficients import compare_numbers
 from convtool.core.compose import add, compose_chain
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, in_channels, multiply_adds, out_channels, output_size, run
-from convtool.core.geometry import Geometry, format_sizes
-from convtool.core.inputs import (
-    Input,
-    apply,
-    dense_count,
-    dense_inputs,
-    impulse_inputs,
-    plan_impulses,
-    taps_read,
+from convtool.core.expression import (
+    Expression,
+    in_channels,
+    multiply_adds,
+    out_channels,
+    output_size,
+    run,
     widest_layer,
 )
+from convtool.core.geometry import format_sizes
+from convtool.core.inputs import dense_count, dense_inputs
 from convtool.core.joint import compose_geometry
 from convtool.core.sizes import split_input_size
-from convtool.core.tally import Region, Tallies, check_trials
-from convtool.core.taps import PADDED, tap_table
+from convtool.core.tally import Region, Tally, check_trials
+from convtool.core.taps import taps_read
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves
 from convtool.errors import ConvtoolError, UsageError
 
-WORK = 40_000_000_000  # multiply-adds that may be spent on impulses at one size: some seconds
 LARGEST_INPUT = 1 << 27  # numbers of one input in the widest layer: 1 GiB in float64, several times over
 STORED_WORK = 200_000_000  # multiply-adds that running the layers once in their own dtype may take
 
@@ -73,13 +71,10 @@ class EquivalenceReport:
     Attributes:
         input_size, output_size: with the channels in front, of BEFORE.
         mismatch: why the two cannot be compared number by number, such as outputs of different sizes; else ''.
-        numbers: AFTER's, each held against the impulse response of BEFORE, where it is one layer that has such; those
-            in taps that an output reads. None where impulses were run instead.
+        numbers: AFTER's, each held against BEFORE's; those that outputs read the input with.
         inputs: how many inputs were run, by kind.
         seed: of the random ones.
-        exhaustive: every basis vector was run: no input of this size can bring an error beyond the bound.
-        met: of how many input channels (of each group) an impulse met every kernel entry by itself, and of how many
-            there are.
+        exhaustive: every basis vector was run as well.
         taps: of how many taps of AFTER's kernel anything can be said at this size, and of how many there are: what no
             output reads may hold anything. For one layer; (0, 0) for several.
         interior, rim: the comparison apart from and at the border, where a fused layer without the padding of the
@@ -91,11 +86,10 @@ class EquivalenceReport:
     input_size: tuple[int, ...]
     output_size: tuple[int, ...]
     mismatch: str = ""
-    numbers: Numbers | None = None
+    numbers: Region = field(default_factory=Region)
     inputs: dict[str, int] = field(default_factory=dict)
     seed: int = 0
     exhaustive: bool = False
-    met: tuple[int, int] = (0, 0)
     taps: tuple[int, int] = (0, 0)
     interior: Region = field(default_factory=Region)
     rim: Region = field(default_factory=Region)
@@ -106,19 +100,12 @@ class EquivalenceReport:
     def equivalent(self) -> bool:
         """Equal everywhere, and something was compared."""
         regions = [region for region in (self.interior, self.rim) if region.positions]
-        equal = self.numbers is None or self.numbers.equal
-        return not self.mismatch and bool(regions) and equal and all(region.equal for region in regions)
-
-    @property
-    def complete(self) -> bool:
-        """Whether every kernel entry that an input of this size can meet was met by itself."""
-        return not self.mismatch and self.met[0] == self.met[1]
+        return not self.mismatch and bool(regions) and not self.numbers.differing and all(one.equal for one in regions)
 
     @property
     def ratio(self) -> float:
         """The largest error / bound of all; inf where nothing could be compared."""
-        numbers = 0.0 if self.numbers is None else self.numbers.ratio
-        return math.inf if self.mismatch else max(self.interior.ratio, self.rim.ratio, numbers)
+        return math.inf if self.mismatch else max(self.interior.ratio, self.rim.ratio, self.numbers.ratio)
 
 
 def verify(
@@ -134,23 +121,21 @@ def verify(
     stored_between: Sequence[torch.dtype] = (),
     rtol: float | None = None,
     atol: float | None = None,
-    work: int = WORK,
     device: torch.device | str = "cpu",
     progress: Progress = lambda share: None,
 ) -> EquivalenceReport:
-    """Run both chains on the same inputs and hold every output element against the bound of `convtool.core.bound`.
+    """Hold all numbers of two chains at one input size against each other, and both chains' outputs for some inputs.
 
     Args:
         before: layers, first to last, or a tree of chains and sums; their numbers are taken as exact.
         after: the same; what storing can have moved its numbers by follows from their dtype, or is given as `Stored`.
         input_size: spatial sizes of the input, with or without the channels in front.
         trials, seed: how many random inputs: signed normals, scaled by several powers of two; and which.
-        exhaustive: run every basis vector (and zero, for the bias): equality for these is equality for all inputs.
+        exhaustive: run every basis vector through torch's convolutions as well.
         dtype: that `after` is stored in; each tensor's own by default.
         computed_in: the precision in which another program computed `after` before storing it.
         stored_between: dtypes in which parts of `after` were stored before they were fused further, one for each time.
         rtol, atol: instead of the derived bound, |error| <= atol + rtol * |output|, as numpy's allclose.
-        work: multiply-adds to spend on impulses at most; `report.met` says how far that went.
         progress: called with the share of the inputs that were run since the last call.
 
     Raises:
@@ -160,7 +145,7 @@ def verify(
     sides = _sides(before, after, dtype)
     report = sides.begin(input_size, seed, dtype)
     rules = _Rules(computed_in, tuple(stored_between), rtol, atol, torch.device(device))
-    return report if report.mismatch else sides.compare(report, rules, trials, exhaustive, work, progress)
+    return report if report.mismatch else sides.compare(report, rules, trials, exhaustive, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,63 +192,50 @@ class _Sides:
         return EquivalenceReport((channels, *size), shape, mismatch, seed=seed, dtype=kind)
 
     def compare(
-        self, report: EquivalenceReport, rules: _Rules, trials: int, exhaustive: bool, work: int, progress: Progress
+        self, report: EquivalenceReport, rules: _Rules, trials: int, exhaustive: bool, progress: Progress
     ) -> EquivalenceReport:
-        """Run the inputs and complete the report."""
+        """Compare the numbers, run the inputs and complete the report."""
         (channels, *spatial), both = report.input_size, (self.before, self.kept)
         size = tuple(spatial)
-        numbers = None if exhaustive else self.numbers(rules, size, getattr(torch, report.dtype))
-        plan = plan_impulses(both, _geometries(both), channels, size, work, report.seed, exhaustive)
-        plan = plan if numbers is None else plan.at_the_border()
-        widest = max(widest_layer(tree, size) for tree in both)
-        tallies, counts = Tallies(_rim_mask(self.before, size), rules.device), dict[str, int]()
-        total = dense_count(trials) + len(plan)
-        impulses = (("basis" if exhaustive else "impulse", x) for x in impulse_inputs(plan, size, widest))
-        # Impulses meet the layers without their biases, so that each kernel entry is held against its own rounding and
-        # not against that of a large bias; the biases by themselves are what the zero input shows.
-        runs: tuple[tuple[Iterator[tuple[str, Input]], _Sides], ...] = (
-            (dense_inputs(channels, size, trials, report.seed, widest), self),
-            (impulses, self.without_biases()),
-        )
+        rim, taps = rim_of(self.before, size), _taps(self.kept, size)
+        everywhere = rim is None or bool(rim.any()) or taps[0] < taps[1] or not self.of_one_geometry()
+        bound = rules.bound(self.before, self.after)
+        numbers = compare_numbers(self.before, self.after, bound, size, everywhere=everywhere)
+        mask = torch.zeros(report.output_size[1:], dtype=torch.bool) if rim is None else torch.from_numpy(rim)
+        interior, border = (Tally(one.to(rules.device)) for one in (~mask, mask))
+        counts, total = dict[str, int](), dense_count(channels, size, trials, basis=exhaustive)
+        widest, outputs = max(widest_layer(tree, size) for tree in both), self.outputs(rules)
         # cuDNN may sum by other means than adding products up, which the bound isn't about.
         with torch.backends.cudnn.flags(enabled=False):
-            for inputs, sides in runs:
-                outputs = sides.outputs(rules)
-                for name, x in inputs:
-                    counts[name] = counts.get(name, 0) + len(x)
-                    tallies.add(name, x, *outputs(x))
-                    progress(len(x) / total)
+            for name, x in dense_inputs(channels, size, trials, report.seed, widest, basis=exhaustive):
+                counts[name] = counts.get(name, 0) + len(x)
+                compared = outputs(x)
+                interior.add(name, *compared)
+                border.add(name, *compared)
+                progress(len(x) / total)
         return replace(
             report,
             numbers=numbers,
             inputs=counts,
             exhaustive=exhaustive,
-            met=(len(plan.chosen), plan.channels),
-            taps=_taps(self.kept, size),
-            interior=tallies.interior.region(),
-            rim=tallies.rim.region(),
+            taps=taps,
+            interior=interior.region(),
+            rim=border.region(),
             stored_error=_stored_error(*both, channels, size, getattr(torch, report.dtype), report.seed),
         )
 
-    def numbers(self, rules: _Rules, size: tuple[int, ...], dtype: torch.dtype) -> Numbers | None:
-        """Hold each number of AFTER against BEFORE's impulse response; None where it has none, or isn't one layer."""
+    def of_one_geometry(self) -> bool:
+        """Return whether AFTER is one layer that reads where the one that stands for BEFORE does."""
         layer = sole_layer(self.kept)
-        if layer is None or rules.rtol is not None or rules.atol is not None:
-            return None
-        tables = (tap_table(axis, n) for axis, n in zip(layer.geometry.axes, size, strict=True))
-        read = [np.flatnonzero((table != PADDED).any(axis=0)).tolist() for table in tables]
-        allowance = Allowance(self.before, self.kept, rules.computed_in, rules.between)
         try:
-            return compare_numbers(self.before, layer, allowance, dtype, read)
-        except ConvtoolError:  # no such response, or one of too many numbers: impulses are run instead
-            return None
+            return (
+                layer is not None
+                and replace(fused_geometry(self.before), groups=layer.geometry.groups) == layer.geometry
+            )
+        except ConvtoolError:  # no layer stands for BEFORE
+            return False
 
-    def without_biases(self) -> _Sides:
-        """Return the linear parts of both sides."""
-        after = map_leaves(Stored.without_bias, self.after)
-        return _Sides(map_leaves(Conv.without_bias, self.before), after, map_leaves(Conv.without_bias, self.kept))
-
-    def outputs(self, rules: _Rules) -> Callable[[Input], tuple[Tensor, Tensor, Tensor]]:
+    def outputs(self, rules: _Rules) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
         """Return what gives the outputs before and after, and the bound, each (N, C_out, *output_size).
 
         They are computed in float64 (complex128, both, where one is complex), on the device.
@@ -275,11 +247,10 @@ class _Sides:
         kept = map_leaves(lambda leaf: leaf.conv, after)
         bound = rules.bound(before, after)
 
-        def run_both(x: Input) -> tuple[Tensor, Tensor, Tensor]:
-            x = x.to(rules.device)
-            given = x.to(exact) if isinstance(x, Tensor) else x
-            expected, found = apply(before, given), apply(kept, given)
-            return expected, found, bound.of(x, expected, found)
+        def run_both(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            x = x.to(exact).to(rules.device)
+            expected, found = run(before, x), run(kept, x)
+            return expected, found, bound.of(lambda tree: run(tree, x.abs()), expected, found)
 
         return run_both
 
@@ -305,36 +276,31 @@ def _mismatch(after: Expression, channels: int, size: tuple[int, ...], shape: tu
     return "" if there == shape else f"the outputs differ: {one} before, {other} after"
 
 
-def _rim_mask(before: Expression, size: tuple[int, ...]) -> Mask:
-    """Return where one layer for the whole tree would differ; nowhere if there is no such layer."""
-    nothing = np.zeros(output_size(before, size), dtype=bool)
+def rim_of(before: Expression, size: tuple[int, ...]) -> Mask | None:
+    """Return where one layer for the whole tree would differ; None where no layer stands for it."""
     if isinstance(before, Conv) or not size:  # without spatial axes there is no border
-        return nothing
-    if isinstance(before, Sum):
-        return reduce(np.logical_or, (_rim_mask(part, size) for part in before.parts))
-    layers = list(flat_parts(before))
+        return np.zeros(output_size(before, size), dtype=bool)
+    layers, at, parts = list(flat_parts(before)) if isinstance(before, Chain) else [], size, list[Conv]()
     if len(layers) == 1:
-        return _rim_mask(layers[0], size)
+        return rim_of(layers[0], size)
+    if isinstance(before, Sum):
+        rims = [rim for part in before.parts if (rim := rim_of(part, size)) is not None]
+        return reduce(np.logical_or, rims) if len(rims) == len(before.parts) else None
     try:
-        # Sums inside of a chain count as the layers that they are; each has been fused exactly where there is a fusion.
-        parts = [fold(part, Conv.exact, compose_chain, lambda convs: reduce(add, convs)) for part in layers]
+        for part in layers:
+            inner = rim_of(part, at)
+            if inner is None or inner.any():  # what a branch got wrong would spread
+                return None
+            parts.append(fold(part, Conv.exact, compose_chain, lambda convs: reduce(add, convs)))
+            at = output_size(part, at)
         return border_at(parts, reduce(compose_geometry, (conv.geometry for conv in parts)), size).differs()
     except ConvtoolError:
-        return nothing
+        return None
 
 
 def _taps(after: Expression, size: tuple[int, ...]) -> tuple[int, int]:
     layer = sole_layer(after)
     return (0, 0) if layer is None else taps_read(layer.geometry, size)
-
-
-def _geometries(trees: Sequence[Expression]) -> list[Geometry]:
-    """Return the geometry of the one layer that stands for each tree, where there is one."""
-    found = []
-    for tree in trees:
-        with contextlib.suppress(ConvtoolError):
-            found.append(fused_geometry(tree))
-    return found
 
 
 def _stored_error(

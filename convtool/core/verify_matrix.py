@@ -24,7 +24,7 @@ from convtool.core.inputs import dense_inputs
 from convtool.core.kernels import Order
 from convtool.core.moves import Selection
 from convtool.core.rows import CsrBlock, RowMatrix
-from convtool.core.tally import Region, Worst, check_trials, ratios
+from convtool.core.tally import Region, Worst, check_trials, hold
 from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.core.tree import leaves, map_leaves
 
@@ -288,7 +288,8 @@ def _compare_rows(
             # What isn't stored is a zero, which half of the smallest subnormal is rounded to as well.
             have, most = _spread(places, key, have), _spread(places, key, half, _least(have.dtype))
             key = places
-        _hold(worst, wanted, have, stored_within(wanted, have, most) + slack, partial(_place, first, columns, key))
+        most = stored_within(wanted, have, most, have.dtype) + slack
+        hold(worst, wanted, have, most, partial(_place, first, columns, key))
         if products is not None:
             products.add(first, found, half)
     return worst.region
@@ -319,16 +320,6 @@ def _canonical(block: CsrBlock, columns: int) -> tuple[Tensor, CsrBlock]:
 def _spread(places: Tensor, at: Tensor, values: Tensor, otherwise: float = 0.0) -> Tensor:
     out = torch.full((len(places),), otherwise, dtype=values.dtype)
     return out.index_copy_(0, torch.searchsorted(places, at), values)
-
-
-def _hold(
-    worst: Worst, expected: Tensor, found: Tensor, bound: Tensor, where: Callable[[int], tuple[int, ...]]
-) -> None:
-    """Count vectors; `where` says what stands at an index."""
-    if len(found):
-        given = found.to(expected.dtype) if expected.is_complex() else _widened(found)
-        error, ratio = ratios(expected, given, bound * (1 + 8 * U64))
-        worst.add(expected.abs(), error, ratio, bound, len(found), lambda at: {"where": where(at)})
 
 
 def _least(dtype: torch.dtype) -> float:
@@ -390,7 +381,7 @@ class _Products:
         expected, most = expected[slice(*self.outputs)], most[slice(*self.outputs)]
         bound = self.lost + self.computing * most + self.running * (most + self.size) + 2.0**-1022
         worst, each = Worst("product"), self.found.shape[1]
-        _hold(worst, expected.flatten(), self.found.flatten(), bound.flatten(), lambda at: divmod(at, each)[:1])
+        hold(worst, expected.flatten(), self.found.flatten(), bound.flatten(), lambda at: divmod(at, each)[:1])
         return worst.region
 
 
@@ -403,6 +394,6 @@ def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int, slac
         return Region(elements=1, ratio=math.inf, error=math.inf, kind="bias", differing=1, positions=1)
     half = torch.zeros(size, dtype=torch.float64) if found is None else half_ulp(found, found.dtype)
     worst, wanted = Worst("bias"), _widened(wanted)
-    most = stored_within(wanted, have, half)
-    _hold(worst, wanted, have, most if slack is None else most + slack, lambda at: (at,))
+    most = stored_within(wanted, have, half, have.dtype)
+    hold(worst, wanted, have, most if slack is None else most + slack, lambda at: (at,))
     return worst.region

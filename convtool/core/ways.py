@@ -1,4 +1,4 @@
-"""The way back through layers: what an output weighs, carried from what each layer gives to what it reads.
+"""The way back through layers: what rows of a matrix weigh, carried from what each layer gives to what it reads.
 
 Places of an axis are positions of several classes, each class by itself: outputs that are looked at apart, though they
 read the same inputs. So one pass carries what outputs of all classes weigh.
@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import reduce
+from dataclasses import dataclass, replace
+from functools import cached_property, reduce
 
 import numpy as np
 import torch
@@ -21,7 +20,9 @@ from convtool.core.conv import Conv
 from convtool.core.expression import Expression, output_size
 from convtool.core.moves import NOTHING, Selection
 from convtool.core.taps import PADDED, Table, tap_table
-from convtool.core.tree import Chain, Sum
+from convtool.core.tree import Chain, Sum, Tree, leaves
+
+AT_ONCE = 1 << 22  # products that are made before they are added up
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,6 +36,11 @@ class Places:
 
     classes: Table
     positions: Table
+
+    @classmethod
+    def each(cls, positions: Table) -> Places:
+        """Return positions, each a class of its own."""
+        return cls(np.arange(len(positions)), positions)
 
     def starts(self, count: int) -> Table:
         """Return (count + 1,) where each class begins, and the last one ends."""
@@ -67,167 +73,249 @@ class Step:
         return (seen[start:stop].tobytes() for start, stop in itertools.pairwise(starts))
 
 
-class Way(ABC):
-    """How what an output weighs is carried back from what some layers give to what they read.
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """What rows of a matrix weigh at some layer: of each group, those of the output channels first:last.
+
+    Groups don't meet, so the rows of one number in all of them are carried as one.
 
     Attributes:
-        sizes: of each axis, the places of what they give.
+        channels: of the output.
+        numbers: (rows, places, C); None as long as each weighs nothing but its own channel.
+        factors: (C,) what each channel is still to be multiplied by; None for nothing.
+        offset: (rows, *classes, groups) what the biases on the way come to.
     """
 
-    sizes: tuple[int, ...]
+    first: int
+    last: int
+    groups: int
+    channels: int
+    offset: Tensor
+    numbers: Tensor | None = None
+    factors: Tensor | None = None
 
-    @abstractmethod
-    def pull(self, weighs: Tensor, layers: list[Conv]) -> Tensor:
-        """Return (n, C_in, *places read) of (n, C_out, *sizes).
+    @classmethod
+    def of(cls, first: int, last: int, groups: int, channels: int, classes: Sequence[int], dtype: torch.dtype) -> Rows:
+        """Return rows as they are at the outputs of the last layer."""
+        return cls(first, last, groups, channels, torch.zeros(last - first, *classes, groups, dtype=dtype))
 
-        Args:
-            layers: those of the whole tree that are still ahead; each takes its own off the end.
-        """
+    def own(self, values: Tensor) -> Tensor:
+        """Return (groups, rows, ...) of (C, ...), the rows' own channels."""
+        return values.reshape(self.groups, len(values) // self.groups, *values.shape[1:])[:, self.first : self.last]
 
-    @abstractmethod
-    def of_layers(self) -> Iterator[LayerWay]:
-        """Yield the ways through the layers, the last one first."""
+    def dense(self, places: int) -> Tensor:
+        """Return (rows, places, C)."""
+        if self.numbers is not None:
+            return self.numbers
+        count, dtype = self.last - self.first, self.offset.dtype
+        found = torch.zeros(count, places, self.groups, self.channels // self.groups, dtype=dtype)
+        factors = torch.ones(self.channels, dtype=dtype) if self.factors is None else self.factors
+        found[torch.arange(count), :, :, torch.arange(self.first, self.last)] = self.own(factors).T[:, None]
+        return found.flatten(2)
 
-    @abstractmethod
-    def steps(self) -> Iterator[Step]:
-        """Yield how the places on the way are read of each other; of a way along one axis."""
-
-
-class LayerWay(Way):
-    """Through one layer, whose taps at some places read other places, on each axis."""
-
-    def __init__(self, conv: Conv, axes: list[Step]) -> None:
-        self.conv, self.axes = conv, axes
-        self.sizes = tuple(len(axis.table) for axis in axes)
-        self.reads = tuple(len(axis.read.positions) for axis in axes)
-
-    def of_layers(self) -> Iterator[LayerWay]:
-        yield self
-
-    def steps(self) -> Iterator[Step]:
-        yield from self.axes
-
-    def pull(self, weighs: Tensor, layers: list[Conv]) -> Tensor:
-        conv, flat = layers.pop(), weighs.flatten(2)
-        out = weighs.new_zeros(len(weighs), conv.in_channels, math.prod(self.reads))
-        for tap, given, read in self._taps():
-            out.index_add_(2, read, _times(conv, tap, flat if given is None else flat[:, :, given]))
-        return out.reshape(len(weighs), conv.in_channels, *self.reads)
-
-    def _taps(self) -> Iterator[tuple[tuple[int, ...], Tensor | None, Tensor]]:
-        """Yield each tap with the places that it is live at, flat (None for all), and what it reads there."""
-        for tap in itertools.product(*(range(axis.table.shape[1]) for axis in self.axes)):
-            given, read = np.zeros(1, dtype=np.int64), np.zeros(1, dtype=np.int64)
-            for axis, count, t in zip(self.axes, self.reads, tap, strict=True):
-                live = np.flatnonzero(axis.table[:, t] != PADDED)
-                given = (given[:, None] * len(axis.table) + live).ravel()
-                read = (read[:, None] * count + axis.table[live, t]).ravel()
-            if len(given):
-                every = len(given) == math.prod(self.sizes)
-                yield tap, None if every else torch.from_numpy(given), torch.from_numpy(read)
+    def scaled(self, factors: Tensor) -> Rows:
+        """Return them with each channel multiplied by a number, (C,)."""
+        if self.numbers is not None:
+            return replace(self, numbers=self.numbers * factors)
+        return replace(self, factors=factors if self.factors is None else self.factors * factors)
 
 
-class _ChainWay(Way):
-    """Through parts one after the other, the last one first."""
+class LayerWay:
+    """Through one layer, whose taps at some places read other places, on each axis.
 
-    def __init__(self, parts: list[Way]) -> None:
-        self.parts, self.sizes = parts, parts[0].sizes
-
-    def of_layers(self) -> Iterator[LayerWay]:
-        for part in self.parts:
-            yield from part.of_layers()
-
-    def steps(self) -> Iterator[Step]:
-        for part in self.parts:
-            yield from part.steps()
-
-    def pull(self, weighs: Tensor, layers: list[Conv]) -> Tensor:
-        return reduce(lambda at, part: part.pull(at, layers), self.parts, weighs)
-
-
-class _SumWay(Way):
-    """Through branches side by side, the last one first; what these read is a part of what all of them do.
-
-    Attributes:
-        parts: with where each branch's places are among those of all, on each axis.
+    Args:
+        conv: None for what only finds a branch's places among those of all branches.
+        dtype: that the layer's numbers are taken in.
     """
 
-    def __init__(self, parts: list[tuple[Way, list[Step]]]) -> None:
-        self.parts, self.sizes = parts, parts[0][0].sizes
-        self.reads = tuple(len(axis.read.positions) for axis in parts[0][1])
+    def __init__(self, conv: Conv | None, axes: list[Step], dtype: torch.dtype) -> None:
+        self.conv, self.axes, self.dtype = conv, axes, dtype
+        self.given = math.prod(len(axis.table) for axis in axes)
+        self.read = math.prod(len(axis.read.positions) for axis in axes)
 
-    def of_layers(self) -> Iterator[LayerWay]:
-        for part, _ in self.parts:
-            yield from part.of_layers()
+    def through(self, conv: Conv) -> LayerWay:
+        """Return the way through another layer that reads where this one does."""
+        other = LayerWay(conv, self.axes, self.dtype)
+        other.landing = self.landing
+        return other
 
-    def steps(self) -> Iterator[Step]:
-        for part, axes in self.parts:
-            yield from part.steps()
-            yield from axes
+    @cached_property
+    def landing(self) -> Tensor:
+        """(places given, taps) which of the places each tap reads, of all axes together; `read` for none of them."""
+        at, live = np.zeros((1, 1), dtype=np.int64), np.ones((1, 1), dtype=bool)
+        for axis in self.axes:
+            shape = len(at) * len(axis.table), at.shape[1] * axis.table.shape[1]
+            at = (at[:, None, :, None] * len(axis.read.positions) + axis.table[None, :, None, :]).reshape(shape)
+            live = (live[:, None, :, None] & (axis.table != PADDED)[None, :, None, :]).reshape(shape)
+        return torch.from_numpy(np.where(live, at, self.read))
 
-    def pull(self, weighs: Tensor, layers: list[Conv]) -> Tensor:
-        total: Tensor | None = None
-        for part, axes in self.parts:
-            pulled, places = part.pull(weighs, layers).flatten(2), torch.zeros(1, dtype=torch.int64)
-            for axis, count in zip(axes, self.reads, strict=True):
-                places = (places[:, None] * count + torch.from_numpy(axis.table[:, 0])).flatten()
-            total = weighs.new_zeros(*pulled.shape[:2], math.prod(self.reads)) if total is None else total
-            total.index_add_(2, places, pulled)
-        assert total is not None
-        return total.reshape(*total.shape[:2], *self.reads)
+    @cached_property
+    def direct(self) -> bool:
+        """Whether each place read is read by one tap of one place, in order."""
+        return torch.equal(self.landing.flatten(), torch.arange(self.read))
+
+    @cached_property
+    def weight(self) -> Tensor:
+        """(C_out, C_in/groups, taps), as stored."""
+        assert self.conv is not None
+        return self.conv.weight.flatten(2) if self.axes else self.conv.weight[:, :, None]
+
+    @cached_property
+    def factors(self) -> Tensor:
+        """(groups, C_out/groups, taps, C_in/groups)"""
+        assert self.conv is not None
+        groups = self.conv.geometry.groups
+        by_group = self.weight.reshape(groups, len(self.weight) // max(1, groups), *self.weight.shape[1:])
+        return by_group.to(self.dtype).transpose(2, 3).contiguous()
+
+    def pull(self, rows: Rows) -> Rows:
+        """Return what rows that weigh what the layer gives weigh of what it reads."""
+        conv = self.conv
+        if conv is None:
+            return rows if self.direct else replace(rows, numbers=self._placed(rows), factors=None)
+        rows = self._with_bias(rows)
+        if conv.only_scales:
+            return rows.scaled(conv.weight.to(self.dtype).flatten())
+        if isinstance(conv, Selection):
+            numbers = self._copied(conv, rows.dense(self.given))
+        elif rows.numbers is None:
+            own = self._own(conv, rows)[:, None].expand(-1, self.given, -1, -1)  # (rows, places, taps, C_in)
+            pairs = torch.arange(len(own) * self.given)
+            numbers = own.flatten(1, 2) if self.direct else self._landed(len(own), pairs, iter((own.flatten(0, 1),)))
+        else:
+            numbers = self._times(conv, rows.numbers)
+        return replace(rows, numbers=numbers, factors=None)
+
+    def _with_bias(self, rows: Rows) -> Rows:
+        bias = None if self.conv is None else self.conv.bias
+        if bias is None:
+            return rows
+        bias = bias.to(rows.offset.dtype)
+        if rows.numbers is None:
+            own = rows.own(bias if rows.factors is None else bias * rows.factors).T  # (rows, groups)
+            return replace(rows, offset=rows.offset + own.reshape(len(own), *(1,) * len(self.axes), rows.groups))
+        shape = *rows.numbers.shape[:2], rows.groups, len(bias) // max(1, rows.groups)
+        added = (rows.numbers * bias).reshape(shape).sum(-1)  # (rows, places, groups)
+        classes = np.zeros(1, dtype=np.int64)
+        for axis, count in zip(self.axes, rows.offset.shape[1:-1], strict=True):
+            classes = (classes[:, None] * count + axis.given.classes).ravel()
+        offset = rows.offset.flatten(1, -2) if self.axes else rows.offset[:, None]
+        return replace(rows, offset=offset.index_add(1, torch.from_numpy(classes), added).reshape(rows.offset.shape))
+
+    def _placed(self, rows: Rows) -> Tensor:
+        given = rows.dense(self.given)
+        out = given.new_zeros(len(given), self.read, given.shape[2])
+        out[:, self.landing.flatten()] = given
+        return out
+
+    def _own(self, conv: Conv, rows: Rows) -> Tensor:
+        """Return (rows, taps, C_in) of rows that weigh their own channels alone."""
+        part = rows.own(self.weight).to(self.dtype)  # (groups, rows, C_in/own groups, taps)
+        part = part if rows.factors is None else part * rows.own(rows.factors)[:, :, None, None]
+        part = part.permute(1, 3, 0, 2)
+        within = conv.geometry.groups // rows.groups
+        if within > 1:
+            number = torch.arange(rows.first, rows.last)
+            wide = part.new_zeros(*part.shape[:3], within, part.shape[3])
+            wide[number - rows.first, :, :, number // (conv.out_channels // conv.geometry.groups)] = part
+            part = wide
+        return part.flatten(2)
+
+    def _times(self, conv: Conv, numbers: Tensor) -> Tensor:
+        flat, (groups, outer, taps, inner) = numbers.flatten(0, 1), self.factors.shape
+        pairs = torch.arange(len(flat))  # of a row and a place
+        if conv.in_channels * taps > 4 and bool((some := flat.any(1)).logical_not().any()):
+            pairs = some.nonzero().flatten()
+            flat = flat[pairs]
+
+        def products() -> Iterator[Tensor]:
+            """Yield (pairs, some of the taps, C_in)."""
+            step = max(1, AT_ONCE // max(1, len(flat) * conv.in_channels))
+            apart = flat.reshape(len(flat), groups, outer).transpose(0, 1)
+            for first in range(0, taps, step):
+                some = self.factors[:, :, first : first + step]
+                if outer == inner == 1:
+                    yield flat[:, None] * some.flatten(1).T
+                else:
+                    made = (apart @ some.flatten(2)).reshape(groups, len(flat), some.shape[2], inner)
+                    yield made.movedim(0, 2).flatten(2)
+
+        return self._landed(len(numbers), pairs, products())
+
+    def _landed(self, rows: int, pairs: Tensor, products: Iterator[Tensor]) -> Tensor:
+        """Return (rows, places read, C_in) of what is made at pairs of a row and a place, a few taps at a time."""
+        assert self.conv is not None
+        out = torch.zeros(rows * (self.read + 1), self.conv.in_channels, dtype=self.dtype)
+        done, target = 0, self.landing[pairs % max(1, self.given)]
+        target = target + (pairs // max(1, self.given) * (self.read + 1))[:, None]  # a place more for what isn't read
+        for some in products:
+            out.index_add_(0, target[:, done : done + some.shape[1]].flatten(), some.flatten(0, 1))
+            done += some.shape[1]
+        return out.reshape(rows, self.read + 1, out.shape[1])[:, :-1]
+
+    def _copied(self, conv: Selection, numbers: Tensor) -> Tensor:
+        """Return the same for a layer that copies: what the outputs that copy an entry weigh."""
+        output = (conv.picked != NOTHING).nonzero().flatten()
+        taps = math.prod(conv.geometry.kernel_size)
+        target = self.landing[:, conv.picked[output] % taps] * conv.in_channels + conv.picked[output] // taps
+        out = numbers.new_zeros(len(numbers), (self.read + 1) * conv.in_channels)
+        out.index_add_(1, target.flatten(), numbers[:, :, output].flatten(1))
+        return out.reshape(len(numbers), self.read + 1, conv.in_channels)[:, :-1]
 
 
-def _times(conv: Conv, tap: tuple[int, ...], weighs: Tensor) -> Tensor:
-    """Return (n, C_in, places) of (n, C_out, places), for one tap of a layer."""
-    if isinstance(conv, Selection):
-        return _copied(conv, tap, weighs)
-    groups = max(1, conv.geometry.groups)
-    weight = conv.weight.movedim((0, 1), (-2, -1))[tap]  # (C_out, C_in/groups)
-    if weight.shape[1] == 1 and conv.out_channels == groups:
-        return weighs * weight
-    parts = weight.reshape(groups, -1, weight.shape[1]).mT  # (groups, C_in/groups, C_out/groups)
-    return (parts @ weighs.reshape(len(weighs), groups, -1, weighs.shape[2])).flatten(1, 2)
+def pull(way: Tree[LayerWay], rows: Rows) -> Rows:
+    """Return what rows that weigh what some layers give weigh of what they read."""
+    if isinstance(way, Chain):
+        return reduce(lambda at, part: pull(part, at), reversed(way.parts), rows)
+    if isinstance(way, Sum):
+        nothing = torch.zeros_like(rows.offset)
+        first: LayerWay = next(leaves(way.parts[0]))
+        pulled = [pull(part, replace(rows, offset=nothing)) for part in way.parts]
+        numbers = reduce(torch.add, (one.dense(first.read) for one in pulled))
+        offset = reduce(torch.add, (one.offset for one in pulled), rows.offset)
+        return replace(rows, numbers=numbers, factors=None, offset=offset)
+    return way.pull(rows)
 
 
-def _copied(conv: Selection, tap: tuple[int, ...], weighs: Tensor) -> Tensor:
-    """Return the same of a layer that copies: what the outputs that copy this tap of some input weigh."""
-    kernel = conv.geometry.kernel_size
-    number = int(np.ravel_multi_index(tap, kernel)) if kernel else 0
-    output = ((conv.picked != NOTHING) & (conv.picked % math.prod(kernel) == number)).nonzero().flatten()
-    source = conv.picked[output] // math.prod(kernel)
-    out = weighs.new_zeros(len(weighs), conv.in_channels, weighs.shape[2])
-    return out.index_add_(1, source, weighs[:, output])
+def widest(way: Tree[LayerWay]) -> int:
+    """Return the most numbers that a row has on the way."""
+    return max(1, *(one.conv.out_channels * one.given for one in leaves(way) if one.conv is not None))
 
 
 def way_back(
-    tree: Expression, size: tuple[int, ...], given: Sequence[Places], axes: Sequence[int]
-) -> tuple[Way, list[Places]]:
+    tree: Expression, size: tuple[int, ...], given: Sequence[Places], axes: Sequence[int], dtype: torch.dtype
+) -> tuple[Tree[LayerWay], list[Places]]:
     """Return the way back through a tree from some places of what it gives, and the places that it reads.
 
     Args:
         size: of the tree's input, all axes.
         axes: which of them `given` is about.
+        dtype: that the layers' numbers are taken in.
     """
     if isinstance(tree, Chain):
         sizes = itertools.accumulate(tree.parts[:-1], lambda at, part: output_size(part, at), initial=size)
         ways, places = [], list(given)
         for part, at in reversed(list(zip(tree.parts, sizes, strict=True))):
-            way, places = way_back(part, at, places, axes)
+            way, places = way_back(part, at, places, axes, dtype)
             ways.append(way)
-        return _ChainWay(ways), places
+        return Chain(tuple(reversed(ways))), places
     if isinstance(tree, Sum):
-        found = [way_back(part, size, given, axes) for part in reversed(tree.parts)]
-        every = [_all_of([places[number] for _, places in found], size[axis]) for number, axis in enumerate(axes)]
-        spots = [
-            [
-                Step(own, union.find(own, size[axis])[:, None], union)
-                for own, union, axis in zip(places, every, axes, strict=True)
-            ]
-            for _, places in found
+        found = [way_back(part, size, given, axes, dtype) for part in tree.parts]
+        here = [size[axis] for axis in axes]
+        every = [
+            union(each, n) for each, n in zip(zip(*(places for _, places in found), strict=True), here, strict=True)
         ]
-        return _SumWay([(way, spot) for (way, _), spot in zip(found, spots, strict=True)]), every
+        return Sum(tuple(placed_among(every, way, places, here, dtype) for way, places in found)), every
     steps = [_step(tree, axis, size[axis], places) for axis, places in zip(axes, given, strict=True)]
-    return LayerWay(tree, steps), [step.read for step in steps]
+    return LayerWay(tree, steps, dtype), [step.read for step in steps]
+
+
+def placed_among(
+    every: Sequence[Places], way: Tree[LayerWay], places: Sequence[Places], size: Sequence[int], dtype: torch.dtype
+) -> Tree[LayerWay]:
+    """Return the way back to all of some places, on each axis, of one that reads a part of them."""
+    spots = [Step(own, all_.find(own, n)[:, None], all_) for all_, own, n in zip(every, places, size, strict=True)]
+    return Chain((LayerWay(None, spots, dtype), way))
 
 
 def _step(conv: Conv, axis: int, size: int, given: Places) -> Step:
@@ -238,13 +326,13 @@ def _step(conv: Conv, axis: int, size: int, given: Places) -> Step:
     own = table[given.positions - first]  # (places, taps)
     live, classes = own != PADDED, np.broadcast_to(given.classes[:, None], own.shape)
     reading = Places(classes[live], own[live])
-    read = _all_of([reading], size)
+    read = union([reading], size)
     table = np.full_like(own, PADDED)
     table[live] = read.find(reading, size)
     return Step(given, table, read)
 
 
-def _all_of(places: Sequence[Places], size: int) -> Places:
+def union(places: Sequence[Places], size: int) -> Places:
     """Return the places that any of these has, in order."""
     key = np.unique(np.concatenate([one.classes * size + one.positions for one in places]))
     return Places(*np.divmod(key, size))

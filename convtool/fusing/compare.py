@@ -11,9 +11,8 @@ from convtool.checkpoint.cast import cast_piece
 from convtool.checkpoint.digests import digests_of
 from convtool.checkpoint.spelled import Path
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, in_channels, output_size
+from convtool.core.expression import Expression, in_channels, output_size, widest_layer
 from convtool.core.geometry import LARGEST, format_sizes
-from convtool.core.inputs import widest_layer
 from convtool.core.sizes import alike_size, split_input_size
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves, walk
 from convtool.core.verify import LARGEST_INPUT

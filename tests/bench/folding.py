@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import OUTPUT, Candidate, Comparison, timed
-from convtool.core.bound import Allowance
+from convtool.core.bound import Bound, stored
 from convtool.core.coefficients import compare_numbers
 from convtool.core.conv import Conv
 from convtool.core.fuse import fuse
@@ -140,7 +140,8 @@ def proof(what: str, chain: list[Conv], target: float) -> Comparison:
     tree, fused = Chain(tuple(chain)), fuse(chain, dtype=torch.float32)
 
     def prove() -> None:
-        assert compare_numbers(tree, fused, Allowance(tree, fused), torch.float32).equal
+        kept = stored(fused)
+        assert compare_numbers(tree, kept, Bound(tree, kept)).equal
 
     return Comparison(
         f"proof of {what}, float32",

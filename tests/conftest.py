@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
+import sys
 import zlib
 from pathlib import Path
 
@@ -36,6 +39,16 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _convtool_on_the_path(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Give shells a command `convtool` where the package isn't installed beside this Python."""
+    if shutil.which("convtool", path=str(Path(sys.executable).parent)) is None:
+        command = tmp_path_factory.mktemp("bin") / "convtool"
+        command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m convtool "$@"\n')
+        command.chmod(0o755)
+        os.environ["PATH"] = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -30,7 +30,7 @@ def check(conv: Conv, size: tuple[int, ...]) -> None:
         np.testing.assert_array_equal(made.rmatmat(y), dense.T @ y)
         np.testing.assert_array_equal(made.matvec(x[:, 0]), dense @ x[:, 0])
         np.testing.assert_array_equal(made.rmatvec(y[:, 0]), dense.T @ y[:, 0])
-    np.testing.assert_array_equal(made.matvec(x[:, :1]), dense @ x[:, :1])  # a column stays one
+    np.testing.assert_array_equal(made.matmat(x[:, :1]), dense @ x[:, :1])  # a column stays one
     np.testing.assert_array_equal(made.H @ y[:, 0], dense.T @ y[:, 0])
 
 

@@ -156,3 +156,20 @@ def written_chain(net: Path, chain: tuple[str, ...], stated: tuple[str, ...]) ->
     out = net.parent / "chain.npz"
     done("toeplitz", net, *chain, *stated, "--input-size", "3,7,6", "--dtype", "float64", "-o", out)
     return out
+
+
+def test_the_matrix_of_what_a_recipe_fuses_is_that_of_the_fused_layer(tmp_path: Path) -> None:
+    """The branches, their batch norms and the sum, held against the one layer that `fuse` makes of them."""
+    net, out, fused = "sample_models/repvgg.safetensors", tmp_path / "block.npz", tmp_path / "fused.safetensors"
+    stated = ("--recipe", "repvgg", "--eps", "1e-5", "--set", "*.stride=1")
+    done("toeplitz", net, "stage1.rbr_reparam", *stated, "--input-size", "16,5,4", "--dtype", "float64", "-o", out)
+    done("fuse", net, *stated, "-o", fused)
+    layer = convtool.open_checkpoint(fused).conv("stage1.rbr_reparam", stride=1, padding=1)
+    matrix, wanted = convtool.open_matrix(out), convtool.toeplitz(layer, (5, 4), dtype=torch.float64)
+    torch.testing.assert_close(matrix.to_torch().to_dense(), wanted.to_dense(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(matrix.bias, wanted.bias, rtol=1e-6, atol=1e-6)
+    assert run("verify", net, out)[1]["equivalent"]
+    assert run("verify", net, out, "--before", "stage1.rbr_dense.conv,stage1.rbr_dense.bn")[0] == 1
+    code, message = error("toeplitz", net, "stage1", *stated, "--input-size", "16,5,4", "-o", out, "-f")
+    assert code == 2
+    assert "--recipe repvgg: makes no layer 'stage1'; did you mean stage1.rbr_reparam" in message

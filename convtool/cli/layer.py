@@ -12,7 +12,8 @@ from convtool.cli.document import LayerFields, LayerKind, Sizes
 from convtool.cli.options import Size, argument, flag, option
 from convtool.cli.output import Reporter
 from convtool.core.geometry import PADDING_MODES
-from convtool.errors import UsageError
+from convtool.core.tree import BASE, Chain, LayerRef, Tree, has_sum, leaves, map_leaves, tree_text, walk
+from convtool.errors import UsageError, did_you_mean
 from convtool.kinds import kind_named
 from convtool.kinds.kind import UNKNOWN
 
@@ -111,13 +112,14 @@ class OfLayer:
 
 @dataclass(frozen=True, slots=True)
 class LayersAtSize:
-    """A layer or a chain of layers, lowered, and the size of the first one's input.
+    """A layer, or several in chains and sums, lowered, and the size of the first one's input.
 
     Attributes:
         source: the checkpoint.
         of: the first layer.
         chain: all layers, first to last; none where there is one.
-        tree: the layers.
+        tree: the layers' names, where they aren't a plain chain.
+        layers: the layers.
         dtype: that they are stored in.
         spatial: spatial sizes of the input; () where none were given and none are needed.
         assumed: what was assumed of them, in words.
@@ -126,25 +128,23 @@ class LayersAtSize:
     source: Path
     of: OfLayer
     chain: tuple[OfLayer, ...]
-    tree: Expression
+    tree: Tree[str] | None
+    layers: Expression
     dtype: torch.dtype
     spatial: tuple[int, ...]
     assumed: tuple[str, ...]
 
-    @property
-    def name(self) -> str:
-        """The layers' names: 'conv1 → bn1'."""
-        return chain_name(self.of, self.chain)
+
+def chain_name(of: OfLayer, chain: tuple[OfLayer, ...], tree: Tree[str] | None = None) -> str:
+    """Return 'conv1 → bn1' for a chain, '(conv1 → bn1) + conv2' for a tree, a layer's name for one."""
+    return tree_text(tree) if tree is not None else " → ".join(one.layer for one in chain) or of.layer
 
 
-def chain_name(of: OfLayer, chain: tuple[OfLayer, ...]) -> str:
-    """Return 'conv1 → bn1' for a chain, a layer's name for one."""
-    return " → ".join(one.layer for one in chain) or of.layer
-
-
-def chain_sizes(of: OfLayer, chain: tuple[OfLayer, ...]) -> str:
-    """Return '3x32x32 → 16x30x30 → 16x15x15', of a chain the size behind each layer."""
-    return " → ".join([of.sizes_text, *("x".join(map(str, one.output_size or ())) for one in chain[1:])])
+def chain_sizes(of: OfLayer, chain: tuple[OfLayer, ...], tree: Tree[str] | None = None) -> str:
+    """Return '3x32x32 → 16x30x30 → 16x15x15', of a chain the size behind each layer; of a tree the last one."""
+    behind = chain[1:] if tree is None else chain[-1:]
+    first = [of.sizes_text] if tree is None else ["x".join(map(str, of.input_size or ()))]
+    return " → ".join([*first, *("x".join(map(str, one.output_size or ())) for one in behind)])
 
 
 def chain_fields(of: OfLayer, chain: tuple[OfLayer, ...]) -> list[str]:
@@ -153,23 +153,28 @@ def chain_fields(of: OfLayer, chain: tuple[OfLayer, ...]) -> list[str]:
 
 
 def find_layers(
-    wanted: LayerOptions, more: list[str] | None, given: shared.Sources, reporter: Reporter
+    wanted: LayerOptions,
+    more: list[str] | None,
+    given: shared.Sources,
+    reporter: Reporter,
+    recipe: str | None = None,
 ) -> LayersAtSize:
-    """Return the layer or the chain that is wanted; what was assumed is remarked.
+    """Return the layer, the chain or the tree that is wanted; what was assumed is remarked.
 
     Args:
         more: the layers after the first one.
+        recipe: whose fusion of the layer's name is wanted.
 
     Raises:
         UsageError, InputError: what opening a checkpoint and lowering layers raise; or an input size is missing.
     """
+    from convtool.core.expression import joined
     from convtool.core.sizes import split_input_size
-    from convtool.core.tree import BASE
     from convtool.fusing.leaf import said_of
-    from convtool.fusing.lowering import as_computed, lower_chain, stored_dtype
+    from convtool.fusing.lowering import lower_tree, stored_dtype
     from convtool.fusing.settle import settle_alone
 
-    if not more:
+    if not more and recipe is None:
         return find_layer(wanted, given, reporter)[0]
     for name in wanted.fields:
         option = f"--{name.replace('_', '-')}"
@@ -179,18 +184,48 @@ def find_layers(
         raise UsageError(f"{reporter.command} needs --input-size, the sizes of {wanted.layer}'s input, such as 3,32,32")
     opened = given.open(wanted.checkpoint, reporter)
     sources = given.fields(given.of_model(opened, reporter), opened.layers)
-    found = lower_chain(opened, [wanted.layer, *more], sources, size)
-    lowered = settle_alone(found, {BASE: opened}, sources.assume)
+    refs: Tree[LayerRef] = Chain(tuple(map(LayerRef, (wanted.layer, *(more or ())))))
+    if recipe is not None:
+        refs, sources = _of_recipe(recipe, wanted.layer, more, opened, sources)
+    found = lower_tree({BASE: opened}, refs, sources, size)
+    lowered = settle_alone(leaves(found), {BASE: opened}, sources.assume)
     for text in said_of(lowered):
         reporter.note(text)
-    spatial = at = split_input_size(size, lowered[0].conv.in_channels, lowered[0].conv.spatial_axes)
-    chain = []
-    for leaf in lowered:
+    each = iter(lowered)
+    tree = map_leaves(lambda _: next(each), found)
+    spatial = split_input_size(size, lowered[0].conv.in_channels, lowered[0].conv.spatial_axes)
+    chain: list[OfLayer] = []
+
+    def step(leaf: LoweredLayer, at: tuple[int, ...]) -> tuple[int, ...]:
         chain.append(_of_layer(leaf, leaf.name, at))
-        at = leaf.conv.output_size(at)
-    tree = as_computed(lowered)
+        return leaf.conv.output_size(at)
+
+    walk(tree, spatial, step, lambda _, sizes: sizes[0])
+    names = map_leaves(lambda leaf: leaf.name, tree) if has_sum(tree) else None
     assumed = tuple(f"{name}: {what}" for leaf in lowered for name, what in leaf.assumptions())
-    return LayersAtSize(wanted.checkpoint, chain[0], tuple(chain), tree, stored_dtype(lowered), spatial, assumed)
+    layers = map_leaves(lambda leaf: leaf.conv, joined(tree))
+    dtype = stored_dtype(lowered)
+    return LayersAtSize(wanted.checkpoint, chain[0], tuple(chain), names, layers, dtype, spatial, assumed)
+
+
+def _of_recipe(
+    name: str, fused: str, more: list[str] | None, opened: Checkpoint, sources: FieldSources
+) -> tuple[Tree[LayerRef], FieldSources]:
+    """Return the layers of one of a recipe's fusions, and what is known of them."""
+    from convtool.fusing.named import by_recipe
+    from convtool.fusing.shipped import find_recipe
+    from convtool.fusing.which import the_one
+
+    if more:
+        raise UsageError("--recipe: LAYER is the name of one of its fusions; further layers don't go with it")
+    checkpoints = {BASE: opened}
+    recipe = the_one(checkpoints, sources)[1] if name == shared.AUTO else find_recipe(name)
+    sources = sources.with_first(recipe.stated(opened.layers))
+    trees = {one.name: one.tree for one in by_recipe(recipe, checkpoints, sources.fields)}
+    if fused not in trees:
+        hint = did_you_mean(fused, trees, f"; it makes {', '.join(trees)}")
+        raise UsageError(f"--recipe {name}: makes no layer {fused!r}{hint}")
+    return trees[fused], sources
 
 
 def _of_layer(leaf: LoweredLayer, name: str, spatial: Sequence[int] | None) -> OfLayer:
@@ -213,7 +248,6 @@ def find_layer(
         UsageError, InputError: what opening a checkpoint and lowering a layer raise; or an input size is missing.
     """
     from convtool.core.sizes import split_input_size
-    from convtool.core.tree import BASE
     from convtool.fusing.leaf import said_of
     from convtool.fusing.lowering import lower_chain
     from convtool.fusing.settle import settle_alone
@@ -237,7 +271,7 @@ def find_layer(
     spatial = None if unsized else split_input_size(size or (), conv.in_channels, conv.spatial_axes)
     rests_on = () if defined else tuple(f"{name}: {what}" for name, what in lowered.assumptions())
     of = _of_layer(lowered, found.name, spatial)
-    return LayersAtSize(wanted.checkpoint, of, (), conv, conv.dtype, spatial or (), rests_on), conv
+    return LayersAtSize(wanted.checkpoint, of, (), None, conv, conv.dtype, spatial or (), rests_on), conv
 
 
 def _defined(leaf: LoweredLayer, opened: Checkpoint, sources: FieldSources) -> frozenset[str]:

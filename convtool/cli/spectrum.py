@@ -155,7 +155,7 @@ def run(options: Options, reporter: Reporter) -> Result | spectrum_table.TableRe
     found = find_layers(options.wanted, options.more, options.sources, reporter)
     with reporter.progress("computing singular values", None):
         ends = spectrum(
-            found.tree, found.spatial, tolerance=options.tolerance, steps=options.steps, memory=options.memory
+            found.layers, found.spatial, tolerance=options.tolerance, steps=options.steps, memory=options.memory
         )
         several = _several(options, found)
     known = ends.largest.converged and ends.smallest.converged
@@ -169,7 +169,7 @@ def _several(options: Options, found: LayersAtSize) -> Several | None:
         return None
     from convtool.core.extremes import extremes
 
-    made = extremes(found.tree, found.spatial, options.count or 1)
+    made = extremes(found.layers, found.spatial, options.count or 1)
     if options.vectors is not None:
         from convtool.matrix.vectors import write_vectors
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from convtool.cli import shared
+from convtool.cli import complete, shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, fill, to_json
 from convtool.cli.layer import (
@@ -24,6 +24,7 @@ from convtool.cli.layer import (
 from convtool.cli.options import dtype_name, flag, option, parse_rows
 from convtool.cli.output import Reporter
 from convtool.cli.saved import Files, show_files
+from convtool.core.tree import Tree
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,6 +36,8 @@ convtool toeplitz resnet.safetensors conv1 --input-size 32,32 --stride 2 --paddi
 python -c 'import scipy.sparse; print(scipy.sparse.load_npz("conv1.npz").shape)'
 # of a chain, exact at the borders
 convtool toeplitz net.pt conv1 bn1 'avg_pool(2)' conv2 --input-size 3,32,32 --set conv1.padding=1 -o chain.npz
+# of what a recipe fuses: branches, their batch norms and the sum
+convtool toeplitz repvgg.pt stage1.rbr_reparam --recipe repvgg --input-size 16,8,8 -o block.npz
 # for row vectors, x @ B, with the bias as the last row
 convtool toeplitz net.pt conv1 --input-size 3,8,8 --transpose --affine -o conv1.npy
 # in parts, by four processes; without torchrun the same files
@@ -55,6 +58,9 @@ class Options:
     )
     wanted: LayerOptions
     more: list[str] | None = more_layers()
+    recipe: str | None = option(
+        "NAME|FILE|auto", "The layers that a recipe fuses into one called LAYER.", completion=complete.recipes
+    )
     layout: Literal["csr", "coo", "dense"] | None = option(
         "LAYOUT", "csr, coo or dense; by default csr, dense for .npy, coo for .mtx."
     )
@@ -82,13 +88,15 @@ class Record:
 
     Attributes:
         of: the layer; of a chain, the first one.
-        chain: the layers of a chain, first to last; empty for one layer.
+        chain: the layers of a chain or a tree, first to last; empty for one layer.
+        tree: their names, where they aren't a plain chain.
         order: how inputs and outputs are flattened.
         rows, columns: from, and to but not with.
     """
 
     of: OfLayer = field(metadata=INLINE)
     chain: tuple[OfLayer, ...]
+    tree: Tree[str] | None
     transpose: bool
     affine: bool
     order: Literal["CHW", "HWC"]
@@ -140,10 +148,10 @@ def run(options: Options, reporter: Reporter) -> Result:
     if not speaks():
         reporter.silence()
     _check_outputs(options)
-    found = find_layers(options.wanted, options.more, options.sources, reporter)
+    found = find_layers(options.wanted, options.more, options.sources, reporter, options.recipe)
     matrix = _matrix(options, found)
     plan = plan_matrix(matrix, options.out, layout=options.layout, rows=options.rows, columns=options.columns)
-    record = fill(Record, plan, options, found, dtype=dtype_name(matrix.dtype))
+    record = fill(Record, plan, found, options, dtype=dtype_name(matrix.dtype))
     write = _write_file if options.shards is None else _write_shards
     with _plotted(options, found, matrix, plan):
         files = write(options, matrix, plan, to_json(record), reporter)
@@ -194,7 +202,8 @@ def _plotted(
     from convtool.core.tree import leaves
     from convtool.matrix.plot import Part, plotted
 
-    title = found.name if found.chain else f"{found.name}, {next(leaves(found.tree)).geometry.describe()}"
+    name = chain_name(found.of, found.chain, found.tree)
+    title = name if found.chain else f"{name}, {next(leaves(found.layers)).geometry.describe()}"
     how: dict[str, Any] = {"force": options.writing.force, "by_channel": options.order == "CHW"}
     part = Part.of(matrix, plan.rows, plan.columns)
     return plotted(matrix, options.plot, title=title.removeprefix(", "), part=part, **how)
@@ -204,7 +213,7 @@ def _matrix(options: Options, found: LayersAtSize) -> ToeplitzMatrix:
     from convtool.core.toeplitz import toeplitz
 
     form = {name: getattr(options, name) for name in ("transpose", "affine", "order")}
-    return toeplitz(found.tree, found.spatial, dtype=options.dtype or found.dtype, **form)
+    return toeplitz(found.layers, found.spatial, dtype=options.dtype or found.dtype, **form)
 
 
 def _write_file(
@@ -252,7 +261,7 @@ def _remark(options: Options, found: LayersAtSize, plan: MatrixPlan, bias: str |
     import torch
 
     if bias == "missing":
-        out, name = options.out, found.name
+        out, name = options.out, chain_name(found.of, found.chain, found.tree)
         reporter.remark(f"{out} has no room for the bias of {name}; --affine makes it part of the matrix")
     if plan.index_dtype == torch.int64 and plan.layout == "csr":
         reporter.remark(
@@ -271,8 +280,8 @@ def _drawing(matrix: ToeplitzMatrix, plan: MatrixPlan) -> tuple[str, ...]:
 def show(result: Result, reporter: Reporter) -> None:
     """Print the layer, its matrix, and what was written."""
     rows, columns = result.shape
-    of, chain, dtype = result.record.of, result.record.chain, result.record.dtype
-    reporter.line(f"{chain_name(of, chain)}: {chain_sizes(of, chain)}")
+    of, chain, tree, dtype = result.record.of, result.record.chain, result.record.tree, result.record.dtype
+    reporter.line(f"{chain_name(of, chain, tree)}: {chain_sizes(of, chain, tree)}")
     for line in chain_fields(of, chain):
         reporter.line(f"  {line}")
     density = result.nnz / max(1, rows * columns)

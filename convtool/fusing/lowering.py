@@ -11,9 +11,8 @@ import torch
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import field_source, full_name
 from convtool.core.conv import Computed
-from convtool.core.expression import Expression, joined
 from convtool.core.fields import Fields
-from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves, map_leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.leaf import SHARED_FIELDS, LoweredLayer
 from convtool.kinds.kind import Base, Channels, Layer
@@ -308,12 +307,6 @@ class _TreeLowering:
     @staticmethod
     def _first(found: Iterable[Channels]) -> Channels:
         return next((one for one in found if one.channels is not None), Channels(None))
-
-
-def as_computed(chain: Sequence[LoweredLayer]) -> Expression:
-    """Return a chain's layers as they are computed with, what only moves numbers read through by the layer behind."""
-    tree: Tree[LoweredLayer] = Chain(tuple(chain))
-    return map_leaves(lambda leaf: leaf.conv, joined(tree))
 
 
 def stored_dtype(layers: Sequence[LoweredLayer]) -> torch.dtype:

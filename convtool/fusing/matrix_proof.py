@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from convtool.checkpoint import Checkpoint
-from convtool.core.expression import Expression
+from convtool.core.expression import Expression, joined
 from convtool.core.kernels import ORDERS, Order
 from convtool.core.names import is_written
 from convtool.core.sizes import split_input_size
 from convtool.core.toeplitz import ToeplitzMatrix
-from convtool.core.tree import BASE
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves, tree_text
 from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
 from convtool.errors import InputError, UsageError
 from convtool.fusing.leaf import LoweredLayer
-from convtool.fusing.lowering import as_computed, lower_chain
+from convtool.fusing.lowering import lower_tree
 from convtool.fusing.settle import settle_alone
 from convtool.kinds import parse_field
 from convtool.kinds.kind import Kind
@@ -102,7 +103,7 @@ def compare_with_layer(
         how: trials, seed and computed_in, as of `verify_matrix`.
     """
     lowered, size = _lowered(found, checkpoint, names, sizes, sources)
-    tree = as_computed(lowered)
+    tree = map_leaves(lambda leaf: leaf.conv, joined(lowered))
     forms = list(_forms(found, tree, size, rows, columns))
     verify = partial(_verify, found, tree, size, how | {"digits": found.digits}, no_bias)
     tried = zip(forms, map(verify, forms), strict=True)  # one by one, until one is equal
@@ -112,13 +113,13 @@ def compare_with_layer(
     stored, said = str(found.dtype).removeprefix("torch."), (found.record or {}).get("dtype")
     if said not in (None, stored):
         report = replace(report, mismatch=f"it is stored in {stored}, and its record says {said!r}")
-    assumed = [f"{name}: {what}" for leaf in lowered for name, what in leaf.assumptions()]
+    assumed = [f"{name}: {what}" for leaf in leaves(lowered) for name, what in leaf.assumptions()]
     if found.record is None:
         others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)
         assumed.append(f"{found.path}: {form}{others}")
     if found.digits is not None:
         assumed.append(f"{found.path}: its numbers are rounded to {found.digits} decimal digits")
-    return Compared(" → ".join(leaf.name for leaf in lowered), str(form), report, tuple(assumed))
+    return Compared(tree_text(lowered, lambda leaf: leaf.name), str(form), report, tuple(assumed))
 
 
 def _verify(
@@ -137,17 +138,18 @@ def _lowered(
     names: Sequence[str] | None,
     sizes: Sequence[tuple[int, ...]],
     sources: FieldSources,
-) -> tuple[list[LoweredLayer], tuple[int, ...]]:
+) -> tuple[Tree[LoweredLayer], tuple[int, ...]]:
     """Return the layers that the matrix is of, and the spatial size of their input, by its record or as given."""
     record = _record(found)
     recorded = record.get("chain") or ([record] if "layer" in record else [])
-    names = names or [one["layer"] for one in recorded]
-    if not names:
+    names = names or ([] if record.get("tree") else [one["layer"] for one in recorded])
+    if not names and not record.get("tree"):
         raise UsageError(f"{found.path}: doesn't say which layer it is of; name it with --before")
+    tree: Tree[str] = Chain(tuple(names)) if names else _tree(record["tree"])
     if len(sizes) > 1:
         raise UsageError("--input-size: a matrix is for one input size")
     size = sizes[0] if sizes else tuple(record.get("input_size") or ())
-    named = {name: checkpoint.layer(name) for name in names if not is_written(name)}
+    named = {name: checkpoint.layer(name) for name in leaves(tree) if not is_written(name)}
     if not size and not all(layer.kind.channels_last for layer in named.values()):
         raise UsageError(f"{found.path}: doesn't say its input size; give --input-size, such as 32,32")
     own = [(layer, one) for one in recorded if (layer := named.get(one["layer"]))]
@@ -158,11 +160,22 @@ def _lowered(
         assumed={layer.name: one.get("unstated") or () for layer, one in own},
     )
     try:
-        layers = lower_chain(checkpoint, names, sources.with_first(known), size or None)
-        lowered = settle_alone(layers, {BASE: checkpoint}, sources.assume)
+        at = {BASE: checkpoint}
+        lowered = lower_tree(at, map_leaves(LayerRef, tree), sources.with_first(known), size or None)
+        settled = settle_alone(leaves(lowered), at, sources.assume)
     except (TypeError, ValueError, KeyError) as error:
         raise InputError(f"{found.path}: its record is damaged: {error}") from None
-    return lowered, split_input_size(size, lowered[0].conv.in_channels, lowered[0].conv.spatial_axes)
+    each, first = iter(settled), settled[0].conv
+    return map_leaves(lambda _: next(each), lowered), split_input_size(size, first.in_channels, first.spatial_axes)
+
+
+def _tree(value: Any) -> Tree[str]:
+    """Return a record's tree of names; TypeError or ValueError where it isn't one."""
+    if isinstance(value, str):
+        return value
+    ((kind, parts),) = value.items()
+    made = tuple(map(_tree, parts))
+    return Sum(made) if {"chain": False, "sum": True}[kind] else Chain(made)
 
 
 def _record(found: MatrixFile) -> dict[str, Any]:
@@ -173,6 +186,7 @@ def _record(found: MatrixFile) -> dict[str, Any]:
         "layer": layer is None or isinstance(layer, str),
         "fields": fields is None or isinstance(fields, dict),
         "chain": all(map(_is_layer, chain)) if isinstance(chain := record.get("chain") or [], list) else False,
+        "tree": _is_tree(record.get("tree")),
         "input_size": size is None or _are_counts(size),
         **{name: _is_span(record.get(name)) for name in ("rows", "columns")},
         "unstated": all(isinstance(name, str) for name in record.get("unstated") or ()),
@@ -183,6 +197,12 @@ def _record(found: MatrixFile) -> dict[str, Any]:
     if wrong is not None:
         raise InputError(f"{found.path}: its record is damaged: {wrong} {str(record[wrong])[:80]!r}")
     return record
+
+
+def _is_tree(value: Any) -> bool:
+    with suppress(TypeError, ValueError, KeyError, AttributeError, UsageError):
+        return value is None or bool(_tree(value))
+    return False
 
 
 def _is_layer(one: object) -> bool:

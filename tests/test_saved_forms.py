@@ -467,6 +467,14 @@ def test_a_table_of_contents_with_names_that_are_hashed_for_ever_is_refused(tmp_
         open_checkpoint(tmp_path)
 
 
+def test_a_program_that_was_exported_in_training_says_so(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).train()
+    torch.export.save(torch.export.export(model, (torch.randn(2, 3, 8, 8),)), tmp_path / "net.pt2")
+    planned = cli(f"plan {tmp_path / 'net.pt2'}")
+    assert planned.code == 0
+    assert "left alone: 1: was exported in training" in planned.out
+
+
 def test_a_frozen_script_has_no_names(tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -37,6 +37,7 @@ _VIEWS = frozenset(
         "lift_fresh",
     }
 )
+_IN_TRAINING = "was exported in training, where it takes the numbers of each batch; export the model after model.eval()"
 _CONSTANT = -1  # the number of what nothing of the run's input goes into
 
 
@@ -49,7 +50,9 @@ def read_exported(opened: Checkpoint, program: Program) -> Flow:
     stated = opened.stated
     padding = {name for name, fields in stated.items() if fields.get("padding_mode", "zeros") != "zeros"}
     layers = {name: replace(layer, fields=stated.get(name, {})) for name, layer in opened.layers.items()}
-    return read_flow(read_run(program, padding), layers, {})
+    training = (value for node in program.nodes if node.arguments.get("training") is True for value in node.reads())
+    homes = {program.tensors.get(value, "").rpartition(".")[0] for value in training}
+    return read_flow(read_run(program, padding), layers, dict.fromkeys(homes & layers.keys(), _IN_TRAINING))
 
 
 def plan_exported(opened: Checkpoint, *, fixed_size: bool = False, everything: bool = False) -> Plan:

@@ -309,6 +309,28 @@ sys.exit(run_app(sys.argv[1:]))
 """
 
 
+# Runs the command line, and is killed as soon as the processes have found each other.
+MET = """
+import os, signal, sys
+import torch.distributed as dist
+from convtool.cli.app import run_app
+
+if os.environ["RANK"] == "1":
+    meet = dist.init_process_group
+    dist.init_process_group = lambda *args, **fields: (meet(*args, **fields), os.kill(os.getpid(), signal.SIGKILL))
+sys.exit(run_app(sys.argv[1:]))
+"""
+
+
+def test_a_process_that_is_killed_once_all_have_met_is_not_waited_for(tmp_path: Path) -> None:
+    line = ["toeplitz", CHAINS, *WIDEN, "--shards", "2", "-o", str(tmp_path / "m.safetensors")]
+    launched = launch(["-c", MET, *line], 2)
+    (_, error), _ = (process.communicate(timeout=120) for process in launched)
+    assert [process.returncode for process in launched] == [5, -signal.SIGKILL], error
+    assert "another process of this launch is gone" in error
+    assert files(tmp_path) == {}
+
+
 def test_two_processes_and_one_that_is_killed(tmp_path: Path) -> None:
     alone, together, killed = (tmp_path / name for name in ("alone", "together", "killed"))
     for folder in (alone, together, killed):

@@ -28,16 +28,11 @@ SCALE = found("scale")
 
 def known(
     base: Mapping[str, Layer],
-    numbers: Mapping[str, float] | None = None,
     fields: Mapping[str, dict[str, object]] | None = None,
     **others: Mapping[str, Layer],
 ) -> Known:
-    """Layers of the checkpoint and of others, tensors of one number ('lora:x.alpha'), and stated fields."""
-    return Known(
-        {"": base, **others},
-        lambda source, name: (numbers or {}).get(f"{source}:{name}" if source else name),
-        lambda name: dict((fields or {}).get(name, {})),
-    )
+    """Layers of the checkpoint and of others, and stated fields."""
+    return Known({"": base, **others}, lambda name: dict((fields or {}).get(name, {})))
 
 
 def shown(tree: Tree[LayerRef]) -> str:
@@ -120,19 +115,6 @@ def test_the_next_number() -> None:
 def test_a_number_before_the_first_is_none() -> None:
     text = 'fuse = [{ name = "{p}{i}", chain = ["{p}{i}@conv", "{p}{i+1}!@batch_norm"] }]'
     assert "fits no layer" in refused(text, known({"f.0": NORM, "f.1": CONV}))
-
-
-def test_names_in_the_form_with_underscores() -> None:
-    text = 'fuse = [{ name = "{layer}", sum = ["{layer}", "lora:l_{layer|underscored}.d!"] }]'
-    layers = known({"down.0.conv_in": CONV, "down.0.other": CONV}, lora={"l_down_0_conv_in.d": CONV})
-    assert fusions(text, layers) == {"down.0.conv_in": "(down.0.conv_in | lora:l_down_0_conv_in.d)"}
-
-
-def test_a_name_with_underscores_must_mean_one_layer() -> None:
-    text = 'fuse = [{ name = "{layer}", sum = ["{layer}", "lora:l_{layer|underscored}.d!"] }]'
-    lora = {"l_a_b.d": CONV}
-    assert "'a_b' could be a.b or a_b" in refused(text, known({"a.b": CONV, "a_b": CONV}, lora=lora))
-    assert "no layer is called 'a_b', with _ for dots" in refused(text, known({"a.c": CONV}, lora=lora))
 
 
 # --- *, ?, ! and @
@@ -226,7 +208,7 @@ def test_conditions_on_the_values_of_variables() -> None:
     assert set(fusions(text, known(layers | more))) == {"a.conv", "d.conv"}
 
 
-# --- nesting, scale, alpha, like, and what layers without tensors ask
+# --- nesting, scale, like, and what layers without tensors ask
 
 
 def test_sums_inside_of_chains_inside_of_sums() -> None:
@@ -260,27 +242,6 @@ def test_a_scaled_branch_of_optional_layers_goes_with_them() -> None:
 def test_a_whole_rule_may_be_scaled() -> None:
     text = 'fuse = [{ name = "out", sum = ["a", "b"], scale = 0.25 }]'
     assert fusions(text, known({"a": CONV, "b": CONV})) == {"out": "(a | b) + scale(0.25)"}
-
-
-ALPHA = """
-[[fuse]]
-name = "{l}"
-sum = ["{l}", { chain = ["lora:{l}.down!", "lora:{l}.up"], alpha = "lora:{l}.alpha" }]
-"""
-
-
-def test_alpha_over_rank() -> None:
-    lora = {"a.down": found("conv", (4, 8, 3, 3)), "a.up": found("conv", (8, 4, 1, 1))}
-    layers = known({"a": CONV, "b": CONV}, {"lora:a.alpha": 2.0}, lora=lora)
-    assert fusions(ALPHA, layers) == {"a": "(a | lora:a.down + lora:a.up + scale(0.5))"}
-
-
-def test_an_alpha_that_is_missing_is_an_error_or_a_factor_of_one() -> None:
-    lora = {"a.down": found("linear", (4, 8)), "a.up": found("linear", (8, 4))}
-    assert "alpha: there is no tensor lora:a.alpha of one number" in refused(ALPHA, known({"a": LINEAR}, lora=lora))
-    text = ALPHA.replace('alpha"', 'alpha?"')
-    for numbers in ({}, {"lora:a.alpha": 0.0}):
-        assert fusions(text, known({"a": LINEAR}, numbers, lora=lora)) == {"a": "(a | lora:a.down + lora:a.up)"}
 
 
 def test_a_layer_like_another_one() -> None:
@@ -407,7 +368,6 @@ def test_geometry_goes_by_pattern() -> None:
         ('fuse = [{ name = "x", sum = [{ chain = ["a"], weight = 2 }] }]', "expected a table with chain, sum or stack"),
         ('fuse = [{ name = "x", sum = [{ chain = ["a"], scale = "2" }] }]', "scale: expected a finite number, got '2'"),
         ('fuse = [{ name = "x", sum = [{ chain = ["a"], scale = true }] }]', "expected a finite number, got True"),
-        ('fuse = [{ name = "x", sum = [{ chain = ["a"], alpha = 2 }] }]', "alpha: expected the name of a tensor"),
         ('fuse = [{ name = "x", chain = ["a"], optional = 1 }]', "optional: expected true or false"),
         ('fuse = [{ name = "x", chain = ["a"], in_order = "yes" }]', "in_order: expected true or false"),
         ('fuse = [{ name = "x", chain = ["a"], where = "a" }]', "where: expected a list of patterns"),
@@ -472,7 +432,6 @@ ABSURD: dict[str, tuple[object, str]] = {
     "variables in a row": (pattern("".join(f"{{v{i}}}" for i in range(100))), "in too many ways to try"),
     "variables with dots": (pattern(".".join(f"{{{v}}}" for v in "abcdefghijklmnop")), "in too many ways to try"),
     "variables within a component": (pattern("".join(f"c{{v{i}}}" for i in range(30))), "in too many ways to try"),
-    "any text": (pattern("".join(f"{{{v}|underscored}}" for v in "abcdefgh")), "in too many ways to try"),
     "rules without end": (
         {"fuse": [{"name": "x", "chain": ["{p}{i}.x@linear", "b"], "optional": True}] * 3000},
         "in too many ways to try",
@@ -484,10 +443,10 @@ ABSURD: dict[str, tuple[object, str]] = {
     "a number of thousands of digits": (scaled(10**5000), "got a number of thousands of digits"),
     "nan": (scaled(float("nan")), "scale: expected a finite number, got nan"),
     "infinity": (scaled(float("inf")), "scale: expected a finite number, got inf"),
-    "a large shift": (pattern("{i}.{i+99999999999}"), "expected variables as {block}, {i+1}"),
-    "a digit as a variable": (pattern("{0}"), "expected variables as {block}, {i+1}"),
-    "a variable that is none": (pattern("{_star}.*"), "expected variables as {block}, {i+1}"),
-    "an unknown form": (pattern("{a|upper}"), "expected variables as {block}, {i+1}"),
+    "a large shift": (pattern("{i}.{i+99999999999}"), "expected variables as {block} or {i+1}"),
+    "a digit as a variable": (pattern("{0}"), "expected variables as {block} or {i+1}"),
+    "a variable that is none": (pattern("{_star}.*"), "expected variables as {block} or {i+1}"),
+    "an unknown form": (pattern("{a|upper}"), "expected variables as {block} or {i+1}"),
     "a size": (
         {"fuse": [{"name": "x", "chain": ["head"], "input_size": [3, 2**40]}]},
         "input_size: expected sizes from 1 to 2147483647 such as [3, 32, 32], got [3, 1099511627776]",
@@ -499,10 +458,6 @@ ABSURD: dict[str, tuple[object, str]] = {
     "a function of what is unbound": (
         {"fuse": [{"name": "x", "chain": ["head", "scale({b})"]}]},
         "'scale({b})': {b} is bound by none",
-    ),
-    "an alpha of what is unbound": (
-        {"fuse": [{"name": "x", "sum": [{"chain": ["head"], "alpha": "{b}.alpha"}]}]},
-        "{b} is bound by none of the rule's layers",
     ),
     "geometry like that of what is unbound": (
         {"fuse": [{"name": "x", "chain": [{"layer": "head", "like": "{b}"}]}]},
@@ -626,27 +581,17 @@ def test_names_that_only_wrappers_tell_apart_are_taken_as_they_are_written() -> 
     assert fusions(text.replace("module.", ""), known(both)) == {"conv": "conv + bn"}
 
 
-def test_numbers_kernels_and_geometry_are_found_through_wrappers() -> None:
+def test_kernels_and_geometry_are_found_through_wrappers() -> None:
     text = """
     [[fuse]]
     name = "{b}"
     sum = [
       ["pad(half({b}))", "{b}"],
-      { chain = [{ layer = "{b}.down!", like = "{b}" }, "{b}.up"], alpha = "{b}.down.alpha" },
+      [{ layer = "{b}.down!", like = "{b}" }, "{b}.up"],
     ]
     """
     names = {f"module.c{part}": found("conv", (4, 4, 3, 5)) for part in ("", ".down", ".up")}
-    layers = known(names, {"module.c.down.alpha": 2.0})
-    assert fusions(text, layers) == {
-        "module.c": "(pad(1,2) + module.c | module.c.down~module.c + module.c.up + scale(0.5))"
-    }
-
-
-@pytest.mark.parametrize(("shape", "chain"), [((), '["n"]'), ((), '["identity()"]')], ids=["no shape", "no layer"])
-def test_an_alpha_without_a_rank_is_an_error(shape: tuple[int, ...], chain: str) -> None:
-    text = f'fuse = [{{ name = "x", sum = [["c"], {{ chain = {chain}, alpha = "t" }}] }}]'
-    layers = known({"c": CONV, "n": found("batch_norm", shape)}, {"t": 2.0})
-    assert "alpha: t goes with no layer whose output channels are known" in refused(text, layers)
+    assert fusions(text, known(names)) == {"module.c": "(pad(1,2) + module.c | module.c.down~module.c + module.c.up)"}
 
 
 @pytest.mark.parametrize("name", list(shipped()))

@@ -99,9 +99,10 @@ class Wanted:
         for name in ("fixed_size", "measure", "everything"):
             if getattr(self, name) and not self.auto:
                 raise UsageError(f"--{name.replace('_', '-')}: goes with --auto")
-        for name in ("strength", "leave"):
-            if getattr(self, name) and self.recipe is None and not adapts:
-                raise UsageError(f"--{name}: goes with adapters given as --with NAME=FILE, alone or with a --recipe")
+        if self.strength and not adapts:
+            raise UsageError("--strength: goes with adapters given as --with NAME=FILE; a recipe says scale = NUMBER")
+        if self.leave and self.recipe is None and not adapts:
+            raise UsageError("--leave: goes with adapters given as --with NAME=FILE, alone or with a --recipe")
         if self.bias_map and (self.allow_border or self.input_size is None):
             raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
 
@@ -310,7 +311,7 @@ def _by_recipe(
     own = is_file(str(wanted.recipe))
     for pattern in without_effect(recipe, checkpoints) if own else ():  # those that ship are for many networks
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
-    fusions, stated = by_name(recipe, checkpoints, fields, wanted.strength or (), wanted.leave or (), order)
+    fusions, stated = by_name(recipe, checkpoints, fields, wanted.leave or (), order)
     if more := {} if own or auto else doing_more(fusions, checkpoints, fields):
         reporter.note(f"left alone: what another recipe makes fewer layers of: {in_words(more)}")
     if wanted.input_size is not None and len(fusions) > 1:

@@ -49,9 +49,7 @@ dtype = partial(
     parse=parse_dtype,
 )
 fixed_size = partial(flag, "Also fuse what is exact for inputs of --model-input's size only.")
-everything = partial(
-    flag, "Also fuse where that takes more multiply-adds, or where the model's code has to be changed."
-)
+everything = partial(flag, "Also fuse where that takes more multiply-adds.")
 measure = partial(flag, "Choose by the measured time of the layers on this machine.")
 strength = partial(
     option,

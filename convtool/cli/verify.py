@@ -139,8 +139,8 @@ class Options:
             raise UsageError(f"{said}: is for a matrix file")
         if not with_matrix and len(self.before_layers or ()) != len(self.after_layers or ()):
             raise UsageError("--before and --after go together: a chain in BEFORE and the one that stands for it")
-        if (self.strength or self.leave) and not self.others and self.recipe is None:
-            raise UsageError("--strength and --leave: go with adapters given as --with NAME=FILE, or with a --recipe")
+        if (self.strength and self.recipe is not None) or ((self.strength or self.leave) and not self.others):
+            raise UsageError("--strength and --leave: go with adapters given as --with NAME=FILE; of a recipe, --leave")
         if self.only and not (self.before_layers or self.recipe):
             raise UsageError("--only: compares the chains of --before and --after, or of --recipe; none are given")
 
@@ -301,7 +301,7 @@ def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Re
     if options.recipe is not None:
         auto = options.recipe == AUTO
         recipe = the_one(checkpoints, fields)[1] if auto else find_recipe(options.recipe)
-        fusions, fields = by_name(recipe, checkpoints, fields, *how, in_order(sides.before, None))
+        fusions, fields = by_name(recipe, checkpoints, fields, how[1], in_order(sides.before, None))
         origin = f"--recipe {options.recipe}"
     elif sides.after.record is not None and any(how):
         raise UsageError("--strength and --leave: AFTER records what was merged, and how much; leave them out")

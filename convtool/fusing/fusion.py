@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
@@ -204,13 +204,8 @@ def assumptions(tree: Tree[LoweredLayer]) -> list[str]:
     return list(dict.fromkeys(f"{name}: {what}" for leaf in leaves(tree) for name, what in leaf.assumptions()))
 
 
-def check_nothing_missed(
-    checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]], read: Collection[tuple[str, str]]
-) -> None:
+def check_nothing_missed(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]]) -> None:
     """Refuse to take layers of another checkpoint and not the tensors right beside them, which say how they are meant.
-
-    Args:
-        read: tensors (source, full name) whose numbers went into the trees.
 
     Raises:
         RefusedError: there is such a tensor, as a DoRA's magnitudes are.
@@ -219,7 +214,7 @@ def check_nothing_missed(
     beside = {(source, name.rpartition(".")[0]) for source, name in used if source != BASE} - used
     for source, path in sorted(beside):
         layer = checkpoints[source].layers.get(path)
-        missed = [name for name in layer.tensor_names() if (source, name) not in read] if layer else []
+        missed = list(layer.tensor_names()) if layer else []
         if missed:
             raise RefusedError(
                 f"{source}:{missed[0]} stands beside layers that would be merged, and the recipe has no use for it;"

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from itertools import pairwise
-from math import isfinite, prod
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
 from convtool.core.fields import Fields
 from convtool.core.names import some_of, unwrap
 from convtool.core.tree import BASE, Chain, LayerRef, leaves
-from convtool.errors import InputError, RefusedError
+from convtool.errors import RefusedError
 from convtool.fusing.fusion import check_nothing_missed
 from convtool.fusing.recipe import Known, Names, PlannedFusion, Recipe, resolve
 from convtool.kinds.written import check_closed
@@ -68,7 +66,6 @@ def by_recipe(
     recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
     fields: Callable[[str], Fields],
-    strength: float = 1.0,
     leave: Sequence[str] = (),
     order: Sequence[str] | None = None,
 ) -> list[PlannedFusion]:
@@ -77,18 +74,18 @@ def by_recipe(
     Args:
         fields: what is stated of a layer's geometry.
         order: the layers of the one that is changed in the model's order, where that is known.
-        strength: a factor for what has an alpha.
         leave: patterns of modules of the other checkpoints that are to be left out.
 
     Raises:
         UsageError: the recipe doesn't fit the layers.
         RefusedError: it would take layers apart from tensors that say how they are meant, or a part of another
             checkpoint without the rest of that part.
-        InputError: a number that it asks for isn't finite.
     """
-    asked: set[tuple[str, str]] = set()
-    planned = resolve(recipe, replace(_known(checkpoints, fields, asked, order), strength=strength))
-    check_nothing_missed(checkpoints, [one.tree for one in planned], asked)
+    layers = {source: opened.layers for source, opened in checkpoints.items()}
+    if order is not None:
+        layers[BASE] = {name: layers[BASE][name] for name in order}
+    planned = resolve(recipe, Known(layers, fields, ordered=order is not None))
+    check_nothing_missed(checkpoints, [one.tree for one in planned])
     used = {(ref.source, ref.name) for one in planned for ref in leaves(one.tree) if ref.source != BASE}
     for source, opened in checkpoints.items():
         if source != BASE:
@@ -105,12 +102,11 @@ def _check_complete(source: str, opened: Checkpoint, used: set[str], leave: Sequ
 
     A component that has no module in the checkpoint, such as a text encoder's, is another network's.
     """
-    around = {name.rpartition(".")[0] for name in used}  # hold an alpha, say
     components = {_component(name) for name in used}
     missed = [
         name
         for name in opened.layers
-        if name not in used | around
+        if name not in used
         and _component(name) in components
         and not any(fnmatchcase(name, pattern) for pattern in leave)
     ]
@@ -136,30 +132,6 @@ def without_effect(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> lis
 def _layer_ref(text: str, checkpoints: Mapping[str, Checkpoint]) -> LayerRef:
     source, colon, layer = text.partition(":")
     return LayerRef(layer, source) if colon and source in checkpoints and "(" not in source else LayerRef(text)
-
-
-def _known(
-    checkpoints: Mapping[str, Checkpoint],
-    fields: Callable[[str], Fields],
-    asked: set[tuple[str, str]],
-    order: Sequence[str] | None,
-) -> Known:
-    """Return what recipes are resolved against; the tensors whose numbers they ask for are added to `asked`."""
-
-    def number(source: str, name: str) -> float | None:
-        asked.add((source, name))
-        info = checkpoints[source].infos.get(name) if source in checkpoints else None
-        if info is None or prod(info.shape) != 1:
-            return None
-        value = float(checkpoints[source].tensor(name))
-        if not isfinite(value):
-            raise InputError(f"{checkpoints[source].path}: {name}: holds {value}; nothing exact can be said of it")
-        return value
-
-    layers = {source: opened.layers for source, opened in checkpoints.items()}
-    if order is not None:
-        layers[BASE] = {name: layers[BASE][name] for name in order}
-    return Known(layers, number, fields, ordered=order is not None)
 
 
 def _keeps_order(checkpoint: Checkpoint) -> bool:

@@ -72,13 +72,12 @@ def _tell(trees: Iterable[Tree[LoweredLayer]], remark: Callable[[str], None], no
 def _left_alone(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]]) -> list[str]:
     """What a recipe might have been expected to take and didn't: batch norms, and layers of the other checkpoints."""
     used = {(ref.source, ref.name) for tree in trees for ref in leaves(tree)}
-    around = {(source, name.rpartition(".")[0]) for source, name in used if source}  # hold an alpha, say
     lines = []
     for source, opened in checkpoints.items():
         names = [
             full_name(layer.name, source)
             for layer in opened.layers.values()
-            if (layer.kind.spare or source != BASE) and (source, layer.name) not in used | around
+            if (layer.kind.spare or source != BASE) and (source, layer.name) not in used
         ]
         one, many = ("batch norm", "batch norms") if source == BASE else (f"layer of {source}", f"layers of {source}")
         if names:

@@ -7,9 +7,8 @@ from contextlib import suppress
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
-from convtool.core.tree import BASE, leaves
+from convtool.core.tree import leaves
 from convtool.errors import ConvtoolError, UsageError
-from convtool.fusing.adapters import parse_strengths
 from convtool.fusing.named import by_recipe
 from convtool.fusing.recipe import NothingFitsError, PlannedFusion, Recipe
 from convtool.fusing.shipped import shipped
@@ -49,19 +48,14 @@ def by_name(
     recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
     fields: FieldSources,
-    strengths: Sequence[str] = (),
     leave: Sequence[str] = (),
     order: Sequence[str] | None = None,
 ) -> tuple[list[PlannedFusion], FieldSources]:
-    """Return the fusions that a recipe means, and where fields come from then; see `by_recipe`.
-
-    Args:
-        strengths: what --strength says.
-    """
+    """Return the fusions that a recipe means, and where fields come from then; see `by_recipe`."""
     names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
-    stated, strength = fields.with_first(recipe.stated(names)), parse_strengths(strengths, checkpoints)
+    stated = fields.with_first(recipe.stated(names))
     try:
-        return by_recipe(recipe, checkpoints, stated.fields, strength.get(BASE, 1.0), leave, order), stated
+        return by_recipe(recipe, checkpoints, stated.fields, leave, order), stated
     except NothingFitsError as error:
         fit = fitting(checkpoints, fields)
         raise UsageError(

@@ -5,8 +5,6 @@ layer, a list (a chain), or a table:
 
     { chain = [...] }, { sum = [...] } or, for outputs side by side, { stack = [...] }; and perhaps
         scale = 0.5          the part's output times a number
-        alpha = "TENSOR"     times that number of a checkpoint over the rank, the output channels of the part's first
-                             layer, as LoRA is scaled; with ? at the end a missing tensor stands for a factor of 1
     { layer = PATTERN, like = PATTERN }   a layer that has the stride, padding, dilation and padding mode of another
                                           one, as far as it says nothing of its own
 
@@ -15,7 +13,6 @@ In a pattern
     {block}   stands for whole leading components, and one fusion is made for each value that fits; next to other text
               within a component (conv{i}) for the rest of the component
     {i+1}     is the number bound by {i}, plus 1
-    {block|underscored}  is the value of {block} with _ in place of each dot
     *         stands for one component, the same one throughout a branch; one branch for each match
     ?         at the end: the layer may be missing; a branch is left out where all its layers are
     !         at the end: the layers that this fits say what is to be fused, and not those that the others fit
@@ -64,7 +61,6 @@ from convtool.kinds.stated import FieldSource, parse_tables
 
 Plan: TypeAlias = Tree[Pattern]
 
-ALPHA = "alpha"
 DEEPEST = 32  # lists and tables inside of each other
 MOST_LAYERS = 1000  # of one fusion
 _TREES: Mapping[str, type[Chain[Pattern] | Sum[Pattern]]] = {"chain": Chain, "sum": Sum, "stack": Stack}
@@ -160,10 +156,10 @@ def _filled_table(table: Any, binding: Mapping[str, str]) -> Any:
 def _parse_rule(table: object, where: str) -> Rule:
     if not isinstance(table, dict):
         raise UsageError(f"{where}: expected a table")
-    unknown = table.keys() - {"name", *_TREES, "scale", "alpha", *_ABOUT}
+    unknown = table.keys() - {"name", *_TREES, "scale", *_ABOUT}
     if unknown:
         raise UsageError(
-            f"{where}: unknown key {shortened(sorted(unknown)[0])!r}; expected name, chain, sum or stack, scale, alpha,"
+            f"{where}: unknown key {shortened(sorted(unknown)[0])!r}; expected name, chain, sum or stack, scale,"
             f" {', '.join(_ABOUT)}"
         )
     name, flags = table.get("name"), {key: table.get(key, False) for key in _FLAGS}
@@ -220,19 +216,13 @@ def _parse_like(part: Mapping[str, object], where: str) -> Pattern:
 
 def _parse_table(part: Mapping[str, object], where: str, depth: int) -> Plan:
     keys = [key for key in _TREES if key in part]
-    if len(keys) != 1 or part.keys() - {*_TREES, "scale", "alpha"}:
+    if len(keys) != 1 or part.keys() - {*_TREES, "scale"}:
         raise UsageError(f"{where}: expected a table with chain, sum or stack, and perhaps scale, got {_keys(part)}")
     items = part[keys[0]]
     if not isinstance(items, list) or not items:
         raise UsageError(f"{where}: {keys[0]}: expected a list of layers or branches")
     parts = tuple(_parse_part(item, where, depth + 1) for item in items)
     tree: Plan = _TREES[keys[0]](parts)
-    if "alpha" in part:
-        tensor = part["alpha"]
-        if not isinstance(tensor, str) or not tensor:
-            raise UsageError(f"{where}: alpha: expected the name of a tensor, got {shown(tensor)}")
-        check_text(tensor, f"{where}: alpha")
-        tree = Chain((tree, Pattern(f"{ALPHA}({tensor})", written=f"alpha({tensor})")))
     if "scale" in part:
         tree = Chain((tree, Pattern(f"scale({_factor(part['scale'], where)!r})")))
     return tree

@@ -28,7 +28,6 @@ _WHOLE = r"[^.]++(?:\.[^.]*+)*"  # components; possessive, so that they are the 
 _PERHAPS = r"(?:[^.]*+\.)*"  # perhaps none, and then without the dot that goes with them
 _REST = "[^.]*"  # of a component
 _NUMBER = "[0-9]{1,18}"
-_ANY = ".+"
 
 
 # Layers by the source that they come from, and by name.
@@ -166,7 +165,7 @@ class _Expression:
             if inner in (_WHOLE, _PERHAPS):
                 ways *= len(components) + 1
             else:
-                ways *= len(name) if inner == _ANY else 1 + max(map(len, components))
+                ways *= 1 + max(map(len, components))
         return ways
 
     def values(self, name: str) -> dict[str, str] | None:
@@ -183,13 +182,13 @@ class _Expression:
 
     def _known(self, match: re.Match[str], binding: Binding) -> str | None:
         """Return what a token stands for; None where that is to be found."""
-        variable, _, _, star, literal = match.groups()
+        variable, _, star, literal = match.groups()
         if literal is not None:
             return literal
         return binding.get("*") if star else filled(match[0], binding) if variable in binding else None
 
     def _group(self, text: str, match: re.Match[str], numbers: Collection[str]) -> str:
-        variable, shift, form, star, _ = match.groups()
+        variable, shift, star, _ = match.groups()
         if star:
             return self._named("_star", "[^.]+")
         if shift:
@@ -197,8 +196,8 @@ class _Expression:
             if name not in self._groups:
                 self._shifts.append((variable, int(shift)))
             return self._named(name, _NUMBER)
-        if form or variable in numbers:
-            return self._named(variable, _ANY if form else _NUMBER)
+        if variable in numbers:
+            return self._named(variable, _NUMBER)
         before, after = text[: match.start()][-1:], text[match.end() :][:1]
         if before not in ("", "."):
             return self._named(variable, _REST)  # conv{i}

@@ -15,7 +15,7 @@ from convtool.kinds import names_of, stored_kinds
 Binding: TypeAlias = Mapping[str, str]
 
 LONGEST = 1000  # characters of a pattern or a name
-VARIABLE = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)(?:\+([0-9]{1,9})|\|(underscored))?\}")
+VARIABLE = re.compile(r"\{([A-Za-z][A-Za-z0-9_]*)(?:\+([0-9]{1,9}))?\}")
 _MARKS = re.compile(r"(?P<text>.*?)(?P<marks>[?!]*)(?:@(?P<kind>\w+))?", re.DOTALL)
 _SHOWN = 100  # characters of what a recipe says that a message repeats
 
@@ -79,9 +79,7 @@ def check_text(text: str, where: str) -> None:
         raise UsageError(f"{where}: {shortened(text)!r}: expected a name without control characters")
     plain = VARIABLE.sub("", text)
     if "{" in plain or "}" in plain:
-        raise UsageError(
-            f"{where}: {shortened(text)}: expected variables as {{block}}, {{i+1}} or {{block|underscored}}"
-        )
+        raise UsageError(f"{where}: {shortened(text)}: expected variables as {{block}} or {{i+1}}")
 
 
 def shortened(text: str) -> str:
@@ -112,8 +110,6 @@ def filled(text: str, binding: Binding) -> str:
 
     def value(match: re.Match[str]) -> str:
         bound = binding[match[1]]
-        if match[2]:
-            return str(int(bound) + int(match[2]))
-        return bound.replace(".", "_") if match[3] else bound
+        return str(int(bound) + int(match[2])) if match[2] else bound
 
     return VARIABLE.sub(value, text)

@@ -12,10 +12,9 @@ from convtool.core.fields import Fields
 from convtool.core.geometry import format_sizes
 from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves, map_leaves
 from convtool.errors import UsageError
-from convtool.fusing.recipe.language import ALPHA, Plan, Recipe, Rule, anchors_of, texts_of
+from convtool.fusing.recipe.language import Plan, Recipe, Rule, anchors_of, texts_of
 from convtool.fusing.recipe.layer_names import Effort, Layers, Names
 from convtool.fusing.recipe.pattern import (
-    VARIABLE,
     Binding,
     Pattern,
     counted_in,
@@ -50,17 +49,13 @@ class Known:
 
     Attributes:
         layers: of every checkpoint.
-        number: the one number that a tensor (source, full name) holds; None where there is no such tensor.
         fields: what is stated of a layer's geometry.
         ordered: whether the checkpoint has its layers in the model's order.
-        strength: a factor for every part that has an alpha.
     """
 
     layers: Layers
-    number: Callable[[str, str], float | None] = lambda source, name: None
     fields: Callable[[str], Fields] = lambda name: {}
     ordered: bool = False
-    strength: float = 1.0
 
 
 def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
@@ -69,8 +64,6 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
     Raises:
         UsageError: a pattern fits nothing, a branch is only partly there, or two fusions claim one layer.
     """
-    if known.strength != 1 and not any(_is_alpha(part) for rule in recipe.rules for part in leaves(rule.tree)):
-        raise UsageError(f"{recipe.origin}: nothing in it has an alpha that a strength could go with")
     planned: list[PlannedFusion] = []
     names, effort = {source: Names(layers) for source, layers in known.layers.items()}, Effort()
     for rule in recipe.rules:
@@ -94,7 +87,6 @@ class _Resolution:
 
     def __init__(self, rule: Rule, known: Known, origin: str, names: Mapping[str, Names], effort: Effort) -> None:
         self.rule, self.known, self.origin, self.names, self.effort = rule, known, origin, names, effort
-        self.spellings: dict[str, dict[str, set[str]]] = {}
         self.numbers = {variable for text in texts_of(rule) for variable in counted_in(text)}
         self.places = {name: number for number, name in enumerate(known.layers[BASE])}
 
@@ -156,36 +148,10 @@ class _Resolution:
         for pattern in anchors:
             if variables_of(pattern.text) != variables:
                 continue
-            for name, values in self._fits(pattern, {}):
+            for _, values in self._fits(pattern, {}):
                 plain = {key: value for key, value in values.items() if key != "*"}
-                found[tuple(sorted(self._with_dots(plain, pattern, name).items()))] = None
+                found[tuple(sorted(plain.items()))] = None
         return [dict(items) for items in found]
-
-    def _with_dots(self, values: Mapping[str, str], pattern: Pattern, name: str) -> dict[str, str]:
-        """Values that were read off a name with underscores, as the names of the checkpoint spell them."""
-        plain = dict(values)
-        for match in VARIABLE.finditer(pattern.text):
-            variable = match[1]
-            if not match[3]:
-                continue
-            spelled = self._spellings(variable).get(values[variable], set())
-            if len(spelled) != 1:
-                where = f"{self.origin}: {shortened(f'{pattern.source}:{name}'.removeprefix(':'))}"
-                if not spelled:
-                    raise UsageError(f"{where}: no layer is called {shown(values[variable])}, with _ for dots")
-                raise UsageError(f"{where}: {shown(values[variable])} could be {' or '.join(sorted(spelled))}")
-            (plain[variable],) = spelled
-        return plain
-
-    def _spellings(self, variable: str) -> dict[str, set[str]]:
-        """Values of a variable, as other layers' names have them, by their form with underscores."""
-        if variable not in self.spellings:
-            found = self.spellings[variable] = {}
-            for pattern in leaves(self.rule.tree):
-                if not pattern.is_function and f"{{{variable}}}" in pattern.text:
-                    for _, values in self._fits(pattern, {}):
-                        found.setdefault(values[variable].replace(".", "_"), set()).add(values[variable])
-        return self.spellings[variable]
 
     def _tree(self, plan: Plan, binding: Binding) -> Ref | None:
         """Return the plan with names filled in; None where all of it is optional and absent."""
@@ -228,8 +194,7 @@ class _Resolution:
             raise UsageError(
                 f"{self.origin}: {_text(chain)}{_where(binding)} is only partly there: {_text(required[0])} is not"
             )
-        made_parts = [self._scaled(made, there) for _, made in parts if made is not None]
-        yield Chain(tuple(part for part in made_parts if part is not None))
+        yield Chain(tuple(made for _, made in parts if made is not None))
 
     def _part(self, part: Plan, binding: Binding) -> Ref | None:
         """Return a part of a chain; where it is missing altogether the chain says so."""
@@ -269,30 +234,6 @@ class _Resolution:
             like = liked[0][0]
         return [LayerRef(name, pattern.source, like) for name in names]
 
-    def _scaled(self, made: Ref, chain: Sequence[Ref]) -> Ref | None:
-        """alpha(TENSOR) as the factor that it comes to in its chain; everything else as it is."""
-        if not (isinstance(made, LayerRef) and made.name.startswith(f"{ALPHA}(")):
-            return made
-        source, _, tensor = made.name.removeprefix(f"{ALPHA}(").removesuffix(")").rpartition(":")
-        optional = tensor.endswith("?")
-        alpha = self.known.number(source, self._tensor(source, tensor.removesuffix("?")))
-        if alpha is None and not optional:
-            raise UsageError(f"{self.origin}: alpha: there is no tensor {source}:{tensor} of one number")
-        layers = (ref for part in chain for ref in leaves(part) if not ref.written)
-        shapes = (self.known.layers[ref.source][ref.name].shapes.get("weight") for ref in layers)
-        rank = next((shape[0] for shape in shapes if shape), 0)
-        if not rank:
-            raise UsageError(f"{self.origin}: alpha: {tensor} goes with no layer whose output channels are known")
-        # An alpha of 0 is how the trainers that write these files say that none was set.
-        factor = self.known.strength * (alpha / rank if alpha else 1.0)
-        return None if factor == 1 and not alpha else LayerRef(f"scale({factor!r})")
-
-    def _tensor(self, source: str, name: str) -> str:
-        """Return a tensor's full name as the checkpoint writes it."""
-        layer, _, last = name.rpartition(".")
-        written = self.names[source].find(layer) if source in self.names else None
-        return name if written is None else f"{written}.{last}" if written else last
-
     def _asked(self, text: str) -> str:
         """kernel(LAYER), half(LAYER) and stride(LAYER) inside of a function's arguments, as numbers."""
 
@@ -329,10 +270,6 @@ def _direct_layers(plan: Plan) -> list[Pattern]:
     if isinstance(plan, Sum):
         return []
     return [pattern for part in plan.parts for pattern in _direct_layers(part)]
-
-
-def _is_alpha(pattern: Pattern) -> bool:
-    return pattern.text.startswith(f"{ALPHA}(")
 
 
 def _is_function(plan: Plan) -> bool:

@@ -40,7 +40,7 @@ from convtool.core.conv import Conv
 from convtool.core.expression import run
 from convtool.core.fields import geometry_fields
 from convtool.core.forward import forward
-from convtool.core.fuse import NamedConv, fuse_chain, fuse_tree
+from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
 from convtool.core.joint import compose_geometry
 from convtool.core.toeplitz import toeplitz
@@ -589,10 +589,16 @@ def test_fuse_rounds_once_to_the_first_layers_dtype() -> None:
     same(convtool.fuse(layers[:1], dtype=torch.float64), layers[0].exact())
 
 
+def named(layers: Sequence[Conv], *names: str, allow_border: bool = False) -> Fusion:
+    """Fuse layers that messages call by these names."""
+    tree = Chain(tuple(map(NamedConv, names, layers)))
+    return fuse_tree(tree, input_size=None, allow_border=allow_border, dtype=layers[0].dtype)
+
+
 def test_fuse_refuses_what_is_not_exact_and_says_what_to_do() -> None:
     layers = pair_of_layers(padding=1)
     with pytest.raises(RefusedError) as raised:
-        fuse_chain(layers, names=["stem.conv", "stem.proj"])
+        named(layers, "stem.conv", "stem.proj")
     message = str(raised.value)
     assert message == (
         "cannot fuse stem.conv, stem.proj exactly: stem.proj pads what the layers before compute, so the first row,"
@@ -601,7 +607,7 @@ def test_fuse_refuses_what_is_not_exact_and_says_what_to_do() -> None:
     )
     with pytest.raises(RefusedError, match="cannot fuse layer 1, layer 2 exactly for input size 7,8: "):
         convtool.fuse(layers, input_size=(7, 8))
-    allowed = fuse_chain(layers, allow_border=True)
+    allowed = named(layers, "a", "b", allow_border=True)
     assert not allowed.verdict.exact
     assert allowed.verdict.rim == ((1, 1), (1, 1))
     same(allowed.conv, compose(*layers))
@@ -627,7 +633,7 @@ def test_fuse_names_the_layer_that_does_not_fit() -> None:
     with pytest.raises(
         UsageError, match=r"cannot fuse a, b, c: c: channels don't fit: it takes 4 channels, .* gives 2"
     ):
-        fuse_chain([first, second, second], names=["a", "b", "c"])
+        named([first, second, second], "a", "b", "c")
     strided = Conv(first.weight, None, Geometry.of((3, 2), stride=2))
     transposed = make_conv(Geometry.of((3, 2), stride=2, transposed=True), 4, 2)
     with pytest.raises(RefusedError, match="cannot fuse layer 1, layer 2: layer 2: no single layer is a convolution"):

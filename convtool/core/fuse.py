@@ -47,31 +47,6 @@ class Fusion:
     verdict: Verdict
 
 
-def fuse_chain(
-    chain: Sequence[Conv],
-    *,
-    input_size: Sequence[int] | None = None,
-    allow_border: bool = False,
-    dtype: torch.dtype | None = None,
-    names: Sequence[str] | None = None,
-    bias_map: bool = False,
-) -> Fusion:
-    """Fuse layers, first to last, into one; see `fuse_tree`.
-
-    Args:
-        names: what the layers are called in messages; 'layer 1', 'layer 2', ... by default.
-    """
-    names = [f"layer {number}" for number in range(1, len(chain) + 1)] if names is None else names
-    tree: Tree[NamedConv] = Chain(tuple(map(NamedConv, names, chain)))
-    return fuse_tree(
-        tree,
-        input_size=input_size,
-        allow_border=allow_border,
-        dtype=chain[0].weight.dtype if dtype is None else dtype,
-        bias_map=bias_map,
-    )
-
-
 def fuse_tree(
     tree: Tree[Named],
     *,
@@ -226,7 +201,9 @@ def fuse(
     >>> convtool.fuse([smooth, scale]).weight.flatten()
     tensor([0.5000, 0.5000, 0.5000])
     """
-    return fuse_chain(chain, input_size=input_size, allow_border=allow_border, dtype=dtype, bias_map=bias_map).conv
+    tree: Tree[NamedConv] = Chain(tuple(NamedConv(f"layer {number}", conv) for number, conv in enumerate(chain, 1)))
+    kind = chain[0].weight.dtype if dtype is None else dtype
+    return fuse_tree(tree, input_size=input_size, allow_border=allow_border, dtype=kind, bias_map=bias_map).conv
 
 
 def explain(

@@ -246,8 +246,6 @@ def _padding(
     if padding == "half":
         halves = [(d * (k - 1) + 1) // 2 for k, d in zip(kernel, dilation, strict=True)]
         return tuple((half, half) for half in halves)
-    if padding == "valid":
-        padding = 0
     if isinstance(padding, str):
         raise UsageError(f"padding: expected numbers, 'same', 'valid' or 'half', got {padding!r}")
     if not isinstance(padding, Sequence):

@@ -70,12 +70,6 @@ class Selection(Conv):
     def dtype(self) -> torch.dtype:
         return torch.float64
 
-    @property
-    def moves_channels(self) -> bool:
-        """Return whether an output reads its own position only."""
-        geometry = self.geometry
-        return not geometry.padded and all(size == 1 for size in (*geometry.kernel_size, *geometry.stride))
-
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Conv:
         # Zeros and ones are what they are in every dtype.
         return self if device is None else Selection(self.picked.to(device), self.inputs, self.geometry)

@@ -24,7 +24,7 @@ from convtool.core.geometry import Geometry
 from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import ConvtoolError, InputError, OutputError, UsageError
 from convtool.formats.matrices import Layout
-from convtool.formats.several import Alone
+from convtool.formats.several import Ranks
 from convtool.matrix import plan_matrix, write_matrix
 from convtool.matrix.read import load_matrix, open_matrix
 from convtool.matrix.shards import index_path, plan_shards, shard_rows, write_shards
@@ -40,7 +40,7 @@ def matrix(**form: bool) -> ToeplitzMatrix:
     return toeplitz(make_conv(Geometry.of((2, 3), padding=(1, 0), groups=2), 4, 6), (4, 5), **form)  # type: ignore[arg-type]
 
 
-class Together:
+class Together(Ranks):
     """Threads in the place of processes."""
 
     def __init__(self, rank: int, barrier: threading.Barrier) -> None:
@@ -167,7 +167,7 @@ def test_a_rank_that_ends_midway_leaves_the_older_matrix(tmp_path: Path) -> None
 
 
 def test_a_shard_that_is_gone_is_missed_before_an_index_names_it(tmp_path: Path) -> None:
-    class Losing(Alone):
+    class Losing(Ranks):
         def wait(self) -> None:
             for path in tmp_path.glob("m-00002*"):
                 path.unlink()

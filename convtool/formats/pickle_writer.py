@@ -44,7 +44,8 @@ def dumps(
         InputError: values nested deeper than Python can follow.
     """
     file = io.BytesIO()
-    writer = _Writer(file, storage, tensor, instead or {})
+    writer = _Writer(file, _PROTOCOL)
+    writer.storage, writer.tensor, writer.instead, writer.equal = storage, tensor, instead or {}, {}
     try:
         writer.dump(value)
     except RecursionError:
@@ -61,18 +62,11 @@ class _Writer(pickle._Pickler):
     memoize: Callable[[Any], None]
     memo: dict[int, tuple[int, Any]]
     get: Callable[[int], bytes]
-
-    def __init__(
-        self,
-        file: io.BytesIO,
-        storage: Callable[[StorageRef], StorageRef],
-        tensor: Callable[[Any], Any],
-        instead: Mapping[int, Any],
-    ) -> None:
-        super().__init__(file, _PROTOCOL)
-        self.needed = _PROTOCOL
-        self.storage, self.tensor, self.instead = storage, tensor, instead
-        self.equal: dict[Any, Any] = {}  # names and texts, each of which is written once
+    storage: Callable[[StorageRef], StorageRef]
+    tensor: Callable[[Any], Any]
+    instead: Mapping[int, Any]
+    equal: dict[Any, Any]  # names and texts, each of which is written once
+    needed = _PROTOCOL
 
     def save(self, value: Any, save_persistent_id: bool = True) -> None:
         value = self.instead.get(id(value), value)

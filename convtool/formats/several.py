@@ -13,7 +13,6 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 from convtool.errors import OutputError
 from convtool.formats.account import Account, accounting
@@ -24,29 +23,19 @@ from convtool.formats.resources import ran_out
 ATTEMPTS = 100  # at a folder that others make and remove
 
 
-class Ranks(Protocol):
-    """The processes that write one set of files together."""
+class Ranks:
+    """The processes that write one set of files together: one by itself, where nothing else is said.
 
-    @property
-    def rank(self) -> int:
-        """Which of them this is, from 0."""
-
-    @property
-    def count(self) -> int:
-        """How many there are."""
-
-    def wait(self) -> None:
-        """Go on when all have come here; OutputError where one of them is gone."""
-
-
-class Alone:
-    """One process by itself."""
+    Attributes:
+        rank: which of them this is, from 0.
+        count: how many there are.
+    """
 
     rank = 0
     count = 1
 
     def wait(self) -> None:
-        """Go on at once: there is nobody to wait for."""
+        """Go on when all have come here; OutputError where one of them is gone."""
 
 
 def free_names(index: Path, suffix: str, count: int) -> list[str]:
@@ -94,7 +83,7 @@ class SeveralPlan:
             OutputError: as of `replacing`; another process is writing to the folder, or has done so since they were
                 planned, or one of those that write together is gone.
         """
-        ranks = Alone() if ranks is None else ranks
+        ranks = Ranks() if ranks is None else ranks
         with accounting() as noted, alone_in(self.index.parent) if ranks.rank == 0 else contextlib.nullcontext():
             noted.began = True
             if not all(_is_free(self.index.with_name(name)) for name in self.plans):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, TypeAlias
 
 from convtool.formats.source import Source
 
@@ -12,23 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-
-class Array(Protocol):
-    """What a tensor and an array in a file have in common."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, part: slice, /) -> Tensor: ...
-
-    def numel(self) -> int: ...
-
-    def unbind(self) -> Sequence[Array]: ...
+Array: TypeAlias = "Tensor | StoredArray"  # what a matrix is made of
 
 
 class StoredArray:

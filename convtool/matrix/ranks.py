@@ -6,12 +6,9 @@ import contextlib
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 from convtool.errors import OutputError, UsageError
-
-if TYPE_CHECKING:
-    from convtool.formats.several import Ranks
+from convtool.formats.several import Ranks
 
 MEETING = timedelta(minutes=10)  # for all processes to have started
 PATIENCE = timedelta(hours=12)  # for the slowest shard
@@ -24,10 +21,8 @@ def launched_ranks() -> Iterator[Ranks]:
     Raises:
         UsageError: torchrun's variables are there, and the processes don't find each other.
     """
-    from convtool.formats.several import Alone
-
     if not _launched():
-        yield Alone()
+        yield Ranks()
         return
     import torch.distributed as dist
 
@@ -52,20 +47,13 @@ def _launched() -> bool:
     return "RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
 
 
-class _Launched:
+class _Launched(Ranks):
     """One of several processes."""
 
-    @property
-    def rank(self) -> int:
+    def __init__(self) -> None:
         import torch.distributed as dist
 
-        return dist.get_rank()
-
-    @property
-    def count(self) -> int:
-        import torch.distributed as dist
-
-        return dist.get_world_size()
+        self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     def wait(self) -> None:
         import torch.distributed as dist

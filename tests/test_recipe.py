@@ -244,6 +244,28 @@ def test_a_whole_rule_may_be_scaled() -> None:
     assert fusions(text, known({"a": CONV, "b": CONV})) == {"out": "(a | b) + scale(0.25)"}
 
 
+def test_a_rule_for_blocks_that_keep_their_shape() -> None:
+    text = """
+    fuse = [
+      { name = "{b}", same_shape = true, sum = ["{b}!@conv", "identity()"] },
+      { name = "{b}", rest = true, chain = ["{b}!"] },
+    ]
+    """
+    square = found("conv", (8, 8, 3, 3))
+    stated: dict[str, object] = {"groups": 1, "stride": 1}
+    layers = {"wide": CONV, "kept": square, "halved": square, "flat": LINEAR}
+    halved: dict[str, object] = {"groups": 1, "stride": [1, 2]}
+    assert fusions(text, known(layers, {"wide": {"groups": 1}, "kept": stated, "halved": halved})) == {
+        "wide": "wide",
+        "kept": "(kept | identity())",
+        "halved": "halved",
+        "flat": "flat",
+    }
+    for field in ("groups", "stride"):
+        lacking = {name: value for name, value in stated.items() if name != field}
+        assert f"{field} of kept" in refused(text, known({"kept": square}, {"kept": lacking}))
+
+
 def test_a_layer_like_another_one() -> None:
     text = 'fuse = [{ name = "{b}.o", sum = ["{b}.k", { layer = "{b}.p?", like = "{b}.k" }] }]'
     assert fusions(text, known({"x.k": CONV, "x.p": POINT, "y.k": CONV})) == {

@@ -133,9 +133,7 @@ class _Stretch:
             branches = parts[0].parts[: -self.bare]
             return Sum(branches) if len(branches) > 1 else branches[0]
         whole = parts[0] if len(parts) == 1 else Chain(tuple(parts))
-        if not self.bare:
-            return whole
-        return taken_off(whole, self.bare)
+        return taken_off(whole, self.bare) if self.bare else whole
 
 
 def _sum_of(branches: Sequence[_Stretch], bare: int) -> _Stretch:
@@ -202,18 +200,9 @@ class _Finder:
         elif not step.written:
             self._note(value, layer.name)
             if not barred:
-                self.growing[number] = self._begun(value, step, layer)
-
-    def _begun(self, value: int, step: Step, layer: Layer) -> _Stretch:
-        scales = layer.kind.per_channel
-        return _Stretch(
-            value,
-            [LayerRef(layer.name)],
-            step.axes,
-            step.axes,
-            channels=self._channels(step),
-            only_scales=scales,
-        )
+                begun = _Stretch(value, [LayerRef(layer.name)], step.axes, step.axes, only_scales=kind.per_channel)
+                begun.channels = self._channels(step)
+                self.growing[number] = begun
 
     @staticmethod
     def _channels(step: Step) -> int:

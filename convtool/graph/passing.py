@@ -16,14 +16,8 @@ _VIEWS = frozenset(
     f"aten.{name}"
     for name in (
         *("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int"),
-        *(
-            "reshape_as.default",
-            "view_as.default",
-            "squeeze.default",
-            "squeeze.dim",
-            "squeeze.dims",
-            "unsqueeze.default",
-        ),
+        *("reshape_as.default", "view_as.default", "unsqueeze.default"),
+        *("squeeze.default", "squeeze.dim", "squeeze.dims"),
     )
 )
 _RESAMPLES = ("aten.upsample_", "aten.adaptive_avg_pool", "aten.reflection_pad", "aten.replication_pad")

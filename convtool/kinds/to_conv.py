@@ -28,10 +28,9 @@ def to_conv(
     Args:
         tensors: by parameter name, those computed from others included.
         fields: as far as they are stated; torch's defaults hold for the rest.
-        axes: spatial axes of the layer's input, for the kinds whose tensors don't tell.
+        axes, channels: of the layer's input, for the kinds whose tensors don't tell.
         where: what messages call it.
         why_not: why its weight isn't what its tensors hold, if so.
-        channels: of its input, for a written layer.
 
     Raises:
         InputError: it isn't a linear map that convtool knows, or a tensor holds inf or NaN.

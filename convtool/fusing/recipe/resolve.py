@@ -6,7 +6,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from convtool.core.fields import Fields
 from convtool.core.geometry import format_sizes
@@ -107,18 +107,20 @@ class _Resolution:
         """Return whether a tree's first layer gives as many channels as it takes, at stride 1."""
         ref = next(ref for ref in leaves(tree) if not ref.written)
         layer, fields = self.known.layers[ref.source][ref.name], self.known.fields(ref.name)
+        strided = "groups" in layer.kind.settable and self._stated("groups", ref.name, ref.name)
         takes, gives = layer.kind.takes(layer.shapes, fields, None), layer.kind.gives(layer.shapes, fields, None)
-        return takes == gives and set(self._stride(ref.name, ref.name)) == {1}
+        stride = self._stated("stride", ref.name, ref.name) if strided and takes == gives else 1
+        return takes == gives and (stride == 1 if isinstance(stride, int) else set(stride) == {1})
 
-    def _stride(self, layer: str, whose: str) -> tuple[int, ...]:
-        """Return a layer's stride; UsageError, that it is needed for `whose`, where nobody states it."""
-        stride = self.known.fields(layer).get("stride")
-        if stride is None:
+    def _stated(self, field: str, layer: str, whose: str) -> Any:
+        """Return a field that is 1 by torch's default; UsageError, that it is needed, where nobody states it."""
+        value = self.known.fields(layer).get(field)
+        if value is None:
             raise UsageError(
-                f"{self.origin}: not stated, and needed: for {shortened(whose)}, stride of {layer}. To state it,"
-                f" with torch's value here: --set {layer}.stride=1"
+                f"{self.origin}: not stated, and needed: for {shortened(whose)}, {field} of {layer}. To state it,"
+                f" with torch's value here: --set {layer}.{field}=1"
             )
-        return (stride,) if isinstance(stride, int) else tuple(stride)
+        return value
 
     def _in_order(self, tree: Ref) -> Ref:
         """Return the tree, held against the order of the layers; where nobody knows that, it says so of them."""
@@ -243,7 +245,8 @@ class _Resolution:
             if layer is None or not (axes := self.known.layers[BASE][layer].axes()):
                 raise UsageError(f"{self.origin}: {shortened(text)}: there is no convolution {shortened(name)}")
             if question == "stride":
-                return format_sizes(self._stride(layer, text))
+                stride = self._stated("stride", layer, text)
+                return str(stride) if isinstance(stride, int) else format_sizes(stride)
             kernel = self.known.layers[BASE][layer].shapes["weight"][-axes:]
             return format_sizes(kernel if question == "kernel" else (k // 2 for k in kernel))
 

@@ -12,7 +12,6 @@ from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, output_size
@@ -57,7 +56,7 @@ def classes(tree: Expression, size: tuple[int, ...], axis: int) -> Classes:
     some = np.flatnonzero(looked == np.arange(outputs))
     wide = sum(conv.geometry.kernel_size[axis] for conv in leaves(tree))
     for part in np.array_split(some, min(len(some), 1 + len(some) * wide**2 // CLASS_ENTRIES)):
-        way, (read,) = way_back(tree, size, [Places.each(part)], [axis], torch.float64)
+        way, (read,) = way_back(tree, size, [Places.each(part)], [axis])
         looks = [b""] * len(part)
         for step in (step for leaf in leaves(way) for step in leaf.axes):
             looks = [look + seen for look, seen in zip(looks, step.looks(len(part)), strict=True)]

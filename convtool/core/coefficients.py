@@ -22,7 +22,7 @@ from torch import Tensor
 from convtool.core.bound import Bound, Stored, Tolerance, half_ulp, sole_layer, stored_within
 from convtool.core.classes import classes, inside, period
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, in_channels, out_channels, output_size, run
+from convtool.core.expression import Expression, exact_type, in_channels, out_channels, output_size, run
 from convtool.core.geometry import LARGEST
 from convtool.core.rounding import rounded
 from convtool.core.tally import Region, Worst, hold
@@ -84,7 +84,7 @@ class _Comparison:
         self.convs = [conv for tree in both for conv in leaves(tree)]
         bare = [map_leaves(_without_map, tree) for tree in both]
         self.size, self.given = _outputs(bare, size) if everywhere and size is not None else _far(bare)
-        reads = [way_back(tree, self.size, self.given, range(len(self.size)), torch.float64)[1] for tree in bare]
+        reads = [way_back(tree, self.size, self.given, range(len(self.size)))[1] for tree in bare]
         self.read = [union(each, n) for each, n in zip(zip(*reads, strict=True), self.size, strict=True)]
         self.places = math.prod(len(places.positions) for places in self.read)
         self.groups = math.gcd(*(conv.geometry.groups for conv in self.convs))
@@ -112,7 +112,7 @@ class _Comparison:
                 self.hold(lambda tree: rows(tree).offset, partial(self.channel, first), self.bias_dtype)
         if mapped and self.map_size is not None:
             shape = 1, self.inputs, *self.map_size
-            nothing = torch.zeros(shape, dtype=torch.complex128 if self.complex(self.before) else torch.float64)
+            nothing = torch.zeros(shape, dtype=exact_type(self.before))
             self.hold(lambda tree: run(map_leaves(Conv.exact, tree), nothing)[0], lambda where: where[:1])
         return self.worst.region
 
@@ -145,25 +145,17 @@ class _Comparison:
         shape = tuple(expected.shape)
         hold(self.worst, expected, found, most, lambda at: place(tuple(int(i) for i in np.unravel_index(at, shape))))
 
-    @staticmethod
-    def complex(tree: Expression) -> bool:
-        """Return whether some numbers of a tree are."""
-        return any(conv.dtype.is_complex for conv in leaves(tree))
-
     def way(self, tree: Expression) -> Ways:
         """Return the way back through BEFORE, AFTER, or layers of their geometry, to what both read."""
         if id(tree) not in self.ways:
-            dtype = torch.complex128 if self.complex(tree) else torch.float64
-            bare = map_leaves(_without_map, tree)
-            found = way_back(bare, self.size, self.given, range(len(self.size)), dtype)
-            self.ways[id(tree)] = tree, placed_among(self.read, *found, self.size, dtype)
+            found = way_back(map_leaves(_without_map, tree), self.size, self.given, range(len(self.size)))
+            self.ways[id(tree)] = tree, placed_among(self.read, *found, self.size)
         return self.ways[id(tree)][1]
 
     def rows(self, tree: Expression, first: int, last: int) -> Rows:
         """Return the numbers of each group's output channels first:last."""
-        dtype = torch.complex128 if self.complex(tree) else torch.float64
-        counts = [len(places.positions) for places in self.given]
-        return pull(self.way(tree), Rows.of(first, last, self.groups, self.channels * self.groups, counts, dtype))
+        counts, channels = [len(places.positions) for places in self.given], self.channels * self.groups
+        return pull(self.way(tree), Rows.of(first, last, self.groups, channels, counts, exact_type(tree)))
 
     def channel(self, first: int, where: tuple[int, ...]) -> tuple[int, ...]:
         """Return the output channel of an offset, (row, *class, group)."""

@@ -8,13 +8,14 @@ from dataclasses import replace
 from functools import reduce
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
 from convtool.core.joint import compose_geometry
 from convtool.core.moves import Selection, compose_moves
-from convtool.core.tree import Chain, Leaf, Sum, Tree, flat_parts, fold, walk
+from convtool.core.tree import Chain, Leaf, Sum, Tree, flat_parts, fold, leaves, walk
 from convtool.errors import UsageError
 
 Expression: TypeAlias = Tree[Conv]
@@ -80,6 +81,11 @@ def _common_size(_: tuple[int, ...], sizes: list[tuple[int, ...]]) -> tuple[int,
     if len(set(sizes)) > 1:
         raise UsageError(f"the branches of a sum give outputs of different sizes: {sorted(set(sizes))}")
     return sizes[0]
+
+
+def exact_type(expression: Expression) -> torch.dtype:
+    """Return what an expression is computed in: float64, or complex128 where some of its numbers are complex."""
+    return torch.complex128 if any(conv.dtype.is_complex for conv in leaves(expression)) else torch.float64
 
 
 def in_channels(expression: Expression) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from convtool.core.classes import Classes, classes, period
 from convtool.core.conv import Conv, swap_channels
-from convtool.core.expression import Expression, in_channels, out_channels, output_size, run
+from convtool.core.expression import Expression, exact_type, in_channels, out_channels, output_size, run
 from convtool.core.moves import NOTHING, Selection
 from convtool.core.rounding import exact_dtype
 from convtool.core.slots import AxisSlots, axis_slots
@@ -110,11 +110,10 @@ class TreeKernels(Kernels):
         self.output_size, self.dtype = output_size(tree, input_size), next(leaves(tree)).dtype
         self._tree, self._transpose, self.bias = tree, transpose, _bias(tree, input_size)
         self.row_size, self.column_size = _sides(self.output_size, input_size, transpose)
-        complex_ones = any(conv.dtype.is_complex for conv in leaves(tree))
-        self._exact = torch.complex128 if complex_ones else torch.float64
+        self._exact = exact_type(tree)
         found = [classes(tree, input_size, axis) for axis in range(len(input_size))]
         slots, given = list(map(_slots, found)), [Places.each(one.first) for one in found]
-        self._way, _ = way_back(tree, input_size, given, range(len(slots)), self._exact)
+        self._way, _ = way_back(tree, input_size, given, range(len(slots)))
         self.slots = [axis.adjoint(n) for axis, n in zip(slots, input_size, strict=True)] if transpose else slots
         self.groups = reduce(math.gcd, (conv.geometry.groups for conv in leaves(tree)))
         self._sides = out_channels(tree), in_channels(tree)
@@ -254,10 +253,8 @@ def _bias(tree: Expression, input_size: tuple[int, ...]) -> Tensor | None:
     """Return (C_out, *output_size) what comes of zeros, or None where no layer has a bias."""
     if all(conv.bias is None for conv in leaves(tree)):
         return None
-    exact = map_leaves(Conv.exact, tree)
-    kinds = {conv.dtype for conv in leaves(exact)}
-    zeros = torch.zeros(1, in_channels(tree), *input_size, dtype=reduce(torch.promote_types, kinds, torch.float64))
-    return run(exact, zeros)[0]
+    zeros = torch.zeros(1, in_channels(tree), *input_size, dtype=exact_type(tree))
+    return run(map_leaves(Conv.exact, tree), zeros)[0]
 
 
 def _of_group(conv: Conv, group: int, groups: int) -> Conv:

@@ -25,6 +25,7 @@ from convtool.core.compose import add, compose_chain
 from convtool.core.conv import Conv
 from convtool.core.expression import (
     Expression,
+    exact_type,
     in_channels,
     multiply_adds,
     out_channels,
@@ -35,6 +36,7 @@ from convtool.core.expression import (
 from convtool.core.geometry import format_sizes
 from convtool.core.inputs import dense_count, dense_inputs
 from convtool.core.joint import compose_geometry
+from convtool.core.rounding import exact_dtype
 from convtool.core.sizes import split_input_size
 from convtool.core.tally import Region, Tally, check_trials
 from convtool.core.taps import taps_read
@@ -241,8 +243,7 @@ class _Sides:
 
         They are computed in float64 (complex128, both, where one is complex), on the device.
         """
-        convs = (*leaves(self.before), *leaves(self.kept))
-        exact = torch.complex128 if any(conv.weight.is_complex() for conv in convs) else torch.float64
+        exact = torch.promote_types(exact_type(self.before), exact_type(self.kept))
         before = map_leaves(lambda conv: conv.to(exact, device), self.before)
         after = map_leaves(lambda leaf: leaf.to(exact, device), self.after)
         kept = map_leaves(lambda leaf: leaf.conv, after)
@@ -310,10 +311,9 @@ def _stored_error(
     """Run both sides in the dtype that they are stored in, on one normal input."""
     if multiply_adds(before, size) + multiply_adds(after, size) > STORED_WORK or dtype.itemsize < 2:
         return None
-    convs = (*leaves(before), *leaves(after))
-    if not dtype.is_complex and any(conv.weight.is_complex() for conv in convs):
+    exact = exact_dtype(dtype)
+    if torch.promote_types(exact_type(before), exact_type(after)) != exact:
         return None
-    exact = torch.complex128 if dtype.is_complex else torch.float64
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(1, channels, *size, generator=generator, dtype=torch.float64).to(dtype)
     try:

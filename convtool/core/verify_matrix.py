@@ -19,14 +19,14 @@ from torch import Tensor
 
 from convtool.core.bound import U64, fusing_terms, gamma, half_digit, half_ulp, stored_within
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, depth, in_channels, run
+from convtool.core.expression import Expression, depth, exact_type, in_channels, run
 from convtool.core.inputs import dense_inputs
 from convtool.core.kernels import Order
 from convtool.core.moves import Selection
 from convtool.core.rows import CsrBlock, RowMatrix
 from convtool.core.tally import Region, Worst, check_trials, hold
 from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
-from convtool.core.tree import leaves, map_leaves
+from convtool.core.tree import map_leaves
 
 BLOCK_ENTRIES = 1 << 17  # entries of a matrix in flight
 MOST_NUMBERS = 1 << 27  # of an input and its output: 1 GiB; larger layers aren't run, only their entries compared
@@ -336,7 +336,7 @@ class _Products:
         self.inputs, self.outputs = (layer.rows, layer.columns)[:: 1 if self.transpose else -1]
         elements = in_channels(tree) * math.prod(layer.input_size)
         inputs = dense_inputs(in_channels(tree), layer.input_size, trials, seed, elements)
-        kind = torch.complex128 if any(conv.dtype.is_complex for conv in leaves(tree)) else torch.float64
+        kind = exact_type(tree)
         x = torch.cat([x for _, x in inputs]).to(kind)  # (n, C_in, *input_size)
         one = torch.ones(len(x), 1 if layer.affine else 0, dtype=x.dtype)  # the final 1 that the bias stands at
         flat = torch.cat([self._flat(x), one], dim=1)

@@ -19,6 +19,7 @@ from torch import Tensor
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, output_size
 from convtool.core.moves import NOTHING, Selection
+from convtool.core.rounding import exact_dtype
 from convtool.core.taps import PADDED, Table, tap_table
 from convtool.core.tree import Chain, Sum, Tree, leaves
 
@@ -125,17 +126,16 @@ class LayerWay:
 
     Args:
         conv: None for what only finds a branch's places among those of all branches.
-        dtype: that the layer's numbers are taken in.
     """
 
-    def __init__(self, conv: Conv | None, axes: list[Step], dtype: torch.dtype) -> None:
-        self.conv, self.axes, self.dtype = conv, axes, dtype
+    def __init__(self, conv: Conv | None, axes: list[Step]) -> None:
+        self.conv, self.axes = conv, axes
         self.given = math.prod(len(axis.table) for axis in axes)
         self.read = math.prod(len(axis.read.positions) for axis in axes)
 
     def through(self, conv: Conv) -> LayerWay:
         """Return the way through another layer that reads where this one does."""
-        other = LayerWay(conv, self.axes, self.dtype)
+        other = LayerWay(conv, self.axes)
         other.landing = self.landing
         return other
 
@@ -166,7 +166,7 @@ class LayerWay:
         assert self.conv is not None
         groups = self.conv.geometry.groups
         by_group = self.weight.reshape(groups, len(self.weight) // max(1, groups), *self.weight.shape[1:])
-        return by_group.to(self.dtype).transpose(2, 3).contiguous()
+        return by_group.to(exact_dtype(by_group.dtype)).transpose(2, 3).contiguous()
 
     def pull(self, rows: Rows) -> Rows:
         """Return what rows that weigh what the layer gives weigh of what it reads."""
@@ -175,13 +175,14 @@ class LayerWay:
             return rows if self.direct else replace(rows, numbers=self._placed(rows), factors=None)
         rows = self._with_bias(rows)
         if conv.only_scales:
-            return rows.scaled(conv.weight.to(self.dtype).flatten())
+            return rows.scaled(conv.weight.to(rows.offset.dtype).flatten())
         if isinstance(conv, Selection):
             numbers = self._copied(conv, rows.dense(self.given))
         elif rows.numbers is None:
             own = self._own(conv, rows)[:, None].expand(-1, self.given, -1, -1)  # (rows, places, taps, C_in)
             pairs = torch.arange(len(own) * self.given)
-            numbers = own.flatten(1, 2) if self.direct else self._landed(len(own), pairs, iter((own.flatten(0, 1),)))
+            products = iter((own.flatten(0, 1),))
+            numbers = own.flatten(1, 2) if self.direct else self._landed(len(own), own.dtype, pairs, products)
         else:
             numbers = self._times(conv, rows.numbers)
         return replace(rows, numbers=numbers, factors=None)
@@ -210,7 +211,7 @@ class LayerWay:
 
     def _own(self, conv: Conv, rows: Rows) -> Tensor:
         """Return (rows, taps, C_in) of rows that weigh their own channels alone."""
-        part = rows.own(self.weight).to(self.dtype)  # (groups, rows, C_in/own groups, taps)
+        part = rows.own(self.weight).to(rows.offset.dtype)  # (groups, rows, C_in/own groups, taps)
         part = part if rows.factors is None else part * rows.own(rows.factors)[:, :, None, None]
         part = part.permute(1, 3, 0, 2)
         within = conv.geometry.groups // rows.groups
@@ -233,19 +234,19 @@ class LayerWay:
             step = max(1, AT_ONCE // max(1, len(flat) * conv.in_channels))
             apart = flat.reshape(len(flat), groups, outer).transpose(0, 1)
             for first in range(0, taps, step):
-                some = self.factors[:, :, first : first + step]
+                some = self.factors[:, :, first : first + step].to(flat.dtype)
                 if outer == inner == 1:
                     yield flat[:, None] * some.flatten(1).T
                 else:
                     made = (apart @ some.flatten(2)).reshape(groups, len(flat), some.shape[2], inner)
                     yield made.movedim(0, 2).flatten(2)
 
-        return self._landed(len(numbers), pairs, products())
+        return self._landed(len(numbers), numbers.dtype, pairs, products())
 
-    def _landed(self, rows: int, pairs: Tensor, products: Iterator[Tensor]) -> Tensor:
+    def _landed(self, rows: int, dtype: torch.dtype, pairs: Tensor, products: Iterator[Tensor]) -> Tensor:
         """Return (rows, places read, C_in) of what is made at pairs of a row and a place, a few taps at a time."""
         assert self.conv is not None
-        out = torch.zeros(rows * (self.read + 1), self.conv.in_channels, dtype=self.dtype)
+        out = torch.zeros(rows * (self.read + 1), self.conv.in_channels, dtype=dtype)
         done, target = 0, self.landing[pairs % max(1, self.given)]
         target = target + (pairs // max(1, self.given) * (self.read + 1))[:, None]  # a place more for what isn't read
         for some in products:
@@ -283,39 +284,38 @@ def widest(way: Tree[LayerWay]) -> int:
 
 
 def way_back(
-    tree: Expression, size: tuple[int, ...], given: Sequence[Places], axes: Sequence[int], dtype: torch.dtype
+    tree: Expression, size: tuple[int, ...], given: Sequence[Places], axes: Sequence[int]
 ) -> tuple[Tree[LayerWay], list[Places]]:
     """Return the way back through a tree from some places of what it gives, and the places that it reads.
 
     Args:
         size: of the tree's input, all axes.
         axes: which of them `given` is about.
-        dtype: that the layers' numbers are taken in.
     """
     if isinstance(tree, Chain):
         sizes = itertools.accumulate(tree.parts[:-1], lambda at, part: output_size(part, at), initial=size)
         ways, places = [], list(given)
         for part, at in reversed(list(zip(tree.parts, sizes, strict=True))):
-            way, places = way_back(part, at, places, axes, dtype)
+            way, places = way_back(part, at, places, axes)
             ways.append(way)
         return Chain(tuple(reversed(ways))), places
     if isinstance(tree, Sum):
-        found = [way_back(part, size, given, axes, dtype) for part in tree.parts]
+        found = [way_back(part, size, given, axes) for part in tree.parts]
         here = [size[axis] for axis in axes]
         every = [
             union(each, n) for each, n in zip(zip(*(places for _, places in found), strict=True), here, strict=True)
         ]
-        return Sum(tuple(placed_among(every, way, places, here, dtype) for way, places in found)), every
+        return Sum(tuple(placed_among(every, way, places, here) for way, places in found)), every
     steps = [_step(tree, axis, size[axis], places) for axis, places in zip(axes, given, strict=True)]
-    return LayerWay(tree, steps, dtype), [step.read for step in steps]
+    return LayerWay(tree, steps), [step.read for step in steps]
 
 
 def placed_among(
-    every: Sequence[Places], way: Tree[LayerWay], places: Sequence[Places], size: Sequence[int], dtype: torch.dtype
+    every: Sequence[Places], way: Tree[LayerWay], places: Sequence[Places], size: Sequence[int]
 ) -> Tree[LayerWay]:
     """Return the way back to all of some places, on each axis, of one that reads a part of them."""
     spots = [Step(own, all_.find(own, n)[:, None], all_) for all_, own, n in zip(every, places, size, strict=True)]
-    return Chain((LayerWay(None, spots, dtype), way))
+    return Chain((LayerWay(None, spots), way))
 
 
 def _step(conv: Conv, axis: int, size: int, given: Places) -> Step:

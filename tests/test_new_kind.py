@@ -161,17 +161,16 @@ def test_an_operation_between_layers_is_a_layer_once_a_kind_says_that_it_is_one(
     KINDS.append(Negative())
     try:
         assert convtool.plan(Negating(torch.abs), (3, 6, 7)).fusions == ()
-        (alone,) = convtool.plan(Negating(torch.neg), (3, 6, 7)).left_alone
-        assert alone.reason == "negative() between them is in the model's own code, which goes on to do it"
-        plan = convtool.plan(net := filled(Negating(torch.neg)), (3, 6, 7), everything=True)
-        assert [[leaf.name for leaf in leaves(one.tree)] for one in plan.fusions] == [["a", "negative()", "b"]]
-        recipe, out = tmp_path / "plan.toml", tmp_path / "out.safetensors"
-        recipe.write_text(plan.recipe())
-        done("fuse", save(net, tmp_path / "net.safetensors"), "--recipe", recipe, "-o", out)
+        for everything in (False, True):
+            (alone,) = convtool.plan(Negating(torch.neg), (3, 6, 7), everything=everything).left_alone
+            assert alone.reason == "negative() between them is in the model's own code, which goes on to do it"
+        net, out = filled(Negating(torch.neg)), tmp_path / "out.safetensors"
+        stated = ("--assume-defaults",)
+        done("fuse", save(net, tmp_path / "net.safetensors"), "a", "negative()", "b", *stated, "-o", out)
         x = torch.randn(1, 3, 6, 7, dtype=torch.float64)
-        fused = convtool.forward(convtool.open_checkpoint(out).conv("a"), x)
+        fused = convtool.forward(convtool.open_checkpoint(out).conv("a", stride=1, padding=0), x)
         torch.testing.assert_close(fused, net(x), rtol=1e-13, atol=1e-13)
         with pytest.raises(RefusedError, match=r"a was fused with negative\(\), which the model's own code does"):
-            convtool.fuse_model(net, planned=plan)
+            convtool.apply(net, out)
     finally:
         KINDS.pop()

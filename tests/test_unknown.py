@@ -101,7 +101,7 @@ def test_a_fused_layer_of_unknown_padding_is_no_layer_without_padding() -> None:
     assert not {"stride", "padding", "dilation"} & fusion["fields"].keys()
     code, message = error("toeplitz", "one.pt", "0", "--input-size", "32,32", "-o", "t.npz")
     assert code == 2
-    assert "needed: for the matrix, padding of 0, stride of 0" in message
+    assert "depends on: for the matrix, padding of 0, stride of 0" in message
 
 
 # --- where nothing depends on it

@@ -207,8 +207,8 @@ def _check(missing: Sequence[Missing], checkpoints: Mapping[str, Checkpoint]) ->
     )
     names = ",".join(dict.fromkeys(one.field for one in missing))
     raise UsageError(
-        f"not stated, and needed: {said}. --assume {names} accepts torch's default{'s' if ',' in names else ''};"
-        f" {_to_paste(missing)}"
+        f"nothing states what the result depends on: {said}. --model CODE reads it off the model; --assume {names}"
+        f" accepts torch's default{'s' if ',' in names else ''}; {_to_paste(missing)}"
     )
 
 

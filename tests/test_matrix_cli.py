@@ -173,7 +173,7 @@ def test_spectrum_does_not_claim_what_it_does_not_know(
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["widen"], 2, "spectrum needs --input-size, the spatial sizes of widen's input, such as 32,32"),
+        (["widen"], 2, "spectrum needs --input-size, the size of widen's input, such as 32,32"),
         ([*WIDEN, "--tolerance", "0"], 2, "tolerance: expected a number between 0 and 1, got 0"),
         ([*WIDEN, "--steps", "0"], 2, "--steps: expected a number of at least 1, got 0"),
         (["wide", "--input-size", "4,4"], 2, "did you mean widen?"),

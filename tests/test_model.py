@@ -142,10 +142,11 @@ def test_a_model_is_built_without_memory_for_its_weights(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("spec", "arguments", "kind", "message"),
     [
-        ("net.py", None, UsageError, "expected pkg.mod:callable, path/to/file.py:callable, or a Hugging Face folder"),
+        ("net.py", None, UsageError, "expected net.py:NAME, NAME being what builds the model; it has Net"),
+        ("net", None, UsageError, "expected pkg.mod:callable, path/to/file.py:callable, or a Hugging Face folder"),
         ("missing.py:Net", None, InputError, "missing.py: no such file"),
         ("no.such.module:Net", None, UsageError, "no module 'no.such.module'"),
-        ("net.py:Nett", None, UsageError, "has no 'Nett'; it has torch, nn, Net"),
+        ("net.py:Nett", None, UsageError, "has no 'Nett'; did you mean Net"),
         ("net.py:Net", None, UsageError, "calling it failed: TypeError: .*missing 1 required positional argument"),
         ("net.py:broken", None, UsageError, r"calling it failed: KeyError: 'no such thing' \(net.py, line 32\)"),
         ("net.py:nothing", None, UsageError, "gave a NoneType, expected an nn.Module"),
@@ -438,7 +439,7 @@ def test_the_help_says_that_the_users_own_code_is_run_and_only_by_this(
 
     assert run_app([command, "--help"]) == 0
     said = " ".join(capsys.readouterr().out.split())
-    assert "This runs that code, your own, and nothing else in convtool does." in said
+    assert "This runs your code." in said
 
 
 def test_what_the_models_code_prints_leaves_stdout_alone(tmp_path: Path) -> None:

@@ -207,8 +207,8 @@ class Group(TyperGroup):
 
     def get_help(self, ctx: typer.Context) -> str:  # type: ignore[override]
         commands = [(name, summary(command.help)) for name, command in self.commands.items()]
-        codes = [(str(code), meaning) for code, meaning in exit_codes.MEANINGS.items()]
-        sections = [("Commands", commands), ("Options", option_rows(self.get_params(ctx))), ("Exit codes", codes)]
+        options, codes = option_rows(self.get_params(ctx)), list(exit_codes.MEANINGS.items())
+        sections = [("Commands", commands), ("Options", options), ("Exit codes", codes)]
         return page(self, ctx, sections)
 
 

@@ -12,7 +12,7 @@ from convtool.cli.document import LayerFields, LayerKind, Sizes
 from convtool.cli.options import Size, argument, flag, option
 from convtool.cli.output import Reporter
 from convtool.core.geometry import PADDING_MODES
-from convtool.core.tree import BASE, Chain, LayerRef, Tree, has_sum, leaves, map_leaves, tree_text, walk
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, has_sum, leaves, map_leaves, tree_text, walk
 from convtool.errors import UsageError, did_you_mean
 from convtool.kinds import kind_named
 from convtool.kinds.kind import UNKNOWN
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
 
     from convtool.checkpoint import Checkpoint
-    from convtool.core.conv import Conv
     from convtool.core.expression import Expression
     from convtool.fusing.leaf import LoweredLayer
     from convtool.kinds.stated import FieldSources
@@ -158,54 +157,91 @@ def find_layers(
     given: shared.Sources,
     reporter: Reporter,
     recipe: str | None = None,
+    *,
+    needs_size: bool = True,
 ) -> LayersAtSize:
     """Return the layer, the chain or the tree that is wanted; what was assumed is remarked.
 
     Args:
         more: the layers after the first one.
         recipe: whose fusion of the layer's name is wanted.
+        needs_size: whether a single layer has to have an --input-size (where it has spatial axes).
 
     Raises:
         UsageError, InputError: what opening a checkpoint and lowering layers raise; or an input size is missing.
     """
-    from convtool.core.expression import joined
-    from convtool.core.sizes import split_input_size
     from convtool.fusing.leaf import said_of
-    from convtool.fusing.lowering import lower_tree, stored_dtype
+    from convtool.fusing.lowering import lower_tree
     from convtool.fusing.settle import settle_alone
 
-    if not more and recipe is None:
-        return find_layer(wanted, given, reporter)[0]
-    for name in wanted.fields:
+    single, size = not more and recipe is None, wanted.input_size
+    for name in wanted.fields if not single else ():
         option = f"--{name.replace('_', '-')}"
         raise UsageError(f"{option}: is for one layer; of one of several, --set {wanted.layer}.{name}=... says it")
-    size = wanted.input_size
-    if size is None:
-        raise UsageError(f"{reporter.command} needs --input-size, the sizes of {wanted.layer}'s input, such as 3,32,32")
     opened = given.open(wanted.checkpoint, reporter)
-    sources = given.fields(given.of_model(opened, reporter), opened.layers)
-    refs: Tree[LayerRef] = Chain(tuple(map(LayerRef, (wanted.layer, *(more or ())))))
+    refs, own = _named(wanted, more, opened) if recipe is None else (LayerRef(wanted.layer), {})
+    if size is None:
+        _check_sizeless(wanted.layer, opened if single else None, reporter.command, needs_size)
+    model = given.of_model(opened, reporter)
+    sources = given.fields(model, opened.layers, own)
     if recipe is not None:
         refs, sources = _of_recipe(recipe, wanted.layer, more, opened, sources)
     found = lower_tree({BASE: opened}, refs, sources, size)
-    lowered = settle_alone(leaves(found), {BASE: opened}, sources.assume)
-    for text in said_of(lowered):
+    defined = _defined(next(leaves(found)), opened, given.fields(model, opened.layers)) if single else frozenset()
+    lowered = settle_alone(leaves(found), {BASE: opened}, sources.assume | defined, weight_only=size is None)
+    for text in said_of(lowered) if not defined else ():
         reporter.note(text)
     each = iter(lowered)
-    tree = map_leaves(lambda _: next(each), found)
-    spatial = split_input_size(size, lowered[0].conv.in_channels, lowered[0].conv.spatial_axes)
-    chain: list[OfLayer] = []
+    return _at_size(wanted.checkpoint, map_leaves(lambda _: next(each), found), size, bool(defined))
 
-    def step(leaf: LoweredLayer, at: tuple[int, ...]) -> tuple[int, ...]:
-        chain.append(_of_layer(leaf, leaf.name, at))
-        return leaf.conv.output_size(at)
+
+def _check_sizeless(name: str, opened: Checkpoint | None, command: str, needs_size: bool) -> None:
+    """Raise UsageError where an input size is missing; `opened` has the layer, where it is a single one."""
+    if opened is None or (needs_size and not opened.layer(name).kind.channels_last):
+        example = "3,32,32" if opened is None else "32,32"
+        raise UsageError(f"{command} needs --input-size, the size of {name}'s input, such as {example}")
+
+
+def _named(
+    wanted: LayerOptions, more: list[str] | None, opened: Checkpoint
+) -> tuple[Tree[LayerRef], dict[str, dict[str, Any]]]:
+    """Return the layer or the chain that is named, and what options such as --stride say of a single one."""
+    if more:
+        return Chain(tuple(map(LayerRef, (wanted.layer, *more)))), {}
+    name = opened.layer(wanted.layer).name
+    return LayerRef(wanted.layer), {name: wanted.fields} if wanted.fields else {}
+
+
+def _at_size(source: Path, tree: Tree[LoweredLayer], size: Size | None, defined: bool) -> LayersAtSize:
+    """Return what there is to say of lowered layers.
+
+    Args:
+        defined: by options; then nothing was assumed.
+    """
+    from convtool.core.expression import joined
+    from convtool.core.sizes import split_input_size
+    from convtool.fusing.lowering import stored_dtype
+
+    first, lowered = next(leaves(tree)).conv, list(leaves(tree))
+    sized = size is not None or not first.spatial_axes
+    spatial = split_input_size(size or (), first.in_channels, first.spatial_axes) if sized else None
+    found: list[OfLayer] = []
+
+    def step(leaf: LoweredLayer, at: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        found.append(_of_layer(leaf, at))
+        return None if at is None else leaf.conv.output_size(at)
 
     walk(tree, spatial, step, lambda _, sizes: sizes[0])
-    names = map_leaves(lambda leaf: leaf.name, tree) if has_sum(tree) else None
-    assumed = tuple(f"{name}: {what}" for leaf in lowered for name, what in leaf.assumptions())
-    layers = map_leaves(lambda leaf: leaf.conv, joined(tree))
-    dtype = stored_dtype(lowered)
-    return LayersAtSize(wanted.checkpoint, chain[0], tuple(chain), names, layers, dtype, spatial, assumed)
+    return LayersAtSize(
+        source,
+        found[0],
+        tuple(found) if isinstance(tree, Chain | Sum) else (),
+        map_leaves(lambda leaf: leaf.name, tree) if has_sum(tree) else None,
+        map_leaves(lambda leaf: leaf.conv, joined(tree)),
+        stored_dtype(lowered),
+        spatial or (),
+        () if defined else tuple(f"{name}: {what}" for leaf in lowered for name, what in leaf.assumptions()),
+    )
 
 
 def _of_recipe(
@@ -228,50 +264,12 @@ def _of_recipe(
     return trees[fused], sources
 
 
-def _of_layer(leaf: LoweredLayer, name: str, spatial: Sequence[int] | None) -> OfLayer:
+def _of_layer(leaf: LoweredLayer, spatial: Sequence[int] | None) -> OfLayer:
     conv = leaf.conv
     sizes = (None, None) if spatial is None else (spatial, conv.output_size(spatial))
     channels = conv.in_channels, conv.out_channels
     inputs, outputs = (None if one is None else (c, *one) for c, one in zip(channels, sizes, strict=True))
-    return OfLayer(name, leaf.layer.kind.name, leaf.known, tuple(sorted(leaf.assumed)), inputs, outputs)
-
-
-def find_layer(
-    wanted: LayerOptions, given: shared.Sources, reporter: Reporter, *, needs_size: bool = True
-) -> tuple[LayersAtSize, Conv]:
-    """Return the layer that is wanted, and its convolution; what was assumed of it is remarked.
-
-    Args:
-        needs_size: whether there has to be an --input-size (where the layer has spatial axes).
-
-    Raises:
-        UsageError, InputError: what opening a checkpoint and lowering a layer raise; or an input size is missing.
-    """
-    from convtool.core.sizes import split_input_size
-    from convtool.fusing.leaf import said_of
-    from convtool.fusing.lowering import lower_chain
-    from convtool.fusing.settle import settle_alone
-
-    size = wanted.input_size
-    opened = given.open(wanted.checkpoint, reporter)
-    found, fields = opened.layer(wanted.layer), wanted.fields
-    model = given.of_model(opened, reporter)
-    sources = given.fields(model, opened.layers, {found.name: fields} if fields else {})
-    if needs_size and size is None and not found.kind.channels_last:
-        raise UsageError(
-            f"{reporter.command} needs --input-size, the spatial sizes of {wanted.layer}'s input, such as 32,32"
-        )
-    leaf = lower_chain(opened, [wanted.layer], sources, size)[0]
-    defined = _defined(leaf, opened, given.fields(model, opened.layers))
-    lowered = settle_alone([leaf], {BASE: opened}, sources.assume | defined, weight_only=size is None)[0]
-    for text in said_of([lowered]) if not defined else ():
-        reporter.note(text)
-    conv = lowered.conv
-    unsized = size is None and conv.spatial_axes
-    spatial = None if unsized else split_input_size(size or (), conv.in_channels, conv.spatial_axes)
-    rests_on = () if defined else tuple(f"{name}: {what}" for name, what in lowered.assumptions())
-    of = _of_layer(lowered, found.name, spatial)
-    return LayersAtSize(wanted.checkpoint, of, (), None, conv, conv.dtype, spatial or (), rests_on), conv
+    return OfLayer(leaf.name, leaf.layer.kind.name, leaf.known, tuple(sorted(leaf.assumed)), inputs, outputs)
 
 
 def _defined(leaf: LoweredLayer, opened: Checkpoint, sources: FieldSources) -> frozenset[str]:

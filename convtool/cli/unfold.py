@@ -9,10 +9,11 @@ from typing import Any, Literal
 from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Dtype, Sizes, fill, to_json
-from convtool.cli.layer import LayerOptions, OfLayer, find_layer
+from convtool.cli.layer import LayerOptions, OfLayer, find_layers
 from convtool.cli.options import dtype_name, option
 from convtool.cli.output import Reporter
 from convtool.cli.saved import Files, show_files
+from convtool.core.tree import leaves
 
 EXAMPLES = """
 # W alone: the kernel as a matrix
@@ -82,10 +83,10 @@ def run(options: Options, reporter: Reporter) -> Result:
     out = options.out
     shared.check_not_source(out, options.wanted.checkpoint)
     check_target(out, force=options.writing.overwrite)
-    found, conv = find_layer(options.wanted, options.sources, reporter, needs_size=False)
-    values = options.dtype or conv.weight.dtype
-    spatial = None if options.wanted.input_size is None else found.spatial
-    gather = None if spatial is None else GatherMatrix(conv.geometry, conv.in_channels, spatial, values)
+    found = find_layers(options.wanted, None, options.sources, reporter, needs_size=False)
+    conv, values = next(leaves(found.layers)), options.dtype or found.dtype
+    sized = options.wanted.input_size is not None
+    gather = GatherMatrix(conv.geometry, conv.in_channels, found.spatial, values) if sized else None
     contents = unfolding_contents(conv, gather, out, values, to_json(found.of) | {"form": "unfold"})
     size = contents_size(contents, out)
     if options.writing.written:

@@ -883,7 +883,10 @@ def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert said[3].split() == ["layers", "become", "exact", "error/bound", "parameters", "multiply-adds"]
     assert [line.partition("  ")[0] for line in said[4:9]] == [f"{n}: conv → bn" for n in range(5)]
     assert [[cell.strip() for cell in line.split("  ")[-2:]] for line in said[4:9]] == [["156 → 148", "148 → 144"]] * 5
-    assert said[-2] == "5 fusions, 780 → 740 parameters; --details lists the edits of each"
+    assert (
+        said[-2]
+        == "5 fusions, 780 → 740 parameters; multiply-adds are per output position; --details lists the edits of each"
+    )
     assert said[-1].startswith(f"wrote {tmp_path / 'out.pt'}")
     assert run_app(["fuse", str(path), *recipe, "-o", str(tmp_path / "out2.pt"), "--details"]) == 0
     lines = [

@@ -592,7 +592,7 @@ try:
     opened = open_checkpoint(sys.argv[1])
     found = len(opened.infos)
 except ConvtoolError as error:
-    found = str(error)[:150]
+    found = str(error)[-150:]
 print(json.dumps([peak() - before, found]))
 """
 

@@ -252,7 +252,8 @@ def _show_table(
     columns: tuple[str, ...], rows: list[tuple[str, ...]], layers: Sequence[Layer], reporter: Reporter
 ) -> None:
     """Print rows with the geometry of each one's layer; who says so once, where it is the same for all."""
-    origins = {origin for layer in layers for origin in (layer.origins or {}).values()}
+    fields = ((layer, name, value) for layer in layers for name, value in (layer.geometry or {}).items())
+    origins = {(layer.origins or {})[name] for layer, name, value in fields if _worth_saying(name, value)}
     cells = [(*row, _fields_text(layer, len(origins) > 1)) for row, layer in zip(rows, layers, strict=True)]
     table((*columns, "geometry"), cells, right=("size", "multiply-adds"))
     if len(origins) == 1:

@@ -199,8 +199,10 @@ class RowMatrix(ABC):
             values = np.empty(len(columns), dtype=out.dtype)
             self._fill_indices(first, last, columns)
             self._fill_values(first, last, values)
-            row = np.repeat(np.arange(first - start, last - start), self.row_counts(first, last).numpy())
-            out.reshape(-1)[row * self.shape[1] + columns] = values
+            begins = np.arange(first - start, last - start) * self.shape[1]
+            place = np.repeat(begins, self.row_counts(first, last).numpy())
+            place += columns  # in place: more memory to get would take longer than adding
+            out.reshape(-1)[place] = values
 
         self._in_parts(start, stop, fill, out.size // 8)  # most of the time goes into getting the memory
         return torch.from_numpy(out).view(self.dtype)

@@ -25,7 +25,7 @@ from convtool.core.taps import PADDED
 RUN_ENTRIES = 1 << 18
 
 # Entries in a tile. What is made entry by entry are templates and the first tile of each kind: shorter is cheaper.
-TILE_ENTRIES = 1 << 15
+TILE_ENTRIES = 1 << 13
 
 # Templates kept, of 12 bytes an entry. A tile is at an axis's start, inside or at its end: nine kinds for two axes.
 TEMPLATES = 12

@@ -181,11 +181,9 @@ class ToeplitzMatrix(RowMatrix):
     def _plain_values(self, start: int, stop: int, out: Array) -> None:
         for band, target in self._targets(start, stop, out):
             values, runs = self._values(band.first, band.last), self._channel.runs(band.start, band.stop)
-            if len(runs) == runs[0].tiles == 1:  # small channels, in one go
-                np.take(values, self._channel.template(runs[0], self._index).sources, axis=1, out=target, mode="clip")
-            else:
-                for channel, row in zip(values, target, strict=True):
-                    self._fill_channel(runs, channel, row)
+            together = max(1, RUN_ENTRIES // max(1, target.shape[1]))  # channels
+            for first in range(0, len(target), together):
+                self._fill_channels(runs, values[first : first + together], target[first : first + together])
             if self._has_bias_column:
                 bias = self._bias_rows[band.first : band.last, band.start : band.stop]
                 target[:, self._row_ends(band)] = words(bias)
@@ -193,26 +191,26 @@ class ToeplitzMatrix(RowMatrix):
     def _full_row(self) -> Tensor:
         return self._bias_rows.flatten()
 
-    def _fill_channel(self, runs: list[Run], values: Array, out: Array) -> None:
-        """Write the values of a channel's runs: each tile gathered when it first comes up, and copied from then on."""
+    def _fill_channels(self, runs: list[Run], values: Array, out: Array) -> None:
+        """Write the values of channels' runs: each tile gathered when it first comes up, and copied from then on."""
         made: dict[tuple[int, ...], Array] = {}  # the longest run of each look
         start = 0
         for run in runs:
-            target = out[start : start + run.entries]
+            target = out[:, start : start + run.entries]  # (channels, entries)
             start += run.entries
             before = made.get(run.look)
             if before is None:
                 done = run.entries // run.tiles
                 sources = self._channel.template(run, self._index).sources
-                np.take(values, sources, out=target[:done], mode="clip")
+                target[:, :done] = values.take(sources, axis=1, mode="clip")
             else:
-                done = min(len(before), run.entries)
-                np.copyto(target[:done], before[:done])
+                done = min(before.shape[1], run.entries)
+                np.copyto(target[:, :done], before[:, :done])
             while done < run.entries:
                 more = min(done, run.entries - done)
-                np.copyto(target[done : done + more], target[:more])
+                np.copyto(target[:, done : done + more], target[:, :more])
                 done += more
-            if before is None or len(before) < run.entries:
+            if before is None or before.shape[1] < run.entries:
                 made[run.look] = target
 
     def _values(self, first: int, last: int) -> Array:

@@ -398,6 +398,7 @@ def test_version_goes_to_stdout(cli: Cli) -> None:
 SUCCESSES = [
     ("inspect net.safetensors", None),
     ("inspect net.pt 's*' --tensors", None),
+    ("inspect net.pt first 'sec*'", None),
     ("toeplitz net.safetensors first --input-size 5,7 -o t.npz", "t.npz"),
     (f"fuse net.safetensors first second norm {PLAIN} --eps 1e-5 -o f.safetensors", "f.safetensors"),
     (f"fuse net.pt first second {PLAIN} --dry-run -o f.pt", None),

@@ -604,6 +604,18 @@ def test_a_lora_for_a_layer_that_is_not_there(tmp_path: Path) -> None:
     words = ["fuse", tmp_path / "base.pt", "-o", tmp_path / "out.pt", "--with", f"lora={tmp_path / 'lora.pt'}"]
     holds = "it holds lora_unet_up_blocks_0 (down, up)"
     assert error(*words) == (2, f"lora: nothing in it changes a layer of the checkpoint; {holds}")
+    swapped = ["fuse", tmp_path / "lora.pt", "-o", tmp_path / "out.pt", "--with", f"lora={tmp_path / 'base.pt'}"]
+    code, message = error(*swapped)
+    assert code == 2
+    assert message.endswith(f"give the base first, and the adapters as --with lora={tmp_path / 'lora.pt'}")
+
+
+def test_recipes_that_do_the_same_are_no_choice(tmp_path: Path) -> None:
+    """A ResNet's names fit timm's recipe and torchvision's, which fuse the same layers of it and state the same."""
+    model = nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 3), "bn1": nn.BatchNorm2d(4)})
+    path = save(filled(model), tmp_path / "net.pt")
+    (fusion,) = done("fuse", path, "--recipe", "auto", "--eps", "1e-5", "-o", tmp_path / "out.pt")["fusions"]
+    assert fusion["layers"] == ["conv1", "bn1"]
 
 
 def test_an_alpha_that_is_not_a_number(tmp_path: Path) -> None:

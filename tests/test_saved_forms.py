@@ -6,6 +6,7 @@ import datetime
 import functools
 import io
 import pickle
+import re
 import sys
 import warnings
 import zipfile
@@ -19,7 +20,7 @@ import saved_nets
 import torch
 from cases import whole_numbers
 from checkpoints import described, same_bits, small_network, write_edited
-from saved_nets import CHAINS, FORMS, NETS, Half, Mobile, Passing, Residual, Tied, geometry_of, made, save_as
+from saved_nets import CHAINS, FORMS, NETS, Half, Mobile, Passing, Residual, Same, Tied, geometry_of, made, save_as
 from shell import cli
 from torch import Tensor, nn
 from torch.distributed.checkpoint import metadata as dcp_metadata
@@ -83,6 +84,27 @@ def test_a_subclass_is_named_and_nothing_is_said_of_it(saved: Any) -> None:
     assert "not in the file (a saved_nets.Same)" in cli(f"inspect {saved(Passing, 'module')}").out
     exported = open_checkpoint(saved(Passing, "exported")).stated["same"]  # by its operations
     assert exported["padding"] == [[0, 2], [0, 1]]
+
+
+class Calls(nn.Module):
+    """Runs a convolution that is no module, as a function, and one in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = nn.ParameterDict({"weight": nn.Parameter(torch.rand(4, 3, 2, 2))})
+        self.bn, self.own, self.bn2 = nn.BatchNorm2d(4), Same(4, 4, 1), nn.BatchNorm2d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn(nn.functional.conv2d(x, self.held["weight"], padding=1))
+        return torch.as_tensor(self.bn2(self.own(x)))
+
+
+def test_a_layer_that_a_program_runs_by_other_code_than_torchs_is_said_to_be_one(tmp_path: Path) -> None:
+    torch.export.save(torch.export.export(Calls().eval(), (torch.rand(1, 3, 5, 6),)), tmp_path / "net.pt2")
+    for chain, what in (("held bn", "function that .*Calls calls"), ("own bn2", "saved_nets.Same")):
+        done = cli(f"fuse {tmp_path / 'net.pt2'} {chain} -o {tmp_path / 'o.pt'} --force")
+        assert done.code == 0
+        assert re.search(rf"{chain.split()[0]}: a {what} in this model", done.out)
 
 
 def test_a_chain_is_held_against_the_run_that_a_program_describes(saved: Any, tmp_path: Path) -> None:

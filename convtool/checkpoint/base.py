@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.checkpoint.find import find_layer, named_part
 from convtool.checkpoint.record import Record, UnknownRecordError, loads
-from convtool.checkpoint.saved_fields import fields_of_modules, fields_of_program, other_classes
+from convtool.checkpoint.saved_fields import classes_in_program, fields_of_modules, fields_of_program, other_classes
 from convtool.core.names import is_written
 from convtool.errors import InputError, UsageError, did_you_mean
 from convtool.formats.indexes import RECORD_KEY
@@ -187,7 +187,8 @@ class Checkpoint:
     @cached_property
     def other_classes(self) -> dict[str, str]:
         """The classes of its modules that aren't torch's own, by path; what those compute isn't known."""
-        return other_classes({path: one for file in self.files.values() for path, one in file.modules.items()})
+        run = {} if self.program is None else classes_in_program(self.program)
+        return run | other_classes({path: one for file in self.files.values() for path, one in file.modules.items()})
 
     @property
     def record(self) -> Record | None:

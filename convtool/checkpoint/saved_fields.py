@@ -39,6 +39,19 @@ def other_classes(modules: Mapping[str, SavedModule]) -> dict[str, str]:
     return {path: module.cls for path, module in modules.items() if module.cls and module.cls not in own}
 
 
+def classes_in_program(program: Program) -> dict[str, str]:
+    """Return what reads a module's tensors other than a module of torch's in its place: its class, or who does."""
+    found: dict[str, str] = {}
+    for node in program.nodes:
+        for value in node.reads():
+            path = program.tensors.get(value, "").rpartition(".")[0]
+            cls = next((one.cls for one in node.inside if one.path == path), "")
+            by = f"function that {node.inside[-1].cls} calls" if node.inside else "function"
+            if value in program.tensors and not cls.startswith("torch."):
+                found[path] = cls or by
+    return found
+
+
 def fields_of_program(layers: Mapping[str, Layer], program: Program) -> dict[str, Fields]:
     """Return the fields with which a program runs layers.
 

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from convtool.checkpoint import Checkpoint
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, tree_text
 from convtool.errors import UsageError
-from convtool.fusing.compare import Pairing, same_numbers
+from convtool.fusing.compare import Pairing, same_numbers, standing
 from convtool.fusing.leaf import LoweredLayer
 from convtool.fusing.lowering import lower_tree
 from convtool.fusing.recipe import PlannedFusion
 from convtool.fusing.settle import settle
-from convtool.fusing.standing import standing
 from convtool.kinds.stated import FieldSources
 
 

@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 from convtool.checkpoint import Checkpoint, TensorInfo
 from convtool.checkpoint.cast import cast_piece
 from convtool.checkpoint.digests import digests_of
+from convtool.checkpoint.record import field_source
 from convtool.checkpoint.spelled import Path
+from convtool.core.bound import fused_geometry
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, in_channels, output_size, widest_layer
+from convtool.core.expression import Expression, in_channels, joined, output_size, widest_layer
+from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import LARGEST, format_sizes
 from convtool.core.sizes import alike_size, split_input_size
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves, walk
@@ -21,8 +24,7 @@ from convtool.formats.pieces import same_bytes
 from convtool.fusing.leaf import LoweredLayer
 from convtool.fusing.lowering import lower_tree
 from convtool.fusing.settle import settle
-from convtool.fusing.standing import standing
-from convtool.kinds.stated import FieldSources
+from convtool.kinds.stated import FieldSource, FieldSources
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -130,6 +132,55 @@ def named_pairing(
     lowered = lower_tree({BASE: before}, Chain(tuple(map(LayerRef, first))), sources[0])
     (chain,) = settle([lowered], {BASE: before}, sources[0].assume)
     return Pairing(",".join(second), chain, standing(second, chain, after, sources[1]))
+
+
+def standing(
+    names: Sequence[str], before: Tree[LoweredLayer], after: Checkpoint, sources: FieldSources
+) -> Tree[LoweredLayer]:
+    """Return the layers of AFTER that stand for those of BEFORE; what nobody states of them follows from the latter."""
+    first = next(leaves(before)).conv
+    if len(names) > 1:  # each is what BEFORE's of its name is, as far as nobody says otherwise
+        said = sources.with_first(field_source(after))
+        alike = {
+            leaf.name: {
+                key: value
+                for key, value in leaf.fields.items()
+                if key not in said.fields(leaf.name) and key in after.part(leaf.name).kind.settable
+            }
+            for leaf in leaves(before)
+            if leaf.name in names
+        }
+        sources = sources.with_first(FieldSource("BEFORE", alike, exact_names=True))
+    stands: Tree[LoweredLayer] = lower_tree(
+        {BASE: after},
+        Chain(tuple(map(LayerRef, names))),
+        sources,
+        axes=first.spatial_axes,
+        channels=first.in_channels,
+        channels_from="the chain in BEFORE",
+    )
+    (settled,) = settle([like_fused(stands, before)], {BASE: after}, sources.assume)
+    return settled
+
+
+def like_fused(stands: Tree[LoweredLayer], before: Tree[LoweredLayer]) -> Tree[LoweredLayer]:
+    """Return AFTER's layers, what is open of the one with a geometry being what one layer in place of BEFORE's has."""
+    opened = [leaf for leaf in leaves(stands) if leaf.conv.spatial_axes and any(leaf.open.values())]
+    if len(opened) != 1:
+        return stands
+    try:
+        fused = fused_geometry(map_leaves(lambda leaf: leaf.conv, joined(before)))
+    except RefusedError:
+        return stands  # no single layer has that form
+    fields = geometry_fields(fused)
+    return map_leaves(lambda leaf: _with_fields(leaf, fields) if leaf is opened[0] else leaf, stands)
+
+
+def _with_fields(leaf: LoweredLayer, fields: Fields) -> LoweredLayer:
+    """Return a layer with these fields, as far as they are open."""
+    for name in [name for name, values in leaf.open.items() if values and name in fields]:
+        leaf = leaf.with_field(name, fields[name])
+    return leaf
 
 
 def unfitting(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -162,7 +162,8 @@ def fused_fields(tree: Tree[LoweredLayer], geometry: Geometry) -> tuple[Fields, 
         known -= {name} if any(name in leaf.open for leaf in layers) else set()
         sure -= {name} if any(name in leaf.open or name in leaf.assumed for leaf in layers) else set()
     # What has no value to be varied to, as an output padding hasn't while nobody knows of a transposed layer.
-    known -= {name for leaf in layers for name, values in leaf.open.items() if _is_fixed(leaf, name, values)}
+    for leaf in layers:
+        known -= {name for name, values in leaf.open.items() if len(values) == 1} & leaf.computed.kind.by_rule
     return {name: value for name, value in full.items() if name in known}, tuple(sorted(known - sure))
 
 
@@ -189,10 +190,6 @@ def _changed(looked_at: Tree[Probe], number: int) -> frozenset[str]:
             if not any(sum(sides) for sides in before["padding"]):  # then its mode is nobody's
                 changed -= {"padding_mode"}
     return frozenset(changed)
-
-
-def _is_fixed(leaf: LoweredLayer, name: str, values: Sequence[object]) -> bool:
-    return name in leaf.computed.kind.by_rule and len(values) == 1
 
 
 def _reopened(leaf: LoweredLayer) -> LoweredLayer:

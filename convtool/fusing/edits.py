@@ -38,6 +38,10 @@ def module_edits(planned: PlannedLayer) -> list[str]:
             # Tensors don't tell whether the module does more: timm's BatchNormAct2d has an activation inside.
             more = "  # but for an activation inside of it, which stays" if layer.kind.spare else ""
             lines.append(f"{layer.name} = nn.Identity(){more}")
+    lines += [
+        f"{one}: a {what} in this model, whose code has to be changed where it does more; convtool.apply refuses it"
+        for one, what in planned.others.items()
+    ]
     if silent:
         lines.append(f"{', '.join(silent)}: nn.Identity(), and zeros from each branch, as convtool.apply has it")
     return lines

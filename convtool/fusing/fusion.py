@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, TypeAlias
 
 import torch
@@ -37,6 +37,7 @@ class PlannedLayer:
         fusion: the layer itself, and where it is exact.
         edit: what changes in the checkpoint.
         blocks: those of its layers that hold other layers of the checkpoint.
+        others: the classes of those of its layers that aren't torch's own, where the file tells, by name.
     """
 
     record: FusionRecord
@@ -44,6 +45,7 @@ class PlannedLayer:
     fusion: Fusion
     edit: Edit
     blocks: frozenset[str] = frozenset()
+    others: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -58,7 +60,7 @@ class PlannedLayer:
     @property
     def assumed(self) -> list[str]:
         """Return what nobody stated of the layers and matters, in words."""
-        return assumptions(self.tree)
+        return list(dict.fromkeys(f"{name}: {what}" for leaf in self.layers for name, what in leaf.assumptions()))
 
     @property
     def settled(self) -> bool:
@@ -133,7 +135,8 @@ def plan_layer(
     remove = [key for layer in own for key in layer.tensor_names()]
     edit = Edit.of(remove, conv_tensors(record.name, fusion.conv), remove[0])
     blocks = (layer.name for layer in own if any(other.startswith(f"{layer.name}.") for other in base.layers))
-    return PlannedLayer(record, tree, fusion, edit, frozenset(blocks))
+    others = {layer.name: base.other_classes[layer.name] for layer in own if layer.name in base.other_classes}
+    return PlannedLayer(record, tree, fusion, edit, frozenset(blocks), others)
 
 
 def _own(layers: Sequence[LoweredLayer]) -> list[Layer]:
@@ -197,11 +200,6 @@ def _as_module(conv: Conv) -> Conv:
         return conv
     everything = Conv(torch.eye(conv.in_channels).reshape(conv.in_channels, -1), None, pointwise(0))
     return compose(everything, conv).to(conv.weight.dtype)
-
-
-def assumptions(tree: Tree[LoweredLayer]) -> list[str]:
-    """Return what nobody stated of the layers and they rest on, in words."""
-    return list(dict.fromkeys(f"{name}: {what}" for leaf in leaves(tree) for name, what in leaf.assumptions()))
 
 
 def check_nothing_missed(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]]) -> None:

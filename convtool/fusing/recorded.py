@@ -15,11 +15,10 @@ from convtool.core.expression import joined
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, first_leaves, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, UsageError
-from convtool.fusing.compare import Pairing, differing_tensors
+from convtool.fusing.compare import Pairing, differing_tensors, like_fused
 from convtool.fusing.leaf import LoweredLayer
 from convtool.fusing.lowering import lower_tree, stored_dtype
 from convtool.fusing.settle import settle
-from convtool.fusing.standing import like_fused
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import read_layer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import reduce
 
 from convtool.checkpoint import Checkpoint
 from convtool.core.names import some_of
@@ -91,51 +91,32 @@ def _settled(
 ) -> Tree[LoweredLayer]:
     """Return the tree with what matters assumed where that is accepted; the rest of it is added to `missing`."""
     tree = infer_strides(tree)
-    before, begun, size = tree, len(missing), spatial_size(tree, input_size)
-    # What is assumed by rule is so while the rest is looked at, and left open again where nothing depends on it then.
-    ruled = [(leaf.variable(name), name) for leaf in leaves(tree) for name in _ordered(leaf) if _is_ruled(leaf, name)]
-    for variable, name in ruled:
-        tree = map_leaves(partial(_assumed_if, variable, name), tree)
-    looked_at: set[str] = set()
-    for number in reversed(range(len(list(leaves(tree))))):
-        for name in _ordered(list(leaves(tree))[number]):
-            leaf = list(leaves(tree))[number]
-            variable = leaf.variable(name)
-            what = "" if variable in looked_at else _what_depends(tree, number, name, size, border)
-            looked_at.add(variable)
-            if what and name in assume:
-                tree = map_leaves(partial(_assumed_if, variable, name), tree)
-            elif what:
-                whose = next((one for one in leaves(tree) if variable == f"{one.name}.{name}"), leaf)
-                missing.insert(begun, Missing(whose, name, what))
-    for variable, name in dict.fromkeys(ruled):
-        opened = map_leaves(partial(_opened_if, variable, name, _open_values(before, variable, name)), tree)
-        number = next(n for n, one in enumerate(leaves(opened)) if name in one.open and one.variable(name) == variable)
-        if not _what_depends(opened, number, name, size, border):
-            tree = opened
-    return tree
+    begun, size = len(missing), spatial_size(tree, input_size)
+    places = [(number, name, leaf) for number, leaf in enumerate(leaves(tree)) for name in _ordered(leaf)]
+    ruled = {leaf.variable(name): (n, name) for n, name, leaf in reversed(places) if name in leaf.computed.kind.by_rule}
+    others = {leaf.variable(name): (n, name, leaf) for n, name, leaf in places if leaf.variable(name) not in ruled}
+    chosen = set(ruled)  # what has torch's default: what is assumed by rule, while the rest is looked at
+    for variable, (number, name, leaf) in sorted(others.items(), key=lambda one: -one[1][0]):
+        what = _what_depends(_with_defaults(tree, chosen), number, name, size, border)
+        if what and name in assume:
+            chosen.add(variable)
+        elif what:
+            whose = next((one for one in leaves(tree) if variable == f"{one.name}.{name}"), leaf)
+            missing.insert(begun, Missing(whose, name, what))
+    for variable, (number, name) in reversed(ruled.items()):
+        # It is left open again where nothing depends on it then.
+        if not _what_depends(_with_defaults(tree, chosen - {variable}), number, name, size, border):
+            chosen.remove(variable)
+    return _with_defaults(tree, chosen)
 
 
-def _is_ruled(leaf: LoweredLayer, name: str) -> bool:
-    return name in leaf.computed.kind.by_rule
+def _with_defaults(tree: Tree[LoweredLayer], chosen: Collection[str]) -> Tree[LoweredLayer]:
+    """Return the tree with torch's default for the open fields that these variables are."""
 
+    def assumed(leaf: LoweredLayer) -> LoweredLayer:
+        return reduce(_assumed, [name for name in _ordered(leaf) if leaf.variable(name) in chosen], leaf)
 
-def _open_values(tree: Tree[LoweredLayer], variable: str, name: str) -> Sequence[object]:
-    """Return the values to try of a variable."""
-    return next(leaf.open[name] for leaf in leaves(tree) if name in leaf.open and leaf.variable(name) == variable)
-
-
-def _opened_if(variable: str, name: str, values: Sequence[object], leaf: LoweredLayer) -> LoweredLayer:
-    """Return a layer without the assumption of a field, if it is of that variable."""
-    if name not in leaf.assumed or leaf.variable(name) != variable:
-        return leaf
-    fields = {field: value for field, value in leaf.fields.items() if field != name}
-    return replace(leaf, fields=fields, assumed=leaf.assumed - {name}, open={**leaf.open, name: values})
-
-
-def _assumed_if(variable: str, name: str, leaf: LoweredLayer) -> LoweredLayer:
-    """Return a layer with an open field assumed, if it is of that variable."""
-    return _assumed(leaf, name) if name in leaf.open and leaf.variable(name) == variable else leaf
+    return map_leaves(assumed, tree)
 
 
 def _what_depends(tree: Tree[LoweredLayer], number: int, name: str, size: tuple[int, ...] | None, border: bool) -> str:

@@ -88,7 +88,10 @@ CHAINS: dict[str, tuple[nn.Sequential, list[str]]] = {
         chain(a=nn.BatchNorm2d(4), b=nn.Conv2d(4, 3, (3, 2), padding=1)),
         ["a", "b", "--bias-map", "--input-size", "7,10"],
     ),
-    "normalised": (chain(a=nn.Conv2d(4, 6, 3)), ["a", "--normalize", "mean=0", "std=1"]),
+    "normalised": (
+        chain(a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(6, 2, 1)),
+        ["a", "b", "--normalize", "mean=0", "std=1"],
+    ),
 }
 
 

@@ -113,7 +113,9 @@ def test_all_of_them_are_fused_and_the_logits_stay(architecture: Architecture, t
     document = done("fuse", path, "--recipe", architecture.recipe, *stated, "-o", out)
     assert len(document["fusions"]) == norms_and_scales(model) >= 4
     assert document["left_alone"] == []
-    assert all(fusion["exact"] and not fusion["assumed"] for fusion in document["fusions"])
+    assert all(fusion["exact"] for fusion in document["fusions"])
+    # A .safetensors file doesn't keep the model's order.
+    assert all("runs right behind" in said for fusion in document["fusions"] for said in fusion["assumed"])
     applied = convtool.apply(copy.deepcopy(model), out)
     assert norms_and_scales(applied) == 0
     x = inputs(3, 3, *architecture.size)

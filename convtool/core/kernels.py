@@ -186,7 +186,7 @@ class ChannelsLast(Kernels):
 
     row_channels = column_channels = groups = 1
 
-    def __init__(self, made: Kernels, outputs: int) -> None:
+    def __init__(self, made: Kernels) -> None:
         self._made, self.dtype, self.output_size = made, made.dtype, made.output_size
         rows, columns = self._shape = made.row_channels, made.column_channels
         row, column = np.arange(rows)[:, None], np.arange(columns)
@@ -194,11 +194,7 @@ class ChannelsLast(Kernels):
         channels = AxisSlots(row // made.per_group * columns + column, subsets, np.full(rows, columns), members)
         self.slots, self.periods = [*made.slots, channels], (*made.periods, 1)
         self.row_size, self.column_size = (*made.row_size, rows), (*made.column_size, columns * made.groups)
-        if made.bias is None:
-            self.bias = None
-        else:
-            positions = math.prod(self.output_size)
-            self.bias = made.bias.reshape(outputs, -1).expand(-1, positions).T.reshape(1, -1)
+        self.bias = made.bias
 
     def values(self, first: int, last: int) -> Tensor:
         values = self._made.values(0, self._shape[0])
@@ -221,7 +217,7 @@ def kernels(layers: Expression, input_size: tuple[int, ...], transpose: bool, or
     if order not in ORDERS:
         raise UsageError(f"order: expected {' or '.join(ORDERS)}, got {order!r}")
     if order == "HWC":
-        return ChannelsLast(kernels(layers, input_size, transpose), out_channels(layers))
+        return ChannelsLast(kernels(layers, input_size, transpose))
     while isinstance(layers, Chain | Sum) and len(layers.parts) == 1:
         layers = layers.parts[0]
     if isinstance(layers, Conv):

@@ -120,8 +120,7 @@ class ToeplitzMatrix(RowMatrix):
 
     def bias_part(self, start: int, stop: int) -> Tensor:
         """Return the bias of outputs start:stop, without making all of it; only of a layer that has one."""
-        row, width = torch.arange(start, stop), self._bias_rows.shape[1]
-        return self._bias_rows[row // width, row % width]
+        return self._bias_at(torch.arange(start, stop))
 
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
@@ -185,7 +184,8 @@ class ToeplitzMatrix(RowMatrix):
             for first in range(0, len(target), together):
                 self._fill_channels(runs, values[first : first + together], target[first : first + together])
             if self._has_bias_column:
-                bias = self._bias_rows[band.first : band.last, band.start : band.stop]
+                channel = torch.arange(band.first, band.last)[:, None] * self._period
+                bias = self._bias_at(channel + torch.arange(band.start, band.stop))
                 target[:, self._row_ends(band)] = words(bias)
 
     def _full_row(self) -> Tensor:
@@ -236,10 +236,15 @@ class ToeplitzMatrix(RowMatrix):
     @cached_property
     def _bias_rows(self) -> Tensor:
         """The bias of every output, zero where there is none, row by row in the order of the outputs; a view."""
-        positions = math.prod(self._kernels.column_size if self.transpose else self._kernels.row_size)
-        channels = self.outputs // max(1, positions)
+        positions = math.prod(self.output_size)
         bias = torch.zeros(1, dtype=self.dtype) if self._bias is None else self._bias
-        return (bias if self._varying_bias else bias[:, None]).flatten(1).expand(channels, positions)
+        grid = (bias if self._varying_bias else bias[:, None]).flatten(1)
+        grid = grid.expand(self.outputs // max(1, positions), positions)
+        return grid.T if self.order == "HWC" else grid
+
+    def _bias_at(self, outputs: Tensor) -> Tensor:
+        width = self._bias_rows.shape[1]
+        return self._bias_rows[outputs // width, outputs % width]
 
     def _bands(self, start: int, stop: int) -> Iterator[_Band]:
         """Cut the rows into what is left of the first channel, whole ones, and the rest."""

@@ -530,3 +530,14 @@ def test_a_system_that_renames_over_no_open_file_keeps_the_old_one(here: Path, m
     run = cli("convert net.pt net.safetensors --force")
     assert (run.code, run.message.endswith("Access is denied; nothing was changed")) == (5, True)
     assert files_in(here) == before
+
+
+def test_memory_that_runs_out_while_options_are_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def none_left(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(torch, "zeros", none_left)
+    assert run_app(["verify", "before.pt", "after.pt"]) == 3
+    assert "not enough memory" in capsys.readouterr().err

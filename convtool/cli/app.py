@@ -17,6 +17,7 @@ from convtool.cli.command import Command, Group
 from convtool.cli.output import StdoutError, print_error
 from convtool.cli.run import bug, flushed
 from convtool.errors import UsageError, did_you_mean
+from convtool.formats.resources import ran_out
 
 PROGRAM = "convtool"
 COMPLETE = "_CONVTOOL_COMPLETE"  # set by the shell when it asks for completions
@@ -90,6 +91,8 @@ def _run(arguments: list[str]) -> int:
     except (OSError, StdoutError):
         raise  # of stdout: whatever a command runs into has been dealt with
     except Exception as error:
+        if outside := ran_out(error):  # while an option's value was read
+            return print_error(arguments[0], "input", outside, as_json="--json" in arguments)
         return bug(error, None, as_json="--json" in arguments)
 
 

@@ -797,6 +797,10 @@ def test_files_without_a_record_that_hold_the_same_are_the_same(tmp_path: Path) 
     state = load(after)
     state["b.bias"][3] += 1
     save_file(state, after)
+    code, document = run("verify", before, after)
+    assert (code, document["other_tensors"]["differing"]) == (1, {"b.bias": "changed"})
+    del state["b.bias"]
+    save_file(state, after)
     code, message = error("verify", before, after)
     assert code == 3
     assert "holds no record of what was fused" in message

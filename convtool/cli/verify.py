@@ -273,7 +273,7 @@ def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairi
     Without a record, they are those of the model.
     """
     from convtool.fusing.compare import named_pairing
-    from convtool.fusing.recorded import recorded_pairings
+    from convtool.fusing.recorded import SAID_BY_HAND, recorded_pairings
 
     chains = zip(options.before_layers or (), options.after_layers or (), strict=True)
     named = [named_pairing(sides.before, sides.after, split_names(a), split_names(b), sides.fields) for a, b in chains]
@@ -282,7 +282,8 @@ def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairi
         return named
     recorded = recorded_pairings(sides.before, sides.after, sides.fields[0], sides.others, named)
     if not (named or recorded):
-        reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
+        by_hand = "" if sides.after.record else f"; where layers were fused, {SAID_BY_HAND}"
+        reporter.remark(f"AFTER records no fusion that BEFORE lacks; only their tensors were compared{by_hand}")
     return named + recorded
 
 

@@ -242,10 +242,11 @@ def _show_tensors(others: OtherTensors, rounded_to: str | None, reporter: Report
         reporter.line(f"... and {len(differing) - MOST_NAMES} more")
     if differing:
         covered = "; they went into the networks that were run on random inputs" if others.by_random_inputs else ""
-        reporter.line(f"{len(differing)} other tensors differ, are missing or are new{covered}")
+        reporter.line(f"other tensors that differ, are missing or are new: {len(differing)}{covered}")
     else:
         rounded = f", or rounded once to {rounded_to}" if rounded_to else ""
-        reporter.line(f"{others.compared} other tensors: bit for bit the same{rounded}")
+        tensors = "tensor" if others.compared == 1 else "tensors"
+        reporter.line(f"{others.compared} other {tensors}: bit for bit the same{rounded}")
 
 
 def _row(report: Report) -> tuple[str, ...]:

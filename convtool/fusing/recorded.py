@@ -15,12 +15,17 @@ from convtool.core.expression import joined
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, first_leaves, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, UsageError
-from convtool.fusing.compare import Pairing, differing_tensors, like_fused
+from convtool.fusing.compare import Pairing, like_fused
 from convtool.fusing.leaf import LoweredLayer
 from convtool.fusing.lowering import lower_tree, stored_dtype
 from convtool.fusing.settle import settle
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import read_layer
+
+SAID_BY_HAND = (
+    "name the layers: --before a,b --after c; or all at once: --recipe, --with for adapters, or --model with"
+    " --model-input"
+)
 
 
 def recorded_pairings(
@@ -54,15 +59,11 @@ def recorded_pairings(
 
 
 def _without_record(before: Checkpoint, after: Checkpoint) -> list[Pairing]:
-    """Return that nothing was fused, where AFTER is BEFORE; raise InputError where it isn't."""
-    same_names = before.record is None and before.infos.keys() == after.infos.keys()
-    if same_names and not differing_tensors(before, after, []):
+    """Return that nothing was fused, where both hold tensors of the same names; raise InputError where they don't."""
+    if before.record is None and before.infos.keys() == after.infos.keys():
         return []
     swapped = "; BEFORE holds one: BEFORE and AFTER may be swapped" if before.record is not None else ""
-    raise InputError(
-        f"{after.path}: holds no record of what was fused{swapped}; name the layers: --before a,b --after c; or all"
-        " at once: --recipe, --with for adapters, or --model with --model-input"
-    )
+    raise InputError(f"{after.path}: holds no record of what was fused{swapped}; {SAID_BY_HAND}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -732,3 +732,12 @@ def test_a_transposed_layer_of_stride_1_is_a_plain_one_behind_a_stride() -> None
         inside = (slice(None), slice(None), slice(3, -3), slice(3, -3))
         assert torch.equal(forward(fused, x)[inside], forward(second, forward(first, x))[inside])
         assert not fused.geometry.transposed
+
+
+@pytest.mark.parametrize("part", [1, 1j])
+def test_a_complex_bias_is_lost_in_either_part(part: complex) -> None:
+    bias = part * torch.tensor([1.0, -2.0, 3.0], dtype=torch.complex128)
+    first = Conv(real_numbers(1, 3, 2, 1, 1).to(torch.complex128), bias, Geometry.of((1, 1)))
+    second = Conv(real_numbers(2, 4, 3, 3, 3), None, Geometry.of((3, 3), padding=1))
+    with pytest.raises(RefusedError, match="hides the bias"):
+        fuse([first, second])

@@ -212,3 +212,16 @@ def test_adding_branches_is_what_their_responses_add_up_to() -> None:
     wide = Conv(real_numbers(1, 4, 2, 3, 2), real_numbers(5, 4), Geometry.of((3, 2), padding=1, groups=2))
     narrow = Conv(real_numbers(2, 4, 4, 1, 1), None, Geometry.of((1, 1), padding=((0, 0), (0, 1))))
     assert compared(Sum((wide, narrow)), add(wide, narrow)).equal
+
+
+def test_a_transposed_layer_of_a_large_stride_takes_the_room_of_its_live_taps() -> None:
+    upsample = Conv(real_numbers(1, 2, 512, 64, 64), None, Geometry.of((64, 64), stride=32, transposed=True))
+    scale = Conv(real_numbers(2, 2, 1, 1, 1), real_numbers(3, 2), Geometry.of((1, 1), groups=2))
+    made = fuse([upsample, scale])
+    kept = Conv(made.weight.float(), None if made.bias is None else made.bias.float(), made.geometry)
+    both = Chain((upsample, scale)), stored(kept)
+    found = compare_numbers(*both, Bound(*both))
+    assert (found.elements, found.differing) == (2 * 512 * 64 * 64 + 2 * 32 * 32, 0)  # and a bias for each phase
+    kept.weight[1, 300, 63, 17] *= 1 + 2.0**-20
+    both = Chain((upsample, scale)), stored(kept)
+    assert compare_numbers(*both, Bound(*both)).differing > 0

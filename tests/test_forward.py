@@ -70,6 +70,7 @@ def test_complex_layers(name: str) -> None:
     found = forward(conv, x.to(torch.complex128))
     for part, layer in ((found.real, real), (found.imag, imaginary)):
         assert torch.equal(part, forward(Conv(layer.weight, None, case.geometry), x))
+    assert torch.equal(found, forward(conv, x))
 
 
 @pytest.mark.parametrize("name", ["linear", "1d-plain", "2d-plain", "2d-transposed", "4d-plain"])

@@ -531,6 +531,29 @@ def test_complex_layers_with_their_imaginary_parts() -> None:
     assert not verify([real], [Conv(real.weight + 1e-3j, real.bias, real.geometry)], (5, 6)).equivalent
 
 
+def test_one_imaginary_part_among_many_numbers_is_not_lost() -> None:
+    real = Conv(real_numbers(1, 64, 64, 3, 3).float(), None, Geometry.of((3, 3), padding=1))
+    weight = torch.complex(real.weight.double(), torch.zeros(64, 64, 3, 3, dtype=torch.float64))
+    assert verify([Conv(weight, None, real.geometry)], [real], (4, 5), trials=1).equivalent
+    weight[7, 2, 1, 0] += 1e-6j * weight[7, 2, 1, 0].real
+    assert verify([Conv(weight, None, real.geometry)], [real], (4, 5), trials=1).numbers.differing == 1
+
+
+def test_a_larger_kernel_is_looked_at_where_all_of_it_reads() -> None:
+    before = Conv(real_numbers(1, 4, 3, 3, 3), None, Geometry.of((3, 3), padding=1))
+    weight = torch.zeros(4, 3, 31, 31, dtype=torch.float64)
+    weight[:, :, 14:17, 14:17] = before.weight
+    after = Conv(weight, None, Geometry.of((31, 31), padding=15))
+    size = default_sizes([before], [after])[0]
+    assert min(size) >= 31
+    assert verify([before], [after], size, trials=1).equivalent
+    weight[0, 0, 0, 0] = 5
+    assert not verify([before], [after], size, trials=1).equivalent
+    identity = Conv(torch.eye(4, dtype=torch.float64)[:, :, None, None], None, Geometry.of((1, 1)))
+    report = verify([before], [after, identity], (7, 8), trials=1)
+    assert report.taps == (13 * 15 + 1, 31 * 31 + 1)
+
+
 def test_a_large_bias_hides_no_weight() -> None:
     conv = layer(1, (3, 2, 2, 3), torch.float16)
     biased = Conv(conv.weight * 2.0**-10, torch.full((3,), 60000.0, dtype=torch.float16), conv.geometry)

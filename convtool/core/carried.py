@@ -105,9 +105,9 @@ def _shares(conv: Conv, values: Tensor) -> Tensor:
     """Return (C_out, *kernel) what each tap adds where all channels read their constant."""
     groups, shape = conv.geometry.groups, conv.weight.shape
     weight = conv.weight.reshape(groups, shape[0] // groups, shape[1], math.prod(shape[2:]))  # channels may be none
-    return torch.einsum("goik,gi->gok", weight, values.reshape(groups, shape[1]).to(weight.dtype)).reshape(
-        shape[0], *conv.geometry.kernel_size
-    )
+    dtype = torch.promote_types(weight.dtype, values.dtype)  # one of the two may be complex
+    shares = torch.einsum("goik,gi->gok", weight.to(dtype), values.reshape(groups, shape[1]).to(dtype))
+    return shares.reshape(shape[0], *conv.geometry.kernel_size)
 
 
 def _slack(conv: Conv, values: Tensor) -> Tensor:

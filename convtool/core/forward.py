@@ -16,13 +16,14 @@ from torch import Tensor
 from convtool.core.conv import Conv
 from convtool.core.geometry import Axis
 from convtool.core.moves import NOTHING, Selection
+from convtool.core.rounding import with_room_for
 from convtool.core.taps import tap_table
 from convtool.core.unfold import gather_taps
 from convtool.errors import UsageError
 
 
 def forward(conv: Conv, x: Tensor) -> Tensor:
-    """Return the layer's output for x, computed in x's dtype.
+    """Return the layer's output for x, computed in x's dtype, with imaginary parts where the layer has any.
 
     Args:
         x: (N, C_in, *input_size)
@@ -39,9 +40,10 @@ def forward(conv: Conv, x: Tensor) -> Tensor:
             f" got {tuple(x.shape)}"
         )
     output_size = conv.output_size(x.shape[2:])
-    conv = conv.to(x.dtype)
     if isinstance(conv, Selection):
         return _picked(conv, x)
+    x = with_room_for(x, conv.dtype)
+    conv = conv.to(x.dtype)
     if not conv.in_channels or not conv.out_channels:
         out = x.new_zeros(len(x), conv.out_channels, *output_size)
     elif conv.spatial_axes not in (1, 2, 3):

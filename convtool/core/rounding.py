@@ -44,6 +44,11 @@ def rounded(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     return bits.view(torch.float32).to(dtype)
 
 
+def with_room_for(numbers: Tensor, others: torch.dtype) -> Tensor:
+    """Return numbers that are to be multiplied by others: complex ones, where those are."""
+    return numbers.to(numbers.dtype.to_complex()) if others.is_complex and not numbers.is_complex() else numbers
+
+
 class Rounding:
     """Rounds a tensor's numbers, in one piece or several, and sees that the dtype holds them.
 

@@ -35,17 +35,19 @@ def split_input_size(input_size: Sequence[int], channels: int, axes: int) -> tup
     )
 
 
-def default_sizes(tree: Sequence[Conv] | Expression) -> list[tuple[int, ...]]:
-    """Input sizes at which a tree shows its border on every side and an interior, one per remainder of its stride.
+def default_sizes(*sides: Sequence[Conv] | Expression) -> list[tuple[int, ...]]:
+    """Input sizes at which trees show their borders on every side and an interior, one per remainder of their stride.
 
     The first is the smallest comfortable one; the axes differ, so that height and width cannot be mixed up; at most
     four sizes.
     """
-    tree = Chain(tuple(tree)) if isinstance(tree, Sequence) else tree
-    axes = next(leaves(tree)).spatial_axes
+    trees = [Chain(tuple(tree)) if isinstance(tree, Sequence) else tree for tree in sides]
+    axes = next(leaves(trees[0])).spatial_axes
     if axes == 0:
         return [()]
-    reach, stride = _reach(tree, axes)
+    reaches, strides = zip(*(_reach(tree, axes) for tree in trees), strict=True)
+    reach = [max(each) for each in zip(*reaches, strict=True)]
+    stride = [math.lcm(*each) for each in zip(*strides, strict=True)]
     smallest: list[int] = []
     for r, s in zip(reach, stride, strict=True):
         least = 1 + r + 2 * s

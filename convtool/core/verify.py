@@ -40,7 +40,7 @@ from convtool.core.rounding import exact_dtype
 from convtool.core.sizes import split_input_size
 from convtool.core.tally import Region, Tally, check_trials
 from convtool.core.taps import taps_read
-from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves
+from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves, walk
 from convtool.errors import ConvtoolError, UsageError
 
 LARGEST_INPUT = 1 << 27  # numbers of one input in the widest layer: 1 GiB in float64, several times over
@@ -301,8 +301,16 @@ def rim_of(before: Expression, size: tuple[int, ...]) -> Mask | None:
 
 
 def _taps(after: Expression, size: tuple[int, ...]) -> tuple[int, int]:
-    layer = sole_layer(after)
-    return (0, 0) if layer is None else taps_read(layer.geometry, size)
+    """Return how many taps of all its layers some output reads the input with, and of how many."""
+    counts: list[tuple[int, int]] = []
+
+    def step(conv: Conv, at: tuple[int, ...]) -> tuple[int, ...]:
+        counts.append(taps_read(conv.geometry, at))
+        return conv.output_size(at)
+
+    walk(after, size, step, lambda _, sizes: sizes[0])
+    read, every = zip(*counts, strict=True)
+    return sum(read), sum(every)
 
 
 def _stored_error(

@@ -179,10 +179,8 @@ class LayerWay:
         if isinstance(conv, Selection):
             numbers = self._copied(conv, rows.dense(self.given))
         elif rows.numbers is None:
-            own = self._own(conv, rows)[:, None].expand(-1, self.given, -1, -1)  # (rows, places, taps, C_in)
-            pairs = torch.arange(len(own) * self.given)
-            products = iter((own.flatten(0, 1),))
-            numbers = own.flatten(1, 2) if self.direct else self._landed(len(own), own.dtype, pairs, products)
+            own = self._own(conv, rows)
+            numbers = own if self.direct and self.given == 1 else self._spread(own)
         else:
             numbers = self._times(conv, rows.numbers)
         return replace(rows, numbers=numbers, factors=None)
@@ -222,37 +220,44 @@ class LayerWay:
             part = wide
         return part.flatten(2)
 
+    @cached_property
+    def live(self) -> list[tuple[Tensor, Tensor]]:
+        """Return places that have the same live taps, and those taps: of a transposed layer's, few are live."""
+        patterns, which = torch.unique(self.landing != self.read, dim=0, return_inverse=True)
+        every = ((which == number).nonzero().flatten() for number in range(len(patterns)))
+        return [(places, pattern.nonzero().flatten()) for places, pattern in zip(every, patterns, strict=True)]
+
+    def _spread(self, own: Tensor) -> Tensor:
+        """Return (rows, places read, C_in) of what each tap weighs, (rows, taps, C_in), whatever the place."""
+        out = own.new_zeros(len(own), self.read, own.shape[2])
+        for places, taps in self.live:
+            step = max(1, AT_ONCE // max(1, own[:, taps].numel()))
+            for some in places.split(step):
+                made = own[:, None, taps].expand(-1, len(some), -1, -1).flatten(1, 2)
+                out.index_add_(1, self.landing[some][:, taps].flatten(), made)
+        return out
+
     def _times(self, conv: Conv, numbers: Tensor) -> Tensor:
-        flat, (groups, outer, taps, inner) = numbers.flatten(0, 1), self.factors.shape
-        pairs = torch.arange(len(flat))  # of a row and a place
-        if conv.in_channels * taps > 4 and bool((some := flat.any(1)).logical_not().any()):
-            pairs = some.nonzero().flatten()
-            flat = flat[pairs]
-
-        def products() -> Iterator[Tensor]:
-            """Yield (pairs, some of the taps, C_in)."""
-            step = max(1, AT_ONCE // max(1, len(flat) * conv.in_channels))
+        out = numbers.new_zeros(len(numbers) * self.read, conv.in_channels)
+        groups, outer, _, inner = self.factors.shape
+        for places, taps in self.live:
+            flat = numbers[:, places].flatten(0, 1)
+            pairs = torch.arange(len(flat))  # of a row and a place
+            if conv.in_channels * len(taps) > 4 and bool((some := flat.any(1)).logical_not().any()):
+                pairs = some.nonzero().flatten()
+                flat = flat[pairs]
+            begins = pairs // max(1, len(places)) * self.read
+            lands = self.landing[places[pairs % max(1, len(places))]]
             apart = flat.reshape(len(flat), groups, outer).transpose(0, 1)
-            for first in range(0, taps, step):
-                some = self.factors[:, :, first : first + step].to(flat.dtype)
+            for few in taps.split(max(1, AT_ONCE // max(1, len(flat) * conv.in_channels))):
+                factors = self.factors[:, :, few].to(flat.dtype)
                 if outer == inner == 1:
-                    yield flat[:, None] * some.flatten(1).T
+                    made = flat[:, None] * factors.flatten(1).T  # (pairs, taps, C_in)
                 else:
-                    made = (apart @ some.flatten(2)).reshape(groups, len(flat), some.shape[2], inner)
-                    yield made.movedim(0, 2).flatten(2)
-
-        return self._landed(len(numbers), numbers.dtype, pairs, products())
-
-    def _landed(self, rows: int, dtype: torch.dtype, pairs: Tensor, products: Iterator[Tensor]) -> Tensor:
-        """Return (rows, places read, C_in) of what is made at pairs of a row and a place, a few taps at a time."""
-        assert self.conv is not None
-        out = torch.zeros(rows * (self.read + 1), self.conv.in_channels, dtype=dtype)
-        done, target = 0, self.landing[pairs % max(1, self.given)]
-        target = target + (pairs // max(1, self.given) * (self.read + 1))[:, None]  # a place more for what isn't read
-        for some in products:
-            out.index_add_(0, target[:, done : done + some.shape[1]].flatten(), some.flatten(0, 1))
-            done += some.shape[1]
-        return out.reshape(rows, self.read + 1, out.shape[1])[:, :-1]
+                    made = (apart @ factors.flatten(2)).reshape(groups, len(flat), len(few), inner)
+                    made = made.movedim(0, 2).flatten(2)
+                out.index_add_(0, (begins[:, None] + lands[:, few]).flatten(), made.flatten(0, 1))
+        return out.reshape(len(numbers), self.read, conv.in_channels)
 
     def _copied(self, conv: Selection, numbers: Tensor) -> Tensor:
         """Return the same for a layer that copies: what the outputs that copy an entry weigh."""

@@ -99,6 +99,6 @@ def trials(
     if not chosen:
         fixed = pairing.input_size()
         kept = map_leaves(lambda leaf: leaf.conv, fused)
-        chosen = default_sizes(chain) if fixed is None else [alike_size((chain, kept), fixed)]
+        chosen = default_sizes(chain, kept) if fixed is None else [alike_size((chain, kept), fixed)]
     for size in chosen:
         yield Trial(pairing, chain, fused, size)

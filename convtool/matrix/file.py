@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from convtool.core.rounding import with_room_for
 from convtool.core.rows import BLOCK_ENTRIES, CsrBlock, check_scipy, sparse_csr
 from convtool.errors import InputError, UsageError
 from convtool.formats.matrices import ARRAYS, Layout
@@ -162,7 +163,7 @@ class MatrixFile:
         return torch.cat([part.dense_rows(a, b) for part, a, b in self._within(start, stop)])
 
     def product(self, x: Tensor, *, absolute: bool = False) -> Tensor:
-        """Return the matrix times x, (columns, n), in x's dtype and computed block by block.
+        """Return the matrix times x, (columns, n), in x's dtype and block by block; complex where either is.
 
         Args:
             absolute: of the magnitudes of the values instead, for bounds on rounding errors.
@@ -172,6 +173,7 @@ class MatrixFile:
         """
         if x.dim() != 2 or x.shape[0] != self.shape[1]:
             raise UsageError(f"expected x of shape ({self.shape[1]}, n), got {tuple(x.shape)}")
+        x = with_room_for(x, self.dtype)
         out = torch.empty(self.shape[0], x.shape[1], dtype=x.dtype)
         for start, stop in self.blocks():
             if self.layout == "dense":

@@ -31,20 +31,13 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir() if not path.name.startswith(".convtool-")}
 
 
+def line(folder: Path, size: str, shards: int) -> list[str]:
+    out = str(folder / "m.safetensors")
+    return [*LAYER, size, "--padding", "1", "--shards", str(shards), "-q", "--force", "-o", out]
+
+
 def write(folder: Path, size: str, shards: int) -> None:
-    line = [
-        *LAYER,
-        size,
-        "--padding",
-        "1",
-        "--shards",
-        str(shards),
-        "-q",
-        "--force",
-        "-o",
-        str(folder / "m.safetensors"),
-    ]
-    subprocess.run([sys.executable, "-m", "convtool", *line], check=True)
+    subprocess.run([sys.executable, "-m", "convtool", *line(folder, size, shards)], check=True)
 
 
 def ranks_of(launcher: int) -> list[int]:
@@ -55,21 +48,12 @@ def ranks_of(launcher: int) -> list[int]:
 
 def round_of(folder: Path, count: int, shards: int, chance: random.Random, name: str) -> tuple[str, float]:
     """Launch, do something to a rank, and wait; how it ended, and after how many seconds."""
-    line = [
-        *LAYER,
-        NEW,
-        "--padding",
-        "1",
-        "--shards",
-        str(shards),
-        "-q",
-        "--force",
-        "-o",
-        str(folder / "m.safetensors"),
-    ]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     process = subprocess.Popen(
-        [*launch, "-m", "convtool", *line], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*launch, "-m", "convtool", *line(folder, NEW, shards)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     begin = time.monotonic()
     while len(ranks := ranks_of(process.pid)) < count and process.poll() is None:

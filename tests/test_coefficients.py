@@ -13,13 +13,14 @@ import torch
 from cases import real_numbers
 from torch import Tensor
 
-from convtool.core.bound import Bound, half_ulp, less_inwards, stored
+from convtool.core.bound import Bound
 from convtool.core.coefficients import compare_numbers
 from convtool.core.compose import add
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, run
 from convtool.core.fuse import fuse
 from convtool.core.geometry import PADDING_MODES, Geometry
+from convtool.core.stored import half_ulp, less_inwards, stored
 from convtool.core.tally import Region
 from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
 from convtool.errors import RefusedError, UsageError

@@ -107,6 +107,7 @@ BARE: tuple[tuple[nn.Module, tuple[int, ...]], ...] = (
     (nn.AvgPool1d(3), (2, 9)),
     (nn.AvgPool2d(2, divisor_override=3), (2, 4, 6)),
     (nn.AdaptiveAvgPool2d((3, 2)), (2, 6, 4)),
+    (nn.AdaptiveAvgPool2d((None, 2)), (2, 6, 4)),
     (nn.Identity(), (3, 4, 4)),
     (nn.Flatten(), (3, 4, 5)),
     (nn.PixelShuffle(2), (8, 3, 4)),

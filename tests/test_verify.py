@@ -22,14 +22,15 @@ from strategies import chains, mixed_chains
 from torch import Tensor
 
 import convtool
-from convtool.core.bound import Bound, Stored, Tolerance, fused_geometry, fusing_terms, gamma, half_ulp, stored
+from convtool.core.bound import Bound, Tolerance, fusing_terms, gamma
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, run
+from convtool.core.expression import Expression, fused_geometry, run
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
 from convtool.core.inputs import dense_inputs
 from convtool.core.rounding import rounded
 from convtool.core.sizes import alike_size, default_sizes, split_input_size
+from convtool.core.stored import Stored, half_ulp, stored
 from convtool.core.tally import ratios
 from convtool.core.tree import Chain, Sum, Tree
 from convtool.core.verify import EquivalenceReport, verify

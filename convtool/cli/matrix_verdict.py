@@ -1,19 +1,21 @@
-"""What `convtool verify` says of a matrix, and the words that all of its verdicts are in."""
+"""A matrix held against its layer, or another: the comparison, its verdict, and the words of all verdicts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from convtool.cli.document import Dtype, Sizes, fill
 from convtool.cli.output import Reporter, table
+from convtool.errors import UsageError
 
 if TYPE_CHECKING:
     from convtool.core.tally import Region
     from convtool.fusing.matrix_proof import Compared
 
+BOUND: Literal["derived bound"] = "derived bound"
 EVERY_ENTRY = "every entry compared: this holds for all inputs of this size"
 
 
@@ -68,6 +70,50 @@ class MatrixResult:
     tolerance: Literal["derived bound"]
     assumed: tuple[str, ...]
     matrix: Matrix
+
+
+def verify_matrices(options: Any, how: dict[str, Any], names: Sequence[str] | None, reporter: Reporter) -> MatrixResult:
+    """Return the verdict on a layer and its matrix, or on two matrices.
+
+    Args:
+        options: of `convtool verify`.
+        how: trials, seed and computed_in, as of `convtool.core.verify_matrix.verify_matrix`.
+        names: the layers of --before.
+    """
+    from convtool.fusing.matrix_proof import compare_with_layer, compare_with_matrix, open_numbers
+    from convtool.matrix.read import is_matrix_file
+
+    before, after, sources = options.before, options.after, options.sources
+    sizes = options.input_size or []
+    opened = None if is_matrix_file(before) else sources.open(before, reporter)
+    model = None if opened is None else sources.of_model(opened, reporter)
+    fields, _ = sources.of_both(model, None if opened is None else opened.layers)
+    if not is_matrix_file(after):
+        raise UsageError(f"{before} is a matrix file and {after} is none; the matrix is AFTER, its layer in BEFORE")
+    found = open_numbers(after)
+    if opened is None and (names is not None or sizes or options.rows or options.columns or options.no_bias):
+        raise UsageError(
+            "--before, --input-size, --rows, --columns and --no-bias are for a layer; BEFORE is a matrix file too"
+        )
+    with reporter.progress("comparing matrices", None):
+        if opened is None:
+            compared = compare_with_matrix(found, open_numbers(before))
+        else:
+            part = {name: getattr(options, name) for name in ("rows", "columns", "no_bias")}
+            compared = compare_with_layer(found, opened, names, sizes, fields, **part, **how)
+            if not compared.report.equivalent and found.bias is None and compared.report.bias.differing:
+                reporter.remark(f"{after} holds no bias; --no-bias compares the matrix alone")
+    for text in compared.assumed:
+        reporter.note(f"assumed: {text}")
+    return fill(
+        MatrixResult,
+        options,
+        compared.report,
+        compared,
+        statement=EVERY_ENTRY,
+        tolerance=BOUND,
+        matrix=Matrix.made_of(compared),
+    )
 
 
 def compared(region: Region) -> Region | None:

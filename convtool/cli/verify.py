@@ -163,7 +163,10 @@ def run(options: Options, reporter: Reporter) -> verify_text.Result | matrix_ver
     options.check(with_matrix)
     how = {name: getattr(options, name) for name in ("trials", "seed")}
     how["computed_in"] = options.computed_in or torch.float64
-    return (_verify_matrices if with_matrix else _verify_checkpoints)(options, how, reporter)
+    if not with_matrix:
+        return _verify_checkpoints(options, how, reporter)
+    named = next(map(split_names, options.before_layers or ()), None)
+    return matrix_verdict.verify_matrices(options, how, named, reporter)
 
 
 def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporter) -> verify_text.Result:
@@ -196,7 +199,7 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         + ("; what no pair covers, by random inputs" if differing & covered else ""),
         computed_in=dtype_name(how["computed_in"]),
         rounded_to=None if options.rounded_to is None else dtype_name(options.rounded_to),
-        tolerance=verify_text.Tolerance(options.rtol, options.atol) if own_bound else verify_text.BOUND,
+        tolerance=verify_text.Tolerance(options.rtol, options.atol) if own_bound else matrix_verdict.BOUND,
         assumed=assumed,
         claims=verdict.claims(results),
         explained=explained,
@@ -204,45 +207,6 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         fusions=tuple(verify_text.Report.of(*result) for result in results),
         other_tensors=tensors,
         whole_model=whole,
-    )
-
-
-def _verify_matrices(options: Options, how: dict[str, Any], reporter: Reporter) -> matrix_verdict.MatrixResult:
-    """Return the verdict on a layer and its matrix, or on two matrices."""
-    from convtool.fusing.matrix_proof import compare_with_layer, compare_with_matrix, open_numbers
-    from convtool.matrix.read import is_matrix_file
-
-    before, after, sources = options.before, options.after, options.sources
-    named, sizes = next(iter(options.before_layers or ()), None), options.input_size or []
-    opened = None if is_matrix_file(before) else sources.open(before, reporter)
-    model = None if opened is None else sources.of_model(opened, reporter)
-    fields, _ = sources.of_both(model, None if opened is None else opened.layers)
-    if not is_matrix_file(after):
-        raise UsageError(f"{before} is a matrix file and {after} is none; the matrix is AFTER, its layer in BEFORE")
-    found = open_numbers(after)
-    if opened is None and (named is not None or sizes or options.rows or options.columns or options.no_bias):
-        raise UsageError(
-            "--before, --input-size, --rows, --columns and --no-bias are for a layer; BEFORE is a matrix file too"
-        )
-    with reporter.progress("comparing matrices", None):
-        if opened is None:
-            compared = compare_with_matrix(found, open_numbers(before))
-        else:
-            names, how = split_names(named) if named else None, how | {"rows": options.rows, "columns": options.columns}
-            compared = compare_with_layer(found, opened, names, sizes, fields, no_bias=options.no_bias, **how)
-            if not compared.report.equivalent and found.bias is None and compared.report.bias.differing:
-                reporter.remark(f"{after} holds no bias; --no-bias compares the matrix alone")
-    for text in compared.assumed:
-        reporter.note(f"assumed: {text}")
-    matrix = matrix_verdict.Matrix.made_of(compared)
-    return fill(
-        matrix_verdict.MatrixResult,
-        options,
-        compared.report,
-        compared,
-        statement=matrix_verdict.EVERY_ENTRY,
-        tolerance=verify_text.BOUND,
-        matrix=matrix,
     )
 
 

@@ -27,7 +27,6 @@ KINDS = {
     "basis": "a basis vector",
 }
 MOST_NAMES = 20  # tensors named one by one before the rest is only counted
-BOUND: Literal["derived bound"] = "derived bound"
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,15 +19,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from convtool.core.bound import Bound, Stored, Tolerance, half_ulp, sole_layer, stored_within
+from convtool.core.bound import Bound, Tolerance
 from convtool.core.classes import classes, inside, period
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, exact_type, in_channels, out_channels, output_size, run
 from convtool.core.geometry import LARGEST
 from convtool.core.rounding import rounded
+from convtool.core.stored import Stored, half_ulp, stored_within
 from convtool.core.tally import Region, Worst, hold
 from convtool.core.taps import tap_table
-from convtool.core.tree import Sum, Tree, leaves, map_leaves
+from convtool.core.tree import Sum, Tree, leaves, map_leaves, sole_layer
 from convtool.core.ways import LayerWay, Places, Rows, placed_among, pull, union, way_back, widest
 from convtool.errors import RefusedError, UsageError
 

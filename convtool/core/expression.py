@@ -13,7 +13,8 @@ from torch import Tensor
 
 from convtool.core.conv import Conv
 from convtool.core.forward import forward
-from convtool.core.joint import compose_geometry
+from convtool.core.geometry import Geometry
+from convtool.core.joint import add_geometry, compose_geometry
 from convtool.core.moves import Selection, compose_moves
 from convtool.core.tree import Chain, Leaf, Sum, Tree, flat_parts, fold, leaves, walk
 from convtool.errors import UsageError
@@ -136,3 +137,15 @@ def _products(conv: Conv) -> int:
     if (weight[0].numel() == 1 or apart) and geometry.groups == len(weight) and conv.bias is None:
         return 0 if bool((weight == 1).all()) else weight.numel()
     return weight.numel()
+
+
+def fused_geometry(tree: Expression) -> Geometry:
+    """Return the geometry of the one layer that stands for the tree; RefusedError where there is none."""
+
+    def chain(parts: list[Geometry]) -> Geometry:
+        return reduce(compose_geometry, parts)
+
+    def total(parts: list[Geometry]) -> Geometry:
+        return reduce(add_geometry, parts)
+
+    return fold(tree, lambda conv: conv.geometry, chain, total)

@@ -253,7 +253,7 @@ class RowMatrix(ABC):
             rows: the range that will be asked about, where that isn't all.
         """
         if type(start) is not int or type(stop) is not int or not 0 <= start < stop <= self.shape[1]:
-            raise UsageError(f"--columns: expected A:B with 0 <= A < B <= {self.shape[1]}, got {start}:{stop}")
+            raise UsageError(f"columns: expected A:B with 0 <= A < B <= {self.shape[1]}, got {start}:{stop}")
         with enough_memory(f"{self!r}: columns {start}:{stop}"):
             return _columns_of(self, start, stop, rows or (0, self.shape[0]))
 
@@ -352,8 +352,7 @@ class ColumnsOf(RowMatrix):
         out[:] = words(self._matrix.values(start, stop))[self._live(start, stop)[1]]
 
 
+# Planned, written and drawn one after the other, and to count takes going through all entries.
 @lru_cache(maxsize=4)
-def _columns_of(
-    matrix: RowMatrix, start: int, stop: int, rows: tuple[int, int]
-) -> ColumnsOf:  # to count takes going through all entries
+def _columns_of(matrix: RowMatrix, start: int, stop: int, rows: tuple[int, int]) -> ColumnsOf:
     return ColumnsOf(matrix, start, stop, rows)

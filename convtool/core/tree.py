@@ -184,3 +184,12 @@ def fold(
     if isinstance(tree, Sum):
         return total([fold(part, leaf, chain, total) for part in tree.parts])
     return leaf(tree)
+
+
+def sole_layer(tree: Tree[Leaf]) -> Leaf | None:
+    """Return the layer that is all of the tree; None where there are several."""
+    while isinstance(tree, Chain | Sum):
+        if len(tree.parts) > 1:
+            return None
+        tree = tree.parts[0]
+    return tree

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from convtool.core.border import Mask, border_at
-from convtool.core.bound import Bound, Stored, Tolerance, fused_geometry, sole_layer, stored
+from convtool.core.bound import Bound, Tolerance
 from convtool.core.coefficients import compare_numbers
 from convtool.core.compose import add, compose_chain
 from convtool.core.conv import Conv
 from convtool.core.expression import (
     Expression,
     exact_type,
+    fused_geometry,
     in_channels,
     multiply_adds,
     out_channels,
@@ -38,9 +39,10 @@ from convtool.core.inputs import dense_count, dense_inputs
 from convtool.core.joint import compose_geometry
 from convtool.core.rounding import exact_dtype
 from convtool.core.sizes import split_input_size
+from convtool.core.stored import Stored, stored
 from convtool.core.tally import Region, Tally, check_trials
 from convtool.core.taps import taps_read
-from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves, walk
+from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves, sole_layer, walk
 from convtool.errors import ConvtoolError, UsageError
 
 LARGEST_INPUT = 1 << 27  # numbers of one input in the widest layer: 1 GiB in float64, several times over
@@ -77,8 +79,8 @@ class EquivalenceReport:
         inputs: how many inputs were run, by kind.
         seed: of the random ones.
         exhaustive: every basis vector was run as well.
-        taps: of how many taps of AFTER's kernel anything can be said at this size, and of how many there are: what no
-            output reads may hold anything. For one layer; (0, 0) for several.
+        taps: of how many taps of AFTER's layers anything can be said at this size, and of how many there are: what no
+            output reads may hold anything.
         interior, rim: the comparison apart from and at the border, where a fused layer without the padding of the
             layers in between may differ; `rim` has no elements where the chain has no such border.
         dtype: that AFTER is stored in.

@@ -11,9 +11,8 @@ from convtool.checkpoint.cast import cast_piece
 from convtool.checkpoint.digests import digests_of
 from convtool.checkpoint.record import field_source
 from convtool.checkpoint.spelled import Path
-from convtool.core.bound import fused_geometry
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, in_channels, joined, output_size, widest_layer
+from convtool.core.expression import Expression, fused_geometry, in_channels, joined, output_size, widest_layer
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import LARGEST, format_sizes
 from convtool.core.sizes import alike_size, split_input_size

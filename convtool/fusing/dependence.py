@@ -21,8 +21,8 @@ from typing import Any, TypeAlias
 
 import torch
 
-from convtool.core.bound import fused_geometry
 from convtool.core.conv import Conv
+from convtool.core.expression import fused_geometry
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.fuse import NamedConv, fuse_tree
 from convtool.core.geometry import Geometry

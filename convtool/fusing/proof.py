@@ -6,11 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from convtool.checkpoint import Checkpoint
-from convtool.core.bound import Bound, Stored, stored
+from convtool.core.bound import Bound
 from convtool.core.coefficients import compare_numbers
 from convtool.core.expression import Expression, joined, output_size
 from convtool.core.geometry import format_sizes
 from convtool.core.sizes import default_sizes
+from convtool.core.stored import Stored, stored
 from convtool.core.tree import Tree, map_leaves
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer

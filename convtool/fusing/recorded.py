@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import FusionRecord, SourceLayer, full_name
 from convtool.checkpoint.spelled import Spelled, spelled_out
-from convtool.core.bound import fused_geometry
 from convtool.core.conv import Conv
-from convtool.core.expression import joined
+from convtool.core.expression import fused_geometry, joined
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, first_leaves, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, UsageError

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from convtool.checkpoint import Checkpoint
-from convtool.core.bound import Stored
 from convtool.core.expression import Expression, in_channels
 from convtool.core.names import some_of
 from convtool.core.sizes import alike_size, default_sizes, split_input_size
+from convtool.core.stored import Stored
 from convtool.core.tree import BASE, Tree, leaves, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError, UsageError

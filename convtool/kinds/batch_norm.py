@@ -17,8 +17,8 @@ from convtool.kinds.kind import Kind, Layer, Shapes, TensorInfo, Tensors
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from convtool.core.bound import Stored
     from convtool.core.conv import Conv
+    from convtool.core.stored import Stored
 
 _AFFINE = ("weight", "bias", "running_mean", "running_var")
 
@@ -105,8 +105,8 @@ class BatchNorm(Kind):
         """Return the two layers of `parts`."""
         import torch
 
-        from convtool.core.bound import Stored, half_ulp
         from convtool.core.conv import Conv
+        from convtool.core.stored import Stored, half_ulp
 
         mean, bias, geometry = tensors["running_mean"], tensors.get("bias"), conv.geometry
         moved, scaled = self.parts(conv, tensors, fields).parts
@@ -168,7 +168,7 @@ def _scale_error(scale: Tensor, tensors: Tensors, eps: float) -> Tensor:
     """
     import torch
 
-    from convtool.core.bound import half_ulp
+    from convtool.core.stored import half_ulp
 
     stored = tensors["running_var"]
     variance = stored.to(torch.float64) + eps

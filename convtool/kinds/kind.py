@@ -13,9 +13,9 @@ from convtool.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from convtool.core.bound import Stored
     from convtool.core.conv import Conv
     from convtool.core.geometry import Geometry
+    from convtool.core.stored import Stored
     from convtool.core.tree import Tree
 
 Shape: TypeAlias = tuple[int, ...]
@@ -286,7 +286,7 @@ class Kind:
 
     def stored(self, conv: Conv, tensors: Tensors, fields: Fields) -> Tree[Stored]:
         """Return the lowered layer with the most that storing its tensors can have moved each number by."""
-        from convtool.core.bound import stored
+        from convtool.core.stored import stored
 
         return stored(conv)
 

@@ -38,7 +38,8 @@ class AvgPool(Kind):
             wanted, size = module.output_size, size_of()
             if size is None:
                 raise UsageError("how large a map it reads isn't known here; write it as 'avg_pool(7,7)'")
-            wanted = (wanted,) * len(size) if isinstance(wanted, int) else wanted
+            each = wanted if isinstance(wanted, tuple) else (wanted,) * len(size)
+            wanted = [whole if part is None else part for whole, part in zip(size, each, strict=True)]
             if any(not part or whole % part for whole, part in zip(size, wanted, strict=True)):
                 raise RefusedError(
                     f"it makes a map of {format_sizes(wanted)} of {format_sizes(size)}, which it doesn't divide"

@@ -10,11 +10,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from convtool.core.bound import Stored
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression
 from convtool.core.geometry import LARGEST, Geometry
 from convtool.core.sizes import split_input_size
+from convtool.core.stored import Stored
 from convtool.core.tree import Chain, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, UsageError
 from convtool.graph.planned import Plan

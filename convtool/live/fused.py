@@ -7,8 +7,8 @@ from torch import nn
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import SourceLayer
 from convtool.checkpoint.spelled import spelled_out
-from convtool.core.bound import fused_geometry
 from convtool.core.conv import Conv
+from convtool.core.expression import fused_geometry
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves
 from convtool.errors import ConvtoolError

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from bench.harness import OUTPUT, Candidate, Comparison, timed
-from convtool.core.bound import Bound, stored
+from convtool.core.bound import Bound
 from convtool.core.coefficients import compare_numbers
 from convtool.core.conv import Conv
 from convtool.core.fuse import fuse
 from convtool.core.geometry import Geometry
+from convtool.core.stored import stored
 from convtool.core.tree import Chain
 
 BY_HAND = """

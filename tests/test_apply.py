@@ -185,6 +185,32 @@ def test_a_scale_that_became_none_comes_back_where_loading_fails(tmp_path: Path)
     assert live.state_dict().keys() == before.state_dict().keys()
 
 
+class Branching(nn.Module):
+    """A block with a place for the layer that its others become, as timm's blocks have one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.fused = nn.Conv2d(4, 6, 3), nn.BatchNorm2d(6), None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.b(self.a(x)) if self.fused is None else self.fused(x)
+        return y
+
+
+def test_a_place_that_a_block_keeps_open_takes_the_fused_layer(tmp_path: Path) -> None:
+    model, out = filled(nn.Sequential(Branching())), tmp_path / "after.pt"
+    done("fuse", save(model, tmp_path / "before.pt"), "0.a", "0.b", "--eps=1e-5", "--name=0.fused", "-o", out)
+    live = convtool.apply(copy.deepcopy(model), out)
+    assert set(live.state_dict()) == {"0.fused.weight", "0.fused.bias"}
+    assert relative_difference(outputs(model), outputs(live)) < CLOSE
+    larger = copy.deepcopy(model).append(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="lacks"):
+        convtool.apply(larger, out)
+    block = larger[0]
+    assert isinstance(block, Branching)
+    assert block.fused is None
+
+
 def test_a_scale_that_is_a_module_becomes_an_identity(tmp_path: Path) -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:

@@ -226,3 +226,10 @@ def test_a_transposed_layer_of_a_large_stride_takes_the_room_of_its_live_taps() 
     kept.weight[1, 300, 63, 17] *= 1 + 2.0**-20
     both = Chain((upsample, scale)), stored(kept)
     assert compare_numbers(*both, Bound(*both)).differing > 0
+
+
+def test_a_bias_that_is_kept_does_not_hide_that_many_numbers_were_rounded() -> None:
+    before = Conv(real_numbers(1, 64, 64, 3, 3), torch.ones(64).double(), Geometry.of((3, 3)))
+    after = stored(Conv(before.weight.float(), torch.ones(64), before.geometry))
+    found = compare_numbers(before, after, Bound(before, after))
+    assert (found.ratio, found.differing) == (1, 0)

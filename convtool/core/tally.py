@@ -110,7 +110,7 @@ class Worst:
             largest_error=largest,
             relative_error=largest / self._output if self._output else (math.inf if largest else 0.0),
         )
-        if now.where is None or worst > now.ratio:
+        if worst > now.ratio or not self.region.elements:
             off, most = (float(part.expand_as(ratio).reshape(-1)[at]) for part in (error, bound))
             now = replace(now, ratio=worst, error=off, bound=most, **place(at))
         self.region = now

@@ -107,7 +107,7 @@ class Applying:
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(id(module), []).append(name)
         self.rests: dict[tuple[type, str], tuple[str, ...]] = {}  # what stays of modules that do more than a layer
-        self.touched: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any]]] = {}
+        self.touched: dict[int, tuple[nn.Module, dict[str, Any], dict[str, Any], dict[str, Any]]] = {}
 
     def put(self, name: str, tree: Tree[SourceLayer], fused: Conv | None) -> None:
         """Replace the layers of one fusion.
@@ -193,8 +193,8 @@ class Applying:
 
     def undo(self) -> None:
         """Put back every module that was replaced."""
-        for module, modules, parameters in self.touched.values():
-            for own, before in ((module._modules, modules), (module._parameters, parameters)):
+        for module, plain, modules, parameters in self.touched.values():
+            for own, before in ((vars(module), plain), (module._modules, modules), (module._parameters, parameters)):
                 own.clear()
                 own.update(before)
 
@@ -269,7 +269,8 @@ class Applying:
     # --- changing the model
 
     def _touch(self, module: nn.Module) -> None:
-        self.touched.setdefault(id(module), (module, dict(module._modules), dict(module._parameters)))
+        own = dict(vars(module)), dict(module._modules), dict(module._parameters)
+        self.touched.setdefault(id(module), (module, *own))
 
     def _set(self, name: str, module: nn.Module) -> None:
         path, _, last = name.rpartition(".")
@@ -277,8 +278,10 @@ class Applying:
         self._touch(parent)
         if last in parent._modules:
             parent._modules[last] = module  # keeps its place among the children
-        else:
-            parent.add_module(last, module)
+            return
+        if vars(parent).get(last, parent) is None:  # a block's place for the layer that its branches become
+            delattr(parent, last)
+        parent.add_module(last, module)
 
     def _delete(self, name: str) -> None:
         """Delete a module, and then the modules around it that are left without anything."""

@@ -6,8 +6,11 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 from cases import make_conv
 from hypothesis import strategies as st
@@ -17,6 +20,22 @@ from convtool.core.geometry import PADDING_MODES, Axis, Geometry, PaddingMode
 
 MODES = st.sampled_from(PADDING_MODES)
 SEEDS = st.integers(0, 2**20)
+
+
+def covering(least: int, *axes: Sequence[Any], seed: int = 0) -> Iterator[tuple[Any, ...]]:
+    """Yield random combinations of the axes' values: at least so many, and every two values of two axes together.
+
+    What goes wrong hangs on one or two fields at a time, so this finds what the whole product would, in a fraction of
+    the time.
+    """
+    rng, count = random.Random(seed), 0
+    places = list(itertools.combinations(range(len(axes)), 2))
+    left = {(i, j, a, b) for i, j in places for a, b in itertools.product(range(len(axes[i])), range(len(axes[j])))}
+    while left or count < least:
+        chosen = [rng.randrange(len(values)) for values in axes]
+        left -= {(i, j, chosen[i], chosen[j]) for i, j in places}
+        count += 1
+        yield tuple(values[number] for values, number in zip(axes, chosen, strict=True))
 
 
 @st.composite

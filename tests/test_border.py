@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from layers import average_pool, make
 from oracles import NOTHING, axis_taps
-from strategies import chain_runs, chains, geometry_of, geometry_runs, mixed_chains, runs, sizes_that_run
+from strategies import chain_runs, chains, covering, geometry_of, geometry_runs, mixed_chains, runs, sizes_that_run
 
 from convtool.core.border import Border, Mask, Verdict, all_of, border_at, decide, describe_sizes
 from convtool.core.compose import compose, compose_chain
@@ -92,14 +92,14 @@ more_positions = st.tuples(*(st.integers(0, 6),) * 3)
 
 
 @pytest.mark.parametrize("mode", PADDING_MODES)
-@settings(max_examples=400)
+@settings(max_examples=120)
 @given(data=st.data(), more=more_positions)
 def test_along_one_axis(mode: PaddingMode, data: st.DataObject, more: tuple[int, ...]) -> None:
     chain = data.draw(chains(number=1, mode=mode, largest_number=LARGE))
     check_border(chain, sizes_that_run(chain, more[:1]))
 
 
-@settings(max_examples=500)
+@settings(max_examples=120)
 @given(chain=mixed_chains(number=1, largest_number=LARGE), more=more_positions)
 def test_along_one_axis_with_transposed_layers(chain: list[Conv], more: tuple[int, ...]) -> None:
     check_border(chain, sizes_that_run(chain, more[:1]))
@@ -107,21 +107,21 @@ def test_along_one_axis_with_transposed_layers(chain: list[Conv], more: tuple[in
 
 @pytest.mark.parametrize("mode", PADDING_MODES)
 @pytest.mark.parametrize("number", [2, 3])
-@settings(max_examples=200)
+@settings(max_examples=50)
 @given(data=st.data(), more=more_positions)
 def test_along_several_axes(number: int, mode: PaddingMode, data: st.DataObject, more: tuple[int, ...]) -> None:
     chain = data.draw(chains(number=number, mode=mode, most=3 if number == 2 else 2, largest_number=LARGE))
     check_border(chain, sizes_that_run(chain, more[:number]))
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(chain=mixed_chains(number=2, largest_number=LARGE), more=more_positions)
 def test_along_two_axes_with_transposed_layers(chain: list[Conv], more: tuple[int, ...]) -> None:
     check_border(chain, sizes_that_run(chain, more[:2]))
 
 
 @pytest.mark.parametrize("mode", PADDING_MODES)
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(data=st.data(), more=more_positions)
 def test_layers_that_are_often_exact(mode: PaddingMode, data: st.DataObject, more: tuple[int, ...]) -> None:
     # Random layers seldom are. Here the second is small and unpadded along most axes, and no bias comes first.
@@ -137,12 +137,10 @@ def test_layers_that_are_often_exact(mode: PaddingMode, data: st.DataObject, mor
     check_border([first, second], sizes_that_run([first, second], more[:2]))
 
 
-def test_small_pairs_exhaustively() -> None:
+def test_small_pairs() -> None:
     exact = inexact = 0
-    for number, (k1, s1, p1, q1, k2, s2, p2, q2, size) in enumerate(
-        itertools.product((1, 2, 3), (1, 2, 3), (0, 1, 2), (0, 2), (1, 2), (1, 2), (0, 1), (0, 1), (3, 4, 6))
-    ):
-        bias = number % 3 == 0
+    fields = (1, 2, 3), (1, 2, 3), (0, 1, 2), (0, 2), (1, 2), (1, 2), (0, 1), (0, 1), (3, 4, 6), (True, False, False)
+    for number, (k1, s1, p1, q1, k2, s2, p2, q2, size, bias) in enumerate(covering(500, *fields)):
         layers = (Axis(k1, s1, p1, q1), Axis(k2, s2, p2, q2))
         if chain_runs(layers, size):
             chain = [
@@ -153,8 +151,8 @@ def test_small_pairs_exhaustively() -> None:
                 exact += 1
             else:
                 inexact += 1
-    assert exact > 700
-    assert inexact > 700
+    assert exact > 120
+    assert inexact > 120
 
 
 def test_weights_that_happen_to_be_zero() -> None:
@@ -261,7 +259,7 @@ def random_axis(rng: random.Random, mode: PaddingMode, most: int) -> Axis:
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_every_size_for_random_pairs(mode: PaddingMode, seed: int) -> None:
     rng = random.Random(seed)
-    for _ in range(120 if mode == "zeros" else 60):
+    for _ in range(40 if mode == "zeros" else 15):
         layers = tuple(random_axis(rng, mode, 4) for _ in range(2))
         check_all_sizes(layers, [rng.random() < 0.3 for _ in layers])
 
@@ -270,7 +268,7 @@ def test_every_size_for_random_pairs(mode: PaddingMode, seed: int) -> None:
 @pytest.mark.parametrize("mode", PADDING_MODES)
 def test_every_size_for_random_triples(mode: PaddingMode, seed: int) -> None:
     rng = random.Random(100 + seed)
-    for _ in range(40 if mode == "zeros" else 20):
+    for _ in range(12 if mode == "zeros" else 5):
         layers = tuple(random_axis(rng, mode, 3) for _ in range(3))
         check_all_sizes(layers, [rng.random() < 0.3 for _ in layers])
 
@@ -280,7 +278,7 @@ def test_every_size_for_nearly_exact_layers(seed: int) -> None:
     # Layers padded in full, or strided by their kernel, where exactness hangs on a single position.
     rng = random.Random(200 + seed)
     exact = partly = 0
-    for _ in range(150):
+    for _ in range(60):
         kernel, dilation = rng.randint(1, 4), rng.choice((1, 1, 2, 5))
         reach = dilation * (kernel - 1)
         stride = rng.choice((1, kernel, kernel + 1, reach + 1))
@@ -301,14 +299,14 @@ def test_every_size_for_nearly_exact_layers(seed: int) -> None:
         verdict = check_all_sizes((first, second), (False, rng.random() < 0.5))
         exact += verdict.exact
         partly += bool(verdict.multiples)
-    assert exact > 20
-    assert partly > 5
+    assert exact > 8
+    assert partly > 2
 
 
 @pytest.mark.parametrize("seed", range(2))
 def test_every_size_for_transposed_layers(seed: int) -> None:
     rng = random.Random(300 + seed)
-    for _ in range(100):
+    for _ in range(40):
         flipped = rng.choice(((True, True), (True, False), (False, True), (True, False, True), (False, True, True)))
         layers = []
         for transposed in flipped:
@@ -371,28 +369,14 @@ def harmless_sides(first: Axis, second: Axis, bias: bool) -> tuple[bool, bool]:
     return before, after
 
 
-@pytest.mark.parametrize("part", range(2))
-def test_the_closed_rule(part: int) -> None:
+def test_the_closed_rule() -> None:
     exact = inexact = 0
-    for number, (k1, s1, d1, p1, q1, k2, s2, d2, p2, q2) in enumerate(
-        itertools.product(
-            (1, 2, 3),
-            (1, 2, 3),
-            (1, 2),
-            (0, 1, 2),
-            (0, 2, 4),
-            (1, 2, 3),
-            (1, 2),
-            (1, 2),
-            ((0, 1), (1, 0), (3, 0)),
-            (0,),
-        )
-    ):
-        if number % 5 != part:  # coprime to every count, so that each value of each parameter is met
-            continue
-        bias = number % 13 == 0
+    first_fields = (1, 2, 3), (1, 2, 3), (1, 2), (0, 1, 2), (0, 2, 4)
+    second_fields = (1, 2, 3), (1, 2), (1, 2), ((0, 1), (1, 0), (3, 0))
+    biases = (True, *(False,) * 12)
+    for k1, s1, d1, p1, q1, k2, s2, d2, p2, bias in covering(450, *first_fields, *second_fields, biases):
         before, after = p2
-        first, second = Axis(k1, s1, p1, q1, d1), Axis(k2, s2, before, after + q2, d2)
+        first, second = Axis(k1, s1, p1, q1, d1), Axis(k2, s2, before, after, d2)
         chain = unit_layers((first, second), (bias, False))
         verdict = decide(chain, compose_chain(chain).geometry)
         sides = harmless_sides(first, second, bias)
@@ -412,13 +396,13 @@ def test_the_closed_rule(part: int) -> None:
             inexact += 1
             assert (verdict.rim[0][0] > 0) == (not sides[0])
             assert (verdict.rim[0][1] > 0) == (not sides[1])
-    assert exact > 200
-    assert inexact > 200
+    assert exact > 80
+    assert inexact > 80
 
 
 def test_the_rule_holds_side_by_side() -> None:
     rng = random.Random(7)
-    for _ in range(400):
+    for _ in range(200):
         first, second = random_axis(rng, "zeros", 3), random_axis(rng, "zeros", 3)
         bias = rng.random() < 0.2
         chain = unit_layers((first, second), (bias, False))
@@ -430,7 +414,7 @@ def test_the_rule_holds_side_by_side() -> None:
 def test_only_the_first_padded_is_always_exact() -> None:
     rng = random.Random(8)
     for mode in PADDING_MODES:
-        for _ in range(50):
+        for _ in range(12):
             first = random_axis(rng, mode, 4)
             others = [replace(random_axis(rng, mode, 3), before=0, after=0) for _ in range(2)]
             verdict = check_all_sizes((first, *others), (True, True, True), upto=25)
@@ -519,7 +503,7 @@ def test_every_axis_has_to_be_exact() -> None:
     assert verdict.describe_rim() == "the first column and the last column"
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(chain=chains(number=2, most=3), more=more_positions)
 def test_exact_for_every_size_means_at_each(chain: list[Conv], more: tuple[int, ...]) -> None:
     geometry = compose_chain(chain).geometry
@@ -581,7 +565,7 @@ def test_describing_sizes() -> None:
     assert describe_sizes(twice) == "sizes divisible by 4"
 
 
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(chain=chains(number=2, most=3), more=more_positions)
 def test_a_refusal_always_says_what_would_differ(chain: list[Conv], more: tuple[int, ...]) -> None:
     geometry = compose_chain(chain).geometry
@@ -603,7 +587,7 @@ ADVICE = re.compile(r"or give layer0 padding (\S+) and (.*) none, and train on w
 
 
 @pytest.mark.parametrize("kind", ["plain", "transposed"])
-@settings(max_examples=200)
+@settings(max_examples=80)
 @given(data=st.data())
 def test_following_the_advice_of_a_refusal_makes_it_exact(kind: str, data: st.DataObject) -> None:
     chain = data.draw(chains(number=2, most=3) if kind == "plain" else mixed_chains(number=2))

@@ -227,8 +227,9 @@ def _compose_axis_tables(
         plan = compose_axis(prefix, axis, "zeros")
         taps = np.arange(axis.kernel, dtype=np.int64) * plan.step2
         offsets = plan.base + np.add.outer(taps, offsets * (plan.step1 // prefix.dilation)).reshape(-1)
-        kept = np.unique(np.vstack([offsets[None], table]), axis=1)
-        offsets, table = kept[0], kept[1:]
+        columns = np.vstack([offsets[None], table]).T.copy()
+        kept = [*{column.tobytes(): number for number, column in enumerate(columns)}.values()]
+        offsets, table = offsets[kept], table[:, kept]
         prefix, width = plan.axis, axis.output_size(width)
     return table, offsets, lost
 

@@ -17,7 +17,7 @@ from convtool.core.conv import Conv
 from convtool.core.kernels import ORDERS, Order
 from convtool.core.rows import CsrBlock
 from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
-from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
+from convtool.core.verify_matrix import MatrixForm, MatrixReport, verify_matrices, verify_matrix
 from convtool.errors import UsageError
 
 
@@ -67,7 +67,9 @@ def test_the_matrix_of_every_kind_of_layer(case: Case, transpose: bool, affine: 
         bias = None if affine else matrix.bias
         if bias is not None and rows is not None:
             bias = bias[slice(*rows)]
-        report = verify_matrix(conv, case.input_size, made(matrix, rows), bias=bias, rows=rows, order=order, **options)
+        report = verify_matrix(
+            conv, case.input_size, made(matrix, rows), MatrixForm(order=order, rows=rows, **options), bias=bias
+        )
         assert report.equivalent, (rows, report)
         assert report.products.positions > 0
 
@@ -76,8 +78,8 @@ def test_a_matrix_in_one_order_is_not_the_one_in_the_other() -> None:
     pairs: list[tuple[Order, Order]] = [("CHW", "HWC"), ("HWC", "CHW")]
     for mine, other in pairs:
         matrix = toeplitz(CONV, SIZE, dtype=torch.float32, order=mine)
-        assert verify_matrix(CONV, SIZE, made(matrix), bias=matrix.bias, order=mine).equivalent
-        report = verify_matrix(CONV, SIZE, made(matrix), bias=matrix.bias, order=other)
+        assert verify_matrix(CONV, SIZE, made(matrix), MatrixForm(order=mine), bias=matrix.bias).equivalent
+        report = verify_matrix(CONV, SIZE, made(matrix), MatrixForm(order=other), bias=matrix.bias)
         assert not report.entries.equal
         assert not report.products.equal
         assert not report.bias.equal

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from convtool.core.geometry import Geometry, Padding, PerAxis, format_sizes
-from convtool.core.rounding import check_room, exact_dtype, rounded
+from convtool.core.rounding import check_room, dtype_name, exact_dtype, rounded
 from convtool.errors import UsageError
 
 MOST_NUMBERS = 1 << 28  # of a kernel that is written in a few characters and stored nowhere: 2 GiB in float64
@@ -49,7 +49,7 @@ class Conv:
             raise UsageError(f"expected a bias of shape ({self.out_channels},), got {shape}")
 
     def __repr__(self) -> str:
-        kind = str(self.weight.dtype).removeprefix("torch.")
+        kind = dtype_name(self.weight.dtype)
         bias = "no bias" if self.bias is None else "a bias map" if self.has_bias_map else "bias"
         channels = f"{self.in_channels} -> {self.out_channels} channels"
         return f"{type(self).__name__}({channels}, {self.geometry.describe()}, {kind}, {bias})"

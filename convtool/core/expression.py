@@ -104,6 +104,11 @@ def depth(expression: Expression, of: Callable[[Conv], int]) -> int:
     return fold(expression, of, lambda parts: sum(parts), lambda parts: max(parts) + len(parts) - 1)
 
 
+def window(conv: Conv) -> int:
+    """Return how many numbers an output is added up of, at most, with its bias and a rounding to spare."""
+    return 0 if isinstance(conv, Selection) else conv.weight[0].numel() + 2
+
+
 def multiply_adds(expression: Expression, input_size: tuple[int, ...]) -> int:
     """Return the multiply-adds for one input; a transposed layer's taps are counted where they read."""
     return sum(

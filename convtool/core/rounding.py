@@ -10,6 +10,11 @@ from torch import Tensor
 from convtool.errors import RefusedError
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return 'float32' for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def exact_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype that all arithmetic with numbers of another is done in; torch promotes no 8-bit ones."""
     return torch.complex128 if dtype.is_complex else torch.float64
@@ -21,7 +26,7 @@ def check_room(stored: torch.dtype, wanted: torch.dtype) -> None:
     torch would drop the imaginary parts.
     """
     if stored.is_complex and not wanted.is_complex:
-        name = str(wanted).removeprefix("torch.")
+        name = dtype_name(wanted)
         raise RefusedError(f"the numbers are complex, and {name} has no room for imaginary parts; use a complex dtype")
 
 
@@ -132,8 +137,8 @@ class Rounding:
     def _refusal(self, what: str, largest: float) -> RefusedError:
         wide = [dtype for dtype in (torch.float32, torch.float64) if largest <= torch.finfo(dtype).max]
         wide = [dtype for dtype in wide if largest >= torch.finfo(dtype).tiny and dtype != self.dtype]
-        advice = f"; {' or '.join(map(_name, wide))} would hold them" if wide else ""
-        return RefusedError(f"{self.what}: {_name(self.dtype)} cannot hold its numbers: {what}{advice}")
+        advice = f"; {' or '.join(map(dtype_name, wide))} would hold them" if wide else ""
+        return RefusedError(f"{self.what}: {dtype_name(self.dtype)} cannot hold its numbers: {what}{advice}")
 
 
 def held(numbers: Tensor, dtype: torch.dtype, what: str) -> Tensor:
@@ -147,7 +152,3 @@ def _both(numbers: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
         numbers, made = (torch.view_as_real(one.to(torch.complex128)) for one in (numbers, made))
     wide = torch.float32 if numbers.dtype in (torch.float16, torch.bfloat16, torch.float32) else torch.float64
     return numbers.to(wide), made.to(wide)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from convtool.core.rounding import dtype_name
 from convtool.errors import RefusedError, UsageError, enough_memory
 
 if TYPE_CHECKING:
@@ -89,8 +90,7 @@ def check_scipy(dtype: torch.dtype, advice: str) -> None:
     except ImportError:
         raise UsageError("a scipy matrix needs scipy: pip install 'convtool[scipy]'") from None
     if dtype.is_floating_point and dtype.itemsize < 4:
-        name = str(dtype).removeprefix("torch.")
-        raise RefusedError(f"scipy has no sparse matrices of {name}; {advice}")
+        raise RefusedError(f"scipy has no sparse matrices of {dtype_name(dtype)}; {advice}")
 
 
 class RowMatrix(ABC):
@@ -290,9 +290,7 @@ class RowMatrix(ABC):
 
     def __repr__(self) -> str:
         rows, columns = self.shape
-        return (
-            f"{type(self).__name__}({rows} x {columns}, {self.nnz} entries, {str(self.dtype).removeprefix('torch.')})"
-        )
+        return f"{type(self).__name__}({rows} x {columns}, {self.nnz} entries, {dtype_name(self.dtype)})"
 
     def to_scipy(self) -> scipy.sparse.csr_array[Any]:
         """Return the whole matrix as a scipy.sparse.csr_array in canonical form.

@@ -16,7 +16,7 @@ from torch import Tensor
 from convtool.core.blocks import Apart, Block
 from convtool.core.bound import U64, fusing_terms, gamma
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, depth, with_sizes
+from convtool.core.expression import Expression, depth, window, with_sizes
 from convtool.core.meeting import Meeting
 from convtool.core.toeplitz import toeplitz
 from convtool.core.tree import Chain, map_leaves
@@ -107,11 +107,6 @@ def scale_of(numbers: Tensor) -> float:
     """Return the power of two by which numbers are brought near 1."""
     heaviest = float(numbers.abs().max()) if numbers.numel() else 0.0
     return 2.0 ** max(math.frexp(heaviest)[1] - 1, -1000) if heaviest > 0 else 1.0
-
-
-def window(conv: Conv) -> int:
-    """Return how many numbers an output is added up of, at most."""
-    return conv.in_channels * math.prod(conv.geometry.kernel_size) + 2
 
 
 def _norm(matrix: scipy.sparse.csr_array[Any]) -> float:

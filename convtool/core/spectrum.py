@@ -24,11 +24,10 @@ import torch
 from convtool.core.blocks import Apart, Block
 from convtool.core.bound import U64, gamma
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, depth
+from convtool.core.expression import Expression, depth, window
 from convtool.core.fuse import NamedConv, fuse_tree
 from convtool.core.gram import AnyBlock, Gram, Side
-from convtool.core.operator import ConvOperator
-from convtool.core.sparse_block import SparseBlock, scale_of, window
+from convtool.core.sparse_block import SparseBlock, scale_of
 from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
 from convtool.errors import InputError, RefusedError, UsageError
 
@@ -241,7 +240,8 @@ def _of_layer(ends: _Ends, conv: Conv, size: tuple[int, ...], off: float) -> tup
         off: how far off its matrix may be, in norm.
     """
     # Squares are formed on the way, and sums: of numbers near 1, whatever the weights.
-    exact, shape = conv.without_bias().exact(), ConvOperator(conv, size).shape
+    exact = conv.without_bias().exact()
+    shape = conv.out_channels * math.prod(conv.output_size(size)), conv.in_channels * math.prod(size)
     scale = scale_of(exact.weight)
     apart = Apart.of(Conv(exact.weight / scale, None, conv.geometry), size)
     parts, budget = {apart.lines: 1}, DENSE_WORK

@@ -37,7 +37,7 @@ from convtool.core.expression import (
 from convtool.core.geometry import format_sizes
 from convtool.core.inputs import dense_count, dense_inputs
 from convtool.core.joint import compose_geometry
-from convtool.core.rounding import exact_dtype
+from convtool.core.rounding import dtype_name, exact_dtype
 from convtool.core.sizes import split_input_size
 from convtool.core.stored import Stored, stored
 from convtool.core.tally import Region, Tally, check_trials
@@ -181,7 +181,7 @@ class _Sides:
                 f"input size {format_sizes(input_size)}: {widest} numbers for one input are too many to run here; what"
                 " a fusion does shows at small sizes as well"
             )
-        kind = str(dtype or next(leaves(self.kept)).weight.dtype).removeprefix("torch.")
+        kind = dtype_name(dtype or next(leaves(self.kept)).weight.dtype)
         mismatch = _mismatch(self.kept, channels, size, shape)
         return EquivalenceReport((channels, *size), shape, mismatch, seed=seed, dtype=kind)
 
@@ -337,5 +337,4 @@ def _stored_error(
         error = float((a - b).abs().max())
         return error / largest if largest else (0.0 if error == 0 else math.inf)
 
-    name = str(dtype).removeprefix("torch.")
-    return StoredError(name, relative(one, other), relative(one, truth), relative(other, truth))
+    return StoredError(dtype_name(dtype), relative(one, other), relative(one, truth), relative(other, truth))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Protocol
 
 import torch
@@ -19,10 +19,11 @@ from torch import Tensor
 
 from convtool.core.bound import U64, fusing_terms, gamma
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, depth, exact_type, in_channels, run
+from convtool.core.expression import Expression, depth, exact_type, in_channels, run, window
 from convtool.core.inputs import dense_inputs
 from convtool.core.kernels import Order
 from convtool.core.moves import Selection
+from convtool.core.rounding import dtype_name, exact_dtype
 from convtool.core.rows import CsrBlock, RowMatrix
 from convtool.core.stored import half_digit, half_ulp, stored_within
 from convtool.core.tally import Region, Worst, check_trials, hold
@@ -49,6 +50,26 @@ class Rows(Protocol):
 
     def rows(self, start: int, stop: int, /) -> CsrBlock:
         """Rows start:stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixForm:
+    """Which of the matrices of layers one is.
+
+    Attributes:
+        transpose, affine, order: as in `convtool.core.toeplitz.toeplitz`.
+        rows, columns: the ranges A:B of it that are there; all of them where None.
+    """
+
+    transpose: bool = False
+    affine: bool = False
+    order: Order = "CHW"
+    rows: tuple[int, int] | None = None
+    columns: tuple[int, int] | None = None
+
+    def of(self, layers: Expression, input_size: Sequence[int]) -> ToeplitzMatrix:
+        """Return the whole matrix of layers."""
+        return toeplitz(layers, input_size, transpose=self.transpose, affine=self.affine, order=self.order)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +114,10 @@ def verify_matrix(
     layers: Expression,
     input_size: Sequence[int],
     matrix: Rows,
+    form: MatrixForm = MatrixForm(),
     *,
     bias: Tensor | None = None,
     stores_bias: bool = True,
-    transpose: bool = False,
-    affine: bool = False,
-    order: Order = "CHW",
-    rows: tuple[int, int] | None = None,
-    columns: tuple[int, int] | None = None,
     trials: int = 2,
     seed: int = 0,
     computed_in: torch.dtype = torch.float64,
@@ -110,26 +127,23 @@ def verify_matrix(
 
     Args:
         layers, matrix: a layer, or chains and sums of them, their numbers taken as exact; and what was exported.
+        form: which of the layers' matrices it is.
         bias: the vector stored with it, or None.
         stores_bias: whether there is room for one where it is stored; else a missing one is no difference.
-        transpose, affine, order: as in `convtool.core.toeplitz.toeplitz`.
-        rows, columns: the ranges A:B that `matrix` holds; all of them where None.
         trials, seed, computed_in: as in `convtool.core.verify.verify`.
         digits: decimal ones that the matrix's numbers were rounded to; None where they are as they were stored.
     """
     check_trials(trials, seed)
-    exact, at = map_leaves(Conv.exact, layers), tuple(input_size)
-    layer = _Layer(exact, at, order, transpose, affine, rows, columns, computed_in)
-    report = MatrixReport(layer.shape, dtype=_name(matrix.dtype), seed=seed)
+    layer = _Layer(map_leaves(Conv.exact, layers), tuple(input_size), form, computed_in)
+    report = MatrixReport(layer.shape, dtype=dtype_name(matrix.dtype), seed=seed)
     if tuple(matrix.shape) != layer.shape:
         return replace(report, mismatch=f"the layer's matrix is {_by(layer.shape)}, this one is {_by(matrix.shape)}")
-    products = _Products(layer, trials, seed, _least(matrix.dtype)) if layer.numbers <= MOST_NUMBERS else None
+    numbers = layer.whole.outputs + in_channels(layers) * math.prod(input_size)  # of an input and its output
+    products = _Products(layer, trials, seed, _least(matrix.dtype)) if numbers <= MOST_NUMBERS else None
     entries = _compare_rows(matrix, layer.shape[1], layer.block, products, digits)
     report = replace(report, entries=entries, products=products.region() if products else Region())
-    return report if affine else _with_bias(report, layer, bias, stores_bias)
-
-
-def _with_bias(report: MatrixReport, layer: _Layer, bias: Tensor | None, stores_bias: bool) -> MatrixReport:
+    if form.affine:
+        return report
     wanted, slack, size = layer.bias
     missing = bias is None and wanted is not None and not stores_bias
     region = Region() if missing else _compare_bias(wanted, bias, size, slack)
@@ -140,17 +154,13 @@ def verify_matrices(
     before: Rows, after: Rows, *, bias_before: Tensor | None = None, bias_after: Tensor | None = None
 ) -> MatrixReport:
     """Hold a matrix against another one, of which it is a copy that was rounded once, or the same."""
-    report = MatrixReport((before.shape[0], before.shape[1]), dtype=_name(after.dtype))
+    report = MatrixReport((before.shape[0], before.shape[1]), dtype=dtype_name(after.dtype))
     if tuple(after.shape) != report.shape:
         shapes = f"{_by(report.shape)} before, {_by(after.shape)} after"
         return replace(report, mismatch=f"the matrices differ in shape: {shapes}")
     entries = _compare_rows(after, report.shape[1], lambda first, last: (before.rows(first, last), None))
     size = max(0 if bias is None else len(bias) for bias in (bias_before, bias_after))
     return replace(report, entries=entries, bias=_compare_bias(bias_before, bias_after, size))
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -163,38 +173,28 @@ class _Layer:
 
     tree: Expression
     input_size: tuple[int, ...]
-    order: Order
-    transpose: bool
-    affine: bool
-    part: tuple[int, int] | None
-    part_of_columns: tuple[int, int] | None
+    form: MatrixForm
     computed_in: torch.dtype
-
-    def matrix(self, tree: Expression) -> ToeplitzMatrix:
-        """Return the whole matrix of layers like these."""
-        return toeplitz(tree, self.input_size, transpose=self.transpose, affine=self.affine, order=self.order)
 
     @cached_property
     def whole(self) -> ToeplitzMatrix:
         """All of its matrix."""
-        return self.matrix(self.tree)
+        return self.form.of(self.tree, self.input_size)
 
     @cached_property
-    def sums(self) -> tuple[ToeplitzMatrix, ToeplitzMatrix] | None:
-        """The matrices of the absolute values and of how many products there are, where several may share an entry."""
-        if isinstance(self.tree, Conv) and self.tree.geometry.padding_mode == "zeros":
-            return None
-        return self.matrix(self.absolute), self.matrix(map_leaves(_ones, self.tree))
+    def absolute(self) -> ToeplitzMatrix:
+        """The matrix of the absolute values."""
+        return self.form.of(map_leaves(Conv.absolute, self.tree), self.input_size)
 
     @cached_property
-    def absolute(self) -> Expression:
-        """The layers of the absolute values."""
-        return map_leaves(Conv.absolute, self.tree)
+    def counts(self) -> ToeplitzMatrix:
+        """How many products each entry is added up of."""
+        return self.form.of(map_leaves(_ones, self.tree), self.input_size)
 
     @cached_property
     def terms(self) -> int:
         """The most that are added up on the way to a number."""
-        return depth(self.tree, _window)
+        return depth(self.tree, window)
 
     @cached_property
     def adding(self) -> float:
@@ -206,64 +206,47 @@ class _Layer:
         return gamma(steps, torch.finfo(self.computed_in).eps / 2) + gamma(steps, U64)
 
     @property
-    def rows(self) -> tuple[int, int]:
-        """Which of its rows are asked about."""
-        return self.part or (0, self.whole.shape[0])
-
-    @property
-    def columns(self) -> tuple[int, int]:
-        """Which of its columns are asked about."""
-        return self.part_of_columns or (0, self.whole.shape[1])
+    def spans(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Which rows and which columns are asked about."""
+        rows, columns = self.whole.shape
+        return self.form.rows or (0, rows), self.form.columns or (0, columns)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(rows, columns) of what is asked about."""
-        return self.rows[1] - self.rows[0], self.columns[1] - self.columns[0]
-
-    def _cut(self, matrix: ToeplitzMatrix) -> RowMatrix:
-        return matrix if self.part_of_columns is None else matrix.columns(*self.part_of_columns, self.part)
-
-    @property
-    def numbers(self) -> int:
-        """Numbers of an input and its output."""
-        return self.whole.outputs + in_channels(self.tree) * math.prod(self.input_size)
+        (top, bottom), (left, right) = self.spans
+        return bottom - top, right - left
 
     @property
     def bias(self) -> tuple[Tensor | None, Tensor | None, int]:
         """The bias that should be stored with the rows asked about, what it may be off, and how long a vector it is."""
-        part = (self.part_of_columns if self.transpose else self.part) or (0, self.whole.outputs)
+        part = self.spans[self.form.transpose]
         if not self.whole.has_bias:
             return None, None, part[1] - part[0]
         # One layer's bias is stored as it is; what is carried through several has been rounded on the way.
-        sums = None if isinstance(self.tree, Conv) else self.matrix(self.absolute).bias_part(*part) * self.adding
+        sums = None if isinstance(self.tree, Conv) else self.absolute.bias_part(*part) * self.adding
         return self.whole.bias_part(*part), sums, part[1] - part[0]
 
     def block(self, first: int, last: int) -> tuple[CsrBlock, Tensor | None]:
         """Return rows first:last of those asked about, and what their values may be off before they are stored."""
-        part = self.rows[0] + first, self.rows[0] + last
-        if self.sums is None:
-            return self._cut(self.whole).rows(*part), None
-        magnitudes, counts = (self._cut(matrix).values(*part) for matrix in self.sums)
-        # One tap to an entry is stored as it is; sums of several, and products, have been rounded on the way.
-        rounded = counts > 1 if isinstance(self.tree, Conv) else torch.ones_like(counts, dtype=torch.bool)
-        return self._cut(self.whole).rows(*part), torch.where(rounded, magnitudes * self.adding, 0.0)
+        top, columns = self.spans[0][0], self.form.columns
+
+        def cut(matrix: RowMatrix) -> tuple[RowMatrix, int, int]:
+            whole = matrix if columns is None else matrix.columns(*columns, self.form.rows)
+            return whole, top + first, top + last
+
+        block = RowMatrix.rows(*cut(self.whole))
+        if not isinstance(self.tree, Conv):  # sums of products have been rounded on the way
+            return block, RowMatrix.values(*cut(self.absolute)) * self.adding
+        if self.tree.geometry.padding_mode == "zeros":  # one tap to an entry is stored as it is
+            return block, None
+        several = RowMatrix.values(*cut(self.counts)) > 1
+        return block, torch.where(several, RowMatrix.values(*cut(self.absolute)) * self.adding, 0.0)
 
 
 def _ones(conv: Conv) -> Conv:
     """Return the layer all of whose numbers are 1."""
-    weight, bias = (None if one is None else torch.ones_like(one.abs()) for one in (conv.weight, conv.bias))
-    return conv if isinstance(conv, Selection) or weight is None else Conv(weight, bias, conv.geometry)
-
-
-def _window(conv: Conv) -> int:
-    """Return how many numbers an output is added up of."""
-    if isinstance(conv, Selection):
-        return 0
-    return conv.weight.shape[1] * math.prod(conv.geometry.kernel_size) + 2
-
-
-def _widened(values: Tensor) -> Tensor:
-    return values.to(torch.complex128 if values.is_complex() else torch.float64)
+    return conv if isinstance(conv, Selection) else conv.changed(lambda numbers: torch.ones_like(numbers.abs()))
 
 
 def _compare_rows(
@@ -281,7 +264,7 @@ def _compare_rows(
         half = half if digits is None else half + half_digit(found.values, digits)
         block, slack = expect(first, last)
         own, block = _canonical(block, columns)
-        wanted, have, most = _widened(block.values), found.values, half
+        wanted, have, most = block.values.to(exact_dtype(block.values.dtype)), found.values, half
         slack = torch.zeros(len(own), dtype=torch.float64) if slack is None else slack
         if not torch.equal(own, key):
             places = torch.cat([own, key]).unique()
@@ -290,16 +273,15 @@ def _compare_rows(
             have, most = _spread(places, key, have), _spread(places, key, half, _least(have.dtype))
             key = places
         most = stored_within(wanted, have, most, have.dtype) + slack
-        hold(worst, wanted, have, most, partial(_place, first, columns, key))
+
+        def place(at: int, start: int = first, key: Tensor = key) -> tuple[int, int]:
+            row, column = divmod(int(key[at]), columns)
+            return start + row, column
+
+        hold(worst, wanted, have, most, place)
         if products is not None:
             products.add(first, found, half)
     return worst.region
-
-
-def _place(start: int, columns: int, key: Tensor, at: int) -> tuple[int, int]:
-    """Return the (row, column) of an entry of a block that starts at a row, by its number in the block."""
-    row, column = divmod(int(key[at]), columns)
-    return start + row, column
 
 
 def _canonical(block: CsrBlock, columns: int) -> tuple[Tensor, CsrBlock]:
@@ -332,44 +314,41 @@ class _Products:
     """The matrix times some inputs, block by block, against torch's convolution of them."""
 
     def __init__(self, layer: _Layer, trials: int, seed: int, least: float) -> None:
-        tree, self.transpose, self.order = layer.tree, layer.transpose, layer.order
+        tree, form, size = layer.tree, layer.form, layer.input_size
+        self.form = form
         # Of a part of the matrix: what isn't multiplied is zero, and what isn't made isn't compared.
-        self.inputs, self.outputs = (layer.rows, layer.columns)[:: 1 if self.transpose else -1]
-        elements = in_channels(tree) * math.prod(layer.input_size)
-        inputs = dense_inputs(in_channels(tree), layer.input_size, trials, seed, elements)
-        kind = exact_type(tree)
-        x = torch.cat([x for _, x in inputs]).to(kind)  # (n, C_in, *input_size)
-        one = torch.ones(len(x), 1 if layer.affine else 0, dtype=x.dtype)  # the final 1 that the bias stands at
-        flat = torch.cat([self._flat(x), one], dim=1)
-        kept = torch.zeros(flat.shape[1], dtype=torch.bool)
-        kept[slice(*self.inputs)] = True
-        flat = torch.where(kept, flat, torch.zeros_like(flat))
+        (start, stop), self.outputs = layer.spans[:: 1 if form.transpose else -1]
+        elements = in_channels(tree) * math.prod(size)
+        inputs = dense_inputs(in_channels(tree), size, trials, seed, elements)
+        x = torch.cat([x for _, x in inputs]).to(exact_type(tree))  # (n, C_in, *input_size)
+        one = torch.ones(len(x), 1 if form.affine else 0, dtype=x.dtype)  # the final 1 that the bias stands at
+        whole = torch.cat([self._moved(x).flatten(1), one], dim=1)
+        flat = torch.zeros_like(whole)
+        flat[:, start:stop] = whole[:, start:stop]
         self.x = flat[:, :elements].reshape(self._moved(x).shape)
-        self.x = self.x.movedim(-1, 1) if self.order == "HWC" else self.x
-        biased = layer.affine and bool(flat[:, elements:].any())
-        self.tree = tree if biased else map_leaves(Conv.without_bias, tree)
-        self.flat = flat.T[slice(*self.inputs)].contiguous()  # (columns of T, n)
-        outputs = self.outputs[1] - self.outputs[0]
-        self.found = torch.zeros(outputs, len(x), dtype=x.dtype)
-        self.size = torch.zeros(outputs, len(x), dtype=torch.float64)
+        self.x = self.x.movedim(-1, 1) if form.order == "HWC" else self.x
+        self.tree = tree if bool(flat[:, elements:].any()) else map_leaves(Conv.without_bias, tree)
+        self.flat = flat.T[start:stop].contiguous()  # (columns of T, n)
+        shape = self.outputs[1] - self.outputs[0], len(x)
+        self.found, self.size = torch.zeros(shape, dtype=x.dtype), torch.zeros(shape, dtype=torch.float64)
         self.lost = self.size + least * self.flat.abs().sum(0)  # of entries that were rounded to zero and left out
         self.running = gamma((2 if isinstance(tree, Conv) else 8) * layer.terms + 8, U64)
         self.computing = gamma(fusing_terms(tree) + layer.terms, torch.finfo(layer.computed_in).eps / 2)
 
     def _moved(self, x: Tensor) -> Tensor:
-        return x.movedim(1, -1) if self.order == "HWC" else x
-
-    def _flat(self, x: Tensor) -> Tensor:
-        """Return each of (n, C, *size) as a vector in the matrix's order."""
-        return self._moved(x).flatten(1)
+        """Return (n, C, *size) in the matrix's order."""
+        return x.movedim(1, -1) if self.form.order == "HWC" else x
 
     def add(self, start: int, block: CsrBlock, half: Tensor) -> None:
         """Multiply rows from `start` on, as far as they are this part's."""
-        stop = start + len(block.counts)
-        numbers = ((self.found, block.values), (self.size, block.values.abs()), (self.lost, half))
-        for total, values in numbers:
-            x = self.flat if total is self.found else self.flat.abs()
-            if self.transpose:
+        stop, size = start + len(block.counts), self.flat.abs()
+        numbers = (
+            (self.found, block.values, self.flat),
+            (self.size, block.values.abs(), size),
+            (self.lost, half, size),
+        )
+        for total, values, x in numbers:
+            if self.form.transpose:
                 row = torch.repeat_interleave(torch.arange(start, stop), block.counts)
                 total.index_add_(0, block.indices.long(), values.to(total.dtype)[:, None] * x[row])
             else:
@@ -377,9 +356,11 @@ class _Products:
 
     def region(self) -> Region:
         """Hold the products against the convolutions."""
-        expected = self._flat(run(self.tree, self.x)).T  # (outputs, n)
-        most = self._flat(run(map_leaves(Conv.absolute, self.tree), self.x.abs())).T
-        expected, most = expected[slice(*self.outputs)], most[slice(*self.outputs)]
+
+        def made(tree: Expression, x: Tensor) -> Tensor:
+            return self._moved(run(tree, x)).flatten(1).T[slice(*self.outputs)]  # (outputs, n)
+
+        expected, most = made(self.tree, self.x), made(map_leaves(Conv.absolute, self.tree), self.x.abs())
         bound = self.lost + self.computing * most + self.running * (most + self.size) + 2.0**-1022
         worst, each = Worst("product"), self.found.shape[1]
         hold(worst, expected.flatten(), self.found.flatten(), bound.flatten(), lambda at: divmod(at, each)[:1])
@@ -394,7 +375,7 @@ def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int, slac
     if have.shape != wanted.shape:
         return Region(elements=1, ratio=math.inf, error=math.inf, kind="bias", differing=1, positions=1)
     half = torch.zeros(size, dtype=torch.float64) if found is None else half_ulp(found, found.dtype)
-    worst, wanted = Worst("bias"), _widened(wanted)
+    worst, wanted = Worst("bias"), wanted.to(exact_dtype(wanted.dtype))
     most = stored_within(wanted, have, half, have.dtype)
     hold(worst, wanted, have, most if slack is None else most + slack, lambda at: (at,))
     return worst.region

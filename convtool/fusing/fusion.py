@@ -17,6 +17,7 @@ from convtool.core.conv import Conv, pointwise
 from convtool.core.expression import joined, multiply_adds, work_per_position
 from convtool.core.fuse import Fusion, fuse_tree
 from convtool.core.names import is_written
+from convtool.core.rounding import dtype_name
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves, tree_text, walk
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.dependence import fused_fields
@@ -171,7 +172,7 @@ def _record(name: str, tree: Tree[LoweredLayer], fusion: Fusion) -> FusionRecord
         name=name,
         tree=map_leaves(LoweredLayer.source, tree),
         fields=fields,
-        dtype=str(conv.weight.dtype).removeprefix("torch."),
+        dtype=dtype_name(conv.weight.dtype),
         exact=verdict.exact,
         input_size=verdict.input_size,
         rim=verdict.rim,

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from convtool.checkpoint import Checkpoint
 from convtool.core.expression import Expression, joined
-from convtool.core.kernels import ORDERS, Order
+from convtool.core.kernels import ORDERS
 from convtool.core.names import is_written
+from convtool.core.rounding import dtype_name
 from convtool.core.sizes import split_input_size
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves, tree_text
-from convtool.core.verify_matrix import MatrixReport, verify_matrices, verify_matrix
+from convtool.core.verify_matrix import MatrixForm, MatrixReport, verify_matrices, verify_matrix
 from convtool.errors import InputError, UsageError
 from convtool.fusing.leaf import LoweredLayer
 from convtool.fusing.lowering import lower_tree
@@ -52,18 +52,8 @@ class Compared:
     assumed: tuple[str, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """Which of a layer's matrices one is."""
-
-    transpose: bool
-    affine: bool
-    order: Order = "CHW"
-    rows: tuple[int, int] | None = None
-    columns: tuple[int, int] | None = None
-
-    def __str__(self) -> str:
-        return USES[self.transpose, self.affine] + (", channels last" if self.order == "HWC" else "")
+def _said(form: MatrixForm) -> str:
+    return USES[form.transpose, form.affine] + (", channels last" if form.order == "HWC" else "")
 
 
 def open_numbers(path: Path) -> MatrixFile:
@@ -105,31 +95,23 @@ def compare_with_layer(
     lowered, size = _lowered(found, checkpoint, names, sizes, sources)
     tree = map_leaves(lambda leaf: leaf.conv, joined(lowered))
     forms = list(_forms(found, tree, size, rows, columns))
-    verify = partial(_verify, found, tree, size, how | {"digits": found.digits}, no_bias)
-    tried = zip(forms, map(verify, forms), strict=True)  # one by one, until one is equal
+    kind = FORMATS.get(found.path.suffix)
+    how |= {"digits": found.digits, "trials": min(how["trials"], MOST_TRIALS), "bias": None if no_bias else found.bias}
+    how["stores_bias"] = not no_bias and (kind is None or kind.STORES_BIAS)
+    tried = ((form, verify_matrix(tree, size, found, form, **how)) for form in forms)  # until one is equal
     first = form, report = next(tried)
     if not report.equivalent:
         form, report = next((one for one in tried if one[1].equivalent), first)
-    stored, said = str(found.dtype).removeprefix("torch."), (found.record or {}).get("dtype")
+    stored, said = dtype_name(found.dtype), (found.record or {}).get("dtype")
     if said not in (None, stored):
         report = replace(report, mismatch=f"it is stored in {stored}, and its record says {said!r}")
     assumed = [f"{name}: {what}" for leaf in leaves(lowered) for name, what in leaf.assumptions()]
     if found.record is None:
-        others = "".join(f"; it isn't {other} either" for other in forms[1:] if not report.equivalent)
-        assumed.append(f"{found.path}: {form}{others}")
+        others = "".join(f"; it isn't {_said(other)} either" for other in forms[1:] if not report.equivalent)
+        assumed.append(f"{found.path}: {_said(form)}{others}")
     if found.digits is not None:
         assumed.append(f"{found.path}: its numbers are rounded to {found.digits} decimal digits")
-    return Compared(tree_text(lowered, lambda leaf: leaf.name), str(form), report, tuple(assumed))
-
-
-def _verify(
-    found: MatrixFile, tree: Expression, size: tuple[int, ...], how: dict[str, Any], no_bias: bool, form: _Form
-) -> MatrixReport:
-    kind = FORMATS.get(found.path.suffix)
-    stores_bias = not no_bias and (kind is None or kind.STORES_BIAS)
-    bias = None if no_bias else found.bias
-    how = how | {"trials": min(how["trials"], MOST_TRIALS)}
-    return verify_matrix(tree, size, found, bias=bias, stores_bias=stores_bias, **asdict(form), **how)
+    return Compared(tree_text(lowered, lambda leaf: leaf.name), _said(form), report, tuple(assumed))
 
 
 def _lowered(
@@ -178,44 +160,49 @@ def _tree(value: Any) -> Tree[str]:
     return Sum(made) if {"chain": False, "sum": True}[kind] else Chain(made)
 
 
-def _record(found: MatrixFile) -> dict[str, Any]:
-    """Return what the file says of its matrix, if anything; raise InputError where convtool writes no such record."""
-    record = found.record or {}
-    layer, fields, size = (record.get(name) for name in ("layer", "fields", "input_size"))
-    sound = {
-        "layer": layer is None or isinstance(layer, str),
-        "fields": fields is None or isinstance(fields, dict),
-        "chain": all(map(_is_layer, chain)) if isinstance(chain := record.get("chain") or [], list) else False,
-        "tree": _is_tree(record.get("tree")),
-        "input_size": size is None or _are_counts(size),
-        **{name: _is_span(record.get(name)) for name in ("rows", "columns")},
-        "unstated": all(isinstance(name, str) for name in record.get("unstated") or ()),
-        "order": record.get("order", "CHW") in ORDERS,
-        **{flag: isinstance(record.get(flag, False), bool) for flag in ("transpose", "affine")},
-    }
-    wrong = next((name for name, good in sound.items() if not good), None)
-    if wrong is not None:
-        raise InputError(f"{found.path}: its record is damaged: {wrong} {str(record[wrong])[:80]!r}")
-    return record
-
-
-def _is_tree(value: Any) -> bool:
-    with suppress(TypeError, ValueError, KeyError, AttributeError, UsageError):
-        return value is None or bool(_tree(value))
-    return False
-
-
-def _is_layer(one: object) -> bool:
-    """Return whether an entry of a record's chain is one."""
-    return isinstance(one, dict) and isinstance(one.get("layer"), str) and isinstance(one.get("fields"), dict)
+def _are_counts(value: object) -> bool:
+    return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
 def _is_span(value: Any) -> bool:
-    return value is None or (_are_counts(value) and len(value) == 2)
+    return _are_counts(value) and len(value) == 2
 
 
-def _are_counts(values: object) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+def _is_layer(value: Any) -> bool:
+    return isinstance(value["layer"], str) and isinstance(value["fields"], dict)
+
+
+def _is_flag(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+# What each key of a record holds, if it is there; what is no document at all raises an error instead.
+_SOUND: dict[str, Callable[[Any], bool]] = {
+    "layer": lambda name: isinstance(name, str),
+    "fields": lambda fields: isinstance(fields, dict),
+    "chain": lambda chain: isinstance(chain, list) and all(map(_is_layer, chain)),
+    "tree": lambda tree: bool(_tree(tree)),
+    "input_size": _are_counts,
+    "rows": _is_span,
+    "columns": _is_span,
+    "unstated": lambda names: all(isinstance(name, str) for name in names),
+    "order": lambda order: order in ORDERS,
+    "transpose": _is_flag,
+    "affine": _is_flag,
+}
+_ALWAYS_SAID = ("order", "transpose", "affine")  # where they are there at all; of the others null is as good as nothing
+
+
+def _record(found: MatrixFile) -> dict[str, Any]:
+    """Return what the file says of its matrix, if anything; raise InputError where convtool writes no such record."""
+    record = {key: one for key, one in (found.record or {}).items() if one is not None or key in _ALWAYS_SAID}
+    for name, is_sound in _SOUND.items():
+        sound = name not in record
+        with suppress(TypeError, ValueError, KeyError, AttributeError, UsageError):
+            sound = sound or is_sound(record[name])
+        if not sound:
+            raise InputError(f"{found.path}: its record is damaged: {name} {str(record[name])[:80]!r}")
+    return record
 
 
 def _fields(path: Path, record: dict[str, Any], kind: Kind) -> dict[str, Any]:
@@ -233,7 +220,7 @@ def _forms(
     size: tuple[int, ...],
     rows: tuple[int, int] | None,
     columns: tuple[int, int] | None,
-) -> Iterator[_Form]:
+) -> Iterator[MatrixForm]:
     """Yield which of the layer's matrices it may be: the one that its record says, else those of its shape.
 
     Without a record, the comparison tells: it is the one that it is equal to, entry by entry. The likeliest is first.
@@ -241,11 +228,13 @@ def _forms(
     given: dict[str, Any] = {"rows": rows, "columns": columns}
     if found.record is not None:
         record = _record(found)
-        spans = {name: None if record.get(name) is None else tuple(record[name]) for name in given}
+        spans = {name: tuple(record[name]) if name in record else None for name in given}
         for name, span in given.items():
             if span not in (None, spans[name]):
                 raise UsageError(f"--{name}: {found.path} says itself which {name} it holds")
-        yield _Form(record.get("transpose", False), record.get("affine", False), record.get("order", "CHW"), **spans)
+        yield MatrixForm(
+            record.get("transpose", False), record.get("affine", False), record.get("order", "CHW"), **spans
+        )
         return
     matrices = {use: ToeplitzMatrix(tree, size, transpose=use[0], affine=use[1]) for use in USES}
     for axis, (name, span) in enumerate(given.items()):
@@ -254,7 +243,9 @@ def _forms(
                 f"--{name}: expected A:B with A below B, and {name} that the matrix has, got {span[0]}:{span[1]}"
             )
     fitting = [use for use, matrix in matrices.items() if _shape_of(matrix, (rows, columns)) == found.shape]
-    yield from [_Form(*use, order, **given) for use in fitting for order in ORDERS] or [_Form(False, False, **given)]
+    yield from [MatrixForm(*use, order, **given) for use in fitting for order in ORDERS] or [
+        MatrixForm(False, False, **given)
+    ]
 
 
 def _shape_of(matrix: ToeplitzMatrix, part: Sequence[tuple[int, int] | None]) -> tuple[int, ...]:

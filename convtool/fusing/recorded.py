@@ -12,6 +12,7 @@ from convtool.checkpoint.spelled import Spelled, spelled_out
 from convtool.core.conv import Conv
 from convtool.core.expression import fused_geometry, joined
 from convtool.core.fields import Fields, geometry_fields
+from convtool.core.rounding import dtype_name
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, first_leaves, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, UsageError
 from convtool.fusing.compare import Pairing, like_fused
@@ -196,7 +197,7 @@ def _fused_claims(
     fusion: FusionRecord, tree: Tree[LoweredLayer], fused: Tree[LoweredLayer]
 ) -> Iterator[tuple[str, str]]:
     """Yield what is recorded of the fused layer and isn't what its sources make it: another dtype or geometry."""
-    if fusion.dtype != str(stored_dtype(list(leaves(tree)))).removeprefix("torch."):
+    if fusion.dtype != dtype_name(stored_dtype(list(leaves(tree)))):
         yield f"the fused {fusion.name}", f"stored in {fusion.dtype}"
     layer = next(leaf for leaf in leaves(fused) if leaf.own)
     expected: Fields = {}

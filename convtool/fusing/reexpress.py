@@ -17,6 +17,7 @@ from convtool.core.conv import Conv, pointwise
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.recover import Residual, matrix_to_conv, patches_to_linear
+from convtool.core.rounding import dtype_name
 from convtool.core.sizes import split_input_size
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.tree import BASE, Chain
@@ -185,8 +186,7 @@ def _record(
     before: str = "",
     after: str = "",
 ) -> FusionRecord:
-    dtype = str(weight.dtype).removeprefix("torch.")
-    return FusionRecord(name, tree, fields, dtype, True, input_size, (), before, after)
+    return FusionRecord(name, tree, fields, dtype_name(weight.dtype), True, input_size, (), before, after)
 
 
 def _text(kind: str, size: Sequence[int]) -> str:

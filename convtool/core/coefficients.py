@@ -32,7 +32,7 @@ from convtool.core.tree import Sum, Tree, leaves, map_leaves, sole_layer
 from convtool.core.ways import LayerWay, Places, Rows, placed_among, pull, union, way_back, widest
 from convtool.errors import RefusedError, UsageError
 
-AT_ONCE = 1 << 17  # numbers of a row, times the rows that are made together: they stay in the processor's cache
+AT_ONCE = 1 << 18  # numbers of a row, times the rows that are made together: they stay in the processor's cache
 MANY = 1 << 15  # numbers that are looked at together for a start
 
 Ways = Tree[LayerWay]
@@ -85,12 +85,15 @@ class _Comparison:
         self.convs = [conv for tree in both for conv in leaves(tree)]
         bare = [map_leaves(_without_map, tree) for tree in both]
         self.size, self.given = _outputs(bare, size) if everywhere and size is not None else _far(bare)
-        reads = [way_back(tree, self.size, self.given, range(len(self.size)))[1] for tree in bare]
-        self.read = [union(each, n) for each, n in zip(zip(*reads, strict=True), self.size, strict=True)]
+        back = [way_back(tree, self.size, self.given, range(len(self.size))) for tree in bare]
+        reads = zip(*(places for _, places in back), strict=True)
+        self.read = [union(each, n) for each, n in zip(reads, self.size, strict=True)]
         self.places = math.prod(len(places.positions) for places in self.read)
         self.groups = math.gcd(*(conv.geometry.groups for conv in self.convs))
         self.channels, self.inputs = out_channels(before) // self.groups, in_channels(before)
-        self.ways: dict[int, tuple[Expression, Ways]] = {}
+        self.ways: dict[int, tuple[Expression, Ways]] = {
+            id(tree): (tree, placed_among(self.read, *found, self.size)) for tree, found in zip(both, back, strict=True)
+        }
         self.worst = Worst("number")
 
     def run(self) -> Region:
@@ -99,18 +102,24 @@ class _Comparison:
         biased = any(conv.bias is not None for conv in self.convs)
         widths = (widest(self.way(tree)) for tree in (self.before, self.kept))
         step = max(1, AT_ONCE // max(self.places * self.inputs, *widths))
-        for first in range(0, self.channels, step):
-            pulled: dict[int, Rows] = {}
+        spans = [(first, min(first + step, self.channels)) for first in range(0, self.channels, step)]
+        offsets: dict[int, list[Tensor]] = {id(self.before): [], id(self.kept): []}
+        for span in spans:
+            pulled = {id(tree): self.rows(tree, *span) for tree in (self.before, self.kept)}
+            for number, rows in pulled.items():
+                offsets[number].append(rows.offset)
 
-            def rows(tree: Expression, first: int = first, pulled: dict[int, Rows] = pulled) -> Rows:
-                if id(tree) not in pulled:
-                    pulled[id(tree)] = self.rows(tree, first, min(first + step, self.channels))
-                return pulled[id(tree)]
+            def dense(tree: Expression, span: tuple[int, int] = span, pulled: dict[int, Rows] = pulled) -> Tensor:
+                return (pulled.get(id(tree)) or self.rows(tree, *span)).dense(self.places)
 
-            if not self.nearest(*(rows(tree).dense(self.places) for tree in (self.before, self.kept))):
-                self.hold(lambda tree: rows(tree).dense(self.places), partial(self.place, first), self.dtype)
-            if biased and not mapped:
-                self.hold(lambda tree: rows(tree).offset, partial(self.channel, first), self.bias_dtype)
+            if not self.nearest(dense(self.before), dense(self.kept)):
+                self.hold(dense, partial(self.place, span[0]), self.dtype)
+        if biased and not mapped:
+            self.hold(
+                lambda tree: torch.cat(offsets.get(id(tree)) or [self.rows(tree, *span).offset for span in spans]),
+                self.channel,
+                self.bias_dtype,
+            )
         if mapped and self.map_size is not None:
             shape = 1, self.inputs, *self.map_size
             nothing = torch.zeros(shape, dtype=exact_type(self.before))
@@ -158,9 +167,9 @@ class _Comparison:
         counts, channels = [len(places.positions) for places in self.given], self.channels * self.groups
         return pull(self.way(tree), Rows.of(first, last, self.groups, channels, counts, exact_type(tree)))
 
-    def channel(self, first: int, where: tuple[int, ...]) -> tuple[int, ...]:
+    def channel(self, where: tuple[int, ...]) -> tuple[int, ...]:
         """Return the output channel of an offset, (row, *class, group)."""
-        return (where[-1] * self.channels + first + where[0],)
+        return (where[-1] * self.channels + where[0],)
 
     def place(self, first: int, where: tuple[int, ...]) -> tuple[int, ...]:
         """Return (output channel, input channel, *tap) of a number, (row, place, input channel)."""

@@ -96,10 +96,12 @@ def _settled(
     ruled = {leaf.variable(name): (n, name) for n, name, leaf in reversed(places) if name in leaf.computed.kind.by_rule}
     others = {leaf.variable(name): (n, name, leaf) for n, name, leaf in places if leaf.variable(name) not in ruled}
     chosen = set(ruled)  # what has torch's default: what is assumed by rule, while the rest is looked at
+    looked_at = _with_defaults(tree, chosen)
     for variable, (number, name, leaf) in sorted(others.items(), key=lambda one: -one[1][0]):
-        what = _what_depends(_with_defaults(tree, chosen), number, name, size, border)
+        what = _what_depends(looked_at, number, name, size, border)
         if what and name in assume:
             chosen.add(variable)
+            looked_at = _with_defaults(tree, chosen)
         elif what:
             whose = next((one for one in leaves(tree) if variable == f"{one.name}.{name}"), leaf)
             missing.insert(begun, Missing(whose, name, what))

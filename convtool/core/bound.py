@@ -51,7 +51,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -63,7 +63,7 @@ from convtool.core.joint import compose_geometry
 from convtool.core.moves import Selection
 from convtool.core.rounding import exact_dtype
 from convtool.core.stored import Stored
-from convtool.core.tree import Chain, Sum, Tree, map_leaves, sole_layer
+from convtool.core.tree import Chain, Sum, Tree, map_leaves, sole_layer, walk
 from convtool.errors import ConvtoolError, UsageError
 
 U64 = 2.0**-53  # unit roundoff of float64
@@ -127,18 +127,13 @@ class Bound:
     def less(self) -> tuple[Conv, Conv] | None:
         """What of that to take off where numbers should be larger, and where smaller; None where nothing."""
         layer = sole_layer(self._after)
-        if layer is None or layer.less is None:
+        less = None if layer is None else layer.less
+        if less is None:
             return None
-        numbers = ((layer.conv.weight, layer.less.weight), (layer.conv.bias, layer.less.bias))
-        sides = []  # those numbers that are nearer to zero where they are larger; smaller
-        for sign in (-1, 1):
-            weight, bias = (
-                None if one is None or less is None else torch.where(one.to(torch.float64) * sign > 0, less, 0.0)
-                for one, less in numbers
-            )
-            assert weight is not None
-            sides.append(Conv(weight, bias, layer.conv.geometry))
-        return sides[0], sides[1]
+        # Larger numbers are the nearer ones to zero of those below it, and smaller ones of those above.
+        return less.changed(lambda numbers: numbers.neg().clamp(min=0)), less.changed(
+            lambda numbers: numbers.clamp(min=0)
+        )
 
     @cached_property
     def underflow(self) -> float:
@@ -238,19 +233,13 @@ def _terms(conv: Conv) -> int:
 def _underflow(tree: Expression) -> float:
     """Return eta: what float64 products that underflow can add up to."""
 
-    def through(part: Expression, lost: float) -> float:
-        if isinstance(part, Chain):
-            return reduce(lambda value, one: through(one, value), part.parts, lost)
-        if isinstance(part, Sum):
-            return sum(through(one, lost) for one in part.parts)
-        if isinstance(part, Selection):
+    def step(conv: Conv, lost: float) -> float:
+        if isinstance(conv, Selection):
             return lost
-        gain = (
-            float(part.weight.to(exact_dtype(part.dtype)).abs().flatten(1).sum(1).max()) if part.weight.numel() else 0.0
-        )
-        return lost * gain + _terms(part) * TINY64
+        sums = conv.weight.to(exact_dtype(conv.dtype)).abs().flatten(1).sum(1)
+        return lost * (float(sums.max()) if len(sums) else 0.0) + _terms(conv) * TINY64
 
-    return through(tree, 0.0)
+    return walk(tree, 0.0, step, lambda _, branches: sum(branches))
 
 
 def _with_underflow(error: Conv) -> Conv:

@@ -23,9 +23,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import reduce
+from functools import cache, reduce
 
 import numpy as np
 import torch
@@ -96,38 +96,34 @@ def compose_chain(chain: Sequence[Conv]) -> Conv:
     if len(chain) < 3 or any(conv.geometry.transposed for conv in chain):
         # Which pairs of plain and transposed layers have a form depends on the order; first to last is the one checked.
         return regrouped(reduce(compose, chain[1:], chain[0].exact()), chain)
-    splits = _cheapest_splits(chain)
+    split = _cheapest_split(chain)
 
     def compose_range(first: int, last: int) -> Conv:
         if first == last:
             return chain[first].exact()
-        middle = splits[first, last]
+        middle = split(first, last)[1]
         return compose(compose_range(first, middle), compose_range(middle + 1, last))
 
     return regrouped(compose_range(0, len(chain) - 1), chain)
 
 
-def _cheapest_splits(chain: Sequence[Conv]) -> dict[tuple[int, int], int]:
-    """Find where to split each range of layers for the fewest multiply-adds, as for a product of matrices."""
-    count = len(chain)
-    shape: dict[tuple[int, int], Geometry] = {}
-    for first in range(count):
-        shape[first, first] = chain[first].geometry
-        for last in range(first + 1, count):
-            shape[first, last] = compose_geometry(shape[first, last - 1], chain[last].geometry)
-    cost = {(one, one): 0 for one in range(count)}
-    splits: dict[tuple[int, int], int] = {}
-    for length in range(1, count):
-        for first in range(count - length):
-            last = first + length
-            options = []
-            for middle in range(first, last):
-                pair = shape[first, middle], shape[middle + 1, last]
-                channels = chain[first].in_channels, chain[middle].out_channels, chain[last].out_channels
-                here = compose_work(*pair, channels)
-                options.append((cost[first, middle] + cost[middle + 1, last] + here, middle))
-            cost[first, last], splits[first, last] = min(options)
-    return splits
+def _cheapest_split(chain: Sequence[Conv]) -> Callable[[int, int], tuple[int, int]]:
+    """Return what tells how few multiply-adds layers first to last take, as a product of matrices, and their split."""
+
+    @cache
+    def geometry(first: int, last: int) -> Geometry:
+        return reduce(compose_geometry, (conv.geometry for conv in chain[first : last + 1]))
+
+    @cache
+    def split(first: int, last: int) -> tuple[int, int]:
+        def work(middle: int) -> int:
+            channels = chain[first].in_channels, chain[middle].out_channels, chain[last].out_channels
+            here = compose_work(geometry(first, middle), geometry(middle + 1, last), channels)
+            return split(first, middle)[0] + split(middle + 1, last)[0] + here
+
+        return min(((work(middle), middle) for middle in range(first, last)), default=(0, first))
+
+    return split
 
 
 def compose_work(first: Geometry, second: Geometry, channels: tuple[int, int, int]) -> int:

@@ -55,16 +55,21 @@ class Conv:
         return f"{type(self).__name__}({channels}, {self.geometry.describe()}, {kind}, {bias})"
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the weight's."""
+        return tuple(self.weight.shape)
+
+    @property
     def out_channels(self) -> int:
-        return self.weight.shape[0]
+        return self.shape[0]
 
     @property
     def in_channels(self) -> int:
-        return self.weight.shape[1] * self.geometry.groups
+        return self.shape[1] * self.geometry.groups
 
     @property
     def spatial_axes(self) -> int:
-        return self.weight.dim() - 2
+        return len(self.shape) - 2
 
     @property
     def dtype(self) -> torch.dtype:
@@ -141,35 +146,25 @@ class Conv:
 class Computed(Conv):
     """A layer whose weight is computed each time that it is asked for, of numbers that take much less room."""
 
-    __slots__ = ("compute", "shape")
+    __slots__ = ("compute", "sizes")
     compute: Callable[[], Tensor]
-    shape: tuple[int, ...]
+    sizes: tuple[int, ...]
 
-    def __init__(self, like: Conv, compute: Callable[[], Tensor]) -> None:
-        values = (("compute", compute), ("shape", tuple(like.weight.shape)))
-        for name, value in (*values, ("bias", like.bias), ("geometry", like.geometry)):
+    def __init__(self, like: Conv, compute: Callable[[], Tensor], geometry: Geometry | None = None) -> None:
+        values = (("compute", compute), ("sizes", like.shape), ("bias", like.bias))
+        for name, value in (*values, ("geometry", geometry or like.geometry)):
             object.__setattr__(self, name, value)
 
     @property
     def weight(self) -> Tensor:
         return self.compute()
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sizes
+
     def with_geometry(self, geometry: Geometry) -> Conv:
-        other = Computed(self, self.compute)
-        object.__setattr__(other, "geometry", geometry)
-        return other
-
-    @property
-    def out_channels(self) -> int:
-        return self.shape[0]
-
-    @property
-    def in_channels(self) -> int:
-        return self.shape[1] * self.geometry.groups
-
-    @property
-    def spatial_axes(self) -> int:
-        return len(self.shape) - 2
+        return Computed(self, self.compute, geometry)
 
 
 def conv(

@@ -11,12 +11,13 @@ its tap table, for one output of each class and all pairs of classes of two axes
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
-from abc import ABC, abstractmethod
 from collections import OrderedDict
-from dataclasses import replace
-from functools import cached_property, reduce
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -30,8 +31,8 @@ from convtool.core.moves import NOTHING, Selection
 from convtool.core.rounding import exact_dtype
 from convtool.core.slots import AxisSlots, axis_slots
 from convtool.core.taps import MOST_ENTRIES, PADDED, tap_table
-from convtool.core.tree import Chain, Sum, leaves, map_leaves, walk
-from convtool.core.ways import Places, Rows, pull, way_back, widest
+from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves, walk
+from convtool.core.ways import LayerWay, Places, Rows, pull, way_back, widest
 from convtool.errors import UsageError
 
 Order: TypeAlias = Literal["CHW", "HWC"]
@@ -41,7 +42,8 @@ BLOCK_NUMBERS = 1 << 19  # of the kernels, or of what is on the way to them, tha
 KEPT_BLOCKS = 4  # of these
 
 
-class Kernels(ABC):
+@dataclass(frozen=True, eq=False)
+class Kernels:
     """What a matrix is made of.
 
     Attributes:
@@ -54,6 +56,7 @@ class Kernels(ABC):
         column_channels: of one group.
         groups: the most that are sure to have nothing to do with each other.
         periods: after how many of the rows' positions each axis repeats itself, away from the borders.
+        values: gives what can stand in rows of channels first:last, (channels, column_channels * numbers an axis).
     """
 
     output_size: tuple[int, ...]
@@ -66,10 +69,7 @@ class Kernels(ABC):
     column_channels: int
     groups: int
     periods: tuple[int, ...]
-
-    @abstractmethod
-    def values(self, first: int, last: int) -> Tensor:
-        """Return (channels, column_channels * numbers of each axis) what can stand in rows of channels first:last."""
+    values: Callable[[int, int], Tensor]
 
     @property
     def per_group(self) -> int:
@@ -77,77 +77,84 @@ class Kernels(ABC):
         return max(1, self.row_channels // max(1, self.groups))
 
 
-class LayerKernels(Kernels):
-    """The numbers of one layer: its weight, and sums of taps where padding brings several to one place."""
+def _of_layer(conv: Conv, input_size: tuple[int, ...], transpose: bool) -> Kernels:
+    """Return the numbers of one layer: its weight, and sums of taps where padding brings several to one place."""
+    geometry, weight, output_size = conv.geometry, conv.weight, conv.output_size(input_size)
+    slots = [axis_slots(tap_table(axis, size)) for axis, size in zip(geometry.axes, input_size, strict=True)]
+    if transpose:
+        slots = [axis.adjoint(size) for axis, size in zip(slots, input_size, strict=True)]
+        weight = swap_channels(weight, geometry.groups)  # (C_in, C_out/groups, *kernel)
 
-    def __init__(self, conv: Conv, input_size: tuple[int, ...], transpose: bool) -> None:
-        geometry, weight = conv.geometry, conv.weight
-        self.output_size, self.dtype, self.bias = conv.output_size(input_size), weight.dtype, conv.bias
-        slots = [axis_slots(tap_table(axis, size)) for axis, size in zip(geometry.axes, input_size, strict=True)]
-        if transpose:
-            slots = [axis.adjoint(size) for axis, size in zip(slots, input_size, strict=True)]
-            weight = swap_channels(weight, geometry.groups)  # (C_in, C_out/groups, *kernel)
-        self.slots, self._weight = slots, weight
-        self.row_size, self.column_size = _sides(self.output_size, input_size, transpose)
-        self.row_channels, self.column_channels, self.groups = len(weight), weight.shape[1], geometry.groups
-        # A transposed layer reads in the rhythm of its stride, and so does the transpose of a plain one.
-        self.periods = geometry.stride if geometry.transposed != transpose else (1,) * len(slots)
-
-    def values(self, first: int, last: int) -> Tensor:
-        weight = self._weight[first:last]
-        for number, axis in enumerate(self.slots):
+    def values(first: int, last: int) -> Tensor:
+        some = weight[first:last]
+        for number, axis in enumerate(slots, 2):
             if axis.merges:
-                exact = weight.to(exact_dtype(weight.dtype))
+                exact = some.to(exact_dtype(some.dtype))
                 members = torch.from_numpy(axis.members).to(exact.dtype)  # (subsets, kernel)
-                weight = torch.tensordot(exact, members, dims=([number + 2], [1])).movedim(-1, number + 2)
-        return weight.flatten(1)
+                some = torch.tensordot(exact, members, dims=([number], [1])).movedim(-1, number)
+        return some.flatten(1)
+
+    sides = (input_size, output_size) if transpose else (output_size, input_size)
+    # A transposed layer reads in the rhythm of its stride, and so does the transpose of a plain one.
+    periods = geometry.stride if geometry.transposed != transpose else (1,) * len(slots)
+    shape = len(weight), weight.shape[1]
+    return Kernels(output_size, *sides, conv.dtype, conv.bias, slots, *shape, geometry.groups, periods, values)
 
 
-class TreeKernels(Kernels):
-    """The numbers of layers in chains and sums, in float64 (complex128)."""
+def _of_tree(tree: Expression, input_size: tuple[int, ...], transpose: bool) -> Kernels:
+    """Return the numbers of layers in chains and sums, in float64 (complex128)."""
+    found = [classes(tree, input_size, axis) for axis in range(len(input_size))]
+    slots = list(map(_slots, found))
+    way, _ = way_back(tree, input_size, [Places.each(one.first) for one in found], range(len(slots)))
+    values = _TreeValues(tree, way, math.prod(len(axis.members) for axis in slots), transpose)
+    made = output_size(tree, input_size)
+    sides = (input_size, made) if transpose else (made, input_size)
+    turned = [axis.adjoint(n) for axis, n in zip(slots, input_size, strict=True)] if transpose else slots
+    periods = tuple(period(tree, axis, transpose) for axis in range(len(slots)))
+    bias, dtype, shape = _bias(tree, input_size), next(leaves(tree)).dtype, (values.rows, values.columns)
+    return Kernels(made, *sides, dtype, bias, turned, *shape, values.groups, periods, values)
 
-    def __init__(self, tree: Expression, input_size: tuple[int, ...], transpose: bool) -> None:
-        self.output_size, self.dtype = output_size(tree, input_size), next(leaves(tree)).dtype
-        self._tree, self._transpose, self.bias = tree, transpose, _bias(tree, input_size)
-        self.row_size, self.column_size = _sides(self.output_size, input_size, transpose)
-        self._exact = exact_type(tree)
-        found = [classes(tree, input_size, axis) for axis in range(len(input_size))]
-        slots, given = list(map(_slots, found)), [Places.each(one.first) for one in found]
-        self._way, _ = way_back(tree, input_size, given, range(len(slots)))
-        self.slots = [axis.adjoint(n) for axis, n in zip(slots, input_size, strict=True)] if transpose else slots
+
+class _TreeValues:
+    """The numbers of layers in chains and sums, made block by block.
+
+    Args:
+        way: back through them from an output of each class.
+        spread: numbers for each pair of channels.
+    """
+
+    def __init__(self, tree: Expression, way: Tree[LayerWay], spread: int, transpose: bool) -> None:
+        self._tree, self._way, self._spread, self._transpose = tree, way, spread, transpose
         self.groups = reduce(math.gcd, (conv.geometry.groups for conv in leaves(tree)))
-        self._sides = out_channels(tree), in_channels(tree)
-        self.row_channels, columns = self._sides[::-1] if transpose else self._sides
-        self.column_channels = columns // max(1, self.groups)
-        self.periods = tuple(period(tree, axis, transpose) for axis in range(len(slots)))
-        self._spread = math.prod(len(axis.members) for axis in slots)  # numbers for each pair of channels
+        self._outputs, inputs = out_channels(tree) // max(1, self.groups), in_channels(tree) // max(1, self.groups)
+        self._per_group, self.columns = (inputs, self._outputs) if transpose else (self._outputs, inputs)
+        self.rows = self._per_group * self.groups
+        self._exact = exact_type(tree)
+        # How many channels of the rows are made at a time, how many of the columns, and how many outputs carried back.
+        self._step, self._turned_step = (
+            max(1, BLOCK_NUMBERS // max(1, count * spread)) for count in (self.columns, self._per_group)
+        )
+        self._together = max(1, BLOCK_NUMBERS * max(1, self.groups) // widest(way))
         self._blocks: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
-        self._here = -1, self._way  # the way of one group
+        self._here = -1, way  # the way of one group
         self._lock = threading.Lock()
 
-    def values(self, first: int, last: int) -> Tensor:
-        parts, step = [], self._step()
+    def __call__(self, first: int, last: int) -> Tensor:
+        parts = [torch.zeros(0, self.columns * self._spread, dtype=self._exact)]
         while first < last:
-            group, channel = divmod(first, self.per_group)
-            number = channel // step
-            stop = min(last - first + channel, self.per_group, (number + 1) * step)
-            parts.append(self._block(group, number, step)[channel - number * step : stop - number * step])
+            group, channel = divmod(first, self._per_group)
+            number, start = divmod(channel, self._step)
+            stop = min(last - first + channel, self._per_group, (number + 1) * self._step)
+            parts.append(self._block(group, number)[start : stop - number * self._step])
             first += stop - channel
-        if not parts:
-            return torch.zeros(0, self.column_channels * self._spread, dtype=self._exact)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[1] if len(parts) == 2 else torch.cat(parts)
 
-    def _step(self) -> int:
-        """Return how many row channels are made at a time."""
-        widest = self.column_channels * self._spread
-        return max(1, min(self.per_group, BLOCK_NUMBERS // max(1, widest)))
-
-    def _block(self, group: int, number: int, step: int) -> Tensor:
+    def _block(self, group: int, number: int) -> Tensor:
         """Return the numbers of one block of a group's row channels, (channels, column channels * spread)."""
         key = group, number
         with self._lock:  # the threads that fill one matrix mostly want the same block
             if key not in self._blocks:
-                start, stop = number * step, min((number + 1) * step, self.per_group)
+                start, stop = number * self._step, min((number + 1) * self._step, self._per_group)
                 made = self._turned(group, start, stop) if self._transpose else self._pulled(group, start, stop)
                 self._blocks[key] = made.flatten(1)
                 while len(self._blocks) > KEPT_BLOCKS:
@@ -156,10 +163,9 @@ class TreeKernels(Kernels):
 
     def _turned(self, group: int, start: int, stop: int) -> Tensor:
         """Return (stop - start, C_out/groups, spread) the numbers of some of a group's input channels."""
-        step = max(1, BLOCK_NUMBERS // max(1, self._sides[1] // max(1, self.groups) * self._spread))
-        cuts = range(0, self.column_channels, step)
-        made = (self._pulled(group, at, min(at + step, self.column_channels))[:, start:stop].clone() for at in cuts)
-        return torch.cat(list(made)).transpose(0, 1).contiguous()
+        cuts = itertools.pairwise([*range(0, self.columns, self._turned_step), self.columns])
+        made = [self._pulled(group, *cut)[:, start:stop].clone() for cut in cuts]
+        return torch.cat(made).transpose(0, 1).contiguous()
 
     def _pulled(self, group: int, start: int, stop: int) -> Tensor:
         """Return (stop - start, C_in/groups, spread) the numbers of some of a group's output channels."""
@@ -167,45 +173,40 @@ class TreeKernels(Kernels):
             parts = (_of_group(conv, group, self.groups) for conv in leaves(self._tree))
             through = map_leaves(lambda way: way if way.conv is None else way.through(next(parts)), self._way)
             self._here = group, through
-        outputs, step = self._sides[0] // max(1, self.groups), self._together
-        made = (Rows.of(at, min(at + step, stop), 1, outputs, (), self._exact) for at in range(start, stop, step))
+        cuts = itertools.pairwise([*range(start, stop, self._together), stop])
+        made = (Rows.of(*cut, 1, self._outputs, (), self._exact) for cut in cuts)
         return torch.cat([pull(self._here[1], rows).dense(self._spread).movedim(1, 2) for rows in made])
 
-    @cached_property
-    def _together(self) -> int:
-        """How many output channels are carried back at a time."""
-        return max(1, BLOCK_NUMBERS * max(1, self.groups) // widest(self._way))
 
-
-class ChannelsLast(Kernels):
-    """The numbers of a matrix for channels-last data: x is flattened as (*spatial, C), and so is the output.
+def _channels_last(made: Kernels) -> Kernels:
+    """Return the numbers of a matrix for channels-last data: x is flattened as (*spatial, C), and so is the output.
 
     The channels are one more axis, the innermost: there an output reads all inputs of its group, each by a number of
     its own. What is left is one channel, which has all numbers.
     """
+    rows, columns = made.row_channels, made.column_channels
+    row, column = np.arange(rows)[:, None], np.arange(columns)
+    subsets, members = row * columns + column, np.empty((rows * columns, 0))
+    channels = AxisSlots(row // made.per_group * columns + column, subsets, np.full(rows, columns), members)
 
-    row_channels = column_channels = groups = 1
+    def values(first: int, last: int) -> Tensor:
+        numbers = made.values(0, rows)
+        if not numbers.numel():  # nothing is read of the input
+            return numbers.reshape(1, 0)
+        numbers = numbers.reshape(rows, columns, *(len(axis.members) for axis in made.slots))
+        return numbers.movedim((0, 1), (-2, -1)).reshape(1, -1)
 
-    def __init__(self, made: Kernels) -> None:
-        self._made, self.dtype, self.output_size = made, made.dtype, made.output_size
-        rows, columns = self._shape = made.row_channels, made.column_channels
-        row, column = np.arange(rows)[:, None], np.arange(columns)
-        subsets, members = row * columns + column, np.empty((rows * columns, 0))
-        channels = AxisSlots(row // made.per_group * columns + column, subsets, np.full(rows, columns), members)
-        self.slots, self.periods = [*made.slots, channels], (*made.periods, 1)
-        self.row_size, self.column_size = (*made.row_size, rows), (*made.column_size, columns * made.groups)
-        self.bias = made.bias
-
-    def values(self, first: int, last: int) -> Tensor:
-        values = self._made.values(0, self._shape[0])
-        if not values.numel():  # nothing is read of the input
-            return values.reshape(1, 0)
-        values = values.reshape(*self._shape, *(len(axis.members) for axis in self._made.slots))
-        return values.movedim((0, 1), (-2, -1)).reshape(1, -1)
-
-
-def _sides(output_size: tuple[int, ...], input_size: tuple[int, ...], transpose: bool) -> tuple[tuple[int, ...], ...]:
-    return (input_size, output_size) if transpose else (output_size, input_size)
+    return replace(
+        made,
+        slots=[*made.slots, channels],
+        periods=(*made.periods, 1),
+        row_size=(*made.row_size, rows),
+        column_size=(*made.column_size, columns * made.groups),
+        row_channels=1,
+        column_channels=1,
+        groups=1,
+        values=values,
+    )
 
 
 def kernels(layers: Expression, input_size: tuple[int, ...], transpose: bool, order: Order = "CHW") -> Kernels:
@@ -217,13 +218,13 @@ def kernels(layers: Expression, input_size: tuple[int, ...], transpose: bool, or
     if order not in ORDERS:
         raise UsageError(f"order: expected {' or '.join(ORDERS)}, got {order!r}")
     if order == "HWC":
-        return ChannelsLast(kernels(layers, input_size, transpose))
+        return _channels_last(kernels(layers, input_size, transpose))
     while isinstance(layers, Chain | Sum) and len(layers.parts) == 1:
         layers = layers.parts[0]
     if isinstance(layers, Conv):
-        return LayerKernels(layers, input_size, transpose)
+        return _of_layer(layers, input_size, transpose)
     _check_channels(layers)
-    return TreeKernels(layers, input_size, transpose)
+    return _of_tree(layers, input_size, transpose)
 
 
 def _check_channels(tree: Expression) -> None:

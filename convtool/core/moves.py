@@ -46,25 +46,17 @@ class Selection(Conv):
 
     @property
     def weight(self) -> Tensor:
-        width = self.inputs // self.geometry.groups * math.prod(self.geometry.kernel_size)  # of a group's window
+        width = math.prod(self.shape[1:])  # of a group's window
         if self.out_channels * width > MOST_NUMBERS:
             raise UsageError(f"a layer that copies {width} entries would need a kernel of too many numbers")
         group = torch.arange(self.out_channels) * self.geometry.groups // max(1, self.out_channels)
         dense = F.one_hot((self.picked - group * width).clamp(min=0), width).to(torch.float64)
         dense[self.picked == NOTHING] = 0
-        return dense.reshape(self.out_channels, -1, *self.geometry.kernel_size)
+        return dense.reshape(self.shape)
 
     @property
-    def out_channels(self) -> int:
-        return len(self.picked)
-
-    @property
-    def in_channels(self) -> int:
-        return self.inputs
-
-    @property
-    def spatial_axes(self) -> int:
-        return len(self.geometry.kernel_size)
+    def shape(self) -> tuple[int, ...]:
+        return len(self.picked), self.inputs // self.geometry.groups, *self.geometry.kernel_size
 
     @property
     def dtype(self) -> torch.dtype:

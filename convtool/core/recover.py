@@ -18,8 +18,9 @@ from torch import Tensor
 
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry, format_sizes
+from convtool.core.rounding import exact_dtype
 from convtool.core.slots import AxisSlots, axis_slots
-from convtool.core.taps import PADDED, tap_table
+from convtool.core.taps import PADDED, tap_table, taps_read
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import RefusedError, UsageError
 
@@ -56,11 +57,13 @@ def patches_to_linear(conv: Conv) -> Tensor:
     geometry = conv.geometry
     axes = geometry.axes
     if not axes or geometry.transposed:
-        raise RefusedError(f"a patch convolution is expected, a plain one with kernel = stride; got {_said(conv)}")
+        raise RefusedError(
+            f"a patch convolution is expected, a plain one with kernel = stride; got {conv.geometry.describe()}"
+        )
     if any(axis.kernel != axis.stride or (axis.kernel > 1 and axis.dilation > 1) for axis in axes) or geometry.padded:
         raise RefusedError(
-            "expected kernel = stride, no padding, no dilation, as of a patch embedding;"
-            f" got {_said(conv)}, whose windows are no patches; --as-toeplitz writes any convolution for one input size"
+            f"expected kernel = stride, no padding, no dilation, as of a patch embedding; got {geometry.describe()},"
+            " whose windows are no patches; --as-toeplitz writes any convolution for one input size"
         )
     if geometry.groups != 1:
         raise RefusedError(f"groups {geometry.groups}: as a linear layer it would be mostly zeros; it is left as it is")
@@ -100,15 +103,14 @@ def matrix_to_conv(
     blocks = weight.reshape(groups, rows // groups, groups, columns // groups)
     kernel = torch.cat([_kernel(blocks[g, :, g], slots, output_size, size) for g in range(groups)]).to(weight.dtype)
     conv = Conv(kernel, _bias(bias, output_size), geometry)
-    met = math.prod(_met(axis) for axis in slots)
-    unmet = (math.prod(geometry.kernel_size) - met) * kernel.shape[0] * kernel.shape[1]
+    met, taps = taps_read(geometry, size)
+    unmet = (taps - met) * kernel.shape[0] * kernel.shape[1]
     return conv, _residual(weight, conv, size, unmet)
 
 
 def _kernel(block: Tensor, slots: list[AxisSlots], output_size: tuple[int, ...], size: tuple[int, ...]) -> Tensor:
     """(C_out, C_in, *kernel) in float64 (complex128): least squares for one group's block of the matrix."""
-    exact = torch.complex128 if block.is_complex() else torch.float64
-    axes = len(size)
+    exact, axes = exact_dtype(block.dtype), len(size)
     outer, inner = block.shape[0] // math.prod(output_size), block.shape[1] // math.prod(size)
     kernels = []
     for part in block.reshape(outer, -1, block.shape[1]):  # a channel at a time: less memory
@@ -126,33 +128,23 @@ def _gather_axis(entries: Tensor, number: int, axes: int, axis: AxisSlots) -> Te
     behind the channels; the kernel axis comes last.
     """
     left = axes - number  # output axes still there
-    output, slot = (torch.from_numpy(part) for part in (axis.columns != PADDED).nonzero())
-    column = torch.from_numpy(axis.columns)[output, slot]
-    subset = torch.from_numpy(axis.subsets)[output, slot]
+    output, slot = (axis.columns != PADDED).nonzero()
     moved = entries.movedim(left + 1, 1)  # (output, input, other outputs, C_in, other inputs, kernels done)
-    picked = moved[output, column]  # (slots in use, ...)
+    picked = moved[output, axis.columns[output, slot]]  # (slots in use, ...)
+    subset = torch.from_numpy(axis.subsets[output, slot])
     members = torch.from_numpy(axis.members).to(entries.dtype)  # (subsets, kernel)
-    totals = torch.zeros(len(members), *picked.shape[1:], dtype=entries.dtype).index_add_(0, subset, picked)
+    # Each tap as the first place has it where it stands alone, and the least squares of what that leaves: nothing where
+    # they are all the same, so that a mean's rounding doesn't come into it.
+    alone = subset < members.shape[1]
+    first = picked.new_zeros(members.shape[1], *picked.shape[1:])
+    first[subset[alone].flip(0)] = picked[alone].flip(0)
+    rest = picked - torch.tensordot(members, first, dims=1)[subset]
+    totals = rest.new_zeros(len(members), *rest.shape[1:]).index_add_(0, subset, rest)
     counts = torch.bincount(subset, minlength=len(members))
-    if axis.merges:
-        gram = members.T @ (counts[:, None] * members)  # (kernel, kernel)
-        solved = torch.tensordot(torch.linalg.pinv(gram, hermitian=True) @ members.T, totals, dims=1)
-    else:
-        # The first one where they are all the same, so that a mean's rounding doesn't come into it.
-        first = torch.zeros_like(totals)
-        first[subset.flip(0)] = picked.flip(0)
-        same = torch.ones(totals.shape, dtype=torch.bool)
-        for index in subset.unique():
-            same[index] = (picked[subset == index] == first[index]).all(0)
-        solved = torch.where(same, first, totals / counts.clamp(min=1).reshape(-1, *(1,) * (totals.dim() - 1)))
-    kernel_last: Tensor = solved.movedim(0, -1)
+    gram = members.T @ (counts[:, None] * members)  # (kernel, kernel)
+    solved = torch.tensordot(torch.linalg.pinv(gram, hermitian=True) @ members.T, totals, dims=1)
+    kernel_last: Tensor = (first + solved).movedim(0, -1)
     return kernel_last
-
-
-def _met(axis: AxisSlots) -> int:
-    """Return how many taps of an axis read the input anywhere."""
-    used = axis.subsets[axis.columns != PADDED]
-    return int((axis.members[used] > 0).any(0).sum())
 
 
 def _bias(bias: Tensor | None, output_size: tuple[int, ...]) -> Tensor | None:
@@ -171,7 +163,7 @@ def _residual(weight: Tensor, conv: Conv, size: tuple[int, ...], unmet: int) -> 
     for start in range(0, weight.shape[0], step):
         stop = min(start + step, weight.shape[0])
         block = weight[start:stop]
-        exact = torch.complex128 if block.is_complex() else torch.float64
+        exact = exact_dtype(block.dtype)
         difference = (block.to(exact) - matrix.dense_rows(start, stop).to(exact)).abs()
         scale = max(scale, float(block.abs().max()))
         if float(difference.max()) > largest:
@@ -179,7 +171,3 @@ def _residual(weight: Tensor, conv: Conv, size: tuple[int, ...], unmet: int) -> 
             row, column = divmod(int(difference.argmax()), weight.shape[1])
             where = start + row, column
     return Residual(largest, where, scale, unmet)
-
-
-def _said(conv: Conv) -> str:
-    return conv.geometry.describe()

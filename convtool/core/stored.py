@@ -35,13 +35,13 @@ class Stored:
 
     @cached_property
     def less(self) -> Conv | None:
-        """By how much less each can have been moved towards zero; None where it can be as much."""
+        """By how much less each can have been moved towards zero, with its sign; None where it can be as much."""
         if self.given is not None or isinstance(self.conv, Selection) or self.conv.dtype.is_complex:
             return None
 
         def inwards(numbers: Tensor) -> Tensor:
-            less = less_inwards(numbers, self.dtype or numbers.dtype)
-            return torch.zeros(numbers.shape, dtype=torch.float64) if less is None else less
+            less, zero = less_inwards(numbers, self.dtype or numbers.dtype), numbers.new_zeros((), dtype=torch.float64)
+            return zero.expand(numbers.shape) if less is None else less * numbers.sign()
 
         return self.conv.changed(inwards)
 

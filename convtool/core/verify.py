@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any, TypeAlias
@@ -33,6 +34,7 @@ from convtool.core.expression import (
     output_size,
     run,
     widest_layer,
+    with_sizes,
 )
 from convtool.core.geometry import format_sizes
 from convtool.core.inputs import dense_count, dense_inputs
@@ -42,7 +44,7 @@ from convtool.core.sizes import split_input_size
 from convtool.core.stored import Stored, stored
 from convtool.core.tally import Region, Tally, check_trials
 from convtool.core.taps import taps_read
-from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves, sole_layer, walk
+from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves, sole_layer
 from convtool.errors import ConvtoolError, UsageError
 
 LARGEST_INPUT = 1 << 27  # numbers of one input in the widest layer: 1 GiB in float64, several times over
@@ -50,6 +52,7 @@ STORED_WORK = 200_000_000  # multiply-adds that running the layers once in their
 
 
 Progress: TypeAlias = Callable[[float], None]
+Bounding: TypeAlias = Callable[[Expression, Tree[Stored]], Bound | Tolerance]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,9 +155,8 @@ def verify(
         return report
 
     def bound(before: Expression, after: Tree[Stored]) -> Bound | Tolerance:
-        if rtol is None and atol is None:
-            return Bound(before, after, computed_in, stored_between)
-        return Tolerance(rtol or 0.0, atol or 0.0)
+        chosen = rtol is not None or atol is not None
+        return Tolerance(rtol or 0.0, atol or 0.0) if chosen else Bound(before, after, computed_in, stored_between)
 
     return sides.compare(report, bound, torch.device(device), trials, exhaustive, progress)
 
@@ -188,7 +190,7 @@ class _Sides:
     def compare(
         self,
         report: EquivalenceReport,
-        bound: Callable[[Expression, Tree[Stored]], Bound | Tolerance],
+        bound: Bounding,
         device: torch.device,
         trials: int,
         exhaustive: bool,
@@ -214,11 +216,10 @@ class _Sides:
         # by now that it isn't.
         alike = rim is not None and taps[0] == taps[1] and self.of_one_geometry()
         everywhere = not alike or bool(mask.any() and border.region().ratio <= 1)
+        numbers = compare_numbers(self.before, self.after, bound(self.before, self.after), size, everywhere=everywhere)
         return replace(
             report,
-            numbers=compare_numbers(
-                self.before, self.after, bound(self.before, self.after), size, everywhere=everywhere
-            ),
+            numbers=numbers,
             inputs=counts,
             exhaustive=exhaustive,
             taps=taps,
@@ -230,17 +231,12 @@ class _Sides:
     def of_one_geometry(self) -> bool:
         """Return whether AFTER is one layer that reads where the one that stands for BEFORE does."""
         layer = sole_layer(self.kept)
-        try:
-            return (
-                layer is not None
-                and replace(fused_geometry(self.before), groups=layer.geometry.groups) == layer.geometry
-            )
-        except ConvtoolError:  # no layer stands for BEFORE
-            return False
+        with suppress(ConvtoolError):  # no layer stands for BEFORE
+            if layer is not None:
+                return replace(fused_geometry(self.before), groups=layer.geometry.groups) == layer.geometry
+        return False
 
-    def outputs(
-        self, bound: Callable[[Expression, Tree[Stored]], Bound | Tolerance], device: torch.device
-    ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
+    def outputs(self, bound: Bounding, device: torch.device) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
         """Return what gives the outputs before and after, and the bound, each (N, C_out, *output_size).
 
         They are computed in float64 (complex128, both, where one is complex), on the device.
@@ -290,7 +286,7 @@ def rim_of(before: Expression, size: tuple[int, ...]) -> Mask | None:
     if isinstance(before, Sum):
         rims = [rim for part in before.parts if (rim := rim_of(part, size)) is not None]
         return reduce(np.logical_or, rims) if len(rims) == len(before.parts) else None
-    try:
+    with suppress(ConvtoolError):
         for part in layers:
             inner = rim_of(part, at)
             if inner is None or inner.any():  # what a branch got wrong would spread
@@ -298,20 +294,12 @@ def rim_of(before: Expression, size: tuple[int, ...]) -> Mask | None:
             parts.append(fold(part, Conv.exact, compose_chain, lambda convs: reduce(add, convs)))
             at = output_size(part, at)
         return border_at(parts, reduce(compose_geometry, (conv.geometry for conv in parts)), size).differs()
-    except ConvtoolError:
-        return None
+    return None
 
 
 def _taps(after: Expression, size: tuple[int, ...]) -> tuple[int, int]:
     """Return how many taps of all its layers some output reads the input with, and of how many."""
-    counts: list[tuple[int, int]] = []
-
-    def step(conv: Conv, at: tuple[int, ...]) -> tuple[int, ...]:
-        counts.append(taps_read(conv.geometry, at))
-        return conv.output_size(at)
-
-    walk(after, size, step, lambda _, sizes: sizes[0])
-    read, every = zip(*counts, strict=True)
+    read, every = zip(*(taps_read(conv.geometry, at) for conv, at in with_sizes(after, size)), strict=True)
     return sum(read), sum(every)
 
 

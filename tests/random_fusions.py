@@ -19,11 +19,10 @@ from layers import lower_batch_norm
 from torch import Tensor
 
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression
+from convtool.core.expression import Expression, default_sizes
 from convtool.core.fuse import NamedConv, fuse_tree
 from convtool.core.geometry import PADDING_MODES, Geometry
 from convtool.core.rounding import rounded
-from convtool.core.sizes import default_sizes
 from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError, RefusedError, UsageError

@@ -13,8 +13,8 @@ from strategies import layers_with_sizes
 
 import convtool
 from convtool.core.conv import Conv
+from convtool.core.forward import operator
 from convtool.core.geometry import Geometry
-from convtool.core.operator import operator
 from convtool.errors import UsageError
 
 

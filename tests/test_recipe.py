@@ -13,8 +13,7 @@ from convtool.core.tree import Chain, LayerRef, Sum, Tree
 from convtool.errors import InputError, UsageError
 from convtool.formats.toml import parse_toml
 from convtool.fusing.recipe import Known, parse_recipe, resolve
-from convtool.fusing.recipe.layer_names import Effort, Names
-from convtool.fusing.recipe.pattern import parse_pattern
+from convtool.fusing.recipe.pattern import Effort, Names, parse_pattern
 from convtool.fusing.shipped import shipped
 from convtool.kinds.kind import Layer
 from convtool.kinds.written import make_written

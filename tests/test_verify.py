@@ -24,14 +24,12 @@ from torch import Tensor
 import convtool
 from convtool.core.bound import Bound, Tolerance, fusing_terms, gamma
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, fused_geometry, run
+from convtool.core.expression import Expression, alike_size, default_sizes, fused_geometry, run, split_input_size
 from convtool.core.forward import forward
 from convtool.core.geometry import Geometry
-from convtool.core.inputs import dense_inputs
 from convtool.core.rounding import rounded
-from convtool.core.sizes import alike_size, default_sizes, split_input_size
 from convtool.core.stored import Stored, half_ulp, stored
-from convtool.core.tally import ratios
+from convtool.core.tally import dense_inputs, ratios
 from convtool.core.tree import Chain, Sum, Tree
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import ConvtoolError, RefusedError, UsageError

@@ -244,7 +244,7 @@ def _loader(
     from os.path import relpath
 
     from convtool.formats.atomic import check_target
-    from convtool.fusing.loader import beside, loader_text
+    from convtool.fusing.edits import beside, loader_text
 
     if options.loader is None:
         return nullcontext()
@@ -300,9 +300,8 @@ def _by_recipe(
     reporter: Reporter,
 ) -> tuple[list[PlannedFusion], FieldSources]:
     """Return the fusions of a recipe; of the one that ships and fits, where none is given."""
-    from convtool.fusing.named import without_effect
+    from convtool.fusing.named import by_name, doing_more, in_words, the_one, without_effect
     from convtool.fusing.shipped import is_file
-    from convtool.fusing.which import by_name, doing_more, in_words, the_one
 
     auto = recipe is None
     if recipe is None:

@@ -218,8 +218,7 @@ def _at_size(source: Path, tree: Tree[LoweredLayer], size: Size | None, defined:
     Args:
         defined: by options; then nothing was assumed.
     """
-    from convtool.core.expression import joined
-    from convtool.core.sizes import split_input_size
+    from convtool.core.expression import joined, split_input_size
     from convtool.fusing.lowering import stored_dtype
 
     first, lowered = next(leaves(tree)).conv, list(leaves(tree))
@@ -248,9 +247,8 @@ def _of_recipe(
     name: str, fused: str, more: list[str] | None, opened: Checkpoint, sources: FieldSources
 ) -> tuple[Tree[LayerRef], FieldSources]:
     """Return the layers of one of a recipe's fusions, and what is known of them."""
-    from convtool.fusing.named import by_recipe
+    from convtool.fusing.named import by_recipe, the_one
     from convtool.fusing.shipped import find_recipe
-    from convtool.fusing.which import the_one
 
     if more:
         raise UsageError("--recipe: LAYER is the name of one of its fusions; further layers don't go with it")

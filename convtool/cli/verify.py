@@ -171,7 +171,7 @@ def run(options: Options, reporter: Reporter) -> verify_text.Result | matrix_ver
 
 def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporter) -> verify_text.Result:
     """Return the verdict on two checkpoints."""
-    from convtool.fusing import verdict
+    from convtool.fusing import proof as verdict
 
     sides, sizes = _open(options, reporter), options.input_size or []
     pairings = _pairings(options, sides, reporter)
@@ -255,11 +255,10 @@ def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Re
     """Return what --recipe says that another program fused; without a record, what the model or adapters say."""
     from convtool.core.tree import BASE
     from convtool.fusing.adapters import adapted
-    from convtool.fusing.claimed import claimed_pairings, not_named
-    from convtool.fusing.named import in_order
+    from convtool.fusing.named import by_name, in_order, the_one
     from convtool.fusing.recipe import PlannedFusion
+    from convtool.fusing.recorded import claimed_pairings, not_named
     from convtool.fusing.shipped import find_recipe
-    from convtool.fusing.which import by_name, the_one
 
     checkpoints, fields = {BASE: sides.before, **sides.others}, sides.fields[0]
     how = (options.strength or (), options.leave or ())
@@ -329,7 +328,7 @@ def _run(
 ) -> tuple[list[tuple[Pairing, EquivalenceReport]], tuple[str, ...]]:
     """Run every pairing at every input size; return what lower precision would explain of what differs as well."""
     from convtool.core.tree import BASE
-    from convtool.fusing.trials import explanations, trials
+    from convtool.fusing.proof import explanations, trials
 
     checkpoints = {BASE: sides.before, **sides.others}
     runs = [trial for pairing in pairings for trial in trials(pairing, checkpoints, sides.after, sizes)]

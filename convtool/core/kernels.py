@@ -1,6 +1,6 @@
 """The numbers of a matrix: what can stand in the rows of a channel, for one layer and for layers in chains and sums.
 
-On each axis a row has slots (`convtool.core.slots`), each with a column and the number of what stands there. The
+On each axis a row has slots (`convtool.core.taps`), each with a column and the number of what stands there. The
 channels' numbers are made for a few channels at a time, so that a matrix of any size takes the memory of these.
 
 A chain's numbers are those of its unfused layers at each place, with every border as it is. On each axis, outputs with
@@ -29,8 +29,7 @@ from convtool.core.conv import Conv, swap_channels
 from convtool.core.expression import Expression, exact_type, in_channels, out_channels, output_size, run
 from convtool.core.moves import NOTHING, Selection
 from convtool.core.rounding import exact_dtype
-from convtool.core.slots import AxisSlots, axis_slots
-from convtool.core.taps import MOST_ENTRIES, PADDED, tap_table
+from convtool.core.taps import MOST_ENTRIES, PADDED, AxisSlots, axis_slots, tap_table
 from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves, walk
 from convtool.core.ways import LayerWay, Places, Rows, pull, way_back, widest
 from convtool.errors import UsageError

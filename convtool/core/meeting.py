@@ -18,8 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from convtool.core.slots import AxisSlots
-from convtool.core.taps import PADDED, Table
+from convtool.core.taps import PADDED, AxisSlots, Table
 
 Array: TypeAlias = npt.NDArray[Any]
 

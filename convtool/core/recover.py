@@ -19,8 +19,7 @@ from torch import Tensor
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.rounding import exact_dtype
-from convtool.core.slots import AxisSlots, axis_slots
-from convtool.core.taps import PADDED, tap_table, taps_read
+from convtool.core.taps import PADDED, AxisSlots, axis_slots, tap_table, taps_read
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import RefusedError, UsageError
 

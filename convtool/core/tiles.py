@@ -17,8 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from convtool.core.slots import AxisSlots
-from convtool.core.taps import PADDED
+from convtool.core.taps import PADDED, AxisSlots
 
 # Entries in a run, unless one position has more: 1 MiB of indices or of float32, which a core's own cache holds while
 # it is copied to the next place, and long enough that the overhead of a copy doesn't show.

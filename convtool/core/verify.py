@@ -1,7 +1,7 @@
 """Whether two chains of layers compute the same, up to the rounding that storing one of them must bring.
 
 Their numbers are compared (`convtool.core.coefficients`), which settles it for all inputs of a size. As a second
-opinion that owes nothing to tap tables, both are run through torch in float64 (`convtool.core.inputs`), and every
+opinion that owes nothing to tap tables, both are run through torch in float64 (`convtool.core.tally`), and every
 output element is held against a bound of its own (`convtool.core.bound`). There is no tolerance to choose: a ratio of
 error to bound of at most 1 is what rounding alone can do, and more is a difference.
 """
@@ -33,16 +33,15 @@ from convtool.core.expression import (
     out_channels,
     output_size,
     run,
+    split_input_size,
     widest_layer,
     with_sizes,
 )
 from convtool.core.geometry import format_sizes
-from convtool.core.inputs import dense_count, dense_inputs
 from convtool.core.joint import compose_geometry
 from convtool.core.rounding import dtype_name, exact_dtype
-from convtool.core.sizes import split_input_size
 from convtool.core.stored import Stored, stored
-from convtool.core.tally import Region, Tally, check_trials
+from convtool.core.tally import Region, Tally, check_trials, dense_count, dense_inputs
 from convtool.core.taps import taps_read
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves, sole_layer
 from convtool.errors import ConvtoolError, UsageError

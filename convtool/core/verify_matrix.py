@@ -20,13 +20,12 @@ from torch import Tensor
 from convtool.core.bound import U64, fusing_terms, gamma
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, exact_type, in_channels, run, window
-from convtool.core.inputs import dense_inputs
 from convtool.core.kernels import Order
 from convtool.core.moves import Selection
 from convtool.core.rounding import dtype_name, exact_dtype
 from convtool.core.rows import CsrBlock, RowMatrix
 from convtool.core.stored import half_digit, half_ulp, stored_within
-from convtool.core.tally import Region, Worst, check_trials, hold
+from convtool.core.tally import Region, Worst, check_trials, dense_inputs, hold
 from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.core.tree import map_leaves
 

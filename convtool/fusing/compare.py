@@ -12,10 +12,18 @@ from convtool.checkpoint.digests import digests_of
 from convtool.checkpoint.record import field_source
 from convtool.checkpoint.spelled import Path
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression, fused_geometry, in_channels, joined, output_size, widest_layer
+from convtool.core.expression import (
+    Expression,
+    alike_size,
+    fused_geometry,
+    in_channels,
+    joined,
+    output_size,
+    split_input_size,
+    widest_layer,
+)
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import LARGEST, format_sizes
-from convtool.core.sizes import alike_size, split_input_size
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves, walk
 from convtool.core.verify import LARGEST_INPUT
 from convtool.errors import InputError, RefusedError, UsageError

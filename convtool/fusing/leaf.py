@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from convtool.checkpoint.record import PLACE, SourceLayer
+from convtool.core.expression import split_input_size
 from convtool.core.fields import Fields
 from convtool.core.fuse import NamedConv
 from convtool.core.names import grouped, is_written
-from convtool.core.sizes import split_input_size
 from convtool.core.tree import BASE, Tree, leaves
 from convtool.kinds.kind import Layer
 

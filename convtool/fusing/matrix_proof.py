@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from convtool.checkpoint import Checkpoint
-from convtool.core.expression import Expression, joined
+from convtool.core.expression import Expression, joined, split_input_size
 from convtool.core.kernels import ORDERS
 from convtool.core.names import is_written
 from convtool.core.rounding import dtype_name
-from convtool.core.sizes import split_input_size
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves, tree_text
 from convtool.core.verify_matrix import MatrixForm, MatrixReport, verify_matrices, verify_matrix

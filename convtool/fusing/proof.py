@@ -1,18 +1,35 @@
-"""Lowered layers as they are held against each other, and the check of a fusion before it is written."""
+"""Layers held against those that they stand for: before a fusion is written, and in files; and what that covers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from convtool.checkpoint import Checkpoint
 from convtool.core.bound import Bound
 from convtool.core.coefficients import compare_numbers
-from convtool.core.expression import Expression, joined, output_size
+from convtool.core.expression import (
+    Expression,
+    alike_size,
+    default_sizes,
+    in_channels,
+    joined,
+    output_size,
+    split_input_size,
+)
 from convtool.core.geometry import format_sizes
-from convtool.core.sizes import default_sizes
+from convtool.core.names import grouped, some_of
 from convtool.core.stored import Stored, stored
-from convtool.core.tree import Tree, map_leaves
+from convtool.core.tree import BASE, Tree, leaves, map_leaves
+from convtool.core.verify import EquivalenceReport, verify
+from convtool.errors import InputError, UsageError
+from convtool.formats.dtypes import FLOATS
+from convtool.fusing.compare import Pairing
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
 from convtool.kinds.kind import Tensors
@@ -84,3 +101,166 @@ def check_planned(
 def _wrong(layer: PlannedLayer, what: str) -> AssertionError:
     names = ", ".join(source.name for source in layer.record.sources)
     return AssertionError(f"{layer.name!r}, made of {names}, {what}; nothing was written (--no-verify writes it)")
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A pairing at one input size.
+
+    Attributes:
+        before, after: the layers' numbers; those of AFTER with what storing them can have moved them by.
+        size: spatial sizes of the input.
+    """
+
+    pairing: Pairing
+    before: Expression
+    after: Tree[Stored]
+    size: tuple[int, ...]
+
+    def run(self, **options: Any) -> EquivalenceReport:
+        """Return what `convtool.core.verify.verify` finds; `options` are its own."""
+        between = [_dtype(name, self.pairing) for name in self.pairing.dtypes]
+        return verify(self.before, self.after, self.size, stored_between=between, **options)
+
+
+def explanations(trials: Iterable[tuple[Trial, EquivalenceReport]], options: dict[str, Any]) -> tuple[str, ...]:
+    """Say in which precision AFTER may have been computed, where it differs by no more than that explains.
+
+    Args:
+        options: as of `Trial.run`; the precision in them is replaced.
+    """
+    found: dict[str, list[tuple[str, float, float]]] = {}
+    for trial, report in trials:
+        for dtype in () if report.equivalent or report.mismatch else _lower(report.dtype):
+            with contextlib.suppress(UsageError):  # sums so long that it bounds nothing
+                again = trial.run(**{**options, "computed_in": getattr(torch, dtype)})
+                if again.equivalent:
+                    found.setdefault(dtype, []).append((trial.pairing.name, report.ratio, again.ratio))
+                    break
+    return tuple(
+        f"{some_of(list(dict.fromkeys(name for name, _, _ in each)))}: error/bound up to"
+        f" {max(ratio for _, ratio, _ in each):.3g} is beyond what storing can do; computing in {dtype} explains it"
+        f" (error/bound {max(ratio for _, _, ratio in each):.2g}): --computed-in {dtype}, if AFTER was made so"
+        for dtype, each in found.items()
+    )
+
+
+def _lower(stored: str) -> list[str]:
+    """Return the precisions in which what is stored in a dtype may have been computed, the higher first."""
+    return ["float32", *([stored] if stored in ("float16", "bfloat16") else ())]
+
+
+def _dtype(name: str, pairing: Pairing) -> torch.dtype:
+    """Return what a record says that a layer was stored in."""
+    if name not in FLOATS | {"complex64", "complex128"}:
+        raise InputError(
+            f"{pairing.path}: its convtool record is damaged: a part of {pairing.name} was stored in {name!r}"
+        )
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def trials(
+    pairing: Pairing, before: Mapping[str, Checkpoint], after: Checkpoint, sizes: Sequence[tuple[int, ...]]
+) -> Iterator[Trial]:
+    """Yield a pairing at each size; where none is given, at the one that it was fused for or those that show most.
+
+    Args:
+        before: by the origin that the layers name.
+        sizes: of the input, with or without the channels in front.
+
+    Raises:
+        UsageError: a size doesn't fit the layers.
+        InputError: they were fused for sizes that don't go together.
+    """
+    chain = exact_tree(pairing.before, before)
+    fused = stored_tree(pairing.after, {BASE: after})
+    axes = next(leaves(chain)).spatial_axes
+    chosen = [split_input_size(size, in_channels(chain), axes) for size in sizes]
+    if not chosen:
+        fixed = pairing.input_size()
+        kept = map_leaves(lambda leaf: leaf.conv, fused)
+        chosen = default_sizes(chain, kept) if fixed is None else [alike_size((chain, kept), fixed)]
+    for size in chosen:
+        yield Trial(pairing, chain, fused, size)
+
+
+Results = Sequence[tuple[Pairing, EquivalenceReport]]
+
+
+def assumed(pairings: Sequence[Pairing]) -> tuple[str, ...]:
+    """Return what the layers rest on that nobody stated."""
+    layers = [leaf for pairing in pairings for leaf in leaves(pairing.before)]
+    # A recorded layer rests on what is said of those that it is made of.
+    layers += [leaf for pairing in pairings if not pairing.path for leaf in leaves(pairing.after)]
+    return tuple(grouped(one for leaf in layers for one in leaf.assumptions()))
+
+
+def statement(results: Results, exhaustive: bool, sizes: bool, only: bool) -> str:
+    """Return what was shown, apart from the verdict.
+
+    Args:
+        sizes: input sizes were given.
+        only: nothing but the named layers was compared.
+    """
+    reports = [report for _, report in results]
+    shown = _shown(exhaustive) if reports else ""
+    shown += _unread(reports) + ("" if sizes else _narrowed(results)) + _allowed(results)
+    return f"{shown}; of the layers named alone" if only else shown
+
+
+def _shown(exhaustive: bool) -> str:
+    run = "every basis vector run: this holds for all inputs of these sizes"
+    return run if exhaustive else "each number compared, and random inputs run"
+
+
+def _unread(reports: list[EquivalenceReport]) -> str:
+    """Return what is said of taps that no output reads at the sizes that were run."""
+    taps = [report.taps for report in reports]
+    read, of = sum(read for read, _ in taps), sum(of for _, of in taps)
+    return "" if read == of else f"; {read} of {of} taps are read at these sizes, and nothing is said of the others"
+
+
+def _allowed(results: Results) -> str:
+    """Return the roundings in between that the record claims, and that the bound makes room for."""
+    counts = Counter(dtype for pairing, _ in results for dtype in pairing.dtypes)
+    said = [f"{count} to {dtype}" for dtype, count in sorted(counts.items()) if dtype != "float64"]
+    return f"; allowing for roundings in between, as AFTER records: {', '.join(said)}" if said else ""
+
+
+def claims(results: Results) -> tuple[str, ...]:
+    """Return what AFTER's record says of BEFORE's layers that BEFORE's tensors don't."""
+    return tuple(grouped(claim for pairing, _ in results for claim in pairing.claims))
+
+
+def _narrowed(results: Results) -> str:
+    """Return what is said of one input size only, since the record knows of no other."""
+    said = {pairing.name: size for pairing, _ in results if (size := pairing.input_size()) is not None}
+    if not said:
+        return ""
+    which = "" if len(said) == len({pairing.name for pairing, _ in results}) else f"{', '.join(said)} "
+    at = " or ".join(dict.fromkeys(map(format_sizes, said.values())))
+    run = [report.input_size[1:] for pairing, report in results if pairing.name in said]
+    smaller = dict.fromkeys(format_sizes(size) for size in run if size not in said.values())
+    alike = f", run at {' or '.join(smaller)}, where the borders are the same" if smaller else ""
+    return f"; {which}at input size {at} only, as the record says{alike}"
+
+
+def hints(results: Results, sizes: bool, computed_in: bool) -> list[str]:
+    """Return what the record knows of a layer that differs: that it was made for other sizes, or rounded in between.
+
+    Args:
+        sizes, computed_in: that these were given.
+    """
+    lines = []
+    for pairing in {id(pairing): pairing for pairing, report in results if not report.equivalent}.values():
+        said = " and ".join(dict.fromkeys(format_sizes(size) for _, size in pairing.sizes))
+        if sizes and said:
+            lines.append(f"{pairing.name}: by the record it was fused for input size {said} only")
+        between = sorted(set(pairing.dtypes) - {"float64"})
+        if between and not computed_in:
+            lines.append(
+                f"{pairing.name}: was fused in steps and stored in {' and '.join(between)} in between, for which one"
+                " rounding each is allowed, and no underflow: verify each step by itself"
+            )
+    return lines

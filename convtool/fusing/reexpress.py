@@ -14,11 +14,11 @@ from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import FusionRecord, SourceLayer
 from convtool.core.conv import Conv, pointwise
+from convtool.core.expression import split_input_size
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.recover import Residual, matrix_to_conv, patches_to_linear
 from convtool.core.rounding import dtype_name
-from convtool.core.sizes import split_input_size
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.tree import BASE, Chain
 from convtool.errors import RefusedError, UsageError

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from convtool.core.conv import Conv
-from convtool.core.expression import Expression
+from convtool.core.expression import Expression, split_input_size
 from convtool.core.geometry import LARGEST, Geometry
-from convtool.core.sizes import split_input_size
 from convtool.core.stored import Stored
 from convtool.core.tree import Chain, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, UsageError

@@ -18,8 +18,8 @@ from convtool.core.compose import add as _add
 from convtool.core.compose import compose as _compose
 from convtool.core.conv import conv as _conv
 from convtool.core.forward import forward as _forward
+from convtool.core.forward import operator as _operator
 from convtool.core.fuse import fuse as _fuse
-from convtool.core.operator import operator as _operator
 from convtool.core.spectrum import spectrum as _spectrum
 from convtool.core.toeplitz import toeplitz as _toeplitz
 from convtool.core.unfold import unfold as _unfold

@@ -13,9 +13,11 @@ from convtool.core.geometry import format_sizes
 from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves, map_leaves
 from convtool.errors import UsageError
 from convtool.fusing.recipe.language import Plan, Recipe, Rule, anchors_of, texts_of
-from convtool.fusing.recipe.layer_names import Effort, Layers, Names
 from convtool.fusing.recipe.pattern import (
     Binding,
+    Effort,
+    Layers,
+    Names,
     Pattern,
     counted_in,
     filled,

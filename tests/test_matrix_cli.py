@@ -155,10 +155,11 @@ def test_spectrum_does_not_claim_what_it_does_not_know(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("convtool.core.spectrum.DENSE_WORK", -1)
+    monkeypatch.setattr("convtool.core.spectrum.GRID_WORK", 1 << 20)
     monkeypatch.setattr("convtool.core.gram.FACTOR_WORK", -1)
     document = run(capsys, "spectrum", CHAINS, *WIDEN, "--steps", "5")
     assert document["condition"] is None
-    assert not document["smallest"]["converged"]
+    assert not document["smallest"]["proved"]
     assert run_app(["spectrum", CHAINS, *WIDEN, "--steps", "5"]) == 0
     said = capsys.readouterr()
     bounds = re.search("largest singular value   at least (.*), at most (.*)", said.out)

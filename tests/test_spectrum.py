@@ -53,7 +53,7 @@ def check_claims(found: Spectrum, conv: Conv, size: Sequence[int]) -> tuple[floa
     rounding = 1e-13 * high
     for value, end in ((found.largest, high), (found.smallest, low)):
         assert abs(value.value - end) <= value.error + rounding
-        assert value.converged == value.proved == (value.error <= found.tolerance * found.largest.value)
+        assert value.proved == (value.error <= found.tolerance * found.largest.value)
     assert found.largest.value <= high * (1 + 1e-9)
     assert found.smallest.value >= low - 1e-9 * high
     return high, low
@@ -68,8 +68,10 @@ def factor(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def iterate(factor: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nor is any Gram matrix small enough to factor."""
+    """Nor is any Gram matrix small enough to factor; and an iteration isn't long."""
     monkeypatch.setattr(gram_module, "FACTOR_WORK", -1)
+    monkeypatch.setattr(module, "GRID_WORK", 1 << 26)
+    monkeypatch.setattr(module, "PRODUCTS", 300)
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
@@ -93,7 +95,7 @@ def test_what_cannot_be_factored_has_bounds(case: Case, steps: int | None) -> No
 
 
 @pytest.mark.parametrize("work", [-1, 1 << 40])
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(layer=layers_with_sizes(), steps=st.sampled_from((None, 5)))
 def test_no_value_is_outside_of_what_is_claimed(
     work: int, layer: tuple[Conv, tuple[int, ...]], steps: int | None
@@ -101,6 +103,8 @@ def test_no_value_is_outside_of_what_is_claimed(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "DENSE_WORK", -1)
         patch.setattr(module, "SMALLEST_SIDE", 3)
+        patch.setattr(module, "GRID_WORK", 1 << 24)
+        patch.setattr(module, "PRODUCTS", 100)
         patch.setattr(gram_module, "FACTOR_WORK", work)
         found = spectrum(*layer, steps=steps)
         check_claims(found, *layer)
@@ -172,7 +176,7 @@ def test_singular_values_that_are_small_but_not_zero_are_told_from_zero() -> Non
     found, (high, low) = spectrum(conv, (9, 10)), dense_ends(conv, (9, 10))
     assert 1e-6 * high < low < 1e-4 * high
     assert abs(found.smallest.value - low) <= min(found.smallest.error, 1e-6 * high)
-    assert found.smallest.converged
+    assert found.smallest.proved
     assert math.isclose(found.condition, high / low, rel_tol=1e-3)
 
 
@@ -275,16 +279,14 @@ def test_the_symbol_bounds_the_largest(case: Case) -> None:
     assert high >= dense_ends(case.conv(), case.input_size)[0] * (1 - 1e-12)
 
 
-def test_the_bound_is_nearly_tight_for_long_inputs_and_holds_on_any_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bound_is_nearly_tight_for_long_inputs_and_holds_on_any_grid() -> None:
     conv = Conv(real_numbers(3, 3, 2, 5), None, Geometry.of(5, padding=2, stride=2))
     (block,) = (Block(weight, apart.lines) for apart in [Apart.of(conv, (400,))] for weight in apart.weights)
     high = float(np.linalg.svd(dense_toeplitz(conv, (400,)), compute_uv=False)[0])
-    bounds = []
-    for finest in (2, 4, 64, 1024):
-        monkeypatch.setattr("convtool.core.blocks.FINEST", finest)
-        bounds.append(block.bound(1 << 30))
+    bounds = [block.bound(1 << power) for power in range(0, 32, 2)]
     assert all(bound >= high for bound in bounds)
-    assert bounds[-1] <= high * (1 + 1e-3)
+    assert bounds == sorted(bounds, reverse=True)
+    assert bounds[0] > 1.1 * high > 1.099 * bounds[-1]
 
 
 @pytest.mark.usefixtures("factor")
@@ -503,9 +505,9 @@ def test_both_ends_of_chains_are_enclosed(shut: bool, monkeypatch: pytest.Monkey
 
 
 def test_a_chain_that_is_one_layer_is_looked_at_as_one() -> None:
-    layer = convtool.conv(torch.randn(3, 2, 3, 3, generator=torch.Generator().manual_seed(0)), padding=1)
+    layer = make_conv(Geometry.of((3, 3), padding=1, padding_mode="circular"), 2, 3)
     scale = convtool.conv(torch.tensor([2.0, 3.0, 0.5]).reshape(3, 1, 1, 1), groups=3)
-    found = spectrum([layer, scale], (40, 41))
-    wanted = spectrum(convtool.fuse([layer, scale], dtype=torch.float64), (40, 41))
-    assert found.methods == wanted.methods
+    found = spectrum([layer, scale], (6, 7))
+    wanted = spectrum(convtool.fuse([layer, scale], dtype=torch.float64), (6, 7))
+    assert found.methods == wanted.methods == ("fourier",)  # which no chain's matrix is
     assert found.largest.value == pytest.approx(wanted.largest.value, rel=1e-12)

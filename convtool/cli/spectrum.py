@@ -158,7 +158,7 @@ def run(options: Options, reporter: Reporter) -> Result | spectrum_table.TableRe
             found.layers, found.spatial, tolerance=options.tolerance, steps=options.steps, memory=options.memory
         )
         several = _several(options, found)
-    known = ends.largest.converged and ends.smallest.converged
+    known = ends.largest.proved and ends.smallest.proved
     unknown = {} if known else {"condition": None, "condition_error": None}
     return fill(Result, ends, found, options, several=several, **unknown)
 
@@ -199,7 +199,7 @@ def show(result: Result | spectrum_table.TableResult, reporter: Reporter) -> Non
     reporter.line(f"  {how}{after}{_proved(result)}")
     if result.several is not None:
         _show_several(result.several, result.vectors, reporter)
-    if not (result.largest.converged and result.smallest.converged):
+    if not (result.largest.proved and result.smallest.proved):
         more = f"; --memory {math.ceil(result.lacking / 1e6)}MB lets a factorisation decide" if result.lacking else ""
         reporter.remark(
             f"not settled to {result.tolerance:g} in {result.steps} steps: what is printed are bounds{more}"

@@ -202,7 +202,7 @@ def show_table(result: TableResult, reporter: Reporter) -> None:
 
 def value_text(value: SingularValue, side: int) -> str:
     """Return a value or its bounds; the side is 1 where the value is below what it stands for, and -1 where above."""
-    if value.converged:
+    if value.proved:
         return f"{value.value:.9g} (+- {value.error:.1g})"
     first, second = ("at least", "at most")[::side]
     beyond = value.value + side * value.error

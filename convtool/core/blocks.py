@@ -27,11 +27,11 @@ from torch import Tensor
 from convtool.core.conv import Conv, swap_channels
 from convtool.core.flat import tensor_bits
 from convtool.core.geometry import Axis
-from convtool.core.meeting import Meeting, meeting_of
+from convtool.core.meeting import Array, Meeting, meeting_of
 from convtool.core.taps import PADDED, Table, tap_table
 from convtool.errors import UsageError
 
-FINEST = 1 << 10  # frequencies for each degree of a symbol, at most
+SETTLED = 1 - 2.0**-22  # how near a bound on a symbol is to what was seen of it, when it is near enough
 CHUNK = 1 << 22  # numbers of the blocks that are made at a time
 
 
@@ -175,30 +175,55 @@ class Block:
 
         That one has the matrix as a part of it (of padding that copies inputs, once these are copied, by a map whose
         norm is the root of the most copies of one). Its norm is the largest that its symbol's is at any frequency. For
-        a unit vector v, |H(f) v|^2 = p(f) is a trigonometric polynomial on each axis, of degree n, the steps of the
-        kernel; p(f) >= cos(n (f - f0) / 2)^2 p(f0) near where it is largest (M. Riesz; with more axes Pfister and
-        Bresler: Bounding Multivariate Trigonometric Polynomials, 2018), and of N points one is within pi/N of there.
+        a unit vector v, p(f) = |H(f) v|^2 is a trigonometric polynomial of degree n_i on axis i, the kernel's steps. On
+        a line through the place where it is largest, M, it is of exponential type sum n_i |u_i|; so at a distance of
+        d_i on each axis it is at least M cos(sum n_i d_i / 2)^2 (M. Riesz; Duffin and Schaeffer: Some Inequalities
+        Concerning Functions of Exponential Type, 1938). A cell of frequencies in whose middle the symbol is below that,
+        with what was seen elsewhere for M, doesn't hold that place. The other cells are cut until they bound M well.
 
         Args:
-            work: multiply-adds that looking at a grid of frequencies may take, and some for each besides.
+            work: multiply-adds that looking at frequencies may take, and some for each besides.
         """
         axes = [line.axis for line in self.lines]
-        steps = [axis.reach // axis.stride for axis in axes]
+        steps = np.array([axis.reach // axis.stride for axis in axes])
         rows, columns = self.weight.shape[0], self.weight.shape[1] * math.prod(axis.stride for axis in axes)
-        each = rows * columns * min(rows, columns) + (1 << 14)
-        finer = (FINEST >> halvings for halvings in range(9))
-        fits = (fine for fine in finer if each * math.prod(fine * n or 1 for n in steps) <= work)
-        fine = next(fits, 2)
-        largest = 0.0
-        waves = [
-            Wave(np.arange(a.kernel) * a.dilation, a.stride, fine * n or 1) for a, n in zip(axes, steps, strict=True)
-        ]
-        for part in transformed(self.weight[None], waves):
-            product = part @ part.mH if rows <= columns else part.mH @ part
-            largest = max(largest, float(torch.linalg.eigvalsh(product).max()))
+        left = work // (rows * columns * min(rows, columns) + (1 << 16))  # frequencies
+        points = np.maximum((len(steps) + 1) * steps, 1)  # on each axis, so that the cosine isn't zero
+        some = points.copy()
+        if steps.any() and not self.weight.is_complex():  # a frequency's sign conjugates the symbol
+            some[steps.argmax()] = (some[steps.argmax()] + 1) // 2
+        middles = (np.indices(some).reshape(len(some), math.prod(some)).T + 0.5) / points  # (cells, axes) in periods
+        radius, seen, most = 0.5 / points, 0.0, math.inf
+        while math.isinf(most) or len(middles) <= left:
+            gains = self._gains(middles)
+            seen, left = max(seen, float(gains.max())), left - len(middles)
+            share = math.cos(math.pi * float(steps @ radius)) ** 2
+            most = min(most, float(gains.max()) / share)
+            if share > SETTLED:
+                break
+            radius = np.where(steps > 0, radius / 2, 0.0)
+            corners = np.unique(np.array(list(itertools.product((-1, 1), repeat=len(steps)))) * radius, axis=0)
+            kept = middles[gains >= seen * share * (1 - 2.0**-36)]
+            middles = (kept[:, None] + corners).reshape(-1, len(steps))
         copies = math.prod(line.copies for line in self.lines)
-        between = math.cos(math.pi / 2 / fine) ** sum(n > 0 for n in steps)
-        return math.sqrt(max(largest, 0.0) * copies) / between * (1 + 2.0**-36)
+        return math.sqrt(most * copies) * (1 + 2.0**-36)
+
+    def _gains(self, frequencies: Array) -> Array:
+        """Return the squares of the symbol's norm at (frequencies, axes), in periods."""
+        waves = [Wave(np.arange(line.axis.kernel) * line.axis.dilation, line.axis.stride, 1) for line in self.lines]
+        strides = math.prod(wave.stride for wave in waves)
+        found, channels = [], self.weight.shape[:2]
+        numbers = self.weight.reshape(math.prod(channels), -1).T.to(torch.complex128)  # (taps, pairs of channels)
+        for some in np.array_split(frequencies, len(frequencies) * self.weight.numel() * strides // CHUNK + 1):
+            phases = torch.ones(len(some), 1, 1, dtype=torch.complex128)  # (frequencies, strides, taps)
+            for wave, turns in zip(waves, some.T, strict=True):
+                one = wave.at(turns)[:, None, :, None, :]
+                phases = (phases[:, :, None, :, None] * one).flatten(3, 4).flatten(1, 2)
+            symbol = (phases @ numbers).reshape(len(some), strides, *channels)
+            symbol = symbol.movedim(1, 3).flatten(2)  # (frequencies, C_out, C_in * strides)
+            product = symbol @ symbol.mH if symbol.shape[1] <= symbol.shape[2] else symbol.mH @ symbol
+            found.append(np.linalg.eigvalsh(product.numpy())[:, -1])  # which is faster than torch's
+        return np.concatenate(found)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -220,13 +245,19 @@ class Wave:
 
         The sign of a frequency conjugates a real symbol, so half of them will do then.
         """
-        step, place = np.divmod(self.reads, self.stride)
-        step = step - step.min()
         count = self.points // 2 + 1 if real else self.points
-        turns = np.outer(np.arange(count if step.any() else 1), step) % self.points
+        step = self.reads // self.stride
+        moves = bool((step != step[0]).any())
+        phases = self.at(np.arange(count if moves else 1))
+        return phases if moves else phases.real.clone()
+
+    def at(self, turns: Array) -> Tensor:
+        """Return (turns, stride, taps) those of frequencies, as parts of `points`."""
+        step, place = np.divmod(self.reads, self.stride)
         out = np.zeros((len(turns), self.stride, len(step)), dtype=np.complex128)
-        out[:, place, np.arange(len(step))] = np.exp(2j * np.pi * turns / self.points)
-        return torch.from_numpy(out if step.any() else out.real.copy())
+        angle = np.outer(turns, step - step.min()) % self.points
+        out[:, place, np.arange(len(step))] = np.exp(2j * np.pi * angle / self.points)
+        return torch.from_numpy(out)
 
 
 def transformed(weights: Tensor, waves: Sequence[Wave], first: int = 3) -> Iterator[Tensor]:

@@ -38,7 +38,7 @@ DENSE_ELEMENTS = 1 << 25  # of one
 SMALLEST_SIDE = 16  # of a matrix that is iterated with
 PRODUCTS = 1000  # of an iteration with G, at most
 ITERATION_WORK = 1 << 40  # multiply-adds of one
-GRID_WORK = 1 << 31  # multiply-adds of looking at a grid of frequencies; more of it where that is all there is
+GRID_WORK = 3 << 32  # multiply-adds of looking at frequencies
 INVERTED = 200  # a factorisation is made for the largest alone where it takes no more than so many products
 COARSER = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)  # accuracies of an iteration that may not end
 ROUNDING = 2.0**-45  # relative to the largest, of what is exact in float64 to rounding: some hundred units
@@ -51,13 +51,11 @@ class SingularValue:
     Attributes:
         value: of some unit vector. The largest is at least this, and the smallest at most, up to rounding.
         error: it is no further than this from `value`; that is proved.
-        converged: whether the error is within the tolerance; else the value is a bound, and the error says how vague.
-        proved: likewise, as what isn't proved is no answer.
+        proved: whether the error is within the tolerance; else the value is a bound, and the error says how vague.
     """
 
     value: float
     error: float
-    converged: bool
     proved: bool
 
 
@@ -99,7 +97,7 @@ class Spectrum:
 
     @property
     def condition_at_least(self) -> float:
-        """What the condition number is at least: estimates lie between the two ends, converged or not."""
+        """What the condition number is at least: estimates lie between the two ends, proved or not."""
         rounding = ROUNDING * self.largest.value
         if self.smallest.value + rounding == 0:
             return math.inf
@@ -215,7 +213,7 @@ class _Ends:
         errors = max(self.most - self.high, self.rounding), max(self.low - self.least, self.rounding)
         known = [error <= self.tolerance * self.high for error in errors]
         largest, smallest = (
-            SingularValue(value * scale, error * scale, here, here)
+            SingularValue(value * scale, error * scale, here)
             for value, error, here in zip((self.high, self.low), errors, known, strict=True)
         )
         return largest, smallest
@@ -308,9 +306,7 @@ def _largest(ends: _Ends, block: AnyBlock) -> None:
             _iterate(ends, side, partial(gram.solve, factor), (1e-3, 1e-6))
         del factor
         proved: Method = "lanczos" if gram is None or bound <= ends.high * above else "cholesky"
-        if gram is None:
-            bound = min(bound, block.bound(16 * GRID_WORK))
-        elif bound > ends.high * above:
+        if gram is not None and bound > ends.high * above:
             rounding = gram.proves(-1, (ends.high * above) ** 2)
             bound = bound if rounding is None else min(bound, math.sqrt((ends.high * above) ** 2 + rounding))
         ends.methods[proved] = None
@@ -323,7 +319,7 @@ def _smallest(ends: _Ends, block: AnyBlock) -> None:
     gram = _gram(ends, side)
     ends.methods["cholesky" if gram else "lanczos"] = None
     if gram is None:
-        over = block.bound(GRID_WORK) ** 2
+        over = ends.most**2
         _iterate(ends, side, lambda x: over * x - side.gram(x), COARSER)
         ends.least = 0.0
         return

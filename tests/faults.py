@@ -1,11 +1,13 @@
 """Faults at each step of every command: `python tests/faults.py` prints a table of counts.
 
-A step is a call to the system, of one of the families below. Each run of a command is a process of its own, in which
-one thing happens at one step: the call fails, a signal comes (SIGKILL, or one of those that are heard), or another
-program changes a file that is being read (writes into it, cuts it short, or renames another over it). What is left is
-held against what may be: the outputs as they were or as they were to be, whole, of the source as it was at one time;
-nothing beside them but what the message names, or what says by its name that it is unfinished; the exit code one that
-stands for what happened; and what the message says of the disk is so.
+A step is a call to the system, of one of the families below. In each run of a command one thing happens at one step:
+the call fails, a signal comes (SIGKILL, or one of those that are heard), or another program changes a file that is
+being read (writes into it, cuts it short, or renames another over it). What is left is held against what may be: the
+outputs as they were or as they were to be, whole, of the source as it was at one time; nothing beside them but what the
+message names, or what says by its name that it is unfinished; the exit code one that stands for what happened; and what
+the message says of the disk is so.
+
+Runs follow each other in one process, forked off where all is imported, and another takes over wherever a run ended it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import io
 import itertools
 import json
 import mmap
+import multiprocessing
 import os
 import random
 import shutil
@@ -30,21 +33,21 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 from checkpoints import save
 
-from convtool import open_checkpoint
 from convtool.cli.app import run_app
 from convtool.formats import source as source_module
 
 PATIENCE = 120.0  # seconds after which a run counts as hung, however loaded the machine is
-UNTOUCHED = 77  # the exit code of a run that had fewer steps than the one at which something was to happen
-ROUNDS = 4  # of a race for each kind of output
-USUAL = 1500  # faults of a scenario, about
+USUAL = 700  # faults of a scenario, about
 TICK = 0.02  # seconds: more than the file system's clock takes from one reading to the next
+
+LAYER = ("first", "--input-size", "5,4", "--padding", "1,0")
 
 # Where calls are counted, by family: the module and the names in it. (`open` with O_CREAT is no other than without.)
 FAMILIES: dict[str, tuple[tuple[Any, tuple[str, ...]], ...]] = {
@@ -102,14 +105,13 @@ class Scenario:
 def scenarios() -> list[Scenario]:
     fields = ("first.padding=1", "second.padding=0", "*.stride=1", "*.dilation=1", "*.groups=1")
     fuse = ("first", "second", *(word for one in fields for word in ("--set", one)), "--allow-border")
-    layer = ("first", "--input-size", "5,4", "--padding", "1,0")
-    matrix = ("toeplitz", "net.safetensors", *layer, "-o")
+    matrix = ("toeplitz", "net.safetensors", *LAYER, "-o")
     written: list[tuple[str, tuple[str, ...], str]] = [
         ("fuse to .safetensors", ("fuse", "net.safetensors", *fuse, "-o", "out.safetensors"), "net.safetensors"),
         ("fuse to .pt", ("fuse", "net.pt", *fuse, "-o", "out.pt"), "net.pt"),
         ("convert to a folder", ("convert", "net.safetensors", "out", "--shard-size", "400B"), "net.safetensors"),
         ("convert to a folder of torch", ("convert", "net.pt", "out", "--shard-size", "400B"), "net.pt"),
-        ("unfold", ("unfold", "net.safetensors", *layer, "-o", "out.npz"), "net.safetensors"),
+        ("unfold", ("unfold", "net.safetensors", *LAYER, "-o", "out.npz"), "net.safetensors"),
         *((f"toeplitz to {end}", (*matrix, f"out{end}"), "net.safetensors") for end in (".npz", ".npy", ".mtx", ".pt")),
         ("toeplitz in shards", (*matrix, "out.safetensors", "--shards", "2"), "net.safetensors"),
         ("toeplitz with a plot", (*matrix, "out.npz", "--plot", "out.png"), "net.safetensors"),
@@ -141,8 +143,8 @@ def prepare(folder: Path, seed: int) -> None:
     for suffix in ("pt", "safetensors"):
         save(network(seed), folder / f"net.{suffix}")
     save(network(seed), folder / "other.safetensors")
-    line = ("toeplitz", "net.pt", "first", "--input-size", "5,4", "--padding", "1,0", "-o", "m.npz", "-q")
-    assert in_folder(folder, lambda: run_app(list(line))).code == 0
+    line = ("toeplitz", "net.pt", *LAYER, "-o", "m.npz", "-q")
+    assert run_here(folder, line).code == 0
 
 
 # --- one run
@@ -178,20 +180,20 @@ def in_folder(folder: Path, action: Callable[[], int]) -> Ended:
     """Run an action in a process of its own, in a folder."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         code = waited(started(folder, action, (out.fileno(), err.fileno())))
-        for stream in (out, err):
-            stream.seek(0)
-        return Ended(code, out.read().decode(errors="replace"), err.read().decode(errors="replace"))
+        return Ended(code, *map(printed, (out, err)))
 
 
-def warm(folder: Path, line: Sequence[str]) -> None:
+def printed(stream: IO[bytes]) -> str:
+    """Return what a process has printed into a file."""
+    return os.pread(stream.fileno(), 1 << 20, 0).decode(errors="replace")
+
+
+def run_here(folder: Path, line: Sequence[str]) -> Ended:
     """Run a command in this process, so that its children needn't import what it takes."""
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-            assert run_app(list(line)) in (0, 1)
-    finally:
-        os.chdir(before)
+    with contextlib.chdir(folder), contextlib.ExitStack() as stack:
+        out = stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        err = stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        return Ended(run_app(list(line)), out.getvalue(), err.getvalue())
 
 
 def waited(child: int) -> int | None:
@@ -207,39 +209,92 @@ def waited(child: int) -> int | None:
     return None
 
 
+class Runs:
+    """Runs of an action in a process that isn't this one; another takes over wherever a run ended it."""
+
+    def __init__(self, action: Callable[..., int]) -> None:
+        self.action = action
+        self.child: int | None = None
+        self.out, self.err = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
+
+    def start(self) -> None:
+        self.here, there = multiprocessing.Pipe()
+
+        def serve() -> int:
+            self.here.close()
+            with contextlib.suppress(EOFError):
+                while True:
+                    code = self.action(*there.recv())
+                    sys.stdout.flush()
+                    sys.stderr.flush()
+                    there.send(code)
+            return 0
+
+        self.child = started(Path.cwd(), serve, (self.out.fileno(), self.err.fileno()))
+        there.close()
+
+    def run(self, *arguments: object) -> Ended:
+        if self.child is None:
+            self.start()
+        assert self.child is not None
+        for stream in (self.out, self.err):
+            stream.seek(0)  # theirs too
+            stream.truncate()
+        self.here.send(arguments)
+        try:
+            code = self.here.recv() if self.here.poll(PATIENCE) else self.end(signal.SIGKILL)
+        except (EOFError, ConnectionResetError):
+            code = self.end()
+        return Ended(code, *map(printed, (self.out, self.err)))
+
+    def end(self, number: int | None = None) -> int | None:
+        """Wait for the process to end, with None for an exit code where a signal has to end it."""
+        if self.child is None:
+            return None
+        self.here.close()
+        child, self.child = self.child, None
+        if number is not None:
+            os.kill(child, number)
+        code = waited(child)
+        return code if number is None else None
+
+
 @dataclass
 class Steps:
     """Counts the calls of some families in this process, and does something at one of them."""
 
-    at: int
-    act: Callable[[], None]
-    count: int = 0
+    families: Sequence[str]
+    at: int = 0
+    act: Callable[[], None] = lambda: None
+    counts: Counter[str] = field(default_factory=Counter)
 
-    def step(self) -> None:
-        self.count += 1
-        if self.count == self.at:
-            self.act()
-
-    def watched(self, call: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(self, family: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **options: Any) -> Any:
-            self.step()
+            self.counts[family] += 1
+            if self.counts.total() == self.at:
+                self.act()
             return call(*arguments, **options)
 
         return watched
 
-    def install(self, families: Sequence[str]) -> None:
-        for family in families:
-            for module, names in FAMILIES[family]:
-                for name in names:
-                    setattr(module, name, self.watched(getattr(module, name, None) or getattr(builtins, name)))
-        if "write" in families:
-            steps = self
+    @contextlib.contextmanager
+    def counted(self) -> Iterator[None]:
+        """Count the calls that are made meanwhile."""
+        steps = self
 
-            class WatchedFile(io.FileIO):
-                def write(self, data: Any) -> int:
-                    return steps.watched(super().write)(data)  # type: ignore[no-any-return]
+        class WatchedFile(io.FileIO):
+            def write(self, data: Any) -> int:
+                return steps.watched("write", super().write)(data)  # type: ignore[no-any-return]
 
-            io.FileIO = WatchedFile  # type: ignore[misc]
+        with contextlib.ExitStack() as stack:
+            for family in self.families:
+                for module, names in FAMILIES[family]:
+                    for name in names:
+                        call = self.watched(family, getattr(module, name, None) or getattr(builtins, name))
+                        stack.enter_context(mock.patch.object(module, name, call, create=True))
+            if "write" in self.families:
+                stack.enter_context(mock.patch.object(io, "FileIO", WatchedFile))
+            yield
 
 
 class Fault(NamedTuple):
@@ -249,8 +304,13 @@ class Fault(NamedTuple):
     how: str
     name: str
 
+    @property
+    def kind(self) -> str:
+        """What it is counted as."""
+        return f"{self.families[0]} fails" if self.how == "fail" else self.how
 
-def faults(scenario: Scenario) -> Iterator[Fault]:
+
+def faults() -> Iterator[Fault]:
     for family, numbers in ERRORS.items():
         for number in numbers:
             yield Fault((family,), "fail", errno.errorcode[number])
@@ -305,6 +365,7 @@ class Case:
         inputs: names of the files that are read.
         states: outputs by name, before a run (`old`), after it (`new`), and after one of the changed source.
         said: what a command that only reads prints, of the one source and the other.
+        counts: steps of each family.
     """
 
     scenario: Scenario
@@ -312,6 +373,7 @@ class Case:
     inputs: set[str] = field(default_factory=set)
     states: dict[str, dict[str, bytes]] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
+    counts: Counter[str] = field(default_factory=Counter)
 
     @property
     def start(self) -> Path:
@@ -324,29 +386,31 @@ class Case:
     def action(self) -> int:
         return run_app(list(self.scenario.line))
 
-    def make(self) -> None:
-        prepare(self.start, 1)
-        prepare(self.home / "changed", 2)
+    def make(self, prepared: Path) -> None:
+        for name, seed in (("start", 1), ("changed", 2)):
+            shutil.copytree(prepared / str(seed), self.home / name)
         if self.scenario.existing:
             # The old output is of yet another network.
-            prepare(self.home / "old", 3)
-            assert in_folder(self.home / "old", self.action).code == 0
+            shutil.copytree(prepared / "3", self.home / "old")
+            assert run_here(self.home / "old", self.scenario.line).code == 0
             for name in files_of(self.home / "old").keys() - files_of(self.start).keys():
                 (self.start / name).parent.mkdir(exist_ok=True)
                 shutil.copy(self.home / "old" / name, self.start / name)
         self.inputs = set(files_of(self.home / "changed"))
-        self.reset()
-        warm(self.work, self.scenario.line)
-        for state in ("new", "new of the changed source"):
+        for state in ("new of the changed source", "new"):
             self.reset()
             if state != "new":
                 shutil.copyfile(self.home / "changed" / self.scenario.source, self.work / self.scenario.source)
-            ended = in_folder(self.work, self.action)
+            ended = run_here(self.work, self.scenario.line)
             assert ended.code in (0, 1), (self.scenario, ended)
             self.said.add(ended.out)
             self.states[state] = self.outputs()
         self.reset()
         self.states["old"] = self.outputs()
+        steps = Steps(list(FAMILIES))
+        with steps.counted():
+            assert run_here(self.work, self.scenario.line).code in (0, 1)
+        self.counts = steps.counts
 
     def reset(self) -> None:
         shutil.rmtree(self.work, ignore_errors=True)
@@ -357,11 +421,15 @@ class Case:
         kept = {self.scenario.source} if "in place" in self.scenario.name else set[str]()
         return {name: data for name, data in files_of(self.work).items() if name not in self.inputs - kept}
 
-    def run(self, fault: Fault, at: int) -> tuple[Ended, bool]:
-        """Run with a fault at a step; how it ended, and whether there was such a step."""
+    def steps(self, fault: Fault) -> int:
+        """Return at how many steps a fault can happen."""
+        return sum(self.counts[family] for family in fault.families)
+
+    def run(self, fault: Fault, at: int, reached: Path) -> int:
+        """Run in this process with a fault at a step, and mark that there was such a step."""
         self.reset()
+        os.chdir(self.work)
         time.sleep(TICK)
-        reached = self.home / "reached"
         reached.unlink(missing_ok=True)
         act, mark = act_of(fault, self.work, self.scenario.source), os.open
 
@@ -369,14 +437,8 @@ class Case:
             mark(reached, os.O_CREAT)
             act()
 
-        steps = Steps(at, reach)
-
-        def action() -> int:
-            steps.install(fault.families)
+        with Steps(fault.families, at, reach).counted():
             return self.action()
-
-        ended = in_folder(self.work, action)
-        return ended, reached.exists()
 
     def problem(self, fault: Fault, ended: Ended) -> str:
         """Say what is wrong about the end of a run, in a word; '' for nothing."""
@@ -444,27 +506,29 @@ class Case:
 class Row:
     """What came of a scenario under the faults of one kind."""
 
-    steps: int = 0
+    steps: int
     runs: int = 0
-    problems: Counter[str] = field(default_factory=Counter)
+    wrong: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.steps}/{self.runs}/{self.wrong}"
 
 
 def tried(case: Case, sample: Callable[[], bool]) -> Iterator[tuple[Fault, int, str]]:
-    """Yield every fault that was tried on a case, at which step, and what was wrong; the step -n for n steps in all."""
-    counts: dict[tuple[str, ...], int] = {}
-    for fault in faults(case.scenario):
-        if fault.families not in counts:
-            counts[fault.families] = counted(case, fault.families)
-            yield fault, -counts[fault.families], ""
-        for at in range(1, counts[fault.families] + 1):
+    """Yield every fault that was tried on a case, at which step, and what was wrong."""
+    reached = case.home / "reached"
+    runs = Runs(functools.partial(case.run, reached=reached))
+    for fault in faults():
+        for at in range(1, case.steps(fault) + 1):
             if sample():
-                ended, reached = case.run(fault, at)
-                problem = case.problem(fault, ended) if reached else ""
+                ended = runs.run(fault, at)
+                problem = case.problem(fault, ended) if reached.exists() else ""
                 if fault.name == "SIGKILL" and not problem and case.scenario.existing:
                     problem = again(case)
                 if problem:
                     problem += f": exit code {ended.code}, {ended.err.strip()[-300:]!r}"
                 yield fault, at, problem
+    runs.end()
 
 
 def again(case: Case) -> str:
@@ -477,103 +541,101 @@ def again(case: Case) -> str:
     return ""
 
 
-def counted(case: Case, families: tuple[str, ...]) -> int:
-    case.reset()
-    steps, into = Steps(0, lambda: None), case.home / "count"
-
-    def action() -> int:
-        steps.install(families)
-        code = case.action()
-        number = steps.count
-        into.write_text(str(number))
-        return code
-
-    in_folder(case.work, action)
-    return int(into.read_text())
+RACES = (  # of two processes that write the same
+    ("convert", "out.safetensors"),
+    ("convert", "out.pt"),
+    ("convert", "out", "--shard-size", "400B"),
+    ("toeplitz", *LAYER, "-o", "out.npz"),
+    ("toeplitz", *LAYER, "-o", "out.safetensors", "--shards", "3"),
+)
 
 
-def race() -> tuple[int, list[str]]:
+def race(rounds: int) -> tuple[int, list[str]]:
     """Have two processes write the same output at once, with --force and without: one wins, always."""
     wrong: list[str] = []
-    rounds = 0
-    outputs = [("out.safetensors", ()), ("out.pt", ()), ("out", ("--shard-size", "400B"))]
-    for (out, options), force, _ in itertools.product(outputs, ((), ("--force",)), range(ROUNDS)):
-        with tempfile.TemporaryDirectory() as name:
-            work, rounds = Path(name), rounds + 1
-            for seed in (1, 2):
-                save(network(seed), work / f"{seed}.safetensors")
-            inputs = set(files_of(work))
-            lines = [["convert", f"{seed}.safetensors", out, *options, *force, "-q"] for seed in (1, 2)]
-            children = [started(work, functools.partial(run_app, line)) for line in lines]
-            codes = sorted(waited(child) or 0 for child in children)
-            opened = open_checkpoint(work / out)
-            found = {tensor: bytes(opened.bits(tensor).tolist()) for tensor in opened.infos}
-            wanted = [{key: tensor.numpy().tobytes() for key, tensor in network(seed).items()} for seed in (1, 2)]
-            named = {part if out != "out" else f"out/{part}" for part in opened.files if part} or {out}
-            left = files_of(work).keys() - inputs - named - {"out/model.safetensors.index.json"}
-            right = codes == [0, 5] or (force and codes == [0, 0])  # one may come before the other begins
-            if not right or found not in wanted or left:
-                wrong.append(f"{out} {force}: exit codes {codes}, left over {sorted(left)}")
-    return rounds, wrong
+    with tempfile.TemporaryDirectory() as name:
+        for seed in (1, 2):
+            prepare(Path(name, str(seed)), seed)
+        for (command, *options), force in itertools.product(RACES, ((), ("--force",))):
+            lines = [[command, f"../{seed}/net.safetensors", *options, *force, "-q"] for seed in (1, 2)]
+            wanted = []
+            for line in lines:
+                (alone := Path(name, "alone")).mkdir()
+                assert run_here(alone, line).code == 0
+                wanted.append(published(alone)[0])
+                shutil.rmtree(alone)
+            for _ in range(rounds):
+                (work := Path(name, "work")).mkdir()
+                children = [started(work, functools.partial(run_app, line)) for line in lines]
+                codes = sorted(waited(child) or 0 for child in children)
+                found, left = published(work)
+                right = codes == [0, 5] or (force and codes == [0, 0])  # one may come before the other begins
+                if not right or found not in wanted or left:
+                    wrong.append(f"{command} {options} {force}: exit codes {codes}, left over {sorted(left)}")
+                shutil.rmtree(work)
+    return 2 * len(RACES) * rounds, wrong
 
 
-def main(given: argparse.Namespace) -> int:
-    torch.set_num_threads(1)
-    if given.race:
-        rounds, wrong = race()
-        print(json.dumps({"runs": rounds, "wrong": wrong}))
-        return 1 if wrong else 0
-    chance = random.Random(given.seed)
-    rows: dict[tuple[str, str], Row] = {}
-    wrong = []
-    chosen = [one for one in scenarios() if given.only in one.title]
-    share = 1.0 if given.sample is None else given.sample / (USUAL * len(chosen))
+def published(folder: Path) -> tuple[list[bytes], set[str]]:
+    """Return what the files hold that an index names, or the only file; and the names of all others."""
+    files = files_of(folder)
+    index = next((name for name in files if name.endswith(".index.json")), None)
+    if index is None:
+        names = sorted(files)[:1]
+    else:
+        read = json.loads(files[index])
+        homes = [shard["file"] for shard in read["shards"]] if "shards" in read else read["weight_map"].values()
+        names = sorted(str(Path(index).with_name(home)) for home in set(homes))
+    return [files[name] for name in names], files.keys() - {*names, index}
+
+
+def table(only: str = "", sample: int | None = None, seed: int = 0, *, quiet: bool = False) -> tuple[int, list[str]]:
+    """Try the faults of every scenario; return how many, and what was wrong.
+
+    Args:
+        only: part of the scenarios' titles.
+        sample: about how many faults, of all.
+        quiet: whether no row is printed for each scenario as it ends.
+    """
+    chance, runs, wrong = random.Random(seed), 0, list[str]()
+    chosen = [one for one in scenarios() if only in one.title]
+    share = 1.0 if sample is None else sample / (USUAL * len(chosen))
     where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # without a disk to wait for
-    for scenario in chosen:
-        with tempfile.TemporaryDirectory(dir=where) as name:
-            case = Case(scenario, Path(name))
-            case.make()
-            for fault, at, problem in tried(case, lambda: chance.random() < share):
-                what = f"{fault.families[0]} fails" if fault.how == "fail" else fault.how
-                row = rows.setdefault((scenario.title, what), Row())
-                if at < 0:
-                    row.steps = -at
-                    continue
-                row.runs += 1
-                if problem:
-                    row.problems[problem.partition(":")[0]] += 1
-                    wrong.append(
-                        f"{scenario.title}, {fault.name} at step {at} of {'/'.join(fault.families)}: {problem}"
-                    )
-        runs = sum(row.runs for (title, _), row in rows.items() if title == scenario.title)
-        print(f"{scenario.title}: {runs} faults, {len(wrong)} wrong so far", file=sys.stderr, flush=True)
-    report(rows, wrong, as_json=given.json)
-    return 1 if wrong else 0
+    kinds = list(dict.fromkeys(fault.kind for fault in faults()))
+    if not quiet:
+        print(f"{'steps / faults / wrong':44}", *(f"{kind:>16}" for kind in kinds), flush=True)
+    with tempfile.TemporaryDirectory(dir=where) as name:
+        for seed in (1, 2, 3):
+            prepare(Path(name, str(seed)), seed)
+        for scenario in chosen:
+            with tempfile.TemporaryDirectory(dir=where) as home:
+                case = Case(scenario, Path(home))
+                case.make(Path(name))
+                rows = {fault.kind: Row(case.steps(fault)) for fault in faults()}
+                for fault, at, problem in tried(case, lambda: chance.random() < share):
+                    rows[fault.kind].runs += 1
+                    if problem:
+                        rows[fault.kind].wrong += 1
+                        families = "/".join(fault.families)
+                        wrong.append(f"{scenario.title}, {fault.name} at step {at} of {families}: {problem}")
+            if not quiet:
+                print(f"{scenario.title:44}", *(f"{rows[kind]!s:>16}" for kind in kinds), flush=True)
+            runs += sum(row.runs for row in rows.values())
+    return runs, wrong
 
 
-def report(rows: Mapping[tuple[str, str], Row], wrong: Sequence[str], *, as_json: bool) -> None:
-    if as_json:
-        print(json.dumps({"runs": sum(row.runs for row in rows.values()), "wrong": wrong}))
-        return
-    titles = list(dict.fromkeys(title for title, _ in rows))
-    kinds = list(dict.fromkeys(kind for _, kind in rows))
-    print(f"{'steps / faults / wrong':44}", *(f"{kind:>16}" for kind in kinds))
-    for title in titles:
-        cells = [rows.get((title, kind), Row()) for kind in kinds]
-        print(f"{title:44}", *(f"{f'{one.steps}/{one.runs}/{one.problems.total()}':>16}" for one in cells))
-    total = Counter[str]()
-    for row in rows.values():
-        total += row.problems
-    print(f"{sum(row.runs for row in rows.values())} faults; wrong: {dict(total) or 'none'}")
-    print(*wrong, sep="\n")
-
-
-if __name__ == "__main__":
+def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--sample", type=int, help="about how many faults, of all")
     parser.add_argument("--only", default="", help="part of a scenario's name")
-    parser.add_argument("--json", action="store_true", help="print a line of JSON in place of the table")
-    parser.add_argument("--race", action="store_true", help="have two processes write the same, and nothing fail")
+    parser.add_argument("--race", type=int, help="rounds in which two processes write the same, and nothing fails")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
-    sys.exit(main(given))
+    torch.set_num_threads(1)
+    runs, wrong = race(given.race) if given.race else table(given.only, given.sample, given.seed)
+    print(f"{runs} runs, {len(wrong)} wrong", *wrong, sep="\n")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import faults
 import pytest
 import torch
 from checkpoints import files_in, save, small_network
+from faults import in_folder
 
 from convtool import open_checkpoint
 from convtool.cli.app import run_app
@@ -25,26 +26,23 @@ class Usage(NamedTuple):
     free: int
 
 
-def faults(*options: str) -> dict[str, Any]:
-    """Run `faults.py`, and return what it says of its runs."""
-    script = Path(__file__).with_name("faults.py")
-    done = subprocess.run([sys.executable, str(script), *options], capture_output=True, text=True, check=False)
-    assert done.stdout, done.stderr
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+def found(action: Callable[[], tuple[int, list[str]]]) -> tuple[int, list[str]]:
+    """Return how many runs there were and what was wrong of them, found in a process of its own."""
+    ended = in_folder(Path("/"), lambda: print(json.dumps(action())) or 0)
+    assert ended.code == 0, ended
+    runs, wrong = json.loads(ended.out)
+    return runs, wrong
 
 
 def test_a_fault_at_any_step_leaves_the_old_or_the_new() -> None:
     """A sample of `make faults`; the number of faults is there so that none of them can quietly stop happening."""
-    found = faults("--json", "--sample", "200")
-    assert found["wrong"] == []
-    assert found["runs"] >= 100
+    runs, wrong = found(lambda: faults.table(sample=100, quiet=True))
+    assert wrong == []
+    assert runs >= 70
 
 
 def test_of_two_processes_that_write_the_same_one_wins() -> None:
-    found = faults("--race")
-    assert found["wrong"] == []
-    assert found["runs"] == 24
+    assert found(lambda: faults.race(2)) == (20, [])
 
 
 @pytest.fixture

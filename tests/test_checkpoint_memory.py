@@ -2,65 +2,60 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
+import threading
+import time
 from pathlib import Path
 
+import clean
 import pytest
+import torch
 from checkpoints import raw_safetensors
 
-SIZE = 400 << 20  # bytes of tensors that aren't touched
-MOST = 40 << 20  # bytes of memory that a write may take, beside what the process has before it
-
-MEASURE = """
-import json, sys, threading, time
-from pathlib import Path
-import torch
 from convtool import open_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.write import plan_edited
 
-def anonymous():
+SIZE = 400 << 20  # bytes of tensors that aren't touched
+WRITTEN = (("out.safetensors", None), ("out.pt", None), ("again.pt", None), ("half.pt", "float16"))
+MOST = 40 << 20  # bytes of memory that a write may take, beside what the process has before it
+
+
+def anonymous() -> int:
+    """Return how many bytes of memory are this process's own."""
     status = Path("/proc/self/status").read_text()
     return int(next(line for line in status.splitlines() if line.startswith("RssAnon")).split()[1]) << 10
 
-peak, done = 0, False
-def watch():
-    global peak
-    while not done:
-        peak = max(peak, anonymous())
-        time.sleep(0.001)
 
-folder = Path(sys.argv[1])
-edit = Edit.of(["small.weight"], {"small.weight": torch.ones(2, 3, 4)}, "small.weight")
-grown = {}
-before = anonymous()
-thread = threading.Thread(target=watch)
-thread.start()
-last = "large.safetensors"
-for name, dtype in [
-    ("out.safetensors", None),
-    ("out.pt", None),
-    ("again.pt", None),
-    ("half.pt", "float16"),
-]:
-    peak = 0
-    source = open_checkpoint(folder / last)
-    plan_edited(source, edit, folder / name, None, force=False, dtype=dtype).write()
-    assert len(open_checkpoint(folder / name).infos) == 5
-    grown[name] = peak - before
-    if last.endswith(".pt"):
-        (folder / last).unlink()
-    if name.endswith(".pt"):
-        last = name
-    else:
-        (folder / name).unlink()
-done = True
-thread.join()
-print(json.dumps(grown))
-"""
+def grown_by_writes(folder: Path) -> dict[str, int]:
+    """Write the large checkpoint in several forms; return by how many bytes the memory grew at its peak for each."""
+    peak, done, grown, last = 0, False, {}, "large.safetensors"
+    before = anonymous()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done:
+            peak = max(peak, anonymous())
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    edit = Edit.of(["small.weight"], {"small.weight": torch.ones(2, 3, 4)}, "small.weight")
+    for name, dtype in WRITTEN:
+        peak = 0
+        source = open_checkpoint(folder / last)
+        plan_edited(source, edit, folder / name, None, force=False, dtype=dtype).write()
+        assert len(open_checkpoint(folder / name).infos) == 5
+        grown[name] = peak - before
+        if last.endswith(".pt"):
+            (folder / last).unlink()
+        if name.endswith(".pt"):
+            last = name
+        else:
+            (folder / name).unlink()
+    done = True
+    thread.join()
+    return grown
 
 
 @pytest.mark.skipif(
@@ -79,7 +74,5 @@ def test_a_write_takes_little_memory_of_its_own(tmp_path: Path) -> None:
         path.write_bytes(raw_safetensors(header))
         with path.open("r+b") as file:
             file.truncate(path.stat().st_size + 96 + SIZE)  # zeros that take no room
-        done = subprocess.run([sys.executable, "-c", MEASURE, name], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    grown = json.loads(done.stdout)
+        grown = clean.called(grown_by_writes, Path(name))
     assert all(bytes_ < MOST for bytes_ in grown.values()), grown

@@ -460,6 +460,26 @@ def test_an_index_with_an_impossible_size_is_damaged(here: Path, total: object) 
         open_checkpoint("out")
 
 
+@pytest.mark.parametrize(("tied", "off"), [(True, -1), (False, -1), (True, 0), (True, 1), (False, 1), (True, 2)])
+def test_an_index_may_count_as_any_writer_does_and_less_is_said(here: Path, tied: bool, off: int) -> None:
+    """The least is what is stored; a writer that counts tied tensors each comes to more than the files have."""
+    state = {f"w{n}": torch.ones(500) for n in range(2)} | {"v": torch.ones(500)}
+    if tied:
+        state["w1"] = state["w0"]
+    stored, each = 2000 * len({one.data_ptr() for one in state.values()}), 6000
+    torch.save(state, "a.bin")
+    total = {-1: stored - 1, 0: stored, 1: max(each, Path("a.bin").stat().st_size), 2: 9000}[off]
+    index = {"metadata": {"total_size": total}, "weight_map": dict.fromkeys(state, "a.bin")}
+    Path("a.bin.index.json").write_text(json.dumps(index))
+    if off == 2:
+        with pytest.raises(InputError, match=r"is damaged: its total_size is 9000, and its files have"):
+            open_checkpoint("a.bin.index.json")
+        return
+    assert each > Path("a.bin").stat().st_size or not tied
+    run = cli("inspect a.bin.index.json")
+    assert (run.code, f"its total_size is {total}, and the tensors" in run.err) == (0, off < 0)
+
+
 @pytest.mark.parametrize("change", ["total_size", "bytes"])
 def test_a_matrix_index_with_a_wrong_size_is_damaged(here: Path, change: str) -> None:
     assert cli(f"{MATRIX} m.safetensors --shards 2").code == 0

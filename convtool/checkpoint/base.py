@@ -227,15 +227,32 @@ class Checkpoint:
         for name, home in self._homes.items():
             if name not in self.files[home].tensors and name not in self.files[home].unusable:
                 raise InputError(f"{self.path}: is damaged: {name!r} is not in {home}, where the index has it")
-        total = 0 if self.index is None else self.index["metadata"].get("total_size", 0)
         there = sum(file.source.size for file in self.files.values())
-        # Less is no damage: what other programs count there differs, and transformers doesn't look at it.
-        if total > there:
+        most = max(there, sum(one.nbytes for file in self.files.values() for one in file.tensors.values()))
+        if self.index is not None and self.index["metadata"].get("total_size", 0) > most:
+            total = self.index["metadata"]["total_size"]
             raise InputError(f"{self.path}: is damaged: its total_size is {total}, and its files have {there} bytes")
         for home, file in self.files.items():
             stray = next((name for name in file.tensors if self._homes.get(name) != home), None)
             if stray is not None:
                 raise InputError(f"{self.path}: is damaged: {home} holds {stray!r}, which the index doesn't have there")
+
+    @property
+    def odd_total(self) -> str:
+        """What is odd about the index's total_size, in words; '' where nothing is.
+
+        Writers don't agree on what they count: huggingface_hub bytes of storages, so tensors that are tied once;
+        transformers before that each of them; mlx bytes of files; what trains in parts has written the size of one part
+        or of parameters that were elsewhere. No reader looks at it, and that every tensor is there and whole is known
+        from the files. So a total that is larger than any of these counts is damage, and a smaller one is said.
+        """
+        total = None if self.index is None else self.index["metadata"].get("total_size")
+        if total is None or self.unusable:
+            return ""
+        least = sum(stop - start for _, start, stop in set(map(self.place, self.infos)))
+        if total >= least:
+            return ""
+        return f"its total_size is {total}, and the tensors that it names have {least} bytes; they are all there"
 
     @cached_property
     def _derived(self) -> dict[str, TensorInfo]:

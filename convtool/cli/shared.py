@@ -186,6 +186,8 @@ def open_reporting(path: Path, reporter: Reporter, root: str | None = None) -> C
 
     with reporter.progress(f"reading {path.name}", None):
         opened = open_checkpoint(path, root)
+    if opened.odd_total:
+        reporter.remark(f"{path}: {opened.odd_total}")
     with contextlib.suppress(InputError):  # a damaged record is said where it is needed
         if opened.unknown_record:
             reporter.remark(f"ignored: {opened.unknown_record}")

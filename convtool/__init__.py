@@ -42,6 +42,8 @@ True
 True
 >>> convtool.add(first, first).weight.unique()
 tensor([2.], dtype=torch.float64)
+>>> convtool.stack([first, first]).weight.shape
+torch.Size([6, 2, 3, 1])
 >>> convtool.fuse([second, convtool.conv(torch.ones(1, 4, 3, 3), padding=1)])
 Traceback (most recent call last):
 convtool.errors.RefusedError: ...
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from convtool.live.public import operator as operator
     from convtool.live.public import plan as plan
     from convtool.live.public import spectrum as spectrum
+    from convtool.live.public import stack as stack
     from convtool.live.public import toeplitz as toeplitz
     from convtool.live.public import unfold as unfold
     from convtool.live.public import verify as verify
@@ -122,7 +125,7 @@ _HOMES = {
     "convtool.graph.planned": ("Plan",),
     "convtool.live.public": (
         *("add", "apply", "compose", "conv", "forward", "fuse", "fuse_model", "geometry_of", "load_matrix"),
-        *("open_checkpoint", "open_matrix", "operator", "plan", "spectrum", "toeplitz", "unfold", "verify"),
+        *("open_checkpoint", "open_matrix", "operator", "plan", "spectrum", "stack", "toeplitz", "unfold", "verify"),
     ),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from layers import identity, scale
 from strategies import SEEDS, chains, sizes_that_run
 
-from convtool.core.compose import add, compose
+from convtool.core.compose import add, compose, stack
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, output_size, run
 from convtool.core.forward import forward
@@ -142,6 +142,21 @@ def test_the_adjoint_of_a_sum_is_the_sum_of_the_adjoints(data: st.DataObject, si
     one, other = data.draw(layers(4, 2)), data.draw(layers(4, 2))
     adjoints = [toeplitz(conv, size, transpose=True).to_dense() for conv in (one, other)]
     assert torch.equal(toeplitz(add(one, other), size, transpose=True).to_dense(), adjoints[0] + adjoints[1])
+
+
+@settings(max_examples=40)
+@given(data=st.data(), size=st.tuples(st.integers(2, 5), st.integers(2, 5)), count=st.integers(1, 3))
+def test_a_stack_gives_what_its_layers_give_side_by_side(
+    data: st.DataObject, size: tuple[int, int], count: int
+) -> None:
+    convs = [data.draw(layers(4, 2)) for _ in range(count)]
+    matrices = [toeplitz(conv, size).to_dense() for conv in convs]
+    whole = stack(convs)
+    assert torch.equal(toeplitz(whole, size).to_dense(), torch.cat(matrices))
+    biases = [conv.bias if conv.bias is not None else torch.zeros(conv.out_channels) for conv in convs]
+    assert torch.equal(
+        torch.zeros(2 * count).double() if whole.bias is None else whole.bias, torch.cat(biases).double()
+    )
 
 
 def _without_padding(geometry: Geometry) -> Geometry:

@@ -35,6 +35,7 @@ GOOD: dict[str, tuple[Any, ...]] = {
     "operator": (CONV, (4, 5)),
     "plan": (nn.Sequential(CONV, NORM), (2, 6, 5)),
     "spectrum": (CONV, (4, 5)),
+    "stack": ([CONV, CONV],),
     "toeplitz": ([CONV, NORM, NEXT], (4, 5)),
     "unfold": (X, CONV),
     "verify": (nn.Sequential(CONV, NORM), [convtool.fuse([CONV, NORM])], (6, 5)),

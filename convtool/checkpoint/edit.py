@@ -19,15 +19,17 @@ class Edit:
     Attributes:
         remove: full names of the tensors that go.
         places: new tensors by full name, under the name of the removed tensor whose place they take.
+        shared: those that go which other edits take out as well, as each has taken in some of their channels.
     """
 
     remove: frozenset[str]
     places: Mapping[str, Mapping[str, Tensor]]
+    shared: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, remove: Iterable[str], insert: Mapping[str, Tensor], anchor: str) -> Edit:
+    def of(cls, remove: Iterable[str], insert: Mapping[str, Tensor], anchor: str, shared: Iterable[str] = ()) -> Edit:
         """Return all of `insert` in the place of one removed tensor, `anchor`."""
-        return cls(frozenset(remove), {anchor: insert})
+        return cls(frozenset(remove), {anchor: insert}, frozenset(shared))
 
     @classmethod
     def together(cls, edits: Iterable[Edit]) -> Edit:
@@ -40,7 +42,7 @@ class Edit:
         places: dict[str, Mapping[str, Tensor]] = {}
         inserted: set[str] = set()
         for edit in edits:
-            twice = (remove & edit.remove) | (inserted & edit.insert.keys())
+            twice = (remove & edit.remove - edit.shared) | (inserted & edit.insert.keys())
             if twice:
                 raise UsageError(f"two fusions claim {sorted(twice)[0]!r}")
             remove |= edit.remove

@@ -19,6 +19,7 @@ from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_lea
 from convtool.errors import ConvtoolError, InputError, UsageError
 from convtool.kinds import kind_named, parse_field
 from convtool.kinds.kind import Kind
+from convtool.kinds.shares import Share, shares, unshared
 from convtool.kinds.stated import FieldSource
 
 if TYPE_CHECKING:
@@ -58,6 +59,10 @@ class SourceLayer:
     def written(self) -> bool:
         """Return whether it is a layer without tensors."""
         return is_written(self.name)
+
+    def owned(self) -> tuple[str, Kind] | None:
+        """Return name and kind of a layer of the checkpoint that was changed; None of any other."""
+        return (self.name, self.kind) if self.origin == BASE and not self.written else None
 
     def to_json(self) -> dict[str, Any]:
         document: dict[str, Any] = {"name": self.name, "kind": self.kind.name, "fields": self.fields}
@@ -108,6 +113,10 @@ class FusionRecord:
     def sources(self) -> tuple[SourceLayer, ...]:
         """Return every layer of the tree, in order."""
         return tuple(leaves(self.tree))
+
+    def shares(self) -> dict[str, Share]:
+        """Return which channels it takes of the layers that it doesn't take whole."""
+        return shares(self.tree, SourceLayer.owned)
 
     def to_json(self) -> dict[str, Any]:
         beside = {"before": self.before, "after": self.after, "assumed": list(self.assumed)}
@@ -320,13 +329,16 @@ def _check_history(fusions: Sequence[FusionRecord]) -> None:
             if not kept or dtypes.get(own[0], fusion.dtype) != fusion.dtype:
                 raise UsageError(f"{fusion.name!r} is said to be fused from itself alone, which changes nothing")
         dtypes[fusion.name] = fusion.dtype
-        again = [name for number, name in enumerate(own) if name in gone or name in own[:number]]
+        shared = fusion.shares().keys()
+        again = [name for number, name in enumerate(own) if name in gone - shared or name in own[:number]]
         if again:
             raise UsageError(f"{again[0]!r} goes into {fusion.name!r} after it went into a fusion already")
         if fusion.name in made.difference(own):
             raise UsageError(f"two fusions are called {fusion.name!r}")
         gone = gone.union(own) - {fusion.name}
         made = made.difference(own) | {fusion.name}
+    for name in unshared((fusion.tree for fusion in fusions), SourceLayer.owned):
+        raise UsageError(f"not each channel of {name!r} goes into one fusion")
 
 
 def changes_nothing(tree: Tree[SourceLayer]) -> bool:

@@ -32,10 +32,10 @@ import torch
 from torch import Tensor
 
 from convtool.core.carried import carry
-from convtool.core.conv import Conv
+from convtool.core.conv import Conv, pointwise
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.joint import NOWHERE, AxisComposition, add_geometry, compose_axis, compose_geometry
-from convtool.core.moves import Selection, compose_moves, regrouped
+from convtool.core.moves import NOTHING, Selection, compose_moves, regrouped
 from convtool.errors import RefusedError, UsageError, human_bytes
 
 MOST = 1 << 32  # numbers of a kernel: 32 GiB in float64
@@ -284,6 +284,25 @@ def add(a: Conv, b: Conv) -> Conv:
         weight[(slice(None), slice(None), *_embedding(conv.geometry, geometry))] += in_groups(conv, geometry.groups)
     biases = [conv.bias for conv in (a, b) if conv.bias is not None]
     return Conv(weight, sum(biases[1:], biases[0]) if biases else None, geometry)
+
+
+def stack(layers: Sequence[Conv]) -> Conv:
+    """Layers on one input, their outputs side by side along the channels as torch.cat has them, as one layer.
+
+    It is the sum of the layers, each placed among the channels of all; in float64, exact at every input size.
+
+    Raises:
+        UsageError, RefusedError: as of `add`.
+    """
+    if not layers:
+        raise UsageError("expected at least one layer to stack")
+    total, placed = sum(conv.out_channels for conv in layers), list[Conv]()
+    for number, conv in enumerate(layers):
+        first = sum(before.out_channels for before in layers[:number])
+        picked = torch.full((total,), NOTHING)
+        picked[first : first + conv.out_channels] = torch.arange(conv.out_channels)
+        placed.append(compose(conv, Selection(picked, conv.out_channels, pointwise(conv.spatial_axes))))
+    return reduce(add, placed)
 
 
 def _embedding(part: Geometry, whole: Geometry) -> tuple[slice, ...]:

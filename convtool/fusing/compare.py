@@ -31,6 +31,7 @@ from convtool.formats.pieces import same_bytes
 from convtool.fusing.leaf import LoweredLayer
 from convtool.fusing.lowering import lower_tree
 from convtool.fusing.settle import settle
+from convtool.kinds.shares import unshared
 from convtool.kinds.stated import FieldSource, FieldSources
 
 
@@ -218,14 +219,12 @@ def unfitting(
     return found
 
 
-def tensors_of(tree: Tree[LoweredLayer]) -> set[str]:
-    """Return the full names of the checkpoint's tensors that a tree of its layers consists of."""
-    return {name for leaf in leaves(tree) if leaf.origin == BASE for name in leaf.layer.tensor_names()}
-
-
 def untouched(before: Checkpoint, pairings: Sequence[Pairing]) -> list[TensorInfo]:
-    """Return the tensors of BEFORE that no pairing accounts for."""
-    used = set().union(*(tensors_of(pairing.before) for pairing in pairings))
+    """Return the tensors of BEFORE that no pairing accounts for, or not all of whose channels."""
+    trees = [pairing.before for pairing in pairings]
+    in_part = set(unshared(trees, LoweredLayer.owned))
+    found = {leaf for tree in trees for leaf in leaves(tree) if leaf.origin == BASE and leaf.name not in in_part}
+    used = {name for leaf in found for name in leaf.layer.tensor_names()}
     return [info for name, info in before.infos.items() if name not in used]
 
 

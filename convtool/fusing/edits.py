@@ -8,16 +8,18 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.fields import Fields
 from convtool.core.geometry import format_sizes
 from convtool.core.names import WRAPPERS, is_written, unwrap
-from convtool.core.tree import first_leaves, has_sum, tree_text
+from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves, tree_text
 from convtool.errors import UsageError
 from convtool.formats.atomic import replacing
 from convtool.fusing.dependence import changed_fields
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
+from convtool.kinds.written import read_layer, undoing
 
 
 def module_edits(planned: PlannedLayer) -> list[str]:
@@ -243,9 +245,9 @@ def loader_text(planned: Sequence[PlannedLayer], names: Iterable[str], path: str
     from convtool import __version__
 
     safe = path.endswith(".safetensors")
-    edits = []
+    edits, gone = list[str](), set[str]()
     for layer in planned:
-        edits += [_plain(f"# {tree_text(layer.tree, lambda one: one.name)} becomes {layer.name}"), *_edits(layer)]
+        edits += [_plain(f"# {tree_text(layer.tree, lambda one: one.name)} becomes {layer.name}"), *_edits(layer, gone)]
     return MODULE.substitute(
         name=_plain(path),
         path=repr(path),
@@ -284,15 +286,21 @@ def _reading(names: Iterable[str], safe: bool, root: Sequence[str]) -> Iterator[
         yield "return state"
 
 
-def _edits(planned: PlannedLayer) -> Iterator[str]:
-    """Yield the lines that change a model for one fused layer."""
+def _edits(planned: PlannedLayer, gone: set[str]) -> Iterator[str]:
+    """Yield the lines that change a model for one fused layer.
+
+    Args:
+        gone: the layers that fusions share, once one of these was put in; those of this one are added.
+    """
     own = [layer for layer in planned.layers if layer.own]
     stays = any(layer.name == planned.name for layer in own)
     if planned.fusion.conv.has_bias_map or (stays and has_sum(planned.tree)):
         why = "has a bias map" if planned.fusion.conv.has_bias_map else "takes the place of one branch of a sum"
         raise UsageError(f"--loader: {planned.name} {why}, which only convtool.apply puts into a model")
-    if code := [one.name for one in planned.layers if is_written(one.name) and one.layer.kind.code == "model"]:
+    if code := list(done_by_the_model(planned.record.tree)):
         raise UsageError(f"--loader: {', '.join(code)} is in the model's own code; take it out there")
+    own = [layer for layer in own if layer.name not in gone]
+    gone.update(planned.record.shares())
     modules = [layer for layer in own if not layer.layer.kind.parameter]
     names = {layer.name: f"old{number or ''}" for number, layer in enumerate(modules)}
     made = _constructor(planned, names)
@@ -355,3 +363,34 @@ def _live(planned: PlannedLayer, field: str) -> str:
         if layer.own and layer.layer.kind.main and field not in changed_fields(planned.tree, layer):
             return layer.name
     raise UsageError(f"--loader: the {field} of {planned.name} isn't known; state it, say with --set, or use --model")
+
+
+# Where a layer without tensors is in a model, and whether it stands in front of all else, such that its code does it.
+_CODE = {("model", False), ("model", True), ("input", False)}
+
+
+def done_by_the_model(tree: Tree[SourceLayer], in_front: bool | None = None) -> Iterator[str]:
+    """Yield the layers without tensors that the model's forward does itself, in chains with layers of the model.
+
+    An identity is none, and a normalisation of the whole input stands in front of the model.
+
+    Args:
+        in_front: whether the tree's first layers are those that the whole input goes into.
+    """
+    sources: list[SourceLayer] = list(leaves(tree))
+    first_ones: list[SourceLayer] = list(first_leaves(tree))
+    ours = any(source.origin == BASE and not source.written for source in sources)
+    if in_front is None:
+        in_front = len({source.name for source in first_ones}) == 1
+    done: list[str] = []
+    for number, part in enumerate(() if isinstance(tree, SourceLayer) else tree.parts):
+        first = in_front and (number == 0 or not isinstance(tree, Chain))
+        if not isinstance(part, SourceLayer):
+            yield from done_by_the_model(part, first)
+        elif isinstance(tree, Chain) and ours and part.written and (part.kind.code, first) in _CODE:
+            # What is undone further on in the chain was fused such that the model's code may go on to do it.
+            undone = bool(done) and done[-1] == part.name
+            done[-1:] = [] if undone else [*done[-1:], part.name]
+            if not undone and part.kind.undone_by(read_layer(part.name).fields) is not None:
+                done[-1] = undoing(part.name).name
+    yield from done

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.edit import Edit
-from convtool.checkpoint.record import FusionRecord, changes_nothing
+from convtool.checkpoint.record import FusionRecord, SourceLayer, changes_nothing
 from convtool.core.compose import compose
 from convtool.core.conv import Conv, pointwise
 from convtool.core.expression import joined, multiply_adds, work_per_position
@@ -24,6 +24,7 @@ from convtool.fusing.dependence import fused_fields
 from convtool.fusing.leaf import LoweredLayer, spatial_size
 from convtool.fusing.lowering import stored_dtype
 from convtool.kinds.kind import Layer
+from convtool.kinds.shares import unshared, without_places
 
 Per: TypeAlias = Literal["input position", "input", "output position"]
 
@@ -71,25 +72,42 @@ class PlannedLayer:
     @property
     def parameters(self) -> tuple[int, int]:
         """Numbers before and after that are stored; of a batch norm, those that it computes with."""
-        stored = (layer.conv for layer in self.layers if layer.layer.tensors)
+        stored = (layer.conv for layer in leaves(self._by_itself) if layer.layer.tensors)
         return sum(map(_parameters, stored)), _parameters(self.fusion.conv)
+
+    @property
+    def _by_itself(self) -> Tree[LoweredLayer]:
+        """Return the tree as if the channels that it takes of layers were all of these."""
+        parts = self.record.shares()
+
+        def part(leaf: LoweredLayer) -> LoweredLayer:
+            if leaf.name not in parts or leaf.origin != BASE:
+                return leaf
+            start, stop, _ = parts[leaf.name]
+            bias, geometry = leaf.conv.bias, replace(leaf.conv.geometry, groups=stop - start)
+            return replace(
+                leaf, conv=Conv(leaf.conv.weight[start:stop], None if bias is None else bias[start:stop], geometry)
+            )
+
+        return map_leaves(part, without_places(self.tree, LoweredLayer.owned))
 
     def multiply_adds(self, input_size: Sequence[int] | None) -> tuple[float, float, Per] | None:
         """Return how many there are before and after, and of what: an input of that size, or a position of a large one.
 
         It is a position of the output where strides are open; None where that number depends on them, too.
         """
-        tree: Tree[Conv] = map_leaves(lambda layer: layer.conv, joined(self.tree))
+        alone = self._by_itself
+        tree: Tree[Conv] = map_leaves(lambda layer: layer.conv, joined(alone))
         conv = self.fusion.conv
         if self.settled and input_size is None:
             return work_per_position(tree), work_per_position(conv), "input position"
         if self.settled and input_size is not None:
             size = spatial_size(self.tree, input_size) or ()
             return multiply_adds(tree, size), multiply_adds(conv, size), "input"
-        strided = map_leaves(_with_stride_of_two, self.tree)
+        strided = map_leaves(_with_stride_of_two, alone)
         here, there = (
             work_per_position(map_leaves(lambda layer: layer.conv, joined(one)), of_output=True)
-            for one in (self.tree, strided)
+            for one in (alone, strided)
         )
         return (here, work_per_position(conv, of_output=True), "output position") if here == there else None
 
@@ -134,7 +152,9 @@ def plan_layer(
     if changes_nothing(record.tree) and (len(layers) > 1 or record.name == own[0].name):
         raise UsageError(f"{tree_text(record.tree, lambda one: one.name)}: is what {own[0].name} does by itself")
     remove = [key for layer in own for key in layer.tensor_names()]
-    edit = Edit.of(remove, conv_tensors(record.name, fusion.conv), remove[0])
+    some = record.shares()
+    shared = [key for layer in own if layer.name in some for key in layer.tensor_names()]
+    edit = Edit.of(remove, conv_tensors(record.name, fusion.conv), remove[0], shared)
     blocks = (layer.name for layer in own if any(other.startswith(f"{layer.name}.") for other in base.layers))
     others = {layer.name: base.other_classes[layer.name] for layer in own if layer.name in base.other_classes}
     return PlannedLayer(record, tree, fusion, edit, frozenset(blocks), others)
@@ -221,13 +241,18 @@ def check_nothing_missed(checkpoints: Mapping[str, Checkpoint], trees: Sequence[
             )
 
 
-def check_ties(base: Checkpoint, edits: Sequence[Edit]) -> None:
-    """Refuse to take out a tensor that is one with another, unless that goes into the same fusion.
+def check_whole(base: Checkpoint, planned: Sequence[PlannedLayer]) -> None:
+    """Refuse to take out a part of a layer alone, or a tensor that is one with another, unless that goes as well.
 
     Raises:
-        RefusedError: names the two.
+        RefusedError: names what would be lost.
     """
-    owners = {name: number for number, edit in enumerate(edits) for name in edit.remove}
+    for name in unshared((layer.record.tree for layer in planned), SourceLayer.owned):
+        raise RefusedError(
+            f"the fusions would take out {name}, and not each of its channels goes into exactly one of them; fuse the"
+            " others too, or leave it out"
+        )
+    owners = {name: number for number, layer in enumerate(planned) for name in layer.edit.remove}
     for one, other in base.sharing(owners):
         if owners.get(one) != owners.get(other):
             raise RefusedError(

@@ -11,7 +11,7 @@ from convtool.core.fields import Fields
 from convtool.core.fuse import NamedConv
 from convtool.core.names import grouped, is_written
 from convtool.core.tree import BASE, Tree, leaves
-from convtool.kinds.kind import Layer
+from convtool.kinds.kind import Kind, Layer
 
 SHARED_FIELDS = ("stride", "padding", "dilation", "padding_mode")  # what a layer takes from the one that it is like
 
@@ -59,6 +59,10 @@ class LoweredLayer(NamedConv):
     def own(self) -> bool:
         """Return whether it is a layer of the checkpoint that is changed."""
         return bool(self.layer.tensors) and self.origin == BASE
+
+    def owned(self) -> tuple[str, Kind] | None:
+        """Return name and kind of a layer of the checkpoint that is changed; None of any other."""
+        return (self.name, self.layer.kind) if self.own else None
 
     @property
     def own_fields(self) -> Fields:

@@ -9,7 +9,7 @@ from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
 from convtool.core.names import grouped, some_of
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, tree_text
-from convtool.fusing.fusion import PlannedLayer, check_ties, plan_layer
+from convtool.fusing.fusion import PlannedLayer, check_whole, plan_layer
 from convtool.fusing.leaf import LoweredLayer, said_of
 from convtool.fusing.lowering import lower_tree
 from convtool.fusing.recipe import PlannedFusion
@@ -53,7 +53,7 @@ def plan_all(
         plan_layer(checkpoints[BASE], one.name, tree, input_size=size, **how)
         for one, tree, size in zip(fusions, trees, sizes, strict=True)
     ]
-    check_ties(checkpoints[BASE], [layer.edit for layer in planned])
+    check_whole(checkpoints[BASE], planned)
     for text in _dearer(planned, input_size):
         remark(f"slower: {text}")
     return planned, alone

@@ -44,7 +44,8 @@ def _between(flow: Flow, first: int, second: int, *, written: bool) -> tuple[lis
             continue
         seen.add(number)
         ahead = [*ahead, *step.reads]
-        free = step.layer is not None and (step.layer.kind.neutral or (written and step.written))
+        free = written and bool(step.stacks)
+        free |= step.layer is not None and (step.layer.kind.neutral or (written and step.written))
         # What channels go through whole (a flatten of the other axes) is no contradiction: a plan fuses across it too.
         stands += [] if free or step.moves else [_name(step)]
     return stands[::-1], False

@@ -10,6 +10,7 @@ from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, RefusedError
 from convtool.graph.flow import Flow, LeftAlone, find_stretches, taken_off, takes_off
 from convtool.graph.judge import Exact, Judge, Merge
+from convtool.kinds.shares import shares, unshared
 from convtool.kinds.written import read_layer, undoing
 
 Price: TypeAlias = tuple[float, ...]  # compared from the first number on, and added number by number
@@ -29,9 +30,28 @@ def cut(
         refused: what can't be one layer, with the reason, besides what is seen to here.
     """
     trees, left_alone = find_stretches(flow)
-    cutter = _Cutter(judge, fixed_size, cheaper, refused or {})
-    merges = [merge for tree in trees for merge in cutter.cut(tree)[1]]
-    return merges, left_alone + cutter.left_alone
+    refused = dict(refused or {})
+    while True:
+        cutter = _Cutter(judge, fixed_size, cheaper, refused)
+        merges = [merge for tree in trees for merge in cutter.cut(tree)[1]]
+        wrong = _wrongly_shared(merges, judge)
+        if not wrong:
+            shared = {name for merge in merges for name in shares(merge.tree, judge.owned)}
+            return merges, [one for one in left_alone + cutter.left_alone if shared.isdisjoint(one.layers)]
+        refused |= wrong
+
+
+def _wrongly_shared(merges: Sequence[Merge], judge: Judge) -> dict[Tree[LayerRef], str]:
+    """Return the merges without which each layer goes into one of them, or each of its channels does; with reasons."""
+    wrong: dict[Tree[LayerRef], str] = {}
+    for name in unshared((merge.tree for merge in merges), judge.owned):
+        having = [merge.tree for merge in merges if any(leaf.name == name for leaf in leaves(merge.tree))]
+        some = [tree for tree in having if name in shares(tree, judge.owned)]
+        if any(unshared(some, judge.owned)):
+            wrong |= dict.fromkeys(some, f"not everything that is put side by side before {name} could take it in")
+        else:
+            wrong |= {tree: f"{name} goes into the layers before it" for tree in having if tree not in some}
+    return wrong
 
 
 class _Cutter:

@@ -6,6 +6,7 @@ member. So one layer can stand for all of them, or for any part that is next to 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ class Step:
         axes: of a layer: the spatial axes that it runs over, behind the channels at axis 1; 0 where the channels are
             the last axis.
         adds: whether it adds up values of one shape.
+        stacks: the axis along which it puts values side by side; 0 where it doesn't.
         moves: of an operation that factors and offsets of channels can as well follow as precede: for each axis that
             the channels may be on before it, the one that they are on behind it.
         about: what it is, for messages.
@@ -35,6 +37,7 @@ class Step:
     layer: Layer | None = None
     axes: int = 0
     adds: bool = False
+    stacks: int = 0
     moves: Mapping[int, int] = field(default_factory=dict)
     about: str = ""
 
@@ -114,6 +117,7 @@ class _Stretch:
         moved: whether there is an operation in it that factors and offsets of channels alone can pass.
         only_scales: whether all of its members are such.
         bare: how often the value that it reads is added to its own, by the model's code.
+        placed: where its channels are among those of several that stand side by side, until a layer follows these.
     """
 
     source: int
@@ -125,6 +129,7 @@ class _Stretch:
     moved: bool = False
     only_scales: bool = False
     bare: int = 0
+    placed: str = ""
 
     def tree(self) -> Tree[LayerRef] | None:
         """Return it as a tree; None where there is nothing in it that could be one layer."""
@@ -154,6 +159,8 @@ def find_stretches(flow: Flow) -> tuple[list[Tree[LayerRef]], list[LeftAlone]]:
     for number, step in enumerate(flow.steps):
         if step.adds:
             finder.add(number, step)
+        elif step.stacks:
+            finder.stack(number, step)
         elif step.layer is None or (step.written and finder.has_moved(step)):
             finder.move(number, step)
         else:
@@ -170,6 +177,7 @@ class _Finder:
         self.growing: dict[int, _Stretch] = {}  # by the step whose value they end with
         self.sums: dict[int, list[tuple[int, _Stretch | None]]] = {}  # the values that are added up, and their branches
         self.whole: set[int] = set()  # the sums that are one stretch
+        self.stacked: dict[int, list[_Stretch]] = {}  # the stretches whose values stand side by side in a value
         self.left_alone: list[LeftAlone] = []
 
     def trees(self) -> list[Tree[LayerRef]]:
@@ -186,6 +194,7 @@ class _Finder:
     def join(self, number: int, step: Step, layer: Layer) -> None:
         """Let a layer go on with the stretch that ends with what it reads, or begin one."""
         value, kind, barred = step.reads[0], layer.kind, layer.name in self.barred
+        self._share(number, step, layer)
         before = None if barred else self._ended_by(value)
         if before is not None and kind.neutral:  # what changes nothing isn't worth a place in the tree
             self.growing[number] = self.growing.pop(value)
@@ -203,6 +212,30 @@ class _Finder:
                 begun = _Stretch(value, [LayerRef(layer.name)], step.axes, step.axes, only_scales=kind.per_channel)
                 begun.channels = self._channels(step)
                 self.growing[number] = begun
+
+    def stack(self, number: int, step: Step) -> None:
+        """See which stretches give what is put side by side, as long as each of the values is one's."""
+        branches = [branch for value in step.reads if (branch := self._branch(value)) is not None]
+        if len(branches) == len(step.reads) and {branch.channels for branch in branches} == {step.stacks}:
+            stops = list(itertools.accumulate(self.flow.steps[value].shape[step.stacks] for value in step.reads))
+            for branch, start, stop in zip(branches, [0, *stops], stops, strict=False):
+                branch.placed = f"place({start}:{stop}; of={stops[-1]})"
+            self.stacked[number] = branches
+
+    def _share(self, number: int, step: Step, layer: Layer) -> None:
+        """Let a layer behind values side by side go on with the stretches of each, which then share it.
+
+        It begins a stretch of its own as well: one of the two comes to nothing when these are cut.
+        """
+        value, kind = step.reads[0], layer.kind
+        branches = self.stacked.get(value, []) if self.readers[value] == 1 else []
+        ours = kind.per_channel and not step.written and layer.name not in self.barred
+        if not branches or not (kind.neutral or (ours and self._channels(step) == branches[0].channels)):
+            return
+        self.stacked[number] = branches
+        for branch in () if kind.neutral else branches:
+            branch.parts += [*([LayerRef(branch.placed)] if branch.placed else []), LayerRef(layer.name)]
+            branch.placed = ""
 
     @staticmethod
     def _channels(step: Step) -> int:

@@ -22,7 +22,8 @@ from convtool.core.tree import LayerRef, Tree, leaves, map_leaves, walk
 from convtool.errors import RefusedError
 from convtool.graph.flow import Flow, Step
 from convtool.graph.stopwatch import Stopwatch
-from convtool.kinds.kind import UNKNOWN, Layer
+from convtool.kinds.kind import UNKNOWN, Kind, Layer
+from convtool.kinds.shares import Share, shares, without_places
 from convtool.kinds.written import read_layer
 
 
@@ -113,6 +114,10 @@ class Judge:
         """Return the layer of a name, or what is written in a layer's place."""
         return self.calls[name][1] if name in self.calls else read_layer(name)
 
+    def owned(self, ref: LayerRef) -> tuple[str, Kind] | None:
+        """Return name and kind of a layer of the run that has tensors; None of any other."""
+        return None if ref.written else (ref.name, self.layer(ref.name).kind)
+
     def merge(self, tree: Tree[LayerRef]) -> Merge:
         """Return the tree as one layer.
 
@@ -131,7 +136,8 @@ class Judge:
         sized = next((layer for layer in ours if not layer.kind.per_channel), ours[0])
         step = self.calls[sized.name][0]
         channels, size, positions = self._input(step)
-        apart = self._lowered(tree, step.axes, channels)
+        parts = shares(tree, self.owned)
+        apart = self._lowered(without_places(tree, self.owned), step.axes, channels)
         convs: Expression = map_leaves(lambda leaf: leaf.conv, apart)
         exact, stand_in = self._exactness(map_leaves(self._stand_in, apart), size)
         groups = math.gcd(*(conv.geometry.groups for conv in leaves(convs)))
@@ -144,7 +150,7 @@ class Judge:
         seconds = None
         if self.watch is not None:
             seconds = self._seconds(apart, size, positions), self.watch.seconds(UNKNOWN, fused, size, positions)
-        before = reduce(operator.add, (self._cost(*self.calls[layer.name]) for layer in ours))
+        before = reduce(operator.add, (self._cost(*self.calls[layer.name], parts.get(layer.name)) for layer in ours))
         after = _cost(fused, size, positions)
         return Merge(main.name, tree, exact, (channels, *size), before, after, seconds, fused)
 
@@ -175,15 +181,16 @@ class Judge:
         conv = self._conv(step, layer) if layer.fields.get("transposed") else None
         return conv is not None and step.shape[2:] != conv.output_size(self._input(step)[1])
 
-    def _conv(self, step: Step, layer: Layer) -> Conv | None:
-        """Return a layer of the run; None where only its own code knows of what its weight is made."""
+    def _conv(self, step: Step, layer: Layer, some: Share | None = None) -> Conv | None:
+        """Return a layer of the run, or some of its channels; None where only its code knows what its weight is."""
         if layer.kind is UNKNOWN:
             return None
-        return self._leaf(LayerRef(layer.name), step.axes, self._input(step)[0]).conv
+        channels = self._input(step)[0] if some is None else some.stop - some.start
+        return self._leaf(LayerRef(layer.name), step.axes, channels).conv
 
-    def _cost(self, step: Step, layer: Layer) -> Cost:
-        """Return the cost of one run of a layer, as far as it is known."""
-        conv = self._conv(step, layer)
+    def _cost(self, step: Step, layer: Layer, some: Share | None = None) -> Cost:
+        """Return the cost of one run of a layer, or of some of its channels, as far as it is known."""
+        conv = self._conv(step, layer, some)
         return Cost(0, 0) if conv is None else _cost(conv, *self._input(step)[1:])
 
     def _input(self, step: Step) -> tuple[int, tuple[int, ...], int]:
@@ -210,7 +217,12 @@ class Judge:
         key = ref.name, axes, channels
         if key not in self.leaves:
             layer = self.layer(ref.name)
-            numbers = {name: _number(layer).expand(info.shape) for name, info in layer.tensors.items()}
+            whole = layer.kind.takes(layer.shapes, layer.fields, channels) if layer.kind.per_channel else None
+            shapes = {  # of some of the channels, where it gets no more
+                name: tuple(channels if size == whole else size for size in shape)
+                for name, shape in layer.shapes.items()
+            }
+            numbers = {name: _number(layer).expand(shape) for name, shape in shapes.items()}
             self.leaves[key] = NamedConv(ref.name, layer.kind.lower(numbers, layer.fields, axes, channels))
         return self.leaves[key]
 

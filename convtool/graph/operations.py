@@ -170,7 +170,8 @@ class _Reader:
         steps = tuple(self.number[value] for value in reads)
         before = self.operations[reads[0]].shape if len(reads) == 1 else ()
         moves = moved_axes(operation.name, operation.arguments, before, operation.shape) if before else {}
-        return Step(steps, operation.shape, adds=adds, moves=moves, about=operation.name)
+        stacks = self._stacks(operation)
+        return Step(steps, operation.shape, adds=adds, stacks=stacks, moves=moves, about=operation.name)
 
     def _is_view(self, operation: Operation) -> bool:
         """Return whether an operation gives nothing but the model's tensor that it reads, in some shape."""
@@ -218,6 +219,14 @@ class _Reader:
     def _adds(self, operation: Operation, reads: Sequence[int]) -> bool:
         plain = operation.name in _ADDITIONS and operation.arguments.get("alpha", 1) == 1
         return plain and len(reads) == 2 and {self.operations[value].shape for value in reads} == {operation.shape}
+
+    @staticmethod
+    def _stacks(operation: Operation) -> int:
+        """Return the axis along which an operation puts values of the run side by side; 0 where it doesn't."""
+        if operation.name != "aten.cat.default" or len(operation.reads) != len(operation.arguments["tensors"]):
+            return 0
+        axis: int = operation.arguments.get("dim", 0)
+        return axis % len(operation.shape)
 
     def _stacked(self, number: int) -> int | None:
         """Return the torch.stack all of which an operation adds up again, and which nothing else reads."""

@@ -131,7 +131,10 @@ class Place(Kind):
     name = "place"
     fields = {"channels": RANGE, "of": INTEGER}
     written = True
-    code = "nowhere"
+    inverse = "select"
+
+    def undone_by(self, fields: Fields) -> Fields | None:
+        return {"channels": fields["channels"]}
 
     def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
         first, last = fields["channels"]

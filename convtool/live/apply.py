@@ -15,9 +15,10 @@ from convtool.checkpoint import Checkpoint, open_checkpoint
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.names import WRAPPERS, unwrap
-from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves
+from convtool.core.tree import Chain, Tree, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.kinds.written import read_layer, undoing
+from convtool.fusing.edits import done_by_the_model
+from convtool.kinds.shares import shares
 from convtool.live.fused import fused_layers
 from convtool.live.inside import difference, put_numbers, without_layer
 from convtool.live.layers import is_plain
@@ -103,6 +104,7 @@ class Applying:
         self.model, self.check, self.keep = model, check, keep
         self.making = making or contextlib.nullcontext()
         self.made: set[str] = set()
+        self.gone: set[str] = set()  # the layers that fusions share, once one of these was put in
         self.names: dict[int, list[str]] = {}  # of each module
         for name, module in model.named_modules(remove_duplicate=False):
             self.names.setdefault(id(module), []).append(name)
@@ -116,11 +118,12 @@ class Applying:
             name: of the fused layer.
             fused: that, its numbers not needed yet; None where only its layers are to go.
         """
-        sources = [source for source in leaves(tree) if source.origin == BASE and not source.written]
+        sources = [source for source in leaves(tree) if source.owned() and source.name not in self.gone]
         for source in sources:
             self._check(source)
+        self.gone |= shares(tree, SourceLayer.owned).keys()
         stays, branches = name in {source.name for source in sources}, has_sum(tree)
-        again = next(_done_by_the_model(tree), None) if stays and self.check else None
+        again = next(done_by_the_model(tree), None) if stays and self.check else None
         if again is not None:
             raise RefusedError(
                 f"{name} was fused with {again}, which the model's own code does and would go on to do; take"
@@ -301,39 +304,8 @@ class Applying:
             self._set(name, self._without(source, name))
 
 
-# Where a layer without tensors is in a model, and whether it stands in front of all else, such that its code does it.
-_CODE = {("model", False), ("model", True), ("input", False)}
-
-
 def _joined(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
-
-
-def _done_by_the_model(tree: Tree[SourceLayer], in_front: bool | None = None) -> Iterator[str]:
-    """Yield the layers without tensors that the model's forward does itself, in chains with layers of the model.
-
-    An identity is none, and a normalisation of the whole input stands in front of the model.
-
-    Args:
-        in_front: whether the tree's first layers are those that the whole input goes into.
-    """
-    sources: list[SourceLayer] = list(leaves(tree))
-    first_ones: list[SourceLayer] = list(first_leaves(tree))
-    ours = any(source.origin == BASE and not source.written for source in sources)
-    if in_front is None:
-        in_front = len({source.name for source in first_ones}) == 1
-    done: list[str] = []
-    for number, part in enumerate(() if isinstance(tree, SourceLayer) else tree.parts):
-        first = in_front and (number == 0 or not isinstance(tree, Chain))
-        if not isinstance(part, SourceLayer):
-            yield from _done_by_the_model(part, first)
-        elif isinstance(tree, Chain) and ours and part.written and (part.kind.code, first) in _CODE:
-            # What is undone further on in the chain was fused such that the model's code may go on to do it.
-            undone = bool(done) and done[-1] == part.name
-            done[-1:] = [] if undone else [*done[-1:], part.name]
-            if not undone and part.kind.undone_by(read_layer(part.name).fields) is not None:
-                done[-1] = undoing(part.name).name
-    yield from done
 
 
 def _silenced(

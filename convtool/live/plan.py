@@ -16,7 +16,7 @@ from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record, SourceLayer
 from convtool.core.tree import BASE, LayerRef, Tree, map_leaves
 from convtool.errors import UsageError
-from convtool.fusing.fusion import check_ties, plan_layer
+from convtool.fusing.fusion import check_whole, plan_layer
 from convtool.fusing.lowering import lower_tree
 from convtool.graph.cut import cut
 from convtool.graph.judge import Judge, LayerRun, Merge
@@ -146,9 +146,8 @@ def fuse_model(
     for one in found.fusions:
         lowered = lower_tree({BASE: base}, one.tree, sources, one.only_size)
         layers.append(plan_layer(base, one.name, lowered, input_size=one.only_size))
-    edits = [layer.edit for layer in layers]
-    check_ties(base, edits)
-    order = Edit.together(edits).order(base.infos)
+    check_whole(base, layers)
+    order = Edit.together(layer.edit for layer in layers).order(base.infos)
     tensors = {name: base.tensor(name) if tensor is None else tensor for name, tensor in order}
     record = Record(__version__, tuple(layer.record for layer in layers))
     return apply_checkpoint(model.eval(), StateCheckpoint(tensors, record))

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from convtool.checkpoint import open_checkpoint as _open_checkpoint
 from convtool.core.compose import add as _add
 from convtool.core.compose import compose as _compose
+from convtool.core.compose import stack as _stack
 from convtool.core.conv import conv as _conv
 from convtool.core.forward import forward as _forward
 from convtool.core.forward import operator as _operator
@@ -96,6 +97,7 @@ open_matrix = public(_open_matrix)
 operator = public(_operator)
 plan = public(_plan)
 spectrum = public(_spectrum)
+stack = public(_stack)
 toeplitz = public(_toeplitz)
 unfold = public(_unfold)
 verify = public(_verify)

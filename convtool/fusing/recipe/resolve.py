@@ -25,6 +25,8 @@ from convtool.fusing.recipe.pattern import (
     shown,
     variables_of,
 )
+from convtool.kinds.kind import Kind
+from convtool.kinds.shares import shares
 
 Ref: TypeAlias = Tree[LayerRef]
 
@@ -80,7 +82,7 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
         raise NothingFitsError(f"{recipe.origin}: nothing in it fits any layer")
     order = {name: number for number, name in enumerate(known.layers[BASE])}
     planned.sort(key=lambda fusion: min(order.get(ref.name, len(order)) for ref in _base_layers(fusion.tree)))
-    _check_claims(planned, recipe.origin)
+    _check_claims(planned, known.layers, recipe.origin)
     return planned
 
 
@@ -293,11 +295,16 @@ def _base_layers(tree: Ref) -> list[LayerRef]:
     return [ref for ref in leaves(tree) if ref.source == BASE] or list(leaves(tree))
 
 
-def _check_claims(planned: Sequence[PlannedFusion], origin: str) -> None:
+def _check_claims(planned: Sequence[PlannedFusion], layers: Layers, origin: str) -> None:
+    def owned(ref: LayerRef) -> tuple[str, Kind] | None:
+        own = ref.source == BASE and not ref.written
+        return (ref.name, layers[BASE][ref.name].kind) if own else None
+
     owners: dict[tuple[str, str], str] = {}
     for fusion in planned:
+        parts = shares(fusion.tree, owned)
         for ref in leaves(fusion.tree):
-            if ref.written:
+            if ref.written or ref.name in parts:
                 continue
             owner = owners.setdefault((ref.source, ref.name), "")
             if owner:

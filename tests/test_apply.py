@@ -90,7 +90,7 @@ CHAINS: dict[str, tuple[nn.Sequential, list[str]]] = {
     ),
     "normalised": (
         chain(a=nn.Conv2d(4, 6, 3), b=nn.Conv2d(6, 2, 1)),
-        ["a", "b", "--normalize", "mean=0", "std=1"],
+        ["normalize(mean=0; std=1)", "a", "b"],
     ),
 }
 

@@ -167,9 +167,6 @@ MISTAKES = [
     ("fuse net.pt first 'avg_pool()' -o f.pt", 2, r"^avg_pool\(\): .* needs the first of them"),
     ("fuse net.pt first 'avg_pool(0)' -o f.pt", 2, r"^avg_pool\(0\): kernel_size: expected integers of at least 1"),
     ("fuse net.pt first 'avg_pool(2; stride=2; stride=3)' -o f.pt", 2, "stride is given twice"),
-    ("fuse net.pt first --input-scale '2; mean=3' -o f.pt", 2, "^--input-scale: expected a number"),
-    ("fuse net.pt first --input-scale 1/0 -o f.pt", 2, "scale: expected a finite number, got '1/0'"),
-    ("fuse net.pt first --normalize 'mean=1; std=2' std=3 -o f.pt", 2, "^--normalize: expected mean=M,M,M std=S,S,S"),
     ("fuse net.pt --recipe conv-bn-timm --strength nan -o f.pt", 2, "^--strength: goes with adapters"),
     # --- complex numbers have no room in real ones
     *[

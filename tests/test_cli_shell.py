@@ -266,7 +266,7 @@ def test_progress_shows_on_a_terminals_stderr_after_a_while_and_vanishes(monkeyp
 
     text = shown(Terminal())
     assert "writing [x].npz" in text
-    assert "/8.0 MiB" in text
+    assert "/8.4 MB" in text
     assert text.endswith("\x1b[1A\x1b[2K")  # the bar's line is erased
     assert "writing [x].npz" in shown(Terminal(), total=None)
     assert " 25%" in shown(Terminal(), "share")

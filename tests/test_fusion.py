@@ -394,7 +394,7 @@ def test_groups_follow_from_the_layer_before(channels: int, layer: nn.Module, gr
 
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-NORMALIZE = ["--normalize", f"mean={','.join(map(str, MEAN))}", f"std={','.join(map(str, STD))}"]
+NORMALIZE = f"normalize(mean={','.join(map(str, MEAN))}; std={','.join(map(str, STD))}; scale=1/255)"
 
 
 class Normalized(nn.Module):
@@ -413,10 +413,9 @@ class Normalized(nn.Module):
 
 def test_input_normalisation(tmp_path: Path) -> None:
     model = filled(Normalized(padding=0))
-    fusion, before, after = fused(model, ["conv1", "bn1", *NORMALIZE, "--input-scale", "1/255"], tmp_path)
-    normalize = f"normalize(mean={','.join(map(str, MEAN))}; std={','.join(map(str, STD))}; scale=1/255)"
-    assert fusion["layers"] == [normalize, "conv1", "bn1"]
-    assert f"give conv1 its input as it was before {normalize}" in fusion["edits"]
+    fusion, before, after = fused(model, [NORMALIZE, "conv1", "bn1"], tmp_path)
+    assert fusion["layers"] == [NORMALIZE, "conv1", "bn1"]
+    assert f"give conv1 its input as it was before {NORMALIZE}" in fusion["edits"]
     conv = convtool.open_checkpoint(after).conv("conv1")
     x = inputs(2, 3, 9, 12).abs() * 100
     with torch.no_grad():
@@ -445,7 +444,7 @@ def test_input_normalisation_before_padding_needs_a_bias_map(tmp_path: Path) -> 
     model = filled(Normalized(padding=1))
     before, after = save(model, tmp_path / "before.pt"), tmp_path / "after.pt"
     stated = settings(geometry_of(model), tmp_path / "geometry.toml")
-    words = ["fuse", before, "conv1", *NORMALIZE, *stated, "--input-scale", "1/255", "-o", after]
+    words = ["fuse", before, NORMALIZE, "conv1", *stated, "-o", after]
     code, message = error(*words)
     assert code == 4
     assert "the padding of conv1 hides the bias of normalize(" in message
@@ -522,19 +521,16 @@ def test_a_layer_with_a_bias_map_is_not_fused_further(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("word", "message"),
     [
-        (["--normalize", "mean=1,2,3", "mean=1,2,3"], "--normalize: expected mean=M,M,M std=S,S,S"),
-        (["--normalize", "mean=1,2,3", "var=1,2,3"], "--normalize: expected mean=M,M,M std=S,S,S"),
-        (["--normalize", "1,2,3", "4,5,6"], "--normalize: expected mean=M,M,M std=S,S,S"),
-        (["--normalize", "mean=1,2", "std=1"], "channels don't fit: conv1 takes 3 channels, and normalize(mean=1,2"),
-        (["--normalize", "mean=0", "std=0"], "normalize(mean=0; std=0): std: expected numbers above 0"),
-        (["--input-scale", "x"], "scale: expected a finite number, got 'x'"),
+        ("normalize(mean=1,2; std=1)", "channels don't fit: conv1 takes 3 channels, and normalize(mean=1,2"),
+        ("normalize(mean=0; std=0)", "normalize(mean=0; std=0): std: expected numbers above 0"),
+        ("normalize(scale=x)", "scale: expected a finite number, got 'x'"),
     ],
 )
-def test_mistakes_in_normalisation(words: list[str], message: str, tmp_path: Path) -> None:
+def test_mistakes_in_normalisation(word: str, message: str, tmp_path: Path) -> None:
     path = save(filled(Normalized(padding=0)), tmp_path / "net.pt")
-    code, found = error("fuse", path, "conv1", *words, "-o", tmp_path / "out.pt")
+    code, found = error("fuse", path, word, "conv1", "-o", tmp_path / "out.pt")
     assert code == 2
     assert message in found
 

@@ -17,9 +17,10 @@ from convtool.cli import exit_codes
 from convtool.cli.complete import one_of
 from convtool.cli.document import whole_document
 from convtool.cli.help import argument_rows, option_rows, page, summary
-from convtool.cli.options import TYPER, Size, flag, option, parse_size
+from convtool.cli.options import TYPER, Size, flag, option, spelled
 from convtool.cli.output import Colour, Reporter, print_document
 from convtool.cli.run import run, stdout_kept
+from convtool.core.fields import parse_sizes
 from convtool.errors import UsageError, did_you_mean
 from convtool.formats.account import account
 
@@ -121,13 +122,13 @@ def _choices(kinds: list[Any]) -> tuple[str, ...]:
 
 def _parameter(name: str, info: Any, kinds: list[Any]) -> inspect.Parameter:
     """Return an option as typer reads it, to whom all that isn't a flag is text."""
-    info, pair = copy.copy(info), tuple[str, str]
+    info = copy.copy(info)
     if bool in kinds and not any(one.startswith("--") for one in info.param_decls):  # typer would add a --no-NAME
-        info.param_decls = (f"--{name.replace('_', '-')}", *info.param_decls)
+        info.param_decls = (spelled(name), *info.param_decls)
     if choices := _choices(kinds):
         info.autocompletion = one_of(*choices)
     listed = any(get_origin(one) is list for one in kinds)
-    hint: Any = bool if bool in kinds else list[str] if listed else pair if pair in kinds else str
+    hint: Any = bool if bool in kinds else list[str] if listed else str
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=info, annotation=hint)
 
 
@@ -227,10 +228,8 @@ def _value(ctx: typer.Context, param: Any, given: Any, info: Any, kinds: list[An
     if "" in said and (is_option or Path in kinds):
         # As a path it would be the current folder, and what else it should mean nobody can tell.
         ctx.fail(f"{f'{name}: ' if is_option else ''}expected {form.strip('[]')}, got an empty string")
-    values = [_read(ctx, name, one, info.parser or (parse_size if Size in kinds else None), kinds) for one in said]
-    if any(get_origin(one) is list for one in kinds):
-        return values
-    return tuple(values) if isinstance(given, tuple) else values[0]
+    values = [_read(ctx, name, one, info.parser or (parse_sizes if Size in kinds else None), kinds) for one in said]
+    return values if any(get_origin(one) is list for one in kinds) else values[0]
 
 
 def _read(ctx: typer.Context, name: str, text: Any, parse: Callable[[str, str], Any] | None, kinds: list[Any]) -> Any:

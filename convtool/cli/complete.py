@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from convtool.kinds import field_types
+
 if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
 
@@ -36,8 +38,6 @@ def chain_of(checkpoint: str) -> Completion:
 
 def settings(ctx: typer.Context, args: list[str], incomplete: str) -> list[str]:
     """LAYER.FIELD= of the line's first checkpoint."""
-    from convtool.kinds import field_types
-
     return _beginning(incomplete, (f"{name}.{field}=" for name in _layers(ctx, CHECKPOINTS) for field in field_types()))
 
 

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
-from convtool.cli.document import INLINE, Count, Dtype, LayerFields, Sizes
-from convtool.cli.options import Size, argument, dtype_name, option, parse_bytes, parse_float, parse_size
+from convtool.cli.document import INLINE, Dtype, LayerFields, Sizes, fill
+from convtool.cli.options import Size, argument, dtype_name, option, parse_bytes, parse_float
 from convtool.cli.output import Reporter
+from convtool.core.fields import parse_sizes
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from convtool.checkpoint import Checkpoint, TensorInfo
+    from convtool.core.recover import Residual
     from convtool.fusing.reexpress import Reexpression
     from convtool.kinds.stated import FieldSources
 
@@ -41,7 +43,7 @@ def _parse_sized(text: str, option: str) -> tuple[str, Size]:
     name, equals, sizes = text.rpartition("=")
     if not (name and equals and sizes):
         raise UsageError(f"{option}: expected LAYER=[C,]H,W, got {text!r}")
-    return name, parse_size(sizes, option)
+    return name, parse_sizes(sizes, option)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,21 +83,6 @@ class Options:
 
 
 @dataclass(frozen=True, slots=True)
-class Residual:
-    """How far a recovered kernel's matrix is from the one that it was recovered from.
-
-    Attributes:
-        largest: difference of any entry.
-        relative: to the largest weight.
-        unmet: kernel entries that no input meets.
-    """
-
-    largest: float
-    relative: float
-    unmet: Count
-
-
-@dataclass(frozen=True, slots=True)
 class Reexpressed:
     """A layer in another form.
 
@@ -116,15 +103,8 @@ class Reexpressed:
     @classmethod
     def of(cls, change: Reexpression) -> Reexpressed:
         """Return what there is to say of a change."""
-        found = change.residual
-        return cls(
-            change.name,
-            change.module,
-            change.record.input_size or (),
-            change.record.fields,
-            saved.changed_tensors(change.edit),
-            None if found is None else Residual(found.largest, found.relative, found.unmet),
-        )
+        size = change.record.input_size or ()
+        return fill(cls, change, change.record, input_size=size, tensors=saved.changed_tensors(change.edit))
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +177,7 @@ def _reexpressions(options: Options, opened: Checkpoint, reporter: Reporter) -> 
     from convtool.fusing.reexpress import as_linear, as_toeplitz, lower_convolution
 
     given = options.sources
-    sources = given.fields(given.of_model(opened, reporter), opened.layers)
+    sources = given.fields(given.read_model(opened, reporter), opened.layers)
     changes = []
     for name, size in [*((name, None) for name in options.as_linear or ()), *(options.as_toeplitz or ())]:
         lowered = lower_convolution(opened, name, sources, size)
@@ -214,7 +194,6 @@ def _reexpressions(options: Options, opened: Checkpoint, reporter: Reporter) -> 
 
 
 def _as_conv(opened: Checkpoint, text: str, sources: FieldSources, reporter: Reporter) -> Reexpression:
-    from convtool.core.fields import parse_sizes
     from convtool.fusing.reexpress import as_conv, made_linear
 
     name, _, given = text.rpartition("=") if "=" in text else (text, "", "")

@@ -17,7 +17,7 @@ from convtool.core.tree import Chain, Sum
 SCHEMA = 1
 Result = TypeVar("Result")
 HIDDEN = {"document": "hidden"}  # for the screen alone
-OPTIONAL = {"document": "optional"}  # left out where it is None
+OPTIONAL = {"document": "optional"}  # left out where it is None, false or an empty text
 INLINE = {"document": "inline"}  # its own fields stand in its place
 
 Count: TypeAlias = Annotated[int, ("minimum", 0)]
@@ -85,6 +85,6 @@ def _object(value: Any) -> dict[str, Any]:
         item = getattr(value, field.name)
         if field.metadata == INLINE:
             made |= _object(item)
-        elif field.metadata != HIDDEN and not (field.metadata == OPTIONAL and item is None):
+        elif field.metadata != HIDDEN and not (field.metadata == OPTIONAL and item in (None, False, "")):
             made[field.name] = to_json(item)
     return made

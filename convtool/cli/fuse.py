@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,21 +11,18 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
 from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Recipes, Result, Work, show
-from convtool.cli.options import DTYPES, Size, argument, flag, option, parse_dtype
+from convtool.cli.options import DTYPES, Size, argument, flag, option, parse_dtype, spelled
 from convtool.cli.output import Reporter
-from convtool.cli.shared import AUTO
+from convtool.core.tree import BASE, chains
 from convtool.errors import RefusedError, UsageError
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from convtool.checkpoint import Checkpoint
     from convtool.fusing.fusion import PlannedLayer
     from convtool.fusing.proof import Proof
     from convtool.fusing.recipe import PlannedFusion, Recipe
     from convtool.graph.planned import Plan
     from convtool.kinds.stated import FieldSources
-    from convtool.live.agreement import Agreement
 
 EXAMPLES = """
 convtool fuse resnet.safetensors layer1.0.conv1 layer1.0.bn1 -o fused.safetensors --set layer1.0.conv1.padding=1
@@ -38,18 +35,19 @@ convtool fuse repvgg.pt --recipe repvgg -o deploy.pt
 
 convtool fuse unet.safetensors --with style=lora.safetensors --strength 0.8 -o styled.safetensors
 
-convtool fuse net.pt conv1 --normalize mean=.49,.46,.41 std=.23,.22,.23 --input-scale 1/255 -o raw.pt
+convtool fuse net.pt 'normalize(mean=.49,.46,.41; std=.23,.22,.23; scale=1/255)' conv1 -o raw.pt
 """
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """Layers by name, a recipe, or what a plan finds; and where that has to be exact: as typed."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What to fuse, of which checkpoint, where that has to be exact, and where to write it: as typed."""
 
+    checkpoint: Path | None = shared.checkpoint(required=False)
     layers: list[str] | None = argument(
         "LAYER LAYER...",
-        "The chain, first to last; also layers that are written, such as avg_pool(2), flatten(7,7) or kernel(TENSOR)"
-        " (`convtool manual layers`), and a scale per channel by its tensor's full name.",
+        "The chain, first to last; also layers that are written, such as avg_pool(2), normalize(mean=.5) or"
+        " kernel(TENSOR) (`convtool manual layers`), and a scale per channel by its tensor's full name.",
         complete.layers,
     )
     name: str | None = option("NAME", "What the fused layer is called; the first layer's name by default.")
@@ -60,10 +58,6 @@ class Wanted:
     )
     strength: list[str] | None = shared.strength()
     leave: list[str] | None = shared.leave()
-    normalize: tuple[str, str] | None = option(
-        "mean=M,M,M std=S,S,S", "Fold (x - mean) / std of the input into the first layer."
-    )
-    input_scale: str | None = option("X", "Fold x * X, such as 1/255, into the first layer; before --normalize.")
     input_size: Size | None = shared.input_size()
     allow_border: bool = flag("Fuse even where outputs near the border would differ.")
     bias_map: bool = flag(
@@ -74,78 +68,7 @@ class Wanted:
     fixed_size: bool = shared.fixed_size()
     measure: bool = shared.measure()
     everything: bool = shared.everything()
-
-    @property
-    def chain(self) -> list[str]:
-        """The layers by name, --normalize and --input-scale in front of them as the layer that they are."""
-        return [*self._input_layer(), *(self.layers or ())]
-
-    def adapts(self, others: Collection[str]) -> bool:
-        """Return whether what the --with files of those names hold is to be merged."""
-        return bool(others) and self.recipe is None and not self.auto and not self.chain
-
-    def check(self, model: str | None, adapts: bool) -> None:
-        """Raise UsageError where the options don't go together.
-
-        Args:
-            model: what --model says.
-            adapts: whether adapters are to be merged.
-        """
-        chain = self.chain
-        if self.auto:
-            self._check_auto(model)
-        if self.recipe is not None and (chain or self.name):
-            raise UsageError("--recipe names the layers; LAYERs, --name and --normalize don't go with it")
-        for name in ("fixed_size", "measure", "everything"):
-            if getattr(self, name) and not self.auto:
-                raise UsageError(f"--{name.replace('_', '-')}: goes with --auto")
-        if self.strength and not adapts:
-            raise UsageError("--strength: goes with adapters given as --with NAME=FILE; a recipe says scale = NUMBER")
-        if self.leave and self.recipe is None and not adapts:
-            raise UsageError("--leave: goes with adapters given as --with NAME=FILE, alone or with a --recipe")
-        if self.bias_map and (self.allow_border or self.input_size is None):
-            raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
-
-    def _check_auto(self, model: str | None) -> None:
-        if model is not None and not self.model_input:
-            raise UsageError("--auto: expected --model-input, the size of the model's input, such as 3,224,224")
-        own = ("input_size", "layers", "recipe", "name", "normalize", "input_scale", "allow_border", "bias_map")
-        for name in own:
-            if getattr(self, name):
-                other = "LAYERs" if name == "layers" else f"--{name.replace('_', '-')}"
-                raise UsageError(f"--auto: fuses what is exact in the --model; {other} doesn't go with it")
-
-    def find_recipe(self) -> Recipe | None:
-        """Return --recipe by its name or the path of its file; None where there is none."""
-        from convtool.fusing.shipped import find_recipe
-
-        return None if self.recipe in (None, AUTO) else find_recipe(str(self.recipe))
-
-    def _input_layer(self) -> list[str]:
-        arguments: list[str] = []
-        for text in self.normalize or ():
-            key, equals, value = text.partition("=")
-            again = any(one.startswith(f"{key}=") for one in arguments)
-            if key not in ("mean", "std") or not equals or ";" in value or again:
-                given = " ".join(self.normalize or ())
-                raise UsageError(f"--normalize: expected mean=M,M,M std=S,S,S, got {given!r}")
-            arguments.append(f"{key}={value}")
-        if self.input_scale is not None:
-            if ";" in self.input_scale:  # would go on as another argument of the layer
-                raise UsageError(f"--input-scale: expected a number, such as 1/255, got {self.input_scale!r}")
-            arguments.append(f"scale={self.input_scale}")
-        return [f"normalize({'; '.join(arguments)})"] if arguments else []
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What to fuse, of which checkpoint, and where to write it."""
-
-    checkpoint: Path | None = shared.checkpoint(required=False)
-    wanted: Wanted = field(default_factory=Wanted)
-    out: Path | None = option(
-        "OUT", "The new checkpoint: a file; or for several a folder that exists, or an index.", "--out", "-o"
-    )
+    out: Path | None = shared.out("The new checkpoint: a file; or for several a folder that exists, or an index.")
     dtype: Any = option(
         "DTYPE",
         "dtype of the fused layers, such as float32 or bf16. Other tensors keep theirs; convert --dtype changes all.",
@@ -161,11 +84,14 @@ class Options:
     details: bool = flag("Print everything about each of several fusions, not one line.")
     writing: shared.Writing = field(default_factory=shared.Writing)
 
+    @property
+    def adapts(self) -> bool:
+        """Whether what the --with files hold is to be merged."""
+        return bool(self.others) and self.recipe is None and not self.auto and not self.layers
+
     def named(self) -> tuple[Path, Path]:
         """Return CKPT and OUT; raise UsageError where anything is missing, or where options don't go together."""
-        wanted = self.wanted
-        adapts = wanted.adapts(self.others or ())
-        said = bool(wanted.layers and len(wanted.chain) > 1) or wanted.recipe is not None or wanted.auto or adapts
+        said = bool(self.layers and len(self.layers) > 1) or self.recipe is not None or self.auto or self.adapts
         expected = {
             "CKPT, the checkpoint to fuse layers of": self.checkpoint is not None,
             "two layers or more, first to last, a --recipe, --auto with --model, or adapters --with NAME=FILE": said,
@@ -173,10 +99,29 @@ class Options:
         }
         if missing := [what for what, there in expected.items() if not there]:
             raise UsageError(f"expected {'; and '.join(missing)}")
-        wanted.check(self.sources.model, adapts)
+        self._check()
         assert self.checkpoint is not None
         assert self.out is not None
         return self.checkpoint, self.out
+
+    def _check(self) -> None:
+        """Raise UsageError where the options don't go together."""
+        if self.auto and self.sources.model is not None and not self.model_input:
+            raise UsageError("--auto: expected --model-input, the size of the model's input, such as 3,224,224")
+        own = ("input_size", "layers", "recipe", "name", "allow_border", "bias_map")
+        if other := [name for name in own if self.auto and getattr(self, name)]:
+            said = "LAYERs" if other[0] == "layers" else spelled(other[0])
+            raise UsageError(f"--auto: fuses what is exact in the --model; {said} doesn't go with it")
+        if self.recipe is not None and (self.layers or self.name):
+            raise UsageError("--recipe names the layers; LAYERs and --name don't go with it")
+        if extra := [name for name in ("fixed_size", "measure", "everything") if getattr(self, name) and not self.auto]:
+            raise UsageError(f"{spelled(extra[0])}: goes with --auto")
+        if self.strength and not self.adapts:
+            raise UsageError("--strength: goes with adapters given as --with NAME=FILE; a recipe says scale = NUMBER")
+        if self.leave and self.recipe is None and not self.adapts:
+            raise UsageError("--leave: goes with adapters given as --with NAME=FILE, alone or with a --recipe")
+        if self.bias_map and (self.allow_border or self.input_size is None):
+            raise UsageError("--bias-map: is exact at one size; give --input-size, and not --allow-border")
 
 
 def run(options: Options, reporter: Reporter) -> Result | Recipes:
@@ -197,17 +142,18 @@ def run(options: Options, reporter: Reporter) -> Result | Recipes:
 
 def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.write import check_output
-    from convtool.core.tree import BASE
     from convtool.fusing.plans import plan_all
+    from convtool.fusing.shipped import find_recipe
 
-    wanted, sources, overwrite = options.wanted, options.sources, options.writing.overwrite
+    sources, overwrite = options.sources, options.writing.overwrite
     path, out = options.named()
-    recipe = wanted.find_recipe()  # so that a misspelt one is said before a file is read
+    # So that a misspelt one is said before a file is read.
+    recipe = None if options.recipe is None else find_recipe(options.recipe)
     opened = sources.open(path, reporter)
     checkpoints = {BASE: opened, **sources.open_others(options.others, reporter)}
     check_output(out, force=overwrite, source=opened)
-    fusions, fields = _find(wanted, recipe, checkpoints, sources, reporter)
-    size = None if wanted.auto else wanted.input_size  # with --auto, each fusion has one of its own
+    fusions, fields = _find(options, recipe, checkpoints, reporter)
+    size = None if options.auto else options.input_size  # with --auto, each fusion has one of its own
     planned, left_alone = plan_all(
         checkpoints,
         fusions,
@@ -215,9 +161,9 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         reporter.remark,
         reporter.note,
         input_size=size,
-        surveyed=not wanted.layers,
-        allow_border=wanted.allow_border,
-        bias_map=wanted.bias_map,
+        surveyed=not options.layers,
+        allow_border=options.allow_border,
+        bias_map=options.bias_map,
         dtype=options.dtype,
     )
     edit, plan = saved.plan_changed(
@@ -257,42 +203,38 @@ def _loader(
 
 
 def _find(
-    wanted: Wanted,
-    recipe: Recipe | None,
-    checkpoints: Mapping[str, Checkpoint],
-    sources: shared.Sources,
-    reporter: Reporter,
+    options: Options, recipe: Recipe | None, checkpoints: Mapping[str, Checkpoint], reporter: Reporter
 ) -> tuple[list[PlannedFusion], FieldSources]:
     """Return the fusions that are wanted, by name, and where what is known of their layers comes from."""
     from convtool.checkpoint.record import full_name
-    from convtool.cli.model import read_model
-    from convtool.core.tree import BASE
+    from convtool.cli.model import check_chains, planned_fusions
     from convtool.fusing.adapters import adapted
     from convtool.fusing.named import against_order, in_order, named_chain
-    from convtool.fusing.recipe import PlannedFusion
 
-    names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
-    if wanted.auto:
-        plan = _plan_model(wanted, checkpoints[BASE], sources, reporter)
-        fusions = [PlannedFusion(one.name, one.tree, one.only_size) for one in plan.fusions]
-        return fusions, sources.fields(plan.geometry, names)
-    found = read_model(sources.model, sources.model_args, checkpoints[BASE], reporter)
-    fields = sources.fields(None if found is None else found[1].geometry, names)
-    if wanted.adapts(checkpoints.keys() - {BASE}):
-        return adapted(checkpoints, fields, wanted.strength or (), wanted.leave or ())
-    order = in_order(checkpoints[BASE], None if found is None else list(found[1].names.values()))
-    if wanted.recipe is None:
-        fusions = [named_chain(wanted.chain, wanted.name or "", checkpoints)]
+    opened, sources = checkpoints[BASE], options.sources
+    names = [full_name(layer, one) for one, each in checkpoints.items() for layer in each.layers]
+    if options.auto:
+        plan = _plan_model(options, opened, reporter)
+        return planned_fusions(plan), sources.fields(None, names).with_first(plan.geometry)
+    found = sources.read_model(opened, reporter)
+    fields = sources.fields(found, names)
+    if options.adapts:
+        return adapted(checkpoints, fields, options.strength or (), options.leave or ())
+    order = in_order(opened, None if found is None else list(found[1].names.values()))
+    if options.recipe is None:
+        fusions = [named_chain(options.layers or (), options.name or "", checkpoints)]
         for text in against_order(fusions[0], order):
             reporter.remark(text)
     else:
-        fusions, fields = _by_recipe(wanted, recipe, checkpoints, fields, order, reporter)
-    _check_flow(wanted, fusions, checkpoints[BASE], found)
+        fusions, fields = _by_recipe(options, recipe, checkpoints, fields, order, reporter)
+    own = [[ref for ref in chain if ref.source == BASE] for one in fusions for chain in chains(one.tree)]
+    written = [[ref.name if ref.written else opened.part(ref.name).name for ref in refs] for refs in own]
+    check_chains(written, opened, found, options.model_input)
     return fusions, fields
 
 
 def _by_recipe(
-    wanted: Wanted,
+    options: Options,
     recipe: Recipe | None,
     checkpoints: Mapping[str, Checkpoint],
     fields: FieldSources,
@@ -307,47 +249,23 @@ def _by_recipe(
     if recipe is None:
         name, recipe = the_one(checkpoints, fields)
         reporter.note(f"recipe: {name}, {recipe.about}")
-    own = is_file(str(wanted.recipe))
+    own = is_file(str(options.recipe))
     for pattern in without_effect(recipe, checkpoints) if own else ():  # those that ship are for many networks
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
-    fusions, stated = by_name(recipe, checkpoints, fields, wanted.leave or (), order)
+    fusions, stated = by_name(recipe, checkpoints, fields, options.leave or (), order)
     if more := {} if own or auto else doing_more(fusions, checkpoints, fields):
         reporter.note(f"left alone: what another recipe makes fewer layers of: {in_words(more)}")
-    if wanted.input_size is not None and len(fusions) > 1:
+    if options.input_size is not None and len(fusions) > 1:
         raise UsageError(
             f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"
         )
     return fusions, stated
 
 
-def _check_flow(
-    wanted: Wanted,
-    fusions: Sequence[PlannedFusion],
-    opened: Checkpoint,
-    found: tuple[nn.Module, Agreement] | None,
-) -> None:
-    """Hold chains against the run of the model, where its input is given or the file describes it.
-
-    Raises:
-        RefusedError: something stands between two layers of a chain.
-    """
-    from convtool.cli.model import check_by_program, check_chains
-    from convtool.core.tree import BASE, chains
-
-    if wanted.model_input and found is None:
-        raise UsageError("--model-input: goes with --model")
-    own = [[ref for ref in chain if ref.source == BASE] for one in fusions for chain in chains(one.tree)]
-    names = [[ref.name if ref.written else opened.part(ref.name).name for ref in refs] for refs in own]
-    if wanted.model_input and found is not None:
-        check_chains(found, wanted.model_input, names)
-    else:
-        check_by_program(opened, names)
-
-
-def _plan_model(wanted: Wanted, opened: Checkpoint, sources: shared.Sources, reporter: Reporter) -> Plan:
+def _plan_model(options: Options, opened: Checkpoint, reporter: Reporter) -> Plan:
     from convtool.cli.model import plan_for
 
-    plan = plan_for(opened, sources.model, sources.model_args, wanted, reporter)
+    plan = plan_for(opened, options.sources.model, options.sources.model_args, options, reporter)
     if not plan.fusions:
         raise RefusedError("--auto: found nothing to fuse; `convtool plan` says what was left alone, and why")
     return plan

@@ -10,7 +10,7 @@ from convtool.cli import complete, shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes
 from convtool.cli.options import argument, flag, option
-from convtool.cli.output import Reporter, table
+from convtool.cli.output import Reporter, table, times
 from convtool.cli.saved import Recorded
 from convtool.core.names import grouped, some_of
 from convtool.core.tree import tree_text
@@ -32,6 +32,8 @@ convtool inspect model.safetensors 'layer1.*' head --tensors
 convtool inspect model.pt --model net.py:Net --model-input 3,64,64 --write-geometry net.toml
 convtool inspect model.pt --json | jq -r '.layers[].name'
 """
+
+USUAL = {"padding_mode zeros", "not transposed", "output_padding 0", "groups 1", "dilation 1"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,13 +126,13 @@ def run(options: Options, reporter: Reporter) -> Result:
     from fnmatch import fnmatchcase
 
     from convtool.checkpoint.record import field_source
-    from convtool.cli.model import read_model, runs_of_layers
+    from convtool.cli.model import runs_of_layers
 
     path, patterns, sources = options.checkpoint, options.patterns, options.sources
     opened = sources.open(path, reporter)
     record = opened.record
-    found = read_model(sources.model, sources.model_args, opened, reporter)
-    fields = sources.fields(None if found is None else found[1].geometry, opened.layers)
+    found = sources.read_model(opened, reporter)
+    fields = sources.fields(found, opened.layers)
     fields = fields.with_first(field_source(opened))
     fitting = {one: {name for name in opened.layers if name == one or fnmatchcase(name, one)} for one in patterns or ()}
     for pattern, some in fitting.items():
@@ -252,8 +254,7 @@ def _show_table(
     columns: tuple[str, ...], rows: list[tuple[str, ...]], layers: Sequence[Layer], reporter: Reporter
 ) -> None:
     """Print rows with the geometry of each one's layer; who says so once, where it is the same for all."""
-    fields = ((layer, name, value) for layer in layers for name, value in (layer.geometry or {}).items())
-    origins = {(layer.origins or {})[name] for layer, name, value in fields if _worth_saying(name, value)}
+    origins = {(layer.origins or {})[name] for layer in layers for name in _worth_saying(layer)}
     cells = [(*row, _fields_text(layer, len(origins) > 1)) for row, layer in zip(rows, layers, strict=True)]
     table((*columns, "geometry"), cells, right=("size", "multiply-adds"))
     if len(origins) == 1:
@@ -269,7 +270,13 @@ def _head(layer: Layer, bias: str = "") -> tuple[str, str, str]:
 
 
 def _shape(shape: Sequence[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
+    return times(shape) or "scalar"
+
+
+def _worth_saying(layer: Layer) -> dict[str, str]:
+    """Return what is known of a layer's fields, in words by field, but for what is so of most layers."""
+    said = {name: _kind(layer).say(name, value) for name, value in (layer.geometry or {}).items()}
+    return {name: text for name, text in said.items() if text not in USUAL}
 
 
 def _fields_text(layer: Layer, with_origins: bool) -> str:
@@ -280,21 +287,10 @@ def _fields_text(layer: Layer, with_origins: bool) -> str:
     if not layer.geometry:
         return f"not in the file (a {layer.module})" if layer.module else "not in the file"
     by_origin: dict[str, list[str]] = {}
-    for name, value in layer.geometry.items():
-        if _worth_saying(name, value):
-            assumed = " (assumed)" if name in layer.assumed else ""
-            by_origin.setdefault((layer.origins or {})[name], []).append(kind.say(name, value) + assumed)
+    for name, text in _worth_saying(layer).items():
+        assumed = " (assumed)" if name in layer.assumed else ""
+        by_origin.setdefault((layer.origins or {})[name], []).append(text + assumed)
     return "; ".join(", ".join(said) + f", by {by}" * with_origins for by, said in by_origin.items())
-
-
-def _worth_saying(name: str, value: Any) -> bool:
-    return not (
-        (name == "padding_mode" and value == "zeros")
-        or (name == "transposed" and not value)
-        or (name == "output_padding" and not any(value))
-        or (name == "groups" and value == 1)
-        or (name == "dilation" and all(d == 1 for d in value))
-    )
 
 
 COMMAND = Command("CKPT [PATTERN...]", EXAMPLES, Options, run, show)

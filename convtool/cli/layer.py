@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete, shared
 from convtool.cli.document import LayerFields, LayerKind, Sizes
-from convtool.cli.options import Size, argument, flag, option
-from convtool.cli.output import Reporter
+from convtool.cli.options import Size, argument, flag, option, spelled
+from convtool.cli.output import Reporter, times
 from convtool.core.geometry import PADDING_MODES
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, has_sum, leaves, map_leaves, tree_text, walk
 from convtool.errors import UsageError, did_you_mean
-from convtool.kinds import kind_named
+from convtool.kinds import kind_named, parse_field
 from convtool.kinds.kind import UNKNOWN
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ FIELDS = ("stride", "padding", "dilation", "groups", "padding_mode", "transposed
 
 def _parse_field(text: str, option: str) -> Any:
     """Return a field's value; a UsageError begins with the option's name."""
-    from convtool.kinds import parse_field
-
     name = option.removeprefix("--").replace("-", "_")
     try:
         return parse_field(name, text)
@@ -96,7 +94,7 @@ class OfLayer:
     @property
     def sizes_text(self) -> str:
         """'3x32x32 -> 16x30x30'."""
-        return " → ".join("x".join(map(str, size or ())) for size in (self.input_size, self.output_size))
+        return f"{times(self.input_size)} → {times(self.output_size)}"
 
     @property
     def fields_text(self) -> str:
@@ -142,8 +140,8 @@ def chain_name(of: OfLayer, chain: tuple[OfLayer, ...], tree: Tree[str] | None =
 def chain_sizes(of: OfLayer, chain: tuple[OfLayer, ...], tree: Tree[str] | None = None) -> str:
     """Return '3x32x32 → 16x30x30 → 16x15x15', of a chain the size behind each layer; of a tree the last one."""
     behind = chain[1:] if tree is None else chain[-1:]
-    first = [of.sizes_text] if tree is None else ["x".join(map(str, of.input_size or ()))]
-    return " → ".join([*first, *("x".join(map(str, one.output_size or ())) for one in behind)])
+    first = of.sizes_text if tree is None else times(of.input_size)
+    return " → ".join([first, *(times(one.output_size) for one in behind)])
 
 
 def chain_fields(of: OfLayer, chain: tuple[OfLayer, ...]) -> list[str]:
@@ -176,13 +174,14 @@ def find_layers(
 
     single, size = not more and recipe is None, wanted.input_size
     for name in wanted.fields if not single else ():
-        option = f"--{name.replace('_', '-')}"
-        raise UsageError(f"{option}: is for one layer; of one of several, --set {wanted.layer}.{name}=... says it")
+        raise UsageError(
+            f"{spelled(name)}: is for one layer; of one of several, --set {wanted.layer}.{name}=... says it"
+        )
     opened = given.open(wanted.checkpoint, reporter)
     refs, own = _named(wanted, more, opened) if recipe is None else (LayerRef(wanted.layer), {})
     if size is None:
         _check_sizeless(wanted.layer, opened if single else None, reporter.command, needs_size)
-    model = given.of_model(opened, reporter)
+    model = given.read_model(opened, reporter)
     sources = given.fields(model, opened.layers, own)
     if recipe is not None:
         refs, sources = _of_recipe(recipe, wanted.layer, more, opened, sources)
@@ -247,13 +246,12 @@ def _of_recipe(
     name: str, fused: str, more: list[str] | None, opened: Checkpoint, sources: FieldSources
 ) -> tuple[Tree[LayerRef], FieldSources]:
     """Return the layers of one of a recipe's fusions, and what is known of them."""
-    from convtool.fusing.named import by_recipe, the_one
-    from convtool.fusing.shipped import find_recipe
+    from convtool.fusing.named import by_recipe, chosen
 
     if more:
         raise UsageError("--recipe: LAYER is the name of one of its fusions; further layers don't go with it")
     checkpoints = {BASE: opened}
-    recipe = the_one(checkpoints, sources)[1] if name == shared.AUTO else find_recipe(name)
+    recipe = chosen(name, checkpoints, sources)
     sources = sources.with_first(recipe.stated(opened.layers))
     trees = {one.name: one.tree for one in by_recipe(recipe, checkpoints, sources.fields)}
     if fused not in trees:

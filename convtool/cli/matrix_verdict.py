@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from convtool.cli.document import Dtype, Sizes, fill
-from convtool.cli.output import Reporter, table
+from convtool.cli.output import Reporter, table, times
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def verify_matrices(options: Any, how: dict[str, Any], names: Sequence[str] | No
     before, after, sources = options.before, options.after, options.sources
     sizes = options.input_size or []
     opened = None if is_matrix_file(before) else sources.open(before, reporter)
-    model = None if opened is None else sources.of_model(opened, reporter)
+    model = None if opened is None else sources.read_model(opened, reporter)
     fields, _ = sources.of_both(model, None if opened is None else opened.layers)
     if not is_matrix_file(after):
         raise UsageError(f"{before} is a matrix file and {after} is none; the matrix is AFTER, its layer in BEFORE")
@@ -124,11 +124,6 @@ def compared(region: Region) -> Region | None:
 def in_words(equivalent: bool) -> str:
     """Return a verdict."""
     return "equivalent" if equivalent else "NOT equivalent"
-
-
-def times(size: Sequence[int]) -> str:
-    """Return sizes as '3x8x8'."""
-    return "x".join(map(str, size))
 
 
 def show_matrix(result: MatrixResult, reporter: Reporter) -> None:

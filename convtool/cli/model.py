@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 from convtool.errors import RefusedError, UsageError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from convtool.checkpoint import Checkpoint
     from convtool.cli.output import Reporter
+    from convtool.fusing.recipe import PlannedFusion
     from convtool.graph.flow import Flow
     from convtool.graph.judge import LayerRun
     from convtool.graph.planned import Plan
@@ -20,32 +22,22 @@ if TYPE_CHECKING:
 
 
 def read_model(
-    model: str | None, arguments: str | None, checkpoint: Checkpoint, reporter: Reporter
-) -> tuple[nn.Module, Agreement] | None:
-    """Return the model of --model and what it says of a checkpoint's layers, or None without it.
+    spec: str, arguments: str | None, checkpoint: Checkpoint, reporter: Reporter
+) -> tuple[nn.Module, Agreement]:
+    """Return the model of --model and what it says of a checkpoint's layers; what disagrees is remarked.
 
     Raises:
         UsageError: the model cannot be built, or has no layer in common with the checkpoint.
     """
-    if model is None:
-        if arguments is not None:
-            raise UsageError("--model-args: goes with --model")
-        return None
+    from convtool.live.agreement import agree
     from convtool.live.load import load_model
 
-    built = load_model(model, arguments)
-    return built, _agreement(built, model, checkpoint, reporter)
-
-
-def _agreement(model: nn.Module, spec: str, checkpoint: Checkpoint, reporter: Reporter) -> Agreement:
-    """Hold the model against the checkpoint; what disagrees is remarked."""
-    from convtool.live.agreement import agree
-
-    found = agree(model, checkpoint, f"--model {spec}")
-    found.check(model, spec)
+    built = load_model(spec, arguments)
+    found = agree(built, checkpoint, f"--model {spec}")
+    found.check(built, spec)
     for line in found.differences:
         reporter.remark(f"model and checkpoint disagree: {line}")
-    return found
+    return built, found
 
 
 def runs_of_layers(
@@ -58,54 +50,60 @@ def runs_of_layers(
     """
     if not model_input:
         return None
-    if found is None:
-        raise UsageError("--model-input: goes with --model")
+    built, agreed = _given(found)
     from convtool.live.given import model_inputs
     from convtool.live.plan import layer_runs
 
-    built, agreed = found
     runs = layer_runs(built, model_inputs(built, model_input))
     return {agreed.names[name]: each for name, each in runs.items() if name in agreed.names}
 
 
+def _given(found: tuple[nn.Module, Agreement] | None) -> tuple[nn.Module, Agreement]:
+    if found is None:
+        raise UsageError("--model-input: goes with --model")
+    return found
+
+
 def check_chains(
-    found: tuple[nn.Module, Agreement], model_input: Sequence[str], chains: Iterable[Sequence[str]]
+    chains: Iterable[Sequence[str]],
+    opened: Checkpoint,
+    found: tuple[nn.Module, Agreement] | None,
+    model_input: Sequence[str] | None,
 ) -> None:
-    """Raise RefusedError where the model's run has something between layers that a chain names one after the other.
+    """Raise RefusedError where a run has something between layers that a chain names one after the other.
 
     Args:
         chains: by the checkpoint's names.
+        found: the model, which is run where there is an input; else what the file describes is looked at, if it does.
     """
-    from convtool.live.given import model_inputs
-    from convtool.live.trace import trace
-
-    built, agreed = found
-    flow = trace(built, model_inputs(built, model_input)).flow
-    _hold_against(flow, chains, {theirs: name for name, theirs in agreed.names.items()})
-
-
-def check_by_program(opened: Checkpoint, chains: Iterable[Sequence[str]]) -> None:
-    """Raise RefusedError where the run that a file describes, if it does, is against a chain."""
-    from convtool.graph.exported import read_exported
-
-    if opened.program is None:
-        return
-    try:
-        flow = read_exported(opened, opened.program)
-    except UsageError:  # of an input without a batch: a run that can't be followed says nothing
-        return
-    _hold_against(flow, chains, {})
-
-
-def _hold_against(flow: Flow, chains: Iterable[Sequence[str]], ours: Mapping[str, str]) -> None:
     from convtool.graph.between import contradiction
 
+    flow, ours = _flow(opened, found, model_input)
+    if flow is None:
+        return
     for chain in chains:
-        against = contradiction(flow, [ours.get(name, name) for name in chain])
-        if against:
+        if against := contradiction(flow, [ours.get(name, name) for name in chain]):
             raise RefusedError(
                 f"the model's run is against {' → '.join(chain)}: {against}; fuse layers with nothing in between"
             )
+
+
+def _flow(
+    opened: Checkpoint, found: tuple[nn.Module, Agreement] | None, model_input: Sequence[str] | None
+) -> tuple[Flow | None, Mapping[str, str]]:
+    """Return what is known of the network's run, and its names by those of the checkpoint."""
+    from convtool.graph.exported import read_exported
+
+    if model_input:
+        from convtool.live.given import model_inputs
+        from convtool.live.trace import trace
+
+        built, agreed = _given(found)
+        ours = {theirs: name for name, theirs in agreed.names.items()}
+        return trace(built, model_inputs(built, model_input)).flow, ours
+    with contextlib.suppress(UsageError):  # of an input without a batch: a run that can't be followed says nothing
+        return None if opened.program is None else read_exported(opened, opened.program), {}
+    return None, {}
 
 
 def plan_for(
@@ -129,8 +127,8 @@ def plan_for(
         return _plan_of_file(checkpoint, how)
     if not how.model_input:
         raise UsageError("expected --model-input, the size of the model's input, such as 3,224,224")
-    model = load_model(spec, arguments)
-    found = None if checkpoint is None else _agreement(model, spec, checkpoint, reporter)
+    read = None if checkpoint is None else read_model(spec, arguments, checkpoint, reporter)
+    model, found = (load_model(spec, arguments), None) if read is None else read
     with reporter.progress("following the model", None):
         made = plan(
             model,
@@ -144,6 +142,13 @@ def plan_for(
     for line in made.remarks:
         reporter.remark(f"note: {line}")
     return made if found is None else made.renamed(found.names)
+
+
+def planned_fusions(plan: Plan) -> list[PlannedFusion]:
+    """Return the fusions of a plan, by name."""
+    from convtool.fusing.recipe import PlannedFusion
+
+    return [PlannedFusion(one.name, one.tree, one.only_size) for one in plan.fusions]
 
 
 def _plan_of_file(checkpoint: Checkpoint | None, how: Any) -> Plan:

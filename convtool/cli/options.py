@@ -66,6 +66,11 @@ def flag(text: str, *names: str) -> Any:
     return _declared(typer.Option(False, *names, help=text))
 
 
+def spelled(field: str) -> str:
+    """Return '--input-size' for input_size."""
+    return f"--{field.replace('_', '-')}"
+
+
 def _declared(info: Any) -> Any:
     return field(default=MISSING if info.default is ... else info.default, metadata={TYPER: info})
 
@@ -122,10 +127,3 @@ def parse_rows(text: str, option: str) -> tuple[int, int]:
     if not colon or not start.isdecimal() or not stop.isdecimal() or int(start) >= int(stop):
         raise UsageError(f"{option}: expected A:B with A below B, such as 0:100, got {text!r}")
     return int(start), int(stop)
-
-
-def parse_size(text: str, option: str) -> tuple[int, ...]:
-    """Return an option's value as sizes; raise UsageError where they aren't positive integers."""
-    from convtool.core.fields import parse_sizes
-
-    return parse_sizes(text, option)

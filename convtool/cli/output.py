@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 
 from convtool.cli import exit_codes
 from convtool.cli.document import Error, Failure, to_json, whole_document
-from convtool.errors import OutputError, human_bytes
+from convtool.errors import OutputError
 
 if TYPE_CHECKING:
     from rich.progress import Progress, ProgressColumn, TaskID
@@ -23,6 +23,7 @@ PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
 GAP = 2  # blanks between two columns of a table
 NARROW = 64  # columns that a bar with all that it tells takes; below, it is percent and time
 NARROWEST = 24  # columns that the last one of a table may be folded to
+ALL = "a pipe gets all of them, such as | less"
 
 Advance: TypeAlias = Callable[[float], None]
 Unit: TypeAlias = Literal["bytes", "share"]
@@ -36,6 +37,11 @@ class StdoutError(OutputError):
 def printable(text: str) -> str:
     """The text with everything that could steer a terminal (names in a file are anybody's) written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def times(size: Sequence[int] | None) -> str:
+    """Return sizes as '3x8x8'."""
+    return "x".join(map(str, size or ()))
 
 
 class Reporter:
@@ -74,6 +80,14 @@ class Reporter:
     def line(self, text: str) -> None:
         """A line of the result, on stdout."""
         emit(_fitting(printable(text), sys.stdout))
+
+    def lines(self, texts: Sequence[str], most: int | None = None) -> None:
+        """Lines of the result; on a terminal `most` of them and the number of the others."""
+        some = texts[: most if sys.stdout.isatty() else None]
+        for text in some:
+            self.line(text)
+        if len(some) < len(texts):
+            self.line(f"... and {len(texts) - len(some)} more; {ALL}")
 
     def verdict(self, text: str, *, good: bool) -> None:
         """A line of the result on which the exit code rests: in green or red where colours are wanted."""
@@ -130,18 +144,11 @@ def _progress(unit: Unit, *, known: bool) -> Progress:
     """
     from rich import progress
     from rich.console import Console
-    from rich.text import Text
-
-    class Rate(progress.ProgressColumn):
-        """In the units that sizes are given in, which rich's own column doesn't do."""
-
-        def render(self, task: progress.Task) -> Text:
-            speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{human_bytes(speed)}/s")
 
     window = window_columns()
     percent = unit == "share" or window < NARROW
-    done = [progress.TaskProgressColumn()] if percent else [progress.DownloadColumn(binary_units=True), Rate()]
+    size: list[ProgressColumn] = [progress.DownloadColumn(), progress.TransferSpeedColumn()]
+    done = [progress.TaskProgressColumn()] if percent else size
     columns: list[ProgressColumn] = [progress.TextColumn("{task.description}", markup=False)]
     columns += [progress.BarColumn(20)] if window >= NARROW else []
     columns += [*done, progress.TimeRemainingColumn()] if known else [progress.TimeElapsedColumn()]
@@ -203,7 +210,7 @@ def table(
     """
     if most is not None and len(rows) > most and sys.stdout.isatty():
         table(columns, rows[:most], right=right)
-        emit(f"... and {len(rows) - most} more; a pipe gets all of them, such as | less")
+        emit(f"... and {len(rows) - most} more; {ALL}")
         return
     cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]

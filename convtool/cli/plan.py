@@ -42,7 +42,7 @@ class Options:
     )
     model_args: str | None = shared.model_args()
     model_input: list[str] | None = shared.model_input()
-    out: Path | None = option("OUT", "Write the plan as a recipe (.toml; - for stdout).", "--out", "-o")
+    out: Path | None = shared.out("Write the plan as a recipe (.toml; - for stdout).")
     fixed_size: bool = shared.fixed_size()
     everything: bool = shared.everything()
     measure: bool = shared.measure()
@@ -204,13 +204,18 @@ def _row(fusion: Fusion) -> list[str]:
 
 
 def _grouped(left_alone: tuple[LeftAlone, ...]) -> list[tuple[str, str]]:
-    """Return the layers that are left alone for one reason in one line."""
+    """Return the layers that are left alone for one reason in one line, whichever of them it is about."""
     from convtool.graph.planned import names_in_short
 
-    grouped: dict[str, list[str]] = {}
+    grouped: dict[str, list[LeftAlone]] = {}
     for one in left_alone:
-        grouped.setdefault(one.reason, []).append(names_in_short(one.layers))
-    return [(f"{names[0]}{f' and {len(names) - 1} more' if names[1:] else ''}", why) for why, names in grouped.items()]
+        about, _, what = one.reason.partition(": ")
+        grouped.setdefault(what if about in one.layers else one.reason, []).append(one)
+    lines = []
+    for why, (first, *others) in grouped.items():
+        more = f" and {len(others)} more" if others else ""
+        lines.append((names_in_short(first.layers) + more, why if others else first.reason))
+    return lines
 
 
 def _costs(one: Fusion | Total) -> tuple[str, str]:

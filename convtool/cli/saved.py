@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from convtool.cli.document import OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes, fill
-from convtool.cli.output import Reporter
+from convtool.cli.output import Reporter, times
 from convtool.core.names import some_of
 from convtool.core.tree import Tree, map_leaves
 from convtool.errors import human_bytes
@@ -74,9 +74,9 @@ class Source:
     kind: LayerKind
     fields: LayerFields
     assumed: tuple[str, ...]
-    origin: str | None = field(metadata=OPTIONAL)
-    like: str | None = field(metadata=OPTIONAL)
-    unplaced: bool | None = field(metadata=OPTIONAL)
+    origin: str = field(metadata=OPTIONAL)
+    like: str = field(metadata=OPTIONAL)
+    unplaced: bool = field(metadata=OPTIONAL)
 
     def __str__(self) -> str:
         return f"{self.origin}:{self.name}" if self.origin else self.name
@@ -103,25 +103,14 @@ class Recorded:
     exact: bool
     input_size: Sizes | None
     rim: tuple[Sizes, ...]
-    before: str | None = field(metadata=OPTIONAL)
-    after: str | None = field(metadata=OPTIONAL)
+    before: str = field(metadata=OPTIONAL)
+    after: str = field(metadata=OPTIONAL)
 
     @classmethod
     def of(cls, fusion: FusionRecord) -> Recorded:
         """Return what there is to say of a record's fusion."""
-        tree = map_leaves(
-            lambda one: fill(
-                Source,
-                one,
-                kind=one.kind.name,
-                origin=one.origin or None,
-                like=one.like or None,
-                unplaced=one.unplaced or None,
-            ),
-            fusion.tree,
-        )
-        around = {"before": fusion.before or None, "after": fusion.after or None}
-        return fill(cls, fusion, sources=tree, **around, fields_assumed=fusion.assumed)
+        tree = map_leaves(lambda one: fill(Source, one, kind=one.kind.name), fusion.tree)
+        return fill(cls, fusion, sources=tree, fields_assumed=fusion.assumed)
 
 
 def plan_changed(
@@ -188,7 +177,7 @@ def show_tensors(tensors: ChangedTensors, reporter: Reporter) -> None:
     for name in tensors.removed:
         reporter.line(f"  - {name}")
     for name, shape in tensors.written.items():
-        reporter.line(f"  + {name} {'x'.join(map(str, shape))}")
+        reporter.line(f"  + {name} {times(shape)}")
 
 
 def show(one: Written, reporter: Reporter) -> None:

@@ -12,14 +12,16 @@ from convtool.cli import complete
 from convtool.cli.options import DTYPES, argument, flag, option, parse_dtype
 from convtool.cli.output import Reporter
 from convtool.errors import InputError, UsageError, did_you_mean
+from convtool.kinds import field_types, parse_field
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from convtool.checkpoint import Checkpoint
-    from convtool.kinds.stated import FieldSource, FieldSources
+    from torch import nn
 
-AUTO = "auto"  # as --recipe
+    from convtool.checkpoint import Checkpoint
+    from convtool.kinds.stated import FieldSources
+    from convtool.live.agreement import Agreement
 
 checkpoint = partial(
     argument,
@@ -123,20 +125,26 @@ class Sources:
             opened[name] = open_reporting(Path(path), reporter)
         return opened
 
-    def of_model(self, checkpoint: Checkpoint, reporter: Reporter) -> FieldSource | None:
-        """Return what --model says of a checkpoint's layers, or None without it; what disagrees is remarked."""
+    def read_model(self, checkpoint: Checkpoint, reporter: Reporter) -> tuple[nn.Module, Agreement] | None:
+        """Return the model and what it says of a checkpoint's layers; None without --model."""
         from convtool.cli.model import read_model
 
-        found = read_model(self.model, self.model_args, checkpoint, reporter)
-        return None if found is None else found[1].geometry
+        if self.model is not None:
+            return read_model(self.model, self.model_args, checkpoint, reporter)
+        if self.model_args is not None:
+            raise UsageError("--model-args: goes with --model")
+        return None
 
     def fields(
-        self, model: FieldSource | None, layers: Iterable[str] | None, own: Mapping[str, Any] | None = None
+        self,
+        model: tuple[nn.Module, Agreement] | None,
+        layers: Iterable[str] | None,
+        own: Mapping[str, Any] | None = None,
     ) -> FieldSources:
         """Return the places where fields come from, later ones winning: the model, the file, --set, a layer's options.
 
         Args:
-            model: what --model says.
+            model: as of `read_model`.
             layers: that there are; None where nobody knows.
             own: by layer, what options such as --stride say.
 
@@ -144,10 +152,9 @@ class Sources:
             UsageError: a table or a setting fits no layer; a misspelt one would be silently without effect.
         """
         from convtool.formats.toml import read_toml
-        from convtool.kinds import parse_field
         from convtool.kinds.stated import FieldSource, FieldSources, parse_settings, parse_tables
 
-        found = [] if model is None else [model]
+        found = [] if model is None else [model[1].geometry]
         if self.geometry is not None:
             found.append(replace(parse_tables(read_toml(self.geometry), str(self.geometry)), overrules=True))
         found.append(parse_settings(self.settings or ()))
@@ -161,8 +168,6 @@ class Sources:
 
     def _accepted(self) -> frozenset[str]:
         """Return the fields for which torch's defaults are accepted; raise UsageError for an unknown one."""
-        from convtool.kinds import field_types
-
         known = field_types()
         if self.assume_defaults:
             return frozenset(known)
@@ -172,6 +177,11 @@ class Sources:
                 hint = did_you_mean(name, known, f"; expected some of {', '.join(known)}")
                 raise UsageError(f"--assume: unknown field {name!r}{hint}")
         return frozenset(names)
+
+
+def out(text: str, *, required: bool = False) -> Any:
+    """Declare -o OUT."""
+    return option("OUT", text, "--out", "-o", required=required)
 
 
 def check_not_source(out: Path, checkpoint: Path) -> None:

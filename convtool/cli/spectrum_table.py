@@ -67,7 +67,6 @@ def is_pattern(name: str, layers: Mapping[str, Any]) -> bool:
 
 def run_table(options: Any, sources: shared.Sources, opened: Checkpoint, reporter: Reporter) -> TableResult:
     """Find both ends of each layer that the pattern fits, and with --model of how the network runs them."""
-    from convtool.cli.model import read_model
     from convtool.core.spectrum import spectrum
     from convtool.core.tree import BASE
     from convtool.fusing.leaf import said_of
@@ -79,8 +78,8 @@ def run_table(options: Any, sources: shared.Sources, opened: Checkpoint, reporte
         raise UsageError(f"{wanted.checkpoint}: no layer that has a matrix matches {wanted.layer!r}")
     if wanted.fields or options.more or options.count is not None or options.vectors is not None:
         raise UsageError("--stride and the like, --count, --vectors and further layers don't go with a pattern")
-    found = read_model(sources.model, sources.model_args, opened, reporter)
-    fields = sources.fields(None if found is None else found[1].geometry, opened.layers)
+    found = sources.read_model(opened, reporter)
+    fields = sources.fields(found, opened.layers)
     network = None if found is None else _sequence(found, options.model_input)
     at = _at_sizes(names, wanted.input_size, network)
     found_layers = [_lowered(opened, name, fields, size, network is not None) for name, size in at]

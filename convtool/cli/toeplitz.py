@@ -49,12 +49,8 @@ torchrun --nproc-per-node 4 -m convtool toeplitz net.pt conv1 --input-size 3,512
 class Options:
     """The layer, and how its matrix is to be written."""
 
-    out: Path = option(
-        "OUT",
-        "The matrix file: .npz (scipy), .npy (dense), .safetensors, .pt or .mtx (text).",
-        "--out",
-        "-o",
-        required=True,
+    out: Path = shared.out(
+        "The matrix file: .npz (scipy), .npy (dense), .safetensors, .pt or .mtx (text).", required=True
     )
     wanted: LayerOptions
     more: list[str] | None = more_layers()

@@ -10,7 +10,7 @@ from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Dtype, Sizes, fill, to_json
 from convtool.cli.layer import LayerOptions, OfLayer, find_layers
-from convtool.cli.options import dtype_name, option
+from convtool.cli.options import dtype_name
 from convtool.cli.output import Reporter
 from convtool.cli.saved import Files, show_files
 from convtool.core.tree import leaves
@@ -28,12 +28,8 @@ python -c 'import numpy, scipy.sparse; print(numpy.load("conv1.npz")["weight"].s
 class Options:
     """The layer, and where its matrices are to be written."""
 
-    out: Path = option(
-        "OUT",
-        "The file: .npz, .npy, .safetensors or .pt; with --input-size .npz or .safetensors.",
-        "--out",
-        "-o",
-        required=True,
+    out: Path = shared.out(
+        "The file: .npz, .npy, .safetensors or .pt; with --input-size .npz or .safetensors.", required=True
     )
     wanted: LayerOptions
     dtype: Any = shared.dtype()

@@ -11,19 +11,33 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import complete, exit_codes, matrix_verdict, shared, verify_text
 from convtool.cli.command import Command
 from convtool.cli.document import fill
-from convtool.cli.options import Size, argument, dtype_name, flag, option, parse_device, parse_float, parse_rows
+from convtool.cli.options import (
+    Size,
+    argument,
+    dtype_name,
+    flag,
+    option,
+    parse_device,
+    parse_float,
+    parse_rows,
+    spelled,
+)
 from convtool.cli.output import Reporter
-from convtool.cli.shared import AUTO
+from convtool.core.names import grouped
+from convtool.core.tree import BASE
 from convtool.errors import InputError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from torch import nn
+
     from convtool.checkpoint import Checkpoint
     from convtool.core.verify import EquivalenceReport
     from convtool.fusing.compare import Pairing
-    from convtool.graph.planned import Plan
-    from convtool.kinds.stated import FieldSource, FieldSources
+    from convtool.kinds.stated import FieldSources
+    from convtool.live.agreement import Agreement
+    from convtool.live.whole import WholeReport
 
 EXAMPLES = """
 convtool verify resnet.safetensors fused.safetensors --input-size 64,56,56
@@ -33,6 +47,8 @@ convtool verify net.pt other.pt --before conv1,bn1 --after conv1 --input-size 32
 # a layer and the matrix that `convtool toeplitz` wrote, which says what it is of
 convtool verify net.safetensors conv1.npz
 """
+
+SPELLED = {"after_layers": "--after", "others": "--with"}  # options that aren't called as their field is
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +61,9 @@ class Sources(shared.Sources):
         "--set",
     )
 
-    def of_both(self, model: FieldSource | None, layers: Iterable[str] | None) -> tuple[FieldSources, FieldSources]:
+    def of_both(
+        self, model: tuple[nn.Module, Agreement] | None, layers: Iterable[str] | None
+    ) -> tuple[FieldSources, FieldSources]:
         """Return fields for BEFORE and for AFTER; a --set with before: or after: in front goes to one of them only."""
         both = self.settings or []
         first = [text.removeprefix("before:") for text in both if not text.startswith("after:")]
@@ -101,6 +119,7 @@ class Options:
     device: Any = option(
         "DEVICE", "Where to run it, such as cuda; the verdict is the same.", parse=parse_device, default="cpu"
     )
+    details: bool = flag("Print all that AFTER records layer by layer, and every row and difference.")
     sources: Sources
     model_input: list[str] | None = shared.model_input()
     model_after: str | None = option(
@@ -114,34 +133,27 @@ class Options:
         Args:
             with_matrix: one side is a matrix file.
         """
-        if self.model_input is not None and self.sources.model is None:
-            raise UsageError("--model-input: goes with --model")
-        if self.model_after is not None and (self.model_input is None or self.only):
-            raise UsageError("--model-after: goes with --model and --model-input, and not with --only")
         if self.trials < 1 and not self.exhaustive:
             raise UsageError(f"--trials: expected at least 1, got {self.trials}; no comparison is no proof")
         if not 0 <= self.seed < 2**63:
             raise UsageError(f"--seed: expected an integer from 0 to 2**63 - 1, got {self.seed}")
-        given: dict[str, Any] = {
-            "--rtol": self.rtol,
-            "--atol": self.atol,
-            "--after": self.after_layers,
-            "--with": self.others,
-        }
-        given |= {"--recipe": self.recipe, "--rounded-to": self.rounded_to, "--model-after": self.model_after}
-        for name, value in given.items() if with_matrix else ():
-            if value is not None:
-                raise UsageError(f"{name}: doesn't go with a matrix file")
-        if with_matrix and (self.only or len(self.before_layers or ()) > 1):
+        if self.model_input is not None and self.sources.model is None:
+            raise UsageError("--model-input: goes with --model")
+        if self.model_after is not None and (self.model_input is None or self.only):
+            raise UsageError("--model-after: goes with --model and --model-input, and not with --only")
+        for_checkpoints = ("rtol", "atol", "after_layers", "others", "recipe", "rounded_to", "model_after")
+        for name in for_checkpoints if with_matrix else ("rows", "columns", "no_bias"):
+            if getattr(self, name) not in (None, False):
+                does = "doesn't go with" if with_matrix else "is for"
+                raise UsageError(f"{SPELLED.get(name) or spelled(name)}: {does} a matrix file")
+        named, after = len(self.before_layers or ()), len(self.after_layers or ())
+        if with_matrix and (self.only or named > 1):
             raise UsageError("--only and several --before are for two checkpoints; a matrix is of one layer")
-        for_matrix = {"--rows": self.rows, "--columns": self.columns, "--no-bias": self.no_bias}
-        if not with_matrix and (said := next((name for name, value in for_matrix.items() if value), None)):
-            raise UsageError(f"{said}: is for a matrix file")
-        if not with_matrix and len(self.before_layers or ()) != len(self.after_layers or ()):
+        if not with_matrix and named != after:
             raise UsageError("--before and --after go together: a chain in BEFORE and the one that stands for it")
         if (self.strength and self.recipe is not None) or ((self.strength or self.leave) and not self.others):
             raise UsageError("--strength and --leave: go with adapters given as --with NAME=FILE; of a recipe, --leave")
-        if self.only and not (self.before_layers or self.recipe):
+        if self.only and not (named or self.recipe):
             raise UsageError("--only: compares the chains of --before and --after, or of --recipe; none are given")
 
 
@@ -186,6 +198,7 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
     for text in verdict.hints(results, bool(sizes), options.computed_in is not None):
         reporter.remark(text)
     whole = _whole_model(options, sides, reporter)
+    claimed = verdict.claims(results)
     own_bound = options.rtol is not None or options.atol is not None
     differing = set(() if tensors is None else tensors.differing.values())
     covered = {"changed", "missing", "new"} if options.model_after is not None else set()
@@ -201,7 +214,8 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         rounded_to=None if options.rounded_to is None else dtype_name(options.rounded_to),
         tolerance=verify_text.Tolerance(options.rtol, options.atol) if own_bound else matrix_verdict.BOUND,
         assumed=assumed,
-        claims=verdict.claims(results),
+        claims=tuple(grouped(claimed)),
+        claimed=claimed,
         explained=explained,
         input_sizes="given" if sizes else "chosen",
         fusions=tuple(verify_text.Report.of(*result) for result in results),
@@ -219,6 +233,11 @@ class _Sides:
     others: Mapping[str, Checkpoint]
     fields: tuple[FieldSources, FieldSources]
 
+    @property
+    def checkpoints(self) -> dict[str, Checkpoint]:
+        """BEFORE, and where else its fusions' layers came from, by what their names say."""
+        return {BASE: self.before, **self.others}
+
 
 def _open(options: Options, reporter: Reporter) -> _Sides:
     sources = options.sources
@@ -228,7 +247,7 @@ def _open(options: Options, reporter: Reporter) -> _Sides:
             raise InputError(opened.unknown_record)
     others = sources.open_others(options.others, reporter)
     known = [name for opened in (before, after, *others.values()) for name in opened.layers]
-    return _Sides(before, after, others, sources.of_both(sources.of_model(before, reporter), known))
+    return _Sides(before, after, others, sources.of_both(sources.read_model(before, reporter), known))
 
 
 def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairing]:
@@ -253,42 +272,31 @@ def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairi
 
 def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Reporter) -> list[Pairing]:
     """Return what --recipe says that another program fused; without a record, what the model or adapters say."""
-    from convtool.core.tree import BASE
+    from convtool.cli.model import plan_for, planned_fusions
     from convtool.fusing.adapters import adapted
-    from convtool.fusing.named import by_name, in_order, the_one
-    from convtool.fusing.recipe import PlannedFusion
+    from convtool.fusing.named import by_name, chosen, in_order
     from convtool.fusing.recorded import claimed_pairings, not_named
-    from convtool.fusing.shipped import find_recipe
 
-    checkpoints, fields = {BASE: sides.before, **sides.others}, sides.fields[0]
-    how = (options.strength or (), options.leave or ())
+    checkpoints, fields = sides.checkpoints, sides.fields[0]
+    adapters = (options.strength or (), options.leave or ())
     if options.recipe is not None:
-        auto = options.recipe == AUTO
-        recipe = the_one(checkpoints, fields)[1] if auto else find_recipe(options.recipe)
-        fusions, fields = by_name(recipe, checkpoints, fields, how[1], in_order(sides.before, None))
+        recipe = chosen(options.recipe, checkpoints, fields)
+        fusions, fields = by_name(recipe, checkpoints, fields, adapters[1], in_order(sides.before, None))
         origin = f"--recipe {options.recipe}"
-    elif sides.after.record is not None and any(how):
+    elif sides.after.record is not None and any(adapters):
         raise UsageError("--strength and --leave: AFTER records what was merged, and how much; leave them out")
     elif options.model_input is not None and sides.after.record is None:
-        plan = _plan(options, sides.before, reporter)
+        how = SimpleNamespace(model_input=options.model_input, fixed_size=False, everything=True, measure=False)
+        plan = plan_for(sides.before, options.sources.model, options.sources.model_args, how, reporter)
         fields, origin = fields.with_first(plan.geometry), f"--model {options.sources.model}"
-        fusions = [PlannedFusion(one.name, one.tree, one.only_size) for one in plan.fusions]
+        fusions = planned_fusions(plan)
     elif sides.others and sides.after.record is None and not named:
-        fusions, fields = adapted(checkpoints, fields, *how)
+        fusions, fields = adapted(checkpoints, fields, *adapters)
         origin = "--with"
     else:
         return []
     covered = options.model_after is not None
     return claimed_pairings(checkpoints, sides.after, not_named(fusions, named), fields, origin, skip=covered)
-
-
-def _plan(options: Options, before: Checkpoint, reporter: Reporter) -> Plan:
-    """Return the chains that the model has."""
-    from convtool.cli.model import plan_for
-
-    assert options.sources.model is not None  # as `Options.check` has it
-    how = SimpleNamespace(model_input=options.model_input, fixed_size=False, everything=True, measure=False)
-    return plan_for(before, options.sources.model, options.sources.model_args, how, reporter)
 
 
 def split_names(text: str) -> list[str]:
@@ -307,14 +315,13 @@ def _compare_tensors(
     options: Options, sides: _Sides, pairings: list[Pairing], reporter: Reporter
 ) -> verify_text.OtherTensors:
     """Return what became of every tensor that went into no fusion."""
-    from convtool.core.tree import BASE
     from convtool.fusing.compare import differing_tensors, unfitting, untouched
 
     kept = untouched(sides.before, pairings)
     with reporter.progress("comparing tensors", sum(info.nbytes for info in kept)) as advance:
         rounded_to = "" if options.rounded_to is None else dtype_name(options.rounded_to)
         differing = differing_tensors(sides.before, sides.after, pairings, advance, rounded_to)
-    differing = unfitting(pairings, {BASE: sides.before, **sides.others}, sides.after, rounded_to) | differing
+    differing = unfitting(pairings, sides.checkpoints, sides.after, rounded_to) | differing
     return verify_text.OtherTensors(len(kept), differing, options.model_after is not None)
 
 
@@ -327,11 +334,9 @@ def _run(
     reporter: Reporter,
 ) -> tuple[list[tuple[Pairing, EquivalenceReport]], tuple[str, ...]]:
     """Run every pairing at every input size; return what lower precision would explain of what differs as well."""
-    from convtool.core.tree import BASE
     from convtool.fusing.proof import explanations, trials
 
-    checkpoints = {BASE: sides.before, **sides.others}
-    runs = [trial for pairing in pairings for trial in trials(pairing, checkpoints, sides.after, sizes)]
+    runs = [trial for pairing in pairings for trial in trials(pairing, sides.checkpoints, sides.after, sizes)]
     with reporter.progress("verifying", len(runs), "share") as advance:
         reports = [trial.run(progress=advance, **how) for trial in runs]
     given = {options.rtol, options.atol, options.computed_in} != {None}
@@ -339,7 +344,7 @@ def _run(
     return results, () if given else explanations(zip(runs, reports, strict=True), how)
 
 
-def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> verify_text.Whole | None:
+def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> WholeReport | None:
     """Return how both networks' outputs compare; None where nobody asked for it, or nothing says what AFTER's is."""
     from convtool.live.load import load_model
     from convtool.live.whole import compare_networks, compare_whole
@@ -359,7 +364,7 @@ def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> verify_
         else:
             other = load_model(options.model_after, in_memory=True)
             found = compare_networks(build(), sides.before, other, sides.after, size, seed=options.seed)
-    return verify_text.Whole.of(found)
+    return found
 
 
 def _exit_code(result: verify_text.Result | matrix_verdict.MatrixResult) -> int:

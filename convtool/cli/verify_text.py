@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from convtool.cli.document import HIDDEN, Count, Dtype, Sizes, fill
-from convtool.cli.matrix_verdict import MatrixResult, compared, in_words, show_matrix, times
-from convtool.cli.output import Reporter, table
+from convtool.cli.matrix_verdict import MatrixResult, compared, in_words, show_matrix
+from convtool.cli.output import Reporter, table, times
 from convtool.core.geometry import format_sizes
+from convtool.core.names import some_of
 from convtool.core.tree import leaves, tree_text
 
 if TYPE_CHECKING:
     from convtool.core.tally import Region
     from convtool.core.verify import EquivalenceReport, StoredError
     from convtool.fusing.compare import Pairing
-    from convtool.fusing.leaf import LoweredLayer
     from convtool.live.whole import WholeReport
 
 KINDS = {
@@ -26,7 +27,12 @@ KINDS = {
     "constant": "an input of ones",
     "basis": "a basis vector",
 }
-MOST_NAMES = 20  # tensors named one by one before the rest is only counted
+# Lines on a terminal before the rest is only counted.
+MOST_NAMES = 20  # of tensors
+MOST_ROWS = 40  # of the table
+MOST_DIFFERENCES = 8
+FEW_CLAIMS = 3  # of a record, which are printed layer by layer; of more, field by field
+FUSED = "the fused "  # begins a claim about a layer of AFTER
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +81,12 @@ class Report:
     @classmethod
     def of(cls, pairing: Pairing, report: EquivalenceReport) -> Report:
         """Return what there is to say of a comparison."""
+        name = attrgetter("name")
         return fill(
             cls,
             report,
             pairing,
-            layers=f"{tree_text(pairing.before, _name)} = {tree_text(pairing.after, _name)}",
+            layers=f"{tree_text(pairing.before, name)} = {tree_text(pairing.after, name)}",
             before=tuple(one.name for one in leaves(pairing.before)),
             after=tuple(one.name for one in leaves(pairing.after)),
             mismatch=report.mismatch or None,
@@ -103,42 +110,6 @@ class OtherTensors:
     compared: Count
     differing: dict[str, Annotated[str, ("enum", ("changed", "missing", "new", "dtype", "digest"))]]
     by_random_inputs: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Whole:
-    """Both networks' outputs, held against each other.
-
-    Attributes:
-        outputs: numbers compared.
-        difference: the largest.
-        rounding: what rounding every weight changes.
-        ratio: difference by rounding.
-        most: the largest ratio that is called equal.
-    """
-
-    inputs: str
-    outputs: Count
-    difference: float
-    largest_output: float
-    rounding: float
-    ratio: float
-    most: float
-    equal: bool
-
-    @classmethod
-    def of(cls, report: WholeReport) -> Whole:
-        """Return what there is to say of a comparison."""
-        from convtool.live.whole import MOST
-
-        return fill(cls, report, largest_output=report.largest, most=MOST)
-
-    def __str__(self) -> str:
-        return (
-            f"the whole model, on inputs of {self.inputs}: outputs"
-            f" {'equal' if self.equal else 'DIFFER'}; they differ by {self.difference:.3g}, rounding every weight"
-            f" changes them by {self.rounding:.3g}, the largest is {self.largest_output:.3g}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +149,9 @@ class Result:
     input_sizes: Literal["given", "chosen"]
     fusions: tuple[Report, ...]
     other_tensors: OtherTensors | None
-    whole_model: Whole | None
-
-
-def _name(layer: LoweredLayer) -> str:
-    return layer.name
+    whole_model: WholeReport | None
+    claimed: Sequence[tuple[str, str]] = field(metadata=HIDDEN)
+    details: bool = field(metadata=HIDDEN)
 
 
 def show(result: Result | MatrixResult, reporter: Reporter) -> None:
@@ -190,41 +159,61 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
     if isinstance(result, MatrixResult):
         show_matrix(result, reporter)
     else:
-        _show_fusions(result.fusions, reporter)
-        for claim in result.claims:
-            reporter.line(f"as AFTER records: {claim}")
-        for text in result.explained:
-            reporter.line(text)
+        most = None if result.details else MOST_ROWS
+        _show_fusions(result.fusions, reporter, most)
+        few = result.details or len(result.claims) <= FEW_CLAIMS
+        reporter.lines([f"as AFTER records: {one}" for one in (result.claims if few else by_field(result.claimed))])
+        reporter.lines(result.explained)
         if result.other_tensors is not None:
             _show_tensors(result.other_tensors, result.rounded_to, reporter)
-        if result.whole_model is not None:
-            reporter.line(str(result.whole_model))
+        if (whole := result.whole_model) is not None:
+            reporter.line(
+                f"the whole model, on inputs of {whole.inputs}: outputs"
+                f" {'equal' if whole.equal else 'DIFFER'}; they differ by {whole.difference:.3g}, rounding every weight"
+                f" changes them by {whole.rounding:.3g}, the largest is {whole.largest_output:.3g}"
+            )
     said = f", {result.statement}" if result.statement else ""
     reporter.verdict(f"equivalent{said}" if result.equivalent else "NOT equivalent", good=result.equivalent)
 
 
-def _show_fusions(reports: Sequence[Report], reporter: Reporter) -> None:
+def by_field(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Return what is said of layers, (layer, what), as a line for each set of them that has the same fields."""
+    layers: dict[tuple[bool, str], list[str]] = {}
+    for layer, what in dict.fromkeys(said):
+        for part in what.split(", "):
+            layers.setdefault((layer.startswith(FUSED), part), []).append(layer.removeprefix(FUSED))
+    parts: dict[tuple[bool, tuple[str, ...]], list[str]] = {}
+    for (fused, part), names in layers.items():
+        parts.setdefault((fused, tuple(names)), []).append(part)
+    return [f"{FUSED * fused}{some_of(names)}: {', '.join(each)}" for (fused, names), each in parts.items()]
+
+
+def _show_fusions(reports: Sequence[Report], reporter: Reporter, most: int | None) -> None:
     if reports:
         columns = ("layers", "input", "error/bound: numbers", "interior", "rim", "verdict")
-        table(columns, list(map(_row, reports)))
+        table(columns, list(map(_row, reports)), most=most)
     stored = [report.run_as_stored for report in reports if report.run_as_stored is not None]
     for dtype in dict.fromkeys(one.dtype for one in stored):
-        most = max(one.difference for one in stored if one.dtype == dtype)
-        reporter.line(f"run in {dtype}, as stored, outputs differ by up to {most:.2g} of the largest")
-    for report in reports:
-        if report.mismatch:
-            reporter.line(f"{report.name}: {report.mismatch}")
-        taps = report.taps_read
-        if taps.read < taps.of and not report.mismatch:
-            reporter.line(
-                f"{report.name}: at {times(report.input_size)} outputs read {taps.read} of {taps.of} taps; "
-                "nothing is said of the others, which larger inputs meet"
-            )
-        if report.numbers is not None and report.numbers.differing:
-            reporter.line(f"{report.name}, {_worst_number(report.numbers)}")
-        for name, region in (("interior", report.interior), ("rim", report.rim)):
-            if region and not region.equal:
-                reporter.line(f"{report.name}, {name}: {_worst(region)}")
+        largest = max(one.difference for one in stored if one.dtype == dtype)
+        reporter.line(f"run in {dtype}, as stored, outputs differ by up to {largest:.2g} of the largest")
+    reporter.lines([text for report in reports for text in _differences(report)], most=most and MOST_DIFFERENCES)
+
+
+def _differences(report: Report) -> Iterator[str]:
+    """Yield what differs in a comparison, and what it says nothing of."""
+    taps = report.taps_read
+    if report.mismatch:
+        yield f"{report.name}: {report.mismatch}"
+    elif taps.read < taps.of:
+        yield (
+            f"{report.name}: at {times(report.input_size)} outputs read {taps.read} of {taps.of} taps; "
+            "nothing is said of the others, which larger inputs meet"
+        )
+    if report.numbers is not None and report.numbers.differing:
+        yield f"{report.name}, {_worst_number(report.numbers)}"
+    for name, region in (("interior", report.interior), ("rim", report.rim)):
+        if region and not region.equal:
+            yield f"{report.name}, {name}: {_worst(region)}"
 
 
 TOLD = {
@@ -234,14 +223,13 @@ TOLD = {
 
 
 def _show_tensors(others: OtherTensors, rounded_to: str | None, reporter: Reporter) -> None:
-    differing = list(others.differing.items())
-    for name, what in differing[:MOST_NAMES]:
-        reporter.line(f"{name}: {TOLD.get(what, f'{what}, and no fusion accounts for it')}")
-    if len(differing) > MOST_NAMES:
-        reporter.line(f"... and {len(differing) - MOST_NAMES} more")
-    if differing:
+    told = [
+        f"{name}: {TOLD.get(what, f'{what}, and no fusion accounts for it')}" for name, what in others.differing.items()
+    ]
+    reporter.lines(told, most=MOST_NAMES)
+    if told:
         covered = "; they went into the networks that were run on random inputs" if others.by_random_inputs else ""
-        reporter.line(f"other tensors that differ, are missing or are new: {len(differing)}{covered}")
+        reporter.line(f"other tensors that differ, are missing or are new: {len(told)}{covered}")
     else:
         rounded = f", or rounded once to {rounded_to}" if rounded_to else ""
         tensors = "tensor" if others.compared == 1 else "tensors"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -33,17 +33,17 @@ class Residual:
         where: (row, column) of that entry.
         scale: the largest |weight|.
         unmet: kernel entries that no input of this size meets; they are set to zero.
+        relative: the largest difference relative to the largest weight.
     """
 
     largest: float
     where: tuple[int, int]
     scale: float
     unmet: int
+    relative: float = field(init=False)
 
-    @property
-    def relative(self) -> float:
-        """The largest difference relative to the largest weight."""
-        return self.largest / self.scale if self.scale else self.largest
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "relative", self.largest / self.scale if self.scale else self.largest)
 
 
 def patches_to_linear(conv: Conv) -> Tensor:

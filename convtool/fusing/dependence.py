@@ -321,10 +321,10 @@ def infer_strides(tree: Tree[LoweredLayer]) -> Tree[LoweredLayer]:
     settled = next((part for part in parts if not any("stride" in leaf.open for leaf in leaves(part))), None)
     if settled is None or any(leaf.conv.geometry.transposed for part in parts for leaf in leaves(part)):
         return Sum(parts)
-    return Sum(tuple(_with_stride(part, _stride(settled), next(leaves(settled)).name) for part in parts))
+    return Sum(tuple(_with_stride(part, _stride(settled)) for part in parts))
 
 
-def _with_stride(part: Tree[LoweredLayer], total: tuple[int, ...], like: str) -> Tree[LoweredLayer]:
+def _with_stride(part: Tree[LoweredLayer], total: tuple[int, ...]) -> Tree[LoweredLayer]:
     opened = [leaf for leaf in leaves(part) if "stride" in leaf.open]
     own = _stride(part)  # the open ones' are 1
     if not opened or any(all_ % one for all_, one in zip(total, own, strict=True)):
@@ -332,7 +332,7 @@ def _with_stride(part: Tree[LoweredLayer], total: tuple[int, ...], like: str) ->
     stride = tuple(all_ // one for all_, one in zip(total, own, strict=True))
     if len(opened) > 1 and set(stride) != {1}:
         return part
-    said = f"{opened[0].computed.kind.say('stride', stride)} (as the branch of {like} has it)"
+    said = f"{opened[0].computed.kind.say('stride', stride)} (as the branch beside it has it)"
     return map_leaves(lambda leaf: leaf.with_field("stride", stride, said=said) if leaf in opened else leaf, part)
 
 

@@ -16,7 +16,7 @@ from convtool.core.tree import BASE, Chain, LayerRef, leaves
 from convtool.errors import ConvtoolError, RefusedError, UsageError
 from convtool.fusing.fusion import check_nothing_missed
 from convtool.fusing.recipe import Known, Names, NothingFitsError, PlannedFusion, Recipe, resolve
-from convtool.fusing.shipped import shipped
+from convtool.fusing.shipped import find_recipe, shipped
 from convtool.kinds.stated import FieldSources
 from convtool.kinds.written import check_closed
 
@@ -173,6 +173,11 @@ def the_one(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> tupl
         )
     (name,) = found
     return name, shipped()[name]
+
+
+def chosen(name: str, checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> Recipe:
+    """Return the recipe of a name or of a file; of 'auto', the one that fits."""
+    return find_recipe(name) or the_one(checkpoints, fields)[1]
 
 
 def by_name(

@@ -228,9 +228,9 @@ def _allowed(results: Results) -> str:
     return f"; allowing for roundings in between, as AFTER records: {', '.join(said)}" if said else ""
 
 
-def claims(results: Results) -> tuple[str, ...]:
-    """Return what AFTER's record says of BEFORE's layers that BEFORE's tensors don't."""
-    return tuple(grouped(claim for pairing, _ in results for claim in pairing.claims))
+def claims(results: Results) -> tuple[tuple[str, str], ...]:
+    """Return what AFTER's record says of BEFORE's layers that BEFORE's tensors don't, as (layer, what)."""
+    return tuple(dict.fromkeys(claim for pairing, _ in results for claim in pairing.claims))
 
 
 def _narrowed(results: Results) -> str:

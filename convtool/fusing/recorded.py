@@ -194,7 +194,7 @@ def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[s
         for assumed in (False, True) if kind.settable else ():
             some = {name: value for name, value in claimed.items() if (name in leaf.assumed) == assumed}
             if said := kind.claim(some, leaf.layer.shapes):
-                yield leaf.name, f"{said} (assumed)" if assumed else said
+                yield leaf.name, f"{said.replace(', ', ' (assumed), ')} (assumed)" if assumed else said
         if leaf.like and leaf.fields.get("of") not in whole:
             yield leaf.name, f"otherwise as {leaf.like}"
 
@@ -210,8 +210,14 @@ def _fused_claims(
     with contextlib.suppress(ConvtoolError):  # no single layer stands for it, and all of the fields are claimed
         expected = geometry_fields(fused_geometry(map_leaves(lambda leaf: leaf.conv, joined(tree))))
     recorded = {name: value for name, value in layer.fields.items() if name in fusion.fields}
-    if layer.layer.kind.settable and any(expected.get(name) != value for name, value in recorded.items()):
-        yield f"the fused {fusion.name}", layer.layer.kind.claim(recorded, layer.layer.shapes)
+    kind = layer.layer.kind
+    as_expected = {
+        name
+        for name in recorded.keys() & expected.keys()
+        if kind.say(name, recorded[name]) == kind.say(name, expected[name])
+    }
+    if kind.settable and as_expected != recorded.keys():
+        yield f"the fused {fusion.name}", kind.claim(recorded, layer.layer.shapes)
 
 
 def claimed_pairings(

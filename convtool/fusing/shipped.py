@@ -29,8 +29,10 @@ def is_file(name: str) -> bool:
     return name.endswith(".toml") or name == STREAM
 
 
-def find_recipe(name: str) -> Recipe:
-    """Return a recipe by its name or the path of its file; raise UsageError where there is none."""
+def find_recipe(name: str) -> Recipe | None:
+    """Return a recipe by its name or the path of its file; None for 'auto'; raise UsageError where there is none."""
+    if name == "auto":
+        return None
     if is_file(name):
         return parse_recipe(read_toml(Path(name)), name)
     known = shipped()

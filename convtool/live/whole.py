@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,29 +40,29 @@ class WholeReport:
 
     Attributes:
         inputs: what the networks ran on, in words.
+        outputs: numbers compared.
         difference: the largest, of all outputs and inputs.
-        largest: output of the original.
+        largest_output: of the original.
         rounding: the largest change of an output when every number of the original is changed by a rounding.
-        outputs: how many numbers were compared.
+        ratio: difference by rounding; 0 where there is no difference.
+        most: the largest ratio that is called equal.
+        equal: the networks differ by no more than rounding does.
     """
 
     inputs: str
-    difference: float
-    largest: float
-    rounding: float
     outputs: int
+    difference: float
+    largest_output: float
+    rounding: float
+    ratio: float = field(init=False)
+    most: float = MOST
+    equal: bool = field(init=False)
 
-    @property
-    def ratio(self) -> float:
-        """Return difference over rounding; 0 where there is no difference."""
-        if self.difference == 0:
-            return 0.0
-        return self.difference / self.rounding if self.rounding else float("inf")
-
-    @property
-    def equal(self) -> bool:
-        """Return whether the networks differ by no more than rounding does."""
-        return self.ratio <= MOST  # false of NaN
+    def __post_init__(self) -> None:
+        ratio = self.difference / self.rounding if self.rounding else math.inf
+        ratio = ratio if self.difference else 0.0
+        object.__setattr__(self, "ratio", ratio)
+        object.__setattr__(self, "equal", ratio <= self.most)  # false of NaN
 
 
 def compare_whole(
@@ -137,7 +138,7 @@ def _compared(
         with _rounded(original, dtypes, generator):
             rounding = max(rounding, _distance(expected, _outputs(original, arguments, before)))
     largest, count = max(float(value.abs().max()) for value in expected), sum(value.numel() for value in expected)
-    return WholeReport(describe_given(inputs), _distance(expected, got), largest, rounding, count)
+    return WholeReport(describe_given(inputs), count, _distance(expected, got), largest, rounding)
 
 
 def _loaded(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = False) -> nn.Module:

@@ -19,8 +19,8 @@ help:
 	@echo "make check    set up $(VENV) and run ruff, mypy and a cross-section of the tests: under a minute, while working"
 	@echo "make test     set up $(VENV) and run every check: ruff, mypy, all tests (6 to 7 minutes on 2 cores)"
 	@echo "make bench    set up $(VENV) and measure convtool beside what people use instead (minutes; BENCH=--short: less)"
-	@echo "make faults   fail, kill and change sources at each step of each command, and see what is left (an hour or more)"
-	@echo "make mutants  change COUNT=150 places of PATHS=convtool at random (SEED=0), and see which no test notices (an hour)"
+	@echo "make faults   fail, kill and change sources at each step of each command, and see what is left (half an hour)"
+	@echo "make mutants  change COUNT=150 places of PATHS=convtool at random (SEED=0), and see which no test notices (half an hour)"
 	@echo "make models   train the sample models again (a minute)"
 	@echo "make fuzz     damage checkpoints for SECONDS=600, guided by coverage, and see that each is refused or true"
 	@echo "make zoo      plan and fuse networks of timm, torchvision and others, as far as installed (WORDS=resnet: only those)"
@@ -67,7 +67,6 @@ faults: $(VENV)/installed-for-tests
 	@$(BIN)/python tests/launched.py
 
 mutants: $(VENV)/installed-for-tests
-	@$(PIP) --editable '.[test,mutants]'
 	@$(BIN)/python tests/mutants.py --count $(or $(COUNT),150) --seed $(or $(SEED),0) $(PATHS)
 
 models: $(VENV)/installed

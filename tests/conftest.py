@@ -13,8 +13,6 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-collect_ignore = ["mutants.py"]  # which needs an extra of its own
-
 torch.set_num_threads(1)
 
 # Under nohup, or behind a & in a script, a run ignores signals, and so would every command that a test starts.

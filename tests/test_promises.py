@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import resource
@@ -29,7 +30,7 @@ from torch import Tensor
 from convtool import open_checkpoint
 from convtool.cli.app import run_app
 from convtool.errors import InputError, OutputError
-from convtool.formats import pieces, several
+from convtool.formats import pieces, several, source
 from convtool.formats.pieces import same_bytes, tensor_chunks
 from convtool.formats.several import alone_in
 from convtool.matrix.read import load_matrix
@@ -489,6 +490,17 @@ def test_a_matrix_index_with_a_wrong_size_is_damaged(here: Path, change: str) ->
     index.write_text(json.dumps(document))
     with pytest.raises(InputError, match="is damaged"):
         load_matrix(index)
+
+
+def test_bytes_are_read_in_pieces_and_no_more_than_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source, "CHUNK", 7)
+    path = tmp_path / "bytes"
+    path.write_bytes(bytes(range(100)))
+    opened = source.Source(path)
+    for start, stop in itertools.combinations(range(0, 30, 3), 2):
+        assert b"".join(map(bytes, opened.chunks(start, stop))) == bytes(range(start, stop))
+    with opened.opened() as file:
+        assert file.read(1 << 60) == bytes(range(100))  # for which there would be no room
 
 
 # --- systems that lack something

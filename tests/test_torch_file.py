@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import collections
 import pickletools
+import struct
 import warnings
 import zipfile
 from collections import OrderedDict
@@ -35,6 +36,8 @@ from torch import Tensor, nn
 from convtool import open_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.errors import InputError, RefusedError, UsageError
+from convtool.formats.pieces import Piece
+from convtool.formats.stored_zip import write_archive
 
 FORMATS = ("zip", "legacy")
 
@@ -42,6 +45,18 @@ FORMATS = ("zip", "legacy")
 def saved(value: Any, path: Path, form: str = "zip", **options: Any) -> Path:
     torch.save(value, path, _use_new_zipfile_serialization=form == "zip", **options)
     return path
+
+
+@pytest.mark.parametrize("length", [1, 30, 64, 200])
+def test_every_member_begins_where_it_can_be_mapped(tmp_path: Path, length: int) -> None:
+    """At a multiple of 64 bytes, as torch writes it itself, whatever its name and those before it."""
+    members = [Piece.of("x" * (length + n), bytes(3 * n + 1)) for n in range(70)]
+    with (tmp_path / "a.zip").open("wb") as file:
+        write_archive(file, members)
+    data = (tmp_path / "a.zip").read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip") as archive:
+        starts = [info.header_offset for info in archive.infolist()]
+    assert all((start + 30 + sum(struct.unpack_from("<2H", data, start + 26))) % 64 == 0 for start in starts)
 
 
 def loaded(path: Path, **options: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Hashable, Iterator, Mapping
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -127,30 +127,28 @@ class Checkpoint:
 
     def sharing(self, names: Container[str]) -> Iterator[tuple[str, str]]:
         """Yield pairs of tensors that share memory, tied or overlapping, of which the first is one of `names`."""
-        stored: dict[Hashable, list[tuple[Place, str]]] = {}
-        for name in self.infos:
-            place = self.place(name)
-            stored.setdefault(place.storage, []).append((place, name))
-        for places in stored.values():
+        for places in self._by_storage():
             for place, name in places if len(places) > 1 else ():
                 others = places if name in names else ()
                 yield from ((name, other) for there, other in others if other != name and place.meets(there))
 
     def overlapping(self) -> tuple[str, str] | None:
         """Return two tensors that share memory without being the same elements of it; None where there are none."""
-        storages: dict[Hashable, list[tuple[int, int, str]]] = {}
+        for places in self._by_storage():
+            end, last = 0, ""
+            for place, name in sorted((place, name) for place, name in places if place.start < place.stop):
+                if place.start < end and self.memory(name) != self.memory(last):
+                    return last, name
+                end, last = max(end, place.stop), name
+        return None
+
+    def _by_storage(self) -> Iterable[list[tuple[Place, str]]]:
+        """Return where tensors lie and their names, those of each storage together."""
+        stored: dict[Hashable, list[tuple[Place, str]]] = {}
         for name in self.infos:
             place = self.place(name)
-            if place.start < place.stop:
-                storages.setdefault(place.storage, []).append((place.start, place.stop, name))
-        for places in storages.values():
-            places.sort()
-            end, last = 0, places[0][2]
-            for start, stop, name in places:
-                if start < end and self.memory(name) != self.memory(last):
-                    return last, name
-                end, last = max(end, stop), name
-        return None
+            stored.setdefault(place.storage, []).append((place, name))
+        return stored.values()
 
     def _of_all_files(self, told: str) -> dict[str, str]:
         return {name: what for file in self.files.values() for name, what in getattr(file, told).items()}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 
 from convtool.core.names import unwrap
-from convtool.errors import UsageError
+from convtool.errors import UsageError, did_you_mean
 from convtool.kinds import KINDS
 from convtool.kinds.kind import UNKNOWN, Layer
 
@@ -29,12 +28,9 @@ def find_layer(layers: Mapping[str, Layer], name: str, where: str) -> Layer:
     if same:
         names = ", ".join(layer.name for layer in same)
         raise UsageError(f"{where}: {name!r} fits several layers ({names}); give one of these in full")
-    near = difflib.get_close_matches(name, layers, n=3, cutoff=0.5)
     inside = [layer for layer in layers if layer.startswith(name + ".")][:3] if name else []
-    hint = f"; did you mean {' or '.join(near or inside)}?" if near or inside else ""
-    if not hint:
-        hint = "; `convtool inspect` lists the layers"
-    raise UsageError(f"{where}: no layer {name!r}{hint}")
+    others = f"; did you mean {' or '.join(inside)}?" if inside else "; `convtool inspect` lists the layers"
+    raise UsageError(f"{where}: no layer {name!r}{did_you_mean(name, layers, others)}")
 
 
 def named_part(layer: Layer, name: str) -> Layer:

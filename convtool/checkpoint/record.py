@@ -65,11 +65,9 @@ class SourceLayer:
         return (self.name, self.kind) if self.origin == BASE and not self.written else None
 
     def to_json(self) -> dict[str, Any]:
-        document: dict[str, Any] = {"name": self.name, "kind": self.kind.name, "fields": self.fields}
-        document |= {"assumed": list(self.assumed)} if self.assumed else {}
-        document |= {"like": self.like} if self.like else {}
-        document |= {"unplaced": True} if self.unplaced else {}
-        return document | ({"origin": self.origin} if self.origin else {})
+        beside = {"assumed": list(self.assumed), "like": self.like, "unplaced": self.unplaced, "origin": self.origin}
+        document = {"name": self.name, "kind": self.kind.name, "fields": self.fields}
+        return document | {key: value for key, value in beside.items() if value}
 
     def assumptions(self) -> Iterator[tuple[str, str]]:
         """Yield the layer's name and each thing that was assumed of it, in words."""
@@ -162,11 +160,8 @@ class Record:
         found: dict[str, tuple[tuple[str, str], ...]] = {}
         for fusion in self.fusions:
             said = [one for source in fusion.sources for one in source.assumptions()]
-            said += [
-                one
-                for source in fusion.sources
-                for one in (found.pop(source.name, ()) if source.origin == BASE else ())
-            ]
+            for source in fusion.sources:
+                said += found.pop(source.name, ()) if source.origin == BASE else ()
             found[fusion.name] = tuple(dict.fromkeys(said))
         return {name: said for name, said in found.items() if said}
 
@@ -178,12 +173,8 @@ class Record:
         return self.fusions[len(done) :]
 
     def dumps(self) -> str:
-        document = {
-            "schema": SCHEMA,
-            "version": self.version,
-            "fusions": [fusion.to_json() for fusion in self.fusions],
-        }
-        return json.dumps(document, separators=(",", ":"))
+        fusions = [fusion.to_json() for fusion in self.fusions]
+        return json.dumps({"schema": SCHEMA, "version": self.version, "fusions": fusions}, separators=(",", ":"))
 
 
 def full_name(name: str, origin: str) -> str:
@@ -204,18 +195,15 @@ def field_source(checkpoint: Checkpoint, origin: str = BASE) -> FieldSource:
 
 
 def _tree_to_json(tree: Tree[SourceLayer]) -> dict[str, Any]:
-    if isinstance(tree, Chain):
-        return {"chain": [_tree_to_json(part) for part in tree.parts]}
-    if isinstance(tree, Sum):
-        return {"sum": [_tree_to_json(part) for part in tree.parts]}
-    return tree.to_json()
+    if isinstance(tree, SourceLayer):
+        return tree.to_json()
+    return {"chain" if isinstance(tree, Chain) else "sum": [_tree_to_json(part) for part in tree.parts]}
 
 
 def _tree_from_json(item: dict[str, Any]) -> Tree[SourceLayer]:
-    if "chain" in item:
-        return Chain(tuple(map(_tree_from_json, _only(item, {"chain"})["chain"])))
-    if "sum" in item:
-        return Sum(tuple(map(_tree_from_json, _only(item, {"sum"})["sum"])))
+    for key, tree in (("chain", Chain), ("sum", Sum)):
+        if key in item:
+            return tree(tuple(map(_tree_from_json, _only(item, {key})[key])))
     _only(item, _LAYER)
     kind = kind_named(item["kind"])
     if kind is None:

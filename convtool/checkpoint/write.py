@@ -34,6 +34,7 @@ class WritePlan:
         path: where to.
         files: every file that will be written, and its size in bytes, exactly; first the one that is opened to read it
             (the one at `path`, or the index of the folder there).
+        source: what it is made of.
         run: writes it.
         left_behind: files beside the source that a folder written of it will not have; none where a file is written.
         left_out: what the source holds besides its tensors and this will not, by name.
@@ -41,6 +42,7 @@ class WritePlan:
 
     path: Path
     files: dict[Path, int]
+    source: Checkpoint
     run: Callable[[Progress], None]
     left_behind: list[str] = field(default_factory=list)
     left_out: tuple[str, ...] = ()
@@ -68,7 +70,10 @@ class WritePlan:
         """
         target = self.main.resolve() if self.main.is_symlink() else self.main
         check_space(self.path, target.parent, self.size)
-        self.run(progress or (lambda count: None))
+        with accounting(
+            seen for file in self.source.files.values() for seen in file.seen
+        ):  # which have to be unchanged
+            self.run(progress or (lambda count: None))
 
 
 def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, shard_size: int | None = None) -> None:
@@ -121,17 +126,7 @@ def plan_edited(
     kept = source.format == form.NAME and not options.tensors_only
     left_out = source.replaced if kept else source.left_out
     run = lambda progress: plan.write(path, force=force, progress=progress)  # noqa: E731
-    return WritePlan(path, {path: plan.size}, _watched(source, run), left_out=tuple(left_out))
-
-
-def _watched(source: Checkpoint, run: Callable[[Progress], None]) -> Callable[[Progress], None]:
-    """Return what writes a checkpoint, and doesn't where the source's files have changed since they were opened."""
-
-    def watched(progress: Progress) -> None:
-        with accounting(seen for file in source.files.values() for seen in file.seen):
-            run(progress)
-
-    return watched
+    return WritePlan(path, {path: plan.size}, source, run, left_out=tuple(left_out))
 
 
 def is_folder(path: Path, source: Checkpoint | None, shard_size: int | None) -> bool:
@@ -208,7 +203,7 @@ def _plan_folder(
     plan = SeveralPlan(index, text, {name: shard.plan for name, shard in planned.items()})
     run = lambda progress: plan.write(force=force, progress=progress)  # noqa: E731
     left_out = tuple(source.left_out if source.index is None else ())
-    return WritePlan(path, plan.files(), _watched(source, run), _left_behind(source, index.parent), left_out)
+    return WritePlan(path, plan.files(), source, run, _left_behind(source, index.parent), left_out)
 
 
 def _kept_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -> list[_Shard]:

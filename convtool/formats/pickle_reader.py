@@ -350,16 +350,8 @@ def check_key(key: Any) -> None:
 
 # The opcodes of the standard library's that build numbers, texts and rows, and look nothing up but by `_Machine`.
 _PLAIN = (
-    *(
-        pickle.PROTO,
-        pickle.STOP,
-        pickle.MARK,
-        pickle.POP_MARK,
-        pickle.DUP,
-        pickle.NONE,
-        pickle.NEWTRUE,
-        pickle.NEWFALSE,
-    ),
+    *(pickle.PROTO, pickle.STOP, pickle.MARK, pickle.POP_MARK, pickle.DUP),
+    *(pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE),
     *(pickle.INT, pickle.LONG, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG1, pickle.LONG4),
     *(pickle.FLOAT, pickle.BINFLOAT, pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING),
     *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),

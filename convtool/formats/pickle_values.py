@@ -161,12 +161,8 @@ class TensorRef:
 
     def contiguous(self) -> bool:
         """Tell whether its elements stand one after the other, row-major."""
-        expected = 1
-        for size, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
-            if size != 1 and step != expected:
-                return False
-            expected *= size
-        return True
+        steps = self.of(self.storage, self.dtype, self.shape).stride
+        return all(size == 1 or own == step for size, own, step in zip(self.shape, self.stride, steps, strict=True))
 
 
 # Functions that make a tensor of a storage, with what they are given behind offset, shape and strides.

@@ -11,16 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from convtool.errors import InputError
-from convtool.formats.pickle_values import (
-    NEWOBJ_EX,
-    OBJ,
-    Call,
-    Global,
-    OldText,
-    OrderedItems,
-    StorageRef,
-    TensorRef,
-)
+from convtool.formats.pickle_values import NEWOBJ_EX, OBJ, Call, Global, OldText, OrderedItems, StorageRef, TensorRef
 
 _ORDERED = Global("collections", "OrderedDict")
 _ENCODE = Global("_codecs", "encode")

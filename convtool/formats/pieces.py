@@ -72,21 +72,26 @@ class Piece:
         """The same for pieces of which a file needs the bytes once."""
         return ("its own", self.name) if self.memory is None else self.memory
 
-    def write(self, file: Written) -> None:
-        """Write it to a file.
+    def counted(self) -> Iterator[Chunk]:
+        """Yield its chunks.
 
         Raises:
-            RuntimeError: its chunks don't add up to its size, so that all behind it would stand in the wrong place.
+            RuntimeError: they don't add up to its size, so that all behind it would stand in the wrong place.
         """
+        came = 0
+        for chunk in self.chunks():
+            came += chunk.data.nbytes
+            yield chunk
+        if came != self.nbytes:
+            raise RuntimeError(f"{self.name}: {came} bytes came, {self.nbytes} were announced")
+
+    def write(self, file: Written) -> None:
+        """Write it to a file; raises what `counted` does."""
         if self.copy is not None:
             self.copy(file)
             return
-        written = 0
-        for chunk in self.chunks():
+        for chunk in self.counted():
             file.write(chunk.data)
-            written += chunk.data.nbytes
-        if written != self.nbytes:
-            raise RuntimeError(f"{self.name}: {written} bytes came, {self.nbytes} were announced")
 
     def is_in(self, data: memoryview) -> bool:
         """Tell whether these bytes, read back from a file, are the ones that it was to hold."""

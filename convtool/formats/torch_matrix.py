@@ -13,16 +13,7 @@ from convtool.formats.atomic import FilePlan
 from convtool.formats.dtypes import STORAGE_CLASSES
 from convtool.formats.matrices import Contents as MatrixContents
 from convtool.formats.matrices import Found, Layout
-from convtool.formats.pickle_values import (
-    Call,
-    Global,
-    PickleError,
-    TensorRef,
-    bare,
-    is_size,
-    numbers_of,
-    plain_tensor,
-)
+from convtool.formats.pickle_values import Call, Global, PickleError, TensorRef, bare, is_size, numbers_of, plain_tensor
 from convtool.formats.pieces import Piece
 from convtool.formats.source import Source
 from convtool.formats.state_dicts import StateDict

@@ -73,7 +73,7 @@ def fuse_tree(
     if bias_map and size is None:
         raise UsageError("a bias map is made for one input size; give --input-size")
     fused, verdict = _fuse_with_map(tree, size) if bias_map and size is not None else _fuse(tree, size, allow_border)
-    return Fusion(_stored(fused, dtype, _list([leaf.name for leaf in leaves(tree)])), verdict)
+    return Fusion(_stored(fused, dtype, ", ".join(leaf.name for leaf in leaves(tree))), verdict)
 
 
 def _fuse_with_map(tree: Tree[Named], size: tuple[int, ...]) -> tuple[Conv, Verdict]:
@@ -161,8 +161,7 @@ def _named(
     try:
         return join(a, b)
     except ConvtoolError as error:
-        everything = _list([_label(part) for part in parts])
-        raise type(error)(f"cannot fuse {everything}: {_label(last)}: {error}") from None
+        raise type(error)(f"cannot fuse {', '.join(map(_label, parts))}: {_label(last)}: {error}") from None
 
 
 def _label(tree: Tree[Named]) -> str:
@@ -214,23 +213,24 @@ def explain(
     Args:
         within: the chain is a branch inside of another, where no border is allowed and sizes are of its own input.
     """
+    said = ", ".join
     late = [name for conv, name in zip(chain[1:], names[1:], strict=True) if conv.geometry.padded]
     biased = [name for conv, name in zip(chain, names, strict=True) if conv.has_bias]
     spread = [name for conv, name in zip(chain[1:], names[1:], strict=True) if conv.geometry.transposed]
     at = "" if verdict.input_size is None else f" for input size {format_sizes(verdict.input_size)}"
-    what = f"cannot fuse {_list(names)} exactly{at}"
+    what = f"cannot fuse {said(names)} exactly{at}"
     if verdict.inside:
         if verdict.only_bias and spread:
-            cause = f"{_list(spread)} spreads the bias of {_list(biased[:1])} unevenly over its outputs"
+            cause = f"{said(spread)} spreads the bias of {said(biased[:1])} unevenly over its outputs"
         else:
             cause = "what padding hides of the layers before reaches every output"
         return f"{what}: {cause}, so no output would be right; leave these layers apart"
     if not late and spread:
-        cause = f"{_list(spread)} overlaps with what the layers before would give past their border"
+        cause = f"{said(spread)} overlaps with what the layers before would give past their border"
     elif verdict.only_bias:
-        cause = f"the padding of {_list(late)} hides the bias of {_list(biased[:1])}"
+        cause = f"the padding of {said(late)} hides the bias of {said(biased[:1])}"
     else:
-        cause = f"{_list(late)} pad{'s' if len(late) == 1 else ''} what the layers before compute"
+        cause = f"{said(late)} pad{'s' if len(late) == 1 else ''} what the layers before compute"
     ways = [] if within else ["--allow-border accepts that"]
     if verdict.only_bias:
         ways.append("--bias-map with --input-size makes it exact at one size")
@@ -239,7 +239,7 @@ def explain(
         ways.append(f"--input-size decides for one size (it is exact {where})")
     if _is_exact_with_early_padding(chain, fused):
         padding = ",".join(format_padding(fused.padding))
-        ways.append(f"or give {names[0]} padding {padding} and {_list(late)} none, and train on with that")
+        ways.append(f"or give {names[0]} padding {padding} and {said(late)} none, and train on with that")
     if within:
         ways.append("or leave this branch out (--allow-border is for the fusion's own border, not for those inside)")
     whose = "this branch's" if within else "the"
@@ -271,7 +271,3 @@ def _stored(fused: Conv, dtype: torch.dtype, names: str) -> Conv:
 
     bias = None if fused.bias is None else number(fused.bias, "bias")
     return Conv(number(fused.weight, "weight"), bias, fused.geometry)
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names)

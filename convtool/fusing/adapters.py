@@ -130,41 +130,45 @@ def _fitting(
 ) -> dict[str, str]:
     """Return the module that changes each layer, of one adapter's file."""
     found: dict[str, str] = {}
-    missed: dict[str, list[str]] = {}
-    merged_components = set()
     for name, layer in opened.layers.items():
-        if any(fnmatchcase(name, pattern) for pattern in leave):
+        if not layer.kind.adapts or _left_out(name, leave):
             continue
-        component, key = _split(name)
-        fitting = [
-            one for one in places.get(key, ()) if layer.kind.adapts and _may_change(layer, base.layers[one], opened)
-        ]
+        fitting = [one for one in places.get(_split(name)[1], ()) if _may_change(layer, base.layers[one], opened)]
         if len(fitting) > 1:
             raise UsageError(f"{source}:{name} could change {' or '.join(fitting)}; --root opens one of the networks")
-        if not fitting:
-            missed.setdefault(component, []).append(name)
-            continue
-        (target,) = fitting
-        if target in found:
-            raise UsageError(
-                f"{source}: {found[target]} and {name} both change {target}; --leave PATTERN leaves one out"
-            )
-        found[target] = name
-        merged_components.add(component)
-    lacking = [name for component, names in missed.items() if component in merged_components for name in names]
+        for target in fitting:
+            if target in found:
+                raise UsageError(
+                    f"{source}: {found[target]} and {name} both change {target}; --leave PATTERN leaves one out"
+                )
+            found[target] = name
     if not found and any(layer.kind.adapts for layer in base.layers.values()):
         raise UsageError(
             f"{source}: nothing in it changes a layer of the checkpoint, which holds adapters itself: give the base"
             f" first, and the adapters as --with {source}={base.path}"
         )
-    _check_complete(source, opened, found, lacking)
-    return found
-
-
-def _check_complete(source: str, opened: Checkpoint, found: Mapping[str, str], lacking: list[str]) -> None:
     if not found:
         modules = [f"{layer.name} ({', '.join(layer.tensors)})" for layer in opened.layers.values()]
         raise UsageError(f"{source}: nothing in it changes a layer of the checkpoint; it holds {some_of(modules)}")
+    check_complete(source, opened, set(found.values()), leave, lambda name: _split(name)[0])
+    return found
+
+
+def check_complete(
+    source: str, opened: Checkpoint, used: Collection[str], leave: Sequence[str], component: Callable[[str], str]
+) -> None:
+    """Raise RefusedError where some modules of a component are merged, and others are neither merged nor left out.
+
+    A component that has no module in the checkpoint, such as a text encoder's, is another network's.
+
+    Args:
+        used: the modules that are merged.
+        component: returns what a module's name says that it is a part of.
+    """
+    merged = {component(name) for name in used}
+    lacking = [
+        name for name in opened.layers if name not in used and component(name) in merged and not _left_out(name, leave)
+    ]
     if lacking:
         others = {what for name in lacking if (what := other_adapter(opened.layers[name]))}
         are = f" ({', '.join(sorted(others))}, which can't be merged here)" if others else ""
@@ -173,6 +177,10 @@ def _check_complete(source: str, opened: Checkpoint, found: Mapping[str, str], l
             f"{some_of(lacking)}{are}; merged without them it would mean something else. --leave PATTERN leaves modules"
             " out"
         )
+
+
+def _left_out(name: str, leave: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in leave)
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import reduce
 
 from convtool.checkpoint import Checkpoint, TensorInfo
 from convtool.checkpoint.cast import cast_piece
@@ -22,7 +24,7 @@ from convtool.core.expression import (
     split_input_size,
     widest_layer,
 )
-from convtool.core.fields import Fields, geometry_fields
+from convtool.core.fields import geometry_fields
 from convtool.core.geometry import LARGEST, format_sizes
 from convtool.core.tree import BASE, Chain, LayerRef, Tree, leaves, map_leaves, walk
 from convtool.core.verify import LARGEST_INPUT
@@ -109,16 +111,13 @@ def _least(layers: Sequence[Expression], axis: int, size: Sequence[int]) -> int:
 
 def _gives(layers: Sequence[Expression], axis: int, size: int) -> int:
     """Return the output size of an axis; 0 where the input is too small."""
-    for layer in layers:
-        try:
-            size = _axis_size(layer, axis, size)
-        except UsageError:
-            return 0
-    return size
 
+    def step(conv: Conv, at: int) -> int:
+        return conv.geometry.axes[axis].output_size(at)
 
-def _axis_size(tree: Expression, axis: int, size: int) -> int:
-    return walk(tree, size, lambda conv, at: conv.geometry.axes[axis].output_size(at), lambda _, sizes: sizes[0])
+    with suppress(UsageError):
+        return reduce(lambda at, layer: walk(layer, at, step, lambda _, sizes: sizes[0]), layers, size)
+    return 0
 
 
 def named_pairing(
@@ -180,15 +179,10 @@ def like_fused(stands: Tree[LoweredLayer], before: Tree[LoweredLayer]) -> Tree[L
         fused = fused_geometry(map_leaves(lambda leaf: leaf.conv, joined(before)))
     except RefusedError:
         return stands  # no single layer has that form
-    fields = geometry_fields(fused)
-    return map_leaves(lambda leaf: _with_fields(leaf, fields) if leaf is opened[0] else leaf, stands)
-
-
-def _with_fields(leaf: LoweredLayer, fields: Fields) -> LoweredLayer:
-    """Return a layer with these fields, as far as they are open."""
-    for name in [name for name, values in leaf.open.items() if values and name in fields]:
-        leaf = leaf.with_field(name, fields[name])
-    return leaf
+    fields, (known,) = geometry_fields(fused), opened
+    for name in [name for name, values in known.open.items() if values and name in fields]:
+        known = known.with_field(name, fields[name])
+    return map_leaves(lambda leaf: known if leaf is opened[0] else leaf, stands)
 
 
 def unfitting(

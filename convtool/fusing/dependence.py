@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -26,7 +26,7 @@ from convtool.core.expression import fused_geometry
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.fuse import NamedConv, fuse_tree
 from convtool.core.geometry import Geometry
-from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
+from convtool.core.tree import Chain, Sum, Tree, fold, leaves, map_leaves
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.leaf import LoweredLayer
 from convtool.kinds.kind import Kind
@@ -133,7 +133,8 @@ def depends(tree: Tree[Probe], variable: str, size: tuple[int, ...] | None, bord
         here = None if size is None else (size[axis],)
         values = next(one.values for leaf in leaves(alone) for one in leaf.open if one.variable == variable)
         for context in _contexts(alone):
-            outcomes = [_outcome(alone, _frozen_values(context | {variable: one}), here, border) for one in values]
+            every = (tuple(sorted((context | {variable: one}).items())) for one in values)
+            outcomes = [_outcome(alone, chosen, here, border) for chosen in every]
             ran = [one for one in outcomes if one is not None]
             if len({one.kernel for one in ran if one.kernel}) > 1:
                 return KERNEL
@@ -218,8 +219,7 @@ def fixed_fields(tree: Tree[Probe], varied: frozenset[str]) -> frozenset[str]:
     return frozenset(same or ())
 
 
-@dataclass(frozen=True, slots=True)
-class _Outcome:
+class _Outcome(NamedTuple):
     kernel: tuple[float, ...]
     verdict: tuple[object, ...]
 
@@ -338,18 +338,12 @@ def _with_stride(part: Tree[LoweredLayer], total: tuple[int, ...]) -> Tree[Lower
 
 def _stride(tree: Tree[LoweredLayer]) -> tuple[int, ...]:
     """Return the product of the strides along a branch."""
-    path = tree
-    if isinstance(path, Sum):
-        return _stride(path.parts[0])
-    if isinstance(path, Chain):
-        each = [_stride(part) for part in path.parts]
-        return tuple(math.prod(sizes) for sizes in zip(*each, strict=True))
-    return path.conv.geometry.stride
+
+    def product(each: list[tuple[int, ...]]) -> tuple[int, ...]:
+        return tuple(map(math.prod, zip(*each, strict=True)))
+
+    return fold(tree, lambda leaf: leaf.conv.geometry.stride, product, lambda each: each[0])
 
 
 def _frozen(value: Any) -> object:
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
-
-
-def _frozen_values(values: Values) -> tuple[Value, ...]:
-    return tuple(sorted(values.items()))

@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from string import Template
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
@@ -29,19 +29,18 @@ def module_edits(planned: PlannedLayer) -> list[str]:
     if conv.has_bias_map:
         lines.append(f"y = {name}(x) + bias_map  # that of the checkpoint, in place of {name}(x)")
     lines += _normalizations(planned)
-    gone = [layer.layer for layer in planned.layers if layer.own]
-    stays = any(layer.name == name for layer in gone)  # then the model goes on to call all of the branches
     silent = []
-    for layer in gone:
-        if is_written(layer.name):
+    for leaf, fate in _fates(planned):
+        layer = leaf.layer
+        if fate == "in code":
             lines.append(f"take {layer.name} out of the model's code, as {name} does it")
-        elif layer.kind.parameter and (layer.name in planned.blocks or layer.name in layer.tensor_names()):
+        elif fate == "parameters":
             lines += [f"{tensor} = None" for tensor in layer.tensor_names()]
-        elif layer.name != name and stays and has_sum(planned.tree):
-            silent.append(layer.name)
-        elif layer.name != name and has_sum(planned.tree):  # an identity would add its input to the sum
+        elif fate == "deleted":
             lines.append(f"del {layer.name}")
-        elif layer.name != name:
+        elif fate == "silent":
+            silent.append(layer.name)
+        elif fate == "identity":
             # Tensors don't tell whether the module does more: timm's BatchNormAct2d has an activation inside.
             more = "  # but for an activation inside of it, which stays" if layer.kind.spare else ""
             lines.append(f"{layer.name} = nn.Identity(){more}")
@@ -54,6 +53,22 @@ def module_edits(planned: PlannedLayer) -> list[str]:
     return lines
 
 
+def _fates(planned: PlannedLayer) -> Iterator[tuple[LoweredLayer, Fate]]:
+    """Yield what becomes of each of the model's layers in a fusion."""
+    own = [leaf for leaf in planned.layers if leaf.own]
+    stays = any(leaf.layer.name == planned.name for leaf in own)  # then the model goes on to call all of the branches
+    # An identity would add its input to a sum.
+    other: Fate = "identity" if not has_sum(planned.tree) else "silent" if stays else "deleted"
+    for leaf in own:
+        layer = leaf.layer
+        if is_written(layer.name):
+            yield leaf, "in code"
+        elif layer.kind.parameter and (layer.name in planned.blocks or layer.name in layer.tensor_names()):
+            yield leaf, "parameters"
+        else:
+            yield leaf, "stays" if layer.name == planned.name else other
+
+
 def _own_line(planned: PlannedLayer) -> list[str]:
     """Return what becomes of the fused layer's own module."""
     conv, known = planned.fusion.conv, planned.record.fields
@@ -62,8 +77,9 @@ def _own_line(planned: PlannedLayer) -> list[str]:
         return [f"{planned.name} = {module_text(conv)}"]
     own = next((leaf for leaf in planned.layers if leaf.own and leaf.layer.name == planned.name), None)
     if own is None or not own.layer.kind.main:
-        whose = ", ".join(leaf.name for leaf in planned.layers if any(leaf.open.values()))
-        return [f"{planned.name} = {module_text(conv, missing)}  # what is left out, as {whose} {_have(whose)} it"]
+        whose = [leaf.name for leaf in planned.layers if any(leaf.open.values())]
+        have = f"{', '.join(whose)} {'have' if len(whose) > 1 else 'has'}"
+        return [f"{planned.name} = {module_text(conv, missing)}  # what is left out, as {have} it"]
     changes = list(_changes(conv, own.conv, known, changed_fields(planned.tree, own), planned.layers))
     return [f"{planned.name}: {', '.join(changes)}"] if changes else []
 
@@ -101,10 +117,6 @@ def _changes(
 
 def _sizes(values: tuple[int, ...]) -> str:
     return str(values[0]) if len(set(values)) == 1 else format_sizes(values)
-
-
-def _have(names: str) -> str:
-    return "have" if "," in names else "has"
 
 
 def _normalizations(planned: PlannedLayer) -> list[str]:
@@ -173,6 +185,8 @@ def module_text(conv: Conv, unknown: Collection[str] = ()) -> str:
 def _argument(value: object) -> str:
     return str(value[0]) if isinstance(value, tuple) and len(set(value)) == 1 else repr(value)
 
+
+Fate: TypeAlias = Literal["stays", "in code", "parameters", "deleted", "silent", "identity"]
 
 CHECKED = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "eps")
 MODULE = Template('''\
@@ -292,16 +306,15 @@ def _edits(planned: PlannedLayer, gone: set[str]) -> Iterator[str]:
     Args:
         gone: the layers that fusions share, once one of these was put in; those of this one are added.
     """
-    own = [layer for layer in planned.layers if layer.own]
-    stays = any(layer.name == planned.name for layer in own)
-    if planned.fusion.conv.has_bias_map or (stays and has_sum(planned.tree)):
+    fates = list(_fates(planned))
+    if planned.fusion.conv.has_bias_map or any(fate == "silent" for _, fate in fates):
         why = "has a bias map" if planned.fusion.conv.has_bias_map else "takes the place of one branch of a sum"
         raise UsageError(f"--loader: {planned.name} {why}, which only convtool.apply puts into a model")
     if code := list(done_by_the_model(planned.record.tree)):
         raise UsageError(f"--loader: {', '.join(code)} is in the model's own code; take it out there")
-    own = [layer for layer in own if layer.name not in gone]
+    fates = [(leaf, fate) for leaf, fate in fates if leaf.name not in gone]
     gone.update(planned.record.shares())
-    modules = [layer for layer in own if not layer.layer.kind.parameter]
+    modules = [leaf for leaf, _ in fates if not leaf.layer.kind.parameter]
     names = {layer.name: f"old{number or ''}" for number, layer in enumerate(modules)}
     made = _constructor(planned, names)
     for layer in modules:
@@ -309,18 +322,18 @@ def _edits(planned: PlannedLayer, gone: set[str]) -> Iterator[str]:
         used = f"{names[layer.name]} = " if f"{names[layer.name]}." in made else ""
         yield f"{used}find(model, {unwrap(layer.name)!r}{stated})"
     yield f"put(model, {unwrap(planned.name)!r}, {made})"
-    for layer in own:
-        if layer.layer.kind.parameter and (layer.name in planned.blocks or layer.name in layer.layer.tensor_names()):
-            for tensor in layer.layer.tensor_names():
+    for leaf, fate in fates:
+        parent, _, last = unwrap(leaf.name).rpartition(".")
+        if fate == "parameters":
+            for tensor in leaf.layer.tensor_names():
                 parent, _, last = unwrap(tensor).rpartition(".")
                 yield f"model.get_submodule({parent!r}).register_parameter({last!r}, None)"
-        elif layer.name == planned.name or layer.name.startswith(f"{planned.name}."):
+        elif fate == "stays" or leaf.name.startswith(f"{planned.name}."):
             continue
-        elif has_sum(planned.tree):
-            parent, _, last = unwrap(layer.name).rpartition(".")
+        elif fate == "deleted":
             yield f"delattr(model.get_submodule({parent!r}), {last!r})"
         else:
-            yield f"put(model, {unwrap(layer.name)!r}, nn.Identity())"
+            yield f"put(model, {unwrap(leaf.name)!r}, nn.Identity())"
 
 
 def _stated(layer: LoweredLayer) -> Iterator[tuple[str, object]]:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from fnmatch import fnmatchcase
 from itertools import pairwise
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
 from convtool.core.fields import Fields
-from convtool.core.names import some_of, unwrap
+from convtool.core.names import unwrap
 from convtool.core.tree import BASE, Chain, LayerRef, leaves
-from convtool.errors import ConvtoolError, RefusedError, UsageError
+from convtool.errors import ConvtoolError, UsageError
+from convtool.fusing.adapters import check_complete
 from convtool.fusing.fusion import check_nothing_missed
 from convtool.fusing.recipe import Known, Names, NothingFitsError, PlannedFusion, Recipe, resolve
 from convtool.fusing.shipped import find_recipe, shipped
 from convtool.kinds.stated import FieldSources
 from convtool.kinds.written import check_closed
+
+# What a file of adapters calls the networks that it has modules for: 'lora_unet', 'lora_te1', 'unet', 'text_encoder'.
+_COMPONENT = re.compile(r"lora_[a-z0-9]+|[^.]+")
 
 
 def named_chain(layers: Sequence[str], name: str, checkpoints: Mapping[str, Checkpoint]) -> PlannedFusion:
@@ -92,37 +95,9 @@ def by_recipe(
     used = {(ref.source, ref.name) for one in planned for ref in leaves(one.tree) if ref.source != BASE}
     for source, opened in checkpoints.items():
         if source != BASE:
-            _check_complete(source, opened, {name for other, name in used if other == source}, leave)
+            merged = {name for other, name in used if other == source}
+            check_complete(source, opened, merged, leave, lambda name: (_COMPONENT.match(name) or [""])[0])
     return planned
-
-
-# What a file of adapters calls the networks that it has modules for: 'lora_unet', 'lora_te1', 'unet', 'text_encoder'.
-_COMPONENT = re.compile(r"lora_[a-z0-9]+|[^.]+")
-
-
-def _check_complete(source: str, opened: Checkpoint, used: set[str], leave: Sequence[str]) -> None:
-    """Raise RefusedError where some modules of a component are merged, and others are neither merged nor left out.
-
-    A component that has no module in the checkpoint, such as a text encoder's, is another network's.
-    """
-    components = {_component(name) for name in used}
-    missed = [
-        name
-        for name in opened.layers
-        if name not in used
-        and _component(name) in components
-        and not any(fnmatchcase(name, pattern) for pattern in leave)
-    ]
-    if missed:
-        raise RefusedError(
-            f"{source}: {len(missed)} of its modules fit no layer, or are of a form that the recipe doesn't know:"
-            f" {some_of(missed)}; merged without them it would mean something else. --leave PATTERN leaves modules out"
-        )
-
-
-def _component(name: str) -> str:
-    found = _COMPONENT.match(name)
-    return found[0] if found else ""
 
 
 def without_effect(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[str]:

@@ -98,9 +98,8 @@ def _linear(
     lowered: LoweredLayer, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], before: str, after: str = ""
 ) -> Reexpression:
     """Return a convolution as a linear layer between what gives and takes the form of its tensors."""
-    layer, conv = lowered.layer, Conv(weight, bias, pointwise(0))
-    record = _record(layer.name, Chain((lowered.source(),)), {}, weight, sizes, before, after)
-    return Reexpression(layer.name, _edit(layer, conv), record, module_text(conv))
+    tree, conv = Chain((lowered.source(),)), Conv(weight, bias, pointwise(0))
+    return _made(lowered.layer, conv, tree, {}, sizes, before, after)
 
 
 def lower_convolution(
@@ -154,8 +153,8 @@ def as_conv(
     sources = [_written("flatten", size), SourceLayer(layer.name, layer.kind, {})]
     if math.prod(output_size) > 1:
         sources.append(_written("unflatten", output_size))
-    record = _record(layer.name, Chain(tuple(sources)), geometry_fields(geometry), conv.weight, tuple(input_size))
-    return Reexpression(layer.name, _edit(layer, conv), record, module_text(conv), residual)
+    fields = geometry_fields(geometry)
+    return _made(layer, conv, Chain(tuple(sources)), fields, tuple(input_size), residual=residual)
 
 
 def _recovered(
@@ -177,16 +176,20 @@ def _recovered(
     return conv, residual
 
 
-def _record(
-    name: str,
+def _made(
+    layer: Layer,
+    conv: Conv,
     tree: Chain[SourceLayer],
     fields: Fields,
-    weight: Tensor,
     input_size: tuple[int, ...],
     before: str = "",
     after: str = "",
-) -> FusionRecord:
-    return FusionRecord(name, tree, fields, dtype_name(weight.dtype), True, input_size, (), before, after)
+    residual: Residual | None = None,
+) -> Reexpression:
+    """Return a layer in its new form; see `FusionRecord`."""
+    gone, name = list(layer.tensor_names()), layer.name
+    record = FusionRecord(name, tree, fields, dtype_name(conv.weight.dtype), True, input_size, (), before, after)
+    return Reexpression(name, Edit.of(gone, conv_tensors(name, conv), gone[0]), record, module_text(conv), residual)
 
 
 def _text(kind: str, size: Sequence[int]) -> str:
@@ -196,11 +199,6 @@ def _text(kind: str, size: Sequence[int]) -> str:
 def _written(kind: str, size: Sequence[int]) -> SourceLayer:
     layer = read_layer(_text(kind, size))
     return SourceLayer(layer.name, layer.kind, {})
-
-
-def _edit(layer: Layer, conv: Conv) -> Edit:
-    gone = list(layer.tensor_names())
-    return Edit.of(gone, conv_tensors(layer.name, conv), gone[0])
 
 
 def _memory() -> int | None:

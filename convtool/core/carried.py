@@ -52,7 +52,9 @@ def hidden_biases(chain: Sequence[Conv], input_size: Sequence[int] | None) -> tu
     size, hidden = input_size, []
     for conv in chain:
         carried = values is not None and bool(values.any())
-        partial = carried and (conv.geometry.transposed or (conv.geometry.padded and _pads_zeros(conv)))
+        partial = carried and (
+            conv.geometry.transposed or (conv.geometry.padded and conv.geometry.padding_mode == "zeros")
+        )
         if carried and values is not None:
             behind = carry(conv.exact(), values)
             hidden.append(partial and not _is_constant(conv.exact(), values, behind, size))
@@ -64,10 +66,6 @@ def hidden_biases(chain: Sequence[Conv], input_size: Sequence[int] | None) -> tu
             values = bias if values is None or not carried else values + bias
         size = None if size is None else conv.output_size(size)
     return tuple(hidden)
-
-
-def _pads_zeros(conv: Conv) -> bool:
-    return conv.geometry.padding_mode == "zeros"
 
 
 def _is_constant(conv: Conv, values: Tensor, behind: Tensor, size: Sequence[int] | None) -> bool:

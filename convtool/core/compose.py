@@ -67,7 +67,10 @@ def compose(first: Conv, second: Conv) -> Conv:
         weight = first.weight * second.weight.reshape(-1, *(1,) * (first.weight.dim() - 1))  # no sums, and no copies
     else:
         weight = _compose_weights(first, second, geometry)
-    return Conv(weight, _compose_biases(first, second), geometry)
+    if first.bias is None:
+        return Conv(weight, second.bias, geometry)
+    bias = carry(second, first.bias)  # (C_out,)
+    return Conv(weight, bias if second.bias is None else bias + second.bias, geometry)
 
 
 def plain_behind(chain: Sequence[Conv]) -> list[Conv]:
@@ -250,13 +253,6 @@ def _landing(plan: AxisComposition, taps: int, tap: int) -> slice:
     start = (plan.base + tap * plan.step2 + min(0, plan.step1) * (taps - 1)) // plan.axis.dilation
     step = max(1, abs(plan.step1) // plan.axis.dilation)
     return slice(start, start + (taps - 1) * step + 1, step)
-
-
-def _compose_biases(first: Conv, second: Conv) -> Tensor | None:
-    if first.bias is None:
-        return second.bias
-    carried = carry(second, first.bias)  # (C_out,)
-    return carried if second.bias is None else carried + second.bias
 
 
 def add(a: Conv, b: Conv) -> Conv:

@@ -36,17 +36,14 @@ def joined(tree: Tree[Leaf]) -> Tree[Leaf]:
     parts: list[Any] = []
     for part in map(joined, flat_parts(tree)):
         moves, conv = getattr(parts[-1] if parts else None, "conv", None), getattr(part, "conv", None)
-        if isinstance(moves, Selection) and conv is not None and _reads_each_once(conv):
+        taps = 0 if conv is None else math.prod(conv.geometry.kernel_size)
+        # A dense layer over the channels of one position, as what follows a flatten is, reads each once.
+        if isinstance(moves, Selection) and conv is not None and conv.geometry.groups == taps == 1:
             geometry = compose_geometry(moves.geometry, conv.geometry)
             parts[-1] = replace(part, conv=compose_moves(moves, conv, geometry))  # in its own dtype
         else:
             parts.append(part)
     return Chain(tuple(parts))
-
-
-def _reads_each_once(conv: Conv) -> bool:
-    """Return whether it is a dense layer over the channels of one position, as what follows a flatten is."""
-    return conv.geometry.groups == 1 and math.prod(conv.geometry.kernel_size) == 1
 
 
 def run(expression: Expression, x: Tensor) -> Tensor:

@@ -78,22 +78,29 @@ def _integer(value: object) -> int:
     return value
 
 
-def _integers(value: object) -> int | list[int]:
-    if isinstance(value, str):
-        value = value.split(",")
-        return _integer(value[0]) if len(value) == 1 else [_integer(part) for part in value]
-    return [_integer(part) for part in value] if isinstance(value, list | tuple) else _integer(value)
+def _several(parse: Callable[[object], Any]) -> Callable[[object], list[Any]]:
+    """Return what makes a list of values: of one, of several with commas between them, or of a list."""
+
+    def parsed(value: object) -> list[Any]:
+        parts = value.split(",") if isinstance(value, str) else value
+        return [parse(part) for part in (parts if isinstance(parts, list | tuple) else [parts])]
+
+    return parsed
+
+
+def _per_axis(parse: Callable[[object], Any]) -> Callable[[object], Any]:
+    """Return what makes a list as `_several` does, and one number of a single one that is no list."""
+
+    def parsed(value: object) -> Any:
+        found = _several(parse)(value)
+        alone = len(found) == 1 and not isinstance(value, list | tuple) and isinstance(found[0], int)
+        return found[0] if alone else found
+
+    return parsed
 
 
 def _padding(value: object) -> object:
-    if value in ("same", "valid", "half"):
-        return value
-    if isinstance(value, str):
-        parts = [_side(part) for part in value.split(",")]
-        return parts[0] if len(parts) == 1 and isinstance(parts[0], int) else parts
-    if isinstance(value, list | tuple):
-        return [_side(part) for part in value]
-    return _integer(value)
+    return value if value in ("same", "valid", "half") else _per_axis(_side)(value)
 
 
 def _side(value: object) -> int | tuple[int, int]:
@@ -108,10 +115,10 @@ def _side(value: object) -> int | tuple[int, int]:
 def _flag(value: object) -> bool:
     if isinstance(value, bool):
         return value
-    try:
-        return {"true": True, "1": True, "false": False, "0": False}[_text(value).lower()]
-    except KeyError:
-        raise ValueError from None
+    found = {"true": True, "1": True, "false": False, "0": False}.get(_text(value).lower())
+    if found is None:
+        raise ValueError
+    return found
 
 
 def _mode(value: object) -> str:
@@ -131,8 +138,7 @@ def _eps(value: object) -> float:
 
 
 def _sizes(value: object) -> list[int]:
-    sizes = _integers(value)
-    sizes = [sizes] if isinstance(sizes, int) else sizes
+    sizes = _several(_integer)(value)
     if not sizes or min(sizes) < 1:
         raise ValueError
     return sizes
@@ -156,10 +162,6 @@ def _number(value: object) -> float:
     return number
 
 
-def _numbers(value: object) -> list[float]:
-    return [_number(part) for part in _text(value).split(",")]
-
-
 def _range(value: object) -> list[int | None]:
     """Return '2:5' as [2, 5], and '2:' as [2, None]."""
     if isinstance(value, str):
@@ -171,11 +173,6 @@ def _range(value: object) -> list[int | None]:
     if start < 0 or (stop is not None and stop <= start):
         raise ValueError
     return [start, stop]
-
-
-def _list(value: object) -> list[int]:
-    integers = _integers(value)
-    return [integers] if isinstance(integers, int) else integers
 
 
 def _kernel(value: object) -> object:
@@ -198,7 +195,7 @@ def _offset(value: object) -> object:
     text = _text(value)
     if text.startswith("["):
         return [_number(str(part)) for part in loads(text)]
-    return _numbers(text) if _is_number(text) else text
+    return _several(_number)(text) if _is_number(text) else text
 
 
 def _is_number(value: object) -> bool:
@@ -207,7 +204,7 @@ def _is_number(value: object) -> bool:
 
 
 INTEGER = FieldType(_integer, "an integer", int)
-INTEGERS = FieldType(_integers, "an integer or one per axis, such as 2 or 2,1", list[int])
+INTEGERS = FieldType(_per_axis(_integer), "an integer or one per axis, such as 2 or 2,1", list[int])
 PADDING = FieldType(
     _padding, "1, one per axis (1,2), before:after (0:1,2:2), 'same', 'valid' or 'half'", list[tuple[int, int]]
 )
@@ -216,10 +213,10 @@ FLAG = FieldType(_flag, "true or false", bool)
 POSITIVE = FieldType(_eps, "a number of at least 0, such as 1e-3", float)
 SIZES = FieldType(_sizes, "spatial sizes, such as 7,7", list[int])
 NUMBER = FieldType(_number, "a finite number", float)
-NUMBERS = FieldType(_numbers, "finite numbers, such as 0.5,0.4", list[float])
+NUMBERS = FieldType(_several(_number), "finite numbers, such as 0.5,0.4", list[float])
 TEXT = FieldType(_text, "a name", str)
 RANGE = FieldType(_range, "channels A:B, from A up to B, which is left out", list[int], between=":")
-LIST = FieldType(_list, "channels, such as 2,1,0", list[int])
+LIST = FieldType(_several(_integer), "channels, such as 2,1,0", list[int])
 TENSOR = FieldType(_kernel, "a tensor's full name, or numbers in a JSON list", names_tensors=True)
 NUMBER_OR_TENSOR = FieldType(
     lambda value: _number(value) if _is_number(value) else _text(value),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator
@@ -111,7 +112,13 @@ class RowMatrix(ABC):
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
         step = max(1, entries * self.shape[0] // max(1, self.nnz))
-        return ((first, min(first + step, self.shape[0])) for first in range(0, self.shape[0], step))
+        whole = step // self._period * self._period  # several periods, or equal parts of each
+        together, step = whole or self._period, whole or math.ceil(self._period / math.ceil(self._period / step))
+        for start in range(0, self._plain_rows, together):
+            stop = min(start + together, self._plain_rows)
+            yield from ((first, min(first + step, stop)) for first in range(start, stop, step))
+        if self.shape[0] > self._plain_rows:
+            yield self._plain_rows, self.shape[0]
 
     @abstractmethod
     def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]: ...

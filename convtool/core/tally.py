@@ -133,8 +133,8 @@ class Worst:
         """
         at, now = int(ratio.argmax()), self.region
         worst = float(ratio.reshape(-1)[at])
-        self._output = max(self._output, _largest_finite(size))
-        largest = max(now.largest_error, _or_infinity(float(error.max())))
+        self._output = max(self._output, float(torch.where(size.isfinite(), size, 0.0).max()))
+        largest = max(now.largest_error, float(error.nan_to_num(nan=math.inf, posinf=math.inf).max()))
         differing = int((ratio > 1).sum()) if worst > 1 else 0
         now = replace(
             now,
@@ -188,12 +188,3 @@ class Tally:
     def region(self) -> Region:
         """Return what was found, counted by positions."""
         return replace(self._worst.region, differing=int(self._differs.sum()), positions=int(self._mask.sum()))
-
-
-def _largest_finite(size: Tensor) -> float:
-    largest = float(size.max())
-    return largest if math.isfinite(largest) else float(torch.where(size.isfinite(), size, 0.0).max())
-
-
-def _or_infinity(number: float) -> float:
-    return math.inf if math.isnan(number) else number

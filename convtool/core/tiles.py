@@ -120,8 +120,9 @@ class ChannelRows:
         else:
             # Those positions agree with it on some leading axes, are smaller on the next, and any on the rest.
             before, agree, inner, rest = 0, 1, self.positions, position
-            for size, starts, below in zip(self._row_size, self._counts_before, self._totals_below, strict=True):
-                inner //= size
+            below = math.prod(int(starts[-1]) for starts in self._counts_before)
+            for size, starts in zip(self._row_size, self._counts_before, strict=True):
+                inner, below = inner // size, below // max(1, int(starts[-1]))
                 index, rest = divmod(rest, inner)
                 before += agree * int(starts[index]) * below
                 agree *= int(starts[index + 1] - starts[index])
@@ -131,12 +132,6 @@ class ChannelRows:
     def _counts_before(self) -> list[npt.NDArray[np.int64]]:
         """For each axis the slots in use before each of its positions, and behind the last."""
         return [np.concatenate([[0], np.cumsum(axis.counts)]) for axis in self._slots]
-
-    @cached_property
-    def _totals_below(self) -> list[int]:
-        """For each axis the slots in use of all axes after it, multiplied."""
-        totals = [int(starts[-1]) for starts in self._counts_before]
-        return [math.prod(totals[number + 1 :]) for number in range(len(totals))]
 
     def counts(self, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """(positions,) number of entries in the rows of these positions."""

@@ -24,7 +24,7 @@ from convtool.core.conv import Conv
 from convtool.core.expression import Expression
 from convtool.core.kernels import Order, kernels
 from convtool.core.rounding import check_room, held
-from convtool.core.rows import BLOCK_ENTRIES, Array, RowMatrix, Stretch, words
+from convtool.core.rows import Array, RowMatrix, Stretch, words
 from convtool.core.tiles import RUN_ENTRIES, ChannelRows, Run
 from convtool.core.tree import Chain
 
@@ -122,21 +122,6 @@ class ToeplitzMatrix(RowMatrix):
         """Return the bias of outputs start:stop, without making all of it; only of a layer that has one."""
         return self._bias_at(torch.arange(start, stop))
 
-    def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
-        """Yield ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
-        together = self._period
-        per_channel = max(1, self.nnz // max(1, self._kernels.row_channels))
-        if per_channel <= entries:
-            step = together = self._period * max(1, entries // per_channel)
-        else:
-            most = max(1, entries // max(1, self._channel.longest))
-            step = math.ceil(self._period / math.ceil(self._period / most))
-        for start in range(0, self._plain_rows, together):
-            stop = min(start + together, self._plain_rows)
-            yield from ((first, min(first + step, stop)) for first in range(start, stop, step))
-        if self.shape[0] > self._plain_rows:
-            yield self._plain_rows, self.shape[0]
-
     def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]:
         """Cut the rows into stretches of about `RUN_ENTRIES` entries (one row at least)."""
         for (first, last, begin, end), runs in self._pieces(start, stop):
@@ -221,12 +206,10 @@ class ToeplitzMatrix(RowMatrix):
         """
         kept = self._channel_values
         if kept is None or kept[0] != (first, last):
-            kept = self._channel_values = ((first, last), words(self._make_values(first, last)))
+            values = held(self._kernels.values(first, last), self.dtype, "the matrix")
+            values = F.pad(values, (0, 1)) if self._has_bias_column else values.contiguous()
+            kept = self._channel_values = ((first, last), words(values))
         return kept[1]
-
-    def _make_values(self, first: int, last: int) -> Tensor:
-        values = held(self._kernels.values(first, last), self.dtype, "the matrix")
-        return F.pad(values, (0, 1)) if self._has_bias_column else values.contiguous()
 
     @property
     def _varying_bias(self) -> bool:

@@ -131,7 +131,9 @@ def explanations(trials: Iterable[tuple[Trial, EquivalenceReport]], options: dic
     """
     found: dict[str, list[tuple[str, float, float]]] = {}
     for trial, report in trials:
-        for dtype in () if report.equivalent or report.mismatch else _lower(report.dtype):
+        # What is stored in a dtype may have been computed in these, the higher first.
+        lower = ("float32", *({"float16", "bfloat16"} & {report.dtype}))
+        for dtype in () if report.equivalent or report.mismatch else lower:
             with contextlib.suppress(UsageError):  # sums so long that it bounds nothing
                 again = trial.run(**{**options, "computed_in": getattr(torch, dtype)})
                 if again.equivalent:
@@ -143,11 +145,6 @@ def explanations(trials: Iterable[tuple[Trial, EquivalenceReport]], options: dic
         f" (error/bound {max(ratio for _, _, ratio in each):.2g}): --computed-in {dtype}, if AFTER was made so"
         for dtype, each in found.items()
     )
-
-
-def _lower(stored: str) -> list[str]:
-    """Return the precisions in which what is stored in a dtype may have been computed, the higher first."""
-    return ["float32", *([stored] if stored in ("float16", "bfloat16") else ())]
 
 
 def _dtype(name: str, pairing: Pairing) -> torch.dtype:
@@ -204,14 +201,10 @@ def statement(results: Results, exhaustive: bool, sizes: bool, only: bool) -> st
         only: nothing but the named layers was compared.
     """
     reports = [report for _, report in results]
-    shown = _shown(exhaustive) if reports else ""
+    run = "every basis vector run: this holds for all inputs of these sizes"
+    shown = "" if not reports else run if exhaustive else "each number compared, and random inputs run"
     shown += _unread(reports) + ("" if sizes else _narrowed(results)) + _allowed(results)
     return f"{shown}; of the layers named alone" if only else shown
-
-
-def _shown(exhaustive: bool) -> str:
-    run = "every basis vector run: this holds for all inputs of these sizes"
-    return run if exhaustive else "each number compared, and random inputs run"
 
 
 def _unread(reports: list[EquivalenceReport]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 
@@ -207,13 +207,12 @@ def _named(name: str, layers: list[str], missing: Sequence[Missing], checkpoints
 
 def _to_paste(missing: Sequence[Missing]) -> str:
     """Return the options that state what is missing, with torch's defaults in place of the model's values."""
-    settings = list(dict.fromkeys(_settings(missing)))
+    values = ((one, field_text(one.layer.computed.kind.defaults[one.field])) for one in missing)
+    said = (
+        f"--eps {value}" if one.field == "eps" else f"--set {one.layer.name}.{one.field}={value}"
+        for one, value in values
+    )
+    settings = list(dict.fromkeys(said))
     if len(settings) > MOST_SETTINGS:
         return "to state them: --geometry FILE, --model CODE, or --set LAYER.FIELD=VALUE"
     return f"to state {'them' if len(missing) > 1 else 'it'}, with torch's values here: {' '.join(settings)}"
-
-
-def _settings(missing: Sequence[Missing]) -> Iterator[str]:
-    for one in missing:
-        value = field_text(one.layer.computed.kind.defaults[one.field])
-        yield f"--eps {value}" if one.field == "eps" else f"--set {one.layer.name}.{one.field}={value}"

@@ -183,14 +183,11 @@ def _parse_rule(table: object, where: str) -> Rule:
 def _parse_input_size(value: object, where: str) -> tuple[int, ...] | None:
     if value is None:
         return None
-    if not isinstance(value, list) or not value or not all(map(_is_size, value)):
+    sizes = value if isinstance(value, list) else []
+    if not sizes or not all(type(size) is int and 1 <= size <= LARGEST for size in sizes):
         got = shown(value)
         raise UsageError(f"{where}: input_size: expected sizes from 1 to {LARGEST} such as [3, 32, 32], got {got}")
-    return tuple(value)
-
-
-def _is_size(value: object) -> bool:
-    return type(value) is int and 1 <= value <= LARGEST
+    return tuple(sizes)
 
 
 def _parse_part(part: object, where: str, depth: int = 0) -> Plan:

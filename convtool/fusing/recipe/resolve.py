@@ -81,8 +81,17 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
     if not planned:
         raise NothingFitsError(f"{recipe.origin}: nothing in it fits any layer")
     order = {name: number for number, name in enumerate(known.layers[BASE])}
+<<<<<<< HEAD
     planned.sort(key=lambda fusion: min(order.get(ref.name, len(order)) for ref in _base_layers(fusion.tree)))
     _check_claims(planned, known.layers, recipe.origin)
+=======
+
+    def place(fusion: PlannedFusion) -> int:
+        return min(order.get(ref.name, len(order)) if ref.source == BASE else len(order) for ref in leaves(fusion.tree))
+
+    planned.sort(key=place)
+    _check_claims(planned, recipe.origin)
+>>>>>>> e4815aa (Lists of fields are read by one rule; blocks of any matrix are cut by its period; a recipe's layer is found in one place)
     return planned
 
 
@@ -141,13 +150,11 @@ class _Resolution:
                 )
         return tree
 
-    def _texts(self) -> Iterator[str]:
-        yield from (pattern.text for pattern in leaves(self.rule.tree) if not pattern.is_function)
-
     def _bindings(self) -> list[dict[str, str]]:
         """Return every value of the variables that some anchor fits; one empty binding where there are none."""
         anchors = anchors_of(self.rule)
-        variables = {variable for text in self._texts() for variable in variables_of(text)}
+        named = (pattern.text for pattern in leaves(self.rule.tree) if not pattern.is_function)
+        variables = {variable for text in named for variable in variables_of(text)}
         if not variables:
             return [{}] if any(self._fits(pattern, {}) for pattern in anchors) else []
         found: dict[tuple[tuple[str, str], ...], None] = {}
@@ -162,7 +169,7 @@ class _Resolution:
     def _tree(self, plan: Plan, binding: Binding) -> Ref | None:
         """Return the plan with names filled in; None where all of it is optional and absent."""
         if isinstance(plan, Pattern):
-            return self._layer(plan, binding)
+            return self._required(plan, binding)
         if isinstance(plan, Sum):
             parts = [part for branch in plan.parts for part in self._branches(branch, binding)]
             together = Stack if isinstance(plan, Stack) else Sum
@@ -204,41 +211,35 @@ class _Resolution:
 
     def _part(self, part: Plan, binding: Binding) -> Ref | None:
         """Return a part of a chain; where it is missing altogether the chain says so."""
-        if isinstance(part, Pattern) and not part.is_function:
-            refs = self._layers(part, binding)
-            return refs[0] if refs else None
-        return self._tree(part, binding)
+        return self._layer(part, binding) if isinstance(part, Pattern) else self._tree(part, binding)
 
-    def _layer(self, pattern: Pattern, binding: Binding) -> LayerRef | None:
-        if pattern.is_function:
-            return LayerRef(self._asked(filled(pattern.text, binding)))
-        refs = self._layers(pattern, binding)
-        if refs:
-            return refs[0]
-        if pattern.optional:
-            return None
+    def _required(self, pattern: Pattern, binding: Binding) -> LayerRef | None:
+        """Return the layer that a pattern fits; UsageError where there is none, and there has to be one."""
+        ref = self._layer(pattern, binding)
+        if ref or pattern.optional:
+            return ref
         there = [name for anchor in anchors_of(self.rule) for name, _ in self._fits(anchor, binding)]
         raise UsageError(
             f"{self.origin}: {str(pattern)!r}{_where(binding)} fits no layer, though other layers of its fusion are"
             f" there ({', '.join(there[:2])}); a ! behind a pattern has it alone say where fusions are"
         )
 
-    def _layers(self, pattern: Pattern, binding: Binding) -> list[LayerRef]:
+    def _layer(self, pattern: Pattern, binding: Binding) -> LayerRef | None:
+        if pattern.is_function:
+            return LayerRef(self._asked(filled(pattern.text, binding)))
         names = [name for name, _ in self._fits(pattern, binding)]
         if len(names) > 1:
             raise UsageError(
                 f"{self.origin}: {str(pattern)!r}{_where(binding)} fits several layers: {', '.join(names[:4])}"
             )
-        like = ""
-        if names and pattern.like:
-            liked = self._fits(pattern.like, binding)
-            if len(liked) != 1:
-                raise UsageError(
-                    f"{self.origin}: like = {str(pattern.like)!r}{_where(binding)} fits {len(liked)} layers,"
-                    " expected one"
-                )
-            like = liked[0][0]
-        return [LayerRef(name, pattern.source, like) for name in names]
+        if not names:
+            return None
+        liked = self._fits(pattern.like, binding) if pattern.like else [("", {})]
+        if len(liked) != 1:
+            raise UsageError(
+                f"{self.origin}: like = {str(pattern.like)!r}{_where(binding)} fits {len(liked)} layers, expected one"
+            )
+        return LayerRef(names[0], pattern.source, liked[0][0])
 
     def _asked(self, text: str) -> str:
         """kernel(LAYER), half(LAYER) and stride(LAYER) inside of a function's arguments, as numbers."""
@@ -291,6 +292,7 @@ def _claim(ref: LayerRef) -> tuple[str, str]:
     return ref.source, ref.name
 
 
+<<<<<<< HEAD
 def _base_layers(tree: Ref) -> list[LayerRef]:
     return [ref for ref in leaves(tree) if ref.source == BASE] or list(leaves(tree))
 
@@ -300,6 +302,9 @@ def _check_claims(planned: Sequence[PlannedFusion], layers: Layers, origin: str)
         own = ref.source == BASE and not ref.written
         return (ref.name, layers[BASE][ref.name].kind) if own else None
 
+=======
+def _check_claims(planned: Sequence[PlannedFusion], origin: str) -> None:
+>>>>>>> e4815aa (Lists of fields are read by one rule; blocks of any matrix are cut by its period; a recipe's layer is found in one place)
     owners: dict[tuple[str, str], str] = {}
     for fusion in planned:
         parts = shares(fusion.tree, owned)

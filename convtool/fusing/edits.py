@@ -307,7 +307,8 @@ def _edits(planned: PlannedLayer, gone: set[str]) -> Iterator[str]:
         gone: the layers that fusions share, once one of these was put in; those of this one are added.
     """
     fates = list(_fates(planned))
-    if planned.fusion.conv.has_bias_map or any(fate == "silent" for _, fate in fates):
+    branch = has_sum(planned.tree) and any(leaf.name == planned.name for leaf, _ in fates)
+    if planned.fusion.conv.has_bias_map or branch:
         why = "has a bias map" if planned.fusion.conv.has_bias_map else "takes the place of one branch of a sum"
         raise UsageError(f"--loader: {planned.name} {why}, which only convtool.apply puts into a model")
     if code := list(done_by_the_model(planned.record.tree)):

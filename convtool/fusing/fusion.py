@@ -104,11 +104,7 @@ class PlannedLayer:
         if self.settled and input_size is not None:
             size = spatial_size(self.tree, input_size) or ()
             return multiply_adds(tree, size), multiply_adds(conv, size), "input"
-<<<<<<< HEAD
-        strided = map_leaves(_with_stride_of_two, alone)
-=======
-        strided = map_leaves(lambda leaf: leaf.with_field("stride", 2) if leaf.open.get("stride") else leaf, self.tree)
->>>>>>> e4815aa (Lists of fields are read by one rule; blocks of any matrix are cut by its period; a recipe's layer is found in one place)
+        strided = map_leaves(lambda leaf: leaf.with_field("stride", 2) if leaf.open.get("stride") else leaf, alone)
         here, there = (
             work_per_position(map_leaves(lambda layer: layer.conv, joined(one)), of_output=True)
             for one in (alone, strided)

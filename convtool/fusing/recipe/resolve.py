@@ -81,17 +81,12 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
     if not planned:
         raise NothingFitsError(f"{recipe.origin}: nothing in it fits any layer")
     order = {name: number for number, name in enumerate(known.layers[BASE])}
-<<<<<<< HEAD
-    planned.sort(key=lambda fusion: min(order.get(ref.name, len(order)) for ref in _base_layers(fusion.tree)))
-    _check_claims(planned, known.layers, recipe.origin)
-=======
 
     def place(fusion: PlannedFusion) -> int:
         return min(order.get(ref.name, len(order)) if ref.source == BASE else len(order) for ref in leaves(fusion.tree))
 
     planned.sort(key=place)
-    _check_claims(planned, recipe.origin)
->>>>>>> e4815aa (Lists of fields are read by one rule; blocks of any matrix are cut by its period; a recipe's layer is found in one place)
+    _check_claims(planned, known.layers, recipe.origin)
     return planned
 
 
@@ -292,19 +287,11 @@ def _claim(ref: LayerRef) -> tuple[str, str]:
     return ref.source, ref.name
 
 
-<<<<<<< HEAD
-def _base_layers(tree: Ref) -> list[LayerRef]:
-    return [ref for ref in leaves(tree) if ref.source == BASE] or list(leaves(tree))
-
-
 def _check_claims(planned: Sequence[PlannedFusion], layers: Layers, origin: str) -> None:
     def owned(ref: LayerRef) -> tuple[str, Kind] | None:
         own = ref.source == BASE and not ref.written
         return (ref.name, layers[BASE][ref.name].kind) if own else None
 
-=======
-def _check_claims(planned: Sequence[PlannedFusion], origin: str) -> None:
->>>>>>> e4815aa (Lists of fields are read by one rule; blocks of any matrix are cut by its period; a recipe's layer is found in one place)
     owners: dict[tuple[str, str], str] = {}
     for fusion in planned:
         parts = shares(fusion.tree, owned)

@@ -6,7 +6,6 @@ x their Kronecker product, and U, the gather matrix, has a one in each row, or n
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 
@@ -98,65 +97,45 @@ class GatherMatrix(RowMatrix):
     ) -> None:
         self.geometry, self.dtype = geometry, dtype
         self.input_size, self.output_size = tuple(input_size), geometry.output_size(input_size)
-        self._tables = [
-            tap_table(axis, size) for axis, size in zip(geometry.axes, self.input_size, strict=True)
-        ]  # (output, kernel) each
         self._period, self._inputs = math.prod(self.output_size), math.prod(self.input_size)
-        self._taps = list(itertools.product(*(range(size) for size in geometry.kernel_size)))
-        live = [(table != PADDED).sum(0) for table in self._tables]  # (kernel,) each
-        counts = (math.prod(int(one[t]) for one, t in zip(live, tap, strict=True)) for tap in self._taps)
-        self._before = [0, *itertools.accumulate(counts)]  # ones of a channel's taps before each of these
-        self._plain_rows = channels * len(self._taps) * self._period
+        # What the rows of one channel read: the positions unfolded, counted from 1, as padding reads 0.
+        positions = torch.arange(1, self._inputs + 1).reshape(1, 1, *self.input_size)
+        self._read = unfold(positions, geometry).flatten().numpy() - 1  # PADDED where a tap reads padding
+        self._before = np.concatenate([[0], np.cumsum(self._read != PADDED)])  # ones in the rows before each
+        self._plain_rows = channels * len(self._read)
         self.shape = self._plain_rows, channels * self._inputs
-        self.nnz = channels * self._before[-1]
-        self._made: tuple[int, Array] = -1, np.zeros(0)
+        self.nnz = channels * int(self._before[-1])
 
     def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]:
         """Cut the rows where a tap ends."""
-        for number, first, last in self._pieces(start, stop):
-            rows = number * self._period + first, number * self._period + last
-            yield Stretch(*rows, (*divmod(number, len(self._taps)), first, last), self.entries(*rows))
+        while start < stop:
+            last = min(stop, start - start % self._period + self._period)
+            yield Stretch(start, last, (start, last), self.entries(start, last))
+            start = last
+
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, Array]]:
+        """Yield each channel of rows start:stop, and what these read of the first one."""
+        while start < stop:
+            channel, first = divmod(start, len(self._read))
+            read = self._read[first : first + stop - start]
+            yield channel, read
+            start += len(read)
 
     def _plain_counts(self, start: int, stop: int) -> Array:
         """Return 1 for each row, or 0 where the tap reads padding."""
-        parts = [self._read(number)[first:last] != PADDED for number, first, last in self._pieces(start, stop)]
+        parts = [(read != PADDED).astype(np.int64) for _, read in self._pieces(start, stop)]
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
     def _plain_indices(self, start: int, stop: int, out: Array) -> None:
         done = 0
-        for number, first, last in self._pieces(start, stop):
-            read = self._read(number)[first:last]
+        for channel, read in self._pieces(start, stop):
             live = read[read != PADDED]
-            out[done : done + len(live)] = live + number // len(self._taps) * self._inputs
+            out[done : done + len(live)] = live + channel * self._inputs
             done += len(live)
 
     def _plain_values(self, start: int, stop: int, out: Array) -> None:
         out[:] = words(torch.ones(1, dtype=self.dtype))
 
     def _plain_before(self, row: int) -> int:
-        number, position = divmod(row, self._period)
-        channel, tap = divmod(number, len(self._taps))
-        within = int((self._read(number)[:position] != PADDED).sum()) if position else 0
-        return channel * self._before[-1] + self._before[tap] + within
-
-    def _pieces(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Yield (number of channel and tap, first, last position) for rows start:stop."""
-        while start < stop:
-            number, first = divmod(start, self._period)
-            last = min(self._period, first + stop - start)
-            yield number, first, last
-            start += last - first
-
-    def _read(self, number: int) -> Array:
-        """Return the (prod(output_size),) positions of the first channel that a tap reads, PADDED where it doesn't."""
-        tap = number % len(self._taps)
-        kept, read = self._made
-        if kept != tap:
-            position, live = np.zeros((), dtype=np.int64), np.ones((), dtype=bool)
-            for table, t, size in zip(self._tables, self._taps[tap], self.input_size, strict=True):
-                column = table[:, t]
-                position = position[..., None] * size + column
-                live = live[..., None] & (column != PADDED)
-            read = np.where(live, position, PADDED).reshape(-1)
-            self._made = tap, read
-        return read
+        channel, first = divmod(row, len(self._read))
+        return channel * int(self._before[-1]) + int(self._before[first])

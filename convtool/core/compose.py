@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache, reduce
 
@@ -158,21 +158,18 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
         compose_axis(a, b, geometry.padding_mode)
         for a, b in zip(first.geometry.axes, second.geometry.axes, strict=True)
     ] or [NOWHERE]
-    others = math.prod(k2[1:])  # said, as without channels it follows from nothing else
-    left = second.weight.reshape(g2, rows, pieces // g2, middle, k2[0], others)
-    left = left.permute(5, 0, 2, 1, 4, 3).reshape(others, pieces, rows, k2[0], middle)  # (taps2 of other axes, ...)
-    if plan[0].step1 * plan[0].step2 > 0:  # where one layer's taps ascend, the other's that land there too descend
-        left = left.flip(3)
-    right = first.weight.reshape(pieces, middle, columns, k1[0], *k1[1:]).movedim((3, 2), (1, -1))
-    backwards = [number + 3 for number, axis in enumerate(plan[1:]) if axis.step1 < 0]
-    right = _laid_out(right.flip(backwards) if backwards else right)
-    # right: (pieces, k1[0], middle, *k1[1:], columns)
+    taps = math.prod(k2)  # said, as without channels it follows from nothing else
+    left = second.weight.reshape(g2, rows, pieces // g2, middle, taps).permute(4, 0, 2, 1, 3)
+    left = left.reshape(taps, pieces, rows, middle).contiguous()
+    right = first.weight.reshape(pieces, middle, columns, *k1).movedim(2, -1)
+    backwards = [number + 2 for number, axis in enumerate(plan) if axis.step1 < 0]
+    flat = _laid_out(right.flip(backwards) if backwards else right).flatten(2)  # (pieces, middle, taps1 * columns)
     total = _zeros((pieces, rows, *k, columns), right.dtype)
-    for tap, place in enumerate(itertools.product(*(range(size) for size in k2[1:]))):
-        landing = tuple(_landing(axis, size, t) for axis, size, t in zip(plan[1:], k1[1:], place, strict=True))
-        for at, taps1, taps2 in _meetings(plan[0], k1[0], k2[0]):
-            here: tuple[slice | int, ...] = (slice(None), slice(None), at, *landing)
-            _add_products(total[here], left[tap, :, :, taps2].flatten(2), right[:, taps1].flatten(1, 2))
+    for tap, place in zip(left, itertools.product(*map(range, k2)), strict=True):
+        # Of one piece a plain product of matrices, which uses threads better than a batch of one.
+        made = (tap[0] @ flat[0])[None] if pieces == 1 else tap @ flat
+        landing = (_landing(axis, size, t) for axis, size, t in zip(plan, k1, place, strict=True))
+        total[(slice(None), slice(None), *landing)] += made.reshape(pieces, rows, *k1, columns)
     # Group h2 of the second and h1 of the first meet in the rows of h2 and the columns of h1.
     blocks = total.reshape(g2, g1 // g, *total.shape[1:]) if pieces == max(g1, g2) else _meet(total, g1, g2)
     weight = blocks.movedim(1, -2)  # (g2, rows, *k, g1/g, columns)
@@ -198,45 +195,6 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def _laid_out(numbers: Tensor) -> Tensor:
     """A copy whose elements lie in the order of its axes."""
     return _zeros(tuple(numbers.shape), numbers.dtype).copy_(numbers)
-
-
-def _meetings(plan: AxisComposition, k1: int, k2: int) -> Iterator[tuple[int, slice, slice]]:
-    """For each tap of the fused layer along an axis, the first's and the second's taps that meet in it, in pairs.
-
-    The first's ascend; the second's do so too, counted from its end where both layers' steps have one sign.
-    """
-    ascending = plan.step1 * plan.step2 < 0
-    found: dict[int, list[tuple[int, int]]] = {}
-    for t1, t2 in itertools.product(range(k1), range(k2)):
-        at = (plan.base + t1 * plan.step1 + t2 * plan.step2) // plan.axis.dilation
-        found.setdefault(at, []).append((t1, t2 if ascending else k2 - 1 - t2))
-    for at, pairs in found.items():  # as solutions of a linear equation, they are evenly spaced
-        first, second = (
-            slice(taps[0], taps[-1] + 1, max(1, taps[-1] - taps[-2]) if taps[1:] else 1)
-            for taps in zip(*pairs, strict=True)
-        )
-        yield at, first, second
-
-
-def _add_products(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """Add the products of matrices of the second layer and of the first where they land, in place.
-
-    Args:
-        total: (pieces, rows, *k1, columns) a view, k1 that of some axes.
-        left: (pieces, rows, inner)
-        right: (pieces, inner, *k1, columns)
-    """
-    number = total.dim() - 1  # from this axis on, numbers lie side by side in both: they are of one product
-    while number > 2 and total.stride(number - 1) == math.prod(total.shape[number:]):
-        number -= 1
-    for place in itertools.product(*(range(size) for size in total.shape[2:number])):
-        here: tuple[slice | int, ...] = (slice(None), slice(None), *place)
-        factor = right[here].flatten(2)
-        target = total[here].view(*total.shape[:2], factor.shape[2])
-        if len(target) == 1:
-            target[0].addmm_(left[0], factor[0])  # which uses threads better than a batch of one
-        else:
-            target.baddbmm_(left, factor)
 
 
 def _meet(total: Tensor, g1: int, g2: int) -> Tensor:

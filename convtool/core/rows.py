@@ -106,14 +106,17 @@ class RowMatrix(ABC):
     shape: tuple[int, int]
     nnz: int
     dtype: torch.dtype
+    _longest: int = 1  # the most entries of a row
     _period: int  # rows after which the matrix repeats itself, but for shifts: shares of threads are cut there
     _plain_rows: int  # all rows, or all but the last where that one is full: the bias under a transposed matrix
 
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
-        step = max(1, entries * self.shape[0] // max(1, self.nnz))
-        whole = step // self._period * self._period  # several periods, or equal parts of each
-        together, step = whole or self._period, whole or math.ceil(self._period / math.ceil(self._period / step))
+        # Several periods, which have as many entries each, or about equal parts of one.
+        together = step = max(1, entries * self.shape[0] // max(1, self.nnz)) // self._period * self._period
+        if not step:
+            parts = math.ceil(self._period / max(1, entries // self._longest))
+            together, step = self._period, math.ceil(self._period / parts)
         for start in range(0, self._plain_rows, together):
             stop = min(start + together, self._plain_rows)
             yield from ((first, min(first + step, stop)) for first in range(start, stop, step))

@@ -85,6 +85,7 @@ class ToeplitzMatrix(RowMatrix):
             made.periods,
             bias_column=self._has_bias_column,
         )
+        self._longest = max(1, self._channel.longest)
         self._channel_values: tuple[tuple[int, int], Array] | None = None
         self._plain_rows, self._plain_columns = made.row_channels * self._period, self._column_step * made.groups
         full = affine and transpose

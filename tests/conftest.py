@@ -7,11 +7,13 @@ import shutil
 import signal
 import sys
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from warm import warm_convtool
 
 torch.set_num_threads(1)
 
@@ -47,6 +49,13 @@ def _convtool_on_the_path(tmp_path_factory: pytest.TempPathFactory) -> None:
         command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m convtool "$@"\n')
         command.chmod(0o755)
         os.environ["PATH"] = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Path]:
+    """A folder for PATH, with a `convtool` that starts at once."""
+    with warm_convtool() as folder:
+        yield folder
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

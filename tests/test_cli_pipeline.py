@@ -18,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, warm: Path) -> Path:
     """A working folder with the sample models beside it."""
     shutil.copytree(ROOT / "sample_models", tmp_path / "sample_models")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PATH", os.pathsep.join([str(warm), str(Path(sys.executable).parent), os.environ["PATH"]]))
     monkeypatch.delenv("MAKEFLAGS", raising=False)
     return tmp_path
 

@@ -17,6 +17,7 @@ from unittest import mock
 
 import pytest
 import typer
+from warm import warm_convtool
 
 from convtool.cli import exit_codes
 from convtool.cli.app import COMMANDS, application, find_command
@@ -82,11 +83,11 @@ def with_generated(text: str) -> str:
     return PLACE.sub(lambda match: f"<!-- {match['name']} -->\n{GENERATED[match['name']]()}\n<!-- end -->", text)
 
 
-def run_block(block: str, folder: Path) -> str:
+def run_block(block: str, folder: Path, programs: Path) -> str:
     """The block again, each `$ ` command followed by what it prints (both streams) and a non-zero exit code."""
     lines = []
     environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
         "PYTHONPATH": str(ROOT),
         "NO_COLOR": "1",
         "COLUMNS": "100",
@@ -106,8 +107,12 @@ def run_block(block: str, folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run_page(page: Path, folder: Path) -> str:
-    """A page with its blocks run in order, in one folder that has the sample models."""
+def run_page(page: Path, folder: Path, programs: Path) -> str:
+    """A page with its blocks run in order, in one folder that has the sample models.
+
+    Args:
+        programs: a folder with `convtool`.
+    """
     shutil.copytree(ROOT / "sample_models", folder / "sample_models")
     known: dict[str, object] = {}
     sys.modules.pop("load_net", None)  # another page's
@@ -115,7 +120,7 @@ def run_page(page: Path, folder: Path) -> str:
 
     def block(match: re.Match[str]) -> str:
         if match[1] == "console":
-            return f"```console\n{run_block(match[2], folder)}```"
+            return f"```console\n{run_block(match[2], folder, programs)}```"
         with contextlib.chdir(folder):
             exec(compile(match[2], str(page), "exec"), known)
         return match[0]
@@ -124,8 +129,8 @@ def run_page(page: Path, folder: Path) -> str:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_a_page_shows_what_its_commands_print(page: str, tmp_path: Path) -> None:
-    assert run_page(PAGES[page], tmp_path) == PAGES[page].read_text()
+def test_a_page_shows_what_its_commands_print(page: str, tmp_path: Path, warm: Path) -> None:
+    assert run_page(PAGES[page], tmp_path, warm) == PAGES[page].read_text()
 
 
 def test_everything_made_of_the_code_is_shown_once() -> None:
@@ -164,6 +169,7 @@ def test_what_the_page_for_contributors_names_is_there() -> None:
 if __name__ == "__main__":
     import tempfile
 
-    for name in sys.argv[1:] or PAGES:
-        with tempfile.TemporaryDirectory() as folder:
-            PAGES[name].write_text(run_page(PAGES[name], Path(folder)))
+    with warm_convtool() as programs:
+        for name in sys.argv[1:] or PAGES:
+            with tempfile.TemporaryDirectory() as folder:
+                PAGES[name].write_text(run_page(PAGES[name], Path(folder), programs))

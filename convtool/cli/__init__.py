@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if stream is None:  # closed by the shell (>&-); a file that is opened must not take its number
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115
         elif mode == "w" and isinstance(stream, io.TextIOWrapper):
-            # A layer's name in a terminal that lacks its letters; and both streams' lines in their order, also in a pipe.
+            # For a layer's name in a terminal that lacks its letters; and so that lines keep their order in a pipe.
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         from convtool.cli.app import run_app

@@ -31,7 +31,6 @@ KINDS = {
 MOST_NAMES = 20  # of tensors
 MOST_ROWS = 40  # of the table
 MOST_DIFFERENCES = 8
-FEW_CLAIMS = 3  # of a record, which are printed layer by layer; of more, field by field
 FUSED = "the fused "  # begins a claim about a layer of AFTER
 
 
@@ -161,8 +160,8 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
     else:
         most = None if result.details else MOST_ROWS
         _show_fusions(result.fusions, reporter, most)
-        few = result.details or len(result.claims) <= FEW_CLAIMS
-        reporter.lines([f"as AFTER records: {one}" for one in (result.claims if few else by_field(result.claimed))])
+        claims = result.claims if result.details else min(result.claims, by_field(result.claimed), key=len)
+        reporter.lines([f"as AFTER records: {one}" for one in claims])
         reporter.lines(result.explained)
         if result.other_tensors is not None:
             _show_tensors(result.other_tensors, result.rounded_to, reporter)

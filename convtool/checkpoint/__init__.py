@@ -12,7 +12,7 @@ from convtool.errors import InputError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format, dcp
 from convtool.formats.account import version_at
 from convtool.formats.indexes import is_index, named_file, read_index
-from convtool.formats.resources import ran_out
+from convtool.formats.resources import reason
 from convtool.formats.source import Source
 from convtool.formats.tensor_file import TensorFile
 from convtool.kinds.kind import Layer, TensorInfo
@@ -28,11 +28,7 @@ _NOT_A_CHECKPOINT = (
     (0, b"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch it with `git lfs pull`"),
     (0, b"<!DOCTYPE", "a web page, not a checkpoint; the download went wrong"),
     (0, b"<html", "a web page, not a checkpoint; the download went wrong"),
-    (
-        0,
-        b"\x89HDF",
-        "an HDF5 file, which convtool doesn't read; load it and save its weights with torch",
-    ),
+    (0, b"\x89HDF", "an HDF5 file, which convtool doesn't read; load it and save its weights with torch"),
     (0, b"GGUF", "a GGUF file, which convtool doesn't read; convert from the checkpoint that it was made of"),
     (0, b"\x1f\x8b", "compressed by gzip; unpack it first"),
     (0, b"\x28\xb5\x2f\xfd", "compressed by zstd; unpack it first"),
@@ -40,11 +36,7 @@ _NOT_A_CHECKPOINT = (
     (0, b"BZh", "compressed by bzip2; unpack it first"),
     (0, b"7z\xbc\xaf\x27\x1c", "a 7z archive; unpack it first"),
     (0, b"\x93NUMPY", "an array of numpy; save it as a tensor under its name"),
-    (
-        64,
-        b"\xef\xbe\xad\xde",
-        "weights of Core ML, which convtool doesn't read; use the checkpoint behind them",
-    ),
+    (64, b"\xef\xbe\xad\xde", "weights of Core ML, which convtool doesn't read; use the checkpoint behind them"),
     (257, b"ustar", _TAR),
 )
 _NOT_BY_NAME = {
@@ -77,7 +69,7 @@ def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
         if path.is_dir():
             path = find_in_folder(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from None
     if not is_index(path.name):
         return Checkpoint(path, {"": _open_file(path, root)})
     if root is not None:
@@ -144,5 +136,4 @@ def _beginning(path: Path) -> bytes:
         hint = f"; a model of the Hugging Face hub is downloaded first: hf download {path} --local-dir FOLDER"
         raise InputError(f"{path}: no such file{hint if of_hub else ''}") from None
     except (OSError, ValueError) as error:
-        why = ran_out(error) or getattr(error, "strerror", None) or error
-        raise InputError(f"{path}: cannot be read: {why}") from None
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from None

@@ -27,7 +27,7 @@ from typing import TypeAlias
 
 from convtool.errors import OutputError, human_bytes
 from convtool.formats.account import account
-from convtool.formats.resources import ran_out
+from convtool.formats.resources import reason
 
 WRITE_BACK_BYTES = 16 << 20  # written between two nudges to the disk
 TEMPORARY = ".convtool-{}.tmp"  # what an unfinished file is called; one left over (by SIGKILL) can be deleted
@@ -58,7 +58,7 @@ def check_target(path: Path, *, force: bool) -> Path:
         if target.exists() and not force:
             raise OutputError(f"{path}: exists already; use --force to overwrite it")
     except (OSError, RuntimeError, ValueError) as error:
-        raise OutputError(f"{path}: cannot be written: {_reason(error)}") from None
+        raise OutputError(f"{path}: cannot be written: {reason(error)}") from None
     return target
 
 
@@ -76,7 +76,7 @@ def check_space(path: Path, folder: Path, size: int, advice: Callable[[int, int]
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         usage = shutil.disk_usage(there)
     except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror or error}") from None
+        raise OutputError(f"{path}: cannot be written: {reason(error)}") from None
     if usage.total and size > usage.free:
         needs = f"{path}: needs {human_bytes(size)}, and its file system has {human_bytes(usage.free)} free"
         raise OutputError(needs + advice(size, usage.free))
@@ -155,7 +155,7 @@ def replacing(
         if not force and ours is not None:
             _take_back(target, ours)
         if isinstance(error, OSError):
-            raise OutputError(f"{path}: cannot be written: {_reason(error, size)}") from None
+            raise OutputError(f"{path}: cannot be written: {reason(error, size)}") from None
         raise
     finally:
         discard(temporary)
@@ -316,7 +316,7 @@ def sync_folder(folder: Path) -> None:
         if error.errno in (errno.EINVAL, errno.ENOTSUP):  # a file system that syncs its folders by itself
             return
         raise OutputError(
-            f"{folder}: the folder could not be synced ({_reason(error)});"
+            f"{folder}: the folder could not be synced ({reason(error)});"
             " a power failure now might undo the writing of a file in it"
         ) from None
 
@@ -339,7 +339,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _reason(error: Exception, size: int | None = None) -> str:
-    return ran_out(error, size) or str(getattr(error, "strerror", None) or error)

@@ -45,6 +45,11 @@ def ran_out(error: BaseException, size: int | None = None) -> str | None:
     return None
 
 
+def reason(error: Exception, size: int | None = None) -> str:
+    """Say why the system refused, as `ran_out` does where that tells."""
+    return ran_out(error, size) or str(getattr(error, "strerror", None) or error)
+
+
 def _limit(name: str, form: object) -> str:
     """Return what this process is limited to, in brackets; nothing where it isn't."""
     with contextlib.suppress(AttributeError, OSError, ValueError):

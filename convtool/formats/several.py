@@ -18,7 +18,7 @@ from convtool.errors import OutputError
 from convtool.formats.account import Account, accounting
 from convtool.formats.atomic import FilePlan, Progress, check_target, discard, lock_file, replacing
 from convtool.formats.indexes import INDEX_SUFFIX, named_beside
-from convtool.formats.resources import ran_out
+from convtool.formats.resources import reason
 
 ATTEMPTS = 100  # at a folder that others make and remove
 
@@ -152,7 +152,9 @@ def alone_in(folder: Path) -> Iterator[None]:
     made, descriptor = False, None
     try:
         for attempt in itertools.count():
-            made = _make(folder) or made
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                made = True
             try:
                 descriptor = _opened(folder)
                 break
@@ -160,7 +162,7 @@ def alone_in(folder: Path) -> Iterator[None]:
                 if attempt == ATTEMPTS:
                     raise
     except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {ran_out(error) or error.strerror or error}") from None
+        raise OutputError(f"{folder}: cannot be written: {reason(error)}") from None
     try:
         yield
     except BaseException:
@@ -171,14 +173,6 @@ def alone_in(folder: Path) -> Iterator[None]:
     finally:
         if descriptor is not None:
             os.close(descriptor)
-
-
-def _make(folder: Path) -> bool:
-    try:
-        folder.mkdir()
-    except FileExistsError:
-        return False
-    return True
 
 
 def _opened(folder: Path) -> int | None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 from convtool.errors import InputError, human_bytes
 from convtool.formats.account import Seen, account, version_of
-from convtool.formats.resources import ran_out
+from convtool.formats.resources import reason
 
 if TYPE_CHECKING:
     from convtool.formats.atomic import Written
@@ -46,8 +46,7 @@ class Source:
             weakref.finalize(self, os.close, self._file)
             status = os.fstat(self._file)
         except (OSError, ValueError) as error:
-            why = ran_out(error) or getattr(error, "strerror", None) or error
-            raise InputError(f"{path}: cannot be read: {why}") from None
+            raise InputError(f"{path}: cannot be read: {reason(error)}") from None
         self.size = status.st_size
         self.seen = Seen(path.absolute(), version_of(status))
         account().reads(self.seen)
@@ -123,7 +122,7 @@ class Source:
             try:
                 count = _read_at(self._file, buffer[done:], start + done)
             except OSError as error:
-                raise self.error(f"cannot be read: {ran_out(error) or error.strerror or error}") from None
+                raise self.error(f"cannot be read: {reason(error)}") from None
             if not count:
                 raise self.error("became shorter while it was read")
             done += count

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from convtool.errors import InputError
+from convtool.formats.resources import reason
 
 STREAM = "-"  # in place of a file
 LARGEST = 4 << 20  # characters of a file; tomllib reads some 500,000 in a second
@@ -27,7 +28,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: is not TOML: {error}") from None
 

@@ -7,6 +7,7 @@ import struct
 import zipfile
 from collections.abc import Iterable
 
+from convtool.formats.resources import reason
 from convtool.formats.source import Source
 from convtool.formats.storages import Placed
 
@@ -65,7 +66,7 @@ def _directory(source: Source) -> tuple[list[zipfile.ZipInfo], int]:
         with source.opened() as file, zipfile.ZipFile(file) as archive:
             return archive.infolist(), archive.start_dir
     except OSError as error:
-        raise source.error(f"cannot be read: {error.strerror or error}") from None
+        raise source.error(f"cannot be read: {reason(error)}") from None
     except (zipfile.BadZipFile, NotImplementedError, ValueError, struct.error, EOFError, RuntimeError, OverflowError):
         raise source.error(
             "is truncated or damaged: it begins like a zip archive, and has no readable directory at its end"

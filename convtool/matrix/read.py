@@ -15,6 +15,7 @@ from convtool.errors import ConvtoolError, InputError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format
 from convtool.formats.indexes import INDEX_SUFFIX, is_matrix_index, read_matrix_index
 from convtool.formats.matrices import ARRAYS, Found
+from convtool.formats.resources import reason
 from convtool.formats.source import Source
 from convtool.formats.stored_array import Array
 from convtool.matrix import FORMATS
@@ -98,7 +99,7 @@ def _open_file(path: Path) -> MatrixFile:
             raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
         return _checked(path, FORMATS[path.suffix].read_matrix(Source(path)))
     except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+        raise InputError(f"{path}: cannot be read: {reason(error)}") from None
 
 
 def _open_index(path: Path) -> MatrixFile:

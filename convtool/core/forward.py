@@ -139,11 +139,6 @@ def operator(conv: Conv, input_size: Sequence[int], *, dtype: torch.dtype | None
     layer = exact if dtype is None else exact.to(dtype)
     inputs, outputs = (conv.in_channels, *input_size), (conv.out_channels, *conv.output_size(input_size))
 
-    def given(vectors: Any, shape: tuple[int, ...]) -> Tensor:
-        """Return (size, n), or (size,), as (n, *shape); not over the caller's memory, which torch may keep."""
-        copied = torch.from_numpy(np.require(vectors, requirements=["W"]).copy())
-        return copied.reshape(math.prod(shape), -1).to(layer.dtype).T.reshape(-1, *shape)
-
     @lru_cache(maxsize=1)
     def pull(count: int) -> Any:
         # At 0, and anywhere else: the gradient of a linear map is the same everywhere.
@@ -151,17 +146,17 @@ def operator(conv: Conv, input_size: Sequence[int], *, dtype: torch.dtype | None
         return torch.func.vjp(lambda x: forward(layer, x), zeros)[1]
 
     def apply(x: Any) -> Any:
-        return forward(layer, given(x, inputs)).flatten(1).T.numpy()
+        return forward(layer, _as_inputs(x, inputs, layer.dtype)).flatten(1).T.numpy()
 
     def adjoint(y: Any) -> Any:
-        back = given(y, outputs)
+        back = _as_inputs(y, outputs, layer.dtype)
         return pull(len(back))(back)[0].flatten(1).T.numpy()
 
-    return LinearOperator(
-        (math.prod(outputs), math.prod(inputs)),
-        matvec=apply,
-        rmatvec=adjoint,
-        matmat=apply,
-        rmatmat=adjoint,
-        dtype=torch.empty(0, dtype=layer.dtype).numpy().dtype,
-    )
+    shape, kind = (math.prod(outputs), math.prod(inputs)), torch.empty(0, dtype=layer.dtype).numpy().dtype
+    return LinearOperator(shape, matvec=apply, rmatvec=adjoint, matmat=apply, rmatmat=adjoint, dtype=kind)
+
+
+def _as_inputs(vectors: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Return (size, n), or (size,), as (n, *shape); not over the caller's memory, which torch may keep."""
+    copied = torch.from_numpy(np.require(vectors, requirements=["W"]).copy())
+    return copied.reshape(math.prod(shape), -1).to(dtype).T.reshape(-1, *shape)

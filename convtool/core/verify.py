@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -150,14 +150,11 @@ def verify(
     check_trials(trials, seed, exhaustive)
     sides = _sides(before, after, dtype)
     report = sides.begin(input_size, seed, dtype)
-    if report.mismatch:
-        return report
 
-    def bound(before: Expression, after: Tree[Stored]) -> Bound | Tolerance:
-        chosen = rtol is not None or atol is not None
-        return Tolerance(rtol or 0.0, atol or 0.0) if chosen else Bound(before, after, computed_in, stored_between)
-
-    return sides.compare(report, bound, torch.device(device), trials, exhaustive, progress)
+    derived = partial(Bound, computed_in=computed_in, between=stored_between)
+    bound: Bounding = derived if rtol is None and atol is None else lambda *_: Tolerance(rtol or 0.0, atol or 0.0)
+    options = torch.device(device), trials, exhaustive, progress
+    return report if report.mismatch else sides.compare(report, bound, *options)
 
 
 @dataclass(frozen=True, slots=True)

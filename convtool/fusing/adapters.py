@@ -133,7 +133,7 @@ def _fitting(
     for name, layer in opened.layers.items():
         if not layer.kind.adapts or _left_out(name, leave):
             continue
-        fitting = [one for one in places.get(_split(name)[1], ()) if _may_change(layer, base.layers[one], opened)]
+        fitting = [one for one in places.get(_split(name)[1], ()) if _may_change(layer, base.layers[one])]
         if len(fitting) > 1:
             raise UsageError(f"{source}:{name} could change {' or '.join(fitting)}; --root opens one of the networks")
         for target in fitting:
@@ -213,7 +213,7 @@ def _in_one_spelling(name: str) -> str:
     return f"{'down' if side == 'input' else 'up'}_blocks_{level}_{part}_{inside}"
 
 
-def _may_change(layer: Layer, base: Layer, opened: Checkpoint) -> bool:
+def _may_change(layer: Layer, base: Layer) -> bool:
     """Return whether a module's change can have the shape of a layer's weight, as far as outputs tell."""
     shapes, weight = layer.shapes, base.shapes["weight"]
     if "up" in shapes:

@@ -137,18 +137,16 @@ def plan_layer(
         UsageError: channels that don't fit, or an input size on which a layer cannot run.
         InputError: the result is not finite in that dtype.
     """
-    layers = list(leaves(tree))
-    own, size = _own(layers), spatial_size(tree, input_size)
+    layers, size = list(leaves(tree)), spatial_size(tree, input_size)
+    own, dtype = _own(layers), dtype or stored_dtype(layers)
     if size is not None:
         _check_inputs(tree, size)
-    dtype = dtype or stored_dtype(layers)
     fusion = fuse_tree(joined(tree), input_size=size, allow_border=allow_border, bias_map=bias_map, dtype=dtype)
     fusion = replace(fusion, conv=_as_module(fusion.conv))
     record = _record(name or _name_of(own), tree, fusion)
     if changes_nothing(record.tree) and (len(layers) > 1 or record.name == own[0].name):
         raise UsageError(f"{tree_text(record.tree, lambda one: one.name)}: is what {own[0].name} does by itself")
-    remove = [key for layer in own for key in layer.tensor_names()]
-    some = record.shares()
+    remove, some = [key for layer in own for key in layer.tensor_names()], record.shares()
     shared = [key for layer in own if layer.name in some for key in layer.tensor_names()]
     edit = Edit.of(remove, conv_tensors(record.name, fusion.conv), remove[0], shared)
     blocks = (layer.name for layer in own if any(other.startswith(f"{layer.name}.") for other in base.layers))

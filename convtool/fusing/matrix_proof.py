@@ -101,9 +101,7 @@ def compare_with_layer(
     first = form, report = next(tried)
     if not report.equivalent:
         form, report = next((one for one in tried if one[1].equivalent), first)
-    stored, said = dtype_name(found.dtype), (found.record or {}).get("dtype")
-    if said not in (None, stored):
-        report = replace(report, mismatch=f"it is stored in {stored}, and its record says {said!r}")
+    report = _with_dtype(report, found)
     assumed = [f"{name}: {what}" for leaf in leaves(lowered) for name, what in leaf.assumptions()]
     if found.record is None:
         others = "".join(f"; it isn't {_said(other)} either" for other in forms[1:] if not report.equivalent)
@@ -111,6 +109,13 @@ def compare_with_layer(
     if found.digits is not None:
         assumed.append(f"{found.path}: its numbers are rounded to {found.digits} decimal digits")
     return Compared(tree_text(lowered, lambda leaf: leaf.name), _said(form), report, tuple(assumed))
+
+
+def _with_dtype(report: MatrixReport, found: MatrixFile) -> MatrixReport:
+    """Return the report, a mismatch where the matrix isn't stored in the dtype that its record says."""
+    stored, said = dtype_name(found.dtype), (found.record or {}).get("dtype")
+    wrong = said not in (None, stored)
+    return replace(report, mismatch=f"it is stored in {stored}, and its record says {said!r}") if wrong else report
 
 
 def _lowered(

@@ -38,17 +38,12 @@ def to_conv(
     """
     kind = layer.kind
     if kind is UNKNOWN:
-        reason = f"is not a convolution, linear layer or batch norm (it holds {', '.join(sorted(layer.tensors))})"
-        kernel = next((info.name for info in layer.tensors.values() if len(info.shape) > 2), None)
-        hint = f"; a fixed kernel is written kernel({kernel}), an offset offset(TENSOR)" if kernel else ""
-        raise InputError(f"{where}: {why_not or reason + hint}")
+        raise InputError(f"{where}: {why_not or _no_kind(layer)}")
     sources = {name for info in layer.tensors.values() for name in info.derived_from}
     others = [name for name, info in layer.tensors.items() if name not in kind.tensors and info.name not in sources]
     if others:
-        which = "that" if len(others) == 1 else "those"
-        raise InputError(
-            f"{where}: holds {', '.join(others)} as well, and what a {kind.label} does with {which} isn't known"
-        )
+        what = f"what a {kind.label} does with {'that' if len(others) == 1 else 'those'} isn't known"
+        raise InputError(f"{where}: holds {', '.join(others)} as well, and {what}")
     own = {name: tensors[name] for name in kind.tensors if name in tensors}
     for name, tensor in own.items():
         if name not in kind.counters:
@@ -58,6 +53,12 @@ def to_conv(
         return kind.lower(own, {**layer.fields, **fields}, axes, channels)
     except ConvtoolError as error:
         raise type(error)(f"{where}: {error}") from None
+
+
+def _no_kind(layer: Layer) -> str:
+    kernel = next((info.name for info in layer.tensors.values() if len(info.shape) > 2), None)
+    hint = f"; a fixed kernel is written kernel({kernel}), an offset offset(TENSOR)" if kernel else ""
+    return f"is not a convolution, linear layer or batch norm (it holds {', '.join(sorted(layer.tensors))}){hint}"
 
 
 def _check_numbers(tensor: Tensor, where: str) -> None:

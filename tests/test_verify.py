@@ -277,7 +277,7 @@ def test_a_smaller_size_that_is_run_in_place_of_a_large_one_shows_the_same_at_ei
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Which outputs a chain and the layer fused from it differ in, at both sizes: all padding modes, strides to 4."""
-    monkeypatch.setattr("convtool.core.sizes.COMFORTABLE_INPUT", 0)
+    monkeypatch.setattr("convtool.core.expression.COMFORTABLE_INPUT", 0)
     choose = random.Random(0)
 
     def one(seed: int, shape: tuple[int, int]) -> Conv:

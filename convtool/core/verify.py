@@ -148,13 +148,12 @@ def verify(
         UsageError: `before` cannot run on that size; a tolerance or a seed that isn't one; nothing to run.
     """
     check_trials(trials, seed, exhaustive)
-    sides = _sides(before, after, dtype)
+    sides, how = _sides(before, after, dtype), (torch.device(device), trials, exhaustive, progress)
     report = sides.begin(input_size, seed, dtype)
 
     derived = partial(Bound, computed_in=computed_in, between=stored_between)
     bound: Bounding = derived if rtol is None and atol is None else lambda *_: Tolerance(rtol or 0.0, atol or 0.0)
-    options = torch.device(device), trials, exhaustive, progress
-    return report if report.mismatch else sides.compare(report, bound, *options)
+    return report if report.mismatch else sides.compare(report, bound, *how)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from convtool.checkpoint import open_checkpoint
 from convtool.core.conv import lower_conv
 from convtool.core.geometry import Geometry
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.live.agreement import agree
+from convtool.live.agreement import FOLDED, agree
 from convtool.live.load import load_model
 
 SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
@@ -212,6 +212,20 @@ def test_names_and_shapes_that_disagree_are_listed_and_their_geometry_is_not_tak
         "2.weight: 4x3x5x5 in the checkpoint, 4x3x3x3 in the model",
     )
     assert set(found.unlike) == {"1", "2"}
+
+
+def test_a_file_that_another_program_folded_is_of_the_network_and_one_line_says_so(tmp_path: Path) -> None:
+    model = filled(
+        nn.Sequential(*(one for n in (2, 3, 4) for one in (nn.Conv2d(n, n + 1, 3, bias=False), nn.BatchNorm2d(n + 1))))
+    )
+    folded = {
+        name: tensor for name, tensor in model.state_dict().items() if name in {"0.weight", "2.weight", "4.weight"}
+    }
+    torch.save(folded | {f"{2 * n}.bias": torch.ones(n + 3) for n in range(3)}, tmp_path / "net.pt")
+    found = agree(model, open_checkpoint(tmp_path / "net.pt"))
+    found.check(model, "net.py:Net")
+    assert found.differences == ("only in the model: 1, 3, 5", "a bias only in the checkpoint: 0, 2, 4")
+    assert {why for name, why in found.unlike.items() if name in {"0", "2", "4"}} == {FOLDED}
 
 
 @pytest.mark.parametrize("prefix", ["", "module.", "model.backbone."])

@@ -15,6 +15,7 @@ from convtool.live.layers import module_layers
 from convtool.live.state import COUNTERS, StateCheckpoint
 
 FUSED = "convtool fused it already"
+FOLDED = "it has a bias in the checkpoint and none in the model: another program may have fused it already"
 MOST_NAMES = 6  # named one by one before the rest is only counted
 
 
@@ -50,8 +51,9 @@ class Agreement:
                 f"--model: {spec} and {self.checkpoint.path} have no layer in common: the model has"
                 f" {ours or 'no tensors'}, ..., the checkpoint {theirs or 'none'}, ..."
             )
-        # Folding takes out as many layers as it leaves, a new head has another shape: more than that is no accident.
-        strange = [name for name, why in self.unlike.items() if why != FUSED]
+        # Folding takes out as many layers as it leaves, and gives these a bias; a new head has another shape: more than
+        # that is no accident.
+        strange = [name for name, why in self.unlike.items() if why not in (FUSED, FOLDED)]
         every = len(self.names.keys() | self.unlike.keys())
         if 3 * len(strange) > 2 * every:
             raise UsageError(
@@ -73,6 +75,7 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
     fused = set(record.fields()) if record else set()
     gone = {source.name for fusion in (record.fusions if record else ()) for source in fusion.sources} | fused
     shapes = {name: line for name, other in names.items() if (line := _shapes(ours[name], theirs[other]))}
+    biased = [name for name, line in shapes.items() if line == f"{names[name]}.bias: only in the checkpoint"]
     known = module_layers(model)
     tables = {
         names[name]: known.layers[name].fields
@@ -83,12 +86,14 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
     unlike = {
         **{name: "it isn't in the checkpoint" for name in ours if name not in names},
         **{name: f"model and checkpoint disagree: {line}" for name, line in shapes.items()},
+        **dict.fromkeys(biased, FOLDED),
         **{name: FUSED for name, other in names.items() if other in gone},
     }
     differences = [
         *_listed("only in the checkpoint", (name for name in theirs if name not in found | gone)),
         *_listed("only in the model", (name for name in ours if name not in names and name not in gone)),
-        *(line for name, line in shapes.items() if names[name] not in fused),
+        *_listed("a bias only in the checkpoint", (name for name in biased if names[name] not in fused)),
+        *(line for name, line in shapes.items() if names[name] not in fused and name not in biased),
         *(
             f"{name}: its stride, padding and eps are unknown; it is {reason}"
             for name, reason in known.foreign.items()

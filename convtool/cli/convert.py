@@ -15,9 +15,7 @@ from convtool.core.fields import parse_sizes
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
-    from convtool.checkpoint import Checkpoint, TensorInfo
+    from convtool.checkpoint import Checkpoint
     from convtool.core.recover import Residual
     from convtool.fusing.reexpress import Reexpression
     from convtool.kinds.stated import FieldSources
@@ -129,6 +127,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     room for is refused, except what --root or --tensors-only leaves out on purpose.
     """
     from convtool.checkpoint.write import check_output, is_folder
+    from convtool.formats.dtypes import FLOATS as CASTABLE
 
     out, size, sources = options.out, options.shard_size, options.sources
     dtype = None if options.dtype is None else dtype_name(options.dtype)
@@ -152,15 +151,9 @@ def run(options: Options, reporter: Reporter) -> Result:
     new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     if options.writing.dry_run and dtype is not None:
         reporter.remark(f"not looked at: whether every number has its place in {dtype}; that is found when writing")
-    cast = () if dtype is None else _cast(opened.infos.values(), dtype)
+    rounded = set() if dtype is None else CASTABLE - {dtype}
+    cast = tuple(info.name for info in opened.infos.values() if info.dtype in rounded)
     return Result(new, dtype, cast, tuple(map(Reexpressed.of, changes)))
-
-
-def _cast(infos: Iterable[TensorInfo], dtype: str) -> tuple[str, ...]:
-    """Return the tensors that are rounded."""
-    from convtool.formats.dtypes import FLOATS as CASTABLE
-
-    return tuple(info.name for info in infos if info.dtype in CASTABLE - {dtype})
 
 
 # --- layers in another form

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from convtool.fusing.fusion import PlannedLayer
     from convtool.fusing.proof import Proof
     from convtool.fusing.recipe import PlannedFusion, Recipe
-    from convtool.graph.planned import Plan
     from convtool.kinds.stated import FieldSources
 
 EXAMPLES = """
@@ -147,8 +146,7 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
 
     sources, overwrite = options.sources, options.writing.overwrite
     path, out = options.named()
-    # So that a misspelt one is said before a file is read.
-    recipe = None if options.recipe is None else find_recipe(options.recipe)
+    recipe = find_recipe(options.recipe or "auto")  # so that a misspelt one is said before a file is read
     opened = sources.open(path, reporter)
     checkpoints = {BASE: opened, **sources.open_others(options.others, reporter)}
     check_output(out, force=overwrite, source=opened)
@@ -207,14 +205,16 @@ def _find(
 ) -> tuple[list[PlannedFusion], FieldSources]:
     """Return the fusions that are wanted, by name, and where what is known of their layers comes from."""
     from convtool.checkpoint.record import full_name
-    from convtool.cli.model import check_chains, planned_fusions
+    from convtool.cli.model import check_chains, plan_for, planned_fusions
     from convtool.fusing.adapters import adapted
     from convtool.fusing.named import against_order, in_order, named_chain
 
     opened, sources = checkpoints[BASE], options.sources
     names = [full_name(layer, one) for one, each in checkpoints.items() for layer in each.layers]
     if options.auto:
-        plan = _plan_model(options, opened, reporter)
+        plan = plan_for(opened, sources.model, sources.model_args, options, reporter)
+        if not plan.fusions:
+            raise RefusedError("--auto: found nothing to fuse; `convtool plan` says what was left alone, and why")
         return planned_fusions(plan), sources.fields(None, names).with_first(plan.geometry)
     found = sources.read_model(opened, reporter)
     fields = sources.fields(found, names)
@@ -260,15 +260,6 @@ def _by_recipe(
             f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"
         )
     return fusions, stated
-
-
-def _plan_model(options: Options, opened: Checkpoint, reporter: Reporter) -> Plan:
-    from convtool.cli.model import plan_for
-
-    plan = plan_for(opened, options.sources.model, options.sources.model_args, options, reporter)
-    if not plan.fusions:
-        raise RefusedError("--auto: found nothing to fuse; `convtool plan` says what was left alone, and why")
-    return plan
 
 
 def _verified(

@@ -147,14 +147,11 @@ def _show_one(fusion: Fusion, reporter: Reporter, *, dry_run: bool) -> None:
     if proof is not None:
         where = "" if record.exact else ", the border apart"
         reporter.line(f"  proved number by number, {proof.numbers} of them{where}: error/bound {proof.ratio:.3g}")
-    cost = "" if work is None else f" {_count(work.before)} → {_count(work.after)} multiply-adds{_per(work)},"
+    per = "" if work is None or work.per == "input" else f" per {work.per}"
+    cost = "" if work is None else f" {_count(work.before)} → {_count(work.after)} multiply-adds{per},"
     reporter.line(f"  {numbers.before} → {numbers.after} parameters,{cost} {record.dtype}")
     if dry_run:
         saved.show_tensors(fusion.tensors, reporter)
-
-
-def _per(work: Work) -> str:
-    return "" if work.per == "input" else f" per {work.per}"
 
 
 def _exactness(fusion: Fusion) -> str:

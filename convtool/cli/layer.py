@@ -164,9 +164,6 @@ def find_layers(
         more: the layers after the first one.
         recipe: whose fusion of the layer's name is wanted.
         needs_size: whether a single layer has to have an --input-size (where it has spatial axes).
-
-    Raises:
-        UsageError, InputError: what opening a checkpoint and lowering layers raise; or an input size is missing.
     """
     from convtool.fusing.leaf import said_of
     from convtool.fusing.lowering import lower_tree

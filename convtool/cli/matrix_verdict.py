@@ -105,15 +105,8 @@ def verify_matrices(options: Any, how: dict[str, Any], names: Sequence[str] | No
                 reporter.remark(f"{after} holds no bias; --no-bias compares the matrix alone")
     for text in compared.assumed:
         reporter.note(f"assumed: {text}")
-    return fill(
-        MatrixResult,
-        options,
-        compared.report,
-        compared,
-        statement=EVERY_ENTRY,
-        tolerance=BOUND,
-        matrix=Matrix.made_of(compared),
-    )
+    made = Matrix.made_of(compared)
+    return fill(MatrixResult, options, compared.report, compared, statement=EVERY_ENTRY, matrix=made)
 
 
 def compared(region: Region) -> Region | None:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TextIO, TypeAlias
 
 from convtool.cli import exit_codes
@@ -44,25 +45,25 @@ def times(size: Sequence[int] | None) -> str:
     return "x".join(map(str, size or ()))
 
 
+@dataclass(slots=True)
 class Reporter:
     """How one run of a command speaks.
 
-    Args:
+    Attributes:
         command: its name, for the JSON document.
         as_json: print one document on stdout and nothing else there.
         quiet: print no remarks on stderr.
         colour: of a verdict; "auto" has it on a terminal, unless NO_COLOR or TERM says otherwise.
+        silent: say nothing but errors.
+        notes: what is printed before the result.
     """
 
-    def __init__(
-        self, command: str, *, as_json: bool = False, quiet: bool = False, colour: Colour | None = None
-    ) -> None:
-        self.colour = colour
-        self.command = command
-        self.as_json = as_json
-        self.quiet = quiet
-        self.silent = False
-        self.notes: list[str] = []
+    command: str
+    as_json: bool = False
+    quiet: bool = False
+    colour: Colour | None = None
+    silent: bool = False
+    notes: list[str] = field(default_factory=list)
 
     def silence(self) -> None:
         """Say nothing but errors from now on: another process of the same launch speaks for all."""

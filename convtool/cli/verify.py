@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from convtool.cli import complete, exit_codes, matrix_verdict, shared, verify_text
 from convtool.cli.command import Command
@@ -127,6 +127,12 @@ class Options:
     )
     others: list[str] | None = shared.others()
 
+    @property
+    def tolerance(self) -> verify_text.Tolerance | Literal["derived bound"]:
+        """What an error is held against."""
+        given = self.rtol is not None or self.atol is not None
+        return verify_text.Tolerance(self.rtol, self.atol) if given else matrix_verdict.BOUND
+
     def check(self, with_matrix: bool) -> None:
         """Raise UsageError for values that no comparison can have, and options that don't go with each other.
 
@@ -199,7 +205,6 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         reporter.remark(text)
     whole = _whole_model(options, sides, reporter)
     claimed = verdict.claims(results)
-    own_bound = options.rtol is not None or options.atol is not None
     differing = set(() if tensors is None else tensors.differing.values())
     covered = {"changed", "missing", "new"} if options.model_after is not None else set()
     return fill(
@@ -212,7 +217,6 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         + ("; what no pair covers, by random inputs" if differing & covered else ""),
         computed_in=dtype_name(how["computed_in"]),
         rounded_to=None if options.rounded_to is None else dtype_name(options.rounded_to),
-        tolerance=verify_text.Tolerance(options.rtol, options.atol) if own_bound else matrix_verdict.BOUND,
         assumed=assumed,
         claims=tuple(grouped(claimed)),
         claimed=claimed,

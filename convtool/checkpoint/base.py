@@ -252,6 +252,12 @@ class Checkpoint:
             return ""
         return f"its total_size is {total}, and the tensors that it names have {least} bytes; they are all there"
 
+    def is_biased(self, name: str) -> bool:
+        """Return whether a layer's bias has anything but zeros in it, as far as it has numbers."""
+        info = self.layer(name).tensors.get("bias")
+        bias = None if info is None else self.tensor(info.name)
+        return bias is not None and (bias.is_meta or bool(bias.count_nonzero()))
+
     @cached_property
     def _derived(self) -> dict[str, TensorInfo]:
         infos = (info for layer in self.layers.values() for info in layer.tensors.values())

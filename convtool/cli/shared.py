@@ -51,7 +51,9 @@ dtype = partial(
     parse=parse_dtype,
 )
 fixed_size = partial(flag, "Also fuse what is exact for inputs of --model-input's size only.")
-everything = partial(flag, "Also fuse where that takes more multiply-adds.")
+everything = partial(
+    flag, "Also fuse where that takes more multiply-adds, but nothing that the model's code would do a second time."
+)
 measure = partial(flag, "Choose by the measured time of the layers on this machine.")
 strength = partial(
     option,

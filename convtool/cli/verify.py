@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
@@ -350,8 +350,9 @@ def _run(
 
 def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> WholeReport | None:
     """Return how both networks' outputs compare; None where nobody asked for it, or nothing says what AFTER's is."""
+    from convtool.live.apply import apply_checkpoint
     from convtool.live.load import load_model
-    from convtool.live.whole import compare_networks, compare_whole
+    from convtool.live.whole import compare, loaded
 
     model, arguments, size = options.sources.model, options.sources.model_args, options.model_input
     if model is None or size is None:
@@ -361,14 +362,15 @@ def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> WholeRe
             "the whole model was not run: AFTER holds no record; --model-after CODE builds and runs its network"
         )
         return None
-    build = partial(load_model, model, arguments, in_memory=True)
     with reporter.progress("running the model", None):
+        original = loaded(
+            load_model(model, arguments, in_memory=True), sides.before, strict=options.model_after is not None
+        )
         if options.model_after is None:
-            found = compare_whole(build, sides.before, sides.after, size, seed=options.seed)
+            fused = apply_checkpoint(deepcopy(original), sides.after)
         else:
-            other = load_model(options.model_after, in_memory=True)
-            found = compare_networks(build(), sides.before, other, sides.after, size, seed=options.seed)
-    return found
+            fused = loaded(load_model(options.model_after, in_memory=True), sides.after, strict=True)
+        return compare(original, sides.before, fused, sides.after, size, seed=options.seed)
 
 
 def _exit_code(result: verify_text.Result | matrix_verdict.MatrixResult) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeAlias
 
@@ -202,13 +203,9 @@ def partition(count: int, cost: Callable[[int, int], Price | None]) -> tuple[Pri
         The total and the pieces (start, stop) in order. Of equally cheap partitions the one with the longest last
         pieces.
     """
-    best: list[tuple[Price, list[tuple[int, int]]]] = [((), [])]
+    best: list[tuple[Price, list[tuple[int, int]]]] = [((0.0, 0.0), [])]
     for stop in range(1, count + 1):
         prices = [(start, price) for start in range(stop) if (price := cost(start, stop)) is not None]
-        total, start = min((_plus(best[start][0], price), start) for start, price in prices)
+        total, start = min((tuple(map(operator.add, best[start][0], price)), start) for start, price in prices)
         best.append((total, [*best[start][1], (start, stop)]))
     return best[count]
-
-
-def _plus(a: Price, b: Price) -> Price:
-    return tuple(x + y for x, y in zip(a, b, strict=True)) if a else b

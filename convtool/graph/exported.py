@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from convtool.checkpoint import Checkpoint
@@ -25,17 +24,8 @@ _VIEWS = frozenset(
     {"view", "reshape", "flatten", "unflatten", "transpose", "t", "permute", "movedim", "swapaxes", "numpy_T", "mT"}
     | {"select", "slice", "narrow", "unsqueeze", "squeeze", "expand", "expand_as", "view_as", "reshape_as", "alias"}
     | {"detach", "chunk", "split", "split_with_sizes", "unbind", "tensor_split", "diagonal", "unfold", "as_strided"}
-    | {
-        "contiguous",
-        "to",
-        "dropout",
-        "feature_dropout",
-        "real",
-        "imag",
-        "view_as_real",
-        "view_as_complex",
-        "lift_fresh",
-    }
+    | {"contiguous", "to", "dropout", "feature_dropout", "real", "imag", "view_as_real", "view_as_complex"}
+    | {"lift_fresh"}
 )
 _IN_TRAINING = "was exported in training, where it takes the numbers of each batch; export the model after model.eval()"
 _CONSTANT = -1  # the number of what nothing of the run's input goes into
@@ -52,7 +42,7 @@ def read_exported(opened: Checkpoint, program: Program) -> Flow:
     layers = {name: replace(layer, fields=stated.get(name, {})) for name, layer in opened.layers.items()}
     training = (value for node in program.nodes if node.arguments.get("training") is True for value in node.reads())
     homes = {program.tensors.get(value, "").rpartition(".")[0] for value in training}
-    return read_flow(read_run(program, padding), layers, dict.fromkeys(homes & layers.keys(), _IN_TRAINING))
+    return read_flow(_Reader(program, padding).run(), layers, dict.fromkeys(homes & layers.keys(), _IN_TRAINING))
 
 
 def plan_exported(opened: Checkpoint, *, fixed_size: bool = False, everything: bool = False) -> Plan:
@@ -71,7 +61,7 @@ def plan_exported(opened: Checkpoint, *, fixed_size: bool = False, everything: b
             " --model-input, such as 3,224,224"
         )
     flow = read_exported(opened, opened.program)
-    judge = Judge(flow, partial(_is_biased, opened))
+    judge = Judge(flow, opened.is_biased)
     merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=not everything)
     stated = {layer.name: {**layer.fields, **opened.stated.get(layer.name, {})} for _, layer in flow.calls()}
     others = (layer for layer in opened.layers.values() if layer.name not in stated)
@@ -79,21 +69,13 @@ def plan_exported(opened: Checkpoint, *, fixed_size: bool = False, everything: b
     return Plan.of(judge, merges, left_alone, opened.layers.values(), stated, uncounted=uncounted)
 
 
-def _is_biased(opened: Checkpoint, name: str) -> bool:
-    bias = opened.layer(name).tensors.get("bias")
-    return bias is not None and bool(opened.tensor(bias.name).count_nonzero())
-
-
-def read_run(program: Program, layers: Container[str]) -> Run:
-    """Return a program's run.
+class _Reader:
+    """Reads a program's run.
 
     Args:
         layers: of the model, by module path, those whose runs are told apart.
     """
-    return _Reader(program, layers).run()
 
-
-class _Reader:
     def __init__(self, program: Program, layers: Container[str]) -> None:
         self.program, self.layers = program, layers
         self.operations: list[Operation] = []

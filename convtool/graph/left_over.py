@@ -9,6 +9,8 @@ from convtool.kinds.kind import Layer
 
 ALONE = "nothing next to it could be one layer with it"
 NEVER = "it doesn't run"
+# Operations that a layer could do as well, were they not in the model's own code.
+_LINEAR = frozenset({"add", "sub", "mul", "div", "pad", "chunk", "split", "slice", "flip", "roll", "index_select"})
 
 
 def left_over(flow: Flow, layers: Iterable[Layer], said: Collection[str]) -> Iterator[LeftAlone]:
@@ -29,7 +31,18 @@ def left_over(flow: Flow, layers: Iterable[Layer], said: Collection[str]) -> Ite
         elif step is None:
             yield LeftAlone((layer.name,), NEVER)
         else:
-            yield LeftAlone((layer.name,), _behind(flow, step) if layer.kind.spare else ALONE)
+            yield LeftAlone((layer.name,), _behind(flow, step) if layer.kind.spare else _in_code(flow, step))
+
+
+def _in_code(flow: Flow, step: Step) -> str:
+    """Return what of the model's own code stands before a layer, if that is linear: it goes on to do it."""
+    before = flow.steps[step.reads[0]]
+    what = before.about.removeprefix("aten.").partition(".")[0]
+    if before.written and before.layer is not None and not before.layer.kind.neutral:
+        what = before.layer.name
+    elif what not in _LINEAR or len(before.reads) != 1:
+        return ALONE
+    return f"what it reads is made by {what} in the model's own code, which goes on to do it"
 
 
 def _behind(flow: Flow, step: Step) -> str:

@@ -158,7 +158,7 @@ class _Reader:
         constant = not reads and operation.name != INPUT
         for name in operation.tensors:  # a layer whose tensors are read by anything but its own run has to keep them
             layer = self.owners.get(name)
-            if layer is not None and not (constant and self._is_view(operation)):
+            if layer is not None and not (constant and operation.name in VIEWS_OF_CONSTANTS):
                 reason = f"{name} is read outside of the layer's own run as well"
                 self.apart.setdefault(layer.name, self.foreign.get(layer.name, reason))
         if constant or any(self._stacked(user) == number for user in self.users[number]):
@@ -172,10 +172,6 @@ class _Reader:
         moves = moved_axes(operation.name, operation.arguments, before, operation.shape) if before else {}
         stacks = self._stacks(operation)
         return Step(steps, operation.shape, adds=adds, stacks=stacks, moves=moves, about=operation.name)
-
-    def _is_view(self, operation: Operation) -> bool:
-        """Return whether an operation gives nothing but the model's tensor that it reads, in some shape."""
-        return operation.name in VIEWS_OF_CONSTANTS
 
     def _as_layer(self, operation: Operation) -> Step | None:
         """Return what an operation that reads one value is by itself."""

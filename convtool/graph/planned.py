@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import takewhile
 
 from convtool.core.fields import Fields
 from convtool.core.names import toml_string
@@ -133,10 +134,5 @@ def names_in_short(names: Sequence[str]) -> str:
 
 def _shared(names: Sequence[str]) -> str:
     """Return the path that all of the names begin with, its dot included."""
-    split = [name.split(".")[:-1] for name in names]
-    shared: list[str] = []
-    for parts in zip(*split, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    return "".join(f"{part}." for part in shared)
+    each = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, each))

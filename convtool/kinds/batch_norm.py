@@ -41,10 +41,7 @@ class BatchNorm(Kind):
     def recognises(self, tensors: Mapping[str, TensorInfo]) -> bool:
         return "running_mean" in tensors and "running_var" in tensors
 
-    def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
-        return shapes["running_mean"][0]
-
-    def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
+    def width(self, shapes: Shapes, fields: Fields) -> int | None:
         return shapes["running_mean"][0]
 
     def apart(self, name: str, tensors: Tensors) -> tuple[float, str] | None:

@@ -75,13 +75,9 @@ class Offset(Kind):
     written = True
     parameter = True
 
-    def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
-        shape = shapes.get("offset")
-        count = len(fields["offset"]) if shape is None else channels_of(shape)
-        return gives if count in (None, 1) else count
-
-    def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
-        return self.takes(shapes, fields, takes)
+    def width(self, shapes: Shapes, fields: Fields) -> int | None:
+        count = channels_of(shapes["offset"]) if shapes else len(fields["offset"])
+        return None if count == 1 else count
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         import torch

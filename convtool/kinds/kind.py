@@ -197,13 +197,17 @@ class Kind:
         """Return the number of spatial axes, where tensors or fields tell."""
         return None
 
+    def width(self, shapes: Shapes, fields: Fields) -> int | None:
+        """Return the channels of a layer that gives as many as it takes, as far as it tells."""
+        return None
+
     def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
         """Return the channels of the input, as far as these or the output's settle them; else None."""
-        return gives
+        return gives if (known := self.width(shapes, fields)) is None else known
 
     def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
         """Return the channels of the output, as far as these or the input's settle them; else None."""
-        return takes
+        return takes if (known := self.width(shapes, fields)) is None else known
 
     def infer(self, shapes: Shapes, fields: Fields, takes: Channels, gives: int | None) -> tuple[Fields, list[str]]:
         """Return the fields that follow from shapes and channels, and those of them in words that are worth saying.

@@ -167,10 +167,7 @@ class Permute(Kind):
     fields = {"order": LIST}
     written = True
 
-    def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
-        return len(fields["order"])
-
-    def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
+    def width(self, shapes: Shapes, fields: Fields) -> int | None:
         return len(fields["order"])
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:

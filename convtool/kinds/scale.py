@@ -48,11 +48,8 @@ class Scale(Kind):
                 f" scale, name the tensor: {tensor}"
             )
 
-    def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
-        return next((channels_of(shape) for shape in shapes.values()), gives)
-
-    def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
-        return next((channels_of(shape) for shape in shapes.values()), takes)
+    def width(self, shapes: Shapes, fields: Fields) -> int | None:
+        return next((channels_of(shape) for shape in shapes.values()), None)
 
     def moves_over(self, rank: int, shapes: Shapes, fields: Fields) -> int | None:
         # (C, 1, 1) and (1, C, 1, 1) run over the last two.
@@ -130,12 +127,9 @@ class Normalize(Kind):
     written = True
     code = "input"
 
-    def takes(self, shapes: Shapes, fields: Fields, gives: int | None) -> int | None:
+    def width(self, shapes: Shapes, fields: Fields) -> int | None:
         counts = {len(fields[name]) for name in ("mean", "std") if name in fields} - {1}
-        return counts.pop() if len(counts) == 1 else gives
-
-    def gives(self, shapes: Shapes, fields: Fields, takes: int | None) -> int | None:
-        return self.takes(shapes, fields, takes)
+        return counts.pop() if len(counts) == 1 else None
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         import torch

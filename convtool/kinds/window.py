@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import FLAG, INTEGER, INTEGERS, PADDING, Fields
 from convtool.core.geometry import Geometry, format_sizes, per_axis
 from convtool.errors import RefusedError, UsageError
-from convtool.kinds.kind import Kind, Tensors, check_size
+from convtool.kinds.kind import Kind, Shape, Tensors, check_size
 
 if TYPE_CHECKING:
     from convtool.core.conv import Conv
@@ -95,10 +95,16 @@ class Pad(Kind):
     fields = {"padding": PADDING}
     written = True
     bare_modules = tuple(f"torch.nn.modules.padding.ZeroPad{axes}d" for axes in (1, 2, 3))
+    operations = ("aten.pad.default", "aten.constant_pad_nd.default")
 
     def of_module(self, module: Any, size_of: Callable[[], tuple[int, ...] | None]) -> Fields:
         sides = module.padding  # of the last axis first
         return {"padding": [(sides[at], sides[at + 1]) for at in range(len(sides) - 2, -1, -2)]}
+
+    def of_operation(self, name: str, arguments: Mapping[str, Any], takes: Shape, gives: Shape) -> Fields | None:
+        sides, zeros = arguments["pad"], not arguments.get("value") and arguments.get("mode", "constant") == "constant"
+        plain = zeros and len(sides) == 2 * (len(takes) - 2) and min(sides, default=-1) >= 0
+        return {"padding": [[sides[at], sides[at + 1]] for at in range(len(sides) - 2, -1, -2)]} if plain else None
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         kernel = (1,) * axes

@@ -39,8 +39,7 @@ class Agreement:
 
     def is_biased(self, name: str) -> bool:
         """Return whether the checkpoint's bias of a layer of the model may have anything but zeros in it."""
-        bias = self.checkpoint.layer(self.names[name]).tensors.get("bias") if name in self.names else None
-        return bias is None or bool(self.checkpoint.tensor(bias.name).count_nonzero())
+        return name not in self.names or self.checkpoint.is_biased(self.names[name])
 
     def check(self, model: nn.Module, spec: str) -> None:
         """Raise UsageError where the model, called `spec`, is of another network than the checkpoint."""

@@ -40,11 +40,6 @@ class ModelLayers(NamedTuple):
         """Return the layers whose runs can be told by those of their modules."""
         return [name for name in self.layers if name not in self.foreign]
 
-    @property
-    def apart(self) -> dict[str, str]:
-        """Return the layers that have to stay as they are, with the reason."""
-        return self.bound | self.foreign
-
 
 def module_layers(model: nn.Module) -> ModelLayers:
     """Return the modules of a model that are of the kinds known here, or look like it.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -63,7 +62,7 @@ def plan(
     arguments = (example_input(model, input_size),) if input_size is not None else tuple(inputs or ())
     flow, recorded = trace(model, arguments)
     flow = replace(flow, apart={**flow.apart, **(barred or {})})
-    judge = Judge(flow, is_biased or partial(_is_biased, StateCheckpoint.of(model)), _watch(model) if measure else None)
+    judge = Judge(flow, is_biased or StateCheckpoint.of(model).is_biased, _watch(model) if measure else None)
     cheaper, refused = measure or not everything, dict[Tree[LayerRef], str]()
     while True:  # what the model's code can't do without is cut again, as parts of it may be one layer
         merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=cheaper, refused=refused)
@@ -111,11 +110,6 @@ def layer_runs(model: nn.Module, inputs: Inputs) -> dict[str, list[LayerRun]]:
 
 def _watch(model: nn.Module) -> Stopwatch:
     return Stopwatch(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
-
-
-def _is_biased(state: StateCheckpoint, name: str) -> bool:
-    bias = state.tensor(f"{name}.bias" if name else "bias")
-    return bias.is_meta or bool(bias.count_nonzero())
 
 
 def fuse_model(

@@ -108,14 +108,14 @@ def trace(model: nn.Module, inputs: Inputs) -> Traced:
         recorded = record(model, model, inputs, known.called(), mode, kept)
         why = "" if recorded.failure is None else _why_it_ended(model, inputs, recorded, kept)
         flow = read_flow(recorded.run, layers, known.bound, known.foreign)
-    if why:
-        flow = replace(flow, apart={**_may_run_again(model, recorded, layers), **flow.apart})
     if why and not any(True for _ in flow.calls()):
         raise RefusedError(
             f"the model's data flow cannot be followed; name the layers to `convtool fuse` instead: {why}"
         )
     if why:
-        flow = replace(flow, remarks=(f"the data flow was followed up to {why}; what lies behind is left alone",))
+        remark = f"the data flow was followed up to {why}; what lies behind is left alone"
+        apart = {**_may_run_again(model, recorded, layers), **flow.apart}
+        flow = replace(flow, apart=apart, remarks=(remark,))
     return Traced(flow, recorded)
 
 

@@ -134,10 +134,8 @@ class Kept:
             counters = {key: copy.copy(one) for key, one in value.items() if isinstance(one, itertools.count)}
             self.undo.append(functools.partial(_reset_dict, value, list(value.items()), counters))
             return list(value.values())
-        if isinstance(value, list | deque):
-            self.undo.append(functools.partial(_reset_list, value, list(value)))
-        elif isinstance(value, set):
-            self.undo.append(functools.partial(_reset_set, value, set(value)))
+        if isinstance(value, list | deque | set):
+            self.undo.append(functools.partial(_reset_items, value, list(value)))
         return list(value) if isinstance(value, list | deque | set | tuple | frozenset) else []
 
     def _keep_attributes(self, value: Any) -> list[Any]:
@@ -186,16 +184,10 @@ def _reset_dict(one: dict[Any, Any], items: list[tuple[Any, Any]], counters: dic
     one.update(items)
 
 
-def _reset_list(one: Any, items: list[Any]) -> None:
+def _reset_items(one: Any, items: list[Any]) -> None:
     if len(one) != len(items) or any(value is not kept for value, kept in zip(one, items, strict=True)):
         one.clear()
-        one.extend(items)
-
-
-def _reset_set(one: set[Any], items: set[Any]) -> None:
-    if one != items:
-        one.clear()
-        one.update(items)
+        (one.update if isinstance(one, set) else one.extend)(items)
 
 
 def _reset_slot(owner: Any, name: str, value: Any) -> None:

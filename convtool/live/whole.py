@@ -9,10 +9,9 @@ rounding it to its dtype would change it, at random, and what that does to the o
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,6 @@ from torch.utils import _pytree as pytree
 from convtool.checkpoint import Checkpoint
 from convtool.errors import InputError, UsageError
 from convtool.live.agreement import agree
-from convtool.live.apply import apply_checkpoint
 from convtool.live.given import describe_given, random_inputs
 from convtool.live.state import COUNTERS, load_tensors, tensors_of
 from convtool.live.trace import Inputs, error_line, shapes_of
@@ -65,68 +63,26 @@ class WholeReport:
         object.__setattr__(self, "equal", ratio <= self.most)  # false of NaN
 
 
-def compare_whole(
-    build: Callable[[], nn.Module],
+def compare(
+    original: nn.Module,
     before: Checkpoint,
+    fused: nn.Module,
     after: Checkpoint,
     inputs: Sequence[str],
     *,
     trials: int = 2,
     seed: int = 0,
 ) -> WholeReport:
-    """Run the original network and the one with the recorded fusions put in by `convtool.apply`.
+    """Run two networks, loaded, on the same inputs.
 
     Args:
-        build: makes the network, its tensors in memory.
-        inputs: of the network, as --model-input has them.
+        inputs: of both, as --model-input has them.
         trials: random normal ones.
 
     Raises:
-        UsageError: the network and BEFORE don't fit each other, or it doesn't run on that size.
-        InputError: AFTER doesn't load into it.
-        RefusedError: `convtool.apply`'s reasons.
-    """
-    original = _loaded(build(), before).eval()
-    fused = apply_checkpoint(copy.deepcopy(original), after).eval()
-    return _compared(original, before, fused, after, inputs, trials, seed)
-
-
-def compare_networks(
-    original: nn.Module,
-    before: Checkpoint,
-    fused: nn.Module,
-    after: Checkpoint,
-    inputs: Sequence[str],
-    *,
-    trials: int = 2,
-    seed: int = 0,
-) -> WholeReport:
-    """Run two networks, each with all of the tensors of its own checkpoint.
-
-    Args:
-        original, fused: in memory.
-        inputs, trials: as of `compare_whole`.
-
-    Raises:
-        UsageError: a network and its checkpoint don't fit each other, or one doesn't run on that size.
+        UsageError: one doesn't run on them.
         InputError: their outputs are of other shapes.
     """
-    loaded = [
-        _loaded(model, checkpoint, strict=True).eval() for model, checkpoint in ((original, before), (fused, after))
-    ]
-    return _compared(loaded[0], before, loaded[1], after, inputs, trials, seed)
-
-
-def _compared(
-    original: nn.Module,
-    before: Checkpoint,
-    fused: nn.Module,
-    after: Checkpoint,
-    inputs: Sequence[str],
-    trials: int,
-    seed: int,
-) -> WholeReport:
-    """Run both networks, loaded, on the same inputs."""
     dtypes = {name: value.dtype for name, value in tensors_of(original).items()}
     original, generator = original.double(), torch.Generator().manual_seed(seed)
     arguments = random_inputs(original, inputs, trials, generator)
@@ -141,11 +97,14 @@ def _compared(
     return WholeReport(describe_given(inputs), count, _distance(expected, got), largest, rounding)
 
 
-def _loaded(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = False) -> nn.Module:
-    """Return the model with a checkpoint's tensors in it, each under the name that the model has for it.
+def loaded(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = False) -> nn.Module:
+    """Return the model in eval mode with a checkpoint's tensors in it, each under the name that the model has for it.
 
     Args:
-        strict: raise UsageError also where the model has no place for one of them.
+        strict: whether it has to have a place for each of them.
+
+    Raises:
+        UsageError: the two don't fit each other.
     """
     names, own, state = agree(model, checkpoint).names, tensors_of(model), {}
     left = dict.fromkeys(checkpoint.infos)
@@ -170,7 +129,7 @@ def _loaded(model: nn.Module, checkpoint: Checkpoint, *, strict: bool = False) -
         )
     model = model.to(next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32))
     load_tensors(model, state)
-    return model
+    return model.eval()
 
 
 def _outputs(model: nn.Module, inputs: Inputs, checkpoint: Checkpoint) -> list[Tensor]:

@@ -38,7 +38,7 @@ def _in_code(flow: Flow, step: Step) -> str:
     """Return what of the model's own code stands before a layer, if that is linear: it goes on to do it."""
     before = flow.steps[step.reads[0]]
     what = before.about.removeprefix("aten.").partition(".")[0]
-    if before.written and before.layer is not None and not before.layer.kind.neutral:
+    if before.written and before.layer is not None and before.layer.kind.code == "model":
         what = before.layer.name
     elif what not in _LINEAR or len(before.reads) != 1:
         return ALONE

@@ -2,6 +2,7 @@
 # make check  ruff, mypy and a cross-section of the tests, under a minute: while working
 # make test   every check: ruff, mypy, all tests
 # make bench  the benchmarks, as ratios to what people use instead (BENCH="--short csr" for small sizes and one row)
+# make spectra  both ends of the spectra of 24 layers, beside scipy's solvers and a dense SVD
 # make zoo    networks of other libraries, as far as these are installed: what stays, what is wrong, what is dearer, and why
 # make help   the list
 
@@ -11,7 +12,7 @@ BIN    := $(VENV)/bin
 PART   := 20
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint tests/constraints.txt
 
-.PHONY: help demo check test bench faults mutants models fuzz clean
+.PHONY: help demo check test bench spectra faults mutants models fuzz clean
 .DEFAULT_GOAL := help
 
 help:
@@ -19,6 +20,7 @@ help:
 	@echo "make check    set up $(VENV) and run ruff, mypy and a cross-section of the tests: under a minute, while working"
 	@echo "make test     set up $(VENV) and run every check: ruff, mypy, all tests (6 to 7 minutes on 2 cores)"
 	@echo "make bench    set up $(VENV) and measure convtool beside what people use instead (minutes; BENCH=--short: less)"
+	@echo "make spectra  both ends of the spectra of 24 layers, beside scipy's solvers (an hour; WORDS=blur: only those)"
 	@echo "make faults   fail, kill and change sources at each step of each command, and see what is left (half an hour)"
 	@echo "make mutants  change COUNT=150 places of PATHS=convtool at random (SEED=0), and see which no test notices (half an hour)"
 	@echo "make models   train the sample models again (a minute)"
@@ -61,6 +63,9 @@ test: $(VENV)/installed-for-tests
 
 bench: $(VENV)/installed-for-tests
 	@PYTHONPATH=tests:sample_models $(BIN)/python -m bench $(BENCH)
+
+spectra: $(VENV)/installed-for-tests
+	@PYTHONPATH=tests $(BIN)/python -m bench.spectra $(WORDS)
 
 faults: $(VENV)/installed-for-tests
 	@$(BIN)/python tests/faults.py $(FAULTS)

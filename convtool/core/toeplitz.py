@@ -179,25 +179,16 @@ class ToeplitzMatrix(RowMatrix):
 
     def _fill_channels(self, runs: list[Run], values: Array, out: Array) -> None:
         """Write the values of channels' runs: each tile gathered when it first comes up, and copied from then on."""
-        made: dict[tuple[int, ...], Array] = {}  # the longest run of each look
+        made: dict[tuple[int, ...], Array] = {}  # (channels, entries) a tile of each look
         start = 0
         for run in runs:
-            target = out[:, start : start + run.entries]  # (channels, entries)
+            target = out[:, start : start + run.entries].reshape(len(out), run.tiles, -1)
             start += run.entries
-            before = made.get(run.look)
-            if before is None:
-                done = run.entries // run.tiles
+            if run.look not in made:
                 sources = self._channel.template(run, self._index).sources
-                target[:, :done] = values.take(sources, axis=1, mode="clip")
-            else:
-                done = min(before.shape[1], run.entries)
-                np.copyto(target[:, :done], before[:, :done])
-            while done < run.entries:
-                more = min(done, run.entries - done)
-                np.copyto(target[:, done : done + more], target[:, :more])
-                done += more
-            if before is None or before.shape[1] < run.entries:
-                made[run.look] = target
+                values.take(sources, axis=1, out=target[:, 0], mode="clip")
+                made[run.look], target = target[:, 0], target[:, 1:]
+            np.copyto(target, made[run.look][:, None])
 
     def _values(self, first: int, last: int) -> Array:
         """Return every value that can stand in rows of channels first:last.

@@ -8,6 +8,7 @@ each. scipy's writer wants the whole matrix in memory; its reader is the one use
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import os
@@ -175,8 +176,8 @@ def read_matrix(source: Source) -> Found:
         raise UsageError(f"{source.path}: to read .mtx takes scipy: pip install 'convtool[scipy]'") from None
     head = _head(source)
     try:
-        with source.opened(BLOCK) as file:
-            found = scipy.io.mmread(file)
+        with source.opened() as file:  # which it reads a KiB at a time: from a buffer that isn't Python code
+            found = scipy.io.mmread(io.BufferedReader(file.raw, BLOCK))
     except (ValueError, OverflowError) as error:
         raise source.error(f"damaged: {error}") from None
     _check_words(source, head)
@@ -242,8 +243,11 @@ def _digits(values: npt.NDArray[Any]) -> int | None:
         return None
 
     def have(some: npt.NDArray[Any], digits: int) -> bool:
-        unit = 10.0 ** (np.floor(np.log10(some)) - digits + 1)
-        return bool((np.abs(np.rint(some / unit) * unit - some) <= 4 * np.spacing(some)).all())
+        for part in np.array_split(some, some.nbytes // BLOCK + 1):
+            unit = 10.0 ** (np.floor(np.log10(part)) - digits + 1)
+            if (np.abs(np.rint(part / unit) * unit - part) > 4 * np.spacing(part)).any():
+                return False
+        return True
 
     likely = next((count for count in range(1, MOST_DIGITS) if have(numbers[:LINES], count)), MOST_DIGITS)
     count = next((count for count in range(likely, MOST_DIGITS) if have(numbers, count)), MOST_DIGITS)
@@ -286,6 +290,7 @@ def _in_written_dtype(source: Source, values: Tensor, record: str) -> Tensor:
     if (dtype.is_complex, dtype.is_floating_point) == (values.is_complex(), values.is_floating_point()):
         # The digits that are written bring each number back; what moves by more than they leave open wasn't that dtype.
         back = values.to(dtype)
-        if not bool(((back.to(values.dtype) - values).abs() > values.abs() * 1e-8).any()):
+        parts = zip(back.split(BLOCK), values.split(BLOCK), strict=True)  # as much as a cache holds
+        if not any(bool(((kept - part).abs() > part.abs() * 1e-8).any()) for kept, part in parts):
             return back
     raise source.error(f"damaged: its record calls its numbers {name}, which they aren't")

@@ -13,7 +13,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from convtool.errors import InputError, human_bytes
 from convtool.formats.account import Seen, account, version_of
@@ -59,13 +59,9 @@ class Source:
         """Return the error that says how the file is damaged."""
         return self.error(f"is damaged: {how}")
 
-    def opened(self, buffer: int = io.DEFAULT_BUFFER_SIZE) -> BinaryIO:
-        """Open the same file once more, to be read from its beginning, whatever has its name by now.
-
-        Args:
-            buffer: bytes that are read at a time, where a reader asks for a few.
-        """
-        return cast(BinaryIO, _Opened(_Stream(self), buffer))
+    def opened(self) -> io.BufferedReader:
+        """Open the same file once more, to be read from its beginning, whatever has its name by now."""
+        return _Opened(_Stream(self))
 
     def view(self, start: int, stop: int) -> memoryview:
         """Return bytes start to stop, in memory of their own, which may be written to.

@@ -117,7 +117,7 @@ def _parts(leaf: LayerLike, name: str) -> tuple[Mapping[str, Tensor], Fields]:
     if any(
         not isinstance(hook, WeightNorm) for hook in (*leaf._forward_hooks.values(), *leaf._forward_pre_hooks.values())
     ):
-        raise RefusedError(f"{what} has forward hooks; what these do isn't known")
+        raise RefusedError(f"{what} has forward hooks, and what they do isn't known; remove them first")
     tensors = {key: value for key, value in leaf.state_dict().items() if isinstance(value, Tensor)}
     if any(value.is_meta for value in tensors.values()):
         raise UsageError(f"{what} is on the meta device, where tensors have no numbers; load its weights first")

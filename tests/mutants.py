@@ -39,7 +39,7 @@ from _pytest.runner import runtestprotocol
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 8 << 30  # bytes: a mutant may ask for anything
-PATIENCE = 60.0  # seconds that a mutant may take beside what its tests do
+WORK, PATIENCE = 20, 1800.0  # seconds of a processor, and of waiting, that a mutant may take beside what its tests do
 SWAPS: dict[type[ast.AST], tuple[type[ast.AST], ...]] = {
     ast.Eq: (ast.NotEq,),
     ast.NotEq: (ast.Eq,),
@@ -228,8 +228,8 @@ def used() -> float:
     return mine.ru_utime + mine.ru_stime + theirs.ru_utime + theirs.ru_stime
 
 
-def forked(action: Any) -> int:
-    """Start a process, with a group of its own, that does something and prints nothing."""
+def forked(action: Any, seconds: int = resource.RLIM_INFINITY) -> int:
+    """Start a process, with a group of its own, that does something, prints nothing, and works for no longer."""
     child = os.fork()
     if not child:
         code = 1
@@ -238,6 +238,7 @@ def forked(action: Any) -> int:
             for number in (1, 2):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), number)
             resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
             code = action()
         finally:
             os._exit(code)
@@ -317,9 +318,9 @@ class Mutants:
                 return 2
             return int(not all(map(passes, tests, [*tests[1:], None])))
 
-        child = forked(run)
+        child = forked(run, WORK + 5 * int(seconds))
         there.close()
-        end = time.monotonic() + PATIENCE + 20 * seconds
+        end = time.monotonic() + PATIENCE
         try:
             what = here.recv() if here.poll(PATIENCE) else ""
             while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < end:
@@ -331,7 +332,9 @@ class Mutants:
                 os.killpg(child, signal.SIGKILL)  # and what its tests have started
         if not tests:
             return "NOT REACHED", what
-        return "SURVIVED" if done == (child, 0) else "killed", what
+        if done[0] == 0 or done[1] == signal.SIGXCPU or done[1] == signal.SIGKILL:
+            return "hung", what
+        return "SURVIVED" if done[1] == 0 else "killed", what
 
 
 def group(mutants: Sequence[Mutant]) -> dict[tuple[Path, int], list[int]]:

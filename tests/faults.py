@@ -43,7 +43,7 @@ from checkpoints import save
 from convtool.cli.app import run_app
 from convtool.formats import source as source_module
 
-PATIENCE = 120.0  # seconds after which a run counts as hung, however loaded the machine is
+PATIENCE = 600.0  # seconds after which a run counts as hung, however loaded the machine is
 USUAL = 700  # faults of a scenario, about
 TICK = 0.02  # seconds: more than the file system's clock takes from one reading to the next
 

@@ -20,14 +20,16 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints import files_in, save, small_network
-from faults import Ended, in_folder
+from checkpoints import files_in, save, small_network, write_edited
+from damage import good_files
+from faults import TICK, Ended, in_folder
 from hypothesis import given
 from hypothesis import strategies as st
 from shell import cli
 from torch import Tensor
 
 from convtool import open_checkpoint
+from convtool.checkpoint.edit import Edit
 from convtool.cli.app import run_app
 from convtool.errors import InputError, OutputError
 from convtool.formats import pieces, several, source
@@ -573,3 +575,40 @@ def test_memory_that_runs_out_while_options_are_read_is_named(
     monkeypatch.setattr(torch, "zeros", none_left)
     assert run_app(["verify", "before.pt", "after.pt"]) == 3
     assert "not enough memory" in capsys.readouterr().err
+
+
+# --- a checkpoint that several processes write (torch.distributed's), which is only read here
+
+
+@pytest.mark.parametrize("change", ["a part is written to", "a part is replaced", "the table is replaced"])
+def test_a_folder_of_parts_that_is_saved_again_meanwhile_is_an_error(tmp_path: Path, change: str) -> None:
+    for name, data in good_files("folder").items():
+        (tmp_path / name).write_bytes(data)
+    opened = open_checkpoint(tmp_path)
+    changed = tmp_path / (".metadata" if "table" in change else "__0_0.distcp")
+    if "replaced" in change:
+        shutil.copy(changed, tmp_path / "new")
+        (tmp_path / "new").replace(changed)
+    else:
+        data = changed.read_bytes()
+        with changed.open("r+b") as file:
+            time.sleep(TICK)
+            file.write(data)
+    with pytest.raises(InputError, match="changed while it was read"):
+        write_edited(opened, Edit.nothing(), tmp_path / "out.safetensors", force=False)
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_folder_of_parts_whose_writers_were_killed_is_no_checkpoint(tmp_path: Path) -> None:
+    """The table of contents comes last; an older one over fewer or shorter parts is damage."""
+    files = good_files("folder")
+    (tmp_path / "__0_0.distcp").write_bytes(files["__0_0.distcp"])
+    with pytest.raises(InputError, match="folder without a checkpoint"):
+        open_checkpoint(tmp_path)
+    (tmp_path / ".metadata").write_bytes(files[".metadata"])
+    (tmp_path / "__0_0.distcp").write_bytes(files["__0_0.distcp"][:-100])
+    with pytest.raises(InputError, match=r"is damaged: a part of .* is not in __0_0\.distcp"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "__0_0.distcp").unlink()
+    with pytest.raises(InputError, match="cannot be read: No such file"):
+        open_checkpoint(tmp_path)

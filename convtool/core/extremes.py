@@ -18,13 +18,13 @@ import torch
 from convtool.core.expression import Expression
 from convtool.core.gram import Gram, Side
 from convtool.core.sparse_block import SparseBlock
+from convtool.core.spectrum import ROUNDING
 from convtool.errors import UsageError
 
 Array = npt.NDArray[Any]
 
 DENSE_ELEMENTS = 1 << 23  # of a matrix whose SVD is computed whole
 DENSE_WORK = 1 << 34  # short * short * long of that
-ROUNDING = 2.0**-45  # relative to the largest, of an SVD in float64
 TOLERANCE = 1e-9  # of ARPACK
 
 
@@ -81,9 +81,7 @@ def _sparse(block: SparseBlock, count: int, seed: int) -> Extremes:
 
     side = Side(block)
     gram = Gram(side)
-    fits = gram.fits(None)
-    shifts = (-gram.norm * 2.0**-power for power in range(46, 0, -4)) if fits else ()  # a singular matrix needs some
-    factor = next((made for shift in shifts if (made := gram.factor(1, shift)) is not None), None)
+    factor = gram.nearly() if gram.fits(None) else None
     if factor is None:
         raise UsageError(
             "count: the smallest values of this matrix would take a factorisation beyond what is made; without it,"

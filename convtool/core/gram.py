@@ -102,6 +102,11 @@ class Gram:
             return None
         return found
 
+    def nearly(self) -> Array | None:
+        """Return the factor of G and as little on its diagonal as a singular matrix needs to have one."""
+        shifts = (-self.norm * 2.0**-power for power in range(46, 0, -4))
+        return next((factor for shift in shifts if (factor := self.factor(1, shift)) is not None), None)
+
     def proves(self, sign: int, shift: float) -> float | None:
         """Return d such that sign * (G - shift) has no eigenvalue below -d; None where it has, or rounding fails."""
         from scipy.linalg.blas import dtbmv

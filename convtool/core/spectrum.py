@@ -325,9 +325,7 @@ def _smallest(ends: _Ends, block: AnyBlock) -> None:
         return
     floor = _floor(gram, ends) if ends.least < math.inf else 0.0
     if floor < ends.low - ends.tolerance * ends.high:  # something of this block may lie below what is known
-        shifts = (-gram.norm * 2.0**-power for power in range(46, 0, -4))  # a singular matrix needs some
-        factor = next((factor for shift in shifts if (factor := gram.factor(1, shift)) is not None), None)
-        if factor is not None:
+        if (factor := gram.nearly()) is not None:
             _iterate(ends, side, partial(gram.solve, factor), (1e-3, 1e-8))
         del factor
         floor = _floor(gram, ends)

@@ -226,14 +226,51 @@ def test_the_last_column_of_a_table_is_folded_first(monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_what_all_rows_have_in_common_is_said_once_where_that_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows: list[tuple[str, ...]]
+    rows = [(f"conv{n}", "float32", f"{n} KiB", f"stride 1, padding {n}") for n in (1, 2, 10)]
+
+    def shown(columns: str, rows: list[tuple[str, ...]]) -> list[str]:
+        monkeypatch.setattr(sys, "stdout", stream := Terminal())
+        monkeypatch.setenv("COLUMNS", columns)
+        monkeypatch.setenv("NO_COLOR", "1")
+        output.table(("layer", "dtype", "size", "geometry"), rows, right=("size",), most=3)
+        return stream.getvalue().splitlines()
+
+    assert shown("47", rows)[1] == "conv1   float32   1 KiB  stride 1, padding 1"
+    assert shown("40", rows) == [
+        "layer     size  geometry",
+        "conv1    1 KiB  stride 1, padding 1",
+        "conv2    2 KiB  stride 1, padding 2",
+        "conv10  10 KiB  stride 1, padding 10",
+        "in every row: dtype float32",
+    ]
+    # A line ends behind a comma where it can, and not in front of a number.
+    assert shown("30", rows)[1:3] == ["conv1    1 KiB  stride 1,", "                padding 1"]
+    # One that isn't shown counts too.
+    other = shown("40", [*rows, ("conv11", "float16", "1 KiB", "")])
+    assert other[-1].startswith("... and 1 more")
+    assert not any("in every row" in line for line in other)
+
+
 def test_a_table_is_paragraphs_in_a_window_too_narrow_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert table_on(Terminal(), monkeypatch, COLUMNS="24", NO_COLOR="1") == (
         "layer1.0.conv1\n"  #
-        "  kind conv; size 1.5\n"
-        "    KiB\n"
+        "  kind conv;\n"
+        "    size 1.5 KiB\n"
         "head\\x1b[2J\n"
         "  kind linear\n"
     )
+
+
+def test_a_page_in_a_narrow_window_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stream := Terminal())
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("NO_COLOR", "1")
+    output.markdown("| file | read |\n| --- | --- |\n| `torch.distributed.checkpoint` | .safetensors, and others |\n")
+    lines = [line for line in stream.getvalue().splitlines() if line.strip() and "─" not in line]
+    start = lines[0].index("read")
+    assert "".join(line[:start].strip() for line in lines) == "filetorch.distributed.checkpoint"
 
 
 def test_progress_shows_on_a_terminals_stderr_after_a_while_and_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Recipes are in test_recipe, whole families in test_families. Checkpoints are in 
 from __future__ import annotations
 
 import json
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -882,7 +883,7 @@ def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert said[3].split() == ["layers", "become", "exact", "error/bound", "parameters", "multiply-adds"]
     assert [line.partition("  ")[0] for line in said[4:9]] == [f"{n}: conv → bn" for n in range(5)]
-    assert [[cell.strip() for cell in line.split("  ")[-2:]] for line in said[4:9]] == [["156 → 148", "148 → 144"]] * 5
+    assert [re.split("  +", line)[-2:] for line in said[4:9]] == [["156 → 148", "148 → 144"]] * 5
     assert (
         said[-2]
         == "5 fusions, 780 → 740 parameters; multiply-adds are per output position; --details lists the edits of each"

@@ -14,6 +14,7 @@ import pytest
 import torch
 from live import done, error, filled, load, save
 from networks import NETWORKS, Chains
+from shell import cli
 from torch import Tensor, nn
 
 import convtool
@@ -324,6 +325,15 @@ def test_inspect_shows_what_each_layer_reads_and_gives(folder: Path) -> None:
     assert (code, "goes with --model" in message) == (2, True)
     code, message = error("inspect", folder / "conv_bn.safetensors", "--write-geometry", folder / "none.toml")
     assert (code, "nothing is known" in message, (folder / "none.toml").exists()) == (2, True, False)
+
+
+def test_a_plan_says_in_one_line_what_was_fused_already(folder: Path) -> None:
+    model = f"--model {folder}/nets.py:ConvBatchNorm --model-input 1,8,8"
+    fused = folder / "fused-already.safetensors"
+    assert cli(f"fuse {folder}/conv_bn.safetensors --auto {model} -o {fused}").code == 0
+    assert [line for line in cli(f"plan {fused} {model}").out.splitlines() if "fused" in line] == [
+        "left alone: conv1, bn1 and 3 more: convtool fused it already"
+    ]
 
 
 @pytest.mark.parametrize(

@@ -701,6 +701,26 @@ def test_the_verdict_prints_what_it_takes_from_the_record(net: dict[str, Tensor]
     assert {claim.partition(":")[0] for claim in stated.document["claims"]} == {"second"}
 
 
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        # What both layers have in common is one line;
+        ("", ["first, second: stride 1, padding 0, dilation 1, groups 1"]),
+        # by fields it would take three lines, and by layers two.
+        ("--set second.stride=2,1", ["first: stride 1, padding 0", "second: stride 2,1, padding 0"]),
+    ],
+)
+def test_what_a_record_claims_is_said_by_field_or_by_layer_whichever_is_shorter(
+    settings: str, lines: list[str], net: dict[str, Tensor]
+) -> None:
+    assert fuse(f"net.safetensors first second {settings} -o f.safetensors").code == 0
+    claims = re.compile("^as AFTER records: (.*)$", re.MULTILINE)
+    said = claims.findall(cli("verify net.safetensors f.safetensors").out)
+    assert [one.startswith(line) for one, line in zip(said, lines, strict=True)] == [True] * len(lines)
+    detailed = claims.findall(cli("verify net.safetensors f.safetensors --details").out)
+    assert [one.partition(":")[0] for one in detailed] == ["first", "second"]
+
+
 def test_a_fusion_of_a_layer_with_itself_cannot_buy_a_tolerance(net: dict[str, Tensor]) -> None:
     assert fuse("net.safetensors first second -o f.safetensors").code == 0
     record, tensors = recorded("f.safetensors"), load_file("f.safetensors")

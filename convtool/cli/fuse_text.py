@@ -110,7 +110,7 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
             _show_one(fusion, reporter, dry_run=not result.checkpoint.written)
     else:
         columns = ("layers", "become", "exact", "error/bound", "parameters", "multiply-adds")
-        table(columns, list(map(_row, fusions)), most=MOST_ROWS)
+        table(columns, list(map(_row, fusions)), right=("parameters", "multiply-adds"), most=MOST_ROWS)
     if len(fusions) > 1:
         before = sum(fusion.parameters.before for fusion in fusions)
         after = sum(fusion.parameters.after for fusion in fusions)
@@ -132,7 +132,7 @@ def _row(fusion: Fusion) -> tuple[str, ...]:
     return (
         tree_in_short(map_leaves(lambda one: LayerRef(str(one)), record.sources)),
         record.name,
-        _exactness(fusion).removeprefix("exact at "),
+        _exactness(fusion).removeprefix("exact "),
         "not verified" if proof is None else f"{proof.ratio:.3g}",
         f"{numbers.before} → {numbers.after}",
         "" if work is None else f"{_count(work.before)} → {_count(work.after)}",

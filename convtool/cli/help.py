@@ -15,6 +15,7 @@ WIDEST = 100  # longer lines are hard to read
 WIDEST_TERM = 24  # that an explanation stands beside, and not under;
 NARROW = 64  # in a window of fewer columns than this,
 SHORT = 10  # a term of no more than this
+HYPHEN = "\u2011"  # in place of -, at which the formatter would break an option's name
 
 # A word of a shell's line, or an option with its value.
 _WORD = r"""(?:[^\s'"]|'[^']*'|"[^"]*")+"""
@@ -44,10 +45,11 @@ def page(command: Any, ctx: Any, sections: Iterable[tuple[str, Rows]]) -> str:
         if rows:
             under = width < NARROW and max(len(term) for term, _ in rows) > SHORT
             with formatter.section(bold(title, styled)):
-                formatter.write_dl(rows, 2 if under else WIDEST_TERM)
+                whole = [(term, text.replace("-", HYPHEN)) for term, text in rows]
+                formatter.write_dl(whole, 2 if under else WIDEST_TERM)
     with formatter.section(bold("Examples", styled)):
         formatter.write("\n".join(_example(line, width) for line in command.epilog.strip().splitlines() if line))
-    return str(formatter.getvalue()).rstrip("\n")
+    return str(formatter.getvalue()).replace(HYPHEN, "-").rstrip("\n")
 
 
 def _example(line: str, width: int) -> str:

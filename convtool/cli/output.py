@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
 GAP = 2  # blanks between two columns of a table
 NARROW = 64  # columns that a bar with all that it tells takes; below, it is percent and time
-NARROWEST = 24  # columns that the last one of a table may be folded to
+KEPT = "\u00a0"  # a blank at which no line ends; what is printable has none of its own
+AT_NUMBERS = re.compile(r" (?=[\d→]|[KMGT]?i?B\b)|(?<=\d →) ")  # 'padding 1', '1.5 KiB', '8 → 4'
 ALL = "a pipe gets all of them, such as | less"
 
 Advance: TypeAlias = Callable[[float], None]
@@ -207,30 +208,65 @@ def table(
 ) -> None:
     """A table on stdout: aligned columns; in a window too narrow for them the last one is folded, or each row is.
 
-    A pipe gets whole lines, however long, and all of them; a terminal `most` rows and the number of the others.
+    What all rows have in common is said once below it, where that makes room. A pipe gets whole lines, however long,
+    and all of them; a terminal `most` rows and the number of the others.
     """
-    if most is not None and len(rows) > most and sys.stdout.isatty():
-        table(columns, rows[:most], right=right)
-        emit(f"... and {len(rows) - most} more; {ALL}")
-        return
-    cells = [[printable(cell) for cell in row] for row in [columns, *rows]]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
-    left = window_columns() - 1 - sum(widths[:-1]) - GAP * (len(widths) - 1) if sys.stdout.isatty() else widths[-1]
-    if left < min(NARROWEST, widths[-1]):
-        for name, *others in cells[1:]:
-            emit(bold(_folded(name, window_columns(), "  "), stdout_styled()))
-            said = "; ".join(f"{column} {cell}" for column, cell in zip(columns[1:], others, strict=True) if cell)
-            emit(_folded(f"  {said}", window_columns() - 1, "    "))
-        return
-    for number, row in enumerate(cells):
-        aligned = [
-            cell.rjust(width) if name in right else cell.ljust(width)
-            for cell, width, name in zip(row, widths, columns, strict=True)
-        ]
-        before = "".join(cell + " " * GAP for cell in aligned[:-1])
-        for line in textwrap.wrap(aligned[-1].rstrip(), left, break_on_hyphens=False) or [""]:
-            emit(bold(f"{before}{line}".rstrip(), stdout_styled() and number == 0))
+    window = window_columns() - 1 if sys.stdout.isatty() else None
+    cells = [[printable(cell) for cell in row] for row in [columns, *rows[: None if window is None else most]]]
+    same = [] if window is None or sum(_widths(cells)) <= window else _same([columns, *rows])
+    shown = [[cell for i, cell in enumerate(row) if i not in same] for row in cells]
+    for line in _aligned(shown, right, window) or _paragraphs(shown):
+        emit(line)
+    if same:
+        said = "; ".join(f"{cells[0][i]} {cells[1][i]}" for i in same)
+        emit(_folded(f"in every row: {said}", window_columns(), "  "))
+    if len(cells) - 1 < len(rows):
+        emit(f"... and {len(rows) - len(cells) + 1} more; {ALL}")
+
+
+def _same(cells: Sequence[Sequence[str]]) -> list[int]:
+    """Return the columns, apart from the first, that have one value in all of several rows."""
+    body = cells[1:]
+    return [i for i in range(1, len(cells[0])) if len(body) > 2 and body[0][i] and len({row[i] for row in body}) == 1]
+
+
+def _widths(cells: Sequence[Sequence[str]]) -> list[int]:
+    """Return the columns' widths, with the gap after all but the last."""
+    *widths, last = (max(map(len, column)) for column in zip(*cells, strict=True))
+    return [*(width + GAP for width in widths), last]
+
+
+def _aligned(cells: Sequence[Sequence[str]], right: Sequence[str], window: int | None) -> list[str] | None:
+    """Return a table's lines, the last column folded; None where it has no room, or paragraphs are shorter."""
+    columns, widths = cells[0], _widths(cells)
+    room = widths[-1] if window is None else window - sum(widths[:-1])
+    words = [cell for row in cells for cell in ([row[-1]] if columns[-1] in right else row[-1].split())]
+    if room < max(map(len, words)):
+        return None
+    lines = []
+    for row in cells:
+        before = "".join(
+            (cell.rjust(width - GAP) if name in right else cell).ljust(width)
+            for cell, width, name in zip(row[:-1], widths, columns, strict=False)
+        )
+        last = row[-1].rjust(widths[-1]) if columns[-1] in right else row[-1]
+        for line in _folded(last, room, "").splitlines() or [""]:
+            lines.append(f"{before}{line}".rstrip())
             before = " " * len(before)
+    if len(lines) > len(cells) and len(lines) > len(_paragraphs(cells)) + 1:
+        return None
+    return [bold(lines[0], stdout_styled()), *lines[1:]]
+
+
+def _paragraphs(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Return a table's rows, each of which is its first cell and, below, what each of the others is and says."""
+    lines, width = [], window_columns() - 1
+    for name, *others in cells[1:]:
+        lines += [bold(line, stdout_styled()) for line in _folded(name, window_columns(), "  ").splitlines()]
+        each = [f"{column} {cell}" for column, cell in zip(cells[0][1:], others, strict=True) if cell]
+        said = "; ".join(one.replace(" ", KEPT) if len(one) < width - 4 else one for one in each)
+        lines += _folded(f"  {said}", width, "    ").splitlines()
+    return lines
 
 
 def markdown(text: str) -> None:
@@ -240,11 +276,24 @@ def markdown(text: str) -> None:
         return
     import io
 
-    from rich.console import Console
-    from rich.markdown import Markdown
+    from rich.console import Console, ConsoleOptions, RenderResult
+    from rich.markdown import Markdown, TableElement
+    from rich.table import Table
+
+    class Folded(TableElement):
+        """A table that folds long words, which would be cut."""
+
+        def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+            for shown in super().__rich_console__(console, options):
+                for column in shown.columns if isinstance(shown, Table) else ():
+                    column.overflow = "fold"
+                yield shown
+
+    class Page(Markdown):
+        elements = Markdown.elements | {"table_open": Folded}
 
     console = Console(file=io.StringIO(), width=window_columns(), force_terminal=stdout_styled(), no_color=True)
-    console.print(Markdown(text, code_theme="bw", hyperlinks=False))
+    console.print(Page(text, code_theme="bw", hyperlinks=False))
     emit(console.file.getvalue(), end="")  # type: ignore[attr-defined]
 
 
@@ -254,9 +303,10 @@ def _fitting(line: str, stream: TextIO) -> str:
 
 
 def _folded(text: str, width: int, indent: str) -> str:
-    """The text in lines of a width, between words, all but the first indented."""
+    """The text in lines of a width, between words but at no number, all but the first indented."""
     how = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.fill(text, max(width, 20), subsequent_indent=indent, **how)  # type: ignore[arg-type]
+    kept = AT_NUMBERS.sub(KEPT, text)
+    return textwrap.fill(kept, max(width, 1), subsequent_indent=indent, **how).replace(KEPT, " ")  # type: ignore[arg-type]
 
 
 def window_columns() -> int:

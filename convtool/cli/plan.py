@@ -197,10 +197,9 @@ def _row(fusion: Fusion) -> list[str]:
     from convtool.graph.planned import tree_in_short
 
     tree = map_leaves(lambda part: LayerRef(part.name), fusion.sources)
-    exact = fusion.exact.value.removeprefix("at ")
     seconds = fusion.seconds
     time = "" if seconds is None else f"{seconds.before * 1e3:.3g} → {seconds.after * 1e3:.3g}"
-    return [tree_in_short(tree), exact, *_costs(fusion), time]
+    return [tree_in_short(tree), fusion.exact.value, *_costs(fusion), time]
 
 
 def _grouped(left_alone: tuple[LeftAlone, ...]) -> list[tuple[str, str]]:

@@ -164,7 +164,7 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
         reporter.lines([f"as AFTER records: {one}" for one in claims])
         reporter.lines(result.explained)
         if result.other_tensors is not None:
-            _show_tensors(result.other_tensors, result.rounded_to, reporter)
+            _show_tensors(result.other_tensors, "other " if result.fusions else "", result.rounded_to, reporter)
         if (whole := result.whole_model) is not None:
             reporter.line(
                 f"the whole model, on inputs of {whole.inputs}: outputs"
@@ -221,18 +221,18 @@ TOLD = {
 }
 
 
-def _show_tensors(others: OtherTensors, rounded_to: str | None, reporter: Reporter) -> None:
+def _show_tensors(others: OtherTensors, other: str, rounded_to: str | None, reporter: Reporter) -> None:
     told = [
         f"{name}: {TOLD.get(what, f'{what}, and no fusion accounts for it')}" for name, what in others.differing.items()
     ]
     reporter.lines(told, most=MOST_NAMES)
     if told:
         covered = "; they went into the networks that were run on random inputs" if others.by_random_inputs else ""
-        reporter.line(f"other tensors that differ, are missing or are new: {len(told)}{covered}")
+        reporter.line(f"{other}tensors that differ, are missing or are new: {len(told)}{covered}")
     else:
         rounded = f", or rounded once to {rounded_to}" if rounded_to else ""
         tensors = "tensor" if others.compared == 1 else "tensors"
-        reporter.line(f"{others.compared} other {tensors}: bit for bit the same{rounded}")
+        reporter.line(f"{others.compared} {other}{tensors}: bit for bit the same{rounded}")
 
 
 def _row(report: Report) -> tuple[str, ...]:

@@ -342,6 +342,7 @@ def _spatial_axes(layers: Sequence[Layer], given: int | None, size: Sequence[int
         if size is not None:
             return len(size) - 1
         raise UsageError(
-            f"nothing tells how many spatial axes {layers[0].name} has; give --input-size with the channels in front"
+            f"nothing tells how many spatial axes {layers[0].name or 'the bare module'} has; give --input-size with the"
+            " channels in front"
         )
     return axes or 0

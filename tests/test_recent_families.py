@@ -277,7 +277,7 @@ def test_qarepvgg_adds_its_input_where_it_keeps_channels_at_stride_1(version: st
     check(network(deploy=False), network(deploy=True), f"qarepvgg{version}", tmp_path, 3, strides)
     words = ("fuse", tmp_path / "train.safetensors", "-o", tmp_path / "x.safetensors")
     code, message = error(*words, "--recipe", f"qarepvgg{version}")
-    assert (code, "stages.1.rbr_dense.conv.stride=1" in message) == (2, True)
+    assert (code, "stages.1.rbr_dense.conv.stride=VALUE" in message) == (2, True)
     assert "qarepvgg (" in error(*words, "--recipe", "auto", *settings({"*": {}, **strides}, tmp_path / "g.toml"))[1]
 
 

@@ -41,7 +41,7 @@ def test_eps_is_asked_for_with_what_hangs_on_it_and_never_taken_from_torch() -> 
     apart = 100 * (((0.004 + 1e-3) / (0.004 + 1e-5)) ** 0.5 - 1)
     assert code == 2
     assert f"eps of 1 (1e-05 or 0.001: weights up to {apart:.2g}% apart)" in message
-    assert message.endswith(" --eps 1e-05")
+    assert message.endswith(" --eps VALUE")
     assert not Path("out.pt").exists()
     done("fuse", "net.pt", "0", "1", "-o", "out.pt", "--eps", "1e-3")
     x = torch.randn(2, 3, 9, 8, dtype=torch.float64)
@@ -68,7 +68,19 @@ def test_a_recipe_that_asks_for_a_stride_gets_no_made_up_one() -> None:
     saved(nn.Conv2d(4, 4, 3, 2), nn.Conv2d(4, 4, 1))
     Path("r.toml").write_text('[[fuse]]\nname = "1"\nchain = ["avg_pool(2; stride=stride(0))", "1"]\n')
     code, message = error("fuse", "net.pt", "--recipe", "r.toml", "-o", "out.pt", "--assume-defaults")
-    assert (code, message.endswith("--set 0.stride=1")) == (2, True)
+    assert (code, message.endswith("--set 0.stride=VALUE")) == (2, True)
+
+
+def test_what_is_to_be_stated_holds_no_value_that_could_be_pasted() -> None:
+    saved(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4, eps=1e-3))
+    assert error("fuse", "net.pt", "0", "1", "-o", "out.pt", "--eps", "VALUE")[0] == 2
+    assert error("fuse", "net.pt", "0", "1", "-o", "out.pt", "--eps", "1e-3", "--set", "0.padding=VALUE")[0] == 2
+
+
+def test_a_matrix_of_a_layer_of_which_nothing_is_stated_says_so() -> None:
+    saved(nn.Conv2d(4, 4, 3, 2, 1))
+    lines = cli("toeplitz net.pt 0 --input-size 5,6 -o m.npz").out.splitlines()
+    assert "  by default: padding 0, stride 1, dilation 1, not transposed, groups 1" in lines
 
 
 # --- an assumption stays one

@@ -104,7 +104,7 @@ class OfLayer:
         said = {name: kind.say(name, value) for name, value in self.fields.items() if name not in idle}
         stated = ", ".join(text for name, text in said.items() if name not in self.unstated)
         default = ", ".join(text for name, text in said.items() if name in self.unstated)
-        return "; by default: ".join(text for text in (stated, default) if text)
+        return "; ".join(text for text in (stated, default and f"by default: {default}") if text)
 
 
 @dataclass(frozen=True, slots=True)

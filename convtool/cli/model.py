@@ -36,7 +36,7 @@ def read_model(
     found = agree(built, checkpoint, f"--model {spec}")
     found.check(built, spec)
     for line in found.differences:
-        reporter.remark(f"model and checkpoint disagree: {line}")
+        reporter.remark(f"model and checkpoint compared: {line}")
     return built, found
 
 

@@ -12,7 +12,6 @@ from convtool.core.tree import Sum, Tree, leaves, map_leaves
 from convtool.errors import UsageError
 from convtool.fusing.dependence import KERNEL, depends, infer_strides, probes, taps_alone
 from convtool.fusing.leaf import LoweredLayer, spatial_size
-from convtool.kinds.stated import field_text
 
 NUMBERS, MATRIX = "for the numbers", "for the matrix"
 MOST_SETTINGS = 6  # fields that are spelled out to be stated one by one
@@ -206,13 +205,9 @@ def _named(name: str, layers: list[str], missing: Sequence[Missing], checkpoints
 
 
 def _to_paste(missing: Sequence[Missing]) -> str:
-    """Return the options that state what is missing, with torch's defaults in place of the model's values."""
-    values = ((one, field_text(one.layer.computed.kind.defaults[one.field])) for one in missing)
-    said = (
-        f"--eps {value}" if one.field == "eps" else f"--set {one.layer.name}.{one.field}={value}"
-        for one, value in values
-    )
+    """Return the options that state what is missing, with a word where the values go: nobody knows these."""
+    said = ("--eps VALUE" if one.field == "eps" else f"--set {one.layer.name}.{one.field}=VALUE" for one in missing)
     settings = list(dict.fromkeys(said))
     if len(settings) > MOST_SETTINGS:
         return "to state them: --geometry FILE, --model CODE, or --set LAYER.FIELD=VALUE"
-    return f"to state {'them' if len(missing) > 1 else 'it'}, with torch's values here: {' '.join(settings)}"
+    return f"to state {'them' if len(missing) > 1 else 'it'}: {' '.join(settings)}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from convtool.checkpoint import Checkpoint, Layer
-from convtool.core.names import some_of, unwrap
+from convtool.core.names import grouped, some_of, unwrap
 from convtool.errors import UsageError
 from convtool.kinds.stated import FieldSource
 from convtool.live.layers import module_layers
@@ -93,8 +93,8 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
         *_listed("only in the model", (name for name in ours if name not in names and name not in gone)),
         *_listed("a bias only in the checkpoint", (name for name in biased if names[name] not in fused)),
         *(line for name, line in shapes.items() if names[name] not in fused and name not in biased),
-        *(
-            f"{name}: its stride, padding and eps are unknown; it is {reason}"
+        *grouped(
+            (name, f"the model doesn't tell stride, padding or eps of {reason}")
             for name, reason in known.foreign.items()
             if known.layers[name].fields
         ),

@@ -125,8 +125,8 @@ class _Resolution:
         value = self.known.fields(layer).get(field)
         if value is None:
             raise UsageError(
-                f"{self.origin}: not stated, and needed: for {shortened(whose)}, {field} of {layer}. To state it,"
-                f" with torch's value here: --set {layer}.{field}=1"
+                f"{self.origin}: not stated, and needed: for {shortened(whose)}, {field} of {layer}. To state it:"
+                f" --set {layer}.{field}=VALUE"
             )
         return value
 

@@ -64,7 +64,7 @@ def complete(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         ("convtool verify chains.pt conv_bn.pt --before reduce,spread,g", ["reduce,spread,gather"]),
         ("convtool verify chains.pt conv_bn.pt --after bn", ["bn1", "bn2", "bn3", "bn4"]),
         ("convtool inspect chains.pt --set gather.p", ["gather.padding=", "gather.padding_mode="]),
-        ("convtool fuse chains.pt spread gather --set gather.st", ["gather.stride="]),
+        ("convtool fuse chains.pt spread gather --set gather.str", ["gather.stride="]),
         ("convtool toeplitz chains.pt widen --layout d", ["dense"]),
         ("convtool toeplitz chains.pt widen --padding-mode re", ["replicate", "reflect"]),
         ("convtool fuse chains.pt --recipe repvg", ["repvgg-timm", "repvgg"]),

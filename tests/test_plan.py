@@ -29,8 +29,9 @@ from convtool.graph.cut import Price, partition
 from convtool.graph.flow import Flow, Step, find_stretches, taken_off
 from convtool.graph.judge import Exact
 from convtool.graph.left_over import ALONE, NEVER
-from convtool.graph.operations import INPUT, Operation, Run, read_flow
+from convtool.graph.operations import read_flow
 from convtool.graph.planned import Plan, tree_in_short
+from convtool.graph.recorded_run import INPUT, Operation, Run
 from convtool.kinds.kind import Layer, TensorInfo
 from convtool.kinds.stated import FieldSources
 from convtool.kinds.written import layer_of_operation, read_layer

@@ -99,7 +99,7 @@ class Sources:
     settings: list[str] | None = option(
         "LAYER.FIELD=VALUE",
         "A field that the checkpoint doesn't hold, as torch calls it: stride, padding, dilation, groups,"
-        " padding_mode, transposed, output_padding, eps. Repeatable.",
+        " padding_mode, transposed, output_padding, eps; standardized, gain_scale. Repeatable.",
         "--set",
         completion=complete.settings,
     )

@@ -80,7 +80,8 @@ def _own_line(planned: PlannedLayer) -> list[str]:
         whose = [leaf.name for leaf in planned.layers if any(leaf.open.values())]
         have = f"{', '.join(whose)} {'have' if len(whose) > 1 else 'has'}"
         return [f"{planned.name} = {module_text(conv, missing)}  # what is left out, as {have} it"]
-    changes = list(_changes(conv, own.conv, known, changed_fields(planned.tree, own), planned.layers))
+    plain = ["a plain convolution, whose weight is standardized already"] if "standardized" in own.fields else []
+    changes = plain + list(_changes(conv, own.conv, known, changed_fields(planned.tree, own), planned.layers))
     return [f"{planned.name}: {', '.join(changes)}"] if changes else []
 
 
@@ -220,10 +221,13 @@ def read(checkpoint: str | Path) -> dict[str, torch.Tensor]:
 $reading
 
 
-def find(model: nn.Module, name: str, **stated: object) -> Any:
-    """Return a layer that goes; raise TypeError or ValueError where it isn't torch's own, or not as it was stated."""
+def find(model: nn.Module, name: str, *, standardized: bool = False, **stated: object) -> Any:
+    """Return a layer that goes; raise TypeError or ValueError where it isn't torch's own, or not as it was stated.
+
+    One whose weight is standardized has code of its own for that, which goes with it.
+    """
     layer = model.get_submodule(name)
-    if type(layer) is not getattr(nn, type(layer).__name__, None):
+    if not standardized and type(layer) is not getattr(nn, type(layer).__name__, None):
         raise TypeError(f"{name} is a {type(layer).__qualname__}, not a layer of torch's own; use convtool.apply")
     if sum(one is layer for _, one in model.named_modules(remove_duplicate=False)) > 1:
         raise ValueError(f"{name} is in the model under two names; replacing it in one place would leave the other")
@@ -341,6 +345,8 @@ def _stated(layer: LoweredLayer) -> Iterator[tuple[str, object]]:
     """Yield what was stated or assumed of a layer, as the attributes of a torch module have it."""
     geometry = layer.conv.geometry
     known = [field for field in CHECKED if field in layer.fields]
+    if "standardized" in layer.fields:
+        yield "standardized", True
     for field in known:
         if field == "eps":
             yield field, layer.fields[field]

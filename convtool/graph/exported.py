@@ -16,8 +16,9 @@ from convtool.formats.program import Node, Program, Value, values_in
 from convtool.graph.cut import cut
 from convtool.graph.flow import Flow
 from convtool.graph.judge import Judge
-from convtool.graph.operations import INPUT, OF_SHAPE, Operation, Run, read_flow
+from convtool.graph.operations import OF_SHAPE, read_flow
 from convtool.graph.planned import Plan
+from convtool.graph.recorded_run import INPUT, UNKNOWN, Operation, Run
 
 # ATen's operations whose value may lie in the memory of what they read first.
 _VIEWS = frozenset(
@@ -83,6 +84,8 @@ class _Reader:
         self.memory: dict[Value, Value] = {}  # the value whose memory another lies in
         self.changed: dict[Value, int] = {}  # the last operation that changed a value's memory
         self.made_of: dict[Value, tuple[str, ...]] = {}  # the model's tensors that a constant is computed of
+        self.constant: dict[Value, int] = {}  # the operation that made a constant
+        self.overwritten: dict[Value, int] = {}  # the last one that changed a constant's memory
         self.runs: dict[tuple[str, str], int] = {}  # of modules, by the number of their first operation
 
     def run(self) -> Run:
@@ -106,10 +109,15 @@ class _Reader:
             for key, value in node.arguments.items()
             if isinstance(value, Value) and value in self.program.tensors and self._number(value) == _CONSTANT
         }
+        computed = {
+            key: self._made_by(value)
+            for key, value in node.arguments.items()
+            if isinstance(value, Value) and key not in operands and self._number(value) == _CONSTANT
+        }
         shape = self.program.shapes.get(node.gives[0], ()) if node.gives else ()
         within = tuple((one.path, self.runs.setdefault((one.path, one.run), number)) for one in node.inside)
         call = next((one for one in within if one[0] in self.layers), ("", 0))
-        self.operations.append(Operation(node.name, reads, shape, tensors, arguments, call, operands, within))
+        self.operations.append(Operation(node.name, reads, shape, tensors, arguments, call, operands, within, computed))
         kind = node.name.split(".")[1] if node.name.count(".") else node.name
         in_place = kind.endswith("_") and not kind.endswith("__")
         for value in node.gives:
@@ -118,9 +126,9 @@ class _Reader:
             if reads:
                 self.made[value] = number
             elif tensors:
-                self.made_of[value] = tensors
-        if in_place and read and reads:
-            self.changed[self._home(read[0])] = number
+                self.made_of[value], self.constant[value] = tensors, number
+        if in_place and read:
+            (self.changed if reads else self.overwritten)[self._home(read[0])] = number
 
     def _home(self, value: Value) -> Value:
         return self.memory.get(value, value)
@@ -128,6 +136,11 @@ class _Reader:
     def _number(self, value: Value) -> int:
         """Return the operation that a value comes from: the last one that changed its memory, if that is later."""
         return max(self.made.get(value, _CONSTANT), self.changed.get(self._home(value), _CONSTANT))
+
+    def _made_by(self, value: Value) -> int:
+        """Return the operation that a constant comes from, as far as it is made of the model's tensors."""
+        made = self.constant.get(value, UNKNOWN)
+        return UNKNOWN if self.overwritten.get(self._home(value), UNKNOWN) > made else made
 
     def _tensors(self, value: Value) -> tuple[str, ...]:
         """Return the name of the model's tensor that a value is, or lies in; or of those that it is computed of."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import replace
 
 from convtool.errors import UsageError
+from convtool.graph.computed import with_own_weight
 from convtool.graph.flow import Flow, Step
 from convtool.graph.passing import moved_axes
+from convtool.graph.recorded_run import INPUT, Operation, Run
 from convtool.kinds.kind import Layer
 from convtool.kinds.written import layer_of_operation
 
-INPUT = "input"  # the operation that what a run is given comes from
 _ADDITIONS = ("aten.add.Tensor", "aten.add_.Tensor")
 # Operations that give a constant itself, in another shape or in the dtype that it has.
 VIEWS_OF_CONSTANTS = frozenset(
@@ -28,47 +28,6 @@ VIEWS_OF_CONSTANTS = frozenset(
 OF_SHAPE = {f"aten.{name}.default": "other" for name in ("reshape_as", "view_as", "expand_as", "type_as")}
 OF_SHAPE["aten.to.other"] = "other"
 _OUTSIDE = -1  # whoever reads the values that leave the run
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One operation.
-
-    Attributes:
-        name: ATen's, dotted: 'aten.add.Tensor'; `INPUT` for what the run is given.
-        reads: the operations whose values it reads, by number, in the order of its arguments; not constants, which
-            nothing of the run's input goes into.
-        shape: of its value, or of the first of several.
-        tensors: full names of the model's tensors that it reads.
-        arguments: by the names of the operation's schema, None in place of tensors; not the defaults.
-        call: the layer in whose run it happens, and the number of that run; ('', 0) outside of all.
-        operands: by the names of the schema, the arguments that are tensors of the model: their full names, and the
-            shapes that they are read in.
-        within: the modules in whose runs it happens, the outermost first, each with the number of its run.
-    """
-
-    name: str
-    reads: tuple[int, ...] = ()
-    shape: tuple[int, ...] = ()
-    tensors: tuple[str, ...] = ()
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    call: tuple[str, int] = ("", 0)
-    operands: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
-    within: tuple[tuple[str, int], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """The operations of one run.
-
-    Attributes:
-        outputs: those whose values leave the run.
-        kept: those whose values somebody still holds once the outputs are gone.
-    """
-
-    operations: Sequence[Operation]
-    outputs: frozenset[int]
-    kept: frozenset[int] = frozenset()
 
 
 def read_flow(
@@ -104,6 +63,13 @@ class _Reader:
                 calls[operation.call].append(number)
         for value in run.outputs | run.kept:
             self.users[value].add(_OUTSIDE)
+        # Operations that compute a weight that is known to be standardised, of the layer's own tensors.
+        self.computing = {
+            number
+            for operation in self.operations
+            if operation.computed
+            for number in with_own_weight(self.operations, operation).inside
+        }
         self.calls = {call: inside for call, inside in calls.items() if self._is_layer(inside)}
         self.steps: list[Step] = []
         self.number: dict[int, int] = {}  # the steps by their operations
@@ -156,7 +122,10 @@ class _Reader:
         if step is not None:
             return step
         constant = not reads and operation.name != INPUT
-        for name in operation.tensors:  # a layer whose tensors are read by anything but its own run has to keep them
+        computing = number in self.computing
+        for name in (
+            () if computing else operation.tensors
+        ):  # a layer whose tensors are read by anything but its own run has to keep them
             layer = self.owners.get(name)
             if layer is not None and not (constant and operation.name in VIEWS_OF_CONSTANTS):
                 reason = f"{name} is read outside of the layer's own run as well"
@@ -181,6 +150,7 @@ class _Reader:
             step = None if written is None else self._layer_step(written, operation.reads, operation.shape)
             return None if step is None else replace(step, moves=moved_axes(*about))
         layer = self.owners.get(operation.tensors[0])
+        operation, made, _ = with_own_weight(self.operations, operation)
         if layer is None or self._reads_others(layer, operation):
             return None
         if layer.kind.parameter:
@@ -188,9 +158,10 @@ class _Reader:
             axes = self._factor_axes(operation) if known else None
             return None if axes is None else self._layer_step(layer, operation.reads, operation.shape, axes)
         fields = layer.kind.fields_of_run([(operation.name, operation.arguments)], layer.shapes)
-        if fields is None or any(shape != layer.shapes[key] for key, (_, shape) in operation.operands.items()):
+        shapes = {key: shape for key, (_, shape) in operation.operands.items() if key != "gain"}  # read as one axis
+        if fields is None or any(shape != layer.shapes[key] for key, shape in shapes.items()):
             return None
-        return self._layer_step(replace(layer, fields=fields), operation.reads, operation.shape)
+        return self._layer_step(replace(layer, fields={**fields, **made}), operation.reads, operation.shape)
 
     def _reads_others(self, layer: Layer, operation: Operation) -> bool:
         """Return whether an operation reads other tensors than all of a layer's own, each as the argument it is."""
@@ -198,7 +169,7 @@ class _Reader:
         own = {key: info.name for key, info in layer.tensors.items() if key not in layer.kind.counters}
         if layer.kind.parameter:
             return sorted(given.values()) != sorted(own.values()) or len(operation.tensors) != 1
-        return given != own or sorted(operation.tensors) != sorted(own.values())
+        return bool(operation.computed) or given != own or sorted(operation.tensors) != sorted(own.values())
 
     def _factor_axes(self, operation: Operation) -> int | None:
         """Return the spatial axes behind the one that a tensor's numbers belong to: all, or none; None for others."""

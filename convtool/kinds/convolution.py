@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 from convtool.core.fields import FLAG, INTEGER, INTEGERS, MODE, PADDING, Fields, geometry_fields
 from convtool.core.geometry import Geometry, format_padding, format_sizes, per_axis
 from convtool.errors import InputError, UsageError
+from convtool.kinds import standardized
 from convtool.kinds.kind import Channels, Kind, Reading, Shapes, TensorInfo, Tensors
 
 if TYPE_CHECKING:
     from convtool.core.conv import Conv
+    from convtool.core.stored import Stored
+    from convtool.core.tree import Tree
 
 
 _CONVOLUTION = re.compile(r"aten\.(_?convolution|conv[123]d|conv_transpose[123]d)\.(default|input|padding)")
@@ -37,7 +40,7 @@ class Convolution(Kind):
     """A convolution; its weight tells kernel and spatial axes, and nothing else of its geometry."""
 
     name = "conv"
-    tensors = ("weight", "bias", "bias_map")
+    tensors = ("weight", "bias", "bias_map", "gain")
     fields = {
         "stride": INTEGERS,
         "padding": PADDING,
@@ -46,6 +49,7 @@ class Convolution(Kind):
         "padding_mode": MODE,
         "transposed": FLAG,
         "output_padding": INTEGERS,
+        **standardized.FIELDS,
     }
     defaults = {
         "stride": 1,
@@ -114,7 +118,7 @@ class Convolution(Kind):
         return found
 
     def with_fields(self, geometry: Geometry, fields: Fields) -> Geometry:
-        return Geometry.of(geometry.kernel_size, **{**fields, "groups": geometry.groups})
+        return Geometry.of(geometry.kernel_size, **{**standardized.without(fields), "groups": geometry.groups})
 
     def other_readings(self, shapes: Shapes) -> Iterator[Reading]:
         yield Reading(shapes["weight"][0], shapes["weight"][1], "a transposed convolution", "transposed=true")
@@ -130,8 +134,8 @@ class Convolution(Kind):
 
     def written_out(self, fields: Fields, shapes: Shapes) -> Fields:
         kernel = shapes["weight"][2:]
-        full = geometry_fields(Geometry.of(kernel, **fields))
-        known = {name: value for name, value in full.items() if name in fields}
+        full = geometry_fields(Geometry.of(kernel, **standardized.without(fields)))
+        known = {name: value for name, value in full.items() if name in fields} | standardized.only(fields)
         if fields.get("padding") == "half" and "dilation" not in fields and any(k > 1 for k in kernel):
             known["padding"] = "half"  # of what, nobody knows yet
         return known
@@ -140,12 +144,12 @@ class Convolution(Kind):
         super().check_fields(fields)
         # What fits a layer's own kernel is known where that is; here one tap an axis has to do.
         counts = (len(value) for value in fields.values() if isinstance(value, list | tuple))
-        Geometry.of((1,) * next(counts, 1), **fields)
+        Geometry.of((1,) * next(counts, 1), **standardized.without(fields))
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         from convtool.core.conv import lower_conv
 
-        weight = tensors["weight"]
+        weight = standardized.convolution_weight(tensors, fields)
         if "bias" in tensors and "bias_map" in tensors:
             raise InputError("holds a bias and a bias_map, of which a layer has one")
         bias = tensors.get("bias_map", tensors.get("bias"))
@@ -154,11 +158,17 @@ class Convolution(Kind):
             raise UsageError(
                 f"its bias of {len(bias)} numbers is that of a transposed convolution; say so: transposed=true"
             )
-        return lower_conv(weight, bias, Geometry.of(tuple(weight.shape[2:]), **fields))
+        return lower_conv(weight, bias, Geometry.of(tuple(weight.shape[2:]), **standardized.without(fields)))
+
+    def stored(self, conv: Conv, tensors: Tensors, fields: Fields) -> Tree[Stored]:
+        from convtool.core.stored import stored
+
+        # A standardised weight is computed in float64; other programs do that in the dtype of its tensors.
+        return stored(conv, tensors["weight"].dtype if "standardized" in fields else None)
 
     def module_fields(self, module: Any) -> Fields:
         # Only a transposed layer has an output padding.
-        fields = {name: getattr(module, name) for name in self.fields if name != "padding_mode"}
+        fields = {name: getattr(module, name) for name in self.defaults if name != "padding_mode"}
         fields["padding_mode"] = getattr(module, "padding_mode", "zeros")  # torch before 1.1 had no other
         if not module.transposed:
             fields["output_padding"] = 0
@@ -199,13 +209,17 @@ class Convolution(Kind):
         return ", ".join(self.say(name, value) for name, value in known.items() if not idle.get(name))
 
     def say(self, name: str, value: Any) -> str:
+        if name in standardized.FIELDS:
+            return standardized.say(name, value)
         if name == "transposed":
             return "transposed" if value else "not transposed"
         sides = format_padding(value) if name == "padding" and isinstance(value, list | tuple) else value
         return f"{name} {_short(sides) if isinstance(sides, list | tuple) else sides}"
 
     def describe(self, fields: Fields, shapes: Shapes) -> str:
-        return Geometry.of(shapes["weight"][2:], **fields).describe()
+        stated = standardized.only(fields).items()
+        made = (standardized.say(name, value) for name, value in stated if (name, value) != ("gain_scale", 1.0))
+        return ", ".join([Geometry.of(shapes["weight"][2:], **standardized.without(fields)).describe(), *made])
 
 
 def _short(values: Sequence[object]) -> str:

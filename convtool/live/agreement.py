@@ -11,6 +11,7 @@ from convtool.checkpoint import Checkpoint, Layer
 from convtool.core.names import grouped, some_of, unwrap
 from convtool.errors import UsageError
 from convtool.kinds.stated import FieldSource
+from convtool.live.inside import standardized_layers
 from convtool.live.layers import module_layers
 from convtool.live.state import COUNTERS, StateCheckpoint
 
@@ -76,10 +77,11 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
     shapes = {name: line for name, other in names.items() if (line := _shapes(ours[name], theirs[other]))}
     biased = [name for name, line in shapes.items() if line == f"{names[name]}.bias: only in the checkpoint"]
     known = module_layers(model)
+    standardized = standardized_layers(model, known)
     tables = {
-        names[name]: known.layers[name].fields
-        for name in known.called()
-        if known.layers[name].fields and name in names and names[name] not in fused and name not in shapes
+        names[name]: fields
+        for name, fields in ({one: known.layers[one].fields for one in known.called()} | standardized).items()
+        if fields and name in names and names[name] not in fused and name not in shapes
     }
     found = set(names.values())
     unlike = {
@@ -96,7 +98,7 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
         *grouped(
             (name, f"the model doesn't tell stride, padding or eps of {reason}")
             for name, reason in known.foreign.items()
-            if known.layers[name].fields
+            if known.layers[name].fields and name not in standardized
         ),
     ]
     return Agreement(checkpoint, FieldSource(origin, tables, exact_names=True), names, unlike, tuple(differences))

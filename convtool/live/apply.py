@@ -20,7 +20,7 @@ from convtool.errors import InputError, RefusedError, UsageError
 from convtool.fusing.edits import done_by_the_model
 from convtool.kinds.shares import shares
 from convtool.live.fused import fused_layers
-from convtool.live.inside import difference, put_numbers, without_layer
+from convtool.live.inside import check_standardizes_alone, difference, put_numbers, without_layer
 from convtool.live.layers import is_plain
 from convtool.live.modules import Zeros, live_module
 from convtool.live.state import COUNTERS, load_tensors, tensors_of
@@ -165,7 +165,12 @@ class Applying:
         device = torch.device("cpu") if near is None else near.device
         place = self._place(name)
         module = None if own is None or name in self.made else self.model.get_submodule(place)
-        if self.keep and module is not None and own is not None and not is_plain(module, own.kind):
+        keeps = self.keep and module is not None and own is not None and not is_plain(module, own.kind)
+        if keeps and own is not None and "standardized" in own.fields:
+            # The weight that is put in stands for what the module's code makes of its tensors.
+            check_standardizes_alone(self.model.get_submodule(place), own.kind)
+            keeps = False
+        if keeps and module is not None and own is not None:
             self._touch(module)
             with self.making:
                 put_numbers(module, own, fused, dtype, device)

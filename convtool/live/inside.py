@@ -16,9 +16,20 @@ from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.fields import Fields, geometry_fields
 from convtool.errors import RefusedError
-from convtool.graph.operations import INPUT, VIEWS_OF_CONSTANTS, Operation
+from convtool.graph.computed import with_own_weight
+from convtool.graph.operations import VIEWS_OF_CONSTANTS
+from convtool.graph.recorded_run import INPUT, Operation
+from convtool.kinds import standardized
 from convtool.kinds.kind import UNKNOWN, Kind, Layer
-from convtool.live.layers import computes_as, found_layers, is_plain, known_class, observe, parametrizations
+from convtool.live.layers import (
+    ModelLayers,
+    computes_as,
+    found_layers,
+    is_plain,
+    known_class,
+    observe,
+    parametrizations,
+)
 from convtool.live.modules import HOOKS
 from convtool.live.recorder import Recorded, record
 from convtool.live.trace import nowhere
@@ -57,6 +68,28 @@ def look_inside(module: nn.Module, kind: Kind) -> Inside | None:
         if recorded is not None:
             return _found(module, layer, recorded, shape)
     return None
+
+
+def standardized_layers(model: nn.Module, known: ModelLayers) -> dict[str, Fields]:
+    """Return the fields of the layers whose code standardises their weight, and does nothing else besides.
+
+    Args:
+        known: of the model.
+    """
+    found = {name: _standardized(model.get_submodule(name), known.layers[name].kind) for name in known.foreign}
+    return {name: fields for name, fields in found.items() if fields is not None}
+
+
+def check_standardizes_alone(module: nn.Module, kind: Kind) -> None:
+    """Raise RefusedError unless a plain convolution can stand in the place of a module that standardises its weight."""
+    if _standardized(module, kind) is None:
+        raise RefusedError(f"a {type(module).__name__}, whose code does more than to standardize the layer's weight")
+
+
+def _standardized(module: nn.Module, kind: Kind) -> Fields | None:
+    inside = look_inside(module, kind) if "standardized" in kind.fields else None
+    alone = inside is not None and "standardized" in inside.fields and not inside.before + inside.after
+    return inside.fields if inside is not None and alone else None
 
 
 def without_layer(module: nn.Module, kind: Kind, known: dict[tuple[type, str], tuple[str, ...]]) -> nn.Module:
@@ -120,7 +153,8 @@ def difference(module: nn.Module, kind: Kind, fields: Fields) -> str:
         found = inside.fields
     shapes = found_layers(module).get("", Layer("", UNKNOWN, {})).shapes
     # What nobody knew of the layer when it was fused, nothing depends on.
-    fused, live = kind.describe({**found, **fields}, shapes), kind.describe(found, shapes)
+    # But a weight that was taken as it is, is none that the model standardises.
+    fused, live = kind.describe({**standardized.without(found), **fields}, shapes), kind.describe(found, shapes)
     return "" if fused == live else f"{fused} was fused, and the model has {live}"
 
 
@@ -173,8 +207,9 @@ def _found(module: nn.Module, layer: Layer, recorded: Recorded, shape: tuple[int
     places = [number for number in reading if recorded.run.operations[number].reads]
     if len(places) != 1:
         return None
-    operation = recorded.run.operations[places[0]]
-    if {name for name, _ in operation.operands.values()} != own:
+    last = recorded.run.operations[places[0]]
+    operation, made, _ = with_own_weight(recorded.run.operations, last)
+    if operation.computed or {name for name, _ in operation.operands.values()} != own:
         return None
     kind, arguments = layer.kind, operation.arguments
     if kind.parameter:
@@ -185,11 +220,11 @@ def _found(module: nn.Module, layer: Layer, recorded: Recorded, shape: tuple[int
         fields = kind.fields_of_run([(operation.name, arguments)], layer.shapes)
     if fields is None:
         return None
-    at = operations.index(operation)
+    at = operations.index(last)
     children = dict(module.named_children())
     called = dict.fromkeys(name for name, number in recorded.calls if number > places[0] and name in children)
     return Inside(
-        fields,
+        {**fields, **made},
         tuple(one for one in operations[:at] if _does_something(one)),
         tuple(one for one in operations[at + 1 :] if _does_something(one)),
         {name: children[name] for name in called},

@@ -25,7 +25,8 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from convtool.graph.operations import INPUT, OF_SHAPE, Operation, Run
+from convtool.graph.operations import OF_SHAPE
+from convtool.graph.recorded_run import INPUT, UNKNOWN, Operation, Run
 from convtool.live.untouched import Guard, Kept
 
 # Operations that hand a tensor's numbers to Python, which may go another way for others.
@@ -121,6 +122,8 @@ class _Recorder(
         self.memory: dict[int, int] = {}  # the last one whose value lies in a piece of memory
         self.changed: dict[int, int] = {}  # the last one that changed a piece of memory
         self.made_of: dict[int, tuple[str, ...]] = {}  # the model's tensors that a constant is computed of, by memory
+        self.constant: dict[int, int] = {}  # the operation that made a constant of the model's tensors, by object
+        self.overwritten: dict[int, int] = {}  # the last one that changed a constant in place, by memory
         self.calls: list[tuple[str, int]] = []  # the modules that are running
         self.called: list[tuple[str, int]] = []  # those, and the ones that ran before
         self.references: list[tuple[weakref.ref[Tensor], int, int]] = []  # to values: with operation and memory
@@ -200,8 +203,16 @@ class _Recorder(
         arguments = pytree.tree_map_only(Tensor, self._argument, dict(given))
         layer = next((call for call in self.calls if call[0] in self.layers), ("", 0))
         shape = tuple(made[0].shape) if made else ()
-        operation = Operation(str(func), reads, shape, tensors, arguments, layer, operands, tuple(self.calls))
+        computed = {
+            key: self._made_by(value)
+            for key, value in given.items()
+            if isinstance(value, Tensor) and key not in operands and self.number(value) == _CONSTANT
+        }
+        operation = Operation(str(func), reads, shape, tensors, arguments, layer, operands, tuple(self.calls), computed)
         number = self._add(operation, made)
+        self.constant |= {id(value): number for value in made if tensors and not reads}
+        for value in _tensors([given.get(one) for one in writes]):
+            self.overwritten[_memory(value)] = number
         if reads:  # whoever reads that memory from now on, by whatever name, reads the new value
             written = [value for one in writes for value in _tensors(given.get(one))]
             self.changed |= {_memory(value): number for value in written}
@@ -218,6 +229,11 @@ class _Recorder(
             return None
         with unset_fake_temporarily():
             return value.item() if value.dtype in _NUMBERS and not value.is_meta else None
+
+    def _made_by(self, value: Tensor) -> int:
+        """Return the operation that a constant comes from, as far as it is made of the model's tensors."""
+        made = self.constant.get(id(value), UNKNOWN)
+        return UNKNOWN if self.overwritten.get(_memory(value), UNKNOWN) > made else made
 
     def _model_tensors(self, value: Tensor) -> tuple[str, ...]:
         """Return the model's tensor that a value is, or those that it is computed of."""

@@ -14,7 +14,7 @@ from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.tree import Tree, leaves
 from convtool.errors import ConvtoolError
-from convtool.graph.operations import INPUT
+from convtool.graph.recorded_run import INPUT
 from convtool.live.apply import Applying
 from convtool.live.modules import Zeros
 from convtool.live.recorder import Recorded, record

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import nn
 
 from convtool.graph.flow import Flow, Step
-from convtool.graph.operations import INPUT
+from convtool.graph.recorded_run import INPUT
 from convtool.live.trace import example_input, trace
 
 # Functions that lengthen no difference of two inputs, whatever their arguments: |f(a) - f(b)| <= |a - b|.

@@ -1,0 +1,248 @@
+"""Weight standardisation: convolutions whose weight is (w - mean) / sqrt(var + eps) of each output channel's."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from live import done, error, filled, inputs, relative_difference, save
+from torch import Tensor, nn
+
+import convtool
+from convtool.checkpoint import open_checkpoint
+from convtool.core.forward import forward
+from convtool.core.tree import leaves
+from convtool.errors import ConvtoolError, RefusedError
+from convtool.graph.exported import plan_exported
+
+EPS = 1e-3
+
+
+def by_definition(weight: Tensor, gain: Tensor | None, eps: float, scale: float) -> Tensor:
+    """Return the weight, one output channel after the other, in Python's own numbers."""
+    made = torch.empty(weight.shape, dtype=torch.float64)
+    for channel, row in enumerate(weight.double().flatten(1).tolist()):
+        mean = math.fsum(row) / len(row)
+        variance = math.fsum((w - mean) ** 2 for w in row) / len(row)
+        factor = scale * (1 if gain is None else float(gain.flatten()[channel]))
+        numbers = [(w - mean) / math.sqrt(variance + eps) * factor for w in row]
+        made[channel] = torch.tensor(numbers, dtype=torch.float64).reshape(weight.shape[1:])
+    return made
+
+
+@pytest.mark.parametrize("axes", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("gained", [False, True])
+def test_a_stated_layer_computes_what_the_definition_says(axes: int, groups: int, gained: bool, tmp_path: Path) -> None:
+    torch.manual_seed(axes)
+    kernel = (3, 1, 2)[:axes]
+    tensors = {"c.weight": torch.randn(6, 2, *kernel) + 0.5, "c.bias": torch.randn(6)}
+    if gained:
+        tensors["c.gain"] = torch.randn(6, *(1,) * (axes + 1))
+    torch.save(tensors, tmp_path / "net.pt")
+    stated: dict[str, Any] = {"standardized": EPS, **({"gain_scale": 0.25} if gained else {})}
+    geometry = {"stride": 2, "padding": 1, "dilation": 1, "groups": groups}
+    layer = open_checkpoint(tmp_path / "net.pt").conv("c", **geometry, **stated)
+    x = inputs(2, 2 * groups, *(7, 5, 6)[:axes]).double()
+    weight = by_definition(tensors["c.weight"], tensors.get("c.gain"), EPS, 0.25 if gained else 1.0)
+    convolve: Callable[..., Tensor] = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
+    expected = convolve(x, weight, tensors["c.bias"].double(), 2, 1, 1, groups)
+    assert relative_difference(forward(layer, x), expected) < 1e-13
+
+
+class Standardized(nn.Conv2d):
+    """A convolution that standardises its weight by a batch norm's formula, as timm has it."""
+
+    def made(self, **norm: Any) -> Tensor:
+        rows = self.weight.reshape(1, self.out_channels, -1)
+        return F.batch_norm(rows, None, None, training=True, momentum=0.0, eps=EPS, **norm).reshape_as(self.weight)
+
+    def run(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.conv2d(x, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.made())
+
+
+class Scaled(Standardized):
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        super().__init__(*args, **fields)
+        self.gain = nn.Parameter(torch.rand(self.out_channels, 1, 1, 1) + 0.5)
+        self.scale = float(self.weight[0].numel()) ** -0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.made(weight=(self.gain * self.scale).view(-1)))
+
+
+class Gained(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.run(x, self.made(weight=self.gain.view(-1)))
+
+
+def net() -> nn.Sequential:
+    return (
+        filled(
+            nn.Sequential(
+                *(Standardized(3, 8, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
+                *(Scaled(8, 6, (3, 1), groups=2), nn.BatchNorm2d(6), nn.ReLU()),
+                *(Gained(6, 4, 1, bias=False), nn.BatchNorm2d(4)),
+            )
+        )
+        .eval()
+        .requires_grad_(False)
+    )
+
+
+def test_a_live_model_loses_its_batch_norms_and_gets_plain_convolutions() -> None:
+    model, x = net().double(), inputs(2, 3, 11, 9).double()
+    expected = model(x)
+    planned = convtool.plan(model, (3, 11, 9))
+    assert [[leaf.name for leaf in leaves(one.tree)] for one in planned.fusions] == [["0", "1"], ["3", "4"], ["6", "7"]]
+    assert not planned.left_alone
+    fused = convtool.fuse_model(model, (3, 11, 9))
+    assert [type(module).__name__ for module in fused.children()] == ["Conv2d", "Identity", "ReLU"] * 2 + [
+        "Conv2d",
+        "Identity",
+    ]
+    assert relative_difference(fused(x).detach(), expected) < 1e-12
+
+
+def test_an_exported_program_says_it_as_the_live_model_does(tmp_path: Path) -> None:
+    model, x = net(), inputs(2, 3, 11, 9)
+    torch.export.save(torch.export.export(model, (x,)), tmp_path / "net.pt2")
+    planned = convtool.plan(model, (3, 11, 9))
+    assert plan_exported(open_checkpoint(tmp_path / "net.pt2")).recipe() == planned.recipe()
+
+
+CODE = """
+import sys
+sys.path.insert(0, {folder!r})
+from test_standardized import net
+"""
+
+
+def test_files_are_fused_by_the_models_code_proved_applied_and_loaded(tmp_path: Path) -> None:
+    model, x, out = net(), inputs(2, 3, 11, 9), tmp_path / "fused.safetensors"
+    expected, path, code = model(x), save(model, tmp_path / "net.pt"), tmp_path / "code.py"
+    code.write_text(CODE.format(folder=str(Path(__file__).parent)))
+    about = ("--model", f"{code}:net", "--model-input", "3,11,9")
+    fused = done("fuse", path, "--auto", *about, "-o", out, "--loader", tmp_path / "loader.py")
+    assert len(fused["fusions"]) == 3
+    assert done("verify", path, out, *about)["equivalent"]
+    assert relative_difference(convtool.apply(copy.deepcopy(model), out)(x).detach(), expected) < 1e-5
+    scope: dict[str, Any] = {"__name__": "loader", "__file__": str(tmp_path / "loader.py")}
+    exec((tmp_path / "loader.py").read_text(), scope)
+    assert relative_difference(scope["load"](copy.deepcopy(model)).eval()(x).detach(), expected) < 1e-5
+
+
+def test_a_file_alone_is_told_and_a_gain_that_nobody_tells_of_is_refused(tmp_path: Path) -> None:
+    model, x, out = net(), inputs(2, 3, 11, 9), tmp_path / "fused.safetensors"
+    expected, path = model(x), save(model, tmp_path / "net.pt")
+    known = ("--eps", "1e-5", "--set", f"3.standardized={EPS}", "--set", f"3.gain_scale={model[3].scale}")
+    done("fuse", path, "3", "4", *known, "-o", out)
+    assert done("verify", path, out)["equivalent"]
+    assert relative_difference(convtool.apply(copy.deepcopy(model), out)(x).detach(), expected) < 1e-5
+    refused = error("fuse", path, "3", "4", "--eps", "1e-5", "-o", out, "--force")
+    assert "nothing says that its weight is standardised" in refused[1]
+    # Of a layer without a gain nothing shows; where its weight was taken as it is, the model has another.
+    done("fuse", path, "0", "1", "--eps", "1e-5", "-o", out, "--force")
+    with pytest.raises(RefusedError, match="weight standardized"):
+        convtool.apply(model, out)
+
+
+def unbiased(m: Standardized, x: Tensor) -> Tensor:
+    variance, mean = torch.var_mean(m.weight, dim=[1, 2, 3], keepdim=True, unbiased=True)
+    return m.run(x, (m.weight - mean) / torch.sqrt(variance + EPS))
+
+
+def other_constant(m: Standardized, x: Tensor) -> Tensor:
+    return m.run(x, m.made(weight=torch.full((m.out_channels,), 0.5, dtype=x.dtype)))
+
+
+def with_an_offset(m: Standardized, x: Tensor) -> Tensor:
+    return m.run(x, m.made(bias=m.bias))
+
+
+def changed_in_place(m: Standardized, x: Tensor) -> Tensor:
+    weight = m.made()
+    weight.mul_(2)
+    return m.run(x, weight)
+
+
+def changed_through_a_view(m: Standardized, x: Tensor) -> Tensor:
+    weight = m.made()
+    weight[:1].view(-1).mul_(2)
+    return m.run(x, weight)
+
+
+def turned(m: Standardized, x: Tensor) -> Tensor:
+    return m.run(x, m.made().transpose(2, 3))
+
+
+def over_half_channels(m: Standardized, x: Tensor) -> Tensor:
+    rows = m.weight.reshape(1, 2 * m.out_channels, -1)
+    return m.run(x, F.batch_norm(rows, None, None, training=True, eps=EPS).reshape_as(m.weight))
+
+
+def of_every_input(m: Standardized, x: Tensor) -> Tensor:
+    return m.run(x, m.made() * x.mean())
+
+
+def padded_by_itself(m: Standardized, x: Tensor) -> Tensor:
+    return m.run(F.pad(x, (0, 1, 0, 1)), m.made())
+
+
+def activated_by_itself(m: Standardized, x: Tensor) -> Tensor:
+    return m.run(x, m.made()).relu()
+
+
+def another_bias(m: Standardized, x: Tensor) -> Tensor:
+    return F.conv2d(x, m.made(), torch.ones(m.out_channels, dtype=x.dtype))
+
+
+def plain_weight_and_another_bias(m: Standardized, x: Tensor) -> Tensor:
+    return F.conv2d(x, m.weight, torch.ones(m.out_channels, dtype=x.dtype))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        *(
+            unbiased,
+            other_constant,
+            with_an_offset,
+            changed_in_place,
+            changed_through_a_view,
+            turned,
+            over_half_channels,
+        ),
+        *(of_every_input, padded_by_itself, activated_by_itself, another_bias, plain_weight_and_another_bias),
+    ],
+)
+def test_what_is_nearly_standardised_stays_as_it_is_and_is_listed(
+    run: Callable[[Standardized, Tensor], Tensor],
+) -> None:
+    class Nearly(Standardized):
+        def forward(self, x: Tensor) -> Tensor:
+            return run(self, x)
+
+    biased = run is with_an_offset
+    model = filled(nn.Sequential(Nearly(4, 4, 3, bias=biased), nn.BatchNorm2d(4))).eval().double()
+    x = inputs(2, 4, 7, 8).double()
+    expected, planned = model(x), convtool.plan(model, (4, 7, 8))
+    assert not planned.fusions
+    assert "0" in {name for one in planned.left_alone for name in one.layers}
+    assert torch.equal(convtool.fuse_model(model, (4, 7, 8))(x), expected)
+
+
+@pytest.mark.parametrize("stated", [{"standardized": 0.0}, {"standardized": EPS, "transposed": True}])
+def test_what_no_standardisation_is_is_refused(stated: dict[str, Any], tmp_path: Path) -> None:
+    torch.save({"c.weight": torch.randn(4, 4, 3)}, tmp_path / "net.pt")
+    with pytest.raises(ConvtoolError, match="standardized"):
+        open_checkpoint(tmp_path / "net.pt").conv("c", stride=1, padding=0, dilation=1, groups=1, **stated)

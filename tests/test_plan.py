@@ -534,6 +534,19 @@ def test_weight_norms_and_hooks_are_not_lost() -> None:
     assert alone["a bn1"].startswith("a: its weight is computed from others")
 
 
+@pytest.mark.parametrize(
+    "turned",
+    [Tensor.t, lambda w: w.T, lambda w: w.mT, lambda w: w.transpose(0, 1).contiguous(), lambda w: w.flip(0)],
+    ids=["t", "T", "mT", "contiguous", "flip"],
+)
+def test_a_square_weight_that_is_read_in_another_order_is_another_weight(turned: Callable[[Tensor], Tensor]) -> None:
+    layers = {"a": nn.Linear(5, 5), "bn": nn.BatchNorm1d(5)}
+    net = filled(Net(lambda m, x: m.bn(F.linear(x, turned(m.a.weight), m.a.bias)), **layers))
+    fused = convtool.fuse_model(copy.deepcopy(net), (5,))
+    assert isinstance(fused.bn, nn.BatchNorm1d)
+    assert_same_outputs(net, fused, [(3, 5)])
+
+
 def test_what_is_changed_in_place_is_another_value() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y = m.a(x)

@@ -21,7 +21,7 @@ VIEWS_OF_CONSTANTS = frozenset(
     f"aten.{name}"
     for name in (
         *("view.default", "reshape.default", "alias.default", "detach.default", "unsqueeze.default", "to.dtype"),
-        *("to.dtype_layout", "to.device", "to.other", "t.default", "flatten.using_ints", "contiguous.default"),
+        *("to.dtype_layout", "to.device", "to.other", "flatten.using_ints", "contiguous.default"),
     )
 )
 # Operations that read of this argument its shape or dtype alone.

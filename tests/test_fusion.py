@@ -284,12 +284,12 @@ def test_a_layer_without_numbers_is_refused(shape: tuple[int, ...], tmp_path: Pa
     assert message.endswith(f"a.weight: holds no numbers (shape {shape})")
 
 
-class WithGain(nn.Conv2d):
-    """As weight-standardised convolutions have it."""
+class WithGate(nn.Conv2d):
+    """As a layer of code of its own may have it."""
 
     def __init__(self) -> None:
         super().__init__(4, 6, 3)
-        self.gain = nn.Parameter(torch.ones(6))
+        self.gate = nn.Parameter(torch.ones(6))
 
 
 class FrozenNorm(nn.BatchNorm2d):
@@ -302,8 +302,8 @@ class FrozenNorm(nn.BatchNorm2d):
     ("layers", "message"),
     [
         (
-            {"a": WithGain(), "b": nn.BatchNorm2d(6)},
-            "a: holds gain as well, and what a conv does with that isn't known",
+            {"a": WithGate(), "b": nn.BatchNorm2d(6)},
+            "a: holds gate as well, and what a conv does with that isn't known",
         ),
         ({"a": nn.Conv2d(4, 6, 3), "b": FrozenNorm()}, "b: holds floor as well, and what a batch norm does with that"),
     ],

@@ -134,13 +134,17 @@ def _file(path: Path) -> Any:
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """Put the folder first among the places to import from, as `python file.py` and `python -m` have it."""
-    before = list(sys.path)
+    """Put the folder first among the places to import from, as `python file.py` and `python -m` have it.
+
+    Nothing is written beside the code that is imported.
+    """
+    before, written = list(sys.path), sys.dont_write_bytecode
     sys.path.insert(0, str(folder.resolve()))
+    sys.dont_write_bytecode = True
     try:
         yield
     finally:
-        sys.path[:] = before
+        sys.path[:], sys.dont_write_bytecode = before, written
 
 
 @contextlib.contextmanager

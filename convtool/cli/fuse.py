@@ -188,7 +188,7 @@ def _loader(
     from os.path import relpath
 
     from convtool.formats.atomic import check_target
-    from convtool.fusing.edits import beside, loader_text
+    from convtool.fusing.loader import beside, loader_text
 
     if options.loader is None:
         return nullcontext()

@@ -120,7 +120,8 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
     saved.show(result.checkpoint, reporter)
     out, did = result.checkpoint.out, "wrote" if result.checkpoint.written else "would write"
     if result.loader is not None:
-        reporter.line(f"{did} {result.loader}: its load(model) makes the edits in a model and loads {out.name}")
+        edits = "its load(model) edits a model of torch's own layers and loads"
+        reporter.line(f"{did} {result.loader}: {edits} {out.name}")
     elif result.checkpoint.written:
         reporter.remark(f'to load it: convtool.apply(model, "{out}"), or the code that --loader FILE.py writes')
 

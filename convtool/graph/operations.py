@@ -122,10 +122,8 @@ class _Reader:
         if step is not None:
             return step
         constant = not reads and operation.name != INPUT
-        computing = number in self.computing
-        for name in (
-            () if computing else operation.tensors
-        ):  # a layer whose tensors are read by anything but its own run has to keep them
+        # A layer whose tensors are read by anything but its own run has to keep them.
+        for name in () if number in self.computing else operation.tensors:
             layer = self.owners.get(name)
             if layer is not None and not (constant and operation.name in VIEWS_OF_CONSTANTS):
                 reason = f"{name} is read outside of the layer's own run as well"

@@ -192,9 +192,9 @@ class _Recorder(
             return
         tensors = tuple(name for value in read for name in self._model_tensors(value))
         for value in made if tensors and not reads else ():  # a constant
+            self.constants.append(value)  # a view of a model's tensor too: what comes later could get its id
             if _memory(value) not in self.tensors:
                 self.made_of[_memory(value)] = tensors
-                self.constants.append(value)
         operands = {
             key: (self.tensors[_memory(value)], tuple(value.shape))
             for key, value in given.items()

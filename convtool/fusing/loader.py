@@ -48,13 +48,10 @@ def read(checkpoint: str | Path) -> dict[str, torch.Tensor]:
 $reading
 
 
-def find(model: nn.Module, name: str, *, standardized: bool = False, **stated: object) -> Any:
-    """Return a layer that goes; raise TypeError or ValueError where it isn't torch's own, or not as it was stated.
-
-    One whose weight is standardized has code of its own for that, which goes with it.
-    """
+def find(model: nn.Module, name: str, **stated: object) -> Any:
+    """Return a layer that goes; raise TypeError or ValueError where it isn't torch's own, or not as it was stated."""
     layer = model.get_submodule(name)
-    if not standardized and type(layer) is not getattr(nn, type(layer).__name__, None):
+    if type(layer) is not getattr(nn, type(layer).__name__, None):
         raise TypeError(f"{name} is a {type(layer).__qualname__}, not a layer of torch's own; use convtool.apply")
     if sum(one is layer for _, one in model.named_modules(remove_duplicate=False)) > 1:
         raise ValueError(f"{name} is in the model under two names; replacing it in one place would leave the other")
@@ -142,6 +139,11 @@ def _edits(planned: PlannedLayer, gone: set[str]) -> Iterator[str]:
     if planned.fusion.conv.has_bias_map or branch:
         why = "has a bias map" if planned.fusion.conv.has_bias_map else "takes the place of one branch of a sum"
         raise UsageError(f"--loader: {planned.name} {why}, which only convtool.apply puts into a model")
+    if own := [leaf.name for leaf, _ in found if "standardized" in leaf.fields]:
+        # What else their code does, nobody sees without the live model.
+        raise UsageError(
+            f"--loader: {', '.join(own)} standardizes its weight, which only convtool.apply takes out of a model"
+        )
     if code := list(done_by_the_model(planned.record.tree)):
         raise UsageError(f"--loader: {', '.join(code)} is in the model's own code; take it out there")
     found = [(leaf, fate) for leaf, fate in found if leaf.name not in gone]
@@ -172,8 +174,6 @@ def _stated(layer: LoweredLayer) -> Iterator[tuple[str, object]]:
     """Yield what was stated or assumed of a layer, as the attributes of a torch module have it."""
     geometry = layer.conv.geometry
     known = [field for field in CHECKED if field in layer.fields]
-    if "standardized" in layer.fields:
-        yield "standardized", True
     for field in known:
         if field == "eps":
             yield field, layer.fields[field]

@@ -70,9 +70,8 @@ class WritePlan:
         """
         target = self.main.resolve() if self.main.is_symlink() else self.main
         check_space(self.path, target.parent, self.size)
-        with accounting(
-            seen for file in self.source.files.values() for seen in file.seen
-        ):  # which have to be unchanged
+        sources = (seen for file in self.source.files.values() for seen in file.seen)
+        with accounting(sources):  # which have to be unchanged
             self.run(progress or (lambda count: None))
 
 

@@ -15,6 +15,7 @@ from convtool.errors import UsageError
 Fields: TypeAlias = dict[str, Any]
 
 SMALLEST = 2.0**-1022  # normal number of float64
+BETWEEN_SIZES = "[,x]"  # '8,8' is '8x8'
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
@@ -58,9 +59,9 @@ def geometry_fields(geometry: Geometry) -> Fields:
 
 
 def parse_sizes(text: str, what: str = "input size") -> tuple[int, ...]:
-    """Return '3,32,32' as (3, 32, 32); UsageError where it isn't a list of integers from 1 to 2**31 - 1."""
+    """Return '3,32,32' or '3x32x32' as (3, 32, 32); UsageError where these aren't integers from 1 to 2**31 - 1."""
     try:
-        sizes = tuple(_integer(part) for part in text.split(","))
+        sizes = tuple(_integer(part) for part in re.split(BETWEEN_SIZES, text))
     except ValueError:
         sizes = ()
     if not sizes or any(not 1 <= size <= LARGEST for size in sizes):
@@ -78,11 +79,11 @@ def _integer(value: object) -> int:
     return value
 
 
-def _several(parse: Callable[[object], Any]) -> Callable[[object], list[Any]]:
-    """Return what makes a list of values: of one, of several with commas between them, or of a list."""
+def _several(parse: Callable[[object], Any], between: str = ",") -> Callable[[object], list[Any]]:
+    """Return what makes a list of values: of one, of several with a comma (a pattern) between them, or of a list."""
 
     def parsed(value: object) -> list[Any]:
-        parts = value.split(",") if isinstance(value, str) else value
+        parts = re.split(between, value) if isinstance(value, str) else value
         return [parse(part) for part in (parts if isinstance(parts, list | tuple) else [parts])]
 
     return parsed
@@ -92,7 +93,7 @@ def _per_axis(parse: Callable[[object], Any]) -> Callable[[object], Any]:
     """Return what makes a list as `_several` does, and one number of a single one that is no list."""
 
     def parsed(value: object) -> Any:
-        found = _several(parse)(value)
+        found = _several(parse, BETWEEN_SIZES)(value)
         alone = len(found) == 1 and not isinstance(value, list | tuple) and isinstance(found[0], int)
         return found[0] if alone else found
 
@@ -138,7 +139,7 @@ def _eps(value: object) -> float:
 
 
 def _sizes(value: object) -> list[int]:
-    sizes = _several(_integer)(value)
+    sizes = _several(_integer, BETWEEN_SIZES)(value)
     if not sizes or min(sizes) < 1:
         raise ValueError
     return sizes

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from convtool.core.fields import BETWEEN_SIZES, parse_sizes
 from convtool.core.geometry import format_sizes
 from convtool.errors import UsageError
 from convtool.live.load import run_code
 from convtool.live.trace import Inputs, example_input
 
-_SIZE = re.compile(r"[0-9]+(,[0-9]+)*")
+_SIZE = re.compile(rf"[0-9]+({BETWEEN_SIZES}[0-9]+)*")
 
 
 def read_given(texts: Sequence[str]) -> tuple[tuple[int, ...], ...] | str:
@@ -24,12 +25,9 @@ def read_given(texts: Sequence[str]) -> tuple[tuple[int, ...], ...] | str:
     Raises:
         UsageError: neither, or both.
     """
-    sizes = [text for text in texts if _SIZE.fullmatch(text)]
-    if len(sizes) == len(texts):
-        read = tuple(tuple(map(int, text.split(","))) for text in texts)
-        if all(size > 0 for one in read for size in one):
-            return read
-    elif len(texts) == 1 and ":" in texts[0]:
+    if all(map(_SIZE.fullmatch, texts)):
+        return tuple(parse_sizes(text, "--model-input") for text in texts)
+    if len(texts) == 1 and ":" in texts[0]:
         return texts[0]
     raise UsageError(
         "--model-input: expected sizes such as 3,224,224, once for each input of the model, or pkg.mod:callable, which"

@@ -385,6 +385,21 @@ def test_help_fits_the_window(command: str, columns: int, cli: Cli, monkeypatch:
     assert max(map(len, whole)) <= min(columns, 100)
 
 
+@pytest.mark.parametrize(
+    ("command", "more"), [("fuse", set()), ("verify", {"A matrix file"}), ("spectrum", {"Options"})]
+)
+def test_help_shows_options_in_sections_each_once(command: str, more: set[str], cli: Cli) -> None:
+    parts = dict(re.findall(r"^(\w[\w' ]+):\n((?:  .*\n)+)", cli(f"{command} --help").out, re.MULTILINE))
+    options = {title: re.findall(r"^  (?:-\w, )?(--[\w-]+)", rows, re.MULTILINE) for title, rows in parts.items()}
+    shown = [name for each in options.values() for name in each]
+    assert len(shown) == len(set(shown)) > 15
+    common = {"What the checkpoint doesn't say", "Output"} | ({"Input", "Checking"} if command != "spectrum" else set())
+    assert {title for title, each in options.items() if each} == common | more
+    assert [title for title, each in options.items() if each][-1] == "Output"
+    assert {"--geometry", "--set", "--eps"} <= set(options["What the checkpoint doesn't say"])
+    assert options["Output"][-1] == "--help"
+
+
 def test_version_goes_to_stdout(cli: Cli) -> None:
     from convtool import __version__
 
@@ -896,6 +911,31 @@ def test_help_as_a_word(cli: Cli) -> None:
     assert cli("help fuse").out == cli("fuse --help").out
     assert cli("help").out == cli("--help").out
     assert "no command 'fuze'; did you mean fuse?" in cli("help fuze").err
+    commands = cli("help").out.partition("Commands:\n")[2].partition("\n\n")[0]
+    assert re.findall(r"^  (\w+) ", commands, re.MULTILINE) == [*COMMANDS, "help"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "toeplitz net.pt first --input-size 5{}7 -o t.npz --stride 2{}1 --padding 0:1{}2 --dilation 1{}2",
+        "spectrum net.pt 'f*' --input-size 3{}5{}7 --set first.stride=2{}1 --assume-defaults",
+        "fuse net.pt 'avg_pool(2{}1)' first -o f.pt --input-size 3{}6{}7 --assume-defaults",
+        "verify net.pt net.pt --before first --after first --input-size 6{}7 --input-size 3{}7{}6 --assume-defaults",
+        "plan --model model.py:Net --model-input 3{}9{}8",
+        "convert net.pt c.pt --as-toeplitz first=3{}4{}5 --assume-defaults",
+        "convert net.pt c.pt --as-conv head=5{}1{}1/1{}1",
+    ],
+)
+def test_sizes_have_commas_or_x_between_them(cli: Cli, here: Path, line: str) -> None:
+    before = snapshot(here)
+    commas = cli(f"{line.replace('{}', ',')} --json")
+    assert commas.code == 0
+    for name in snapshot(here).keys() - before.keys():
+        (here / name).unlink()
+    times = cli(f"{line.replace('{}', 'x')} --json")
+    assert times.code == 0
+    assert times.out.replace("avg_pool(2x1)", "avg_pool(2,1)") == commas.out  # which names the layer as it was written
 
 
 def test_manual_lists_its_pages_and_prints_one(cli: Cli) -> None:

@@ -110,9 +110,10 @@ def test_it_is_listed_and_shows_its_own_help() -> None:
     for line in (
         "Usage: convtool count WORD... [OPTIONS]\n\nCount the letters of words.\n\nAll of them.\n",
         "Arguments:\n  WORD...  The words.\n",
-        "  --at-least N   Only words of so many letters. Default: 1.\n",
-        "  -f, --force    Overwrite OUT if it exists.\n",
-        "  -l, --loud     In capitals.\n  -o, --out OUT  Where to.\n  --json         Print",
+        "Only words of so many letters. Default: 1.\n",
+        "Options:\n  --at-least N   Only",
+        "  -l, --loud     In capitals.\n  -o, --out OUT  Where to.\n\nOutput:\n",
+        "Output:\n  -f, --force   Overwrite OUT if it exists.\n  --json        Print",
         "Examples:\n  convtool count a few words\n",
     ):
         assert line in shown.out

@@ -16,8 +16,8 @@ from typer.core import TyperCommand, TyperGroup
 from convtool.cli import exit_codes
 from convtool.cli.complete import one_of
 from convtool.cli.document import whole_document
-from convtool.cli.help import argument_rows, option_rows, page, summary
-from convtool.cli.options import TYPER, Size, flag, option, spelled
+from convtool.cli.help import argument_rows, option_rows, option_sections, page, summary
+from convtool.cli.options import OUTPUT, TYPER, Size, flag, option, spelled
 from convtool.cli.output import Colour, Reporter, print_document
 from convtool.cli.run import run, stdout_kept
 from convtool.core.fields import parse_sizes
@@ -91,9 +91,11 @@ class Command(Generic[Options, Result]):
 class _Speech:
     """How every command speaks."""
 
-    as_json: bool = flag("Print one JSON document on stdout, also on failure.", "--json")
-    quiet: bool = flag("Print no remarks on stderr. Results and assumptions are still printed.", "-q")
-    color: Colour | None = option("WHEN", "Whether a verdict is green or red: auto (on a terminal), always or never.")
+    as_json: bool = flag("Print one JSON document on stdout, also on failure.", "--json", panel=OUTPUT)
+    quiet: bool = flag("Print no remarks on stderr. Results and assumptions are still printed.", "-q", panel=OUTPUT)
+    color: Colour | None = option(
+        "WHEN", "Whether a verdict is green or red: auto (on a terminal), always or never.", panel=OUTPUT
+    )
 
 
 @cache
@@ -187,7 +189,7 @@ class Subcommand(TyperCommand):
                 ctx.fail(f"expected {_form(param)} first: there is no file {path}, and {file} is one")
 
     def get_help(self, ctx: typer.Context) -> str:  # type: ignore[override]
-        sections = [("Arguments", argument_rows(self.params)), ("Options", option_rows(self.get_params(ctx)))]
+        sections = [("Arguments", argument_rows(self.params)), *option_sections(self.get_params(ctx))]
         return page(self, ctx, sections)
 
 
@@ -208,6 +210,9 @@ class Group(TyperGroup):
 
     def get_help(self, ctx: typer.Context) -> str:  # type: ignore[override]
         commands = [(name, summary(command.help)) for name, command in self.commands.items()]
+        commands.append(
+            ("help", "Show this page, or that of a COMMAND, as --help does.")
+        )  # `convtool.cli.app` reads it
         options, codes = option_rows(self.get_params(ctx)), list(exit_codes.MEANINGS.items())
         sections = [("Commands", commands), ("Options", options), ("Exit codes", codes)]
         return page(self, ctx, sections)

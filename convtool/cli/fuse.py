@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
 from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Recipes, Result, Work, show
-from convtool.cli.options import DTYPES, Size, argument, flag, option, parse_dtype, spelled
+from convtool.cli.options import CHECKING, DTYPES, INPUT, OUTPUT, Size, argument, flag, option, parse_dtype, spelled
 from convtool.cli.output import Reporter
 from convtool.core.tree import BASE, chains
 from convtool.errors import RefusedError, UsageError
@@ -49,38 +49,45 @@ class Options:
         " kernel(TENSOR) (`convtool manual layers`), and a scale per channel by its tensor's full name.",
         complete.layers,
     )
-    name: str | None = option("NAME", "What the fused layer is called; the first layer's name by default.")
+    name: str | None = option("NAME", "What the fused layer is called; the first layer's name by default.", panel=INPUT)
     recipe: str | None = option(
         "NAME|FILE|auto",
         "Fuse by a recipe instead of LAYERs; auto takes the one that fits, - reads one from stdin.",
         completion=complete.recipes,
+        panel=INPUT,
     )
-    strength: list[str] | None = shared.strength()
-    leave: list[str] | None = shared.leave()
-    input_size: Size | None = shared.input_size()
-    allow_border: bool = flag("Fuse even where outputs near the border would differ.")
+    list_recipes: bool = flag("List the recipes that ship with convtool.", panel=INPUT)
+    auto: bool = flag(
+        "Fuse what `convtool plan` finds; with --model and --model-input, or in a .pt2 file.", panel=INPUT
+    )
+    model_input: list[str] | None = shared.model_input(panel=INPUT)
+    fixed_size: bool = shared.fixed_size(panel=INPUT)
+    measure: bool = shared.measure(panel=INPUT)
+    everything: bool = shared.everything(panel=INPUT)
+    others: list[str] | None = shared.others(panel=INPUT)
+    strength: list[str] | None = shared.strength(panel=INPUT)
+    leave: list[str] | None = shared.leave(panel=INPUT)
+    sources: shared.Sources = field(default_factory=shared.Sources)
+    input_size: Size | None = shared.input_size(panel=CHECKING)
+    allow_border: bool = flag("Fuse even where outputs near the border would differ.", panel=CHECKING)
     bias_map: bool = flag(
-        "Where padding hides a bias, store one for each output (NAME.bias_map): exact at --input-size."
+        "Where padding hides a bias, store one for each output (NAME.bias_map): exact at --input-size.",
+        panel=CHECKING,
     )
-    auto: bool = flag("Fuse what `convtool plan` finds; with --model and --model-input, or in a .pt2 file.")
-    model_input: list[str] | None = shared.model_input()
-    fixed_size: bool = shared.fixed_size()
-    measure: bool = shared.measure()
-    everything: bool = shared.everything()
+    no_verify: bool = flag("Write without the proof.", panel=CHECKING)
     out: Path | None = shared.out("The new checkpoint: a file; or for several a folder that exists, or an index.")
     dtype: Any = option(
         "DTYPE",
         "dtype of the fused layers, such as float32 or bf16. Other tensors keep theirs; convert --dtype changes all.",
         completion=complete.one_of(*DTYPES),
         parse=parse_dtype,
+        panel=OUTPUT,
     )
-    sources: shared.Sources = field(default_factory=shared.Sources)
-    others: list[str] | None = shared.others()
-    list_recipes: bool = flag("List the recipes that ship with convtool.")
     tensors_only: bool = shared.tensors_only()
-    no_verify: bool = flag("Write without the proof.")
-    loader: Path | None = option("FILE.py", "Write plain torch code that makes the edits in a model and loads OUT.")
-    details: bool = flag("Print everything about each of several fusions, not one line.")
+    loader: Path | None = option(
+        "FILE.py", "Write plain torch code that makes the edits in a model and loads OUT.", panel=OUTPUT
+    )
+    details: bool = flag("Print everything about each of several fusions, not one line.", panel=OUTPUT)
     writing: shared.Writing = field(default_factory=shared.Writing)
 
     @property

@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from convtool.cli.options import OUTPUT
 from convtool.cli.output import bold, stdout_styled, window_columns
 
 WIDEST = 100  # longer lines are hard to read
@@ -88,6 +89,15 @@ def option_rows(params: Iterable[Any]) -> Rows:
         for param in params
         if param.param_type_name == "option" and not param.hidden
     ]
+
+
+def option_sections(params: Iterable[Any]) -> list[tuple[str, Rows]]:
+    """The options among a command's parameters by the section that each is declared for; what is printed comes last."""
+    sections: dict[str, list[Any]] = {}
+    for param in params:
+        panel = getattr(param, "rich_help_panel", None) or (OUTPUT if param.name == "help" else "Options")
+        sections.setdefault(panel, []).append(param)
+    return [(panel, option_rows(sections[panel])) for panel in sorted(sections, key=OUTPUT.__eq__)]
 
 
 def _option_term(param: Any) -> str:

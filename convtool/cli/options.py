@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     import torch
 
 
+# Sections of a command's help, in the order in which its options come; OUTPUT is the last.
+INPUT, STATED, CHECKING, OUTPUT = "Input", "What the checkpoint doesn't say", "Checking", "Output"
+
 TYPER = "typer"  # under which a field's metadata have what typer wants to know
 Size: TypeAlias = tuple[int, ...]  # is parsed as such
 FLOATS = ("float64", "float32", "float16", "bfloat16")
@@ -48,22 +51,24 @@ def option(
     required: bool = False,
     completion: complete.Completion | None = None,
     parse: Callable[[str, str], Any] | None = None,
+    panel: str | None = None,
 ) -> Any:
     """Declare a field of options as an option with a value.
 
     Args:
         names: made of the field's where there are none.
         parse: makes the value of a text and the option's name, which a UsageError begins with.
+        panel: the section of the help that shows it.
     """
     default = ... if required else default
-    info = typer.Option(default, *names, metavar=metavar, help=text, autocompletion=completion)
+    info = typer.Option(default, *names, metavar=metavar, help=text, autocompletion=completion, rich_help_panel=panel)
     info.parser = parse
     return _declared(info)
 
 
-def flag(text: str, *names: str) -> Any:
+def flag(text: str, *names: str, panel: str | None = None) -> Any:
     """Declare a field of options as an option without a value; short names come besides the one made of the field."""
-    return _declared(typer.Option(False, *names, help=text))
+    return _declared(typer.Option(False, *names, help=text, rich_help_panel=panel))
 
 
 def spelled(field: str) -> str:

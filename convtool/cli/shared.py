@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete
-from convtool.cli.options import DTYPES, argument, flag, option, parse_dtype
+from convtool.cli.options import DTYPES, OUTPUT, STATED, argument, flag, option, parse_dtype
 from convtool.cli.output import Reporter
 from convtool.errors import InputError, UsageError, did_you_mean
 from convtool.kinds import field_types, parse_field
@@ -61,15 +61,16 @@ strength = partial(
     "How much of the adapters to add, of all or of one --with. Below 0 takes them out. Repeatable.",
 )
 leave = partial(option, "PATTERN", "Modules of --with files to leave out, such as 'lora_te*'; repeatable.")
-tensors_only = partial(flag, "Leave out whatever isn't a tensor, in the state dict and beside it.")
-force = partial(flag, "Overwrite OUT if it exists.", "-f")
+tensors_only = partial(flag, "Leave out whatever isn't a tensor, in the state dict and beside it.", panel=OUTPUT)
+force = partial(flag, "Overwrite OUT if it exists.", "-f", panel=OUTPUT)
+_stated = partial(option, panel=STATED)
 
 
 @dataclass(frozen=True, slots=True)
 class Writing:
     """Whether and over what is written."""
 
-    dry_run: bool = flag("Say what would be written, and write nothing.")
+    dry_run: bool = flag("Say what would be written, and write nothing.", panel=OUTPUT)
     force: bool = force()
 
     @property
@@ -87,28 +88,28 @@ class Writing:
 class Sources:
     """Where the fields that a checkpoint doesn't hold come from, and how it is opened: as typed."""
 
-    geometry: Path | None = option(
+    geometry: Path | None = _stated(
         "FILE", "TOML with a table of fields for each layer or pattern; - reads it from stdin."
     )
-    model: str | None = option(
+    model: str | None = _stated(
         "CODE",
         "The model's code, to read geometry off: pkg.mod:callable, file.py:callable, or a Hugging Face folder."
         " This runs your code.",
     )
-    model_args: str | None = model_args()
-    settings: list[str] | None = option(
+    model_args: str | None = model_args(panel=STATED)
+    settings: list[str] | None = _stated(
         "LAYER.FIELD=VALUE",
         "A field that the checkpoint doesn't hold, as torch calls it: stride, padding, dilation, groups,"
         " padding_mode, transposed, output_padding, eps; standardized, gain_scale. Repeatable.",
         "--set",
         completion=complete.settings,
     )
-    eps: float | None = option("X", "eps of the batch norms for which nothing else states it.")
-    assume: list[str] | None = option(
+    eps: float | None = _stated("X", "eps of the batch norms for which nothing else states it.")
+    assume: list[str] | None = _stated(
         "FIELD,...", "Accept torch's default of these fields where nothing states them; the result says so."
     )
-    assume_defaults: bool = flag("Accept torch's default of every field that nothing states.")
-    root: str | None = root()
+    assume_defaults: bool = flag("Accept torch's default of every field that nothing states.", panel=STATED)
+    root: str | None = root(panel=STATED)
 
     def open(self, path: Path, reporter: Reporter, *, second: bool = False) -> Checkpoint:
         """Open a checkpoint; of a second one that is flat, --root says nothing."""
@@ -183,7 +184,7 @@ class Sources:
 
 def out(text: str, *, required: bool = False) -> Any:
     """Declare -o OUT."""
-    return option("OUT", text, "--out", "-o", required=required)
+    return option("OUT", text, "--out", "-o", required=required, panel=OUTPUT)
 
 
 def check_not_source(out: Path, checkpoint: Path) -> None:

@@ -12,6 +12,10 @@ from convtool.cli import complete, exit_codes, matrix_verdict, shared, verify_te
 from convtool.cli.command import Command
 from convtool.cli.document import fill
 from convtool.cli.options import (
+    CHECKING,
+    INPUT,
+    OUTPUT,
+    STATED,
     Size,
     argument,
     dtype_name,
@@ -48,6 +52,7 @@ convtool verify net.pt other.pt --before conv1,bn1 --after conv1 --input-size 32
 convtool verify net.safetensors conv1.npz
 """
 
+MATRIX = "A matrix file"  # a section of the help
 SPELLED = {"after_layers": "--after", "others": "--with"}  # options that aren't called as their field is
 
 
@@ -59,6 +64,7 @@ class Sources(shared.Sources):
         "LAYER.FIELD=VALUE",
         "A field of a layer, in both checkpoints; before:LAYER... or after:LAYER... for one. Repeatable.",
         "--set",
+        panel=STATED,
     )
 
     def of_both(
@@ -78,54 +84,73 @@ class Options:
 
     before: Path = argument("BEFORE", "The original checkpoint, or a matrix file.", required=True)
     after: Path = argument("AFTER", "The fused checkpoint, or a matrix file.", required=True)
-    input_size: list[Size] | None = option(
-        "[C,]H,W", "Size of the input to the first layer; repeatable. By default sizes that show border and interior."
-    )
     before_layers: list[str] | None = option(
         "A,B",
         "A chain in BEFORE, in place of what AFTER records; or the matrix's layer. Repeatable, with --after.",
         "--before",
         completion=complete.chain_of("before"),
+        panel=INPUT,
     )
     after_layers: list[str] | None = option(
-        "C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after")
+        "C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after"), panel=INPUT
     )
     recipe: str | None = option(
         "NAME|FILE|auto",
         "A recipe that says what another program fused, in place of AFTER's record; auto takes the one that fits.",
         completion=complete.recipes,
+        panel=INPUT,
     )
-    strength: list[str] | None = shared.strength()
-    leave: list[str] | None = shared.leave()
-    only: bool = flag("Compare only the chains of --before and --after, or of --recipe, and no other tensor.")
-    trials: int = option("TRIALS", "Random inputs for each chain and size.", default=8)
-    seed: int = option("SEED", "Seed of the random inputs.", default=0)
-    exhaustive: bool = flag("Run every basis vector through torch as well.")
-    rtol: float | None = option("RTOL", "A relative tolerance instead of the derived bound.")
-    atol: float | None = option("ATOL", "An absolute tolerance instead of the derived bound.")
+    others: list[str] | None = shared.others(panel=INPUT)
+    strength: list[str] | None = shared.strength(panel=INPUT)
+    leave: list[str] | None = shared.leave(panel=INPUT)
+    only: bool = flag(
+        "Compare only the chains of --before and --after, or of --recipe, and no other tensor.", panel=INPUT
+    )
+    model_input: list[str] | None = shared.model_input(panel=INPUT)
+    model_after: str | None = option(
+        "CODE",
+        "The code of AFTER's network: run both on random inputs, which covers what no pair of layers does.",
+        panel=INPUT,
+    )
+    sources: Sources
     computed_in: Any = option(
         "DTYPE",
         "Precision in which another program fused AFTER; float64 by default, as convtool does.",
         parse=parse_float,
+        panel=CHECKING,
     )
     rounded_to: Any = option(
-        "DTYPE", "Tensors of AFTER may also be BEFORE's, rounded once to that dtype.", parse=parse_float
+        "DTYPE",
+        "Tensors of AFTER may also be BEFORE's, rounded once to that dtype.",
+        parse=parse_float,
+        panel=CHECKING,
+    )
+    input_size: list[Size] | None = option(
+        "[C,]H,W",
+        "Size of the input to the first layer; repeatable. By default sizes that show border and interior.",
+        panel=CHECKING,
+    )
+    trials: int = option("TRIALS", "Random inputs for each chain and size.", default=8, panel=CHECKING)
+    seed: int = option("SEED", "Seed of the random inputs.", default=0, panel=CHECKING)
+    exhaustive: bool = flag("Run every basis vector through torch as well.", panel=CHECKING)
+    rtol: float | None = option("RTOL", "A relative tolerance instead of the derived bound.", panel=CHECKING)
+    atol: float | None = option("ATOL", "An absolute tolerance instead of the derived bound.", panel=CHECKING)
+    device: Any = option(
+        "DEVICE",
+        "Where to run it, such as cuda; the verdict is the same.",
+        parse=parse_device,
+        default="cpu",
+        panel=CHECKING,
     )
     rows: tuple[int, int] | None = option(
-        "A:B", "Which rows of the layer's matrix AFTER holds, where it doesn't say so itself.", parse=parse_rows
+        "A:B",
+        "Which rows of the layer's matrix AFTER holds, where it doesn't say so itself.",
+        parse=parse_rows,
+        panel=MATRIX,
     )
-    columns: tuple[int, int] | None = option("A:B", "Which columns of it, likewise.", parse=parse_rows)
-    no_bias: bool = flag("Compare the matrix alone, of a layer whose bias was not saved with it.")
-    device: Any = option(
-        "DEVICE", "Where to run it, such as cuda; the verdict is the same.", parse=parse_device, default="cpu"
-    )
-    details: bool = flag("Print all that AFTER records layer by layer, and every row and difference.")
-    sources: Sources
-    model_input: list[str] | None = shared.model_input()
-    model_after: str | None = option(
-        "CODE", "The code of AFTER's network: run both on random inputs, which covers what no pair of layers does."
-    )
-    others: list[str] | None = shared.others()
+    columns: tuple[int, int] | None = option("A:B", "Which columns of it, likewise.", parse=parse_rows, panel=MATRIX)
+    no_bias: bool = flag("Compare the matrix alone, of a layer whose bias was not saved with it.", panel=MATRIX)
+    details: bool = flag("Print all that AFTER records layer by layer, and every row and difference.", panel=OUTPUT)
 
     @property
     def tolerance(self) -> verify_text.Tolerance | Literal["derived bound"]:

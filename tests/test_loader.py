@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import convtool
 from convtool.cli.app import run_app
 
 BN = nn.BatchNorm2d
@@ -45,12 +46,43 @@ class Branches(nn.Module):
         return whole
 
 
+class BatchNormAct2d(nn.BatchNorm2d):
+    """timm's."""
+
+    def __init__(self, channels: int, act: nn.Module | None = None) -> None:
+        super().__init__(channels)
+        self.drop = nn.Identity()
+        self.act = act or nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.act(self.drop(super().forward(x)))
+        return y
+
+
+BatchNormAct2d.__module__ = "timm.layers.norm_act"
+
+
+class Listed(nn.Module):
+    """timm's RepGhostModule: its code goes through what is in `bns`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cheap_operation = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4, bias=False), BN(4))
+        self.fusion_bn = nn.Sequential(BN(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = sum((bn(x) for bn in self.fusion_bn), self.cheap_operation(x))
+        return y
+
+
 def strided() -> nn.Module:
     return sequence(
         conv1=nn.Conv2d(4, 6, 3, 2, (1, 2), 2, groups=2, bias=False, padding_mode="circular"), bn1=BN(6), relu=nn.ReLU()
     )
 
 
+RELU = nn.ReLU()
+STATED = ("--eps", "1e-5", "--assume-defaults")
 MODELS: dict[str, tuple[Any, list[str]]] = {
     "what nobody states is the live layer's": (strided, ["conv1", "bn1", "--eps", "1e-5"]),
     "all is stated": (
@@ -61,6 +93,11 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
         lambda: sequence(up=nn.ConvTranspose2d(4, 6, 3, 2, 1, 1, bias=False), bn=BN(6)),
         ["up", "bn", "--eps", "1e-5", "--set", "up.transposed=true"],
     ),
+    "timm's batch norms": (
+        lambda: sequence(a=nn.Conv2d(4, 5, 1), m=BatchNormAct2d(5), b=nn.Conv2d(5, 4, 1), n=BatchNormAct2d(4, RELU)),
+        ["a", "m", "b", "n", *STATED, "--set", "a.stride=1", "--set", "b.stride=1"],
+    ),
+    "a list of branches": (lambda: sequence(block=Listed()), ["--recipe", "repghost-timm", "--assume-defaults"]),
     "branches": (lambda: sequence(block=Branches()), ["--recipe", "repvgg"]),
     "wrapped": (lambda: sequence(module=strided()), ["conv1", "bn1", "--eps", "1e-5"]),
 }
@@ -86,6 +123,29 @@ def test_the_loader_gives_the_model_that_apply_gives(
     loaded = load(fresh.module if name == "wrapped" else fresh)
     assert sum(isinstance(one, BN) for one in loaded.modules()) == 0
     torch.testing.assert_close(loaded(x), before, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(convtool.apply(make().double().eval(), f"fused.{suffix}")(x), loaded(x))
+
+
+def test_branches_that_the_code_goes_on_to_call_arent_silently_their_input(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An nn.Sequential that lost its layers would pass its input on."""
+
+    class Called(Branches):
+        def forward(self, x: Tensor) -> Tensor:
+            y: Tensor = self.rbr_dense(x) + self.rbr_1x1(x)
+            return y
+
+    monkeypatch.chdir(tmp_path)
+    torch.save(filled(sequence(block=Called())).state_dict(), "net.pt")
+    assert run_app(["fuse", "net.pt", "--recipe", "repvgg", "-o", "f.pt", "--loader", "load_net.py"]) == 0
+    x = torch.rand(1, 4, 5, 5)
+    for loaded in (
+        runpy.run_path("load_net.py")["load"](sequence(block=Called())),
+        convtool.apply(sequence(block=Called()), "f.pt"),
+    ):
+        with pytest.raises(NotImplementedError):
+            loaded(x)
 
 
 def test_the_loader_needs_no_convtool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,18 +156,39 @@ def test_the_loader_needs_no_convtool(tmp_path: Path, monkeypatch: pytest.Monkey
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-def test_a_layer_that_does_more_than_torchs_own_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class BatchNormAct(nn.BatchNorm2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x).relu()
+class BatchNormAct(nn.BatchNorm2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize(
+    ("bn1", "error", "said"),
+    [
+        (BatchNormAct(6), TypeError, r"bn1 is a BatchNormAct, which may do more .* convtool\.apply\(model, 'f\.pt'\)"),
+        (BatchNormAct2d(6, RELU), TypeError, "bn1 is a BatchNormAct2d, which may do more than its weights say"),
+        (None, ValueError, "the model has no layer bn1: it isn't the one whose checkpoint was fused"),
+        (nn.Identity(), ValueError, "bn1 has eps None, and 1e-05 was stated"),
+    ],
+)
+def test_another_model_is_left_as_it_was(
+    bn1: nn.Module | None, error: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def network(bn1: nn.Module | None) -> nn.Module:
+        layers = {"conv1": nn.Conv2d(4, 6, 3), "bn1": bn1, "conv2": nn.Conv2d(6, 2, 1), "bn2": BN(2)}
+        return filled(sequence(**{name: layer for name, layer in layers.items() if layer is not None}))
 
     monkeypatch.chdir(tmp_path)
-    torch.save(filled(strided()).state_dict(), "net.pt")
-    assert run_app(["fuse", "net.pt", "conv1", "bn1", "--eps", "1e-5", "-o", "f.pt", "--loader", "load_net.py"]) == 0
-    model = strided()
-    model.bn1 = BatchNormAct(6)
-    with pytest.raises(TypeError, match=r"bn1 is a .*BatchNormAct, not a layer of torch's own; use convtool\.apply"):
+    torch.save(network(BN(6)).state_dict(), "net.pt")
+    words = ["conv1", "bn1", "conv2", "bn2", *STATED, "--set", "conv1.stride=1", "--set", "conv2.stride=1"]
+    assert run_app(["fuse", "net.pt", *words, "-o", "f.pt", "--loader", "load_net.py"]) == 0
+    model = network(bn1)
+    before = dict(model.named_modules())
+    with pytest.raises(error, match=said):
         runpy.run_path("load_net.py")["load"](model)
+    assert dict(model.named_modules()) == before
+    with pytest.raises(convtool.ConvtoolError):
+        convtool.apply(model, "f.pt")
+    assert dict(model.named_modules()) == before
 
 
 def test_a_layer_that_isnt_as_stated_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

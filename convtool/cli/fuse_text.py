@@ -120,7 +120,7 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
     saved.show(result.checkpoint, reporter)
     out, did = result.checkpoint.out, "wrote" if result.checkpoint.written else "would write"
     if result.loader is not None:
-        edits = "its load(model) edits a model of torch's own layers and loads"
+        edits = "its load(model) edits a model of torch's own layers or timm's batch norms, and loads"
         reporter.line(f"{did} {result.loader}: {edits} {out.name}")
     elif result.checkpoint.written:
         reporter.remark(f'to load it: convtool.apply(model, "{out}"), or the code that --loader FILE.py writes')

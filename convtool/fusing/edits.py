@@ -10,7 +10,7 @@ from convtool.core.conv import Conv
 from convtool.core.fields import Fields
 from convtool.core.geometry import format_sizes
 from convtool.core.names import is_written
-from convtool.core.tree import BASE, Chain, Tree, first_leaves, has_sum, leaves
+from convtool.core.tree import BASE, Chain, Sum, Tree, first_leaves, has_sum, leaves
 from convtool.fusing.dependence import changed_fields
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
@@ -40,7 +40,10 @@ def module_edits(planned: PlannedLayer) -> list[str]:
             silent.append(layer.name)
         elif fate == "identity":
             # Tensors don't tell whether the module does more: timm's BatchNormAct2d has an activation inside.
-            more = "  # but for an activation inside of it, which stays" if layer.kind.spare else ""
+            inside = "but for an activation inside of it, which stays"
+            if not ends_with(planned, leaf):
+                inside = "only if there is no activation inside of it"
+            more = f"  # {inside}" if layer.kind.spare else ""
             lines.append(f"{layer.name} = nn.Identity(){more}")
     lines += [
         f"{one}: a {what} in this model, whose code has to be changed where it does more; convtool.apply refuses it"
@@ -65,6 +68,20 @@ def fates(planned: PlannedLayer) -> Iterator[tuple[LoweredLayer, Fate]]:
             yield leaf, "parameters"
         else:
             yield leaf, "stays" if layer.name == planned.name else other
+
+
+def ends_with(planned: PlannedLayer, leaf: LoweredLayer) -> bool:
+    """Return whether a fusion ends with a layer, so that what its module does besides may stay; see `last_layer`."""
+    last = last_layer(planned.record.tree)
+    return leaf.own and last is not None and leaf.name == last.name
+
+
+def last_layer(tree: Tree[SourceLayer]) -> SourceLayer | None:
+    """Return the layer with which a tree ends, whatever is written behind it; None where that is a sum."""
+    while isinstance(tree, Chain):
+        solid = [part for part in tree.parts if not (isinstance(part, SourceLayer) and part.written)]
+        tree = (solid or tree.parts)[-1]
+    return None if isinstance(tree, Sum) else tree
 
 
 def _own_line(planned: PlannedLayer) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from string import Template
 
@@ -12,7 +12,7 @@ from convtool.core.tree import has_sum, tree_text
 from convtool.errors import UsageError
 from convtool.formats.atomic import replacing
 from convtool.fusing.dependence import changed_fields
-from convtool.fusing.edits import done_by_the_model, fates, needed_fields, torch_module
+from convtool.fusing.edits import Fate, done_by_the_model, ends_with, fates, needed_fields, torch_module
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
 
@@ -27,6 +27,7 @@ Written by convtool $version. It needs $needs, and nothing of convtool. Build th
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,18 @@ import torch
 ${imports}from torch import nn
 
 CHECKPOINT = Path(__file__).parent / $path
+# The layers that were fused, and what was stated of them. Behind one that ends a fusion, an activation may be.
+LAYERS: dict[str, dict[str, Any]] = {
+$layers
+}
 
 
 def load(model: nn.Module, checkpoint: str | Path = CHECKPOINT) -> nn.Module:
-    """Put the fused layers into the model, load the checkpoint strictly, and return the model."""
+    """Put the fused layers into the model, load the checkpoint strictly, and return the model.
+
+    Where the model has other layers than those that were fused, it is left as it was; see `find`.
+    """
+    old = {name: find(model, name, **stated) for name, stated in LAYERS.items()}
 $edits
     model.load_state_dict(read(checkpoint), strict=True)
     return model
@@ -48,15 +57,25 @@ def read(checkpoint: str | Path) -> dict[str, torch.Tensor]:
 $reading
 
 
-def find(model: nn.Module, name: str, **stated: object) -> Any:
-    """Return a layer that goes; raise TypeError or ValueError where it isn't torch's own, or not as it was stated."""
-    layer = model.get_submodule(name)
-    if type(layer) is not getattr(nn, type(layer).__name__, None):
-        raise TypeError(f"{name} is a {type(layer).__qualname__}, not a layer of torch's own; use convtool.apply")
+def find(model: nn.Module, name: str, ends: bool = False, **stated: object) -> Any:
+    """Return a layer that goes.
+
+    Raises TypeError where it may do more than its tensors say, and ValueError where it isn't as it was stated.
+    """
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"the model has no layer {name}: it isn't the one whose checkpoint was fused") from None
+    kind, inside = type(layer), [key for key, one in layer.named_children() if type(one) is not nn.Identity]
+    timms = (kind.__module__.partition(".")[0], kind.__name__) == ("timm", "BatchNormAct2d")
+    known = timms or kind is getattr(nn, kind.__name__, None)
+    if not known or (inside and not ends) or {*inside} - {"drop", "act"}:
+        what = f"a {kind.__qualname__}, which may do more than its weights say"
+        raise TypeError(f"{name} is {what}; load with convtool.apply(model, {str(CHECKPOINT)!r}), which looks inside")
     if sum(one is layer for _, one in model.named_modules(remove_duplicate=False)) > 1:
         raise ValueError(f"{name} is in the model under two names; replacing it in one place would leave the other")
     for field, value in stated.items():
-        has = getattr(layer, field)
+        has = getattr(layer, field, None)
         if field == "padding" and isinstance(has, str):  # "same" or "valid"
             spans = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size)]
             has = tuple(span / 2 if has == "same" else 0 for span in spans)
@@ -65,11 +84,25 @@ def find(model: nn.Module, name: str, **stated: object) -> Any:
     return layer
 
 
+def rest(layer: nn.Module) -> nn.Module:
+    """Return what stays of a layer that goes: of timm's BatchNormAct2d, the dropout and the activation inside."""
+    return nn.Sequential(OrderedDict(layer.named_children())) if [*layer.children()] else nn.Identity()
+
+
 def put(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in the place of that name, in the model's dtype and on its device."""
     like = next((one for one in model.parameters() if one.is_floating_point()), torch.zeros(()))
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer.to(like).train(model.training))
+
+
+def delete(model: nn.Module, name: str) -> None:
+    """Delete a branch. Of an nn.Sequential an empty list stays: without layers it would pass its input on."""
+    parent, _, last = name.rpartition(".")
+    around = model.get_submodule(parent)
+    delattr(around, last)
+    if parent and isinstance(around, nn.Sequential) and not len(around):
+        put(model, parent, nn.ModuleList())
 ''')
 
 
@@ -87,18 +120,27 @@ def loader_text(planned: Sequence[PlannedLayer], names: Iterable[str], path: str
     from convtool import __version__
 
     safe = path.endswith(".safetensors")
-    edits, gone = list[str](), set[str]()
-    for layer in planned:
-        edits += [_plain(f"# {tree_text(layer.tree, lambda one: one.name)} becomes {layer.name}"), *_edits(layer, gone)]
+    layers, edits, gone = list[str](), list[str](), set[str]()
+    for one in planned:
+        _check(one)
+        goes = [(leaf, fate) for leaf, fate in fates(one) if leaf.name not in gone]
+        layers += _layers(one, [leaf for leaf, _ in goes])
+        edits += [_plain(f"# {tree_text(one.tree, lambda leaf: leaf.name)} becomes {one.name}"), *_edits(one, goes)]
+        gone.update(one.record.shares())
     return MODULE.substitute(
         name=_plain(path),
         path=repr(path),
         version=__version__,
         needs="torch and safetensors" if safe else "torch",
         imports="from safetensors.torch import load_file\n" if safe else "",
-        edits="\n".join(f"    {line}" for line in edits),
-        reading="\n".join(f"    {line}" for line in _reading(names, safe, root)),
+        layers=_indented(layers),
+        edits=_indented(edits),
+        reading=_indented(_reading(names, safe, root)),
     )
+
+
+def _indented(lines: Iterable[str]) -> str:
+    return "\n".join(f"    {line}" for line in lines)
 
 
 @contextlib.contextmanager
@@ -128,12 +170,8 @@ def _reading(names: Iterable[str], safe: bool, root: Sequence[str]) -> Iterator[
         yield "return state"
 
 
-def _edits(planned: PlannedLayer, gone: set[str]) -> Iterator[str]:
-    """Yield the lines that change a model for one fused layer.
-
-    Args:
-        gone: the layers that fusions share, once one of these was put in; those of this one are added.
-    """
+def _check(planned: PlannedLayer) -> None:
+    """Raise UsageError where an edit can't be written down without the live model."""
     found = list(fates(planned))
     branch = has_sum(planned.tree) and any(leaf.name == planned.name for leaf, _ in found)
     if planned.fusion.conv.has_bias_map or branch:
@@ -146,18 +184,22 @@ def _edits(planned: PlannedLayer, gone: set[str]) -> Iterator[str]:
         )
     if code := list(done_by_the_model(planned.record.tree)):
         raise UsageError(f"--loader: {', '.join(code)} is in the model's own code; take it out there")
-    found = [(leaf, fate) for leaf, fate in found if leaf.name not in gone]
-    gone.update(planned.record.shares())
-    modules = [leaf for leaf, _ in found if not leaf.layer.kind.parameter]
-    names = {layer.name: f"old{number or ''}" for number, layer in enumerate(modules)}
-    made = _constructor(planned, names)
-    for layer in modules:
-        stated = "".join(f", {key}={value!r}" for key, value in _stated(layer))
-        used = f"{names[layer.name]} = " if f"{names[layer.name]}." in made else ""
-        yield f"{used}find(model, {unwrap(layer.name)!r}{stated})"
-    yield f"put(model, {unwrap(planned.name)!r}, {made})"
-    for leaf, fate in found:
-        parent, _, last = unwrap(leaf.name).rpartition(".")
+
+
+def _layers(planned: PlannedLayer, layers: Iterable[LoweredLayer]) -> Iterator[str]:
+    """Yield what the live layers are held against."""
+    for layer in layers:
+        if not layer.layer.kind.parameter:
+            ends = ["ends=True"] if ends_with(planned, layer) else []
+            stated = (f"{key}={value!r}" for key, value in _stated(layer))
+            yield f"{unwrap(layer.name)!r}: dict({', '.join([*ends, *stated])}),"
+
+
+def _edits(planned: PlannedLayer, goes: Sequence[tuple[LoweredLayer, Fate]]) -> Iterator[str]:
+    """Yield the lines that change a model for one fused layer, of whose layers these go."""
+    yield f"put(model, {unwrap(planned.name)!r}, {_constructor(planned)})"
+    for leaf, fate in goes:
+        name = unwrap(leaf.name)
         if fate == "parameters":
             for tensor in leaf.layer.tensor_names():
                 parent, _, last = unwrap(tensor).rpartition(".")
@@ -165,9 +207,9 @@ def _edits(planned: PlannedLayer, gone: set[str]) -> Iterator[str]:
         elif fate == "stays" or leaf.name.startswith(f"{planned.name}."):
             continue
         elif fate == "deleted":
-            yield f"delattr(model.get_submodule({parent!r}), {last!r})"
+            yield f"delete(model, {name!r})"
         else:
-            yield f"put(model, {unwrap(leaf.name)!r}, nn.Identity())"
+            yield f"put(model, {name!r}, {f'rest(old[{name!r}])' if ends_with(planned, leaf) else 'nn.Identity()'})"
 
 
 def _stated(layer: LoweredLayer) -> Iterator[tuple[str, object]]:
@@ -183,12 +225,8 @@ def _stated(layer: LoweredLayer) -> Iterator[tuple[str, object]]:
             yield field, getattr(geometry, field)
 
 
-def _constructor(planned: PlannedLayer, names: Mapping[str, str]) -> str:
-    """Return the fused layer as a call; what isn't known of it is taken from the live layer that has it.
-
-    Args:
-        names: of the variables that hold live layers, by those of the layers.
-    """
+def _constructor(planned: PlannedLayer) -> str:
+    """Return the fused layer as a call; what isn't known of it is taken from the live layer that has it."""
     conv, known = planned.fusion.conv, planned.record.fields
     name, (inputs, *shape), others = torch_module(conv)
     if any(before != after for before, after in conv.geometry.padding):
@@ -197,7 +235,7 @@ def _constructor(planned: PlannedLayer, names: Mapping[str, str]) -> str:
     given = {key: repr(value) for key, value in others.items() if key not in missing}
     channels = repr(inputs)
     for field in missing:
-        live = names[_live(planned, field)]
+        live = f"old[{unwrap(_live(planned, field))!r}]"
         given |= {} if field == "transposed" else {field: f"{live}.{field}"}
         channels = f"{live}.in_channels" if field == "groups" else channels
     arguments = [channels, *map(repr, shape), *(f"{key}={value}" for key, value in given.items())]

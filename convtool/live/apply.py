@@ -17,7 +17,7 @@ from convtool.core.conv import Conv
 from convtool.core.names import WRAPPERS, unwrap
 from convtool.core.tree import Chain, Tree, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.fusing.edits import done_by_the_model
+from convtool.fusing.edits import done_by_the_model, last_layer
 from convtool.kinds.shares import shares
 from convtool.live.fused import fused_layers
 from convtool.live.inside import check_standardizes_alone, difference, put_numbers, without_layer
@@ -119,10 +119,10 @@ class Applying:
             fused: that, its numbers not needed yet; None where only its layers are to go.
         """
         sources = [source for source in leaves(tree) if source.owned() and source.name not in self.gone]
-        for source in sources:
-            self._check(source)
-        self.gone |= shares(tree, SourceLayer.owned).keys()
         stays, branches = name in {source.name for source in sources}, has_sum(tree)
+        for source in sources:
+            self._check(source, ends=source is last_layer(tree) and (stays or not branches))
+        self.gone |= shares(tree, SourceLayer.owned).keys()
         again = next(done_by_the_model(tree), None) if stays and self.check else None
         if again is not None:
             raise RefusedError(
@@ -248,8 +248,12 @@ class Applying:
         names = (name for name in source.kind.tensors if name in module._parameters)
         return place, module, parameter or (next(names, "") if source.kind.parameter else "")
 
-    def _check(self, source: SourceLayer) -> None:
-        """Raise unless a source is in the model, under one name, and is what the record says."""
+    def _check(self, source: SourceLayer, *, ends: bool) -> None:
+        """Raise unless a source is in the model, under one name, and is what the record says.
+
+        Args:
+            ends: whether its fusion ends with it, so that what its module does behind the layer may stay.
+        """
         if source.name in self.made:
             return
         _, module, _ = self._holder(source)
@@ -258,7 +262,7 @@ class Applying:
             raise RefusedError(
                 f"{' and '.join(shared)} are one module of the model; replacing it in one place would leave the other"
             )
-        reason = difference(module, source.kind, source.fields) if self.check else ""
+        reason = difference(module, source.kind, source.fields, ends=ends) if self.check else ""
         if reason:
             raise RefusedError(
                 f"{source.name}: {reason}; the fused layer would compute something else than the model did. State it"
@@ -292,13 +296,16 @@ class Applying:
         parent.add_module(last, module)
 
     def _delete(self, name: str) -> None:
-        """Delete a module, and then the modules around it that are left without anything."""
+        """Delete a module, and then the modules around it that are left without anything.
+
+        What the model's code may go through stays, empty, as a list: an empty nn.Sequential would pass its input on.
+        """
         path, _, last = name.rpartition(".")
         parent = self.model.get_submodule(path)
         self._touch(parent)
         del parent._modules[last]
         if path and not parent._modules and not any(True for _ in parent.parameters()):
-            self._delete(path)
+            self._set(path, nn.ModuleList()) if isinstance(parent, nn.Sequential) else self._delete(path)
 
     def _drop_scale(self, source: SourceLayer) -> None:
         name, module, parameter = self._holder(source)

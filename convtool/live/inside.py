@@ -127,11 +127,12 @@ def _rest(module: nn.Module, kind: Kind) -> Iterable[str]:
     return inside.followers
 
 
-def difference(module: nn.Module, kind: Kind, fields: Fields) -> str:
+def difference(module: nn.Module, kind: Kind, fields: Fields, *, ends: bool) -> str:
     """Return in what a module isn't the layer that was fused, in words; '' where it is.
 
     Args:
         kind, fields: of that layer, as its record says.
+        ends: whether nothing else that was fused runs behind it.
     """
     if kind.parameter:
         return ""
@@ -147,7 +148,7 @@ def difference(module: nn.Module, kind: Kind, fields: Fields) -> str:
         return f"{what} that {error}"
     if found is None:
         inside = look_inside(module, kind)
-        if inside is None or (kind.main and inside.after):
+        if inside is None or ((kind.main or not ends) and inside.after):
             code = "" if known is None else f" whose code isn't that of nn.{known[1].__name__} alone,"
             return f"{what},{code} and a {kind.label} was fused"
         found = inside.fields

@@ -76,11 +76,11 @@ def check_chains(
         chains: by the checkpoint's names.
         found: the model, which is run where there is an input; else what the file describes is looked at, if it does.
     """
-    from convtool.graph.between import contradiction
-
     flow, ours = _flow(opened, found, model_input)
     if flow is None:
         return
+    from convtool.graph.between import contradiction
+
     for chain in chains:
         if against := contradiction(flow, [ours.get(name, name) for name in chain]):
             raise RefusedError(
@@ -92,8 +92,6 @@ def _flow(
     opened: Checkpoint, found: tuple[nn.Module, Agreement] | None, model_input: Sequence[str] | None
 ) -> tuple[Flow | None, Mapping[str, str]]:
     """Return what is known of the network's run, and its names by those of the checkpoint."""
-    from convtool.graph.exported import read_exported
-
     if model_input:
         from convtool.live.given import model_inputs
         from convtool.live.trace import trace
@@ -101,8 +99,11 @@ def _flow(
         built, agreed = _given(found)
         ours = {theirs: name for name, theirs in agreed.names.items()}
         return trace(built, model_inputs(built, model_input)).flow, ours
-    with contextlib.suppress(UsageError):  # of an input without a batch: a run that can't be followed says nothing
-        return None if opened.program is None else read_exported(opened, opened.program), {}
+    if opened.program is not None:
+        from convtool.graph.exported import read_exported
+
+        with contextlib.suppress(UsageError):  # of an input without a batch: a run that can't be followed says nothing
+            return read_exported(opened, opened.program), {}
     return None, {}
 
 

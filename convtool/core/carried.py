@@ -101,7 +101,7 @@ def _summed(shares: Tensor, patterns: Iterable[Tensor]) -> Tensor:
 
 def _shares(conv: Conv, values: Tensor) -> Tensor:
     """Return (C_out, *kernel) what each tap adds where all channels read their constant."""
-    groups, shape = conv.geometry.groups, conv.weight.shape
+    groups, shape = conv.geometry.groups, conv.shape
     weight = conv.weight.reshape(groups, shape[0] // groups, shape[1], math.prod(shape[2:]))  # channels may be none
     dtype = torch.promote_types(weight.dtype, values.dtype)  # one of the two may be complex
     shares = torch.einsum("goik,gi->gok", weight.to(dtype), values.reshape(groups, shape[1]).to(dtype))
@@ -110,7 +110,7 @@ def _shares(conv: Conv, values: Tensor) -> Tensor:
 
 def _slack(conv: Conv, values: Tensor) -> Tensor:
     """Return (C_out,) how far sums of the same numbers in another order can be apart."""
-    count = conv.weight.shape[1] * math.prod(conv.geometry.kernel_size)
+    count = conv.shape[1] * math.prod(conv.geometry.kernel_size)
     return 2 * count * 2.0**-52 * _shares(conv.absolute(), values.abs()).flatten(1).sum(1)
 
 

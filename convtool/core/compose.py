@@ -32,10 +32,11 @@ import torch
 from torch import Tensor
 
 from convtool.core.carried import carry
-from convtool.core.conv import Conv, pointwise
+from convtool.core.conv import Conv, Scaled, pointwise
 from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.joint import NOWHERE, AxisComposition, add_geometry, compose_axis, compose_geometry
 from convtool.core.moves import NOTHING, Selection, compose_moves, regrouped
+from convtool.core.rounding import exact_dtype
 from convtool.errors import RefusedError, UsageError, human_bytes
 
 MOST = 1 << 32  # numbers of a kernel: 32 GiB in float64
@@ -60,17 +61,26 @@ def compose(first: Conv, second: Conv) -> Conv:
             f" the second takes {second.in_channels}"
         )
     geometry = compose_geometry(first.geometry, second.geometry)
+    moves = isinstance(first, Selection) or isinstance(second, Selection)
+    if not moves and second.only_scales and geometry.kernel_size == first.geometry.kernel_size:
+        return _scaled(first, second, geometry)
     first, second = _alike(first, second)
-    if isinstance(first, Selection) or isinstance(second, Selection):
+    if moves:
         return compose_moves(first, second, geometry)
-    if second.only_scales and geometry.kernel_size == first.geometry.kernel_size:
-        weight = first.weight * second.weight.reshape(-1, *(1,) * (first.weight.dim() - 1))  # no sums, and no copies
-    else:
-        weight = _compose_weights(first, second, geometry)
+    weight = _compose_weights(first, second, geometry)
     if first.bias is None:
         return Conv(weight, second.bias, geometry)
     bias = carry(second, first.bias)  # (C_out,)
     return Conv(weight, bias if second.bias is None else bias + second.bias, geometry)
+
+
+def _scaled(first: Conv, second: Conv, geometry: Geometry) -> Conv:
+    """Compose with a layer that only scales: no sums, and the kernel as it is stored until it is asked for."""
+    dtype = _exact_dtype(first, second)
+    factors, biases = second.weight.flatten().to(dtype), [conv.bias for conv in (first, second)]
+    bias, more = (None if bias is None else bias.to(dtype) for bias in biases)
+    bias = more if bias is None else bias * factors if more is None else bias * factors + more
+    return Scaled(Conv(first.weight, None, geometry), factors, bias)
 
 
 def plain_behind(chain: Sequence[Conv]) -> list[Conv]:
@@ -86,7 +96,7 @@ def plain_behind(chain: Sequence[Conv]) -> list[Conv]:
         if plain and min(itertools.chain(*sides)) >= 0:
             padding, none = tuple(sides), (0,) * len(axes)
             geometry = replace(conv.geometry, padding=padding, transposed=False, output_padding=none)
-            conv = Conv(conv.weight.flip(tuple(range(2, conv.weight.dim()))), conv.bias, geometry)
+            conv = Conv(conv.weight.flip(tuple(range(2, len(conv.shape)))), conv.bias, geometry)
         strided = strided or (not conv.geometry.transposed and any(step > 1 for step in conv.geometry.stride))
         found.append(conv)
     return found
@@ -98,12 +108,12 @@ def compose_chain(chain: Sequence[Conv]) -> Conv:
         raise UsageError("expected at least one layer to fuse")
     if len(chain) < 3 or any(conv.geometry.transposed for conv in chain):
         # Which pairs of plain and transposed layers have a form depends on the order; first to last is the one checked.
-        return regrouped(reduce(compose, chain[1:], chain[0].exact()), chain)
+        return regrouped(reduce(compose, chain) if chain[1:] else chain[0].exact(), chain)
     split = _cheapest_split(chain)
 
     def compose_range(first: int, last: int) -> Conv:
         if first == last:
-            return chain[first].exact()
+            return chain[first]
         middle = split(first, last)[1]
         return compose(compose_range(first, middle), compose_range(middle + 1, last))
 
@@ -138,8 +148,12 @@ def compose_work(first: Geometry, second: Geometry, channels: tuple[int, int, in
 
 def _alike(a: Conv, b: Conv) -> tuple[Conv, Conv]:
     """Both in float64, or both in complex128 where one is complex."""
-    dtype = torch.promote_types(a.exact().dtype, b.exact().dtype)
+    dtype = _exact_dtype(a, b)
     return a.to(dtype), b.to(dtype)
+
+
+def _exact_dtype(a: Conv, b: Conv) -> torch.dtype:
+    return torch.promote_types(exact_dtype(a.dtype), exact_dtype(b.dtype))
 
 
 def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:

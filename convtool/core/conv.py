@@ -113,6 +113,10 @@ class Conv:
             return self.bias
         return self.bias.reshape(-1, *(1,) * self.spatial_axes).expand(-1, *output_size)
 
+    def rows(self, first: int, last: int) -> Tensor:
+        """Return the weight's rows first:last, of those output channels."""
+        return self.weight[first:last]
+
     def with_geometry(self, geometry: Geometry) -> Conv:
         """Return the layer with another geometry and the same numbers."""
         return Conv(self.weight, self.bias, geometry)
@@ -131,12 +135,12 @@ class Conv:
 
     def to(self, dtype: torch.dtype, device: torch.device | None = None) -> Conv:
         """Return the layer with its numbers rounded to `dtype`; RefusedError for complex numbers in a real dtype."""
-        check_room(self.weight.dtype, dtype)
+        check_room(self.dtype, dtype)
         return self.changed(lambda numbers: rounded(numbers, dtype).to(device))
 
     def exact(self) -> Conv:
         """Return the layer in float64 (complex128), in which all arithmetic is done."""
-        return self.to(exact_dtype(self.weight.dtype))
+        return self.to(exact_dtype(self.dtype))
 
     def torch_weight(self) -> Tensor:
         """Return the weight in the layout of torch's modules: (C_in, C_out/groups, *kernel) where transposed."""
@@ -146,13 +150,14 @@ class Conv:
 class Computed(Conv):
     """A layer whose weight is computed each time that it is asked for, of numbers that take much less room."""
 
-    __slots__ = ("compute", "sizes")
+    __slots__ = ("compute", "numbers", "sizes")
     compute: Callable[[], Tensor]
     sizes: tuple[int, ...]
+    numbers: torch.dtype
 
     def __init__(self, like: Conv, compute: Callable[[], Tensor], geometry: Geometry | None = None) -> None:
-        values = (("compute", compute), ("sizes", like.shape), ("bias", like.bias))
-        for name, value in (*values, ("geometry", geometry or like.geometry)):
+        values = {"compute": compute, "sizes": like.shape, "numbers": like.dtype, "bias": like.bias}
+        for name, value in (values | {"geometry": geometry or like.geometry}).items():
             object.__setattr__(self, name, value)
 
     @property
@@ -160,11 +165,38 @@ class Computed(Conv):
         return self.compute()
 
     @property
+    def dtype(self) -> torch.dtype:
+        return self.numbers
+
+    @property
     def shape(self) -> tuple[int, ...]:
         return self.sizes
 
     def with_geometry(self, geometry: Geometry) -> Conv:
         return Computed(self, self.compute, geometry)
+
+
+class Scaled(Computed):
+    """A layer with each output channel multiplied by a number, row by row when asked for: what batch norms make.
+
+    Args:
+        layer: whose weight is multiplied.
+        factors: (C_out,), in float64 or complex128, as the result is.
+        bias: of the result.
+    """
+
+    __slots__ = ("factors", "layer")
+    layer: Conv
+    factors: Tensor
+
+    def __init__(self, layer: Conv, factors: Tensor, bias: Tensor | None) -> None:
+        super().__init__(layer, lambda: self.rows(0, len(factors)))
+        for name, value in (("layer", layer), ("factors", factors), ("numbers", factors.dtype), ("bias", bias)):
+            object.__setattr__(self, name, value)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        factors = self.factors[first:last].reshape(-1, *(1,) * (len(self.shape) - 1))
+        return self.layer.rows(first, last).to(factors.dtype).mul(factors)
 
 
 def conv(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -20,6 +21,7 @@ from convtool.core.rounding import check_room, held
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
 
+AT_ONCE = 1 << 16  # numbers that are rounded together: they stay in the processor's cache
 First = TypeVar("First")
 
 
@@ -88,7 +90,7 @@ def _fuse_with_map(tree: Tree[Named], size: tuple[int, ...]) -> tuple[Conv, Verd
         unbiased = map_leaves(lambda leaf: NamedConv(leaf.name, leaf.conv.without_bias()), tree)
         fused, verdict = _fuse(unbiased, size, allow_border=False)
     exact = map_leaves(lambda leaf: leaf.conv.exact(), tree)
-    zero = torch.zeros(1, in_channels(exact), *size, dtype=fused.weight.dtype)
+    zero = torch.zeros(1, in_channels(exact), *size, dtype=fused.dtype)
     return Conv(fused.weight, run(exact, zero)[0], fused.geometry), verdict
 
 
@@ -201,7 +203,7 @@ def fuse(
     tensor([0.5000, 0.5000, 0.5000])
     """
     tree: Tree[NamedConv] = Chain(tuple(NamedConv(f"layer {number}", conv) for number, conv in enumerate(chain, 1)))
-    kind = chain[0].weight.dtype if dtype is None else dtype
+    kind = chain[0].dtype if dtype is None else dtype
     return fuse_tree(tree, input_size=input_size, allow_border=allow_border, dtype=kind, bias_map=bias_map).conv
 
 
@@ -262,7 +264,7 @@ def _is_exact_with_early_padding(chain: Sequence[Conv], fused: Geometry) -> bool
 
 def _stored(fused: Conv, dtype: torch.dtype, names: str) -> Conv:
     """Return the layer in the dtype that it is to be stored in, which has to hold its numbers."""
-    check_room(fused.weight.dtype, dtype)
+    check_room(fused.dtype, dtype)
 
     def number(exact: Tensor, what: str) -> Tensor:
         if not bool(exact.sum().isfinite()) and not bool(exact.isfinite().all()):  # the sum alone is quicker
@@ -270,4 +272,12 @@ def _stored(fused: Conv, dtype: torch.dtype, names: str) -> Conv:
         return held(exact, dtype, f"cannot fuse {names}: the fused {what}")
 
     bias = None if fused.bias is None else number(fused.bias, "bias")
-    return Conv(number(fused.weight, "weight"), bias, fused.geometry)
+    weight = torch.empty(fused.shape, dtype=dtype)
+    step = max(1, AT_ONCE // max(1, math.prod(fused.shape[1:])))
+    try:
+        for first in range(0, fused.out_channels, step):
+            weight[first : first + step] = number(fused.rows(first, first + step), "weight")
+    except RefusedError:
+        number(fused.weight, "weight")  # says how many there are of all
+        raise
+    return Conv(weight, bias, fused.geometry)

@@ -87,7 +87,7 @@ def compose_moves(first: Conv, second: Conv, geometry: Geometry) -> Conv:
     if isinstance(second, Selection):
         return _picked(first, second, geometry)
     assert isinstance(first, Selection)
-    groups, per_group = second.geometry.groups, second.weight.shape[1]
+    groups, per_group = second.geometry.groups, second.shape[1]
     channels = torch.arange(groups * per_group).reshape(groups, per_group, 1)
     landings, width = _landings(first.geometry, second.geometry, geometry), math.prod(geometry.kernel_size)
     entry = first.picked[channels]  # (g2, C_mid/g2, 1)
@@ -108,7 +108,7 @@ def _picked(first: Conv, second: Selection, geometry: Geometry) -> Conv:
         place = landings[entry.clamp(min=0) % inside, torch.arange(len(entry))]
         moved = entry.clamp(min=0) // inside * math.prod(geometry.kernel_size) + place
         return Selection(torch.where(nothing | (entry == NOTHING), NOTHING, moved), first.in_channels, geometry)
-    per_group, outputs = first.weight.shape[1], max(1, first.out_channels // first.geometry.groups)
+    per_group, outputs = first.shape[1], max(1, first.out_channels // first.geometry.groups)
     inputs = (channel // outputs * per_group)[:, None] + torch.arange(per_group)  # (C_out, C_in/g1)
     entries = inputs[:, :, None] * math.prod(geometry.kernel_size) + landings.T[:, None, :]
     entries[nothing] = NOTHING

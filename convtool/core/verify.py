@@ -178,7 +178,7 @@ class _Sides:
                 f"input size {format_sizes(input_size)}: {widest} numbers for one input are too many to run here; what"
                 " a fusion does shows at small sizes as well"
             )
-        kind = dtype_name(dtype or next(leaves(self.kept)).weight.dtype)
+        kind = dtype_name(dtype or next(leaves(self.kept)).dtype)
         mismatch = _mismatch(self.kept, channels, size, shape)
         return EquivalenceReport((channels, *size), shape, mismatch, seed=seed, dtype=kind)
 

@@ -339,5 +339,6 @@ def _step(conv: Conv, axis: int, size: int, given: Places) -> Step:
 
 def union(places: Sequence[Places], size: int) -> Places:
     """Return the places that any of these has, in order."""
-    key = np.unique(np.concatenate([one.classes * size + one.positions for one in places]))
+    key = np.sort(np.concatenate([one.classes * size + one.positions for one in places]))
+    key = key[np.diff(key, prepend=-1) > 0]  # np.unique, which imports numpy's masked arrays
     return Places(*np.divmod(key, size))

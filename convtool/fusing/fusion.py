@@ -186,7 +186,7 @@ def _record(name: str, tree: Tree[LoweredLayer], fusion: Fusion) -> FusionRecord
         name=name,
         tree=map_leaves(LoweredLayer.source, tree),
         fields=fields,
-        dtype=dtype_name(conv.weight.dtype),
+        dtype=dtype_name(conv.dtype),
         exact=verdict.exact,
         input_size=verdict.input_size,
         rim=verdict.rim,
@@ -214,7 +214,7 @@ def _as_module(conv: Conv) -> Conv:
     if conv.spatial_axes or conv.geometry.groups == 1:
         return conv
     everything = Conv(torch.eye(conv.in_channels).reshape(conv.in_channels, -1), None, pointwise(0))
-    return compose(everything, conv).to(conv.weight.dtype)
+    return compose(everything, conv).to(conv.dtype)
 
 
 def check_nothing_missed(checkpoints: Mapping[str, Checkpoint], trees: Sequence[Tree[LayerRef]]) -> None:

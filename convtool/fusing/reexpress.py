@@ -188,7 +188,7 @@ def _made(
 ) -> Reexpression:
     """Return a layer in its new form; see `FusionRecord`."""
     gone, name = list(layer.tensor_names()), layer.name
-    record = FusionRecord(name, tree, fields, dtype_name(conv.weight.dtype), True, input_size, (), before, after)
+    record = FusionRecord(name, tree, fields, dtype_name(conv.dtype), True, input_size, (), before, after)
     return Reexpression(name, Edit.of(gone, conv_tensors(name, conv), gone[0]), record, module_text(conv), residual)
 
 

@@ -37,7 +37,7 @@ class Stopwatch:
         Args:
             positions: how often it runs beside itself, where it has no spatial axes.
         """
-        key = (kind, tuple(conv.weight.shape), conv.bias is not None, conv.geometry, size, positions)
+        key = (kind, conv.shape, conv.bias is not None, conv.geometry, size, positions)
         if key not in self.known:
             self.known[key] = _shortest(self._run(kind, conv, size, positions))
         return self.known[key]
@@ -48,7 +48,7 @@ class Stopwatch:
         def noise(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator).to(self.dtype)
 
-        weight, bias = noise(*conv.weight.shape), None if conv.bias is None else noise(conv.out_channels)
+        weight, bias = noise(*conv.shape), None if conv.bias is None else noise(conv.out_channels)
         if conv.spatial_axes:
             return kind.timed(Conv(weight, bias, conv.geometry), noise(1, conv.in_channels, *size))
         x = noise(positions, conv.in_channels)

@@ -89,7 +89,7 @@ class BatchNorm(Kind):
         mean, var, ones = exact["running_mean"], exact["running_var"], torch.ones(1, *exact["running_var"].shape)
         eps = fields.get("eps", self.defaults["eps"])
         scale = F.batch_norm(ones.to(var), torch.zeros_like(mean), var, exact.get("weight"), eps=eps)
-        weight, shape = scale.reshape(conv.weight.shape), conv.geometry
+        weight, shape = scale.reshape(conv.shape), conv.geometry
         return Chain((Conv(torch.ones_like(weight), -mean, shape), Conv(weight, exact.get("bias"), shape)))
 
     def doubt(self, layer: Layer, conv: Conv) -> str:

@@ -40,7 +40,7 @@ def unfolding_contents(
     refusal = FORMATS[path.suffix].refusal(str(dtype).removeprefix("torch."), "dense" if gather is None else "csr")
     if refusal is not None:
         raise RefusedError(f"{path}: {refusal}")
-    check_room(conv.weight.dtype, dtype)
+    check_room(conv.dtype, dtype)
     kernel = held(kernel_matrix(conv), dtype, "W")
     text = None if record is None else json.dumps(record, separators=(",", ":"))
     arrays = [Piece.of_tensor("weight", kernel)]

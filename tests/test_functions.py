@@ -194,7 +194,7 @@ def test_channels_that_arguments_tell() -> None:
 
 def test_every_written_layer_works_along_one_and_three_axes() -> None:
     argument = {"identity": "", "normalize": "std=2", "select": "0:3", "place": "0:3; of=3", "permute": "2,0,1"}
-    argument |= {"channel_shuffle": "3"}
+    argument |= {"channel_shuffle": "3", "channel_unshuffle": "3"}
     other = ("kernel", "pixel_unshuffle", "pixel_shuffle", "focus")  # of other channels: see test_words
     for kind in KINDS:
         if not kind.written or kind.reshapes or kind.name in other:

@@ -51,6 +51,7 @@ ROWS: list[Row] = [
     ("place", {}, {"channels": [1, 3], "of": 4}, 2, 0),
     ("permute", {}, {"order": [2, 0, 1]}, 3, 0),
     ("channel_shuffle", {}, {"groups": 2}, 6, 0),
+    ("channel_unshuffle", {}, {"groups": 2}, 6, 0),
     ("kernel", {"kernel": (4, 2)}, {"kernel": 3, "stride": 2, "padding": 1}, 4, 0),  # a tensor, two groups
     ("kernel", {}, {"numbers": [1.0, 2.0, -1.0], "each": True, "padding": 1, "padding_mode": "reflect"}, 3, 0),
     ("offset", {"offset": (1, 3)}, {}, 3, 0),

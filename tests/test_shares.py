@@ -96,6 +96,44 @@ def test_what_cannot_be_shared_by_all_is_shared_by_none() -> None:
         assert {name for one in plan.left_alone for name in one.layers} >= {"norm"}
 
 
+class Nested(nn.Module):
+    """Three branches, two of which are put side by side first, and a batch norm of all."""
+
+    def __init__(self, *, first: bool = False, axis: int = 1, read: bool = False, norm: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(6, 4, 1, groups=2), nn.Conv2d(6, 4, 1), nn.Conv2d(6, 3, 1)
+        self.norm, self.inner = nn.BatchNorm2d(7 if axis == 2 else 11), nn.BatchNorm2d(8) if norm else nn.Identity()
+        self.first, self.axis, self.read = first, axis, read
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(x)
+        pair = self.inner(torch.cat([self.a(x), self.b(x)], self.axis))
+        last = self.c(torch.cat([x, x], 2) if self.axis == 2 else x)
+        whole: Tensor = self.norm(torch.cat([last, pair] if self.first else [pair, last], 1)).relu()
+        return whole + pair.sum() if self.read else whole
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_concatenation_in_another_is_one_of_all(first: bool) -> None:
+    plan = planned(filled(Nested(first=first)), 6, 5, 7)
+    starts = {"a": 3, "b": 7, "c": 0} if first else {"a": 0, "b": 4, "c": 8}
+    counts = {"a": 4, "b": 4, "c": 3}
+    assert trees(plan) == [
+        [name, f"place({start}:{start + counts[name]}; of=11)", "norm", f"select({start}:{start + counts[name]})"]
+        for name, start in starts.items()
+    ]
+    assert not plan.left_alone
+
+
+@pytest.mark.parametrize("how", [{"axis": 2}, {"read": True}, {"norm": True}])
+def test_of_a_concatenation_that_is_something_else_as_well_nothing_is_shared(how: dict[str, Any]) -> None:
+    plan = planned(filled(Nested(**how)), 6, 5, 7)
+    assert not any("norm" in tree for tree in trees(plan))
+    (reason,) = {one.reason for one in plan.left_alone if "norm" in one.layers}
+    inner = "not everything that is put side by side before norm could take it in"
+    assert reason == (inner if "norm" in how else "what it reads is made by cat")
+
+
 def test_where_not_all_can_share_it_a_layer_behind_takes_it_in() -> None:
     model = two(behind=nn.Conv2d(10, 3, 1))
     assert trees(planned(filled(model), 6, 5, 7))[0] == ["branches.0", "place(0:4; of=10)", "norm", "select(0:4)"]

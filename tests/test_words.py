@@ -47,6 +47,8 @@ def run_chain(chain: list[Conv], x: Tensor) -> Tensor:
         (4, "permute(2,0,3,1)", layer(4, 4, 4), "permute(3,2,1,0)", 1),
         (4, "permute(2,3,0,1)", layer(4, 4, 2), "permute(2,3,0,1)", 2),
         (6, "channel_shuffle(2)", layer(6, 6, 6), "channel_shuffle(3)", 6),
+        (6, "channel_shuffle(2)", layer(6, 6, 6), "channel_unshuffle(2)", 6),
+        (12, "channel_unshuffle(3)", layer(12, 12, 12), "channel_unshuffle(4)", 12),
         (4, "select(1:3)", layer(2, 4, 2), "select(0:2)", 1),
         (3, "pixel_unshuffle(2)", layer(12, 3), "permute(2,1,0)", 1),
         (2, "pixel_unshuffle(2)", layer(8, 6, 2), "channel_shuffle(1)", 2),

@@ -197,10 +197,7 @@ def regrouped(fused: Conv, chain: Sequence[Conv]) -> Conv:
         return fused
     if all(conv.geometry.groups == 1 and not isinstance(conv, Selection) for conv in (chain[0], chain[-1])):
         return fused
-    reads = reduce(_reads, chain, torch.ones(0))  # (C_out, C_in)
-    number = torch.arange(inputs)
-    lowest, highest = torch.where(reads, number, inputs).amin(1), torch.where(reads, number, -1).amax(1)
-    groups, old = most_groups(lowest, highest, outputs, inputs), fused.geometry.groups
+    groups, old = groups_of(chain), fused.geometry.groups
     if groups <= old:
         return fused
     # Of each old group's window, the part that its outputs' new group reads.
@@ -211,6 +208,15 @@ def regrouped(fused: Conv, chain: Sequence[Conv]) -> Conv:
     weight = torch.stack([blocks[:, number, :, number] for number in range(within)], 1)
     shape = outputs, inputs // groups, *fused.geometry.kernel_size
     return Conv(weight.reshape(shape), fused.bias, replace(fused.geometry, groups=groups))
+
+
+def groups_of(chain: Sequence[Conv]) -> int:
+    """Return the most groups that the zeros of a chain's layers allow the one that it is composed to."""
+    reads = reduce(_reads, chain, torch.ones(0))  # (C_out, C_in)
+    outputs, inputs = reads.shape
+    number = torch.arange(inputs)
+    lowest, highest = torch.where(reads, number, inputs).amin(1), torch.where(reads, number, -1).amax(1)
+    return most_groups(lowest, highest, outputs, inputs)
 
 
 def _reads(before: Tensor, conv: Conv) -> Tensor:

@@ -46,6 +46,11 @@ class Step:
         """Return whether it is a layer without tensors."""
         return self.layer is not None and not self.layer.tensors
 
+    @property
+    def channels(self) -> int:
+        """Return the axis that the channels of a layer's value are on."""
+        return 1 if self.axes else len(self.shape) - 1
+
 
 @dataclass(frozen=True, slots=True)
 class Flow:
@@ -204,23 +209,33 @@ class _Finder:
             if not before.moved and not (step.written and kind.per_channel):
                 before.flat = kind.reshapes
                 before.axes = len(step.shape) - 2 if kind.reshapes else step.axes
-                before.channels = self._channels(step)
+                before.channels = step.channels
             self.growing[number] = self.growing.pop(value)
         elif not step.written:
             self._note(value, layer.name)
             if not barred:
                 begun = _Stretch(value, [LayerRef(layer.name)], step.axes, step.axes, only_scales=kind.per_channel)
-                begun.channels = self._channels(step)
+                begun.channels = step.channels
                 self.growing[number] = begun
 
     def stack(self, number: int, step: Step) -> None:
         """See which stretches give what is put side by side, as long as each of the values is one's."""
-        branches = [branch for value in step.reads if (branch := self._branch(value)) is not None]
-        if len(branches) == len(step.reads) and {branch.channels for branch in branches} == {step.stacks}:
-            stops = list(itertools.accumulate(self.flow.steps[value].shape[step.stacks] for value in step.reads))
+        values = list(self._side_by_side(step))
+        branches = [branch for value in values if (branch := self._branch(value)) is not None]
+        if len(branches) == len(values) and {branch.channels for branch in branches} == {step.stacks}:
+            stops = list(itertools.accumulate(self.flow.steps[value].shape[step.stacks] for value in values))
             for branch, start, stop in zip(branches, [0, *stops], stops, strict=False):
                 branch.placed = f"place({start}:{stop}; of={stops[-1]})"
             self.stacked[number] = branches
+
+    def _side_by_side(self, step: Step) -> Iterator[int]:
+        """Yield the values that a step puts side by side; of one that is made so, along the same axis, its own."""
+        for value in step.reads:
+            inner = self.flow.steps[value]
+            if inner.stacks == step.stacks and self.readers[value] == 1:
+                yield from self._side_by_side(inner)
+            else:
+                yield value
 
     def _share(self, number: int, step: Step, layer: Layer) -> None:
         """Let a layer behind values side by side go on with the stretches of each, which then share it.
@@ -230,21 +245,17 @@ class _Finder:
         value, kind = step.reads[0], layer.kind
         branches = self.stacked.get(value, []) if self.readers[value] == 1 else []
         ours = kind.per_channel and not step.written and layer.name not in self.barred
-        if not branches or not (kind.neutral or (ours and self._channels(step) == branches[0].channels)):
+        if not branches or not (kind.neutral or (ours and step.channels == branches[0].channels)):
             return
         self.stacked[number] = branches
         for branch in () if kind.neutral else branches:
             branch.parts += [*([LayerRef(branch.placed)] if branch.placed else []), LayerRef(layer.name)]
             branch.placed = ""
 
-    @staticmethod
-    def _channels(step: Step) -> int:
-        return 1 if step.axes else len(step.shape) - 1
-
     def _follows(self, before: _Stretch, step: Step, layer: Layer) -> bool:
         """Return whether a layer can be a member of the stretch that ends with the value that it reads."""
         if before.moved:
-            fits = self._channels(step) == before.channels and not step.written
+            fits = step.channels == before.channels and not step.written
             return fits and (layer.kind.per_channel or before.only_scales)
         anywhere = step.written and layer.kind.per_channel  # one factor for all channels, whatever axis these are on
         return (anywhere or before.axes == step.axes) and (layer.kind.channels_last or anywhere or not before.flat)

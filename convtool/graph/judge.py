@@ -18,7 +18,8 @@ import torch
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, in_channels, joined, multiply_adds, out_channels, with_sizes
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
-from convtool.core.tree import LayerRef, Tree, leaves, map_leaves, walk
+from convtool.core.moves import Selection, groups_of
+from convtool.core.tree import Chain, LayerRef, Tree, leaves, map_leaves, walk
 from convtool.errors import RefusedError
 from convtool.graph.flow import Flow, Step
 from convtool.graph.stopwatch import Stopwatch
@@ -140,7 +141,7 @@ class Judge:
         apart = self._lowered(without_places(tree, self.owned), step.axes, channels)
         convs: Expression = map_leaves(lambda leaf: leaf.conv, apart)
         exact, stand_in = self._exactness(map_leaves(self._stand_in, apart), size)
-        groups = math.gcd(*(conv.geometry.groups for conv in leaves(convs)))
+        groups = _groups(convs)
         number, outputs = _number(main), out_channels(convs)
         fused = Conv(
             number.expand(outputs, in_channels(convs) // groups, *stand_in.geometry.kernel_size),
@@ -263,6 +264,14 @@ def _number(layer: Layer) -> torch.Tensor:
     """Return the number that all made-up tensors of a layer consist of: no 1, which would be taken for an identity."""
     dtype = next((info.dtype for info in layer.tensors.values()), "float64")
     return torch.tensor(0.5, dtype=getattr(torch, dtype))
+
+
+def _groups(convs: Expression) -> int:
+    """Return the groups of the layer that others become; channels that are permuted there and back change none."""
+    each = list(leaves(convs))
+    if isinstance(convs, Chain) and len(each) == len(convs.parts) and any(isinstance(conv, Selection) for conv in each):
+        return groups_of(each)
+    return math.gcd(*(conv.geometry.groups for conv in each))
 
 
 def _cost(convs: Expression, size: tuple[int, ...], positions: int) -> Cost:

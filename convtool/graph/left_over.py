@@ -37,7 +37,7 @@ def left_over(flow: Flow, layers: Iterable[Layer], said: Collection[str]) -> Ite
 def _in_code(flow: Flow, step: Step) -> str:
     """Return what of the model's own code stands before a layer, if that is linear: it goes on to do it."""
     before = flow.steps[step.reads[0]]
-    what = before.about.removeprefix("aten.").partition(".")[0]
+    what = _called(before)
     if before.written and before.layer is not None and before.layer.kind.code == "model":
         what = before.layer.name
     elif what not in _LINEAR or len(before.reads) != 1:
@@ -48,11 +48,20 @@ def _in_code(flow: Flow, step: Step) -> str:
 def _behind(flow: Flow, step: Step) -> str:
     """Return what a layer stands behind that no layer in front of it could take it in through."""
     before = flow.steps[step.reads[0]]
+    channels = step.channels
     while before.reads and (before.moves or before.written):
+        ahead = [axis for axis, behind in before.moves.items() if behind == channels]
+        if not ahead and not before.written:
+            return f"a {_called(before)} that mixes channels with other axes stands between"
+        channels = ahead[0] if ahead else channels
         before = flow.steps[before.reads[0]]
     if before.adds:
         return "what it reads is a sum that no layer makes alone"
     if not before.reads:
         return "what it reads is the model's input"
-    what = before.about.removeprefix("aten.").partition(".")[0].rstrip("_")
+    what = _called(before)
     return f"what it reads is made by {what}" if what and before.layer is None else ALONE
+
+
+def _called(step: Step) -> str:
+    return step.about.removeprefix("aten.").partition(".")[0].rstrip("_")

@@ -12,6 +12,7 @@ from convtool.graph.computed import with_own_weight
 from convtool.graph.flow import Flow, Step
 from convtool.graph.passing import moved_axes
 from convtool.graph.recorded_run import INPUT, Operation, Run
+from convtool.graph.shuffled import with_shuffles
 from convtool.kinds.kind import Layer
 from convtool.kinds.written import layer_of_operation
 
@@ -44,7 +45,7 @@ def read_flow(
     Raises:
         UsageError: the run's input has no batch axis.
     """
-    return _Reader(run, layers, apart, foreign or {}).flow()
+    return _Reader(with_shuffles(run), layers, apart, foreign or {}).flow()
 
 
 class _Reader:

@@ -12,7 +12,7 @@ from typing import Any
 
 from convtool.kinds.kind import Shape
 
-_VIEWS = frozenset(
+VIEWS = frozenset(
     f"aten.{name}"
     for name in (
         *("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "unflatten.int"),
@@ -20,6 +20,14 @@ _VIEWS = frozenset(
         *("squeeze.default", "squeeze.dim", "squeeze.dims"),
     )
 )
+# Operations that turn axes, and the arguments that name two of them.
+_TURNS = {
+    "aten.transpose.int": ("dim0", "dim1"),
+    "aten.swapaxes.default": ("axis0", "axis1"),
+    "aten.permute.default": (),
+    "aten.movedim.int": ("source", "destination"),
+    "aten.t.default": (),
+}
 _RESAMPLES = ("aten.upsample_", "aten.adaptive_avg_pool", "aten.reflection_pad", "aten.replication_pad")
 
 
@@ -32,11 +40,10 @@ def moved_axes(name: str, arguments: Mapping[str, Any], takes: Shape, gives: Sha
         takes, gives: the shapes of what it reads and makes.
     """
     rank = len(takes)
-    if name in _VIEWS:
+    if name in VIEWS:
         return _kept_by_view(takes, gives)
-    if name in ("aten.transpose.int", "aten.permute.default", "aten.t.default", "aten.movedim.int"):
-        order = _order(name, arguments, rank)
-        return {axis: order.index(axis) for axis in range(rank)} if order else {}
+    if order := new_order(name, arguments, rank):
+        return {axis: order.index(axis) for axis in range(rank)}
     same = {0: 0, 1: 1} if len(gives) == rank and gives[:2] == takes[:2] else {}
     if name.startswith("aten.avg_pool"):
         padded = any(_numbers(arguments.get("padding"))) and arguments.get("count_include_pad", True)
@@ -56,16 +63,18 @@ def _numbers(value: Any) -> Sequence[int]:
     return [value] if isinstance(value, int) else value or []
 
 
-def _order(name: str, arguments: Mapping[str, Any], rank: int) -> list[int]:
-    """Return the axis of the input that each axis of the output is; none where that isn't known."""
+def new_order(name: str, arguments: Mapping[str, Any], rank: int) -> list[int]:
+    """Return the axis of the input that each axis of the output is; none where it doesn't turn axes."""
+    if name not in _TURNS:
+        return []
     if name == "aten.permute.default":
         return [axis % rank for axis in arguments["dims"]]
     order = list(range(rank))
+    one, other = (arguments[key] % rank for key in _TURNS[name]) if _TURNS[name] else (0, rank - 1)
     if name == "aten.movedim.int":
-        order.insert(arguments["destination"] % rank, order.pop(arguments["source"] % rank))
-        return order
-    one, other = (arguments["dim0"] % rank, arguments["dim1"] % rank) if "dim0" in arguments else (0, rank - 1)
-    order[one], order[other] = order[other], order[one]
+        order.insert(other, order.pop(one))
+    else:
+        order[one], order[other] = order[other], order[one]
     return order
 
 

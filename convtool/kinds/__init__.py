@@ -16,14 +16,23 @@ from convtool.kinds.fixed import KERNEL, OFFSET
 from convtool.kinds.flatten import FLATTEN, UNFLATTEN
 from convtool.kinds.kind import UNKNOWN, Kind, TensorInfo
 from convtool.kinds.linear import LINEAR
-from convtool.kinds.moving import CHANNEL_SHUFFLE, FOCUS, PERMUTE, PIXEL_SHUFFLE, PIXEL_UNSHUFFLE, PLACE, SELECT
+from convtool.kinds.moving import (
+    CHANNEL_SHUFFLE,
+    CHANNEL_UNSHUFFLE,
+    FOCUS,
+    PERMUTE,
+    PIXEL_SHUFFLE,
+    PIXEL_UNSHUFFLE,
+    PLACE,
+    SELECT,
+)
 from convtool.kinds.scale import IDENTITY, NORMALIZE, SCALE
 from convtool.kinds.window import AVG_POOL, PAD, UPSAMPLE
 
 KINDS: list[Kind] = [
     *(CONV, LINEAR, BATCH_NORM, IDENTITY, SCALE),
     *(AVG_POOL, UPSAMPLE, PAD, NORMALIZE, UNFLATTEN, FLATTEN, KERNEL, OFFSET),
-    *(PIXEL_UNSHUFFLE, PIXEL_SHUFFLE, FOCUS, SELECT, PLACE, PERMUTE, CHANNEL_SHUFFLE),
+    *(PIXEL_UNSHUFFLE, PIXEL_SHUFFLE, FOCUS, SELECT, PLACE, PERMUTE, CHANNEL_SHUFFLE, CHANNEL_UNSHUFFLE),
     *(LORA, LOHA, LOKR, DIFFERENCE),
 ]
 

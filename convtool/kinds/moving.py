@@ -185,8 +185,9 @@ class ChannelShuffle(Kind):
     name = "channel_shuffle"
     fields = {"groups": INTEGER}
     written = True
-    bare_modules = ("torch.nn.modules.channelshuffle.ChannelShuffle",)
-    operations = ("aten.channel_shuffle.default",)
+    inverse: ClassVar[str] = "channel_unshuffle"
+    bare_modules: ClassVar[tuple[str, ...]] = ("torch.nn.modules.channelshuffle.ChannelShuffle",)
+    operations: ClassVar[tuple[str, ...]] = ("aten.channel_shuffle.default",)
 
     def of_module(self, module: Any, size_of: Callable[[], tuple[int, ...] | None]) -> Fields:
         return {"groups": module.groups}
@@ -200,11 +201,26 @@ class ChannelShuffle(Kind):
         groups, count = fields["groups"], channels or 0
         if groups < 1 or count % groups:
             raise UsageError(f"groups: expected a divisor of the {count} channels, got {groups}")
-        return _selection(torch.arange(count).reshape(groups, -1).T.flatten(), channels, Geometry.of((1,) * axes))
+        return _selection(self._dealt(torch.arange(count), groups), channels, Geometry.of((1,) * axes))
+
+    def _dealt(self, numbers: Tensor, groups: int) -> Tensor:
+        return numbers.reshape(groups, -1).T.flatten()
+
+
+class ChannelUnshuffle(ChannelShuffle):
+    """The adjoint of channel_shuffle, which undoes it: one channel after the other gathered into that many groups."""
+
+    name = "channel_unshuffle"
+    inverse = "channel_shuffle"
+    bare_modules = operations = ()
+
+    def _dealt(self, numbers: Tensor, groups: int) -> Tensor:
+        return numbers.reshape(-1, groups).T.flatten()
 
 
 PIXEL_UNSHUFFLE, FOCUS, PIXEL_SHUFFLE = PixelUnshuffle(), Focus(), PixelShuffle()
-SELECT, PLACE, PERMUTE, CHANNEL_SHUFFLE = Select(), Place(), Permute(), ChannelShuffle()
+SELECT, PLACE, PERMUTE = Select(), Place(), Permute()
+CHANNEL_SHUFFLE, CHANNEL_UNSHUFFLE = ChannelShuffle(), ChannelUnshuffle()
 
 
 def _selection(picked: Tensor, channels: int | None, geometry: Geometry) -> Conv:

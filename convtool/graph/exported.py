@@ -18,7 +18,7 @@ from convtool.graph.flow import Flow
 from convtool.graph.judge import Judge
 from convtool.graph.operations import OF_SHAPE, read_flow
 from convtool.graph.planned import Plan
-from convtool.graph.recorded_run import INPUT, UNKNOWN, Operation, Run
+from convtool.graph.recorded_run import INPUT, UNKNOWN, Made, Operation, Run
 
 # ATen's operations whose value may lie in the memory of what they read first.
 _VIEWS = frozenset(
@@ -84,7 +84,7 @@ class _Reader:
         self.memory: dict[Value, Value] = {}  # the value whose memory another lies in
         self.changed: dict[Value, int] = {}  # the last operation that changed a value's memory
         self.made_of: dict[Value, tuple[str, ...]] = {}  # the model's tensors that a constant is computed of
-        self.constant: dict[Value, int] = {}  # the operation that made a constant
+        self.constant: dict[Value, Made] = {}  # what made a constant
         self.overwritten: dict[Value, int] = {}  # the last one that changed a constant's memory
         self.runs: dict[tuple[str, str], int] = {}  # of modules, by the number of their first operation
 
@@ -120,13 +120,13 @@ class _Reader:
         self.operations.append(Operation(node.name, reads, shape, tensors, arguments, call, operands, within, computed))
         kind = node.name.split(".")[1] if node.name.count(".") else node.name
         in_place = kind.endswith("_") and not kind.endswith("__")
-        for value in node.gives:
+        for place, value in enumerate(node.gives):
             if read and (in_place or kind in _VIEWS):
                 self.memory[value] = self._home(read[0])
             if reads:
                 self.made[value] = number
             elif tensors:
-                self.made_of[value], self.constant[value] = tensors, number
+                self.made_of[value], self.constant[value] = tensors, Made(number, place)
         if in_place and read:
             (self.changed if reads else self.overwritten)[self._home(read[0])] = number
 
@@ -137,10 +137,10 @@ class _Reader:
         """Return the operation that a value comes from: the last one that changed its memory, if that is later."""
         return max(self.made.get(value, _CONSTANT), self.changed.get(self._home(value), _CONSTANT))
 
-    def _made_by(self, value: Value) -> int:
-        """Return the operation that a constant comes from, as far as it is made of the model's tensors."""
+    def _made_by(self, value: Value) -> Made:
+        """Return what a constant comes from, as far as it is made of the model's tensors."""
         made = self.constant.get(value, UNKNOWN)
-        return UNKNOWN if self.overwritten.get(self._home(value), UNKNOWN) > made else made
+        return UNKNOWN if self.overwritten.get(self._home(value), _CONSTANT) > made.number else made
 
     def _tensors(self, value: Value) -> tuple[str, ...]:
         """Return the name of the model's tensor that a value is, or lies in; or of those that it is computed of."""

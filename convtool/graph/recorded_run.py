@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Made(NamedTuple):
+    """A value of an operation: the operation by its number, and which of its values it is."""
+
+    number: int
+    place: int = 0
+
 
 INPUT = "input"  # the operation that what a run is given comes from
-UNKNOWN = -1  # the number of the operation that made a constant, where nobody knows it
+UNKNOWN = Made(-1)  # what made a constant, where nobody knows it
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,8 +33,8 @@ class Operation:
         operands: by the names of the schema, the arguments that are tensors of the model: their full names, and the
             shapes that they are read in.
         within: the modules in whose runs it happens, the outermost first, each with the number of its run.
-        computed: by the names of the schema, the arguments that are other constant tensors: the operations that made
-            them of tensors of the model, by number; `UNKNOWN` where that isn't known.
+        computed: by the names of the schema, the arguments that are other constant tensors: what made them of tensors
+            of the model; `UNKNOWN` where that isn't known.
     """
 
     name: str
@@ -37,7 +45,7 @@ class Operation:
     call: tuple[str, int] = ("", 0)
     operands: Mapping[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
     within: tuple[tuple[str, int], ...] = ()
-    computed: Mapping[str, int] = field(default_factory=dict)
+    computed: Mapping[str, Made] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,8 +82,12 @@ def standardized_layers(model: nn.Module, known: ModelLayers) -> dict[str, Field
 
 def check_standardizes_alone(module: nn.Module, kind: Kind) -> None:
     """Raise RefusedError unless a plain convolution can stand in the place of a module that standardises its weight."""
-    if _standardized(module, kind) is None:
-        raise RefusedError(f"a {type(module).__name__}, whose code does more than to standardize the layer's weight")
+    inside = look_inside(module, kind)
+    besides = () if inside is None else (*inside.before, *inside.after)
+    if inside is None or "standardized" not in inside.fields or besides:
+        what = ", ".join(dict.fromkeys(one.name.split(".")[1] for one in besides))
+        does = "does more than to standardize the layer's weight"
+        raise RefusedError(f"a {type(module).__name__}, whose code {does}{f': {what}' if what else ''}")
 
 
 def _standardized(module: nn.Module, kind: Kind) -> Fields | None:

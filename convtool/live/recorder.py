@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from convtool.graph.operations import OF_SHAPE
-from convtool.graph.recorded_run import INPUT, UNKNOWN, Operation, Run
+from convtool.graph.recorded_run import INPUT, UNKNOWN, Made, Operation, Run
 from convtool.live.untouched import Guard, Kept
 
 # Operations that hand a tensor's numbers to Python, which may go another way for others.
@@ -122,7 +122,7 @@ class _Recorder(
         self.memory: dict[int, int] = {}  # the last one whose value lies in a piece of memory
         self.changed: dict[int, int] = {}  # the last one that changed a piece of memory
         self.made_of: dict[int, tuple[str, ...]] = {}  # the model's tensors that a constant is computed of, by memory
-        self.constant: dict[int, int] = {}  # the operation that made a constant of the model's tensors, by object
+        self.constant: dict[int, Made] = {}  # what made a constant of the model's tensors, by object
         self.overwritten: dict[int, int] = {}  # the last one that changed a constant in place, by memory
         self.calls: list[tuple[str, int]] = []  # the modules that are running
         self.called: list[tuple[str, int]] = []  # those, and the ones that ran before
@@ -210,7 +210,7 @@ class _Recorder(
         }
         operation = Operation(str(func), reads, shape, tensors, arguments, layer, operands, tuple(self.calls), computed)
         number = self._add(operation, made)
-        self.constant |= {id(value): number for value in made if tensors and not reads}
+        self.constant |= {id(one): Made(number, place) for place, one in enumerate(made) if tensors and not reads}
         for value in _tensors([given.get(one) for one in writes]):
             self.overwritten[_memory(value)] = number
         if reads:  # whoever reads that memory from now on, by whatever name, reads the new value
@@ -230,10 +230,10 @@ class _Recorder(
         with unset_fake_temporarily():
             return value.item() if value.dtype in _NUMBERS and not value.is_meta else None
 
-    def _made_by(self, value: Tensor) -> int:
-        """Return the operation that a constant comes from, as far as it is made of the model's tensors."""
+    def _made_by(self, value: Tensor) -> Made:
+        """Return what a constant comes from, as far as it is made of the model's tensors."""
         made = self.constant.get(id(value), UNKNOWN)
-        return UNKNOWN if self.overwritten.get(_memory(value), UNKNOWN) > made else made
+        return UNKNOWN if self.overwritten.get(_memory(value), _CONSTANT) > made.number else made
 
     def _model_tensors(self, value: Tensor) -> tuple[str, ...]:
         """Return the model's tensor that a value is, or those that it is computed of."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -250,6 +251,27 @@ def test_python_takes_the_same_fields_and_asks_for_the_same() -> None:
         torch.testing.assert_close(convtool.forward(made, x), model(x))
 
 
+@pytest.mark.parametrize("fields", [{"stride": (2, 1), "dilation": 1}, {"stride": 1, "dilation": (2, 1)}])
+def test_an_output_padding_that_one_axis_alone_has_room_for_is_not_taken_for_known(fields: dict[str, Any]) -> None:
+    saved(nn.Conv2d(2, 2, (1, 2), bias=False), nn.ConvTranspose2d(2, 3, (1, 1), output_padding=(1, 0), **fields))
+    said: dict[str, Any] = {"0.stride": 1, "0.padding": 0, "0.dilation": 1, "0.groups": 1}
+    said |= {"1.transposed": "true", "1.padding": 0, "1.groups": 1}
+    said |= {f"1.{name}": field_text(value) for name, value in fields.items()}
+    words = (word for name, value in said.items() for word in ("--set", f"{name}={value}"))
+    (fusion,) = done("fuse", "net.pt", "0", "1", "-o", "out.pt", *words)["fusions"]
+    # Where the axis strides, the fused layer has the same output padding; where it doesn't, a larger kernel.
+    assert "output_padding" not in fusion["fields"] or fusion["fields_assumed"] == ["output_padding"]
+    assert any("output_padding" in text for text in fusion["assumed"]) == (fields["stride"] == 1)
+
+
+def test_a_stated_padding_mode_is_kept_where_nobody_states_the_padding() -> None:
+    model = saved(nn.Conv2d(2, 3, (1, 2), padding=(0, 1), padding_mode="circular"), nn.BatchNorm2d(3))
+    said = ("--set", "0.padding_mode=circular", "--set", "0.groups=1", "--eps", "1e-5")
+    assert done("fuse", "net.pt", "0", "1", "-o", "out.pt", *said)["fusions"][0]["fields"]["padding_mode"] == "circular"
+    live = convtool.apply(copy.deepcopy(model), "out.pt")
+    assert close(live, model, 2)
+
+
 # --- random chains of which little is stated
 
 
@@ -259,14 +281,12 @@ def a_layer(dice: random.Random, channels: int) -> tuple[nn.Module, int]:
     if kind == "norm":
         return nn.BatchNorm2d(channels, eps=dice.choice([1e-5, 1e-3, 0.1])), channels
     kernel = (dice.choice([1, 1, 2, 3]), dice.choice([1, 2, 3]))
-    how: dict[str, Any] = {
-        "stride": dice.choice([1, 1, 2]),
-        "padding": dice.choice([0, 0, 1]),
-        "bias": dice.random() < 0.5,
-    }
+    values = {"stride": (1, 1, 2), "padding": (0, 0, 1), "dilation": (1, 1, 2)}
+    how: dict[str, Any] = {name: (dice.choice(some), dice.choice(some)) for name, some in values.items()}
+    how["bias"] = dice.random() < 0.5
     if kind == "transposed":
+        how["output_padding"] = tuple(map(dice.randrange, map(max, how["stride"], how["dilation"])))
         return nn.ConvTranspose2d(channels, 4, kernel, **how), 4
-    how["dilation"] = dice.choice([1, 1, 2])
     if kind == "depthwise":
         return nn.Conv2d(channels, channels, kernel, groups=channels, **how), channels
     mode: Any = dice.choice(["zeros", "zeros", "zeros", "circular"])

@@ -104,14 +104,18 @@ class Convolution(Kind):
 
     def trials(self, shapes: Shapes, fields: Fields, gives: int | None) -> Mapping[str, Sequence[object]]:
         weight, transposed = shapes["weight"], bool(fields.get("transposed"))
-        spread = per_axis("dilation", fields.get("dilation", 1), len(weight) - 2, least=1)
-        reach = max((d * (k - 1) for d, k in zip(spread, weight[2:], strict=True)), default=0)
+        axes, kernel = len(weight) - 2, weight[2:]
+        spread = per_axis("dilation", fields.get("dilation", 1), axes, least=1)
+        reach = max((d * (k - 1) for d, k in zip(spread, kernel, strict=True)), default=0)
+        # An axis has room for it only where it has a stride or a dilation, or may have.
+        steps = (per_axis(name, fields.get(name, 2), axes, least=1) for name in ("stride", "dilation"))
+        extra = tuple(min(1, max(step) - 1) for step in zip(*steps, strict=True))
         found: dict[str, Sequence[object]] = {
             "stride": (1, 2),
             "padding": tuple(dict.fromkeys((0, 1, reach))),  # from the last on, the padding behind it hides nothing
             "dilation": (1, 2) if reach else (1,),
             "padding_mode": ("zeros",) if transposed else ("zeros", "circular"),
-            "output_padding": (0, 1) if transposed else (0,),
+            "output_padding": (0, extra) if transposed and any(extra) else (0,),
         }
         if weight[1] == 1 and gives == weight[0]:  # depthwise, and so of the same layout transposed
             found["transposed"] = (False, True)

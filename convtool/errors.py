@@ -53,6 +53,19 @@ def did_you_mean(given: str, known: Iterable[str], otherwise: str = "", cutoff: 
     return f"; did you mean {' or '.join(near)}?" if near else otherwise
 
 
+def of_bound(ratio: float) -> str:
+    """Return the largest error by its bound in words: up to 100% of it passes, and only the bound itself is 100%.
+
+    >>> [of_bound(ratio) for ratio in (0.0, 2e-9, 0.9996, 1.0, 1.0001, 12.34)]
+    ['0', '<1% of bound', '99% of bound', '100% of bound', '1.01 times the bound', '12.3 times the bound']
+    """
+    if not ratio:
+        return "0"
+    if ratio <= 1:
+        return "<1% of bound" if ratio < 0.01 else f"{int(100 * ratio)}% of bound"
+    return f"{max(ratio, 1.01):.3g} times the bound"
+
+
 def human_bytes(count: float) -> str:
     """1536 as '1.5 KiB'."""
     size = float(count)

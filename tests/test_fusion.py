@@ -881,14 +881,18 @@ def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixtur
         "assumed: 0.bn, 1.bn, 2.bn and 2 more: eps 1e-05",
         "left alone: 1 batch norm: up.bn",
     ]
-    assert said[3].split() == ["layers", "become", "exact", "error/bound", "parameters", "multiply-adds"]
+    assert said[3].split() == ["layers", "become", "exact", "parameters", "multiply-adds"]
     assert [line.partition("  ")[0] for line in said[4:9]] == [f"{n}: conv → bn" for n in range(5)]
-    assert [re.split("  +", line)[-2:] for line in said[4:9]] == [["156 → 148", "148 → 144"]] * 5
+    rest = ["conv", "at every input size", "156 → 148", "148 → 144"]
+    assert [re.split("  +", line)[1:] for line in said[4:9]] == [rest] * 5
+    assert re.fullmatch(r"proved number by number, 740 of them: largest error \d+% of bound", said[-3])
     assert (
         said[-2]
         == "5 fusions, 780 → 740 parameters; multiply-adds are per output position; --details lists the edits of each"
     )
     assert said[-1].startswith(f"wrote {tmp_path / 'out.pt'}")
+    assert run_app(["fuse", str(path), *recipe, "-o", str(tmp_path / "out3.pt"), "--no-verify"]) == 0
+    assert "\nnot proved, as --no-verify was given\n" in capsys.readouterr().out
     assert run_app(["fuse", str(path), *recipe, "-o", str(tmp_path / "out2.pt"), "--details"]) == 0
     lines = [
         line for line in capsys.readouterr().out.splitlines()[3:] if not line.startswith("  proved number by number")

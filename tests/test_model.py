@@ -336,6 +336,15 @@ def test_a_plan_says_in_one_line_what_was_fused_already(folder: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("as_json", [False, True])
+def test_where_auto_finds_nothing_it_says_why(as_json: bool, folder: Path) -> None:
+    words = f"--model {folder}/nets.py:Chains --model-input 1,8,8 --batch-norms-only -o {folder}/never.safetensors"
+    found = cli(f"fuse {folder}/chains.safetensors --auto {words}{' --json' * as_json}")
+    said = found.document["error"]["message"] if as_json else found.err
+    assert found.code == 4
+    assert "found nothing to fuse; left alone: reduce, spread and 3 more: only batch norms are to be fused" in said
+
+
 @pytest.mark.parametrize(
     ("name", "kind"), [("chains", "Chains"), ("conv_bn", "ConvBatchNorm"), ("repvgg", "RepVGGStyle")]
 )
@@ -350,6 +359,9 @@ def test_a_plan_is_carried_out_by_fuse_at_once_or_as_a_recipe_and_the_network_st
     by_recipe = done("fuse", checkpoint, "--recipe", recipe, "-o", one)
     assert [fusion["name"] for fusion in by_recipe["fusions"]] == [fusion["name"] for fusion in plan["fusions"]]
     assert all(not fusion["assumed"] for fusion in by_recipe["fusions"])
+    assert by_recipe["total"]["parameters"] == {
+        side: sum(fusion["parameters"][side] for fusion in by_recipe["fusions"]) for side in ("before", "after")
+    }
     assert [fusion["parameters"] for fusion in by_recipe["fusions"]] == [
         {side: fusion[side]["parameters"] for side in ("before", "after")} for fusion in plan["fusions"]
     ]
@@ -391,6 +403,7 @@ def test_what_goes_with_a_model_is_refused_without_one(folder: Path) -> None:
         (("fuse", checkpoint, "a", "b", "--auto", *model, "-o", out), "--auto"),
         (("fuse", checkpoint, "--auto", *model, "-o", out), "expected --model-input"),
         (("fuse", checkpoint, "a", "b", "--measure", "-o", out), "goes with --auto"),
+        (("fuse", checkpoint, "a", "b", "--batch-norms-only", "-o", out), "--batch-norms-only: goes with --auto"),
         (("plan", checkpoint, "--model-input", "1,8,8"), "expected --model"),
         (("plan", checkpoint, *model), "expected --model-input"),
         (("plan", checkpoint, *model, "--model-input", "2,8,8"), "the model doesn't run on an input of shape"),
@@ -543,6 +556,7 @@ def test_an_exported_program_is_planned_and_fused_without_any_code(tmp_path: Pat
     how = ("--model", f"{NETWORKS_PY}:RepVGGStyle", "--model-input", "1,8,8")
     found, expected = done("plan", path), done("plan", checkpoint, *how)
     assert {**found, "source": None} == {**expected, "source": None}
+    assert sorted(len(one["layers"]) for one in done("plan", path, "--batch-norms-only")["fusions"]) == [2] * 5 + [3]
     done("fuse", path, "--auto", "-o", one)
     done("fuse", checkpoint, "--auto", *how, "-o", two)
     assert load(one).keys() == load(two).keys()

@@ -783,6 +783,18 @@ class FrozenBatchNorm(nn.Module):
         return x * scale + (bias - mean * scale)
 
 
+@pytest.mark.parametrize("everything", [False, True])
+def test_batch_norms_only_leaves_convolutions_apart(everything: bool) -> None:
+    """The last convolution of a block and the first of the next, whose output in between is a backbone's feature."""
+    net = Net(lambda m, x: m.n(m.c(m.bn(m.a(x)))), a=conv(), bn=nn.BatchNorm2d(4), c=conv(), n=nn.BatchNorm2d(4))
+    assert planned(net, everything=everything)[0] == ["a → bn → c → n"]
+    chains, alone, _ = planned(net, everything=everything, batch_norms_only=True)
+    assert chains == ["a → bn", "c → n"]
+    assert set(alone.values()) == {"only batch norms are to be fused (--batch-norms-only)"}
+    fused = convtool.fuse_model(filled(net), (4, 9, 7), batch_norms_only=True)
+    assert [name for name, one in fused.named_modules() if isinstance(one, nn.Identity)] == ["bn", "n"]
+
+
 def test_a_frozen_batch_norm_is_one_with_the_eps_that_its_code_has() -> None:
     net = Net(lambda m, x: m.bn(m.a(x)), a=conv(bias=False), bn=FrozenBatchNorm(4))
     assert planned(net)[0] == ["a → bn"]

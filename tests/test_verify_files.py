@@ -153,7 +153,7 @@ def test_a_difference_that_lower_precision_explains_is_said_with_its_figure(writ
     found = cli("verify net.pt after.pt --recipe fold.toml")
     assert found.code == 1
     line = next(text for text in found.out.splitlines() if "--computed-in float32" in text)
-    assert line.startswith("stem, blocks.0.conv1, blocks.0.conv2 and 2 more: error/bound up to ")
+    assert line.startswith("stem, blocks.0.conv1, blocks.0.conv2 and 2 more: an error of up to 9.09 times the bound ")
     write(stem__weight=lambda tensor: tensor * 1.01)
     found = cli("verify net.pt after.pt --recipe fold.toml --json")
     assert all("stem" not in text for text in found.document["explained"])

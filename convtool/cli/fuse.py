@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
-from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Recipes, Result, Work, show
+from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Recipes, Result, Total, Work, show
 from convtool.cli.options import CHECKING, DTYPES, INPUT, OUTPUT, Size, argument, flag, option, parse_dtype, spelled
 from convtool.cli.output import Reporter
 from convtool.core.tree import BASE, chains
@@ -64,6 +64,7 @@ class Options:
     fixed_size: bool = shared.fixed_size(panel=INPUT)
     measure: bool = shared.measure(panel=INPUT)
     everything: bool = shared.everything(panel=INPUT)
+    batch_norms_only: bool = shared.batch_norms_only(panel=INPUT)
     others: list[str] | None = shared.others(panel=INPUT)
     strength: list[str] | None = shared.strength(panel=INPUT)
     leave: list[str] | None = shared.leave(panel=INPUT)
@@ -120,7 +121,8 @@ class Options:
             raise UsageError(f"--auto: fuses what is exact in the --model; {said} doesn't go with it")
         if self.recipe is not None and (self.layers or self.name):
             raise UsageError("--recipe names the layers; LAYERs and --name don't go with it")
-        if extra := [name for name in ("fixed_size", "measure", "everything") if getattr(self, name) and not self.auto]:
+        planning = ("fixed_size", "measure", "everything", "batch_norms_only")
+        if extra := [name for name in planning if getattr(self, name) and not self.auto]:
             raise UsageError(f"{spelled(extra[0])}: goes with --auto")
         if self.strength and not self.adapts:
             raise UsageError("--strength: goes with adapters given as --with NAME=FILE; a recipe says scale = NUMBER")
@@ -184,8 +186,8 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     proofs = [None for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
     with loader:
         new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
-    made = (_fusion(layer, one, size) for layer, one in zip(planned, proofs, strict=True))
-    return Result(new, tuple(made), tuple(left_alone), options.loader, options.details)
+    made = [_fusion(layer, one, size) for layer, one in zip(planned, proofs, strict=True)]
+    return Result(new, tuple(made), Total.of(made), tuple(left_alone), options.loader, options.details)
 
 
 def _loader(
@@ -215,13 +217,15 @@ def _find(
     from convtool.cli.model import check_chains, plan_for, planned_fusions
     from convtool.fusing.adapters import adapted
     from convtool.fusing.named import against_order, in_order, named_chain
+    from convtool.graph.planned import grouped_reasons
 
     opened, sources = checkpoints[BASE], options.sources
     names = [full_name(layer, one) for one, each in checkpoints.items() for layer in each.layers]
     if options.auto:
         plan = plan_for(opened, sources.model, sources.model_args, options, reporter)
         if not plan.fusions:
-            raise RefusedError("--auto: found nothing to fuse; `convtool plan` says what was left alone, and why")
+            why = "".join(f"; left alone: {names}: {reason}" for names, reason in grouped_reasons(plan.left_alone))
+            raise RefusedError(f"--auto: found nothing to fuse{why}")
         return planned_fusions(plan), sources.fields(None, names).with_first(plan.geometry)
     found = sources.read_model(opened, reporter)
     fields = sources.fields(found, names)

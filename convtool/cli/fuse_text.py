@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from convtool.cli import saved
 from convtool.cli.document import HIDDEN, INLINE, Count, Sizes
-from convtool.cli.output import Reporter, table
+from convtool.cli.output import Reporter, change, table
 from convtool.core.geometry import format_sizes
-from convtool.core.tree import LayerRef, map_leaves, tree_text
+from convtool.core.tree import LayerRef, leaves, map_leaves, tree_text
+from convtool.errors import of_bound
 
 if TYPE_CHECKING:
     from convtool.fusing.proof import Proof
@@ -69,6 +71,27 @@ class Fusion:
 
 
 @dataclass(frozen=True, slots=True)
+class Total:
+    """All fusions together.
+
+    Attributes:
+        multiply_adds: null unless all of them are counted per input: positions of different layers don't add up.
+    """
+
+    parameters: Change
+    multiply_adds: Work | None
+
+    @classmethod
+    def of(cls, fusions: Sequence[Fusion]) -> Total:
+        """Return the sum."""
+        numbers, works = [one.parameters for one in fusions], [one.multiply_adds for one in fusions]
+        counted = [work for work in works if work is not None and work.per == "input"]
+        work = Work(sum(one.before for one in counted), sum(one.after for one in counted), "input")
+        parameters = Change(sum(one.before for one in numbers), sum(one.after for one in numbers))
+        return cls(parameters, work if len(counted) == len(works) else None)
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """A new checkpoint.
 
@@ -79,6 +102,7 @@ class Result:
 
     checkpoint: saved.Written = field(metadata=INLINE)
     fusions: tuple[Fusion, ...]
+    total: Total
     left_alone: tuple[str, ...]
     loader: Path | None
     details: bool = field(metadata=HIDDEN)
@@ -109,14 +133,11 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
         for fusion in fusions:
             _show_one(fusion, reporter, dry_run=not result.checkpoint.written)
     else:
-        columns = ("layers", "become", "exact", "error/bound", "parameters", "multiply-adds")
+        columns = ("layers", "become", "exact", "parameters", "multiply-adds")
         table(columns, list(map(_row, fusions)), right=("parameters", "multiply-adds"), most=MOST_ROWS)
+        reporter.line(_proved(fusions))
     if len(fusions) > 1:
-        before = sum(fusion.parameters.before for fusion in fusions)
-        after = sum(fusion.parameters.after for fusion in fusions)
-        works = dict.fromkeys(fusion.multiply_adds.per for fusion in fusions if fusion.multiply_adds is not None)
-        per = f"; multiply-adds are per {' or '.join(works)}" if works else ""
-        reporter.line(f"{len(fusions)} fusions, {before} → {after} parameters{per}; --details lists the edits of each")
+        reporter.line(f"{len(fusions)} fusions, {_total(result)}; --details lists the edits of each")
     saved.show(result.checkpoint, reporter)
     out, did = result.checkpoint.out, "wrote" if result.checkpoint.written else "would write"
     if result.loader is not None:
@@ -126,33 +147,51 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
         reporter.remark(f'to load it: convtool.apply(model, "{out}"), or the code that --loader FILE.py writes')
 
 
-def _row(fusion: Fusion) -> tuple[str, ...]:
-    from convtool.graph.planned import tree_in_short
+def _total(result: Result) -> str:
+    """Return what all fusions save together, in words."""
+    total = result.total
+    saved = f"{change(total.parameters.before, total.parameters.after)} parameters"
+    if total.multiply_adds is not None:
+        return f"{saved}, {change(total.multiply_adds.before, total.multiply_adds.after)} multiply-adds for one input"
+    works = dict.fromkeys(fusion.multiply_adds.per for fusion in result.fusions if fusion.multiply_adds is not None)
+    return f"{saved}; multiply-adds are per {' or '.join(works)}" if works else saved
 
-    record, proof, numbers, work = fusion.record, fusion.verified, fusion.parameters, fusion.multiply_adds
+
+def _row(fusion: Fusion) -> tuple[str, ...]:
+    from convtool.graph.planned import shared_path, tree_in_short
+
+    record, numbers, work = fusion.record, fusion.parameters, fusion.multiply_adds
+    sources = map_leaves(lambda one: LayerRef(str(one)), record.sources)
     return (
-        tree_in_short(map_leaves(lambda one: LayerRef(str(one)), record.sources)),
-        record.name,
+        tree_in_short(sources),
+        record.name.removeprefix(shared_path([leaf.name for leaf in leaves(sources) if not leaf.written])),
         _exactness(fusion).removeprefix("exact "),
-        "not verified" if proof is None else f"{proof.ratio:.3g}",
-        f"{numbers.before} → {numbers.after}",
-        "" if work is None else f"{_count(work.before)} → {_count(work.after)}",
+        change(numbers.before, numbers.after),
+        "" if work is None else change(work.before, work.after),
     )
 
 
 def _show_one(fusion: Fusion, reporter: Reporter, *, dry_run: bool) -> None:
-    record, proof, numbers, work = fusion.record, fusion.verified, fusion.parameters, fusion.multiply_adds
+    record, numbers, work = fusion.record, fusion.parameters, fusion.multiply_adds
     reporter.line(f"{tree_text(record.sources)} becomes {record.name}")
     for line in (*fusion.edits, _exactness(fusion)):
         reporter.line(f"  {line}")
-    if proof is not None:
-        where = "" if record.exact else ", the border apart"
-        reporter.line(f"  proved number by number, {proof.numbers} of them{where}: error/bound {proof.ratio:.3g}")
+    reporter.line(f"  {_proved([fusion])}")
     per = "" if work is None or work.per == "input" else f" per {work.per}"
-    cost = "" if work is None else f" {_count(work.before)} → {_count(work.after)} multiply-adds{per},"
+    cost = "" if work is None else f" {change(work.before, work.after)} multiply-adds{per},"
     reporter.line(f"  {numbers.before} → {numbers.after} parameters,{cost} {record.dtype}")
     if dry_run:
         saved.show_tensors(fusion.tensors, reporter)
+
+
+def _proved(fusions: Sequence[Fusion]) -> str:
+    """Return what was proved of fusions, in a line."""
+    proofs = [fusion.verified for fusion in fusions if fusion.verified is not None]
+    if not proofs:
+        return "not proved, as --no-verify was given"
+    where = "" if all(fusion.record.exact for fusion in fusions) else ", the border apart"
+    numbers, worst = sum(proof.numbers for proof in proofs), max(proof.ratio for proof in proofs)
+    return f"proved number by number, {numbers} of them{where}: largest error {of_bound(worst)}"
 
 
 def _exactness(fusion: Fusion) -> str:
@@ -164,8 +203,3 @@ def _exactness(fusion: Fusion) -> str:
     if record.fields.get("padding_mode", "zeros") != "zeros" and fusion.smallest_input:
         return f"exact at every input size from {format_sizes(fusion.smallest_input)} up"
     return "exact at every input size"
-
-
-def _count(number: float) -> str:
-    """Return whole numbers as they are, others to two places."""
-    return str(int(number)) if number == int(number) else f"{number:.2f}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from convtool.cli.document import Dtype, Sizes, fill
 from convtool.cli.output import Reporter, table, times
-from convtool.errors import UsageError
+from convtool.errors import UsageError, of_bound
 
 if TYPE_CHECKING:
     from convtool.core.tally import Region
@@ -141,4 +141,6 @@ def show_matrix(result: MatrixResult, reporter: Reporter) -> None:
 
 
 def _region(region: Region | None) -> str:
-    return "-" if region is None else f"{'equal' if region.equal else 'differs'}, error/bound {region.ratio:.3g}"
+    if region is None:
+        return "-"
+    return f"{'equal' if region.equal else 'differs'}, error {of_bound(region.ratio)}"

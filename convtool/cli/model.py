@@ -114,7 +114,7 @@ def plan_for(
 
     Args:
         spec: the model's code; None where the checkpoint says what its data flow is.
-        how: options, with a model_input, fixed_size, everything and measure.
+        how: options, with a model_input, fixed_size, everything, batch_norms_only and measure.
 
     Raises:
         UsageError: no input, a model that cannot be built or doesn't run on it, or of another checkpoint.
@@ -137,6 +137,7 @@ def plan_for(
             fixed_size=how.fixed_size,
             everything=how.everything,
             measure=how.measure,
+            batch_norms_only=how.batch_norms_only,
             barred=None if found is None else found.unlike,
             is_biased=None if found is None else found.is_biased,
         )
@@ -162,4 +163,5 @@ def _plan_of_file(checkpoint: Checkpoint | None, how: Any) -> Plan:
         )
     if checkpoint.program is not None and (how.measure or how.model_input):
         raise UsageError(f"{'--measure' if how.measure else '--model-input'}: goes with --model")
-    return plan_exported(checkpoint, fixed_size=how.fixed_size, everything=how.everything)
+    wanted = {name: getattr(how, name) for name in ("fixed_size", "everything", "batch_norms_only")}
+    return plan_exported(checkpoint, **wanted)

@@ -46,6 +46,22 @@ def times(size: Sequence[int] | None) -> str:
     return "x".join(map(str, size or ()))
 
 
+def change(before: float, after: float) -> str:
+    """Return a number before and after; in full where the short forms would be the same."""
+    if before == after:
+        return amount(before)
+    short = amount(before), amount(after)
+    return " → ".join(short if len({*short}) > 1 else (f"{before:.0f}", f"{after:.0f}"))
+
+
+def amount(number: float) -> str:
+    """Return a number up to 99999 in full, to two places where it isn't whole; then with three digits and a unit."""
+    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= 100 * max(size, 1000) or (number >= size and number >= 10**6):
+            return f"{number / size:.3g} {unit}"
+    return str(int(number)) if number == int(number) else f"{number:.2f}"
+
+
 @dataclass(slots=True)
 class Reporter:
     """How one run of a command speaks.

@@ -10,8 +10,8 @@ from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, Count, Sizes, fill
 from convtool.cli.options import argument, option
-from convtool.cli.output import Reporter, emit, table
-from convtool.core.tree import LayerRef, Tree, leaves, map_leaves
+from convtool.cli.output import Reporter, amount, change, emit, table
+from convtool.core.tree import Tree, leaves, map_leaves
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Options:
     out: Path | None = shared.out("Write the plan as a recipe (.toml; - for stdout).")
     fixed_size: bool = shared.fixed_size()
     everything: bool = shared.everything()
+    batch_norms_only: bool = shared.batch_norms_only()
     measure: bool = shared.measure()
     root: str | None = shared.root()
     writing: shared.Writing
@@ -169,6 +170,8 @@ def run(options: Options, reporter: Reporter) -> Result:
 
 def show(result: Result, reporter: Reporter) -> None:
     """Print the plan: the recipe where it goes to stdout, else a table of fusions, and what they save."""
+    from convtool.graph.planned import grouped_reasons
+
     if result.piped is not None:
         emit(result.piped, end="")
         return
@@ -177,7 +180,7 @@ def show(result: Result, reporter: Reporter) -> None:
     if result.fusions:
         rows = [_row(fusion)[: len(columns)] for fusion in result.fusions]
         table(columns, rows, right=("parameters", "multiply-adds", "ms"))
-    for names, reason in _grouped(result.left_alone):
+    for names, reason in grouped_reasons(result.left_alone):
         reporter.line(f"left alone: {names}: {reason}")
     count = len(result.fusions)
     parameters, work = _costs(result.total)
@@ -185,7 +188,7 @@ def show(result: Result, reporter: Reporter) -> None:
     reporter.line(
         f"{count} fusion{'' if count == 1 else 's'}; the whole model: {parameters} parameters, {work}"
         " multiply-adds for one input"
-        + (f", without {_count(others)} parameters of layers of other kinds" if others else "")
+        + (f", without {amount(others)} parameters of layers of other kinds" if others else "")
     )
     if result.written:
         reporter.line(f"wrote {result.out}")
@@ -196,43 +199,15 @@ def show(result: Result, reporter: Reporter) -> None:
 def _row(fusion: Fusion) -> list[str]:
     from convtool.graph.planned import tree_in_short
 
-    tree = map_leaves(lambda part: LayerRef(part.name), fusion.sources)
     seconds = fusion.seconds
     time = "" if seconds is None else f"{seconds.before * 1e3:.3g} → {seconds.after * 1e3:.3g}"
-    return [tree_in_short(tree), fusion.exact.value, *_costs(fusion), time]
-
-
-def _grouped(left_alone: tuple[LeftAlone, ...]) -> list[tuple[str, str]]:
-    """Return the layers that are left alone for one reason in one line, whichever of them it is about."""
-    from convtool.graph.planned import names_in_short
-
-    grouped: dict[str, list[LeftAlone]] = {}
-    for one in left_alone:
-        about, _, what = one.reason.partition(": ")
-        grouped.setdefault(what if about in one.layers else one.reason, []).append(one)
-    lines = []
-    for why, (first, *others) in grouped.items():
-        more = f" and {len(others)} more" if others else ""
-        lines.append((names_in_short(first.layers) + more, why if others else first.reason))
-    return lines
+    return [tree_in_short(fusion.sources), fusion.exact.value, *_costs(fusion), time]
 
 
 def _costs(one: Fusion | Total) -> tuple[str, str]:
     """Return how parameters and multiply-adds change."""
     before, after = one.before, one.after
-    return _change(before.parameters, after.parameters), _change(before.multiply_adds, after.multiply_adds)
-
-
-def _change(before: int, after: int) -> str:
-    return f"{_count(before)} → {_count(after)}" if before != after else _count(before)
-
-
-def _count(number: int) -> str:
-    """Return a number up to 99999 in full, then with three digits and a unit."""
-    for unit, size in (("T", 10**12), ("G", 10**9), ("M", 10**6), ("k", 10**3)):
-        if number >= 100 * max(size, 1000) or (number >= size and number >= 10**6):
-            return f"{number / size:.3g} {unit}"
-    return str(number)
+    return change(before.parameters, after.parameters), change(before.multiply_adds, after.multiply_adds)
 
 
 COMMAND = Command("[CKPT] --model CODE --model-input C,H,W", EXAMPLES, Options, run, show)

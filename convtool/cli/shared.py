@@ -54,6 +54,9 @@ fixed_size = partial(flag, "Also fuse what is exact for inputs of --model-input'
 everything = partial(
     flag, "Also fuse where that takes more multiply-adds, but nothing that the model's code would do a second time."
 )
+batch_norms_only = partial(
+    flag, "Fuse batch norms only. Convolutions that follow each other stay apart, such as those of different blocks."
+)
 measure = partial(flag, "Choose by the measured time of the layers on this machine.")
 strength = partial(
     option,

@@ -196,7 +196,7 @@ def run(options: Options, reporter: Reporter) -> verify_text.Result | matrix_ver
     entry. Exit code 0: equivalent, 1: not equivalent.
 
     There is no tolerance to choose: each number is compared with a bound that follows from the weights, the input and
-    the dtype. The largest ratio of error to bound is printed; at most 1 passes.
+    the dtype. The largest error is printed as a share of its bound; up to 100% passes.
     """
     import torch
 
@@ -315,7 +315,8 @@ def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Re
     elif sides.after.record is not None and any(adapters):
         raise UsageError("--strength and --leave: AFTER records what was merged, and how much; leave them out")
     elif options.model_input is not None and sides.after.record is None:
-        how = SimpleNamespace(model_input=options.model_input, fixed_size=False, everything=True, measure=False)
+        unwanted = dict.fromkeys(("fixed_size", "batch_norms_only", "measure"), False)
+        how = SimpleNamespace(model_input=options.model_input, everything=True, **unwanted)
         plan = plan_for(sides.before, options.sources.model, options.sources.model_args, how, reporter)
         fields, origin = fields.with_first(plan.geometry), f"--model {options.sources.model}"
         fusions = planned_fusions(plan)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,7 +12,8 @@ from convtool.cli.matrix_verdict import MatrixResult, compared, in_words, show_m
 from convtool.cli.output import Reporter, table, times
 from convtool.core.geometry import format_sizes
 from convtool.core.names import some_of
-from convtool.core.tree import leaves, tree_text
+from convtool.core.tree import leaves
+from convtool.errors import of_bound
 
 if TYPE_CHECKING:
     from convtool.core.tally import Region
@@ -80,12 +80,13 @@ class Report:
     @classmethod
     def of(cls, pairing: Pairing, report: EquivalenceReport) -> Report:
         """Return what there is to say of a comparison."""
-        name = attrgetter("name")
+        from convtool.graph.planned import tree_in_short
+
         return fill(
             cls,
             report,
             pairing,
-            layers=f"{tree_text(pairing.before, name)} = {tree_text(pairing.after, name)}",
+            layers=tree_in_short(pairing.before, pairing.after),
             before=tuple(one.name for one in leaves(pairing.before)),
             after=tuple(one.name for one in leaves(pairing.after)),
             mismatch=report.mismatch or None,
@@ -189,7 +190,7 @@ def by_field(said: Iterable[tuple[str, str]]) -> list[str]:
 
 def _show_fusions(reports: Sequence[Report], reporter: Reporter, most: int | None) -> None:
     if reports:
-        columns = ("layers", "input", "error/bound: numbers", "interior", "rim", "verdict")
+        columns = ("layers", "input", "error: numbers", "interior", "rim", "verdict")
         table(columns, list(map(_row, reports)), most=most)
     stored = [report.run_as_stored for report in reports if report.run_as_stored is not None]
     for dtype in dict.fromkeys(one.dtype for one in stored):
@@ -246,7 +247,7 @@ def _row(report: Report) -> tuple[str, ...]:
 
 
 def _ratio(ratio: float, *, equal: bool) -> str:
-    return f"{ratio:.3g}" if equal else f"DIFFERS: {ratio:.3g}"
+    return of_bound(ratio) if equal else f"DIFFERS: {of_bound(ratio)}"
 
 
 def _worst_number(numbers: Region) -> str:

@@ -27,7 +27,7 @@ from convtool.core.names import grouped, some_of
 from convtool.core.stored import Stored, stored
 from convtool.core.tree import BASE, Tree, leaves, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
-from convtool.errors import InputError, UsageError
+from convtool.errors import InputError, UsageError, of_bound
 from convtool.formats.dtypes import FLOATS
 from convtool.fusing.compare import Pairing
 from convtool.fusing.fusion import PlannedLayer
@@ -93,7 +93,8 @@ def check_planned(
             raise _wrong(layer, f"gives outputs of another size at input size {format_sizes(size)}")
     numbers = compare_numbers(before, kept, Bound(before, kept), fixed)
     if numbers.differing:
-        raise _wrong(layer, f"differs from them in {numbers.differing} numbers, error/bound {numbers.ratio:.3g}")
+        worst = of_bound(numbers.ratio)
+        raise _wrong(layer, f"differs from them in {numbers.differing} numbers, the largest error {worst}")
     progress(1)
     return Proof(numbers.ratio, numbers.elements)
 
@@ -140,9 +141,9 @@ def explanations(trials: Iterable[tuple[Trial, EquivalenceReport]], options: dic
                     found.setdefault(dtype, []).append((trial.pairing.name, report.ratio, again.ratio))
                     break
     return tuple(
-        f"{some_of(list(dict.fromkeys(name for name, _, _ in each)))}: error/bound up to"
-        f" {max(ratio for _, ratio, _ in each):.3g} is beyond what storing can do; computing in {dtype} explains it"
-        f" (error/bound {max(ratio for _, _, ratio in each):.2g}): --computed-in {dtype}, if AFTER was made so"
+        f"{some_of(list(dict.fromkeys(name for name, _, _ in each)))}: an error of up to"
+        f" {of_bound(max(ratio for _, ratio, _ in each))} is beyond what storing can do; computing in {dtype} explains"
+        f" it ({of_bound(max(ratio for _, _, ratio in each))}): --computed-in {dtype}, if AFTER was made so"
         for dtype, each in found.items()
     )
 

@@ -21,19 +21,26 @@ MOST_BRANCHES = 6  # of a sum all of whose parts are tried
 
 
 def cut(
-    flow: Flow, judge: Judge, *, fixed_size: bool, cheaper: bool, refused: Mapping[Tree[LayerRef], str] | None = None
+    flow: Flow,
+    judge: Judge,
+    *,
+    fixed_size: bool,
+    cheaper: bool,
+    batch_norms_only: bool = False,
+    refused: Mapping[Tree[LayerRef], str] | None = None,
 ) -> tuple[list[Merge], list[LeftAlone]]:
     """Return what to make one layer of in a run, in order; and what stays apart though nothing is in between, and why.
 
     Args:
         fixed_size: also take what is exact for inputs of the run's size only.
         cheaper: cut so that it takes the least work; otherwise into the fewest layers.
+        batch_norms_only: take nothing but batch norms into the layers beside them.
         refused: what can't be one layer, with the reason, besides what is seen to here.
     """
     trees, left_alone = find_stretches(flow)
     refused = dict(refused or {})
     while True:
-        cutter = _Cutter(judge, fixed_size, cheaper, refused)
+        cutter = _Cutter(judge, fixed_size, cheaper, batch_norms_only, refused)
         merges = [merge for tree in trees for merge in cutter.cut(tree)[1]]
         wrong = _wrongly_shared(merges, judge)
         if not wrong:
@@ -56,8 +63,16 @@ def _wrongly_shared(merges: Sequence[Merge], judge: Judge) -> dict[Tree[LayerRef
 
 
 class _Cutter:
-    def __init__(self, judge: Judge, fixed_size: bool, cheaper: bool, refused: Mapping[Tree[LayerRef], str]) -> None:
+    def __init__(
+        self,
+        judge: Judge,
+        fixed_size: bool,
+        cheaper: bool,
+        batch_norms_only: bool,
+        refused: Mapping[Tree[LayerRef], str],
+    ) -> None:
         self.judge, self.fixed_size, self.cheaper, self.refused = judge, fixed_size, cheaper, refused
+        self.batch_norms_only = batch_norms_only
         self.left_alone: list[LeftAlone] = []
 
     def cut(self, tree: Tree[LayerRef]) -> tuple[Price, list[Merge]]:
@@ -66,7 +81,7 @@ class _Cutter:
             return self._cut_less_input(tree) if takes_off(tree) else self._cut_sum(tree)
         if isinstance(tree, Chain):
             return self._cut_chain(tree.parts)
-        return (0.0, 0.0) if tree.written else self._price(self.judge.price(tree.name)), []
+        return (0.0, 0.0, 0.0) if tree.written else self._price(self.judge.price(tree.name)), []
 
     def _cut_sum(self, tree: Sum[LayerRef]) -> tuple[Price, list[Merge]]:
         apart = [self.cut(part) for part in tree.parts]
@@ -78,8 +93,8 @@ class _Cutter:
             except ConvtoolError:
                 continue
             others = [apart[number] for number in range(count) if number not in some]
-            best = min(best, _total([(self._price(_work(whole)), [whole]), *others]), key=lambda one: one[0])
-            if len(some) == count and self._price(_work(whole)) <= max(price for price, _ in apart):
+            best = min(best, _total([(self._priced(whole), [whole]), *others]), key=lambda one: one[0])
+            if len(some) == count and self._priced(whole) <= max(price for price, _ in apart):
                 break  # whatever else has the dearest branch in it takes as much
         if not any(isinstance(merge.tree, Sum) and len(merge.tree.parts) == count for merge in best[1]):
             self._leave(tree)
@@ -100,7 +115,7 @@ class _Cutter:
             except ConvtoolError:
                 continue
             rest = [self._cut_chain(others[stop:])] if others[stop:] else []
-            price, merges = _total([(self._price(_work(whole)), [whole]), *rest])
+            price, merges = _total([(self._priced(whole), [whole]), *rest])
             best = (price, merges) if price < best[0] else best
         if not any(takes_off(merge.tree) for merge in best[1]):
             self._leave(tree)
@@ -120,7 +135,7 @@ class _Cutter:
                 merge = found[start, stop] = self._merge(self._chain(parts[start:stop]))
             except ConvtoolError:
                 return None
-            return self._price(_work(merge))
+            return self._priced(merge)
 
         total, cuts = partition(len(parts), price)
         # A written layer alone between two cuts is nothing that anybody expects to be merged.
@@ -151,6 +166,8 @@ class _Cutter:
                 raise RefusedError(f"{name!r} has a sign in it that means something else in recipes")
         if tree in self.refused:
             raise RefusedError(self.refused[tree])
+        if self.batch_norms_only and not _takes_batch_norms(self.judge, tree):
+            raise RefusedError("only batch norms are to be fused (--batch-norms-only)")
         merge = self.judge.merge(tree)
         if merge.exact is Exact.THIS_SIZE and not self.fixed_size:
             raise RefusedError("it would be exact for this input size only (--fixed-size takes it)")
@@ -168,13 +185,21 @@ class _Cutter:
             reason = str(error)
         self.left_alone.append(LeftAlone.of(tree, reason))
 
-    def _price(self, work: float) -> Price:
-        """Return the price of one layer that takes so much work."""
-        return (work, 1.0) if self.cheaper else (1.0, work)
+    def _priced(self, merge: Merge) -> Price:
+        """Return the price of a merge: a batch norm that can go either way goes into the layer before it."""
+        kinds = [self.judge.layer(leaf.name).kind for leaf in leaves(merge.tree)]
+        early = sum(kind.spare for kind in itertools.takewhile(lambda kind: not kind.main, kinds))
+        return self._price(float(merge.after.multiply_adds) if merge.seconds is None else merge.seconds[1], early)
+
+    def _price(self, work: float, early: int = 0) -> Price:
+        """Return the price of one layer that takes so much work, with batch norms in it that were before it."""
+        return (*((work, 1.0) if self.cheaper else (1.0, work)), float(early))
 
 
-def _work(merge: Merge) -> float:
-    return float(merge.after.multiply_adds) if merge.seconds is None else merge.seconds[1]
+def _takes_batch_norms(judge: Judge, tree: Tree[LayerRef]) -> bool:
+    """Return whether a tree is one layer and batch norms that go into it."""
+    kinds = [judge.layer(leaf.name).kind for leaf in leaves(tree) if not leaf.written]
+    return sum(kind.main for kind in kinds) == 1 and all(kind.main or kind.spare for kind in kinds)
 
 
 def _parts_of(count: int) -> Iterator[tuple[int, ...]]:
@@ -203,9 +228,13 @@ def partition(count: int, cost: Callable[[int, int], Price | None]) -> tuple[Pri
         The total and the pieces (start, stop) in order. Of equally cheap partitions the one with the longest last
         pieces.
     """
-    best: list[tuple[Price, list[tuple[int, int]]]] = [((0.0, 0.0), [])]
+    best: list[tuple[Price, list[tuple[int, int]]]] = [((), [])]
     for stop in range(1, count + 1):
         prices = [(start, price) for start in range(stop) if (price := cost(start, stop)) is not None]
-        total, start = min((tuple(map(operator.add, best[start][0], price)), start) for start, price in prices)
+        total, start = min((_added(best[start][0], price), start) for start, price in prices)
         best.append((total, [*best[start][1], (start, stop)]))
     return best[count]
+
+
+def _added(total: Price, price: Price) -> Price:
+    return tuple(map(operator.add, total, price)) if total else price

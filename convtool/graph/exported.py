@@ -46,12 +46,15 @@ def read_exported(opened: Checkpoint, program: Program) -> Flow:
     return read_flow(_Reader(program, padding).run(), layers, dict.fromkeys(homes & layers.keys(), _IN_TRAINING))
 
 
-def plan_exported(opened: Checkpoint, *, fixed_size: bool = False, everything: bool = False) -> Plan:
+def plan_exported(
+    opened: Checkpoint, *, fixed_size: bool = False, everything: bool = False, batch_norms_only: bool = False
+) -> Plan:
     """Return every fusion in the network that a checkpoint describes, of which no code is run.
 
     Args:
         fixed_size: also take what is exact for inputs of the size only that it was exported with.
         everything: cut each chain into the fewest layers; otherwise so that it takes the fewest multiply-adds.
+        batch_norms_only: take nothing but batch norms into the layers beside them.
 
     Raises:
         UsageError: the checkpoint describes none.
@@ -63,7 +66,9 @@ def plan_exported(opened: Checkpoint, *, fixed_size: bool = False, everything: b
         )
     flow = read_exported(opened, opened.program)
     judge = Judge(flow, opened.is_biased)
-    merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=not everything)
+    merges, left_alone = cut(
+        flow, judge, fixed_size=fixed_size, cheaper=not everything, batch_norms_only=batch_norms_only
+    )
     stated = {layer.name: {**layer.fields, **opened.stated.get(layer.name, {})} for _, layer in flow.calls()}
     others = (layer for layer in opened.layers.values() if layer.name not in stated)
     uncounted = sum(info.count for layer in others for info in layer.stored())

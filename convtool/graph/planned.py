@@ -6,15 +6,27 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import takewhile
+from typing import Protocol, TypeVar
 
 from convtool.core.fields import Fields
-from convtool.core.names import toml_string
+from convtool.core.names import is_written, toml_string
 from convtool.core.tree import LayerRef, Sum, Tree, leaves, map_leaves, tree_text
 from convtool.graph.flow import LeftAlone
 from convtool.graph.judge import Cost, Judge, Merge
 from convtool.graph.left_over import left_over
 from convtool.kinds.kind import Layer
 from convtool.kinds.stated import FieldSource, field_tables
+
+
+class Named(Protocol):
+    """What has the name of a layer."""
+
+    @property
+    def name(self) -> str:
+        """Return it."""
+
+
+AnyNamed = TypeVar("AnyNamed", bound=Named)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,22 +129,34 @@ def _part(tree: Tree[LayerRef]) -> str:
     return f"{{ sum = {_parts(tree)} }}" if isinstance(tree, Sum) else _parts(tree)
 
 
-def tree_in_short(tree: Tree[LayerRef]) -> str:
-    """Return a tree with what its names share said once: 'layer1.0: conv1 + bn1', '(a | b)'."""
-    names = [leaf.name for leaf in leaves(tree) if not leaf.written]
-    shared = _shared(names)
-    text = tree_text(tree, lambda leaf: leaf.name.removeprefix(shared))
+def tree_in_short(*trees: Tree[AnyNamed]) -> str:
+    """Return trees with what their names share said once: 'layer1.0: conv1 → bn1 = conv1'."""
+    shared = shared_path([leaf.name for tree in trees for leaf in leaves(tree) if not is_written(leaf.name)])
+    text = " = ".join(tree_text(tree, lambda leaf: leaf.name.removeprefix(shared)) for tree in trees)
     return f"{shared.removesuffix('.')}: {text}" if shared else text
 
 
 def names_in_short(names: Sequence[str]) -> str:
     """Return names with what they share said once: 'layer1.0: conv1, bn1'."""
-    shared = _shared(names)
+    shared = shared_path(names)
     text = ", ".join(name.removeprefix(shared) for name in names)
     return f"{shared.removesuffix('.')}: {text}" if shared else text
 
 
-def _shared(names: Sequence[str]) -> str:
+def grouped_reasons(left_alone: Iterable[LeftAlone]) -> list[tuple[str, str]]:
+    """Return the layers that are left alone for one reason in one line, whichever of them it is about."""
+    grouped: dict[str, list[LeftAlone]] = {}
+    for one in left_alone:
+        about, _, what = one.reason.partition(": ")
+        grouped.setdefault(what if about in one.layers else one.reason, []).append(one)
+    lines = []
+    for why, (first, *others) in grouped.items():
+        more = f" and {len(others)} more" if others else ""
+        lines.append((names_in_short(first.layers) + more, why if others else first.reason))
+    return lines
+
+
+def shared_path(names: Sequence[str]) -> str:
     """Return the path that all of the names begin with, its dot included."""
     each = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, each))

@@ -38,6 +38,7 @@ def plan(
     fixed_size: bool = False,
     everything: bool = False,
     measure: bool = False,
+    batch_norms_only: bool = False,
     barred: Mapping[str, str] | None = None,
     is_biased: Callable[[str], bool] | None = None,
 ) -> Plan:
@@ -50,6 +51,7 @@ def plan(
         fixed_size: also take what is exact for inputs of that size only.
         everything: cut each chain into the fewest layers; otherwise so that it takes the fewest multiply-adds.
         measure: so that it takes the least time on this machine.
+        batch_norms_only: take nothing but batch norms into the layers beside them.
         barred: layers to leave alone besides, with the reason.
         is_biased: whether a layer's bias has anything but zeros in it, for a model whose tensors don't hold it.
 
@@ -63,9 +65,12 @@ def plan(
     flow, recorded = trace(model, arguments)
     flow = replace(flow, apart={**flow.apart, **(barred or {})})
     judge = Judge(flow, is_biased or StateCheckpoint.of(model).is_biased, _watch(model) if measure else None)
-    cheaper, refused = measure or not everything, dict[Tree[LayerRef], str]()
+    cheaper = measure or not everything
+    refused = dict[Tree[LayerRef], str]()
     while True:  # what the model's code can't do without is cut again, as parts of it may be one layer
-        merges, left_alone = cut(flow, judge, fixed_size=fixed_size, cheaper=cheaper, refused=refused)
+        merges, left_alone = cut(
+            flow, judge, fixed_size=fixed_size, cheaper=cheaper, batch_norms_only=batch_norms_only, refused=refused
+        )
         wrong = _rehearsed(model, arguments, recorded, judge, merges)
         if not wrong:
             return Plan.of(judge, merges, left_alone, found_layers(model).values(), uncounted=_uncounted(model, judge))
@@ -120,6 +125,7 @@ def fuse_model(
     fixed_size: bool = False,
     everything: bool = False,
     measure: bool = False,
+    batch_norms_only: bool = False,
     planned: Plan | None = None,
 ) -> nn.Module:
     """Plan, and put the fused layers into the live model, in eval mode, which is changed in place and returned.
@@ -132,7 +138,13 @@ def fuse_model(
         as `plan` does; InputError where a fused layer isn't finite. Where anything fails the model is left as it was.
     """
     found = planned or plan(
-        model, input_size, inputs=inputs, fixed_size=fixed_size, everything=everything, measure=measure
+        model,
+        input_size,
+        inputs=inputs,
+        fixed_size=fixed_size,
+        everything=everything,
+        measure=measure,
+        batch_norms_only=batch_norms_only,
     )
     base = StateCheckpoint.of(model)
     sources = FieldSources((found.geometry,))

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,10 +23,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import convtool
+from convtool.checkpoint import open_checkpoint
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import UsageError
 from convtool.fusing.recipe import Known, parse_recipe, resolve
 from convtool.graph.cut import Price, partition
+from convtool.graph.exported import plan_exported
 from convtool.graph.flow import Flow, Step, find_stretches, taken_off
 from convtool.graph.judge import Exact
 from convtool.graph.left_over import ALONE, NEVER
@@ -376,6 +379,22 @@ def test_the_fused_network_computes_the_same(name: str) -> None:
     for path in gone:
         module = fused.get_submodule(path) if "(" not in path else nn.Identity()
         assert not list(module.parameters()) or path.split(".")[-1].isdigit(), path
+
+
+EXPORTED = [*(name for name in FROM_TRANSFORMERS if "net v" not in name and name != "segformer"), *SAMPLES]
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_an_exported_program_has_the_plan_of_the_live_model(name: str, tmp_path: Path) -> None:
+    found = case(name)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.export.save(torch.export.export(found.model, (random_input(found.size)[:1],)), tmp_path / "net.pt2")
+    plan = plan_exported(open_checkpoint(tmp_path / "net.pt2"), everything=name in SAMPLES)
+    assert plan.recipe() == found.plan.recipe()
+    assert plan.left_alone == found.plan.left_alone
+    assert (plan.total, plan.total_after) == (found.plan.total, found.plan.total_after)
+    assert plan.uncounted == found.plan.uncounted
 
 
 @pytest.mark.parametrize("name", SAMPLES)

@@ -16,6 +16,7 @@ from convtool.formats.program import Node, Program, Value, values_in
 from convtool.graph.cut import cut
 from convtool.graph.flow import Flow
 from convtool.graph.judge import Judge
+from convtool.graph.left_over import COMPUTED
 from convtool.graph.operations import OF_SHAPE, read_flow
 from convtool.graph.planned import Plan
 from convtool.graph.recorded_run import INPUT, UNKNOWN, Made, Operation, Run
@@ -35,15 +36,17 @@ _CONSTANT = -1  # the number of what nothing of the run's input goes into
 def read_exported(opened: Checkpoint, program: Program) -> Flow:
     """Return the data flow of an exported program.
 
-    A layer is an operation here, as in a recorded run; one that pads by itself in another way than with zeros is told
-    by its module's run, whose padding is its own.
+    A layer is an operation here, as in a recorded run; one that pads by itself in another way than with zeros, or makes
+    its weight of others, is told by its module's run, whose code that is.
     """
     stated = opened.stated
-    padding = {name for name, fields in stated.items() if fields.get("padding_mode", "zeros") != "zeros"}
+    own_code = {name for name, fields in stated.items() if fields.get("padding_mode", "zeros") != "zeros"}
+    made = {name for name, one in opened.layers.items() if any(info.derived_from for info in one.tensors.values())}
     layers = {name: replace(layer, fields=stated.get(name, {})) for name, layer in opened.layers.items()}
     training = (value for node in program.nodes if node.arguments.get("training") is True for value in node.reads())
     homes = {program.tensors.get(value, "").rpartition(".")[0] for value in training}
-    return read_flow(_Reader(program, padding).run(), layers, dict.fromkeys(homes & layers.keys(), _IN_TRAINING))
+    apart = dict.fromkeys(made, COMPUTED) | dict.fromkeys(homes & layers.keys(), _IN_TRAINING)
+    return read_flow(_Reader(program, own_code | made).run(), layers, apart)
 
 
 def plan_exported(

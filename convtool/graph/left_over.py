@@ -9,6 +9,7 @@ from convtool.kinds.kind import Layer
 
 ALONE = "nothing next to it could be one layer with it"
 NEVER = "it doesn't run"
+COMPUTED = "its weight is computed from others (parametrized)"
 # Operations that a layer could do as well, were they not in the model's own code.
 _LINEAR = frozenset({"add", "sub", "mul", "div", "pad", "chunk", "split", "slice", "flip", "roll", "index_select"})
 

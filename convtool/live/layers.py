@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from convtool.core.fields import Fields
 from convtool.errors import RefusedError, UsageError
+from convtool.graph.left_over import COMPUTED
 from convtool.kinds import KINDS
 from convtool.kinds.found import group_layers
 from convtool.kinds.kind import UNKNOWN, Kind, Layer
@@ -66,7 +67,7 @@ def module_layers(model: nn.Module) -> ModelLayers:
         if fields is None or not (known is None or computes_as(module, known[1])):
             foreign[name] = f"a {type(module).__name__}, which computes by code of its own"
         if is_parametrized(module):
-            bound[name] = "its weight is computed from others (parametrized)"
+            bound[name] = COMPUTED
         elif module._forward_hooks or module._forward_pre_hooks:
             bound[name] = "it has forward hooks (weight_norm and spectral_norm are such), which would be lost"
     return ModelLayers(layers, foreign, {name: reason for name, reason in bound.items() if name in layers})

@@ -92,12 +92,9 @@ def _rehearsed(
 
 def _uncounted(model: nn.Module, judge: Judge) -> int:
     """Return how many parameters a model has besides those of the layers whose cost is counted."""
-    counted = {layer.name for _, layer in judge.flow.calls()}
-    return sum(
-        tensor.numel()
-        for name, tensor in model.named_parameters()
-        if counted.isdisjoint((name, name.rpartition(".")[0])) and not is_lazy(tensor)
-    )
+    counted = {name for _, layer in judge.flow.calls() for name in layer.tensor_names()}
+    parameters = model.named_parameters()
+    return sum(tensor.numel() for name, tensor in parameters if name not in counted and not is_lazy(tensor))
 
 
 def layer_runs(model: nn.Module, inputs: Inputs) -> dict[str, list[LayerRun]]:

@@ -224,7 +224,9 @@ class Runs:
             self.here.close()
             with contextlib.suppress(EOFError):
                 while True:
-                    code = self.action(*there.recv())
+                    arguments = there.recv()
+                    os.dup2(self.out.fileno(), 1)  # which a signal may have kept a run from putting back
+                    code = self.action(*arguments)
                     sys.stdout.flush()
                     sys.stderr.flush()
                     there.send(code)
@@ -455,14 +457,22 @@ class Case:
         killed = fault.name == "SIGKILL" and ended.code == -signal.SIGKILL
         if state is None and killed:  # files that no index names may be left of a set
             state = next((state for state, files in self.states.items() if self.named(found, files)), None)
-        if "in place" in self.scenario.name and fault.how == "change" and ended.code:
-            state = state or "old"  # what the other program has left of it
+        if "in place" in self.scenario.name and fault.how == "change":
+            # What the other program has left of the source, or of what has its name by then.
+            state = state or ("old" if ended.code else "new" if found == self.changed_output(fault) else None)
         if state is None:
             old = self.states["old"]
             return "lost" if any(found.get(name) != data for name, data in old.items()) else "half-written"
         if unfinished and not killed and not all(Path(name).name in ended.err for name in unfinished):
             return "left over"
         return self.untrue(fault, ended, state)
+
+    def changed_output(self, fault: Fault) -> dict[str, bytes]:
+        """Return what another program makes of an output that is in place already."""
+        new, theirs = self.states["new"], (self.home / "changed" / self.scenario.source).read_bytes()
+        ours = new[self.scenario.source]
+        cut = fault.name == "cut short"
+        return {**new, self.scenario.source: ours[: len(ours) // 2] if cut else theirs + ours[len(theirs) :]}
 
     def each_whole(self, found: Mapping[str, bytes]) -> bool:
         """Tell whether each output by itself is as it was, or as it was to be."""
@@ -484,7 +494,7 @@ class Case:
             return "a bug"
         if fault.how == "signal":
             number = getattr(signal, fault.name)
-            if code not in (0, 1, 128 + number, -number if number in (signal.SIGKILL,) else 0):
+            if code not in (0, 1, 128 + number, -number if number == signal.SIGKILL else 0):
                 return "a wrong exit code"
         elif code not in (0, 1, 3, 5):
             return "a wrong exit code"

@@ -88,7 +88,7 @@ def _watched(account: Account, numbers: list[int], heard: list[int]) -> Iterator
         if isinstance(lost.exc_value, Signalled) and heard:
             number = heard[0]
             heard.clear()
-            _thread.start_new_thread(_send_again, (owner, number))
+            _thread.start_new_thread(_send_again, (owner, number, ended))
         else:
             before_hook(lost)
 
@@ -106,9 +106,9 @@ def _watched(account: Account, numbers: list[int], heard: list[int]) -> Iterator
         os.close(into)  # which ends the thread's reading
 
 
-def _send_again(process: int, number: int) -> None:
-    time.sleep(AGAIN)
-    os.kill(process, number)
+def _send_again(process: int, number: int, ended: threading.Event) -> None:
+    if not ended.wait(AGAIN):  # a run that has ended meanwhile is whole
+        os.kill(process, number)
 
 
 def _end(account: Account, number: int) -> None:

@@ -12,7 +12,15 @@ from collections.abc import Iterable, Iterator
 
 
 class ConvtoolError(Exception):
-    """Base of every error raised on purpose."""
+    """Base of every error raised on purpose.
+
+    Attributes:
+        paste: how the message ends: options that are the way out; the command line shows them in the whole command.
+    """
+
+    def __init__(self, message: str, paste: str = "") -> None:
+        super().__init__(message)
+        self.paste = paste
 
 
 class UsageError(ConvtoolError):

@@ -583,7 +583,7 @@ def test_a_refusal_always_says_what_would_differ(chain: list[Conv], more: tuple[
         assert f", so {expected}" in text
 
 
-ADVICE = re.compile(r"or give layer0 padding (\S+) and (.*) none, and train on with that")
+ADVICE = re.compile(r"give layer0 padding (\S+) and (.*) none, and train on with that")
 
 
 @pytest.mark.parametrize("kind", ["plain", "transposed"])

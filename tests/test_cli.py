@@ -321,7 +321,11 @@ MISTAKES = [
         4,
         "the first row, the last row, the first column and the last column",
     ),
-    (f"fuse net.pt blur sharpen {PADDED} --input-size 9,8 -o f.pt", 4, "--allow-border accepts that"),
+    (
+        f"fuse net.pt blur sharpen {PADDED} --input-size 9,8 -o f.pt",
+        4,
+        "or accept that: convtool fuse .* --allow-border$",
+    ),
     (f"fuse net.pt blur sharpen {PADDED} -o f.pt --dry-run", 4, "give blur padding 2,3 and sharpen none"),
     (
         "fuse net.safetensors first patch --set patch.stride=2,4 --set patch.padding=1 -o f.pt --assume-defaults",
@@ -344,10 +348,11 @@ def test_a_mistake_gives_one_clear_line_its_exit_code_and_nothing_written(
     assert as_json.err == f"convtool: {as_json.document['error']['message']}\n"
     assert as_json.document["ok"] is False
     assert as_json.document["command"] == line.split()[0]
+    assert as_json.document["error"]["message"].replace(" --json", "") == plain.message  # in a command to paste
     assert as_json.document["error"] == {
         "kind": {2: "usage", 3: "input", 4: "refused", 5: "output"}[code],
         "exit_code": code,
-        "message": plain.message,
+        "message": as_json.document["error"]["message"],
     }
     assert cli(f"{line} --quiet").err == as_json.err
     assert snapshot(here) == before
@@ -638,8 +643,9 @@ def test_a_padded_3x3_after_a_padded_3x3_is_refused_and_goes_ahead_only_when_tol
     assert refused.code == 4
     assert refused.message == (
         "cannot fuse blur, sharpen exactly: sharpen pads what the layers before compute, so the first row,"
-        " the last row, the first column and the last column of the output would differ; --allow-border accepts that;"
-        " or give blur padding 2,3 and sharpen none, and train on with that"
+        " the last row, the first column and the last column of the output would differ; give blur padding 2,3"
+        " and sharpen none, and train on with that; or accept that: convtool fuse net.safetensors blur sharpen"
+        f" {PADDED} -o f.safetensors --allow-border"
     )
     assert not (here / "f.safetensors").exists()
     told = cli(f"fuse net.safetensors blur sharpen {PADDED} -o f.safetensors --allow-border --json").document

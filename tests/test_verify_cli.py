@@ -696,8 +696,9 @@ def test_the_verdict_prints_what_it_takes_from_the_record(net: dict[str, Tensor]
     assert fuse(f"net.safetensors second norm {settings} -o f.safetensors").code == 0
     found = cli("verify net.safetensors f.safetensors")
     assert found.code == 0
-    assert "as AFTER records: norm: eps 0.01\n" in found.out
-    assert re.search("as AFTER records: second: stride 2,1, padding", found.out)
+    assert "no tensor of BEFORE shows:\n" in found.out
+    assert "\n  norm: eps 0.01\n" in found.out
+    assert "\n  second: stride 2,1, padding" in found.out
     # What somebody else states is no claim of the record's.
     stated = cli("verify net.safetensors f.safetensors --set norm.eps=1e-2 --json")
     assert {claim.partition(":")[0] for claim in stated.document["claims"]} == {"second"}
@@ -716,7 +717,7 @@ def test_what_a_record_claims_is_said_by_field_or_by_layer_whichever_is_shorter(
     settings: str, lines: list[str], net: dict[str, Tensor]
 ) -> None:
     assert fuse(f"net.safetensors first second {settings} -o f.safetensors").code == 0
-    claims = re.compile("^as AFTER records: (.*)$", re.MULTILINE)
+    claims = re.compile("^  (.*)$", re.MULTILINE)
     said = claims.findall(cli("verify net.safetensors f.safetensors").out)
     assert [one.startswith(line) for one, line in zip(said, lines, strict=True)] == [True] * len(lines)
     detailed = claims.findall(cli("verify net.safetensors f.safetensors --details").out)
@@ -771,7 +772,7 @@ def test_taps_that_no_output_reads_are_said_of_the_verdict(net: dict[str, Tensor
 def test_a_claim_that_equals_the_default_is_printed_like_any_other(net: dict[str, Tensor]) -> None:
     assert fuse("net.safetensors second norm --eps 1e-5 -o f.safetensors").code == 0
     found = cli("verify net.safetensors f.safetensors")
-    assert "as AFTER records: second: stride 1, padding 0, dilation 1, groups 1\n" in found.out
+    assert "shows:\n  second: stride 1, padding 0, dilation 1, groups 1\n" in found.out
 
 
 def test_swapped_checkpoints_are_told(net: dict[str, Tensor], capsys: pytest.CaptureFixture[str]) -> None:
@@ -779,4 +780,4 @@ def test_swapped_checkpoints_are_told(net: dict[str, Tensor], capsys: pytest.Cap
 
     assert run_app(["fuse", "net.pt", "first", "second", "--geometry", "plain.toml", "-o", "fused.pt", "-q"]) == 0
     assert run_app(["verify", "fused.pt", "net.pt"]) == 3
-    assert "BEFORE and AFTER may be swapped" in capsys.readouterr().err
+    assert "BEFORE comes first: convtool verify net.pt fused.pt" in capsys.readouterr().err

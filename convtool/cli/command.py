@@ -26,6 +26,9 @@ from convtool.formats.account import account
 
 NUMBERS: dict[Any, str] = {int: "an integer", float: "a number"}
 
+CONTEXT = "context"  # the parameter by which typer hands over its own,
+TYPED = "convtool.typed"  # which has the words behind the command's name
+
 Options = TypeVar("Options")
 Result = TypeVar("Result")
 
@@ -77,11 +80,13 @@ class Command(Generic[Options, Result]):
 
         def function(**given: Any) -> int:
             speech = _gathered(_Speech, given)
-            reporter = Reporter(name, as_json=speech.as_json, quiet=speech.quiet, colour=speech.color)
+            how = {"as_json": speech.as_json, "quiet": speech.quiet, "colour": speech.color}
+            reporter = Reporter(name, typed=given[CONTEXT].meta[TYPED], **how)
             return run(reporter, lambda: self(_gathered(self.options, given), reporter))
 
         function.declared = dict([*_declared(self.options), *_declared(_Speech)])  # type: ignore[attr-defined]
         parameters = [_parameter(one, *declared) for one, declared in function.declared.items()]  # type: ignore[attr-defined]
+        parameters.append(inspect.Parameter(CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
         function.__annotations__ = {one.name: one.annotation for one in parameters}
         function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         return function
@@ -172,9 +177,11 @@ class Subcommand(TyperCommand):
             ctx.fail(f"expected {', '.join(others)} and {last}" if others else f"expected {last}: {missing[0].help}")
         if not ctx.resilient_parsing:
             if rest:
-                ctx.fail(f"expected no more arguments, got {' '.join(rest)}")
+                other = "others" in ctx.params and Path(rest[0]).is_file()
+                hint = f"; another checkpoint has a name: --with NAME={rest[0]}" if other else ""
+                ctx.fail(f"expected no more arguments, got {' '.join(rest)}{hint}")
             self._check_order(ctx, declared)
-        ctx.args = rest
+        ctx.args, ctx.meta[TYPED] = rest, tuple(args)
         return rest
 
     def _check_order(self, ctx: typer.Context, declared: Mapping[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -104,6 +105,11 @@ class Options:
             "two layers or more, first to last, a --recipe, --auto with --model, or adapters --with NAME=FILE": said,
             "-o OUT, the new checkpoint": self.out is not None,
         }
+        if not said and self.layers and Path(self.layers[0]).is_file():
+            (file,) = self.layers
+            words = (self.checkpoint, "--with", f"{Path(file).name.partition('.')[0]}={file}", "-o", self.out or "OUT")
+            whole = shlex.join(map(str, ("convtool", "fuse", *words)))
+            raise UsageError(f"{file}: expected layers, not a file; adapters have a name: {whole}")
         if missing := [what for what, there in expected.items() if not there]:
             raise UsageError(f"expected {'; and '.join(missing)}")
         self._check()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -129,15 +129,17 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
         table(("recipe", "fuses"), [(one.name, one.about) for one in result.recipes])
         return
     fusions = result.fusions
+    works = {fusion.multiply_adds.per for fusion in fusions if fusion.multiply_adds is not None}
     if len(fusions) == 1 or result.details:
         for fusion in fusions:
             _show_one(fusion, reporter, dry_run=not result.checkpoint.written)
     else:
         columns = ("layers", "become", "exact", "parameters", "multiply-adds")
-        table(columns, list(map(_row, fusions)), right=("parameters", "multiply-adds"), most=MOST_ROWS)
+        rows = [_row(fusion, "" if len(works) == 1 else " per {}") for fusion in fusions]
+        table(columns, rows, right=("parameters", "multiply-adds"), most=MOST_ROWS)
         reporter.line(_proved(fusions))
     if len(fusions) > 1:
-        reporter.line(f"{len(fusions)} fusions, {_total(result)}; --details lists the edits of each")
+        reporter.line(f"{len(fusions)} fusions, {_total(result, works)}; --details lists the edits of each")
     saved.show(result.checkpoint, reporter)
     out, did = result.checkpoint.out, "wrote" if result.checkpoint.written else "would write"
     if result.loader is not None:
@@ -147,17 +149,20 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
         reporter.remark(f'to load it: convtool.apply(model, "{out}"), or the code that --loader FILE.py writes')
 
 
-def _total(result: Result) -> str:
-    """Return what all fusions save together, in words."""
+def _total(result: Result, works: Collection[str]) -> str:
+    """Return what all fusions save together, in words.
+
+    Args:
+        works: what their multiply-adds are of.
+    """
     total = result.total
     saved = f"{change(total.parameters.before, total.parameters.after)} parameters"
     if total.multiply_adds is not None:
         return f"{saved}, {change(total.multiply_adds.before, total.multiply_adds.after)} multiply-adds for one input"
-    works = dict.fromkeys(fusion.multiply_adds.per for fusion in result.fusions if fusion.multiply_adds is not None)
-    return f"{saved}; multiply-adds are per {' or '.join(works)}" if works else saved
+    return f"{saved}; multiply-adds are per {next(iter(works))}" if len(works) == 1 else saved
 
 
-def _row(fusion: Fusion) -> tuple[str, ...]:
+def _row(fusion: Fusion, per: str) -> tuple[str, ...]:
     from convtool.graph.planned import shared_path, tree_in_short
 
     record, numbers, work = fusion.record, fusion.parameters, fusion.multiply_adds
@@ -167,7 +172,7 @@ def _row(fusion: Fusion) -> tuple[str, ...]:
         record.name.removeprefix(shared_path([leaf.name for leaf in leaves(sources) if not leaf.written])),
         _exactness(fusion).removeprefix("exact "),
         change(numbers.before, numbers.after),
-        "" if work is None else change(work.before, work.after),
+        "" if work is None else f"{change(work.before, work.after)}{per.format(work.per)}",
     )
 
 

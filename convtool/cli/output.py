@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import sys
 import textwrap
 import threading
@@ -25,6 +26,7 @@ GAP = 2  # blanks between two columns of a table
 NARROW = 64  # columns that a bar with all that it tells takes; below, it is percent and time
 KEPT = "\u00a0"  # a blank at which no line ends; what is printable has none of its own
 AT_NUMBERS = re.compile(r" (?=[\d→]|[KMGT]?i?B\b)|(?<=\d →) ")  # 'padding 1', '1.5 KiB', '8 → 4'
+COMMAND = re.compile(r"(?<=: )convtool \w+ .*")  # at the end of a message, to be pasted
 ALL = "a pipe gets all of them, such as | less"
 
 Advance: TypeAlias = Callable[[float], None]
@@ -73,6 +75,7 @@ class Reporter:
         colour: of a verdict; "auto" has it on a terminal, unless NO_COLOR or TERM says otherwise.
         silent: say nothing but errors.
         notes: what is printed before the result.
+        typed: the words behind the command's name.
     """
 
     command: str
@@ -81,6 +84,7 @@ class Reporter:
     colour: Colour | None = None
     silent: bool = False
     notes: list[str] = field(default_factory=list)
+    typed: Sequence[str] = ()
 
     def silence(self) -> None:
         """Say nothing but errors from now on: another process of the same launch speaks for all."""
@@ -94,6 +98,12 @@ class Reporter:
     def note(self, text: str) -> None:
         """Keep what a result rests on or leaves undone: it is printed with the result, also where remarks aren't."""
         self.notes.append(text)
+
+    def again(self, options: str) -> str:
+        """Return the whole command line with more options."""
+        words, end = list(self.typed), self.typed.index("--") if "--" in self.typed else len(self.typed)
+        parts = (f"convtool {self.command}", shlex.join(words[:end]), options, shlex.join(words[end:]))
+        return " ".join(part for part in parts if part)
 
     def line(self, text: str) -> None:
         """A line of the result, on stdout."""
@@ -319,9 +329,9 @@ def _fitting(line: str, stream: TextIO) -> str:
 
 
 def _folded(text: str, width: int, indent: str) -> str:
-    """The text in lines of a width, between words but at no number, all but the first indented."""
+    """The text in lines of a width, between words but at no number and in no command, all but the first indented."""
     how = {"break_long_words": False, "break_on_hyphens": False}
-    kept = AT_NUMBERS.sub(KEPT, text)
+    kept = COMMAND.sub(lambda match: match[0].replace(" ", KEPT), AT_NUMBERS.sub(KEPT, text))
     return textwrap.fill(kept, max(width, 1), subsequent_indent=indent, **how).replace(KEPT, " ")  # type: ignore[arg-type]
 
 

@@ -36,7 +36,8 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
             raise  # `flushed` deals with that
         except ConvtoolError as error:
             behind = _changed(account) or error
-            return fail(exit_codes.kind_of(behind), str(behind))
+            whole = reporter.again(behind.paste) if behind.paste else ""
+            return fail(exit_codes.kind_of(behind), str(behind).removesuffix(behind.paste) + whole)
         except Signalled as error:
             return fail(error.kind, error.kind)
         except Exception as error:

@@ -3,44 +3,28 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from convtool.cli import complete, exit_codes, matrix_verdict, shared, verify_text
+from convtool.cli import exit_codes, matrix_verdict, verify_text
 from convtool.cli.command import Command
 from convtool.cli.document import fill
-from convtool.cli.options import (
-    CHECKING,
-    INPUT,
-    OUTPUT,
-    STATED,
-    Size,
-    argument,
-    dtype_name,
-    flag,
-    option,
-    parse_device,
-    parse_float,
-    parse_rows,
-    spelled,
-)
+from convtool.cli.options import dtype_name
 from convtool.cli.output import Reporter
+from convtool.cli.verify_options import Options
 from convtool.core.names import grouped
 from convtool.core.tree import BASE
 from convtool.errors import InputError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
-
-    from torch import nn
+    from collections.abc import Mapping
 
     from convtool.checkpoint import Checkpoint
     from convtool.core.verify import EquivalenceReport
     from convtool.fusing.compare import Pairing
+    from convtool.fusing.proof import Explained
     from convtool.kinds.stated import FieldSources
-    from convtool.live.agreement import Agreement
     from convtool.live.whole import WholeReport
 
 EXAMPLES = """
@@ -51,141 +35,6 @@ convtool verify net.pt other.pt --before conv1,bn1 --after conv1 --input-size 32
 # a layer and the matrix that `convtool toeplitz` wrote, which says what it is of
 convtool verify net.safetensors conv1.npz
 """
-
-MATRIX = "A matrix file"  # a section of the help
-SPELLED = {"after_layers": "--after", "others": "--with"}  # options that aren't called as their field is
-
-
-@dataclass(frozen=True, slots=True)
-class Sources(shared.Sources):
-    """Where fields come from, for two checkpoints."""
-
-    settings: list[str] | None = option(
-        "LAYER.FIELD=VALUE",
-        "A field of a layer, in both checkpoints; before:LAYER... or after:LAYER... for one. Repeatable.",
-        "--set",
-        panel=STATED,
-    )
-
-    def of_both(
-        self, model: tuple[nn.Module, Agreement] | None, layers: Iterable[str] | None
-    ) -> tuple[FieldSources, FieldSources]:
-        """Return fields for BEFORE and for AFTER; a --set with before: or after: in front goes to one of them only."""
-        both = self.settings or []
-        first = [text.removeprefix("before:") for text in both if not text.startswith("after:")]
-        second = [text.removeprefix("after:") for text in both if not text.startswith("before:")]
-        before, after = replace(self, settings=first), replace(self, settings=second)
-        return before.fields(model, layers), after.fields(None, layers)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What is compared, on which inputs."""
-
-    before: Path = argument("BEFORE", "The original checkpoint, or a matrix file.", required=True)
-    after: Path = argument("AFTER", "The fused checkpoint, or a matrix file.", required=True)
-    before_layers: list[str] | None = option(
-        "A,B",
-        "A chain in BEFORE, in place of what AFTER records; or the matrix's layer. Repeatable, with --after.",
-        "--before",
-        completion=complete.chain_of("before"),
-        panel=INPUT,
-    )
-    after_layers: list[str] | None = option(
-        "C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after"), panel=INPUT
-    )
-    recipe: str | None = option(
-        "NAME|FILE|auto",
-        "A recipe that says what another program fused, in place of AFTER's record; auto takes the one that fits.",
-        completion=complete.recipes,
-        panel=INPUT,
-    )
-    others: list[str] | None = shared.others(panel=INPUT)
-    strength: list[str] | None = shared.strength(panel=INPUT)
-    leave: list[str] | None = shared.leave(panel=INPUT)
-    only: bool = flag(
-        "Compare only the chains of --before and --after, or of --recipe, and no other tensor.", panel=INPUT
-    )
-    model_input: list[str] | None = shared.model_input(panel=INPUT)
-    model_after: str | None = option(
-        "CODE",
-        "The code of AFTER's network: run both on random inputs, which covers what no pair of layers does.",
-        panel=INPUT,
-    )
-    sources: Sources
-    computed_in: Any = option(
-        "DTYPE",
-        "Precision in which another program fused AFTER; float64 by default, as convtool does.",
-        parse=parse_float,
-        panel=CHECKING,
-    )
-    rounded_to: Any = option(
-        "DTYPE",
-        "Tensors of AFTER may also be BEFORE's, rounded once to that dtype.",
-        parse=parse_float,
-        panel=CHECKING,
-    )
-    input_size: list[Size] | None = option(
-        "[C,]H,W",
-        "Size of the input to the first layer; repeatable. By default sizes that show border and interior.",
-        panel=CHECKING,
-    )
-    trials: int = option("TRIALS", "Random inputs for each chain and size.", default=8, panel=CHECKING)
-    seed: int = option("SEED", "Seed of the random inputs.", default=0, panel=CHECKING)
-    exhaustive: bool = flag("Run every basis vector through torch as well.", panel=CHECKING)
-    rtol: float | None = option("RTOL", "A relative tolerance instead of the derived bound.", panel=CHECKING)
-    atol: float | None = option("ATOL", "An absolute tolerance instead of the derived bound.", panel=CHECKING)
-    device: Any = option(
-        "DEVICE",
-        "Where to run it, such as cuda; the verdict is the same.",
-        parse=parse_device,
-        default="cpu",
-        panel=CHECKING,
-    )
-    rows: tuple[int, int] | None = option(
-        "A:B",
-        "Which rows of the layer's matrix AFTER holds, where it doesn't say so itself.",
-        parse=parse_rows,
-        panel=MATRIX,
-    )
-    columns: tuple[int, int] | None = option("A:B", "Which columns of it, likewise.", parse=parse_rows, panel=MATRIX)
-    no_bias: bool = flag("Compare the matrix alone, of a layer whose bias was not saved with it.", panel=MATRIX)
-    details: bool = flag("Print all that AFTER records layer by layer, and every row and difference.", panel=OUTPUT)
-
-    @property
-    def tolerance(self) -> verify_text.Tolerance | Literal["derived bound"]:
-        """What an error is held against."""
-        given = self.rtol is not None or self.atol is not None
-        return verify_text.Tolerance(self.rtol, self.atol) if given else matrix_verdict.BOUND
-
-    def check(self, with_matrix: bool) -> None:
-        """Raise UsageError for values that no comparison can have, and options that don't go with each other.
-
-        Args:
-            with_matrix: one side is a matrix file.
-        """
-        if self.trials < 1 and not self.exhaustive:
-            raise UsageError(f"--trials: expected at least 1, got {self.trials}; no comparison is no proof")
-        if not 0 <= self.seed < 2**63:
-            raise UsageError(f"--seed: expected an integer from 0 to 2**63 - 1, got {self.seed}")
-        if self.model_input is not None and self.sources.model is None:
-            raise UsageError("--model-input: goes with --model")
-        if self.model_after is not None and (self.model_input is None or self.only):
-            raise UsageError("--model-after: goes with --model and --model-input, and not with --only")
-        for_checkpoints = ("rtol", "atol", "after_layers", "others", "recipe", "rounded_to", "model_after")
-        for name in for_checkpoints if with_matrix else ("rows", "columns", "no_bias"):
-            if getattr(self, name) not in (None, False):
-                does = "doesn't go with" if with_matrix else "is for"
-                raise UsageError(f"{SPELLED.get(name) or spelled(name)}: {does} a matrix file")
-        named, after = len(self.before_layers or ()), len(self.after_layers or ())
-        if with_matrix and (self.only or named > 1):
-            raise UsageError("--only and several --before are for two checkpoints; a matrix is of one layer")
-        if not with_matrix and named != after:
-            raise UsageError("--before and --after go together: a chain in BEFORE and the one that stands for it")
-        if (self.strength and self.recipe is not None) or ((self.strength or self.leave) and not self.others):
-            raise UsageError("--strength and --leave: go with adapters given as --with NAME=FILE; of a recipe, --leave")
-        if self.only and not (named or self.recipe):
-            raise UsageError("--only: compares the chains of --before and --after, or of --recipe; none are given")
 
 
 def run(options: Options, reporter: Reporter) -> verify_text.Result | matrix_verdict.MatrixResult:
@@ -232,12 +81,11 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
     claimed = verdict.claims(results)
     differing = set(() if tensors is None else tensors.differing.values())
     covered = {"changed", "missing", "new"} if options.model_after is not None else set()
+    elsewhere = differing <= covered and (whole is None or whole.equal)
     return fill(
         verify_text.Result,
         options,
-        equivalent=all(report.equivalent for _, report in results)
-        and differing <= covered
-        and (whole is None or whole.equal),
+        equivalent=elsewhere and all(report.equivalent for _, report in results),
         statement=verdict.statement(results, options.exhaustive, bool(sizes), options.only)
         + ("; what no pair covers, by random inputs" if differing & covered else ""),
         computed_in=dtype_name(how["computed_in"]),
@@ -245,12 +93,36 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         assumed=assumed,
         claims=tuple(grouped(claimed)),
         claimed=claimed,
-        explained=explained,
+        explained=explained.said,
+        unless=explained.dtype if elsewhere and explained.all else "",
+        way_out=_way_out(options, sides, results, explained, differing),
         input_sizes="given" if sizes else "chosen",
         fusions=tuple(verify_text.Report.of(*result) for result in results),
         other_tensors=tensors,
         whole_model=whole,
     )
+
+
+def _way_out(
+    options: Options,
+    sides: _Sides,
+    results: list[tuple[Pairing, EquivalenceReport]],
+    explained: Explained,
+    differing: set[str],
+) -> tuple[str, str]:
+    """Return when more options would make the verdict another one, and those options; ('', '') where none would."""
+    from convtool.fusing.unrecorded import in_lower_precision
+
+    if explained.dtype:
+        return f"if AFTER was computed in {explained.dtype}", f"--computed-in {explained.dtype}"
+    if sides.after.record is not None or options.recipe or options.model_input or options.before_layers:
+        return "", ""
+    lower = "" if options.computed_in else in_lower_precision(sides.after)
+    if sides.others and not options.strength and not all(report.equivalent for _, report in results):
+        return "if the strength wasn't 1", f"--strength X{lower}"
+    if not sides.others and differing:
+        return "if adapters were merged", f"--with NAME=FILE --strength X{lower}"
+    return "", ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,17 +157,18 @@ def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairi
     Without a record, they are those of the model.
     """
     from convtool.fusing.compare import named_pairing
-    from convtool.fusing.recorded import SAID_BY_HAND, recorded_pairings
+    from convtool.fusing.recorded import recorded_pairings
+    from convtool.fusing.unrecorded import check_recorded
 
     chains = zip(options.before_layers or (), options.after_layers or (), strict=True)
     named = [named_pairing(sides.before, sides.after, split_names(a), split_names(b), sides.fields) for a, b in chains]
     named += _claimed(options, sides, named, reporter)
     if options.only or (sides.after.record is None and (named or options.recipe or options.model_input)):
         return named
+    check_recorded(sides.before, sides.after, sides.fields[0], options.sources.model is not None)
     recorded = recorded_pairings(sides.before, sides.after, sides.fields[0], sides.others, named)
     if not (named or recorded):
-        by_hand = "" if sides.after.record else f"; where layers were fused, {SAID_BY_HAND}"
-        reporter.remark(f"AFTER records no fusion that BEFORE lacks; only their tensors were compared{by_hand}")
+        reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
     return named + recorded
 
 
@@ -362,16 +235,16 @@ def _run(
     how: dict[str, Any],
     options: Options,
     reporter: Reporter,
-) -> tuple[list[tuple[Pairing, EquivalenceReport]], tuple[str, ...]]:
+) -> tuple[list[tuple[Pairing, EquivalenceReport]], Explained]:
     """Run every pairing at every input size; return what lower precision would explain of what differs as well."""
-    from convtool.fusing.proof import explanations, trials
+    from convtool.fusing.proof import Explained, explanations, trials
 
     runs = [trial for pairing in pairings for trial in trials(pairing, sides.checkpoints, sides.after, sizes)]
     with reporter.progress("verifying", len(runs), "share") as advance:
         reports = [trial.run(progress=advance, **how) for trial in runs]
     given = {options.rtol, options.atol, options.computed_in} != {None}
     results = [(trial.pairing, report) for trial, report in zip(runs, reports, strict=True)]
-    return results, () if given else explanations(zip(runs, reports, strict=True), how)
+    return results, Explained() if given else explanations(zip(runs, reports, strict=True), how)
 
 
 def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> WholeReport | None:

@@ -31,6 +31,7 @@ KINDS = {
 MOST_NAMES = 20  # of tensors
 MOST_ROWS = 40  # of the table
 MOST_DIFFERENCES = 8
+FEW = 5  # of rows and differences that lower precision explains
 FUSED = "the fused "  # begins a claim about a layer of AFTER
 
 
@@ -129,6 +130,8 @@ class Result:
         statement: what was shown, apart from the verdict.
         claims: what AFTER's record says of BEFORE's layers that BEFORE's tensors don't, and the verdict rests on.
         explained: what of a difference computing in a lower precision would explain.
+        unless: the lower precision that explains all that differs; '' where none does.
+        way_out: when more options would make the verdict another one, and those options.
         other_tensors: null with --only.
         whole_model: with --model-input: the outputs of both networks; null without.
     """
@@ -151,6 +154,8 @@ class Result:
     other_tensors: OtherTensors | None
     whole_model: WholeReport | None
     claimed: Sequence[tuple[str, str]] = field(metadata=HIDDEN)
+    unless: str = field(metadata=HIDDEN)
+    way_out: tuple[str, str] = field(metadata=HIDDEN)
     details: bool = field(metadata=HIDDEN)
 
 
@@ -159,21 +164,27 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
     if isinstance(result, MatrixResult):
         show_matrix(result, reporter)
     else:
-        most = None if result.details else MOST_ROWS
-        _show_fusions(result.fusions, reporter, most)
-        claims = result.claims if result.details else min(result.claims, by_field(result.claimed), key=len)
-        reporter.lines([f"as AFTER records: {one}" for one in claims])
         reporter.lines(result.explained)
+        if all(result.way_out):
+            when, options = result.way_out
+            reporter.line(f"{when}: {reporter.again(options)}")
+        _show_fusions(result.fusions, reporter, None if result.details else FEW if result.unless else MOST_ROWS)
+        claims = result.claims if result.details else min(result.claims, by_field(result.claimed), key=len)
+        if claims:
+            reporter.line("AFTER's record says, and no tensor of BEFORE shows:")
+        reporter.lines([f"  {one}" for one in claims])
         if result.other_tensors is not None:
             _show_tensors(result.other_tensors, "other " if result.fusions else "", result.rounded_to, reporter)
         if (whole := result.whole_model) is not None:
+            outputs = "the same up to rounding" if whole.equal else "DIFFERENT"
             reporter.line(
-                f"the whole model, on inputs of {whole.inputs}: outputs"
-                f" {'equal' if whole.equal else 'DIFFER'}; they differ by {whole.difference:.3g}, rounding every weight"
-                f" changes them by {whole.rounding:.3g}, the largest is {whole.largest_output:.3g}"
+                f"the whole model, on inputs of {whole.inputs}: outputs are {outputs}; largest difference"
+                f" {whole.difference:.3g}, by rounding every weight {whole.rounding:.3g}, largest output"
+                f" {whole.largest_output:.3g}"
             )
     said = f", {result.statement}" if result.statement else ""
-    reporter.verdict(f"equivalent{said}" if result.equivalent else "NOT equivalent", good=result.equivalent)
+    unless = f", unless AFTER was computed in {result.unless}" if isinstance(result, Result) and result.unless else ""
+    reporter.verdict(f"equivalent{said}" if result.equivalent else f"NOT equivalent{unless}", good=result.equivalent)
 
 
 def by_field(said: Iterable[tuple[str, str]]) -> list[str]:
@@ -196,7 +207,9 @@ def _show_fusions(reports: Sequence[Report], reporter: Reporter, most: int | Non
     for dtype in dict.fromkeys(one.dtype for one in stored):
         largest = max(one.difference for one in stored if one.dtype == dtype)
         reporter.line(f"run in {dtype}, as stored, outputs differ by up to {largest:.2g} of the largest")
-    reporter.lines([text for report in reports for text in _differences(report)], most=most and MOST_DIFFERENCES)
+    reporter.lines(
+        [text for report in reports for text in _differences(report)], most=most and min(most, MOST_DIFFERENCES)
+    )
 
 
 def _differences(report: Report) -> Iterator[str]:

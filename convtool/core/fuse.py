@@ -21,7 +21,9 @@ from convtool.core.rounding import check_room, held
 from convtool.core.tree import Chain, Sum, Tree, flat_parts, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
 
+ALLOW = "--allow-border"  # ends a refusal, where that is a way out
 AT_ONCE = 1 << 16  # numbers that are rounded together: they stay in the processor's cache
+
 First = TypeVar("First")
 
 
@@ -138,7 +140,8 @@ def _fuse_chain(
     fused = compose_chain(convs)
     verdict = decide(convs, fused.geometry, size)
     if not verdict.exact and (verdict.inside or not allow_border):
-        raise RefusedError(explain(convs, fused.geometry, verdict, [_label(part) for part in parts], within))
+        why = explain(convs, fused.geometry, verdict, [_label(part) for part in parts], within)
+        raise RefusedError(why, ALLOW if why.endswith(ALLOW) else "")
     return fused, verdict
 
 
@@ -233,7 +236,7 @@ def explain(
         cause = f"the padding of {said(late)} hides the bias of {said(biased[:1])}"
     else:
         cause = f"{said(late)} pad{'s' if len(late) == 1 else ''} what the layers before compute"
-    ways = [] if within else ["--allow-border accepts that"]
+    ways = []
     if verdict.only_bias:
         ways.append("--bias-map with --input-size makes it exact at one size")
     if sizes := describe_sizes(verdict):
@@ -241,11 +244,13 @@ def explain(
         ways.append(f"--input-size decides for one size (it is exact {where})")
     if _is_exact_with_early_padding(chain, fused):
         padding = ",".join(format_padding(fused.padding))
-        ways.append(f"or give {names[0]} padding {padding} and {said(late)} none, and train on with that")
+        ways.append(f"give {names[0]} padding {padding} and {said(late)} none, and train on with that")
     if within:
-        ways.append("or leave this branch out (--allow-border is for the fusion's own border, not for those inside)")
+        ways.append("leave this branch out (--allow-border is for the fusion's own border, not for those inside)")
+    else:
+        ways.append(f"accept that: {ALLOW}")
     whose = "this branch's" if within else "the"
-    return f"{what}: {cause}, so {verdict.describe_rim()} of {whose} output would differ; {'; '.join(ways)}"
+    return f"{what}: {cause}, so {verdict.describe_rim()} of {whose} output would differ; {'; or '.join(ways)}"
 
 
 def _is_exact_with_early_padding(chain: Sequence[Conv], fused: Geometry) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
@@ -151,7 +152,8 @@ class _TreeLowering:
 
     def _find(self, ref: LayerRef) -> Layer:
         if ref.source not in self.checkpoints:
-            raise UsageError(f"{ref}: no checkpoint is called {ref.source!r}; give it with --with {ref.source}=FILE")
+            paste = f"--with {shlex.quote(ref.source)}=FILE"
+            raise UsageError(f"{ref}: no checkpoint is called {ref.source!r}; give its file: {paste}", paste)
         return self.checkpoints[ref.source].part(ref.name)
 
     def _fields(self, ref: LayerRef) -> Fields:

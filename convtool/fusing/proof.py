@@ -124,28 +124,46 @@ class Trial:
         return verify(self.before, self.after, self.size, stored_between=between, **options)
 
 
-def explanations(trials: Iterable[tuple[Trial, EquivalenceReport]], options: dict[str, Any]) -> tuple[str, ...]:
+@dataclass(frozen=True, slots=True)
+class Explained:
+    """What differs by no more than computing in a lower precision than float64 explains.
+
+    Attributes:
+        said: a line for each precision.
+        dtype: the lowest of them; '' where nothing differs so.
+        all: nothing differs by more.
+    """
+
+    said: tuple[str, ...] = ()
+    dtype: str = ""
+    all: bool = False
+
+
+def explanations(trials: Iterable[tuple[Trial, EquivalenceReport]], options: dict[str, Any]) -> Explained:
     """Say in which precision AFTER may have been computed, where it differs by no more than that explains.
 
     Args:
         options: as of `Trial.run`; the precision in them is replaced.
     """
     found: dict[str, list[tuple[str, float, float]]] = {}
-    for trial, report in trials:
+    differing = [(trial, report) for trial, report in trials if not report.equivalent]
+    for trial, report in differing:
         # What is stored in a dtype may have been computed in these, the higher first.
         lower = ("float32", *({"float16", "bfloat16"} & {report.dtype}))
-        for dtype in () if report.equivalent or report.mismatch else lower:
+        for dtype in () if report.mismatch else lower:
             with contextlib.suppress(UsageError):  # sums so long that it bounds nothing
                 again = trial.run(**{**options, "computed_in": getattr(torch, dtype)})
                 if again.equivalent:
                     found.setdefault(dtype, []).append((trial.pairing.name, report.ratio, again.ratio))
                     break
-    return tuple(
+    said = tuple(
         f"{some_of(list(dict.fromkeys(name for name, _, _ in each)))}: an error of up to"
-        f" {of_bound(max(ratio for _, ratio, _ in each))} is beyond what storing can do; computing in {dtype} explains"
-        f" it ({of_bound(max(ratio for _, _, ratio in each))}): --computed-in {dtype}, if AFTER was made so"
+        f" {of_bound(max(ratio for _, ratio, _ in each))} is beyond what storing can do; with --computed-in {dtype} it"
+        f" is up to {of_bound(max(ratio for _, _, ratio in each))}, which passes"
         for dtype, each in found.items()
     )
+    lowest = max(found, key=lambda dtype: torch.finfo(getattr(torch, dtype)).eps, default="")
+    return Explained(said, lowest, len(differing) == sum(map(len, found.values())))
 
 
 def _dtype(name: str, pairing: Pairing) -> torch.dtype:

@@ -28,11 +28,6 @@ from convtool.fusing.settle import settle
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import read_layer
 
-SAID_BY_HAND = (
-    "name the layers: --before a,b --after c; or all at once: --recipe, --with for adapters, or --model with"
-    " --model-input"
-)
-
 
 def recorded_pairings(
     before: Checkpoint,
@@ -50,10 +45,10 @@ def recorded_pairings(
         named: what stands in place of the record for the layers in it.
 
     Raises:
-        InputError: AFTER has no record of a fusion that BEFORE lacks, or the record doesn't fit the tensors.
+        InputError: the record doesn't fit the tensors.
     """
     if after.record is None:
-        return _without_record(before, after)
+        return []
     replaced = {leaf.layer.name for pairing in named for leaf in leaves(pairing.after)}
     taken = {leaf.layer.name for pairing in named for leaf in leaves(pairing.before) if leaf.own}
     history = _History(after, after.record.since(before.record), {BASE: before, **(others or {})}, sources)
@@ -62,14 +57,6 @@ def recorded_pairings(
         for name, spelled in spelled_out(history.fusions).items()
         if name not in replaced and taken.isdisjoint(one.name for one in leaves(spelled.tree) if one.origin == BASE)
     ]
-
-
-def _without_record(before: Checkpoint, after: Checkpoint) -> list[Pairing]:
-    """Return that nothing was fused, where both hold tensors of the same names; raise InputError where they don't."""
-    if before.record is None and before.infos.keys() == after.infos.keys():
-        return []
-    swapped = "; BEFORE holds one: BEFORE and AFTER may be swapped" if before.record is not None else ""
-    raise InputError(f"{after.path}: holds no record of what was fused{swapped}; {SAID_BY_HAND}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +183,7 @@ def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[s
             if said := kind.claim(some, leaf.layer.shapes):
                 yield leaf.name, f"{said.replace(', ', ' (assumed), ')} (assumed)" if assumed else said
         if leaf.like and leaf.fields.get("of") not in whole:
-            yield leaf.name, f"otherwise as {leaf.like}"
+            yield leaf.name, f"every other field as {leaf.like}"
 
 
 def _fused_claims(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -10,7 +11,7 @@ from convtool.checkpoint import Checkpoint
 from convtool.core.names import some_of
 from convtool.core.tree import Sum, Tree, leaves, map_leaves
 from convtool.errors import UsageError
-from convtool.fusing.dependence import KERNEL, depends, infer_strides, probes, taps_alone
+from convtool.fusing.dependence import BORDER, KERNEL, depends, infer_strides, probes, taps_alone
 from convtool.fusing.leaf import LoweredLayer, spatial_size
 
 NUMBERS, MATRIX = "for the numbers", "for the matrix"
@@ -34,7 +35,7 @@ def settle(
     assume: Collection[str],
     *,
     sizes: Sequence[Sequence[int] | None] = (),
-    border: bool = False,
+    border: bool | None = None,
 ) -> list[Tree[LoweredLayer]]:
     """Return trees that are to become single layers, with everything known on which these depend.
 
@@ -42,15 +43,19 @@ def settle(
         checkpoints: by the origin that layers name.
         assume: the fields for which torch's default is accepted.
         sizes: of each tree's input, for those that have to be exact for one size only.
-        border: they may differ at the border, and what differs there is said.
+        border: they may differ at the border, and what differs there is said; None where nobody is asked.
 
     Raises:
         UsageError: what matters is stated nowhere; the message names all of it.
     """
     missing: list[Missing] = []
     sizes = sizes or [None] * len(trees)
-    made = [_settled(tree, assume, size, border, missing) for tree, size in zip(trees, sizes, strict=True)]
-    _check(missing, checkpoints)
+    made = [_settled(tree, assume, size, bool(border), missing) for tree, size in zip(trees, sizes, strict=True)]
+    if border is False and any((one.what, one.field) == (BORDER, "padding") for one in missing):
+        hint = "where padding makes the border differ, --allow-border accepts that; "
+    else:
+        hint = ""
+    _check(missing, checkpoints, hint)
     return made
 
 
@@ -176,8 +181,12 @@ def _assumed(leaf: LoweredLayer, name: str) -> LoweredLayer:
 # --- the message
 
 
-def _check(missing: Sequence[Missing], checkpoints: Mapping[str, Checkpoint]) -> None:
-    """Raise UsageError where anything is missing."""
+def _check(missing: Sequence[Missing], checkpoints: Mapping[str, Checkpoint], hint: str = "") -> None:
+    """Raise UsageError where anything is missing.
+
+    Args:
+        hint: what else to think of, ending in '; '.
+    """
     if not missing:
         return
     needed: dict[str, dict[str, list[str]]] = {}
@@ -188,9 +197,12 @@ def _check(missing: Sequence[Missing], checkpoints: Mapping[str, Checkpoint]) ->
         for what, fields in needed.items()
     )
     names = ",".join(dict.fromkeys(one.field for one in missing))
+    to_paste = _to_paste(missing)
     raise UsageError(
         f"nothing states what the result depends on: {said}. --model CODE reads it off the model; --assume {names}"
-        f" accepts torch's default{'s' if ',' in names else ''}; {_to_paste(missing)}"
+        f" accepts torch's default{'s' if ',' in names else ''}; {hint}to state"
+        f" {'them' if len(missing) > 1 else 'it'}: {to_paste}",
+        to_paste,
     )
 
 
@@ -206,8 +218,11 @@ def _named(name: str, layers: list[str], missing: Sequence[Missing], checkpoints
 
 def _to_paste(missing: Sequence[Missing]) -> str:
     """Return the options that state what is missing, with a word where the values go: nobody knows these."""
-    said = ("--eps VALUE" if one.field == "eps" else f"--set {one.layer.name}.{one.field}=VALUE" for one in missing)
+    said = (
+        "--eps VALUE" if one.field == "eps" else f"--set {shlex.quote(f'{one.layer.name}.{one.field}=VALUE')}"
+        for one in missing
+    )
     settings = list(dict.fromkeys(said))
     if len(settings) > MOST_SETTINGS:
-        return "to state them: --geometry FILE, --model CODE, or --set LAYER.FIELD=VALUE"
-    return f"to state {'them' if len(missing) > 1 else 'it'}: {' '.join(settings)}"
+        return "--geometry FILE"
+    return " ".join(settings)

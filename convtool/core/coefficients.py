@@ -13,7 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from convtool.core.bound import Bound, Tolerance
 from convtool.core.classes import classes, inside, period
 from convtool.core.conv import Conv
 from convtool.core.expression import Expression, exact_type, in_channels, out_channels, output_size, run
-from convtool.core.geometry import LARGEST
+from convtool.core.geometry import LARGEST, Geometry
 from convtool.core.rounding import rounded
 from convtool.core.stored import Stored, half_ulp, stored_within
 from convtool.core.tally import Region, Worst, hold
@@ -83,17 +83,12 @@ class _Comparison:
         self.bias_dtype = self.dtype if one is None or bias is None or self.dtype is None else one.dtype or bias.dtype
         both, self.map_size = (self.before, self.kept), size
         self.convs = [conv for tree in both for conv in leaves(tree)]
-        bare = [map_leaves(_without_map, tree) for tree in both]
-        self.size, self.given = _outputs(bare, size) if everywhere and size is not None else _far(bare)
-        back = [way_back(tree, self.size, self.given, range(len(self.size))) for tree in bare]
-        reads = zip(*(places for _, places in back), strict=True)
-        self.read = [union(each, n) for each, n in zip(reads, self.size, strict=True)]
+        bare, given_by = [_shape(tree) for tree in both], size if everywhere else None
+        self.size, self.given, self.read, self.reading = _ways((bare[0], bare[1]), given_by)
         self.places = math.prod(len(places.positions) for places in self.read)
         self.groups = math.gcd(*(conv.geometry.groups for conv in self.convs))
         self.channels, self.inputs = out_channels(before) // self.groups, in_channels(before)
-        self.ways: dict[int, tuple[Expression, Ways]] = {
-            id(tree): (tree, placed_among(self.read, *found, self.size)) for tree, found in zip(both, back, strict=True)
-        }
+        self.ways: dict[int, tuple[Expression, Ways]] = {}
         self.worst = Worst("number")
 
     def run(self) -> Region:
@@ -158,8 +153,9 @@ class _Comparison:
     def way(self, tree: Expression) -> Ways:
         """Return the way back through BEFORE, AFTER, or layers of their geometry, to what both read."""
         if id(tree) not in self.ways:
-            found = way_back(map_leaves(_without_map, tree), self.size, self.given, range(len(self.size)))
-            self.ways[id(tree)] = tree, placed_among(self.read, *found, self.size)
+            convs, found = leaves(map_leaves(_without_map, tree)), self.reading[_shape(tree)]
+            through = map_leaves(lambda way: way if way.conv is None else way.through(next(convs)), found)
+            self.ways[id(tree)] = tree, through
         return self.ways[id(tree)][1]
 
     def rows(self, tree: Expression, first: int, last: int) -> Rows:
@@ -191,6 +187,34 @@ class _Comparison:
 
 def _without_map(conv: Conv) -> Conv:
     return conv.without_bias() if conv.has_bias_map else conv
+
+
+def _shape(tree: Expression) -> Tree[Geometry]:
+    return map_leaves(lambda conv: conv.geometry, sole_layer(tree) or tree)
+
+
+@lru_cache(maxsize=16)  # networks have many layers of few geometries
+def _ways(
+    shapes: tuple[Tree[Geometry], Tree[Geometry]], size: tuple[int, ...] | None
+) -> tuple[tuple[int, ...], list[Places], list[Places], dict[Tree[Geometry], Ways]]:
+    """Return the outputs that are looked at, what they read, and the way back to that through either tree.
+
+    Args:
+        size: of the input; None for outputs away from the border of a large one.
+
+    Returns:
+        (size of the input, places of the outputs on each axis, places read on each axis, ways by the tree's geometry)
+    """
+    trees = [map_leaves(lambda axes: Conv(_no_numbers(axes), None, axes), shape) for shape in shapes]
+    size, given = _far(trees) if size is None else _outputs(trees, size)
+    back = [way_back(tree, size, given, range(len(size))) for tree in trees]
+    read = [union(each, n) for each, n in zip(zip(*(places for _, places in back), strict=True), size, strict=True)]
+    ways = {shape: placed_among(read, *found, size) for shape, found in zip(shapes, back, strict=True)}
+    return size, given, read, ways
+
+
+def _no_numbers(geometry: Geometry) -> Tensor:
+    return torch.empty(geometry.groups, 1, *geometry.kernel_size, device="meta")
 
 
 def _outputs(trees: list[Expression], size: tuple[int, ...]) -> tuple[tuple[int, ...], list[Places]]:

@@ -563,3 +563,33 @@ def test_an_exported_program_is_planned_and_fused_without_any_code(tmp_path: Pat
     assert all(torch.equal(tensor, load(two)[name]) for name, tensor in load(one).items())
     assert error("plan", checkpoint)[1].endswith("and --model-input, such as 3,224,224")
     assert error("plan", path, "--model-input", "1,8,8")[1] == "--model-input: goes with --model"
+
+
+NORM_WITH_ACTIVATION = """
+    import torch.nn.functional as F
+    from torch import nn
+    class NormAct(nn.BatchNorm2d):
+        def __init__(self, channels, *, before=1.0):
+            super().__init__(channels, eps=1e-3)
+            self.act, self.before = nn.ReLU(), before
+        def forward(self, x):
+            x = x if self.before == 1 else x * self.before
+            affine = self.weight, self.bias
+            return self.act(F.batch_norm(x, self.running_mean, self.running_var, *affine, self.training, 0.1, self.eps))
+    def told():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4))
+    def halved():
+        return nn.Sequential(nn.Conv2d(3, 4, 3), NormAct(4, before=0.5))
+"""
+
+
+def test_a_batch_norm_with_an_activation_inside_tells_its_eps(tmp_path: Path) -> None:
+    path, out = written(tmp_path, NORM_WITH_ACTIVATION), tmp_path / "out.safetensors"
+    model = filled(load_model(f"{path}:told", in_memory=True)).float().eval().requires_grad_(False)
+    net, x = save(model, tmp_path / "net.safetensors"), torch.randn(2, 3, 6, 5)
+    expected = model(x)
+    done("fuse", net, "0", "1", "--model", f"{path}:told", "-o", out)
+    assert done("verify", net, out)["equivalent"]
+    assert torch.allclose(convtool.apply(model, out)(x), expected, rtol=1e-5, atol=1e-6)
+    code, message = error("fuse", net, "0", "1", "--model", f"{path}:halved", "-o", out, "--force")
+    assert (code, "eps of 1" in message) == (2, True), message

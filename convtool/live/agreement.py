@@ -11,7 +11,7 @@ from convtool.checkpoint import Checkpoint, Layer
 from convtool.core.names import grouped, some_of, unwrap
 from convtool.errors import UsageError
 from convtool.kinds.stated import FieldSource
-from convtool.live.inside import standardized_layers
+from convtool.live.inside import fields_inside
 from convtool.live.layers import module_layers
 from convtool.live.state import COUNTERS, StateCheckpoint
 
@@ -77,10 +77,10 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
     shapes = {name: line for name, other in names.items() if (line := _shapes(ours[name], theirs[other]))}
     biased = [name for name, line in shapes.items() if line == f"{names[name]}.bias: only in the checkpoint"]
     known = module_layers(model)
-    standardized = standardized_layers(model, known)
+    inside = fields_inside(model, known)
     tables = {
         names[name]: fields
-        for name, fields in ({one: known.layers[one].fields for one in known.called()} | standardized).items()
+        for name, fields in ({one: known.layers[one].fields for one in known.called()} | inside).items()
         if fields and name in names and names[name] not in fused and name not in shapes
     }
     found = set(names.values())
@@ -98,7 +98,7 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
         *grouped(
             (name, f"the model doesn't tell stride, padding or eps of {reason}")
             for name, reason in known.foreign.items()
-            if known.layers[name].fields and name not in standardized
+            if known.layers[name].fields and name not in inside
         ),
     ]
     return Agreement(checkpoint, FieldSource(origin, tables, exact_names=True), names, unlike, tuple(differences))

@@ -14,7 +14,7 @@ from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves
 from convtool.errors import ConvtoolError
 from convtool.fusing.lowering import lower_tree
 from convtool.kinds.stated import FieldSource, FieldSources
-from convtool.live.inside import standardized_layers
+from convtool.live.inside import fields_inside
 from convtool.live.layers import geometry_of, module_layers
 from convtool.live.state import StateCheckpoint
 
@@ -45,7 +45,7 @@ def fused_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Conv]:
 def _geometry(model: nn.Module, tree: Tree[SourceLayer]) -> Fields:
     """Return the geometry of one layer in place of a model's; nothing where its modules don't tell."""
     try:
-        own = geometry_of(model) | standardized_layers(model, module_layers(model))
+        own = geometry_of(model) | fields_inside(model, module_layers(model))
         sources = FieldSources((FieldSource("the model", own),))
         # Of layers of other checkpoints, nothing is known here but that they are like one of the model's.
         refs: Tree[LayerRef] = map_leaves(lambda one: LayerRef(one.name), tree)

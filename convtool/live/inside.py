@@ -70,14 +70,24 @@ def look_inside(module: nn.Module, kind: Kind) -> Inside | None:
     return None
 
 
-def standardized_layers(model: nn.Module, known: ModelLayers) -> dict[str, Fields]:
-    """Return the fields of the layers whose code standardises their weight, and does nothing else besides.
+def fields_inside(model: nn.Module, known: ModelLayers) -> dict[str, Fields]:
+    """Return the fields of layers in modules of classes of their own, as far as the layer's operation tells them.
+
+    Those are the convolutions whose code standardises their weight and does nothing else besides, and the batch norms,
+    whatever stands behind them in it: an activation is no part of the layer.
 
     Args:
         known: of the model.
     """
-    found = {name: _standardized(model.get_submodule(name), known.layers[name].kind) for name in known.foreign}
+    found = {name: _told(model.get_submodule(name), known.layers[name].kind) for name in known.foreign}
     return {name: fields for name, fields in found.items() if fields is not None}
+
+
+def _told(module: nn.Module, kind: Kind) -> Fields | None:
+    if not kind.spare:
+        return _standardized(module, kind)
+    inside = look_inside(module, kind)
+    return None if inside is None or inside.before else inside.fields
 
 
 def check_standardizes_alone(module: nn.Module, kind: Kind) -> None:

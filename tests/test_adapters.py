@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from cases import real_numbers
 from live import done, error, load, run
 from safetensors.torch import load_file, save_file
+from shell import cli
 from torch import Tensor
 
 RANK, ALPHA = 2, 3.0
@@ -174,10 +176,33 @@ def test_peft_keeps_alpha_and_rank_in_a_file_of_its_own(base: Path) -> None:
     config = {"r": RANK, "lora_alpha": 16, "use_rslora": True, "alpha_pattern": {"up.one": 5}}
     base.with_name("adapter_config.json").write_text(json.dumps(config))
     found = merge(base, adapters)
+    document = done("fuse", base, *source, "-o", base.with_name("again.pt"))
+    assert [(one["source"], one["modules"], *one["scaling"].values()) for one in document["adapters"]] == [
+        ("x", 1, 16, RANK, 16 / RANK**0.5),
+        ("x", 1, 5, RANK, 5 / RANK**0.5),
+    ]
     change = {name: lora(name, LAYERS[name])[1] / ALPHA * RANK for name in ("down.0.lin", "up.one")}
     same(found["down.0.lin.weight"], before["down.0.lin.weight"] + change["down.0.lin"] * 16 / RANK**0.5)
     changed = before["up.one.weight"] + change["up.one"] * 5 / RANK**0.5
     same(found["up.one.weight"], m.reshape(6, 1, 1, 1) * changed / changed.flatten(1).norm(dim=1).reshape(6, 1, 1, 1))
+
+
+def test_alpha_and_rank_are_said(base: Path) -> None:
+    parts = {
+        f"{name}.{part}": tensor
+        for name in ("up.one", "up.dw.conv")
+        for part, tensor in lora(name, LAYERS[name])[0].items()
+    }
+    parts |= {
+        f"down.0.lin.{part}": tensor for part, tensor in difference("down.0.lin", LAYERS["down.0.lin"])[0].items()
+    }
+    torch.save(parts, base.with_name("x.pt"))
+    said = cli(f"fuse {base} --with x={base.with_name('x.pt')} --strength 0.5 -o {base.with_name('out.pt')}")
+    assert "\nx: 2 modules, alpha 3 / rank 2 = 1.5\n" in said.out
+    assert "\nx: 1 module, no alpha in the file\n" in said.out
+    assert said.err == "it loads as before: the model's code stays as it is\n"
+    shown = cli(f"inspect {base.with_name('x.pt')}").out
+    assert re.search(r"up\.one +lora +6x2x1x1 .* alpha 3 / rank 2 = 1\.5\n", shown)
 
 
 @pytest.mark.parametrize(

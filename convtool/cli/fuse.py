@@ -156,6 +156,7 @@ def run(options: Options, reporter: Reporter) -> Result | Recipes:
 
 def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.write import check_output
+    from convtool.fusing.adapters import merged
     from convtool.fusing.plans import plan_all
     from convtool.fusing.shipped import find_recipe
 
@@ -192,8 +193,9 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     proofs = [None for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
     with loader:
         new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
+    adapters = merged(checkpoints, (one.tree for one in fusions), fields.fields)
     made = [_fusion(layer, one, size) for layer, one in zip(planned, proofs, strict=True)]
-    return Result(new, tuple(made), Total.of(made), tuple(left_alone), options.loader, options.details)
+    return Result(new, tuple(made), Total.of(made), tuple(adapters), tuple(left_alone), options.loader, options.details)
 
 
 def _loader(

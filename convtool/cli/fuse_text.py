@@ -15,6 +15,7 @@ from convtool.core.tree import LayerRef, leaves, map_leaves, tree_text
 from convtool.errors import of_bound
 
 if TYPE_CHECKING:
+    from convtool.fusing.adapters import Merged
     from convtool.fusing.proof import Proof
 
 MOST_ROWS = 40  # of a table on a terminal, before the rest is only counted
@@ -96,6 +97,7 @@ class Result:
     """A new checkpoint.
 
     Attributes:
+        adapters: those that were merged.
         left_alone: what might have been fused and wasn't, in words.
         loader: the module that makes the edits in a model, and loads the checkpoint.
     """
@@ -103,6 +105,7 @@ class Result:
     checkpoint: saved.Written = field(metadata=INLINE)
     fusions: tuple[Fusion, ...]
     total: Total
+    adapters: tuple[Merged, ...]
     left_alone: tuple[str, ...]
     loader: Path | None
     details: bool = field(metadata=HIDDEN)
@@ -140,11 +143,16 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
         reporter.line(_proved(fusions))
     if len(fusions) > 1:
         reporter.line(f"{len(fusions)} fusions, {_total(result, works)}; --details lists the edits of each")
+    for one in result.adapters:
+        modules = f"{one.modules} module{'' if one.modules == 1 else 's'}"
+        reporter.line(f"{one.source}: {modules}, {one.scaling}")
     saved.show(result.checkpoint, reporter)
     out, did = result.checkpoint.out, "wrote" if result.checkpoint.written else "would write"
     if result.loader is not None:
         edits = "its load(model) edits a model of torch's own layers or timm's batch norms, and loads"
         reporter.line(f"{did} {result.loader}: {edits} {out.name}")
+    elif not any(fusion.edits for fusion in fusions):
+        reporter.remark("it loads as before: the model's code stays as it is")
     elif result.checkpoint.written:
         reporter.remark(f'to load it: convtool.apply(model, "{out}"), or the code that --loader FILE.py writes')
 

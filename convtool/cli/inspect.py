@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.graph.judge import LayerRun
     from convtool.kinds.kind import Layer as FoundLayer
+    from convtool.kinds.scaling import Scaling
     from convtool.kinds.stated import Known
 
 EXAMPLES = """
@@ -67,7 +68,8 @@ class Layer:
 
     Attributes:
         name: module path; '' for a bare module.
-        shape: of its weight, or else of its first tensor.
+        shape: of its weight, or else of its largest tensor.
+        scaling: of an adapter.
         module: its class, where the file names one that isn't torch's own; what that computes isn't known.
         geometry: what is known of it; null where nothing is.
         origins: by field, who says so.
@@ -90,6 +92,7 @@ class Layer:
     rests_on: tuple[str, ...]
     tensors: tuple[Tensor, ...] | None = field(metadata=OPTIONAL)
     runs: Sequence[LayerRun] | None = field(metadata=OPTIONAL)
+    scaling: Scaling | None = field(metadata=OPTIONAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +184,7 @@ def _layer(
     runs: Sequence[LayerRun] | None,
 ) -> Layer:
     layer, record = opened.layers[name], opened.record
-    weight = layer.tensors.get("weight") or next(iter(layer.tensors.values()))
+    weight = layer.tensors.get("weight") or max(layer.tensors.values(), key=lambda info: info.count)
     return Layer(
         layer.name,
         layer.kind.name,
@@ -196,7 +199,14 @@ def _layer(
         tuple(f"{one}: {what}" for one, what in (record.rests_on().get(name, ()) if record else ())),
         tuple(Tensor(info.name, info.dtype, info.shape, info.nbytes) for info in layer.stored()) if tensors else None,
         runs,
+        _scaling(opened, name, known) if layer.kind.adapts else None,
     )
+
+
+def _scaling(opened: Checkpoint, name: str, known: Known) -> Scaling | None:
+    from convtool.fusing.adapters import scaling
+
+    return scaling(opened, name, known.fields)
 
 
 def _geometry(layer: FoundLayer, fields: dict[str, Any]) -> dict[str, Any] | None:
@@ -282,6 +292,8 @@ def _worth_saying(layer: Layer) -> dict[str, str]:
 def _fields_text(layer: Layer, with_origins: bool) -> str:
     """Return what is known of a layer's fields, and who says so."""
     kind = _kind(layer)
+    if layer.scaling is not None:
+        return str(layer.scaling)
     if not kind.settable:
         return ""
     if not layer.geometry:

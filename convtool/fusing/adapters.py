@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isfinite, nan, prod
 from pathlib import Path
@@ -13,12 +15,13 @@ from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
 from convtool.core.fields import Fields
 from convtool.core.names import some_of, unwrap
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import InputError, RefusedError, UsageError
 from convtool.formats.strict_json import parse_json
 from convtool.fusing.recipe import PlannedFusion
 from convtool.kinds.found import other_adapter
 from convtool.kinds.kind import Layer
+from convtool.kinds.scaling import Scaling
 from convtool.kinds.stated import FieldSource, FieldSources
 
 CONFIG = "adapter_config.json"  # where PEFT keeps alpha and rank
@@ -96,6 +99,40 @@ def _merged(
         PlannedFusion(layer, Sum((LayerRef(layer), *changes[layer])))
         for layer in sorted(changes, key=order.__getitem__)
     ]
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """Modules of an adapter's file that change layers by the same factor.
+
+    Attributes:
+        source: the name of the file's --with.
+        modules: how many they are.
+    """
+
+    source: str
+    modules: int
+    scaling: Scaling
+
+
+def merged(
+    checkpoints: Mapping[str, Checkpoint], trees: Iterable[Tree[LayerRef]], fields: Callable[[str], Fields]
+) -> list[Merged]:
+    """Return by what the adapters in fusions are multiplied."""
+    alike: Counter[tuple[str, Scaling]] = Counter()
+    for ref in (leaf for tree in trees for leaf in leaves(tree) if leaf.source != BASE):
+        opened = checkpoints[ref.source]
+        found = None if ref.written else scaling(opened, ref.name, fields(full_name(ref.name, ref.source)))
+        if found is not None:
+            alike[ref.source, found] += 1
+    return [Merged(source, count, one) for (source, one), count in alike.items()]
+
+
+def scaling(opened: Checkpoint, name: str, fields: Fields) -> Scaling | None:
+    """Return by what a module's change is multiplied; None of a layer that is no adapter."""
+    layer = opened.layers[name]
+    alpha = layer.tensors.get("alpha") if layer.kind.adapts else None
+    return layer.kind.scaling(layer.shapes, None if alpha is None else opened.tensor(alpha.name), fields, name)
 
 
 def parse_strengths(texts: Sequence[str], names: Collection[str]) -> dict[str, float]:

@@ -88,16 +88,20 @@ def _own_line(planned: PlannedLayer) -> list[str]:
     """Return what becomes of the fused layer's own module."""
     conv, known = planned.fusion.conv, planned.record.fields
     missing = [name for name in needed_fields(conv, known) if name not in known] if conv.spatial_axes else []
+    own = next((leaf for leaf in planned.layers if leaf.own and leaf.layer.name == planned.name), None)
+    changes = None
+    if own is not None and own.layer.kind.main:
+        plain = ["a plain convolution, whose weight is standardized already"] if "standardized" in own.fields else []
+        changes = plain + list(_changes(conv, own.conv, known, changed_fields(planned.tree, own), planned.layers))
+    if changes == []:
+        return []
     if not missing:
         return [f"{planned.name} = {module_text(conv)}"]
-    own = next((leaf for leaf in planned.layers if leaf.own and leaf.layer.name == planned.name), None)
-    if own is None or not own.layer.kind.main:
-        whose = [leaf.name for leaf in planned.layers if any(leaf.open.values())]
-        have = f"{', '.join(whose)} {'have' if len(whose) > 1 else 'has'}"
-        return [f"{planned.name} = {module_text(conv, missing)}  # what is left out, as {have} it"]
-    plain = ["a plain convolution, whose weight is standardized already"] if "standardized" in own.fields else []
-    changes = plain + list(_changes(conv, own.conv, known, changed_fields(planned.tree, own), planned.layers))
-    return [f"{planned.name}: {', '.join(changes)}"] if changes else []
+    if changes is not None:
+        return [f"{planned.name}: {', '.join(changes)}"]
+    whose = [leaf.name for leaf in planned.layers if any(leaf.open.values())]
+    have = f"{', '.join(whose)} {'have' if len(whose) > 1 else 'has'}"
+    return [f"{planned.name} = {module_text(conv, missing)}  # what is left out, as {have} it"]
 
 
 def needed_fields(conv: Conv, known: Fields) -> list[str]:

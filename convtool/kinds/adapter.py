@@ -15,6 +15,7 @@ from convtool.core.fields import FLAG, INTEGER, POSITIVE, TEXT, Fields
 from convtool.errors import InputError, RefusedError
 from convtool.kinds.convolution import CONV
 from convtool.kinds.kind import Base, Kind, Layer, Shape, Shapes, TensorInfo, Tensors
+from convtool.kinds.scaling import Scaling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,17 +161,26 @@ class Adapter(Kind):
         return sum(found[1:], found[0])
 
     def factor(self, tensors: Tensors, fields: Fields, name: str) -> float:
-        """Return alpha over the rank, or over its root; 1 where there is no rank, or nothing says an alpha."""
-        rank = self.rank({name: tuple(tensor.shape) for name, tensor in tensors.items()})
-        if rank is None and "alpha" not in tensors:
+        """Return what the product of the factors is multiplied by; see `scaling`."""
+        shapes = {part: tuple(tensor.shape) for part, tensor in tensors.items()}
+        return self.scaling(shapes, tensors.get("alpha"), fields, name).factor
+
+    def scaling(self, shapes: Shapes, stored: Tensor | None, fields: Fields, name: str) -> Scaling:
+        """Return by what its change is multiplied.
+
+        Args:
+            stored: the alpha in the file.
+        """
+        rank = self.rank(shapes)
+        if rank is None and stored is None:
             rank = fields.get("rank")  # PEFT scales a LoKr of two whole factors as well
-        alpha = float(tensors["alpha"]) if "alpha" in tensors else fields.get("alpha")
+        alpha = fields.get("alpha") if stored is None else float(stored)
         # An alpha of 0 is how trainers that write these files say that none was set.
         if not rank or not alpha:
-            return 1.0
+            return Scaling(alpha or None, rank or None, 1.0)
         if not math.isfinite(alpha):
             raise InputError(f"{name}: alpha: holds {alpha}; nothing exact can be said of it")
-        return alpha / (math.sqrt(rank) if fields.get("rank_stabilized") else rank)
+        return Scaling(alpha, rank, alpha / (math.sqrt(rank) if fields.get("rank_stabilized") else rank))
 
 
 class LoRA(Adapter):

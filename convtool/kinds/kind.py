@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from convtool.core.geometry import Geometry
     from convtool.core.stored import Stored
     from convtool.core.tree import Tree
+    from convtool.kinds.scaling import Scaling
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Mapping[str, Shape]
@@ -301,6 +302,10 @@ class Kind:
     def doubt(self, layer: Layer, conv: Conv) -> str:
         """Return what a found layer may be instead, as its numbers look; '' where nothing speaks for it."""
         return ""
+
+    def scaling(self, shapes: Shapes, stored: Tensor | None, fields: Fields, name: str) -> Scaling | None:
+        """Return by what an adapter's change is multiplied; None of any other kind."""
+        return None
 
     # --- live modules, and operations of a run
 

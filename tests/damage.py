@@ -195,7 +195,7 @@ def read_by_its_package(path: Path, form: str, root: Sequence[str]) -> Any:
 INNER = {
     "module": "net.pt",
     "script": "data.pkl",
-    "script code": "code/__torch__/torch/nn/modules/conv.py",
+    "script code": "code/__torch__/torch/nn/modules/conv",  # or so; a name that is taken in this process gets a number
     "program": "models/model.json",
     "program's weights": "data/weights/model_weights_config.json",
     "folder": ".metadata",
@@ -224,9 +224,14 @@ def good_files(form: str) -> dict[str, bytes]:
             return {name.partition("/")[2]: archive.read(name) for name in archive.namelist()}
 
 
+def damaged_part(form: str) -> str:
+    """The name of the file or member that is damaged."""
+    return min(name for name in good_files(form) if name.startswith(INNER[form]))
+
+
 def write_damaged(form: str, part: bytes, folder: Path) -> Path:
     """Write the files with that in the place of the one part, and return what is to be opened."""
-    files = good_files(form) | {INNER[form]: part}
+    files = good_files(form) | {damaged_part(form): part}
     if form in ("module", "folder"):
         for name, data in files.items():
             (folder / name).write_bytes(data)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import io
+import json
 import pickle
 import re
 import sys
@@ -517,6 +518,27 @@ def test_another_schema_is_refused_by_its_number(saved: Any, tmp_path: Path) -> 
         for name in old.namelist():
             new.writestr(name, old.read(name).replace(b'"major": 8', b'"major": 9'))
     with pytest.raises(InputError, match=r"version 9\.\d+ of the schema of exported programs; 8 is known"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wrong"), [("as_tensor", {"name": {}}), ("as_ints", {"a": 1}), ("as_ints", [[1], 1]), ("as_bool", "yes")]
+)
+def test_an_argument_of_another_type_than_its_kind_is_damage(saved: Any, tmp_path: Path, kind: str, wrong: Any) -> None:
+    path, changed = tmp_path / "other.pt2", 0
+
+    def spoilt(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal changed
+        changed += any(key == kind for key, _ in pairs)
+        return {key: wrong if key == kind else value for key, value in pairs}
+
+    with zipfile.ZipFile(saved(Residual, "exported")) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            model = "models/" in name and name.endswith(".json")
+            new.writestr(name, json.dumps(json.loads(data, object_pairs_hook=spoilt)) if model else data)
+    assert changed
+    with pytest.raises(InputError, match="its JSON isn't as torch writes it"):
         open_checkpoint(path)
 
 

@@ -8,6 +8,7 @@ would be misread.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import UnionType
 from typing import Any
 
 from convtool.errors import InputError, UsageError
@@ -24,7 +25,8 @@ from convtool.formats.tensor_file import TensorFile
 NAME = "pt2"
 MAJOR = 8  # of the schema; minor versions only add
 STRIDED = 7  # a layout
-_SMALL = ("as_int", "as_ints", "as_float", "as_floats", "as_bool", "as_bools", "as_string", "as_strings")
+# Arguments that stand there as they are; a number that isn't finite is a text.
+_SMALL = {"as_int": int, "as_float": int | float | str, "as_bool": bool, "as_string": str}
 _MODELS, _WEIGHTS = "models/", "data/weights/"
 
 
@@ -150,7 +152,7 @@ class _Reader:
             if kind == "user_input":
                 inputs += values_in(_argument(about["arg"]))
             elif kind in ("parameter", "buffer", "tensor_constant"):
-                tensors[Value(about["arg"]["name"])] = about[f"{kind}_name"]
+                tensors[_value(about["arg"]["name"])] = _of(str, about[f"{kind}_name"])
         outputs = [value for spec in graph["outputs"] for value in values_in(_argument(spec))]
         shapes = {Value(name): _sizes(meta["sizes"]) for name, meta in graph["tensor_values"].items()}
         return Program(tuple(map(_node, graph["nodes"])), tuple(inputs), tensors, tuple(outputs), shapes)
@@ -176,20 +178,33 @@ def _argument(argument: Mapping[str, Any]) -> Any:
     if kind == "as_none":
         return None
     if kind == "as_tensor":
-        return Value(value["name"])
+        return _value(value["name"])
     if kind == "as_optional_tensor":
         return _argument(value)
     if kind == "as_tensors":
-        return [Value(one["name"]) for one in value]
+        return [_value(one["name"]) for one in value]
     if kind == "as_optional_tensors":
         return [one for one in map(_argument, value) if one is not None]
     if kind == "as_nested_tensors":
-        return [Value(one["name"]) for inner in value for one in inner]
+        return [_value(one["name"]) for inner in value for one in inner]
     if kind in _SMALL:
-        return value
+        return _of(_SMALL[kind], value)
+    if kind.removesuffix("s") in _SMALL:
+        return [_of(_SMALL[kind.removesuffix("s")], one) for one in _of(list, value)]
     if kind in ("as_sym_int", "as_sym_float", "as_sym_bool"):
         return next((one for key, one in value.items() if key != "as_name"), None)
     return f"<{kind.removeprefix('as_')}>"
+
+
+def _value(name: Any) -> Value:
+    return Value(_of(str, name))
+
+
+def _of(wanted: type | UnionType, value: Any) -> Any:
+    """Return what has to be of a type; TypeError where it isn't."""
+    if not isinstance(value, wanted):
+        raise TypeError(f"{value!s:.40} is no {getattr(wanted, '__name__', wanted)}")
+    return value
 
 
 def _fixed(sizes: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
@@ -199,6 +214,6 @@ def _fixed(sizes: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
 def _sizes(sizes: Sequence[Mapping[str, Any]]) -> tuple[int, ...]:
     """Return sizes; of one that is an expression, its value in the run that was followed, 0 where none stands there."""
     return tuple(
-        size["as_int"] if "as_int" in size else ((size["as_expr"].get("hint") or {}).get("as_int") or 0)
+        _of(int, size["as_int"] if "as_int" in size else ((size["as_expr"].get("hint") or {}).get("as_int") or 0))
         for size in sizes
     )

@@ -151,6 +151,28 @@ def test_spectrum_says_the_ends_and_how_it_got_them(widen: convtool.Conv, capsys
     assert "by a dense SVD, exact to rounding" in out
 
 
+def test_spectrum_of_the_largest_says_that_the_smallest_was_not_asked_for(
+    widen: convtool.Conv, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = np.linalg.svd(convtool.toeplitz(widen, (5, 6), dtype=torch.float64).to_dense().numpy(), compute_uv=False)
+    document = run(capsys, "spectrum", CHAINS, *WIDEN, "--largest")
+    assert document["largest"]["value"] == pytest.approx(values[0])
+    unasked = ("smallest", "condition", "condition_error", "condition_at_least")
+    assert [document[name] for name in unasked] == [None] * 4
+    assert run_app(["spectrum", CHAINS, *WIDEN, "--largest"]) == 0
+    said = capsys.readouterr()
+    assert "  smallest singular value  not asked for\n" in said.out
+    assert "condition" not in said.out
+    assert "not settled" not in said.err
+    (row,) = run(capsys, "spectrum", CHAINS, "wide*", *WIDEN[1:3], "--assume-defaults", "--largest")["rows"]
+    assert (row["smallest"], row["largest"]["proved"]) == (None, True)
+    assert run_app(["spectrum", CHAINS, "wide*", *WIDEN[1:3], "--assume-defaults", "--largest"]) == 0
+    assert re.search("^widen .* not asked for$", capsys.readouterr().out, re.MULTILINE)
+    for more in ("--count", "--vectors"):
+        assert run_app(["spectrum", CHAINS, *WIDEN, "--largest", more, "2"]) == 2
+        assert "don't go with it" in capsys.readouterr().err
+
+
 def test_spectrum_does_not_claim_what_it_does_not_know(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

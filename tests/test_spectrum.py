@@ -25,7 +25,8 @@ from convtool.core.blocks import Apart, Block
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
 from convtool.core.gram import Gram, Side
-from convtool.core.spectrum import Spectrum, spectrum
+from convtool.core.singular import Spectrum
+from convtool.core.spectrum import spectrum
 from convtool.core.tree import Chain
 from convtool.errors import InputError, UsageError
 
@@ -110,6 +111,76 @@ def test_no_value_is_outside_of_what_is_claimed(
         check_claims(found, *layer)
         if work > 0 and steps is None:
             check(found, *layer)
+
+
+# --- the largest alone
+
+
+def alone(patch: pytest.MonkeyPatch, factor_work: int) -> None:
+    """Hardly any matrix is small enough for a dense SVD, where the largest is found alone."""
+    patch.setattr(module, "ALONE_WORK", -1)
+    patch.setattr(module, "SMALLEST_SIDE", 3)
+    patch.setattr(module, "GRID_WORK", 1 << 24)
+    patch.setattr(module, "PRODUCTS", 100)
+    patch.setattr(module, "ALONE_FACTOR_WORK", factor_work)
+
+
+@pytest.mark.parametrize("work", [-1, 1 << 40])
+@settings(max_examples=100)
+@given(layer=layers_with_sizes(), steps=st.sampled_from((None, 3)))
+def test_the_largest_alone_is_never_outside_of_what_is_claimed(
+    work: int, layer: tuple[Conv, tuple[int, ...]], steps: int | None
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        alone(patch, work)
+        found = spectrum(*layer, steps=steps, largest=True)
+        check_claims(found, *layer)
+        assert found.largest_only
+        assert math.isnan(found.condition)
+        assert math.isnan(found.condition_error)
+        if work > 0 and steps is None:
+            assert found.largest.proved
+
+
+@pytest.mark.parametrize("case", CASES, ids=IDS)
+def test_the_largest_alone_over_the_table(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    for work in (-1, 1 << 40):
+        alone(monkeypatch, work)
+        check_claims(spectrum(case.conv(), case.input_size, largest=True), case.conv(), case.input_size)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_largest_alone_of_chains(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, size = random_chain(seed)
+    values = torch.linalg.svdvals(truth(Chain(tuple(chain)), size)[0])
+    if len(values) > 5:
+        alone(monkeypatch, 1 << 40 if seed % 2 else -1)
+    largest, exact = spectrum(chain, size, largest=True).largest, float(values[0])
+    assert exact * (1 - 1e-13) - largest.error <= largest.value <= exact * (1 + 1e-13)
+    assert largest.proved or seed % 2 == 0
+
+
+def test_of_the_largest_alone_no_svd_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = Conv(real_numbers(3, 800, 900), None, Geometry.of(()))
+    values = np.linalg.svd(conv.weight.numpy(), compute_uv=False)
+    monkeypatch.setattr(torch.linalg, "svdvals", None)
+    monkeypatch.setattr(module, "_smallest", None)
+    found = spectrum(conv, (), largest=True)
+    assert (found.methods, found.largest.proved) == (("cholesky",), True)
+    assert abs(found.largest.value - values[0]) <= found.largest.error
+    # Where a factorisation would take too long, a bound is left; --memory has it made all the same.
+    monkeypatch.setattr(module, "ALONE_FACTOR_WORK", 1)
+    monkeypatch.setattr(module, "ALONE_WORK", 1 << 20)
+    vague = spectrum(conv, (), largest=True)
+    assert (vague.methods, vague.largest.proved) == (("sums",), False)
+    assert vague.largest.value <= values[0] <= vague.largest.value + vague.largest.error
+    assert spectrum(conv, (), largest=True, memory=vague.lacking).largest.proved
+
+
+def test_the_largest_alone_needs_no_scipy(monkeypatch: pytest.MonkeyPatch) -> None:
+    conv = Conv(real_numbers(3, 700, 750), None, Geometry.of(()))
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert spectrum(conv, (), largest=True).methods == ("dense",)
 
 
 # --- just above the limit of a dense SVD, which is made smaller

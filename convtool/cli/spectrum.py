@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from convtool.cli import shared, spectrum_table
 from convtool.cli.command import Command
@@ -20,12 +20,12 @@ from convtool.cli.layer import (
     find_layers,
     more_layers,
 )
-from convtool.cli.options import Size, option, parse_bytes
+from convtool.cli.options import Size, flag, option, parse_bytes
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
-    from convtool.core.spectrum import Method, SingularValue
+    from convtool.core.singular import Method, SingularValue
 
 EXAMPLES = """
 convtool spectrum resnet.safetensors layer1.0.conv1 --input-size 56,56 --padding 1
@@ -36,6 +36,8 @@ convtool spectrum net.pt conv1 --input-size 3,32,32 --count 10 --vectors vectors
 # of each layer of a pattern; of a whole network, and by how much it enlarges a difference at most
 convtool spectrum net.pt 'layer1.*' --input-size 56,56 --set '*.padding=1'
 convtool spectrum net.pt '*' --model net.py:Net --model-input 3,224,224
+# the largest alone, in a fraction of the time
+convtool spectrum vit.pt blocks.0.mlp.fc1 --largest
 # how far the answers may be off, relative to the largest
 convtool spectrum net.pt conv1 --input-size 3,32,32 --tolerance 1e-4
 """
@@ -44,6 +46,7 @@ METHODS = {
     "dense": "by a dense SVD, exact to rounding",
     "cholesky": "by Lanczos, and with a factored Gram matrix",
     "lanczos": "by Lanczos, and the bound of an endless input",
+    "sums": "by Lanczos, and sums of absolute values",
 }
 
 
@@ -53,6 +56,7 @@ class Options:
 
     wanted: LayerOptions
     more: list[str] | None = more_layers()
+    largest: bool = flag("Only the largest, which takes much less time for large layers.")
     tolerance: float = option("T", "How far off the values may be, relative to the largest.", default=1e-6)
     steps: int | None = option("N", "The most steps of an iteration; by default enough for most layers.")
     memory: int | None = option(
@@ -65,6 +69,11 @@ class Options:
     model_input: Size | None = option("C,H,W", "With a pattern and --model: the size of the network's input.")
     sources: shared.Sources
     force: bool = shared.force()
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What `convtool.core.spectrum.spectrum` is told."""
+        return {name: getattr(self, name) for name in ("tolerance", "steps", "memory", "largest")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +108,10 @@ class Result:
     Attributes:
         of: the layer; of a chain, the first one.
         chain: the layers of a chain, first to last; empty for one layer.
+        smallest: null with --largest.
         condition: largest / smallest; null where one of them isn't known to the tolerance.
         condition_error: how far off the condition number may be; null where that is.
+        condition_at_least: null with --largest.
         tolerance: on errors, relative to the largest.
         steps: of iterations.
         lacking: bytes of a factorisation that would have proved more and wasn't made; 0 without one.
@@ -113,10 +124,10 @@ class Result:
     chain: tuple[OfLayer, ...]
     shape: Sizes
     largest: SingularValue
-    smallest: SingularValue
+    smallest: SingularValue | None
     condition: float | None
     condition_error: float | None
-    condition_at_least: float
+    condition_at_least: float | None
     tolerance: float
     methods: tuple[Method, ...]
     steps: Count
@@ -142,6 +153,8 @@ def run(options: Options, reporter: Reporter) -> Result | spectrum_table.TableRe
         raise UsageError(f"--steps: expected a number of at least 1, got {options.steps}")
     if options.count is not None and options.count < 1:
         raise UsageError(f"--count: expected at least 1, got {options.count}")
+    if options.largest and (options.count is not None or options.vectors is not None):
+        raise UsageError("--largest: is one number; --count and --vectors, of both ends, don't go with it")
     opened = options.sources.open(options.wanted.checkpoint, reporter)
     if spectrum_table.is_pattern(options.wanted.layer, opened.layers):
         return spectrum_table.run_table(options, options.sources, opened, reporter)
@@ -154,13 +167,12 @@ def run(options: Options, reporter: Reporter) -> Result | spectrum_table.TableRe
         check_vectors(options.vectors, force=options.force)
     found = find_layers(options.wanted, options.more, options.sources, reporter)
     with reporter.progress("computing singular values", None):
-        ends = spectrum(
-            found.layers, found.spatial, tolerance=options.tolerance, steps=options.steps, memory=options.memory
-        )
+        ends = spectrum(found.layers, found.spatial, **options.how)
         several = _several(options, found)
-    known = ends.largest.proved and ends.smallest.proved
-    unknown = {} if known else {"condition": None, "condition_error": None}
-    return fill(Result, ends, found, options, several=several, **unknown)
+    unknown = dict.fromkeys(("smallest", "condition_at_least") if options.largest else ())
+    if options.largest or not (ends.largest.proved and ends.smallest.proved):
+        unknown |= {"condition": None, "condition_error": None}
+    return fill(Result, ends, found, options, several=several, **{**unknown, "largest": ends.largest})
 
 
 def _several(options: Options, found: LayersAtSize) -> Several | None:
@@ -194,12 +206,15 @@ def show(result: Result | spectrum_table.TableResult, reporter: Reporter) -> Non
     for line in chain_fields(result.of, result.chain):
         reporter.line(f"  {line}")
     reporter.line(f"  largest singular value   {spectrum_table.value_text(result.largest, 1)}")
-    reporter.line(f"  smallest singular value  {spectrum_table.value_text(result.smallest, -1)}")
-    reporter.line(f"  condition number         {_condition(result)}")
+    if result.smallest is None:
+        reporter.line("  smallest singular value  not asked for")
+    else:
+        reporter.line(f"  smallest singular value  {spectrum_table.value_text(result.smallest, -1)}")
+        reporter.line(f"  condition number         {_condition(result)}")
     reporter.line(f"  {how}{after}{_proved(result)}")
     if result.several is not None:
         _show_several(result.several, result.vectors, reporter)
-    if not (result.largest.proved and result.smallest.proved):
+    if not (result.largest.proved and (result.smallest is None or result.smallest.proved)):
         more = f"; --memory {math.ceil(result.lacking / 1e6)}MB lets a factorisation decide" if result.lacking else ""
         reporter.remark(
             f"not settled to {result.tolerance:g} in {result.steps} steps: what is printed are bounds{more}"
@@ -220,7 +235,7 @@ def _show_several(several: Several, vectors: Path | None, reporter: Reporter) ->
 
 def _condition(result: Result) -> str:
     if result.condition is None or result.condition_error is None:
-        return f"at least {result.condition_at_least:.6g}"
+        return f"at least {result.condition_at_least or 0:.6g}"
     if math.isinf(result.condition):
         return "infinite: to the accuracy above, the smallest is zero"
     vague = result.condition_error > 1e-6 * result.condition
@@ -230,7 +245,7 @@ def _condition(result: Result) -> str:
 def _proved(result: Result) -> str:
     """Return what of an iteration's answer is certain; what is exact to rounding needs no word."""
     ends = ((result.largest, "larger"), (result.smallest, "smaller"))
-    beyond = [word for value, word in ends if value.proved and result.steps]
+    beyond = [word for value, word in ends if value is not None and value.proved and result.steps]
     return f"; proved: none is {' or '.join(beyond)}" if beyond else ""
 
 

@@ -17,7 +17,7 @@ from convtool.errors import UsageError
 if TYPE_CHECKING:
     from convtool.checkpoint import Checkpoint
     from convtool.core.conv import Conv
-    from convtool.core.spectrum import SingularValue
+    from convtool.core.singular import SingularValue
     from convtool.fusing.leaf import LoweredLayer
     from convtool.kinds.stated import FieldSources
     from convtool.live.sequence import Sequenced
@@ -31,6 +31,7 @@ class Row:
         runs: how often the network runs it at that size; 1 without --model.
         input_size: channels first.
         shape: of its matrix.
+        smallest: null with --largest.
     """
 
     layer: str
@@ -39,7 +40,7 @@ class Row:
     input_size: Sizes
     shape: Sizes
     largest: SingularValue
-    smallest: SingularValue
+    smallest: SingularValue | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +89,11 @@ def run_table(options: Any, sources: shared.Sources, opened: Checkpoint, reporte
     with reporter.progress("computing singular values", len(at)) as advance:
         for ((name, size), runs), leaf in zip(at.items(), layers, strict=True):
             conv = leaf.conv
-            how = {"tolerance": options.tolerance, "steps": options.steps, "memory": options.memory}
-            ends = spectrum(conv, _spatial(conv, size), **how)
+            ends = spectrum(conv, _spatial(conv, size), **options.how)
+            smallest = None if options.largest else ends.smallest
             inputs = conv.in_channels, *_spatial(conv, size)
             kind = opened.layers[name].kind.name
-            rows.append(Row(name, kind, runs, inputs, ends.shape, ends.largest, ends.smallest))
+            rows.append(Row(name, kind, runs, inputs, ends.shape, ends.largest, smallest))
             advance(1)
     for text in said_of(layers):
         reporter.note(text)
@@ -188,7 +189,7 @@ def show_table(result: TableResult, reporter: Reporter) -> None:
             "x".join(map(str, row.shape)),
             str(row.runs),
             value_text(row.largest, 1),
-            value_text(row.smallest, -1),
+            "not asked for" if row.smallest is None else value_text(row.smallest, -1),
         )
         for row in result.rows
     ]

@@ -17,8 +17,8 @@ import torch
 
 from convtool.core.expression import Expression
 from convtool.core.gram import Gram, Side
+from convtool.core.singular import ROUNDING
 from convtool.core.sparse_block import SparseBlock
-from convtool.core.spectrum import ROUNDING
 from convtool.errors import UsageError
 
 Array = npt.NDArray[Any]

@@ -6,6 +6,9 @@ one ARPACK finds the vectors, with G = T* T or its inverse; the norm of T on a u
 nothing lies beyond is proved by a factorisation (`core.gram`), and of the largest by the symbol as well, which bounds
 it always. So each end is held from both sides; where they are further apart than the tolerance, they are given as the
 bounds that they are.
+
+Of the largest alone less will do: no SVD of a block that takes long, one iteration, and then what proves that nothing
+lies above for the least work: a factorisation where that takes seconds, else the symbol or sums of absolute values.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,81 +30,21 @@ from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, window
 from convtool.core.fuse import NamedConv, fuse_tree
 from convtool.core.gram import AnyBlock, Gram, Side
+from convtool.core.singular import ROUNDING, Method, SingularValue, Spectrum
 from convtool.core.sparse_block import SparseBlock, scale_of
 from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
 from convtool.errors import InputError, RefusedError, UsageError
 
-Method: TypeAlias = Literal["fourier", "dense", "cholesky", "lanczos"]
-
 DENSE_WORK = 1 << 36  # short * short * long of all dense SVDs together: some ten seconds
 DENSE_ELEMENTS = 1 << 25  # of one
+ALONE_WORK = 1 << 28  # of a dense SVD for the largest alone: a quarter of a second
+ALONE_FACTOR_WORK = 1 << 37  # flops of a factorisation that proves it: some ten seconds
 SMALLEST_SIDE = 16  # of a matrix that is iterated with
 PRODUCTS = 1000  # of an iteration with G, at most
 ITERATION_WORK = 1 << 40  # multiply-adds of one
 GRID_WORK = 3 << 32  # multiply-adds of looking at frequencies
 INVERTED = 200  # a factorisation is made for the largest alone where it takes no more than so many products
 COARSER = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)  # accuracies of an iteration that may not end
-ROUNDING = 2.0**-45  # relative to the largest, of what is exact in float64 to rounding: some hundred units
-
-
-@dataclass(frozen=True, slots=True)
-class SingularValue:
-    """A singular value and how well it is known.
-
-    Attributes:
-        value: of some unit vector. The largest is at least this, and the smallest at most, up to rounding.
-        error: it is no further than this from `value`; that is proved.
-        proved: whether the error is within the tolerance; else the value is a bound, and the error says how vague.
-    """
-
-    value: float
-    error: float
-    proved: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Spectrum:
-    """The ends of the spectrum of a layer's matrix.
-
-    Attributes:
-        shape: (rows, columns) of the matrix.
-        largest, smallest: of its min(rows, columns) singular values.
-        methods: how it was computed, in the order of first use.
-        steps: of iterations, in the group that took most; 0 where there were none.
-        tolerance: on errors, relative to the largest singular value.
-        lacking: bytes of the largest factorisation that would have proved more and wasn't made; 0 without one.
-    """
-
-    shape: tuple[int, int]
-    largest: SingularValue
-    smallest: SingularValue
-    methods: tuple[Method, ...]
-    steps: int
-    tolerance: float
-    lacking: int
-
-    @property
-    def condition(self) -> float:
-        """The largest over the smallest; infinite where the smallest is zero as far as it is known."""
-        if self.smallest.value <= self.smallest.error:
-            return math.inf
-        return self.largest.value / self.smallest.value
-
-    @property
-    def condition_error(self) -> float:
-        """How far off the condition number may be, as both ends may be off by their errors."""
-        if math.isinf(self.condition):
-            return math.inf
-        most = (self.largest.value + self.largest.error) / (self.smallest.value - self.smallest.error)
-        return most - self.condition
-
-    @property
-    def condition_at_least(self) -> float:
-        """What the condition number is at least: estimates lie between the two ends, proved or not."""
-        rounding = ROUNDING * self.largest.value
-        if self.smallest.value + rounding == 0:
-            return math.inf
-        return (self.largest.value - rounding) / (self.smallest.value + rounding)
 
 
 def spectrum(
@@ -112,6 +55,7 @@ def spectrum(
     steps: int | None = None,
     memory: int | None = None,
     seed: int = 0,
+    largest: bool = False,
 ) -> Spectrum:
     """The largest and the smallest singular value of the layer's matrix at one input size; the bias has no part in it.
 
@@ -122,6 +66,7 @@ def spectrum(
         memory: bytes that a factorisation may take, however long it takes then; by default 1.5 GiB, and less than half
             a minute or so for each.
         seed: of the random vector that iterations start from.
+        largest: only the largest is asked for, which takes much less work for large layers.
 
     Raises:
         UsageError: the layer cannot run on that input size, or a tolerance that isn't between 0 and 1; or a
@@ -133,13 +78,24 @@ def spectrum(
     tree: Expression = Chain(tuple(layers)) if isinstance(layers, Sequence) else layers
     if not all(bool(layer.exact().weight.isfinite().all()) for layer in leaves(tree)):
         raise InputError("a weight holds values that are not finite; its matrix has no singular values")
-    size, ends = tuple(input_size), _Ends(tolerance, steps, memory, seed)
+    size, ends = tuple(input_size), _Ends(tolerance, steps, memory, seed, largest and _has_scipy())
     conv, off = _one_layer(tree, size)
     shape, scale = _of_tree(ends, tree, size) if conv is None else _of_layer(ends, conv, size, off)
-    largest, smallest = ends.values(scale)
-    if math.isinf(largest.value):
+    if largest:
+        ends.least = 0.0
+    high, low = ends.values(scale)
+    if math.isinf(high.value):
         raise InputError(f"weights near {scale:.3g} have singular values beyond what float64 holds, 1.8e308")
-    return Spectrum(shape, largest, smallest, tuple(ends.methods) or ("dense",), ends.taken, tolerance, ends.lacking)
+    methods = tuple(ends.methods) or ("dense",)
+    return Spectrum(shape, high, low, methods, ends.taken, tolerance, ends.lacking, largest)
+
+
+def _has_scipy() -> bool:
+    try:
+        import scipy  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def _one_layer(tree: Expression, size: tuple[int, ...]) -> tuple[Conv | None, float]:
@@ -172,6 +128,7 @@ class _Ends:
     Attributes:
         tolerance: relative to the largest.
         steps, memory, seed: as of `spectrum`.
+        alone: the largest is found without the smallest; needs scipy.
         high, low: the largest and the smallest that are the norm of T on some unit vector.
         most, least: what nothing is above and below; that is proved.
         rounding: how far off `high` and `low` may be.
@@ -184,6 +141,7 @@ class _Ends:
     steps: int | None
     memory: int | None
     seed: int
+    alone: bool = False
     high: float = 0.0
     low: float = math.inf
     most: float = 0.0
@@ -192,6 +150,11 @@ class _Ends:
     taken: int = 0
     lacking: int = 0
     methods: dict[Method, None] = field(default_factory=dict)
+
+    def dense(self, sides: tuple[int, int]) -> bool:
+        """Return whether a block of these sides may have a dense SVD, if there are few of them."""
+        small, large = sorted(sides)
+        return small**2 * large <= (ALONE_WORK if self.alone else DENSE_WORK) and small * large <= DENSE_ELEMENTS
 
     def exact(self, values: torch.Tensor) -> None:
         """Count singular values that are exact to rounding."""
@@ -222,8 +185,8 @@ class _Ends:
 def _of_tree(ends: _Ends, tree: Expression, size: tuple[int, ...]) -> tuple[tuple[int, int], float]:
     """Find the ends of layers that no single one stands for; return the shape and the scale of their matrix."""
     block = SparseBlock(tree, size)
-    small, large = sorted(block.shape)
-    if small**2 * large <= DENSE_WORK and small * large <= DENSE_ELEMENTS and small:
+    small = min(block.shape)
+    if ends.dense(block.shape) and small:
         ends.exact(torch.linalg.svdvals(block.dense()))
         ends.methods["dense"] = None
     _find(ends, [] if ends.methods or not small else [block], hollow=not small)
@@ -243,7 +206,7 @@ def _of_layer(ends: _Ends, conv: Conv, size: tuple[int, ...], off: float) -> tup
     scale = scale_of(exact.weight)
     apart = Apart.of(Conv(exact.weight / scale, None, conv.geometry), size)
     parts, budget = {apart.lines: 1}, DENSE_WORK
-    if apart.work(apart.lines) > budget:
+    if apart.work(apart.lines) > budget or (ends.alone and not ends.dense(apart.shape(apart.lines))):
         parts = apart.parts()
     if any(len(wave.phases(real=True)) > 1 for wave in apart.waves) or (apart.waves and not apart.lines):
         ends.methods["fourier"] = None
@@ -251,7 +214,7 @@ def _of_layer(ends: _Ends, conv: Conv, size: tuple[int, ...], off: float) -> tup
     for lines in sorted(parts, key=apart.work):
         budget -= apart.work(lines)
         sides = apart.shape(lines)
-        if min(sides) > SMALLEST_SIDE and (budget < 0 or math.prod(sides) > DENSE_ELEMENTS):
+        if min(sides) > SMALLEST_SIDE and (budget < 0 or not ends.dense(sides)):
             large += (Block(weight, lines) for batch in apart.batches() for weight in batch)
             continue
         for batch in apart.batches() if min(sides) else ():
@@ -275,7 +238,9 @@ def _find(ends: _Ends, large: Sequence[AnyBlock], hollow: bool) -> None:
         ends.exact(torch.zeros(1))
     large = [block for block in large if block.weight.any()]
     for block in large:
-        _largest(ends, block)
+        (_largest_alone if ends.alone else _largest)(ends, block)
+    if ends.alone:
+        return
     if hollow:
         ends.low = ends.least = 0.0
     else:
@@ -311,6 +276,34 @@ def _largest(ends: _Ends, block: AnyBlock) -> None:
             bound = bound if rounding is None else min(bound, math.sqrt((ends.high * above) ** 2 + rounding))
         ends.methods[proved] = None
     ends.most = max(ends.most, bound)
+
+
+def _largest_alone(ends: _Ends, block: AnyBlock) -> None:
+    """Take the largest of a block into account by one iteration, and what bounds it for the least work."""
+    bound, above = block.norm * (1 + 2.0**-30), 1 + 0.5 * ends.tolerance
+    if bound > ends.high * above:
+        side = Side(block)
+        gram = Gram(side)
+        _iterate(ends, side, side.gram, (1e-2, 1e-4, ends.tolerance))
+        target, rounding = (ends.high * above) ** 2, None
+        shown: Method = "cholesky"
+        if gram.fits(ends.memory) and (ends.memory is not None or gram.work <= ALONE_FACTOR_WORK):
+            rounding = gram.proves(-1, target)
+        elif bound > ends.high * above:
+            ends.lacking = max(ends.lacking, gram.bytes)
+        if rounding is not None:
+            proved = math.sqrt(target + rounding)
+        else:
+            proved = block.bound(GRID_WORK) if _is_quick(block) else math.inf
+            shown = "lanczos" if proved < bound else "sums"
+        ends.methods[shown], bound = None, min(bound, proved)
+    ends.most = max(ends.most, bound)
+
+
+def _is_quick(block: AnyBlock) -> bool:
+    """Return whether the symbol's norm at one frequency is little work."""
+    rows, columns = block.weight.shape[:2] if isinstance(block, Block) else (0, 0)
+    return rows * columns * min(rows, columns) <= ALONE_WORK
 
 
 def _smallest(ends: _Ends, block: AnyBlock) -> None:

@@ -226,6 +226,20 @@ def test_the_last_column_of_a_table_is_folded_first(monkeypatch: pytest.MonkeyPa
     )
 
 
+def test_a_dash_is_left_out_where_a_row_is_no_longer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def shown(rim: str, count: int = 3) -> str:
+        monkeypatch.setattr(sys, "stdout", stream := Terminal())
+        monkeypatch.setenv("COLUMNS", "30")
+        monkeypatch.setenv("NO_COLOR", "1")
+        rows = [(f"a long name of layer {n}", str(n), "1% of the bound", rim, "equivalent") for n in range(count)]
+        output.table(("layers", "input", "interior", "rim", "verdict"), rows)
+        return stream.getvalue()
+
+    for count in (2, 3):  # in paragraphs, and in the line that says what all rows have in common
+        assert "rim 3%" in shown("3%", count)
+        assert "rim" not in shown("-", count)
+
+
 def test_what_all_rows_have_in_common_is_said_once_where_that_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[tuple[str, ...]]
     rows = [(f"conv{n}", "float32", f"{n} KiB", f"stride 1, padding {n}") for n in (1, 2, 10)]

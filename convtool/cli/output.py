@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 PATIENCE = 1.0  # seconds that work may take before a bar shows its progress
 GAP = 2  # blanks between two columns of a table
 NARROW = 64  # columns that a bar with all that it tells takes; below, it is percent and time
+NOTHING = "-"  # in a table's cell; without its column it says nothing
 KEPT = "\u00a0"  # a blank at which no line ends; what is printable has none of its own
 AT_NUMBERS = re.compile(r" (?=[\d→]|[KMGT]?i?B\b)|(?<=\d →) ")  # 'padding 1', '1.5 KiB', '8 → 4'
 COMMAND = re.compile(r"(?<=: )convtool \w+ .*")  # at the end of a message, to be pasted
@@ -243,8 +244,7 @@ def table(
     shown = [[cell for i, cell in enumerate(row) if i not in same] for row in cells]
     for line in _aligned(shown, right, window) or _paragraphs(shown):
         emit(line)
-    if same:
-        said = "; ".join(f"{cells[0][i]} {cells[1][i]}" for i in same)
+    if said := "; ".join(f"{cells[0][i]} {cells[1][i]}" for i in same if cells[1][i] != NOTHING):
         emit(_folded(f"in every row: {said}", window_columns(), "  "))
     if len(cells) - 1 < len(rows):
         emit(f"... and {len(rows) - len(cells) + 1} more; {ALL}")
@@ -289,7 +289,9 @@ def _paragraphs(cells: Sequence[Sequence[str]]) -> list[str]:
     lines, width = [], window_columns() - 1
     for name, *others in cells[1:]:
         lines += [bold(line, stdout_styled()) for line in _folded(name, window_columns(), "  ").splitlines()]
-        each = [f"{column} {cell}" for column, cell in zip(cells[0][1:], others, strict=True) if cell]
+        each = [
+            f"{column} {cell}" for column, cell in zip(cells[0][1:], others, strict=True) if cell not in ("", NOTHING)
+        ]
         said = "; ".join(one.replace(" ", KEPT) if len(one) < width - 4 else one for one in each)
         lines += _folded(f"  {said}", width, "    ").splitlines()
     return lines

@@ -29,6 +29,7 @@ from live import (
     save,
     settings,
 )
+from shell import cli
 from torch import Tensor, nn
 
 import convtool
@@ -614,8 +615,25 @@ def test_recipes_that_do_the_same_are_no_choice(tmp_path: Path) -> None:
     """A ResNet's names fit timm's recipe and torchvision's, which fuse the same layers of it and state the same."""
     model = nn.ModuleDict({"conv1": nn.Conv2d(3, 4, 3), "bn1": nn.BatchNorm2d(4)})
     path = save(filled(model), tmp_path / "net.pt")
-    (fusion,) = done("fuse", path, "--recipe", "auto", "--eps", "1e-5", "-o", tmp_path / "out.pt")["fusions"]
-    assert fusion["layers"] == ["conv1", "bn1"]
+    said = cli(f"fuse {path} --recipe auto --eps 1e-5 -o {tmp_path / 'out.pt'}").out
+    assert "recipe: conv-bn-timm and conv-bn-torchvision, which fuse the same layers of this file" in said
+    assert "conv1 → bn1 becomes conv1" in said
+
+
+def test_recipes_that_state_another_eps_are_a_choice(tmp_path: Path) -> None:
+    """RepVGG's blocks beside other layers: YOLOv6's recipe takes more, with another eps than their authors'."""
+
+    def conv_bn(inputs: int, kernel: int) -> nn.Module:
+        return nn.ModuleDict({"conv": nn.Conv2d(inputs, 4, kernel, bias=False), "bn": nn.BatchNorm2d(4)})
+
+    block = nn.ModuleDict({"rbr_dense": conv_bn(3, 3), "rbr_1x1": conv_bn(3, 1)})
+    model = nn.ModuleDict({"block": block, "head": nn.ModuleDict({"conv": conv_bn(4, 3)})})
+    path = save(filled(model), tmp_path / "net.pt")
+    words = ("fuse", path, "--recipe", "auto", "--assume-defaults", "-o", tmp_path / "out.pt")
+    code, message = error(*words)
+    assert (code, "several recipes fit" in message) == (2, True)
+    assert "repvgg (1 fusion, block.rbr_reparam)" in message
+    done(*words, "--set", "*.bn.eps=1e-3")
 
 
 def test_an_alpha_that_is_not_a_number(tmp_path: Path) -> None:

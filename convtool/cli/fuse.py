@@ -266,13 +266,13 @@ def _by_recipe(
 
     auto = recipe is None
     if recipe is None:
-        name, recipe = the_one(checkpoints, fields)
-        reporter.note(f"recipe: {name}, {recipe.about}")
+        recipe, which = the_one(checkpoints, fields)
+        reporter.note(f"recipe: {which}")
     own = is_file(str(options.recipe))
     for pattern in without_effect(recipe, checkpoints) if own else ():  # those that ship are for many networks
         reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
     fusions, stated = by_name(recipe, checkpoints, fields, options.leave or (), order)
-    if more := {} if own or auto else doing_more(fusions, checkpoints, fields):
+    if more := [] if own or auto else doing_more(fusions, checkpoints, fields):
         reporter.note(f"left alone: what another recipe makes fewer layers of: {in_words(more)}")
     if options.input_size is not None and len(fusions) > 1:
         raise UsageError(

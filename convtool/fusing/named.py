@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from itertools import pairwise
 
 from convtool.checkpoint import Checkpoint
@@ -17,7 +18,7 @@ from convtool.fusing.adapters import check_complete
 from convtool.fusing.fusion import check_nothing_missed
 from convtool.fusing.recipe import Known, Names, NothingFitsError, PlannedFusion, Recipe, resolve
 from convtool.fusing.shipped import find_recipe, shipped
-from convtool.kinds.stated import FieldSources
+from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.kinds.written import check_closed
 
 # What a file of adapters calls the networks that it has modules for: 'lora_unet', 'lora_te1', 'unet', 'text_encoder'.
@@ -121,23 +122,52 @@ def _keeps_order(checkpoint: Checkpoint) -> bool:
     return checkpoint.format.startswith("torch") and any(names != sorted(names) for names in weights.values())
 
 
-def fitting(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> dict[str, list[PlannedFusion]]:
-    """Return what each recipe would fuse, of those that fit; not those of which another does the same, or more."""
-    found: dict[str, list[PlannedFusion]] = {}
-    done: list[object] = []  # what each fuses, and what it says of the layers
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What a recipe would fuse.
+
+    Attributes:
+        names: of the recipe, and of others that fuse the same and state the same.
+        sources: where the fields come from then.
+    """
+
+    names: tuple[str, ...]
+    fusions: list[PlannedFusion]
+    sources: FieldSources
+
+
+def fitting(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> list[Fit]:
+    """Return the recipes that fit, but for those of which another does more without stating anything else."""
+    found: list[tuple[FieldSource, Fit]] = []
     names = [name for opened in checkpoints.values() for name in opened.layers]
     for name, recipe in shipped().items():
         with suppress(ConvtoolError):
             stated = recipe.stated(names)
-            made = by_recipe(recipe, checkpoints, fields.with_first(stated).fields)
-            if (made, stated.tables) not in done:
-                done.append((made, stated.tables))
-                found[name] = made
-    return {name: made for name, made in found.items() if not any(_does_more(other, made) for other in found.values())}
+            sources = fields.with_first(stated)
+            made = by_recipe(recipe, checkpoints, sources.fields)
+            alike = [one for one in found if (one[0].tables, one[1].fusions) == (stated.tables, made)]
+            found = [one for one in found if one not in alike]
+            found.append((stated, Fit((*(other for _, one in alike for other in one.names), name), made, sources)))
+    fits = [fit for _, fit in found]
+    more = {fit.names: [one for one in fits if _does_more(one.fusions, fit.fusions)] for fit in fits}
+
+    def counts(fit: Fit) -> bool:
+        most = [one for one in more[fit.names] if not more[one.names]]
+        return not (more[fit.names] and all(_agree(one, fit) for one in most))
+
+    return [fit for fit in fits if counts(fit)]
 
 
-def the_one(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> tuple[str, Recipe]:
-    """Return the recipe that fits, with its name; UsageError, with the list, where there are several or none."""
+def _agree(one: Fit, other: Fit) -> bool:
+    """Return whether two recipes state nothing different of a layer that both take; a padding in words is no number."""
+    mine, its = ({ref.name for fusion in fit.fusions for ref in leaves(fusion.tree)} for fit in (one, other))
+    both = ((one.sources.fields(name), other.sources.fields(name)) for name in mine & its)
+    said = ((a[field], b[field]) for a, b in both for field in a.keys() & b.keys())
+    return all(a == b or isinstance(a, str) or isinstance(b, str) for a, b in said)
+
+
+def the_one(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> tuple[Recipe, str]:
+    """Return the recipe that fits, and which it is in words; UsageError, with the list, where several or none do."""
     found = fitting(checkpoints, fields)
     if not found:
         raise UsageError("--recipe auto: none of the recipes that ship fits; `convtool fuse --list-recipes` lists them")
@@ -146,13 +176,15 @@ def the_one(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> tupl
             f"--recipe auto: several recipes fit: {in_words(found)}; name the one of the library or the authors whose"
             " code builds the network, or give --auto with --model, which needs no recipe"
         )
-    (name,) = found
-    return name, shipped()[name]
+    (fit,) = found
+    recipe = shipped()[fit.names[0]]
+    same = f"{' and '.join(fit.names)}, which fuse the same layers of this file in the same way"
+    return recipe, same if len(fit.names) > 1 else f"{fit.names[0]}, {recipe.about}"
 
 
 def chosen(name: str, checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> Recipe:
     """Return the recipe of a name or of a file; of 'auto', the one that fits."""
-    return find_recipe(name) or the_one(checkpoints, fields)[1]
+    return find_recipe(name) or the_one(checkpoints, fields)[0]
 
 
 def by_name(
@@ -176,14 +208,14 @@ def by_name(
 
 def doing_more(
     chosen: Sequence[PlannedFusion], checkpoints: Mapping[str, Checkpoint], fields: FieldSources
-) -> dict[str, list[PlannedFusion]]:
+) -> list[Fit]:
     """Return the recipes that would make fewer layers of what another one takes."""
-    return {name: made for name, made in fitting(checkpoints, fields).items() if _does_more(made, chosen)}
+    return [fit for fit in fitting(checkpoints, fields) if _does_more(fit.fusions, chosen)]
 
 
-def in_words(fusions: Mapping[str, Sequence[PlannedFusion]]) -> str:
+def in_words(fits: Sequence[Fit]) -> str:
     """Return recipes and what each would fuse."""
-    several = (f"{name} ({len(made)} fusions, such as {made[0].name})" for name, made in fusions.items())
+    several = (f"{' or '.join(fit.names)} ({len(fit.fusions)} fusions, such as {fit.fusions[0].name})" for fit in fits)
     return ", ".join(several).replace("(1 fusions, such as", "(1 fusion,")
 
 

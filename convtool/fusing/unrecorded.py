@@ -37,7 +37,7 @@ def check_recorded(before: Checkpoint, after: Checkpoint, sources: FieldSources,
 def _by_recipe(before: Checkpoint, sources: FieldSources, gone: list[str]) -> str:
     """Return the options for the recipe that fits; '' where none does, or several do."""
     with suppress(UsageError):
-        recipe = the_one({BASE: before}, sources)[1]
+        recipe = the_one({BASE: before}, sources)[0]
         stated = sources.with_first(recipe.stated(before.layers))
         norms = [name for name in gone if "eps" in before.layers[name].kind.fields]
         return "--recipe auto" + ("" if all("eps" in stated.fields(name) for name in norms) else " --assume eps")

@@ -899,7 +899,7 @@ def test_what_is_printed_for_people(tmp_path: Path, capsys: pytest.CaptureFixtur
     ]
     assert lines[:4] == [
         "0.conv → 0.bn becomes 0.conv",
-        "  0.bn = nn.Identity()  # but for an activation inside of it, which stays",
+        "  model[0].bn = nn.Identity()  # but for an activation inside of it, which stays",
         "  exact at every input size",
         "  156 → 148 parameters, 148 → 144 multiply-adds per output position, float64",
     ]

@@ -16,6 +16,7 @@ from convtool.fusing.recipe import Known, parse_recipe, resolve
 from convtool.fusing.recipe.pattern import Effort, Names, parse_pattern
 from convtool.fusing.shipped import shipped
 from convtool.kinds.kind import Layer
+from convtool.kinds.stated import parse_tables
 from convtool.kinds.written import make_written
 
 CONV = found("conv", (8, 4, 3, 5))
@@ -378,7 +379,8 @@ def test_geometry_goes_by_pattern() -> None:
         ('fuse = [{ name = "x", chain = ["a"] }]\n[geometry]\na = { strid = 2 }', "a: unknown field 'strid'"),
         ('fuse = [{ name = "x", chian = ["a"] }]', "unknown key 'chian'; expected name, chain, sum or stack"),
         ('fuse = [{ chain = ["a"] }]', "[[fuse]] 1: expected name = the fused layer's name"),
-        ('fuse = [{ name = 4, chain = ["a"] }]', "[[fuse]] 1: expected name = the fused layer's name"),
+        ('fuse = [{ name = 4, chain = ["a"] }]', 'a name that is a number is written in quotes: "4"'),
+        ('fuse = [{ name = "n", chain = ["a", 0.1] }]', 'a name that is a number is written in quotes: "0.1"'),
         ('fuse = [{ name = "x" }]', "[[fuse]] 1: expected a table with chain, sum or stack"),
         ('fuse = [{ name = "x", chain = ["a"], sum = ["b"] }]', "expected a table with chain, sum or stack"),
         ('fuse = [{ name = "x", chain = "a" }]', "chain: expected a list of layers or branches"),
@@ -619,3 +621,25 @@ def test_kernels_and_geometry_are_found_through_wrappers() -> None:
 def test_every_shipped_recipe_says_what_it_is_for(name: str) -> None:
     assert len(shipped()[name].about) > 20
     assert shipped()[name].rules
+
+
+def test_names_with_dots_need_no_quotes_in_toml() -> None:
+    text = """
+        0.padding = 1
+        0.eps = 0.1
+        layer1.0.conv1 = { stride = 2 }
+        [layer1]
+        1.bn1.eps = 0.5
+        [layer1.1]
+        padding = 3
+        2.padding = 4
+    """
+    assert parse_tables(tomllib.loads(text.replace("[layer1]", "[layer2]")), "x.toml").tables == {
+        "0": {"padding": 1, "eps": 0.1},
+        "layer1.0.conv1": {"stride": 2},
+        "layer1.1": {"padding": 3},
+        "layer1.1.2": {"padding": 4},
+        "layer2.1.bn1": {"eps": 0.5},
+    }
+    with pytest.raises(UsageError, match=r"x\.toml: a\.b: unknown field 'strid'"):
+        parse_tables({"a": {"b": {"strid": 2}}}, "x.toml")

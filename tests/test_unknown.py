@@ -127,7 +127,7 @@ def test_a_convolution_and_its_batch_norm_are_fused_and_the_edit_says_only_what_
     saved(layer, nn.BatchNorm2d(layer.out_channels))
     (fusion,) = done("fuse", "net.pt", "0", "1", "-o", "out.pt", "--eps", "1e-5")["fusions"]
     assert fusion["edits"] == ([] if layer.bias is not None else ["0: add a bias"]) + [
-        "1 = nn.Identity()  # but for an activation inside of it, which stays"
+        "model[1] = nn.Identity()  # but for an activation inside of it, which stays"
     ]
     assert run("verify", "net.pt", "out.pt")[0] == 0
 
@@ -144,7 +144,7 @@ def test_where_geometry_is_stated_in_full_so_is_the_edit() -> None:
     stated = [word for field in ("stride=2", "padding=6", "dilation=1", "groups=4") for word in ("--set", f"0.{field}")]
     stated += ["--set", "0.padding_mode=zeros", "--set", "0.transposed=false"]
     (fusion,) = done("fuse", "net.pt", "0", "1", "-o", "out.pt", "--eps", "1e-5", *stated)["fusions"]
-    assert fusion["edits"][0] == "0 = nn.Conv2d(4, 4, 13, stride=2, padding=6, groups=4)"
+    assert fusion["edits"][0] == "model[0] = nn.Conv2d(4, 4, 13, stride=2, padding=6, groups=4)"
 
 
 def test_branches_share_their_stride_and_an_identity_makes_it_1() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator
 from typing import Any, Literal, TypeAlias
 
@@ -25,7 +26,7 @@ def module_edits(planned: PlannedLayer) -> list[str]:
     conv, name = planned.fusion.conv, planned.name
     lines = _own_line(planned)
     if conv.has_bias_map:
-        lines.append(f"y = {name}(x) + bias_map  # that of the checkpoint, in place of {name}(x)")
+        lines.append(f"y = {_code(name)}(x) + bias_map  # that of the checkpoint, in place of {name}(x)")
     lines += _normalizations(planned)
     silent = []
     for leaf, fate in fates(planned):
@@ -33,9 +34,9 @@ def module_edits(planned: PlannedLayer) -> list[str]:
         if fate == "in code":
             lines.append(f"take {layer.name} out of the model's code, as {name} does it")
         elif fate == "parameters":
-            lines += [f"{tensor} = None" for tensor in layer.tensor_names()]
+            lines += [f"{_code(tensor)} = None" for tensor in layer.tensor_names()]
         elif fate == "deleted":
-            lines.append(f"del {layer.name}")
+            lines.append(f"del {_code(layer.name)}")
         elif fate == "silent":
             silent.append(layer.name)
         elif fate == "identity":
@@ -44,7 +45,7 @@ def module_edits(planned: PlannedLayer) -> list[str]:
             if not ends_with(planned, leaf):
                 inside = "only if there is no activation inside of it"
             more = f"  # {inside}" if layer.kind.spare else ""
-            lines.append(f"{layer.name} = nn.Identity(){more}")
+            lines.append(f"{_code(layer.name)} = nn.Identity(){more}")
     lines += [
         f"{one}: a {what} in this model, whose code has to be changed where it does more; convtool.apply refuses it"
         for one, what in planned.others.items()
@@ -68,6 +69,11 @@ def fates(planned: PlannedLayer) -> Iterator[tuple[LoweredLayer, Fate]]:
             yield leaf, "parameters"
         else:
             yield leaf, "stays" if layer.name == planned.name else other
+
+
+def _code(name: str) -> str:
+    """Return a layer's name as code has it: 'layer1[0].conv1'; 'model[0]' where it begins with a number."""
+    return re.sub(r"^\[", "model[", re.sub(r"(?:^|\.)([0-9]+)(?=\.|$)", r"[\1]", name))
 
 
 def ends_with(planned: PlannedLayer, leaf: LoweredLayer) -> bool:
@@ -96,12 +102,12 @@ def _own_line(planned: PlannedLayer) -> list[str]:
     if changes == []:
         return []
     if not missing:
-        return [f"{planned.name} = {module_text(conv)}"]
+        return [f"{_code(planned.name)} = {module_text(conv)}"]
     if changes is not None:
         return [f"{planned.name}: {', '.join(changes)}"]
     whose = [leaf.name for leaf in planned.layers if any(leaf.open.values())]
     have = f"{', '.join(whose)} {'have' if len(whose) > 1 else 'has'}"
-    return [f"{planned.name} = {module_text(conv, missing)}  # what is left out, as {have} it"]
+    return [f"{_code(planned.name)} = {module_text(conv, missing)}  # what is left out, as {have} it"]
 
 
 def needed_fields(conv: Conv, known: Fields) -> list[str]:

@@ -225,16 +225,26 @@ def field_text(value: object) -> str:
 
 
 def parse_tables(tables: Mapping[str, object], origin: str) -> FieldSource:
-    """Return a TOML document of tables, one per layer or pattern, as a source of fields."""
+    """Return a TOML document of tables, one per layer or pattern, as a source of fields.
+
+    A name with dots that isn't in quotes, as in [layer1.0.conv1], is tables inside of each other.
+    """
     parsed: dict[str, Fields] = {}
-    for pattern, table in tables.items():
+    pending = list(tables.items())
+    while pending:
+        pattern, table = pending.pop(0)
         if not isinstance(table, dict):
             raise UsageError(
                 f'{origin}: expected a table of fields for each layer, such as "conv1" = {{ stride = 2 }},'
                 f" got {pattern} = {table!r}"
             )
+        inner = [key for key, value in table.items() if isinstance(value, dict)]
+        pending[:0] = [(f"{pattern}.{key}", table[key]) for key in inner]
+        if len(inner) == len(table) > 0:
+            continue
         try:
-            parsed[pattern] = {name: parse_field(name, value) for name, value in table.items()}
+            fields = {name: parse_field(name, value) for name, value in table.items() if name not in inner}
         except UsageError as error:
             raise UsageError(f"{origin}: {pattern}: {error}") from None
+        parsed[pattern] = {**parsed.get(pattern, {}), **fields}
     return FieldSource(origin, parsed)

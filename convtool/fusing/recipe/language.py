@@ -164,7 +164,7 @@ def _parse_rule(table: object, where: str) -> Rule:
         )
     name, flags = table.get("name"), {key: table.get(key, False) for key in _FLAGS}
     if not isinstance(name, str) or not name:
-        raise UsageError(f"{where}: expected name = the fused layer's name")
+        raise UsageError(f"{where}: expected name = the fused layer's name{_in_quotes(name)}")
     check_text(name, f"{where}: name")
     if "*" in name:
         raise UsageError(f"{where}: name: {shortened(name)}: * stands for several; expected a name for one layer")
@@ -201,7 +201,12 @@ def _parse_part(part: object, where: str, depth: int = 0) -> Plan:
         return Chain(tuple(_parse_part(item, where, depth + 1) for item in part))
     if isinstance(part, dict):
         return _parse_like(part, where) if "layer" in part else _parse_table(part, where, depth)
-    raise UsageError(f"{where}: expected a layer, a list or a table, got {shown(part)}")
+    raise UsageError(f"{where}: expected a layer, a list or a table, got {shown(part)}{_in_quotes(part)}")
+
+
+def _in_quotes(value: object) -> str:
+    """Return what to do about a name that TOML takes for a number."""
+    return f'; a name that is a number is written in quotes: "{value}"' if type(value) in (int, float) else ""
 
 
 def _parse_like(part: Mapping[str, object], where: str) -> Pattern:

@@ -332,8 +332,10 @@ def test_a_plan_says_in_one_line_what_was_fused_already(folder: Path) -> None:
     fused = folder / "fused-already.safetensors"
     assert cli(f"fuse {folder}/conv_bn.safetensors --auto {model} -o {fused}").code == 0
     assert [line for line in cli(f"plan {fused} {model}").out.splitlines() if "fused" in line] == [
-        "left alone: conv1, bn1 and 3 more: convtool fused it already"
+        "left alone: conv1, bn1 and 3 more: convtool fused it already",
+        "0 fusions; the model as its code builds it, unfused: 9150 parameters, 84688 multiply-adds for one input",
     ]
+    assert "; the whole model: " in cli(f"plan {folder}/conv_bn.safetensors {model}").out
 
 
 @pytest.mark.parametrize("as_json", [False, True])

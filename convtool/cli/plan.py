@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,11 +102,13 @@ class Total:
 
     Attributes:
         uncounted: parameters of its other layers.
+        unfused: the checkpoint was fused already; the costs are those of the model as its code builds it.
     """
 
     before: Cost
     after: Cost
     uncounted: Count
+    unfused: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +163,18 @@ def run(options: Options, reporter: Reporter) -> Result:
         found,
         source=options.checkpoint,
         fusions=tuple(map(Fusion.of, found.fusions)),
-        total=Total(found.total, found.total_after, found.uncounted),
+        total=Total(found.total, found.total_after, found.uncounted, _was_fused(found.left_alone)),
         out=None if recipe is None else out,
         written=written,
         bytes=None if recipe is None else len(recipe),
         piped=found.recipe() if piped else None,
     )
+
+
+def _was_fused(left_alone: Iterable[LeftAlone]) -> bool:
+    from convtool.live.agreement import FOLDED, FUSED
+
+    return any(one.reason.endswith((FOLDED, FUSED)) for one in left_alone)
 
 
 def show(result: Result, reporter: Reporter) -> None:
@@ -185,8 +194,9 @@ def show(result: Result, reporter: Reporter) -> None:
     count = len(result.fusions)
     parameters, work = _costs(result.total)
     others = result.total.uncounted
+    whole = "the model as its code builds it, unfused" if result.total.unfused else "the whole model"
     reporter.line(
-        f"{count} fusion{'' if count == 1 else 's'}; the whole model: {parameters} parameters, {work}"
+        f"{count} fusion{'' if count == 1 else 's'}; {whole}: {parameters} parameters, {work}"
         " multiply-adds for one input"
         + (f", without {amount(others)} parameters of layers of other kinds" if others else "")
     )

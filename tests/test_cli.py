@@ -348,13 +348,14 @@ def test_a_mistake_gives_one_clear_line_its_exit_code_and_nothing_written(
     assert as_json.err == f"convtool: {as_json.document['error']['message']}\n"
     assert as_json.document["ok"] is False
     assert as_json.document["command"] == line.split()[0]
-    assert as_json.document["error"]["message"].replace(" --json", "") == plain.message  # in a command to paste
+    # A command to paste has all that was typed.
+    quiet, typed = cli(f"{line} --quiet"), f": convtool {line}"
     assert as_json.document["error"] == {
         "kind": {2: "usage", 3: "input", 4: "refused", 5: "output"}[code],
         "exit_code": code,
-        "message": as_json.document["error"]["message"],
+        "message": plain.message.replace(typed, f"{typed} --json"),
     }
-    assert cli(f"{line} --quiet").err == as_json.err
+    assert quiet.err == as_json.err.replace(f"{typed} --json", f"{typed} --quiet")
     assert snapshot(here) == before
 
 

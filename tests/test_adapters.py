@@ -201,6 +201,7 @@ def test_alpha_and_rank_are_said(base: Path) -> None:
     assert "\nx: 2 modules, alpha 3 / rank 2 = 1.5\n" in said.out
     assert "\nx: 1 module, no alpha in the file\n" in said.out
     assert said.err == "it loads as before: the model's code stays as it is\n"
+    assert cli(f"fuse {base} --with x={base.with_name('x.pt')} -o {base.with_name('no.pt')} --dry-run").err == ""
     shown = cli(f"inspect {base.with_name('x.pt')}").out
     assert re.search(r"up\.one +lora +6x2x1x1 .* alpha 3 / rank 2 = 1\.5\n", shown)
 

@@ -151,7 +151,7 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
     if result.loader is not None:
         edits = "its load(model) edits a model of torch's own layers or timm's batch norms, and loads"
         reporter.line(f"{did} {result.loader}: {edits} {out.name}")
-    elif not any(fusion.edits for fusion in fusions):
+    elif result.checkpoint.written and not any(fusion.edits for fusion in fusions):
         reporter.remark("it loads as before: the model's code stays as it is")
     elif result.checkpoint.written:
         reporter.remark(f'to load it: convtool.apply(model, "{out}"), or the code that --loader FILE.py writes')

@@ -162,7 +162,7 @@ def test_scales_that_a_block_holds_itself_become_none(tmp_path: Path) -> None:
     """)
     path, out = save(model, tmp_path / "before.pt"), tmp_path / "after.pt"
     document = done("fuse", path, "1.fc1", "1.gamma", "-o", tmp_path / "half.pt")
-    assert document["fusions"][0]["edits"] == ["1.fc1 = nn.Linear(10, 8)", "1.gamma = None"]
+    assert document["fusions"][0]["edits"] == ["model[1].gamma = None"]
     done("fuse", tmp_path / "half.pt", "1.fc2", "1.gamma_2", "-o", out)
     live = convtool.apply(copy.deepcopy(model), out)
     block = live.get_submodule("1")
@@ -209,6 +209,36 @@ def test_a_place_that_a_block_keeps_open_takes_the_fused_layer(tmp_path: Path) -
     block = larger[0]
     assert isinstance(block, Branching)
     assert block.fused is None
+
+
+class Calling(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 6, 3, padding=1), nn.BatchNorm2d(6)
+        self.head = nn.Sequential(OrderedDict(act=nn.ReLU()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.b(self.a(x)))
+        return y
+
+
+def test_a_forward_that_calls_what_was_fused_under_another_name_does_not_run(tmp_path: Path) -> None:
+    live = filled(Calling())
+    convtool.apply(live, fuse(live, ["a", "b", "--name", "new"], tmp_path))
+    with pytest.raises(AttributeError, match="no attribute '[ab]'"):
+        outputs(live)
+
+
+def test_a_new_name_in_a_sequential_runs_where_its_layers_ran(tmp_path: Path) -> None:
+    model = filled(chain(z=nn.ReLU(), a=nn.Conv2d(4, 6, 3), b=nn.BatchNorm2d(6), act=nn.Sigmoid()))
+    live = convtool.apply(copy.deepcopy(model), fuse(model, ["a", "b", "--name", "new"], tmp_path))
+    assert [name for name, _ in live.named_children()] == ["z", "new", "act"]
+    assert relative_difference(outputs(model), outputs(live)) < CLOSE
+    other = filled(Calling())
+    before = copy.deepcopy(other)
+    with pytest.raises(RefusedError, match=r"head\.new: would be the last module of an nn\.Sequential"):
+        convtool.apply(other, fuse(other, ["a", "b", "--name", "head.new"], tmp_path))
+    assert_unchanged(other, before)
 
 
 def test_a_scale_that_is_a_module_becomes_an_identity(tmp_path: Path) -> None:

@@ -59,8 +59,8 @@ def fates(planned: PlannedLayer) -> Iterator[tuple[LoweredLayer, Fate]]:
     """Yield what becomes of each of the model's layers in a fusion."""
     own = [leaf for leaf in planned.layers if leaf.own]
     stays = any(leaf.layer.name == planned.name for leaf in own)  # then the model goes on to call all of the branches
-    # An identity would add its input to a sum.
-    other: Fate = "identity" if not has_sum(planned.tree) else "silent" if stays else "deleted"
+    # What is deleted can't be called any more: by a name of its own, the model's forward has to call the fused layer.
+    other: Fate = "deleted" if not stays else "silent" if has_sum(planned.tree) else "identity"
     for leaf in own:
         layer = leaf.layer
         if is_written(layer.name):

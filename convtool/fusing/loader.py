@@ -172,10 +172,11 @@ def _reading(names: Iterable[str], safe: bool, root: Sequence[str]) -> Iterator[
 
 def _check(planned: PlannedLayer) -> None:
     """Raise UsageError where an edit can't be written down without the live model."""
-    found = list(fates(planned))
-    branch = has_sum(planned.tree) and any(leaf.name == planned.name for leaf, _ in found)
-    if planned.fusion.conv.has_bias_map or branch:
-        why = "has a bias map" if planned.fusion.conv.has_bias_map else "takes the place of one branch of a sum"
+    found, several = list(fates(planned)), has_sum(planned.tree)
+    stays = any(leaf.name == planned.name for leaf, _ in found)
+    if planned.fusion.conv.has_bias_map or several == stays:
+        why = "takes the place of one branch of a sum" if stays else "has a name that none of its layers has"
+        why = "has a bias map" if planned.fusion.conv.has_bias_map else why
         raise UsageError(f"--loader: {planned.name} {why}, which only convtool.apply puts into a model")
     if own := [leaf.name for leaf, _ in found if "standardized" in leaf.fields]:
         # What else their code does, nobody sees without the live model.

@@ -31,8 +31,9 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
 
     Each fused layer takes its place; nn.Identity stands where the other layers of its chain were, and a scale that a
     block holds itself becomes None. Where the fused layer took the name of one of its sources, the branches of a sum
-    stay and give zeros; where it has a name of its own, by which the model's forward has to know it, they are deleted,
-    with the modules that held only them. The model is changed in place; where anything fails it is left as it was.
+    stay and give zeros; where it has a name of its own, by which the model's forward has to call it (an nn.Sequential
+    does), all of them are deleted, with the modules that held only them. The model is changed in place; where anything
+    fails it is left as it was.
 
     Args:
         model: as before the fusions; layers are found by name, wrappers such as DistributedDataParallel seen through.
@@ -132,6 +133,8 @@ class Applying:
         silent: dict[str, nn.Module] = {}
         if fused is not None:
             self._put_fused(name, next((source for source in sources if source.name == name), None), sources[0], fused)
+            if not stays:
+                self._in_order(name, sources[0])
             self.made.add(name)
             silent = dict(_silenced(tree, name, fused))
         for source in sources:
@@ -144,7 +147,7 @@ class Applying:
             place = self._place(source.name)
             if source.name in silent and stays:
                 self._set(place, silent[source.name])
-            elif branches and not stays:  # an identity in place of a branch would add its input to the sum
+            elif not stays:  # so that nothing goes on to call them
                 self._delete(place)
             else:
                 self._set(place, self._without(source, place))
@@ -178,6 +181,20 @@ class Applying:
         with self.making, device:
             made = live_module(fused, dtype)
         self._set(place, made.train(self.model.training))
+
+    def _in_order(self, name: str, first: SourceLayer) -> None:
+        """Have an nn.Sequential, which runs its modules in order, run a new one where the first of its layers was."""
+        path, _, last = self._place(name).rpartition(".")
+        around, _, before = self._place(first.name).rpartition(".")
+        parent = self.model.get_submodule(path)
+        if isinstance(parent, nn.Sequential) and not first.name.startswith(f"{name}."):
+            if around != path:
+                raise RefusedError(f"{name}: would be the last module of an nn.Sequential; fuse without --name")
+            order = [key for key in parent._modules if key != last]
+            order.insert(order.index(before), last)
+            modules = dict(parent._modules)
+            parent._modules.clear()
+            parent._modules.update({key: modules[key] for key in order})
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Load every tensor of the checkpoint; InputError, before any is, where they don't fit."""

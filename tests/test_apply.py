@@ -225,7 +225,7 @@ class Calling(nn.Module):
 def test_a_forward_that_calls_what_was_fused_under_another_name_does_not_run(tmp_path: Path) -> None:
     live = filled(Calling())
     convtool.apply(live, fuse(live, ["a", "b", "--name", "new"], tmp_path))
-    with pytest.raises(AttributeError, match="no attribute '[ab]'"):
+    with pytest.raises(AttributeError, match=r"no attribute '[ab]'"):
         outputs(live)
 
 

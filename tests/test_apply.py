@@ -185,6 +185,31 @@ def test_a_scale_that_became_none_comes_back_where_loading_fails(tmp_path: Path)
     assert live.state_dict().keys() == before.state_dict().keys()
 
 
+class Around(nn.Module):
+    """A block that scales what a layer inside of another block gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(10, 8))
+        self.gamma: nn.Parameter | None = nn.Parameter(torch.ones(8))
+        self.beta = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return (x if self.gamma is None else x * self.gamma) + self.beta
+
+
+def test_a_scale_of_a_block_of_which_nothing_else_goes_comes_back_as_well(tmp_path: Path) -> None:
+    model = filled(nn.Sequential(Around()))
+    out = fuse(model, ["0.body.0", "0.gamma"], tmp_path)
+    assert relative_difference(outputs(model), outputs(convtool.apply(copy.deepcopy(model), out))) < CLOSE
+    live = copy.deepcopy(model).append(nn.Linear(8, 2))
+    before = copy.deepcopy(live)
+    with pytest.raises(InputError, match=r"the checkpoint lacks 1\.weight, 1\.bias"):
+        convtool.apply(live, out)
+    assert live.state_dict().keys() == before.state_dict().keys()
+
+
 class Branching(nn.Module):
     """A block with a place for the layer that its others become, as timm's blocks have one."""
 

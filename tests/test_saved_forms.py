@@ -542,6 +542,32 @@ def test_an_argument_of_another_type_than_its_kind_is_damage(saved: Any, tmp_pat
         open_checkpoint(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "wrong"),
+    [
+        ("strides", [{"as_int": 1}]),
+        ("storage_offset", {"as_int": -4}),
+        ("sizes", [{"as_int": 1.0}] * 4),
+        ("strides", [{"as_int": -1}] * 4),
+    ],
+)
+def test_a_tensor_of_a_program_that_no_storage_can_have_is_damage(
+    saved: Any, tmp_path: Path, field: str, wrong: Any
+) -> None:
+    path = tmp_path / "other.pt2"
+    with zipfile.ZipFile(saved(Half, "exported")) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("_weights_config.json"):
+                config = json.loads(data)
+                entry = next(one for one in config["config"].values() if len(one["tensor_meta"]["sizes"]) == 4)
+                entry["tensor_meta"][field] = wrong
+                data = json.dumps(config).encode()
+            new.writestr(name, data)
+    with pytest.raises(InputError, match="an offset, a shape or strides that make no sense"):
+        open_checkpoint(path)
+
+
 def test_modules_that_hold_each_other_without_end_are_refused() -> None:
     from convtool.formats.pickle_values import Call, Global
     from convtool.formats.pickled_modules import read_module

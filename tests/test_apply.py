@@ -356,6 +356,16 @@ class DoubledInside(nn.Conv2d):
         return y
 
 
+class DoublingItsWeight(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight * 2, self.bias)
+
+
+class WithoutItsBias(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv2d(x, self.weight)
+
+
 class Activated(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(super().forward(x))
@@ -394,6 +404,8 @@ WRONG: dict[str, tuple[dict[str, nn.Module], str]] = {
     "kind": ({"b": nn.GroupNorm(2, 6)}, "b: the model has a GroupNorm there, and a batch norm was fused"),
     "forward": ({"a": Doubled(4, 6, 3)}, "a: the model has a Doubled there, whose code isn't that of nn.Conv2d"),
     "inner forward": ({"a": DoubledInside(4, 6, 3)}, "a: the model has a DoubledInside there, whose code isn't"),
+    "computed weight": ({"a": DoublingItsWeight(4, 6, 3)}, "a: the model has a DoublingItsWeight there, whose code"),
+    "bias left out": ({"a": WithoutItsBias(4, 6, 3)}, "a: the model has a WithoutItsBias there, whose code isn't"),
     "forward of its own": ({"a": replaced()}, "a: the model has a Conv2d there, whose code isn't that of nn.Conv2d"),
     "activation": ({"b": Activated(6)}, "b: a Activated, whose code does more than the layer: the rest isn't"),
     "batch statistics": ({"b": nn.BatchNorm2d(6, track_running_stats=False)}, "that keeps no statistics and goes by"),

@@ -226,6 +226,9 @@ def test_matrix_market_files_that_scipy_writes(tmp_path: Path) -> None:
         path.write_text(f"%%MatrixMarket matrix coordinate real general\n2 2 2\n{text}")
         with pytest.raises(InputError, match=r"m\.mtx: (the matrix is )?(damaged|not a Matrix Market file)"):
             load_matrix(path)
+    path.write_text("%%MatrixMarket matrix coordinate real general\n2 2 2\n1 1 5\n2 2 12.5")  # cut short, of 12.53
+    with pytest.raises(InputError, match="ends in the middle of a line"):
+        load_matrix(path)
 
 
 @pytest.mark.parametrize("ordered", [True, False])

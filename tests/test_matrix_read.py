@@ -404,6 +404,16 @@ def test_indices_that_are_out_of_range_are_found(change: dict[str, list[int]], t
                 read(path)
 
 
+@pytest.mark.parametrize("change", [{"indices": [0.5, 3, 1]}, {"indptr": [0.0, 2, 2, 3]}, {"col": [0.0, 3, 1]}])
+def test_places_that_are_no_whole_numbers_are_refused(change: dict[str, list[float]], tmp_path: Path) -> None:
+    sparse = {"row": [0, 0, 2], "col": [0, 3, 1]} if "col" in change else {"indptr": [0, 2, 2, 3], "indices": [0, 3, 1]}
+    arrays = {**sparse, "shape": [3, 4], **change}
+    tensors = {name: torch.tensor(values) for name, values in arrays.items()}
+    save_file({**tensors, "data": torch.ones(3)}, tmp_path / "m.safetensors")
+    with pytest.raises(InputError, match=f"{next(iter(change))}: expected int32 or int64, got torch.float32"):
+        load_matrix(tmp_path / "m.safetensors")
+
+
 @pytest.mark.parametrize("change", [{"row": [0, 2, 3]}, {"row": [-1, 0, 2]}, {"col": [0, 1, 4]}, {"col": [0, -1, 2]}])
 def test_coordinates_that_are_out_of_range_are_found(change: dict[str, list[int]], tmp_path: Path) -> None:
     arrays = {"row": [0, 0, 2], "col": [0, 3, 1], "shape": [3, 4]} | change

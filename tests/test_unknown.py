@@ -106,6 +106,7 @@ def test_what_was_assumed_is_said_by_every_later_command() -> None:
     assert "assumed: 1: eps 1e-05" in cli("verify net.pt one.pt").out
     assert "\n  1: eps 1e-05 (assumed)\n" in cli("verify net.pt one.pt").out
     assert "1: eps 1e-05" in cli("verify net.pt two.pt").out
+    assert "1: eps 1e-05" in cli("inspect two.pt").out  # which was made of what was made with it
 
 
 def test_a_fused_layer_of_unknown_padding_is_no_layer_without_padding() -> None:

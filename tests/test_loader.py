@@ -195,8 +195,29 @@ def test_a_layer_that_isnt_as_stated_is_left(tmp_path: Path, monkeypatch: pytest
     monkeypatch.chdir(tmp_path)
     torch.save(filled(strided()).state_dict(), "net.pt")
     assert run_app(["fuse", "net.pt", "conv1", "bn1", "--eps", "1e-3", "-o", "f.pt", "--loader", "load_net.py"]) == 0
-    with pytest.raises(ValueError, match=r"bn1 has eps 1e-05, and 0\.001 was stated when it was fused"):
+    with pytest.raises(ValueError, match=r"bn1 has eps 1e-05, and 0\.001 was stated or assumed when it was fused"):
         runpy.run_path("load_net.py")["load"](strided())
+
+
+def test_what_was_assumed_is_held_against_the_model_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = filled(sequence(conv=nn.ConvTranspose2d(6, 6, 3), bn=BN(6)))
+    torch.save(model.state_dict(), "net.pt")
+    words = ["conv", "bn", "--eps", "1e-5", "-o", "f.pt", "--loader", "load_net.py"]
+    assert run_app(["fuse", "net.pt", *words]) == 0  # assumed: not transposed
+    before = dict(model.named_modules())
+    with pytest.raises(ValueError, match="conv has transposed True, and False was stated or assumed"):
+        runpy.run_path("load_net.py")["load"](model)
+    assert dict(model.named_modules()) == before
+
+
+def test_a_fused_layer_of_another_name_is_loaded_into_the_network_that_has_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(filled(strided()).state_dict(), "net.pt")
+    assert run_app(["fuse", "net.pt", "conv1", "bn1", "--eps", "1e-3", "--name", "new", "-o", "f.pt"]) == 0
+    assert "to load it: load_state_dict of a network that has new; convtool.apply(" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("padding", "fits"), [("same", True), (1, True), ("valid", False), (0, False), (2, False)])
@@ -214,7 +235,7 @@ def test_padding_is_held_against_what_was_stated(
     if fits:
         load(network(padding))
     else:
-        with pytest.raises(ValueError, match=r"conv has padding .* was stated when it was fused"):
+        with pytest.raises(ValueError, match=r"conv has padding .* was stated or assumed when it was fused"):
             load(network(padding))
 
 

@@ -154,7 +154,15 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
     elif result.checkpoint.written and not any(fusion.edits for fusion in fusions):
         reporter.remark("it loads as before: the model's code stays as it is")
     elif result.checkpoint.written:
-        reporter.remark(f'to load it: convtool.apply(model, "{out}"), or the code that --loader FILE.py writes')
+        reporter.remark(f"to load it: {_ways_to_load([fusion.record for fusion in fusions], out)}")
+
+
+def _ways_to_load(records: Sequence[saved.Recorded], out: Path) -> str:
+    new = [one.name for one in records if one.name not in map(str, leaves(one.sources))]
+    apply = f'convtool.apply(model, "{out}")'
+    if new:  # as a rule the deployed form of a block
+        return f"load_state_dict of a network that has {new[0]}; {apply}, if its code calls that once it is there"
+    return f"{apply}, or the code that --loader FILE.py writes"
 
 
 def _total(result: Result, works: Collection[str]) -> str:

@@ -35,7 +35,7 @@ def module_edits(planned: PlannedLayer) -> list[str]:
             lines.append(f"take {layer.name} out of the model's code, as {name} does it")
         elif fate == "parameters":
             lines += [f"{_code(tensor)} = None" for tensor in layer.tensor_names()]
-        elif fate == "deleted":
+        elif fate == "deleted" and not layer.name.startswith(f"{name}."):  # those went with what they were in
             lines.append(f"del {_code(layer.name)}")
         elif fate == "silent":
             silent.append(layer.name)

@@ -16,7 +16,7 @@ from convtool.fusing.edits import Fate, done_by_the_model, ends_with, fates, nee
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
 
-CHECKED = ("stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "eps")
+CHECKED = ("transposed", "stride", "padding", "dilation", "groups", "padding_mode", "output_padding", "eps")
 MODULE = Template('''\
 """Loads $name into the model whose checkpoint was fused.
 
@@ -80,7 +80,7 @@ def find(model: nn.Module, name: str, ends: bool = False, **stated: object) -> A
             spans = [dilation * (size - 1) for dilation, size in zip(layer.dilation, layer.kernel_size)]
             has = tuple(span / 2 if has == "same" else 0 for span in spans)
         if has != value:
-            raise ValueError(f"{name} has {field} {has}, and {value} was stated when it was fused")
+            raise ValueError(f"{name} has {field} {has}, and {value} was stated or assumed when it was fused")
     return layer
 
 

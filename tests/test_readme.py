@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
 import pytest
@@ -22,6 +23,7 @@ from warm import warm_convtool
 from convtool.cli import exit_codes
 from convtool.cli.app import COMMANDS, application, find_command
 from convtool.cli.help import summary
+from convtool.core.geometry import PaddingMode
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
@@ -147,6 +149,11 @@ def test_links_lead_somewhere() -> None:
     for page in PAGES.values():
         for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_page_on_geometry_lists_every_padding_mode() -> None:
+    (row,) = re.findall(r"^\| `padding_mode` .*", PAGES["geometry"].read_text(), re.MULTILINE)
+    assert set(re.findall(r"`(\w+)`", row)) - {"padding_mode"} == set(get_args(PaddingMode))
 
 
 def test_the_readme_is_short_and_names_the_command_of_every_page() -> None:

@@ -952,3 +952,7 @@ def test_manual_lists_its_pages_and_prints_one(cli: Cli) -> None:
     wrong = cli("manual recipe")
     assert (wrong.code, wrong.out) == (2, "")
     assert "no page 'recipe'; did you mean recipes?" in wrong.err
+    pages = {"LoRA": "recipes", "repvgg": "recipes", "fuse": "commands, models", "verify": "commands, proofs"}
+    for word, treated in pages.items():
+        assert f"no page {word!r}; it is treated in: {treated}; `convtool" in cli(f"manual {word}").err
+    assert "no page 'xyzzy'; `convtool" in cli("manual xyzzy").err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from convtool.cli import complete
@@ -17,6 +18,9 @@ convtool manual
 convtool manual geometry
 convtool manual recipes | less
 """
+
+
+_HEADING = re.compile(r"\A# .*|^## .*", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +57,20 @@ def run(options: Options, reporter: Reporter) -> Result:
     if options.topic is None:
         return Result(tuple(map(_page, known)), None)
     if options.topic not in known:
-        raise UsageError(f"no page {options.topic!r}{did_you_mean(options.topic, known)}; `convtool manual` lists them")
+        near = did_you_mean(options.topic, known, _treated(options.topic), cutoff=0.75)
+        raise UsageError(f"no page {options.topic!r}{near}; `convtool manual` lists them")
     found = _page(options.topic)
     return Result((found,), found.text)
+
+
+def _treated(word: str) -> str:
+    """Return which pages have a heading with a word, or else the one that has it most often; '' where none has it."""
+    whole = re.compile(rf"\b{re.escape(word)}\b", re.IGNORECASE)
+    texts = {topic: page(topic) for topic in topics()}
+    headed = [topic for topic, text in texts.items() if whole.search("\n".join(_HEADING.findall(text)))]
+    often = max(texts, key=lambda topic: len(whole.findall(texts[topic])))
+    found = headed or ([often] if whole.search(texts[often]) else [])
+    return f"; it is treated in: {', '.join(found)}" if found else ""
 
 
 def _page(topic: str) -> Page:

@@ -243,7 +243,7 @@ def _show_tensors(others: OtherTensors, other: str, rounded_to: str | None, repo
     if told:
         covered = "; they went into the networks that were run on random inputs" if others.by_random_inputs else ""
         reporter.line(f"{other}tensors that differ, are missing or are new: {len(told)}{covered}")
-    else:
+    elif others.compared:
         rounded = f", or rounded once to {rounded_to}" if rounded_to else ""
         tensors = "tensor" if others.compared == 1 else "tensors"
         reporter.line(f"{others.compared} {other}{tensors}: bit for bit the same{rounded}")

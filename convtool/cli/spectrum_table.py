@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from convtool.kinds.stated import FieldSources
     from convtool.live.sequence import Sequenced
 
+BETWEEN = "nothing in between that may make differences larger"
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -167,7 +169,7 @@ def _product(rows: Sequence[Row], network: Sequenced | None, names: set[str]) ->
     if network is None:
         return None, "without --model nothing says in which order the layers run"
     if network.broken:
-        return None, f"the network isn't one sequence of layers, and functions that lengthen nothing: {network.broken}"
+        return None, f"{network.broken}; a product bounds only layers that run one after the other, with {BETWEEN}"
     # What only reshapes lengthens nothing either.
     left = [
         call.name

@@ -64,7 +64,7 @@ def _broken(flow: Flow) -> str:
         if users[number] != (number < last) or (number in flow.outputs) != (number == last):
             return f"what {_called(step)} gives is read more than once"
         if step.layer is None and step.about not in (*SHRINKING, INPUT):
-            return f"{_called(step)} may lengthen differences"
+            return f"{_called(step)} may make differences larger"
         if step.layer is not None and step.layer.name in flow.apart:
             return f"{step.layer.name}: {flow.apart[step.layer.name]}"
     return ""

@@ -389,7 +389,11 @@ def test_the_recipe_that_fits_is_found(tmp_path: Path) -> None:
     code, message = error(*words, "--recipe", tmp_path / "mine.toml")
     assert code == 2
     assert message.endswith("of the recipes that ship, yolo-ultralytics (1 fusion, model.0.conv) would fit")
+    assert f"{tmp_path / 'mine.toml'}: " in message
     torch.save({"a.weight": torch.ones(2, 2)}, tmp_path / "other.pt")
+    code, message = error("fuse", tmp_path / "other.pt", "--recipe", "yolo-ultralytics", "-o", tmp_path / "no.pt")
+    assert code == 2
+    assert message.endswith(f"the recipe yolo-ultralytics fits no layer of {tmp_path / 'other.pt'}")
     code, message = error("fuse", tmp_path / "other.pt", "--recipe", "auto", "-o", tmp_path / "no.pt")
     assert (code, "none of the recipes that ship fits" in message) == (2, True)
 

@@ -309,7 +309,8 @@ def test_a_recipe_that_fits_nothing_is_an_error() -> None:
     layers = known({"q.conv": CONV, "head": LINEAR})
     assert refused('fuse = [{ name = "x", chain = ["a", "b"] }]', layers) == "[a, b] fits no layer"
     optional = 'fuse = [{ name = "x", chain = ["a", "b"], optional = true }]'
-    assert refused(optional, layers) == "nothing in it fits any layer"
+    with pytest.raises(UsageError, match=r"^r\.toml fits no layer$"):
+        fusions(optional, layers)
 
 
 def test_an_optional_rule_may_fit_nothing_beside_one_that_does() -> None:

@@ -91,7 +91,11 @@ def by_recipe(
     layers = {source: opened.layers for source, opened in checkpoints.items()}
     if order is not None:
         layers[BASE] = {name: layers[BASE][name] for name in order}
-    planned = resolve(recipe, Known(layers, fields, ordered=order is not None))
+    try:
+        planned = resolve(recipe, Known(layers, fields, ordered=order is not None))
+    except NothingFitsError as error:
+        paths = " or ".join(str(opened.path) for opened in checkpoints.values())
+        raise NothingFitsError(f"{error} of {paths}") from None
     check_nothing_missed(checkpoints, [one.tree for one in planned])
     used = {(ref.source, ref.name) for one in planned for ref in leaves(one.tree) if ref.source != BASE}
     for source, opened in checkpoints.items():

@@ -17,11 +17,8 @@ from convtool.fusing.recipe import Recipe, parse_recipe
 def shipped() -> Mapping[str, Recipe]:
     """Return the recipes by name, in order of their names."""
     files = sorted(resources.files("convtool.recipes").iterdir(), key=lambda file: file.name)
-    return {
-        file.name.removesuffix(".toml"): parse_recipe(tomllib.loads(file.read_text(encoding="utf-8")), file.name)
-        for file in files
-        if file.name.endswith(".toml")
-    }
+    texts = {file.name.removesuffix(".toml"): file.read_text("utf-8") for file in files if file.name.endswith(".toml")}
+    return {name: parse_recipe(tomllib.loads(text), f"the recipe {name}") for name, text in texts.items()}
 
 
 def is_file(name: str) -> bool:

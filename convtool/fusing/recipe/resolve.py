@@ -79,7 +79,7 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
             raise NothingFitsError(f"{recipe.origin}: {_text(rule.tree)} fits no layer")
         planned += found
     if not planned:
-        raise NothingFitsError(f"{recipe.origin}: nothing in it fits any layer")
+        raise NothingFitsError(f"{recipe.origin} fits no layer")
     order = {name: number for number, name in enumerate(known.layers[BASE])}
 
     def place(fusion: PlannedFusion) -> int:

@@ -273,6 +273,13 @@ def test_a_stated_padding_mode_is_kept_where_nobody_states_the_padding() -> None
     assert close(live, model, 2)
 
 
+def test_a_padding_mode_that_comes_of_a_later_layer_is_an_edit() -> None:
+    saved(nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 5, 3, padding=1, padding_mode="circular", bias=False))
+    said = ("0.stride=1", "0.padding=0", "0.groups=1", "1.padding=1", "1.padding_mode=circular", "1.groups=1")
+    made = done("fuse", "net.pt", "0", "1", "-o", "out.pt", *(word for text in said for word in ("--set", text)))
+    assert "padding 1, padding_mode circular" in made["fusions"][0]["edits"][0]
+
+
 # --- random chains of which little is stated
 
 

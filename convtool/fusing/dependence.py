@@ -189,9 +189,11 @@ def _changed(looked_at: Tree[Probe], number: int) -> frozenset[str]:
         for values in (base, *({**base, one.variable: value} for one in opened for value in one.values)):
             fused = _geometry(looked_at, values)
             before = _geometry(own, values) or _told(own.geometry)
-            changed |= {name for name, value in (fused or {}).items() if value != before[name]}
-            if not any(sum(sides) for sides in before["padding"]):  # then its mode is nobody's
-                changed -= {"padding_mode"}
+            names = {name for name, value in (fused or {}).items() if value != before[name]}
+            padded = any(sum(sides) for sides in before["padding"])
+            if fused and fused["padding_mode"] == "zeros" and not padded:  # then a mode of its own was nobody's
+                names.discard("padding_mode")
+            changed |= names
     return frozenset(changed)
 
 

@@ -169,8 +169,8 @@ def run(options: Options, reporter: Reporter) -> Result | spectrum_table.TableRe
     with reporter.progress("computing singular values", None):
         ends = spectrum(found.layers, found.spatial, **options.how)
         several = _several(options, found)
-    unknown = dict.fromkeys(("smallest", "condition_at_least") if options.largest else ())
-    if options.largest or not (ends.largest.proved and ends.smallest.proved):
+    unknown = dict.fromkeys(("condition_at_least",) if ends.smallest is None else ())
+    if ends.smallest is None or not (ends.largest.proved and ends.smallest.proved):
         unknown |= {"condition": None, "condition_error": None}
     return fill(Result, ends, found, options, several=several, **{**unknown, "largest": ends.largest})
 
@@ -206,10 +206,8 @@ def show(result: Result | spectrum_table.TableResult, reporter: Reporter) -> Non
     for line in chain_fields(result.of, result.chain):
         reporter.line(f"  {line}")
     reporter.line(f"  largest singular value   {spectrum_table.value_text(result.largest, 1)}")
-    if result.smallest is None:
-        reporter.line("  smallest singular value  not asked for")
-    else:
-        reporter.line(f"  smallest singular value  {spectrum_table.value_text(result.smallest, -1)}")
+    reporter.line(f"  smallest singular value  {spectrum_table.value_text(result.smallest, -1)}")
+    if result.smallest is not None:
         reporter.line(f"  condition number         {_condition(result)}")
     reporter.line(f"  {how}{after}{_proved(result)}")
     if result.several is not None:

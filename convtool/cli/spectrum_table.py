@@ -92,10 +92,9 @@ def run_table(options: Any, sources: shared.Sources, opened: Checkpoint, reporte
         for ((name, size), runs), leaf in zip(at.items(), layers, strict=True):
             conv = leaf.conv
             ends = spectrum(conv, _spatial(conv, size), **options.how)
-            smallest = None if options.largest else ends.smallest
             inputs = conv.in_channels, *_spatial(conv, size)
             kind = opened.layers[name].kind.name
-            rows.append(Row(name, kind, runs, inputs, ends.shape, ends.largest, smallest))
+            rows.append(Row(name, kind, runs, inputs, ends.shape, ends.largest, ends.smallest))
             advance(1)
     for text in said_of(layers):
         reporter.note(text)
@@ -191,7 +190,7 @@ def show_table(result: TableResult, reporter: Reporter) -> None:
             "x".join(map(str, row.shape)),
             str(row.runs),
             value_text(row.largest, 1),
-            "not asked for" if row.smallest is None else value_text(row.smallest, -1),
+            value_text(row.smallest, -1),
         )
         for row in result.rows
     ]
@@ -202,8 +201,10 @@ def show_table(result: TableResult, reporter: Reporter) -> None:
         reporter.line(f"no product of the largest: {result.no_product}")
 
 
-def value_text(value: SingularValue, side: int) -> str:
+def value_text(value: SingularValue | None, side: int) -> str:
     """Return a value or its bounds; the side is 1 where the value is below what it stands for, and -1 where above."""
+    if value is None:
+        return "not asked for"
     if value.proved:
         return f"{value.value:.9g} (+- {value.error:.1g})"
     first, second = ("at least", "at most")[::side]

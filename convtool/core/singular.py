@@ -32,27 +32,25 @@ class Spectrum:
 
     Attributes:
         shape: (rows, columns) of the matrix.
-        largest, smallest: of its min(rows, columns) singular values.
+        largest, smallest: of its min(rows, columns) singular values; the smallest is None where it wasn't asked for.
         methods: how it was computed, in the order of first use.
         steps: of iterations, in the group that took most; 0 where there were none.
         tolerance: on errors, relative to the largest singular value.
         lacking: bytes of the largest factorisation that would have proved more and wasn't made; 0 without one.
-        largest_only: the smallest wasn't asked for; then it is any number from 0 to what the norm of some T x was.
     """
 
     shape: tuple[int, int]
     largest: SingularValue
-    smallest: SingularValue
+    smallest: SingularValue | None
     methods: tuple[Method, ...]
     steps: int
     tolerance: float
     lacking: int
-    largest_only: bool = False
 
     @property
     def condition(self) -> float:
         """The largest over the smallest: infinite where that is zero as far as is known, NaN where it wasn't asked."""
-        if self.largest_only:
+        if self.smallest is None:
             return math.nan
         if self.smallest.value <= self.smallest.error:
             return math.inf
@@ -61,14 +59,16 @@ class Spectrum:
     @property
     def condition_error(self) -> float:
         """How far off the condition number may be, as both ends may be off by their errors."""
-        if not math.isfinite(self.condition):
+        if self.smallest is None or not math.isfinite(self.condition):
             return self.condition
         most = (self.largest.value + self.largest.error) / (self.smallest.value - self.smallest.error)
         return most - self.condition
 
     @property
     def condition_at_least(self) -> float:
-        """What the condition number is at least: estimates lie between the two ends, proved or not."""
+        """What the condition number is at least: estimates lie between the ends, proved or not; NaN as `condition`."""
+        if self.smallest is None:
+            return math.nan
         rounding = ROUNDING * self.largest.value
         if self.smallest.value + rounding == 0:
             return math.inf

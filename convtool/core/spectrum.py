@@ -66,7 +66,7 @@ def spectrum(
         memory: bytes that a factorisation may take, however long it takes then; by default 1.5 GiB, and less than half
             a minute or so for each.
         seed: of the random vector that iterations start from.
-        largest: only the largest is asked for, which takes much less work for large layers.
+        largest: only the largest is asked for, which takes much less work for large layers; the smallest is None then.
 
     Raises:
         UsageError: the layer cannot run on that input size, or a tolerance that isn't between 0 and 1; or a
@@ -81,13 +81,11 @@ def spectrum(
     size, ends = tuple(input_size), _Ends(tolerance, steps, memory, seed, largest and _has_scipy())
     conv, off = _one_layer(tree, size)
     shape, scale = _of_tree(ends, tree, size) if conv is None else _of_layer(ends, conv, size, off)
-    if largest:
-        ends.least = 0.0
     high, low = ends.values(scale)
     if math.isinf(high.value):
         raise InputError(f"weights near {scale:.3g} have singular values beyond what float64 holds, 1.8e308")
     methods = tuple(ends.methods) or ("dense",)
-    return Spectrum(shape, high, low, methods, ends.taken, tolerance, ends.lacking, largest)
+    return Spectrum(shape, high, None if largest else low, methods, ends.taken, tolerance, ends.lacking)
 
 
 def _has_scipy() -> bool:

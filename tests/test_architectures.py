@@ -115,7 +115,7 @@ def test_all_of_them_are_fused_and_the_logits_stay(architecture: Architecture, t
     assert document["left_alone"] == []
     assert all(fusion["exact"] for fusion in document["fusions"])
     # A .safetensors file doesn't keep the model's order.
-    assert all("runs right behind" in said for fusion in document["fusions"] for said in fusion["assumed"])
+    assert all("the model runs it right after" in said for fusion in document["fusions"] for said in fusion["assumed"])
     applied = convtool.apply(copy.deepcopy(model), out)
     assert norms_and_scales(applied) == 0
     x = inputs(3, 3, *architecture.size)

@@ -959,16 +959,16 @@ def test_a_network_that_normalises_first_is_told_by_its_code_or_said_to_be_assum
     assert run_app([*words, "--model", "pre.py:Pre"]) == 2
     assert "bn1 stands before conv1 in the checkpoint or the model's code" in capsys.readouterr().err
     assert run_app([*words, "--eps", "1e-5"]) == 0
-    assumed = "assumed: bn1: runs right behind the layer before it"
+    assumed = "assumed: bn1: the model runs it right after the layer before it in the fusion (--model with"
     assert assumed in capsys.readouterr().out
     assert run_app(["verify", "pre.safetensors", "out.safetensors"]) == 0
     assert assumed in capsys.readouterr().out
     matrix = ["toeplitz", "out.safetensors", "conv1", "--input-size", "5,5", "-o", "m.npz", "--assume-defaults"]
     assert run_app(matrix) == 0
-    assert "bn1: runs right behind the layer before it" in capsys.readouterr().out
+    assert "bn1: the model runs it right after" in capsys.readouterr().out
     assert run_app(["fuse", "out.safetensors", "conv1", "scale(2)", "-o", "next.safetensors"]) == 0
     assert run_app(["verify", "pre.safetensors", "next.safetensors", "--json"]) == 0
-    assert "bn1: runs right behind" in capsys.readouterr().out
+    assert "bn1: the model runs it right after" in capsys.readouterr().out
     chain = ["fuse", "pre.safetensors", "conv1", "bn1", "--model", "pre.py:Pre", "--model-input", "4,8,8"]
     assert run_app([*chain, "-o", "chain.safetensors"]) == 4
     assert "bn1 reads nothing that conv1 gives" in capsys.readouterr().err

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 2
 # What is assumed of a layer that is unplaced.
-PLACE = "runs right behind the layer before it in its chain, as --model with --model-input would tell"
+PLACE = "the model runs it right after the layer before it in the fusion (--model with --model-input would tell)"
 
 
 class UnknownRecordError(InputError):

@@ -53,6 +53,11 @@ def enough_memory(what: str) -> Iterator[None]:
         raise InputError(f"{what}: not enough memory for that") from None
 
 
+def a_or_an(name: str) -> str:
+    """Return a name with its article, by its first letter."""
+    return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"
+
+
 def did_you_mean(given: str, known: Iterable[str], otherwise: str = "", cutoff: float = 0.5) -> str:
     """What to append to a message about an unknown name: the nearest known ones, or `otherwise` where none is near."""
     import difflib

@@ -407,7 +407,7 @@ WRONG: dict[str, tuple[dict[str, nn.Module], str]] = {
     "computed weight": ({"a": DoublingItsWeight(4, 6, 3)}, "a: the model has a DoublingItsWeight there, whose code"),
     "bias left out": ({"a": WithoutItsBias(4, 6, 3)}, "a: the model has a WithoutItsBias there, whose code isn't"),
     "forward of its own": ({"a": replaced()}, "a: the model has a Conv2d there, whose code isn't that of nn.Conv2d"),
-    "activation": ({"b": Activated(6)}, "b: a Activated, whose code does more than the layer: the rest isn't"),
+    "activation": ({"b": Activated(6)}, "b: an Activated, whose code does more than the layer: the rest isn't"),
     "batch statistics": ({"b": nn.BatchNorm2d(6, track_running_stats=False)}, "that keeps no statistics and goes by"),
     "parametrized": ({"a": parametrized()}, "with a parametrization of its weight, which would be lost"),
     "hooks": ({"a": hooked()}, "a: the model has a Conv2d there with forward hooks, which would be lost"),

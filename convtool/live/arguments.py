@@ -15,7 +15,7 @@ from convtool.core.expression import Expression, split_input_size
 from convtool.core.geometry import LARGEST, Geometry
 from convtool.core.stored import Stored
 from convtool.core.tree import Chain, Sum, Tree, leaves
-from convtool.errors import ConvtoolError, UsageError
+from convtool.errors import ConvtoolError, UsageError, a_or_an
 from convtool.graph.planned import Plan
 from convtool.live.lowered import LayerLike, lower_modules
 
@@ -202,7 +202,7 @@ def _said(value: Any) -> str:
     if isinstance(value, list | tuple) and all(type(part) in (int, float, str) for part in value):
         return repr(value)[:80]
     shape = getattr(value, "shape", None)
-    return f"a {type(value).__name__}{f' of shape {tuple(shape)}' if isinstance(shape, tuple) else ''}"
+    return f"{a_or_an(type(value).__name__)}{f' of shape {tuple(shape)}' if isinstance(shape, tuple) else ''}"
 
 
 _MODULE = _of(nn.Module, "an nn.Module")

@@ -15,7 +15,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.fields import Fields, geometry_fields
-from convtool.errors import RefusedError
+from convtool.errors import RefusedError, a_or_an
 from convtool.graph.computed import with_own_weight
 from convtool.graph.operations import VIEWS_OF_CONSTANTS
 from convtool.graph.recorded_run import INPUT, Operation
@@ -97,7 +97,7 @@ def check_standardizes_alone(module: nn.Module, kind: Kind) -> None:
     if inside is None or "standardized" not in inside.fields or besides:
         what = ", ".join(dict.fromkeys(one.name.split(".")[1] for one in besides))
         does = "does more than to standardize the layer's weight"
-        raise RefusedError(f"a {type(module).__name__}, whose code {does}{f': {what}' if what else ''}")
+        raise RefusedError(f"{a_or_an(type(module).__name__)}, whose code {does}{f': {what}' if what else ''}")
 
 
 def _standardized(module: nn.Module, kind: Kind) -> Fields | None:
@@ -128,7 +128,7 @@ def without_layer(module: nn.Module, kind: Kind, known: dict[tuple[type, str], t
 
 def _rest(module: nn.Module, kind: Kind) -> Iterable[str]:
     """Return the children of a module that do all that it does besides the layer."""
-    what = f"a {type(module).__name__}, whose code does more than the layer"
+    what = f"{a_or_an(type(module).__name__)}, whose code does more than the layer"
     inside = look_inside(module, kind)
     if inside is None or inside.before:
         raise RefusedError(f"{what}: what is left of it can't be told")
@@ -150,7 +150,7 @@ def difference(module: nn.Module, kind: Kind, fields: Fields, *, ends: bool) -> 
     """
     if kind.parameter:
         return ""
-    what, known = f"the model has a {type(module).__name__} there", known_class(module, [kind])
+    what, known = f"the model has {a_or_an(type(module).__name__)} there", known_class(module, [kind])
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     if known is not None and any(not isinstance(hook, (*HOOKS, WeightNorm)) for hook in hooks):
         return f"{what} with forward hooks, which would be lost"
@@ -179,7 +179,7 @@ def put_numbers(module: nn.Module, source: SourceLayer, fused: Conv, dtype: torc
     Raises:
         RefusedError: the fused layer has another geometry, or the module's code can't take a bias.
     """
-    what = f"{source.name} is a {type(module).__name__}, whose code does more than the layer"
+    what = f"{source.name} is {a_or_an(type(module).__name__)}, whose code does more than the layer"
     weight = module._parameters.get("weight")
     if weight is None or not same_geometry(fused, source.kind, tuple(weight.shape), source.fields):
         raise RefusedError(f"{what}: a layer of another geometry can't take its place")

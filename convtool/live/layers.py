@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from convtool.core.fields import Fields
-from convtool.errors import RefusedError, UsageError
+from convtool.errors import RefusedError, UsageError, a_or_an
 from convtool.graph.left_over import COMPUTED
 from convtool.kinds import KINDS
 from convtool.kinds.found import group_layers
@@ -65,7 +65,7 @@ def module_layers(model: nn.Module) -> ModelLayers:
         kind = layer.kind if known is None or layer.kind is known[0] else UNKNOWN
         layers[name] = replace(layer, kind=kind, fields=fields or {})
         if fields is None or not (known is None or computes_as(module, known[1])):
-            foreign[name] = f"a {type(module).__name__}, which computes by code of its own"
+            foreign[name] = f"{a_or_an(type(module).__name__)}, which computes by code of its own"
         if is_parametrized(module):
             bound[name] = COMPUTED
         elif module._forward_hooks or module._forward_pre_hooks:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError, did_you_mean
+from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError, a_or_an, did_you_mean
 
 EXPECTED = "pkg.mod:callable, path/to/file.py:callable, or a Hugging Face folder with a config.json"
 
@@ -76,7 +76,7 @@ def _from_code(spec: str, arguments: str | None, in_memory: bool) -> nn.Module:
             with _user_code(f"{spec}: calling it failed"):
                 made = _call(made, *given, in_memory)
     if not isinstance(made, nn.Module):
-        raise UsageError(f"--model: {spec} gave a {type(made).__name__}, expected an nn.Module")
+        raise UsageError(f"--model: {spec} gave {a_or_an(type(made).__name__)}, expected an nn.Module")
     return made
 
 

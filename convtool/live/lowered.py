@@ -16,7 +16,7 @@ from convtool.core.conv import Conv
 from convtool.core.expression import Expression, output_size
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
-from convtool.errors import ConvtoolError, RefusedError, UsageError
+from convtool.errors import ConvtoolError, RefusedError, UsageError, a_or_an
 from convtool.fusing.lowering import lower_tree, stored_dtype
 from convtool.kinds import KINDS
 from convtool.kinds.kind import UNKNOWN
@@ -102,8 +102,8 @@ def _parts(leaf: LayerLike, name: str) -> tuple[Mapping[str, Tensor], Fields]:
         bias = {} if leaf.bias is None else {"bias_map" if leaf.has_bias_map else "bias": leaf.bias}
         return {"weight": leaf.torch_weight(), **bias}, geometry_fields(leaf.geometry) if leaf.spatial_axes else {}
     if not isinstance(leaf, nn.Module):
-        raise UsageError(f"{name}: expected a Conv or an nn.Module, got a {type(leaf).__name__}")
-    what, found = f"{name}, a {type(leaf).__name__},", module_layers(leaf)
+        raise UsageError(f"{name}: expected a Conv or an nn.Module, got {a_or_an(type(leaf).__name__)}")
+    what, found = f"{name}, {a_or_an(type(leaf).__name__)},", module_layers(leaf)
     layer = found.layers.get("")
     if layer is None or layer.kind is UNKNOWN:
         known = sorted({path.rpartition(".")[2] for kind in KINDS for path in (*kind.modules, *kind.bare_modules)})

@@ -121,6 +121,20 @@ MADE = [lora, lora_with_a_core, loha, loha_with_cores, lokr, lokr_with_a_core, l
 
 
 @pytest.mark.parametrize("made", MADE)
+def test_an_adapter_counts_as_the_tensors_that_it_is(
+    base: Path, made: Callable[[str, tuple[int, ...]], tuple[Parts, Tensor]]
+) -> None:
+    parts, _ = made("down.1.conv", LAYERS["down.1.conv"])
+    torch.save({f"lora_unet_down_1_conv.{part}": tensor for part, tensor in parts.items()}, base.with_name("x.pt"))
+    words = ("fuse", base, "--with", f"x={base.with_name('x.pt')}", "-o", base.with_name("out.pt"))
+    document = done(*words)
+    own = sum(tensor.numel() for part, tensor in parts.items() if part != "alpha")
+    (fusion,) = document["fusions"]
+    assert fusion["parameters"] == {"before": 6 * 4 * 3 * 2 + 6 + own, "after": 6 * 4 * 3 * 2 + 6}
+    assert (fusion["multiply_adds"], document["total"]["multiply_adds"]) == (None, None)
+
+
+@pytest.mark.parametrize("made", MADE)
 @pytest.mark.parametrize("strength", [1.0, -0.5])
 def test_every_form_on_every_kind_of_layer(
     base: Path, made: Callable[[str, tuple[int, ...]], tuple[Parts, Tensor]], strength: float

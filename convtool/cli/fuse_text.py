@@ -50,7 +50,8 @@ class Fusion:
         inferred: what follows from other layers.
         overruled: what a source says otherwise.
         edits: lines that make a model's code fit the new checkpoint.
-        multiply_adds: null where they depend on a stride that nobody states.
+        parameters: before, those of an adapter's own tensors, alpha left out.
+        multiply_adds: null where they depend on a stride that nobody states, and of layers with an adapter.
         verified: held against its layers before it was written, the border apart where not exact; null with
             --no-verify.
     """

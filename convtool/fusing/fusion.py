@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import prod
 from typing import Literal, TypeAlias
 
 import torch
@@ -71,9 +72,12 @@ class PlannedLayer:
 
     @property
     def parameters(self) -> tuple[int, int]:
-        """Numbers before and after that are stored; of a batch norm, those that it computes with."""
-        stored = (layer.conv for layer in leaves(self._by_itself) if layer.layer.tensors)
-        return sum(map(_parameters, stored)), _parameters(self.fusion.conv)
+        """Numbers before and after that are stored; of a batch norm, those that it computes with.
+
+        Of an adapter they are those of its own tensors, alpha left out, which is a setting.
+        """
+        before = sum(_stored(leaf) for leaf in leaves(self._by_itself) if leaf.layer.tensors)
+        return before, _parameters(self.fusion.conv)
 
     @property
     def _by_itself(self) -> Tree[LoweredLayer]:
@@ -94,8 +98,11 @@ class PlannedLayer:
     def multiply_adds(self, input_size: Sequence[int] | None) -> tuple[float, float, Per] | None:
         """Return how many there are before and after, and of what: an input of that size, or a position of a large one.
 
-        It is a position of the output where strides are open; None where that number depends on them, too.
+        It is a position of the output where strides are open; None where that number depends on them, too, and with an
+        adapter, whose factors aren't run as the layer that they change.
         """
+        if any(leaf.layer.kind.adapts for leaf in self.layers):
+            return None
         alone = self._by_itself
         tree: Tree[Conv] = map_leaves(lambda layer: layer.conv, joined(alone))
         conv = self.fusion.conv
@@ -253,6 +260,12 @@ def check_whole(base: Checkpoint, planned: Sequence[PlannedLayer]) -> None:
                 f"{one} is one tensor with {other} (tied weights), and the fusion would change it in one place only;"
                 " leave the layer out, or untie the two before saving, with tensor.clone()"
             )
+
+
+def _stored(leaf: LoweredLayer) -> int:
+    if not leaf.layer.kind.adapts:
+        return _parameters(leaf.conv)
+    return sum(prod(shape) for part, shape in leaf.layer.shapes.items() if part != "alpha")
 
 
 def _parameters(conv: Conv) -> int:

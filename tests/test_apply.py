@@ -440,6 +440,35 @@ def test_what_the_model_does_itself_would_be_done_twice(tmp_path: Path) -> None:
     assert relative_difference(outputs(model), outputs(live)) < CLOSE
 
 
+class Skipping(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.b, self.c = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.c(self.b(x) + x)
+        return y
+
+
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_a_value_that_the_model_adds_in_front_of_the_fused_layer_would_be_added_twice(
+    name: str, tmp_path: Path
+) -> None:
+    model, recipe = filled(Skipping()), tmp_path / "r.toml"
+    recipe.write_text(f'[[fuse]]\nname = "{name}"\nchain = [{{ sum = [["b"], ["identity()"]] }}, "c"]\n')
+    before, out = save(model, tmp_path / "before.pt"), tmp_path / "after.pt"
+    done("fuse", before, "--recipe", recipe, "-o", out, "--assume-defaults")
+    with pytest.raises(RefusedError, match="was fused with a value as it is, which the model's own code does"):
+        convtool.apply(copy.deepcopy(model), out)
+
+
+@pytest.mark.parametrize("options", [{}, {"everything": True}, {"batch_norms_only": True}])
+def test_a_layer_behind_a_sum_with_what_it_reads_computes_the_same(options: dict[str, bool]) -> None:
+    model = filled(Skipping())
+    live = convtool.fuse_model(copy.deepcopy(model), (4, 5, 5), **options)
+    assert relative_difference(outputs(model), outputs(live)) < CLOSE
+
+
 def test_a_normalisation_behind_a_layer_is_the_models_own(tmp_path: Path) -> None:
     model = filled(chain(a=nn.Conv2d(4, 6, 2), b=nn.BatchNorm2d(6)))
     out = fuse(model, ["a", "normalize(mean=1)", "b"], tmp_path)

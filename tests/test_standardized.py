@@ -370,6 +370,18 @@ def test_what_is_nearly_standardised_stays_as_it_is_and_is_listed(
     assert torch.equal(convtool.fuse_model(model, (4, 7, 8))(x), expected)
 
 
+def test_a_gain_times_a_tensor_is_no_gain() -> None:
+    class Squared(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.run(x, self.made(weight=(self.gain * self.gain).view(-1)))
+
+    model = filled(nn.Sequential(Squared(4, 4, 3), nn.BatchNorm2d(4))).eval().double()
+    x = inputs(2, 4, 7, 8).double()
+    expected = model(x)
+    assert not convtool.plan(model, (4, 7, 8)).fusions
+    assert torch.equal(convtool.fuse_model(model, (4, 7, 8))(x), expected)
+
+
 @pytest.mark.parametrize("run", [mean_and_variance_just_swapped, of_input_channels, changed_on_the_way])
 def test_what_is_nearly_standardised_in_a_program_stays(
     run: Callable[[Standardized, Tensor], Tensor], tmp_path: Path

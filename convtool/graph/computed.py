@@ -123,7 +123,9 @@ class _Reader:
         gain, factor = self.given(norm, "weight"), None
         product = self.made_by(gain, *_PRODUCTS)
         if product is not None:
-            gain, factor = self.given(product, "self"), product.arguments.get("other", math.nan)
+            gain, factor = self.given(product, "self"), product.arguments.get("other")
+            if not isinstance(factor, int | float):  # a tensor, which may be the gain itself
+                return None
         return form._replace(gain=(gain.tensor, gain.last), gain_scale=factor) if gain.tensor else None
 
     def by_variance(self, weight: _Given) -> _Form | None:
@@ -143,7 +145,8 @@ class _Reader:
         statistics = self.operations[variance.by.number]
         of_same = self.given(statistics, "self")[1:] == own[1:] and own.tensor and _over_rows(statistics, len(own.last))
         fits = difference.last == own.last and mean.last == root.last == each and own.last[:1] == weight.last[:1]
-        return _Form(own.tensor, added.arguments.get("other")) if of_same and fits else None
+        eps = added.arguments.get("other")
+        return _Form(own.tensor, eps) if of_same and fits and isinstance(eps, int | float) else None
 
 
 def _over_rows(statistics: Operation, rank: int) -> bool:

@@ -108,12 +108,16 @@ class _Cutter:
         assert isinstance(first, Sum)
         branches = first.parts[:-count]
         alone = branches[0] if len(branches) == 1 else Sum(branches)
+        branching: Tree[LayerRef] = first
+        within = {leaf.name for leaf in leaves(branching)}
         best = _total([self.cut(alone), self._cut_chain(others)])
         for stop in range(1, len(others) + 1):
             try:
                 whole = self._merge(taken_off(self._chain([first, *others[:stop]]), count))
             except ConvtoolError:
                 continue
+            if whole.name not in within:
+                continue  # in place of what follows the sum, nothing would be added to what it gives
             rest = [self._cut_chain(others[stop:])] if others[stop:] else []
             price, merges = _total([(self._priced(whole), [whole]), *rest])
             best = (price, merges) if price < best[0] else best

@@ -229,6 +229,11 @@ def damaged_part(form: str) -> str:
     return min(name for name in good_files(form) if name.startswith(INNER[form]))
 
 
+def good_part(form: str) -> bytes:
+    """What is damaged, as it is before."""
+    return good_files(form)[damaged_part(form)]
+
+
 def write_damaged(form: str, part: bytes, folder: Path) -> Path:
     """Write the files with that in the place of the one part, and return what is to be opened."""
     files = good_files(form) | {damaged_part(form): part}

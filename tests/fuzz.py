@@ -18,18 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from damage import (
-    INNER,
-    SUFFIXES,
-    damaged,
-    damaged_part,
-    good_file,
-    good_files,
-    read_all,
-    verdict,
-    write_damaged,
-    write_parts,
-)
+from damage import INNER, SUFFIXES, damaged, good_file, good_part, read_all, verdict, write_damaged, write_parts
 
 import convtool
 
@@ -83,7 +72,7 @@ def main(seconds: float, seed: int) -> int:
     torch.set_num_threads(1)
     random, coverage = Random(seed), Coverage()
     corpus: dict[str, list[bytes]] = {form: [good_file(form)] for form in SUFFIXES}
-    corpus |= {form: [good_files(form)[damaged_part(form)]] for form in INNER}
+    corpus |= {form: [good_part(form)] for form in INNER}
     counts: Counter[str] = Counter()
     findings = 0
     end = time.monotonic() + seconds

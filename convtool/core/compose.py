@@ -77,9 +77,10 @@ def compose(first: Conv, second: Conv) -> Conv:
 def _scaled(first: Conv, second: Conv, geometry: Geometry) -> Conv:
     """Compose with a layer that only scales: no sums, and the kernel as it is stored until it is asked for."""
     dtype = _exact_dtype(first, second)
-    factors, biases = second.weight.flatten().to(dtype), [conv.bias for conv in (first, second)]
-    bias, more = (None if bias is None else bias.to(dtype) for bias in biases)
-    bias = more if bias is None else bias * factors if more is None else bias * factors + more
+    factors = second.weight.flatten().to(dtype)
+    bias = None if first.bias is None else first.bias.to(dtype) * factors
+    if second.bias is not None:
+        bias = second.bias.to(dtype) + (0 if bias is None else bias)
     return Scaled(Conv(first.weight, None, geometry), factors, bias)
 
 

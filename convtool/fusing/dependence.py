@@ -152,8 +152,8 @@ def fused_fields(tree: Tree[LoweredLayer], geometry: Geometry) -> tuple[Fields, 
     if not any(leaf.open or leaf.assumed for leaf in layers):
         return full, ()
     looked_at = probes(taps_alone(map_leaves(_reopened, tree)))
-    # Of a layer that may pad, which the default doesn't, the mode counts.
-    full |= {name: value for name, value in (_geometry(looked_at, {}) or {}).items() if name == "padding_mode"}
+    # The default doesn't pad, and so has no mode; a layer that may pad has.
+    full["padding_mode"] = (_geometry(looked_at, {}) or full)["padding_mode"]
     variables = [
         (one.variable, one.field in leaf.assumed)
         for leaf, probe in zip(layers, leaves(looked_at), strict=False)  # what is left out stands at the end

@@ -11,7 +11,7 @@ from convtool.core.conv import Conv
 from convtool.core.fields import Fields
 from convtool.core.geometry import format_sizes
 from convtool.core.names import is_written
-from convtool.core.tree import BASE, Chain, Sum, Tree, first_leaves, has_sum, leaves, sole_layer
+from convtool.core.tree import BASE, Chain, Sum, Tree, first_leaves, has_sum, leaves
 from convtool.fusing.dependence import changed_fields
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
@@ -214,27 +214,6 @@ def _argument(value: object) -> str:
 
 # Where a layer without tensors is in a model, and whether it stands in front of all else, such that its code does it.
 _CODE = {("model", False), ("model", True), ("input", False)}
-
-
-def adds_its_input(tree: Tree[SourceLayer], name: str) -> bool:
-    """Tell whether the model's forward goes on to add a value to a sum in which a layer takes that addition's place.
-
-    Not so where the value is taken off again, as by `convtool.graph.flow.taken_off`, and the layer is in the sum.
-    """
-    whole = tree.parts[0] if isinstance(tree, Sum) and len(tree.parts) == 2 else None
-    less = [leaf.name for leaf in leaves(tree.parts[1])] if isinstance(tree, Sum) and isinstance(whole, Chain) else []
-    if isinstance(whole, Chain) and less == ["identity()", f"scale({-_bare(whole)}.0)"]:
-        return name not in {leaf.name for leaf in leaves(whole.parts[0])}
-    return _bare(tree) > 0
-
-
-def _bare(tree: Tree[SourceLayer]) -> int:
-    """Return how many branches of sums are nothing but what they read."""
-    if isinstance(tree, SourceLayer):
-        return 0
-    soles = (sole_layer(part) for part in tree.parts)
-    alone = sum(sole is not None and sole.name == "identity()" for sole in soles)
-    return (alone if isinstance(tree, Sum) else 0) + sum(map(_bare, tree.parts))
 
 
 def done_by_the_model(tree: Tree[SourceLayer], in_front: bool | None = None) -> Iterator[str]:

@@ -145,8 +145,7 @@ class _Reader:
         statistics = self.operations[variance.by.number]
         of_same = self.given(statistics, "self")[1:] == own[1:] and own.tensor and _over_rows(statistics, len(own.last))
         fits = difference.last == own.last and mean.last == root.last == each and own.last[:1] == weight.last[:1]
-        eps = added.arguments.get("other")
-        return _Form(own.tensor, eps) if of_same and fits and isinstance(eps, int | float) else None
+        return _Form(own.tensor, added.arguments.get("other")) if of_same and fits else None
 
 
 def _over_rows(statistics: Operation, rank: int) -> bool:

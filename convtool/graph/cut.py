@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, RefusedError
-from convtool.graph.flow import Flow, LeftAlone, find_stretches, taken_off, takes_off
+from convtool.graph.flow import Flow, LeftAlone, adds_again, find_stretches, taken_off, takes_off
 from convtool.graph.judge import Exact, Judge, Merge
 from convtool.kinds.shares import shares, unshared
 from convtool.kinds.written import read_layer, undoing
@@ -108,15 +108,13 @@ class _Cutter:
         assert isinstance(first, Sum)
         branches = first.parts[:-count]
         alone = branches[0] if len(branches) == 1 else Sum(branches)
-        branching: Tree[LayerRef] = first
-        within = {leaf.name for leaf in leaves(branching)}
         best = _total([self.cut(alone), self._cut_chain(others)])
         for stop in range(1, len(others) + 1):
             try:
                 whole = self._merge(taken_off(self._chain([first, *others[:stop]]), count))
             except ConvtoolError:
                 continue
-            if whole.name not in within:
+            if adds_again(whole.tree, whole.name):
                 continue  # in place of what follows the sum, nothing would be added to what it gives
             rest = [self._cut_chain(others[stop:])] if others[stop:] else []
             price, merges = _total([(self._priced(whole), [whole]), *rest])

@@ -15,9 +15,10 @@ from convtool.checkpoint import Checkpoint, open_checkpoint
 from convtool.checkpoint.record import SourceLayer
 from convtool.core.conv import Conv
 from convtool.core.names import WRAPPERS, unwrap
-from convtool.core.tree import Chain, Tree, has_sum, leaves
+from convtool.core.tree import Chain, LayerRef, Tree, has_sum, leaves, map_leaves
 from convtool.errors import InputError, RefusedError, UsageError
-from convtool.fusing.edits import adds_its_input, done_by_the_model, last_layer
+from convtool.fusing.edits import done_by_the_model, last_layer
+from convtool.graph.flow import adds_again
 from convtool.kinds.shares import shares
 from convtool.live.fused import fused_layers
 from convtool.live.inside import check_standardizes_alone, difference, put_numbers, without_layer
@@ -124,7 +125,9 @@ class Applying:
         for source in sources:
             self._check(source, ends=source is last_layer(tree) and (stays or not branches))
         self.gone |= shares(tree, SourceLayer.owned).keys()
-        again = next(done_by_the_model(tree), "a value as it is" if adds_its_input(tree, name) else None)
+        again = next(done_by_the_model(tree), None)
+        if again is None and adds_again(map_leaves(lambda source: LayerRef(source.name), tree), name):
+            again = "a value as it is"
         again = again if stays and self.check else None
         if again is not None:
             raise RefusedError(

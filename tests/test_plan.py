@@ -908,6 +908,77 @@ def test_what_cannot_be_kept_of_a_module_keeps_its_layer() -> None:
     assert "whose code does more than the layer" in alone["a bn"]
 
 
+class UpStandardized(nn.ConvTranspose2d):
+    """A transposed layer that standardises its weight, which no layer here does."""
+
+    def forward(self, x: Tensor, output_size: Any = None) -> Tensor:
+        """What the weight of a batch norm's formula gives."""
+        rows = self.weight.reshape(1, self.in_channels, -1)
+        weight = F.batch_norm(rows, None, None, training=True, eps=1e-3).reshape_as(self.weight)
+        return F.conv_transpose2d(x, weight, self.bias, self.stride)
+
+
+class Named(nn.Conv2d):
+    """A convolution whose attributes mean something to its own code alone."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args)
+        vars(self).update(named)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A convolution with a stride that is written in the short form."""
+        return F.conv2d(x, self.weight, self.bias, stride=(2,))
+
+
+class OwnEps(nn.BatchNorm2d):
+    """A batch norm whose eps isn't its attribute."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        vars(self)["eps"] = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As a batch norm, with an eps of its own."""
+        return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, 1e-2)
+
+
+def with_buffer(name: str) -> nn.Module:
+    layer = conv(k=1)
+    layer.register_buffer(name, torch.ones(4))
+    return layer
+
+
+ODD: dict[str, tuple[Callable[[], nn.Module], str]] = {
+    "transposed and standardised": (lambda: UpStandardized(4, 4, 2), "standardized: is known of real"),
+    "a stride of one number": (lambda: Named(4, 4, 1), "which computes by code of its own"),
+    "attributes of its own": (lambda: Named(4, 4, 1, padding="SAME", kernel_size=1), "which computes by code of its"),
+    "a gain that nothing reads": (lambda: with_buffer("gain"), "has a gain, and nothing says"),
+    "a bias map that nothing reads": (lambda: with_buffer("bias_map"), "holds a bias and a bias_map"),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize("measure", [False, True])
+def test_a_layer_of_which_nothing_can_be_told_is_left_alone_and_the_others_planned(name: str, measure: bool) -> None:
+    make, reason = ODD[name]
+    layers = {"a": conv(), "bn1": nn.BatchNorm2d(4), "odd": make(), "b": conv(), "bn2": nn.BatchNorm2d(4)}
+    net = Net(lambda m, x: m.bn2(m.b(F.relu(m.odd(F.relu(m.bn1(m.a(x))))))), **layers)
+    chains, alone, _ = planned(net, measure=measure)
+    assert chains == ["a → bn1", "b → bn2"]
+    assert reason in alone["odd"]
+
+
+def test_attributes_that_do_not_say_what_a_layer_is_leave_that_to_its_run() -> None:
+    net = Net(lambda m, x: m.bn2(m.b(m.bn1(m.a(x)))), a=conv(), bn1=OwnEps(4), b=conv(), bn2=nn.BatchNorm2d(4))
+    assert planned(net)[2].fields["bn1"] == {"eps": 1e-2}
+
+
+def test_a_layer_that_reads_an_input_without_a_batch_is_left_alone() -> None:
+    net = Net(lambda m, x: m.b(m.bn(m.a(x)).squeeze(0)), a=conv(), bn=nn.BatchNorm2d(4), b=conv())
+    chains, alone, _ = planned(net)
+    assert (chains, alone) == (["a → bn"], {"b": "it reads an input of 3 axes, which is one without a batch"})
+
+
 class Weighs(nn.Module):
     """A module of nobody's class that reads its tensors by functions."""
 

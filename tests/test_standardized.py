@@ -19,7 +19,10 @@ from convtool.checkpoint import open_checkpoint
 from convtool.core.forward import forward
 from convtool.core.tree import leaves
 from convtool.errors import ConvtoolError, RefusedError
+from convtool.graph.computed import with_own_weight
 from convtool.graph.exported import plan_exported
+from convtool.live.recorder import record
+from convtool.live.trace import nowhere
 
 EPS = 1e-3
 
@@ -368,6 +371,39 @@ def test_what_is_nearly_standardised_stays_as_it_is_and_is_listed(
     (reason,) = {one.reason for one in planned.left_alone if "0" in one.layers}
     assert reason.endswith(": pad") == (run is padded_by_itself), reason
     assert torch.equal(convtool.fuse_model(model, (4, 7, 8))(x), expected)
+
+
+class Turned(Standardized):
+    how: Callable[[Tensor], Tensor]
+
+    def made(self, **norm: Any) -> Tensor:
+        rows = type(self).how(self.weight).reshape(1, self.out_channels, -1)
+        return F.batch_norm(rows, None, None, training=True, momentum=0.0, eps=EPS).reshape_as(self.weight)
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        (lambda w: w.reshape(4, -1).t().reshape(w.shape), False),
+        (lambda w: w.permute(0, 2, 3, 1).reshape(w.shape), False),
+        (lambda w: w.transpose(0, 1), False),
+        (lambda w: w.reshape(4, 12, 3), True),
+        (lambda w: w.unsqueeze(0), True),
+    ],
+)
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+def test_axes_that_were_turned_make_another_weight(
+    how: Callable[[Tensor], Tensor], told: bool, memory: torch.memory_format
+) -> None:
+    class Made(Turned):
+        pass
+
+    Made.how = staticmethod(how)
+    model = filled(Made(4, 4, 3)).to(memory_format=memory)  # type: ignore[call-overload]
+    x = torch.zeros(1, 4, 7, 8, dtype=torch.float64)
+    with nowhere(model) as (mode, kept):
+        run = record(model, model, (x,), (), mode, kept).run.operations
+    assert with_own_weight(run, run[-1]).fields == ({"standardized": EPS} if told else {})
 
 
 def test_a_gain_times_a_tensor_is_no_gain() -> None:

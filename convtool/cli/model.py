@@ -143,7 +143,7 @@ def plan_for(
         )
     for line in made.remarks:
         reporter.remark(f"note: {line}")
-    return made if found is None else made.renamed(found.names)
+    return made if found is None else made.renamed(found.names, unfused=found.was_fused)
 
 
 def planned_fusions(plan: Plan) -> list[PlannedFusion]:

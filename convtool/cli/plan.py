@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -163,18 +162,12 @@ def run(options: Options, reporter: Reporter) -> Result:
         found,
         source=options.checkpoint,
         fusions=tuple(map(Fusion.of, found.fusions)),
-        total=Total(found.total, found.total_after, found.uncounted, _was_fused(found.left_alone)),
+        total=Total(found.total, found.total_after, found.uncounted, found.unfused),
         out=None if recipe is None else out,
         written=written,
         bytes=None if recipe is None else len(recipe),
         piped=found.recipe() if piped else None,
     )
-
-
-def _was_fused(left_alone: Iterable[LeftAlone]) -> bool:
-    from convtool.live.agreement import FOLDED, FUSED
-
-    return any(one.reason.endswith((FOLDED, FUSED)) for one in left_alone)
 
 
 def show(result: Result, reporter: Reporter) -> None:

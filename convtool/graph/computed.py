@@ -15,7 +15,7 @@ _RESHAPES = frozenset(
     f"aten.{name}"
     for name in (
         *("view.default", "reshape.default", "_unsafe_view.default", "flatten.using_ints", "contiguous.default"),
-        *("reshape_as.default", "view_as.default"),
+        *("reshape_as.default", "view_as.default", "unsqueeze.default"),
     )
 )
 _BATCH_NORM = "aten.batch_norm.default"

@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, RefusedError
-from convtool.graph.flow import Flow, LeftAlone, adds_again, find_stretches, taken_off, takes_off
+from convtool.graph.flow import LeftAlone, adds_again, find_stretches, taken_off, takes_off
 from convtool.graph.judge import Exact, Judge, Merge
 from convtool.kinds.shares import shares, unshared
 from convtool.kinds.written import read_layer, undoing
@@ -21,7 +21,6 @@ MOST_BRANCHES = 6  # of a sum all of whose parts are tried
 
 
 def cut(
-    flow: Flow,
     judge: Judge,
     *,
     fixed_size: bool,
@@ -37,7 +36,7 @@ def cut(
         batch_norms_only: take nothing but batch norms into the layers beside them.
         refused: what can't be one layer, with the reason, besides what is seen to here.
     """
-    trees, left_alone = find_stretches(flow)
+    trees, left_alone = find_stretches(judge.flow)
     refused = dict(refused or {})
     while True:
         cutter = _Cutter(judge, fixed_size, cheaper, batch_norms_only, refused)

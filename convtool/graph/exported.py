@@ -69,9 +69,7 @@ def plan_exported(
         )
     flow = read_exported(opened, opened.program)
     judge = Judge(flow, opened.is_biased)
-    merges, left_alone = cut(
-        flow, judge, fixed_size=fixed_size, cheaper=not everything, batch_norms_only=batch_norms_only
-    )
+    merges, left_alone = cut(judge, fixed_size=fixed_size, cheaper=not everything, batch_norms_only=batch_norms_only)
     stated = {layer.name: {**layer.fields, **opened.stated.get(layer.name, {})} for _, layer in flow.calls()}
     others = (layer for layer in opened.layers.values() if layer.name not in stated)
     uncounted = sum(info.count for layer in others for info in layer.stored())

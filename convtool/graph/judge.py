@@ -20,7 +20,7 @@ from convtool.core.expression import Expression, in_channels, joined, multiply_a
 from convtool.core.fuse import Fusion, NamedConv, fuse_tree
 from convtool.core.moves import Selection, groups_of
 from convtool.core.tree import Chain, LayerRef, Tree, leaves, map_leaves, walk
-from convtool.errors import RefusedError
+from convtool.errors import ConvtoolError, RefusedError
 from convtool.graph.flow import Flow, Step
 from convtool.graph.stopwatch import Stopwatch
 from convtool.kinds.kind import UNKNOWN, Kind, Layer
@@ -100,15 +100,26 @@ class LayerRun:
 class Judge:
     """Judges parts of the stretches of one run.
 
+    Attributes:
+        flow: the run, in which what no layer known here is stays apart.
+
     Args:
         is_biased: whether a layer's bias has anything but zeros in it.
         watch: what measures layers, if that is asked for.
     """
 
     def __init__(self, flow: Flow, is_biased: Callable[[str], bool], watch: Stopwatch | None = None) -> None:
-        self.flow, self.is_biased, self.watch = flow, is_biased, watch
+        self.is_biased, self.watch = is_biased, watch
         self.calls = {layer.name: (step, layer) for step, layer in flow.calls()}
         self.leaves: dict[tuple[str, int, int], NamedConv] = {}
+        self.flow = flow
+        self.unknown: dict[str, str] = {}  # layers of which only the tensors' shapes are known, with the reason
+        for step, layer in flow.calls():
+            try:
+                self._conv(step, layer)
+            except ConvtoolError as error:
+                self.unknown.setdefault(layer.name, str(error))
+        self.flow = replace(flow, apart={**self.unknown, **flow.apart})
         self.resized = {layer.name for step, layer in flow.calls() if self._is_resized(step, layer)}
 
     def layer(self, name: str) -> Layer:
@@ -184,7 +195,7 @@ class Judge:
 
     def _conv(self, step: Step, layer: Layer, some: Share | None = None) -> Conv | None:
         """Return a layer of the run, or some of its channels; None where only its code knows what its weight is."""
-        if layer.kind is UNKNOWN:
+        if layer.kind is UNKNOWN or layer.name in self.unknown:
             return None
         channels = self._input(step)[0] if some is None else some.stop - some.start
         return self._leaf(LayerRef(layer.name), step.axes, channels).conv

@@ -7,7 +7,8 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from convtool.errors import UsageError
+from convtool.core.fields import Fields
+from convtool.errors import ConvtoolError, UsageError
 from convtool.graph.computed import with_own_weight
 from convtool.graph.flow import Flow, Step
 from convtool.graph.passing import moved_axes
@@ -46,6 +47,14 @@ def read_flow(
         UsageError: the run's input has no batch axis.
     """
     return _Reader(with_shuffles(run), layers, apart, foreign or {}).flow()
+
+
+def fields_of(layer: Layer, operation: Operation) -> Fields | None:
+    """Return the fields of a layer that an operation is a run of; None where it is none, or has what none here has."""
+    try:
+        return layer.kind.fields_of_run([(operation.name, operation.arguments)], layer.shapes)
+    except ConvtoolError:
+        return None
 
 
 class _Reader:
@@ -105,10 +114,17 @@ class _Reader:
         return len(read) == 1 and given <= {inside[-1]} and plain and self._axes(layer, read[0]) is not None
 
     def _axes(self, layer: Layer, value: int) -> int | None:
-        try:
-            return layer.kind.moves_over(len(self.operations[value].shape), layer.shapes, layer.fields)
-        except UsageError as error:
-            raise UsageError(f"{layer.name} {error}") from None
+        rank = len(self.operations[value].shape)
+        axes = layer.kind.moves_over(rank, layer.shapes, layer.fields)
+        if axes is None and rank - 1 == layer.axes():
+            without = f"reads an input of {rank} axes, which is one without a batch"
+            if all(len(before.shape) <= rank for before in self.operations[:value]):  # and so has the model's input
+                raise UsageError(
+                    f"{layer.name} {without}; the input size is that of the model's input with the channels in front,"
+                    " such as 3,224,224"
+                )
+            self.apart.setdefault(layer.name, f"it {without}")
+        return axes
 
     def _layer_step(
         self, layer: Layer, reads: Sequence[int], shape: tuple[int, ...], axes: int | None = None
@@ -156,7 +172,7 @@ class _Reader:
             known = operation.name in layer.kind.operations and layer.kind.of_operation(*about) is not None
             axes = self._factor_axes(operation) if known else None
             return None if axes is None else self._layer_step(layer, operation.reads, operation.shape, axes)
-        fields = layer.kind.fields_of_run([(operation.name, operation.arguments)], layer.shapes)
+        fields = fields_of(layer, operation)
         shapes = {key: shape for key, (_, shape) in operation.operands.items() if key != "gain"}  # read as one axis
         if fields is None or any(shape != layer.shapes[key] for key, shape in shapes.items()):
             return None

@@ -40,6 +40,7 @@ class Plan:
         total: cost of all convolutions, linear layers, batch norms and scales of the run, as they are.
         remarks: what to know of how the model's run was followed.
         uncounted: parameters of the model's other layers, which the total leaves out.
+        unfused: whether the checkpoint was fused already; the total is that of the model as its code builds it.
     """
 
     fusions: tuple[Merge, ...]
@@ -48,6 +49,7 @@ class Plan:
     total: Cost
     remarks: tuple[str, ...]
     uncounted: int = 0
+    unfused: bool = False
 
     @classmethod
     def of(
@@ -90,7 +92,7 @@ class Plan:
         """Return the total with the fusions carried out."""
         return reduce(lambda total, one: total - one.before + one.after, self.fusions, self.total)
 
-    def renamed(self, names: Mapping[str, str]) -> Plan:
+    def renamed(self, names: Mapping[str, str], *, unfused: bool) -> Plan:
         """Return the plan for a checkpoint that calls the layers otherwise; fusions and fields are by its names."""
 
         def new(name: str) -> str:
@@ -101,7 +103,7 @@ class Plan:
             return replace(merge, name=new(merge.name), tree=tree)
 
         fields = {new(name): fields for name, fields in self.fields.items()}
-        return replace(self, fusions=tuple(map(rename, self.fusions)), fields=fields)
+        return replace(self, fusions=tuple(map(rename, self.fusions)), fields=fields, unfused=unfused)
 
     def recipe(self) -> str:
         """Return the plan as a recipe in TOML, all of its names spelled out."""

@@ -129,11 +129,6 @@ class Convolution(Kind):
 
     def moves_over(self, rank: int, shapes: Shapes, fields: Fields) -> int | None:
         axes = len(shapes["weight"]) - 2
-        if rank == axes + 1:
-            raise UsageError(
-                f"reads an input of {rank} axes, which is one without a batch; the input size is that of the model's"
-                " input with the channels in front, such as 3,224,224"
-            )
         return axes if rank == axes + 2 else None
 
     def written_out(self, fields: Fields, shapes: Shapes) -> Fields:

@@ -247,9 +247,6 @@ class Kind:
         """Return the spatial axes that it runs over in an input of `rank` axes; None where it reads it another way.
 
         Those are the axes behind the channels, which are axis 1; 0 where the channels are the last axis.
-
-        Raises:
-            UsageError: the input has no batch axis.
         """
         return rank - 2 if rank >= 2 else None
 

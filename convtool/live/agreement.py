@@ -42,6 +42,11 @@ class Agreement:
         """Return whether the checkpoint's bias of a layer of the model may have anything but zeros in it."""
         return name not in self.names or self.checkpoint.is_biased(self.names[name])
 
+    @property
+    def was_fused(self) -> bool:
+        """Return whether layers of the model aren't in the checkpoint, or have a bias there, as they were fused."""
+        return any(why in (FUSED, FOLDED) for why in self.unlike.values())
+
     def check(self, model: nn.Module, spec: str) -> None:
         """Raise UsageError where the model, called `spec`, is of another network than the checkpoint."""
         if not self.names:

@@ -56,7 +56,7 @@ def module_layers(model: nn.Module) -> ModelLayers:
         layer = found.get(name, Layer(name, UNKNOWN, {}))
         known = known_class(module)
         try:
-            fields = observe(module, layer.kind) if known is None else known[0].module_fields(module)
+            fields = observe(module, layer.kind) if known is None else stated_fields(module, known[0])
         except RefusedError:
             continue
         if known is None and fields is None and (list(module.children()) or not layer.kind.parameter):
@@ -71,6 +71,20 @@ def module_layers(model: nn.Module) -> ModelLayers:
         elif module._forward_hooks or module._forward_pre_hooks:
             bound[name] = "it has forward hooks (weight_norm and spectral_norm are such), which would be lost"
     return ModelLayers(layers, foreign, {name: reason for name, reason in bound.items() if name in layers})
+
+
+def stated_fields(module: nn.Module, kind: Kind) -> Fields | None:
+    """Return the fields that a module has as attributes; None where these are others than torch's own class has.
+
+    Raises:
+        RefusedError: why it isn't a layer of the kind for all that.
+    """
+    try:
+        return kind.module_fields(module)
+    except RefusedError:
+        raise
+    except Exception:  # of a class of the user's, whose attributes mean what its code makes of them
+        return None
 
 
 def geometry_of(model: nn.Module) -> dict[str, Fields]:

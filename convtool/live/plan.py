@@ -69,7 +69,7 @@ def plan(
     refused = dict[Tree[LayerRef], str]()
     while True:  # what the model's code can't do without is cut again, as parts of it may be one layer
         merges, left_alone = cut(
-            flow, judge, fixed_size=fixed_size, cheaper=cheaper, batch_norms_only=batch_norms_only, refused=refused
+            judge, fixed_size=fixed_size, cheaper=cheaper, batch_norms_only=batch_norms_only, refused=refused
         )
         wrong = _rehearsed(model, arguments, recorded, judge, merges)
         if not wrong:

@@ -127,11 +127,9 @@ class _Recorder(
         self.calls: list[tuple[str, int]] = []  # the modules that are running
         self.called: list[tuple[str, int]] = []  # those, and the ones that ran before
         self.references: list[tuple[weakref.ref[Tensor], int, int]] = []  # to values: with operation and memory
-        self.tensors = {
-            _memory(tensor): name
-            for named in (model.named_parameters, model.named_buffers)
-            for name, tensor in named(remove_duplicate=False)
-        }
+        own = [one for named in (model.named_parameters, model.named_buffers) for one in named(remove_duplicate=False)]
+        self.tensors = {_memory(tensor): name for name, tensor in own}
+        self.whole = dict(own)
         self.names = {id(module): name for name, module in model.named_modules()}
 
     def begin(self, inputs: Sequence[Any]) -> None:
@@ -198,7 +196,7 @@ class _Recorder(
         operands = {
             key: (self.tensors[_memory(value)], tuple(value.shape))
             for key, value in given.items()
-            if isinstance(value, Tensor) and _memory(value) in self.tensors and self.number(value) == _CONSTANT
+            if isinstance(value, Tensor) and self._is_whole(value) and self.number(value) == _CONSTANT
         }
         arguments = pytree.tree_map_only(Tensor, self._argument, dict(given))
         layer = next((call for call in self.calls if call[0] in self.layers), ("", 0))
@@ -229,6 +227,14 @@ class _Recorder(
             return None
         with unset_fake_temporarily():
             return value.item() if value.dtype in _NUMBERS and not value.is_meta else None
+
+    def _is_whole(self, value: Tensor) -> bool:
+        """Return whether a value is all of one of the model's tensors, its numbers in their order, in any shape."""
+        own = self.whole.get(self.tensors.get(_memory(value), ""))
+        if own is None or (value.numel(), value.storage_offset()) != (own.numel(), own.storage_offset()):
+            return False
+        same = (value.shape, value.stride()) == (own.shape, own.stride())
+        return same or (value.is_contiguous() and own.is_contiguous())
 
     def _made_by(self, value: Tensor) -> Made:
         """Return what a constant comes from, as far as it is made of the model's tensors."""

@@ -366,6 +366,16 @@ class WithoutItsBias(nn.Conv2d):
         return nn.functional.conv2d(x, self.weight)
 
 
+class Norm(nn.BatchNorm2d):
+    def __init__(self, channels: int, act: nn.Module) -> None:
+        super().__init__(channels)
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.act(super().forward(x))
+        return found
+
+
 class Activated(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         return torch.relu(super().forward(x))
@@ -427,6 +437,26 @@ def test_a_layer_that_is_not_what_was_fused_is_refused_and_the_model_left_alone(
     assert_unchanged(live, before)
     convtool.apply(live, out, check=False)
     assert set(live.state_dict()) == {"a.weight", "a.bias"}
+
+
+def test_an_activation_in_the_midst_of_a_chain_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    layers: dict[str, nn.Module] = {"a": nn.Conv2d(4, 6, 3), "b": nn.BatchNorm2d(6), "c": nn.Conv2d(6, 5, 1)}
+    model = filled(chain(**layers))
+    live = filled(chain(**{**layers, "b": Norm(6, nn.ReLU())}))
+    with pytest.raises(RefusedError, match=r"b: .* did\. Fuse a chain that ends with it$"):
+        convtool.apply(copy.deepcopy(live), fuse(model, ["a", "b", "c"], tmp_path))
+    expected = outputs(live)
+    convtool.apply(live, fuse(live, ["a", "b"], tmp_path))
+    assert relative_difference(expected, outputs(live)) < CLOSE
+    live = filled(chain(**{**layers, "a": Doubled(4, 6, 3)}))
+    with pytest.raises(RefusedError, match=r"a: .* did\. Leave the layer out when fusing$"):
+        convtool.apply(live, fuse(model, ["a", "b"], tmp_path))
+
+
+def test_a_layer_whose_border_differs_says_so(tmp_path: Path) -> None:
+    model = filled(chain(a=nn.BatchNorm2d(4), b=nn.Conv2d(4, 3, 3, padding=(0, 1)), c=nn.ReLU()))
+    with pytest.warns(UserWarning, match="^a differs from the layers that it was fused from in the first column and"):
+        convtool.apply(copy.deepcopy(model), fuse(model, ["a", "b", "--allow-border"], tmp_path))
 
 
 def test_what_the_model_does_itself_would_be_done_twice(tmp_path: Path) -> None:

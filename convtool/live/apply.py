@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from convtool.checkpoint import Checkpoint, open_checkpoint
 from convtool.checkpoint.record import SourceLayer
+from convtool.core.border import Verdict
 from convtool.core.conv import Conv
 from convtool.core.names import WRAPPERS, unwrap
 from convtool.core.tree import Chain, LayerRef, Tree, has_sum, leaves, map_leaves
@@ -48,6 +50,9 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
         RefusedError: a layer of the model isn't what was fused, is used under two names, or torch has no module of
             the fused layer's form.
 
+    Warns:
+        UserWarning: a layer was fused although its border differs, where the record says so.
+
     >>> import tempfile, convtool
     >>> from convtool.cli.app import run_app
     >>> model = nn.Sequential(nn.Conv2d(2, 3, (3, 1)), nn.BatchNorm2d(3), nn.ReLU()).eval()
@@ -67,7 +72,14 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
     >>> torch.allclose(model(x), before, atol=1e-6)
     True
     """
-    return apply_checkpoint(model, open_checkpoint(path, root), check=check)
+    checkpoint = open_checkpoint(path, root)
+    apply_checkpoint(model, checkpoint, check=check)
+    for fusion in checkpoint.record.fusions if checkpoint.record is not None else ():
+        if not fusion.exact:
+            rim = Verdict(fusion.exact, fusion.input_size, fusion.rim).describe_rim()
+            said = f"{fusion.name} differs from the layers that it was fused from in {rim} of its output"
+            warnings.warn(f"{said}, as the record of {path} states (--allow-border)", stacklevel=3)
+    return model
 
 
 def apply_checkpoint(model: nn.Module, checkpoint: Checkpoint, *, check: bool = True) -> nn.Module:
@@ -283,11 +295,10 @@ class Applying:
             raise RefusedError(
                 f"{' and '.join(shared)} are one module of the model; replacing it in one place would leave the other"
             )
-        reason = difference(module, source.kind, source.fields, ends=ends) if self.check else ""
-        if reason:
+        what, way_out = difference(module, source, ends=ends) if self.check else ("", "")
+        if what:
             raise RefusedError(
-                f"{source.name}: {reason}; the fused layer would compute something else than the model did. State it"
-                " with --set when fusing, or pass check=False to replace the layer all the same"
+                f"{source.name}: {what}; the fused layer would compute something else than the model did. {way_out}"
             )
 
     def _near(self, source: SourceLayer) -> Tensor | None:

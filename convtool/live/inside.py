@@ -17,7 +17,7 @@ from convtool.core.conv import Conv
 from convtool.core.fields import Fields, geometry_fields
 from convtool.errors import RefusedError, a_or_an
 from convtool.graph.computed import with_own_weight
-from convtool.graph.operations import VIEWS_OF_CONSTANTS
+from convtool.graph.operations import VIEWS_OF_CONSTANTS, fields_of
 from convtool.graph.recorded_run import INPUT, Operation
 from convtool.kinds import standardized
 from convtool.kinds.kind import UNKNOWN, Kind, Layer
@@ -29,11 +29,13 @@ from convtool.live.layers import (
     known_class,
     observe,
     parametrizations,
+    stated_fields,
 )
 from convtool.live.modules import HOOKS
 from convtool.live.recorder import Recorded, record
 from convtool.live.trace import nowhere
 
+_ALL_THE_SAME = "pass check=False to replace the layer all the same"
 _RANKS = (4, 3, 5, 2)  # of inputs to try where a layer doesn't tell
 
 
@@ -60,7 +62,7 @@ def look_inside(module: nn.Module, kind: Kind) -> Inside | None:
     layer = found_layers(module).get("")
     if layer is None or layer.kind is not kind:
         return None
-    channels = layer.kind.takes(layer.shapes, _fields_of(module, layer.kind), None)
+    channels = layer.kind.takes(layer.shapes, stated_fields(module, layer.kind) or {}, None)
     axes = layer.axes()
     for rank in _RANKS if axes is None else (axes + 2,):
         shape = (1, channels or 1, *(4 * max((1, *layer.shapes.get("weight", ())[2:])),) * (rank - 2))
@@ -141,36 +143,43 @@ def _rest(module: nn.Module, kind: Kind) -> Iterable[str]:
     return inside.followers
 
 
-def difference(module: nn.Module, kind: Kind, fields: Fields, *, ends: bool) -> str:
-    """Return in what a module isn't the layer that was fused, in words; '' where it is.
+def difference(module: nn.Module, source: SourceLayer, *, ends: bool) -> tuple[str, str]:
+    """Return in what a module isn't the layer that was fused, in words, and the way out; '' and '' where it is.
 
     Args:
-        kind, fields: of that layer, as its record says.
+        source: that layer, as its record says.
         ends: whether nothing else that was fused runs behind it.
     """
+    kind = source.kind
     if kind.parameter:
-        return ""
+        return "", ""
     what, known = f"the model has {a_or_an(type(module).__name__)} there", known_class(module, [kind])
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     if known is not None and any(not isinstance(hook, (*HOOKS, WeightNorm)) for hook in hooks):
-        return f"{what} with forward hooks, which would be lost"
+        return f"{what} with forward hooks, which would be lost", f"Take them off, or {_ALL_THE_SAME}"
     if other := next((name for name, one in parametrizations(module) if not isinstance(one, _WeightNorm)), ""):
-        return f"{what} with a parametrization of its {other}, which would be lost"
+        return f"{what} with a parametrization of its {other}, which would be lost", f"Remove it, or {_ALL_THE_SAME}"
     try:
-        found = kind.module_fields(module) if known and computes_as(module, known[1]) else observe(module, kind)
+        told = known is not None and computes_as(module, known[1])
+        found = stated_fields(module, kind) if told else observe(module, kind)
     except RefusedError as error:
-        return f"{what} that {error}"
+        return f"{what} that {error}", f"Leave the layer out when fusing, or {_ALL_THE_SAME}"
     if found is None:
         inside = look_inside(module, kind)
         if inside is None or ((kind.main or not ends) and inside.after):
             code = "" if known is None else f" whose code isn't that of nn.{known[1].__name__} alone,"
-            return f"{what},{code} and a {kind.label} was fused"
+            # Nothing keeps what the module does behind the layer: not even check=False, which replaces it whole.
+            last = inside is not None and not inside.before and not kind.main
+            way = "Fuse a chain that ends with it" if last else "Leave the layer out when fusing"
+            return f"{what},{code} and a {kind.label} was fused", way
         found = inside.fields
     shapes = found_layers(module).get("", Layer("", UNKNOWN, {})).shapes
     # What nobody knew of the layer when it was fused, nothing depends on.
     # But a weight that was taken as it is, is none that the model standardises.
-    fused, live = kind.describe({**standardized.without(found), **fields}, shapes), kind.describe(found, shapes)
-    return "" if fused == live else f"{fused} was fused, and the model has {live}"
+    fused, live = kind.describe({**standardized.without(found), **source.fields}, shapes), kind.describe(found, shapes)
+    if fused == live:
+        return "", ""
+    return f"{fused} was fused, and the model has {live}", f"State it with --set when fusing, or {_ALL_THE_SAME}"
 
 
 def put_numbers(module: nn.Module, source: SourceLayer, fused: Conv, dtype: torch.dtype, device: torch.device) -> None:
@@ -199,13 +208,6 @@ def same_geometry(fused: Conv, kind: Kind, shape: tuple[int, ...], fields: Field
     return same and fused.weight.numel() == math.prod(shape) and tuple(fused.weight.shape[2:]) == shape[2:]
 
 
-def _fields_of(module: nn.Module, kind: Kind) -> Fields:
-    try:
-        return kind.module_fields(module)
-    except Exception:  # the user's code, which has what attributes it has
-        return {}
-
-
 def _run(module: nn.Module, shape: Sequence[int]) -> Recorded | None:
     dtype = next((one.dtype for one in module.parameters() if one.is_floating_point()), torch.float32)
     with nowhere(module) as (mode, kept):
@@ -226,13 +228,13 @@ def _found(module: nn.Module, layer: Layer, recorded: Recorded, shape: tuple[int
     operation, made, _ = with_own_weight(recorded.run.operations, last)
     if operation.computed or {name for name, _ in operation.operands.values()} != own:
         return None
-    kind, arguments = layer.kind, operation.arguments
+    kind = layer.kind
     if kind.parameter:
         takes = recorded.run.operations[operation.reads[0]].shape
-        known = operation.name in kind.operations
-        fields = kind.of_operation(operation.name, arguments, takes, operation.shape) if known else None
+        about = operation.name, operation.arguments, takes, operation.shape
+        fields = kind.of_operation(*about) if operation.name in kind.operations else None
     else:
-        fields = kind.fields_of_run([(operation.name, arguments)], layer.shapes)
+        fields = fields_of(layer, operation)
     if fields is None:
         return None
     at = operations.index(last)

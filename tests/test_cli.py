@@ -645,7 +645,8 @@ def test_a_padded_3x3_after_a_padded_3x3_is_refused_and_goes_ahead_only_when_tol
     assert refused.message == (
         "cannot fuse blur, sharpen exactly: sharpen pads what the layers before compute, so the first row,"
         " the last row, the first column and the last column of the output would differ; give blur padding 2,3"
-        " and sharpen none, and train on with that; or accept that: convtool fuse net.safetensors blur sharpen"
+        " and sharpen none, and train on with that; or write their matrix for one input size, which is exact: `convtool"
+        " toeplitz` with the same layers; or accept that: convtool fuse net.safetensors blur sharpen"
         f" {PADDED} -o f.safetensors --allow-border"
     )
     assert not (here / "f.safetensors").exists()
@@ -714,7 +715,8 @@ def test_a_dry_run_says_what_a_run_would_write(cli: Cli, here: Path) -> None:
         *(f"  - {name}" for name in tensors["removed"]),
         *("  + first.weight 5x3x4x4", "  + first.bias 5"),
     ]
-    assert shown[-1] == f"would write g.pt, {len(fused)} tensors, {done['bytes']} bytes"
+    sizes = f"{done['bytes']} bytes, of which {done['record_bytes']} say what was fused"
+    assert shown[-1] == f"would write g.pt, {len(fused)} tensors, {sizes}"
 
 
 @pytest.mark.parametrize(
@@ -745,7 +747,8 @@ def test_a_dry_run_tells_every_file_and_its_bytes_and_touches_none(line: str, ou
     assert done.get("files", {out: done["bytes"]}) == files
     assert done["bytes"] == sum(files.values())
     last = next(text for text in shown if text.startswith(f"would write {out}, "))
-    assert last.endswith(f", {done['bytes']} bytes")
+    record = done.get("record_bytes", 0)
+    assert last.endswith(f", {done['bytes']} bytes{f', of which {record} say what was fused' if record else ''}")
     if len(files) > 1:
         assert shown[-len(files) :] == [f"  {name}, {size} bytes" for name, size in done["files"].items()]
 

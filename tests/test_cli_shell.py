@@ -382,8 +382,18 @@ def test_lines_fold_between_words_on_a_terminal_and_nowhere_else(monkeypatch: py
     assert said(io.StringIO()) == "convtool: out.safetensors: exists already; use --force to overwrite\n"
     assert said(Terminal()) == (
         "convtool: out.safetensors:\n"  #
-        "  exists already; use --force\n"
-        "  to overwrite\n"
+        "  exists already;\n"
+        "  use --force to overwrite\n"
+    )
+
+
+def test_a_long_line_has_its_clauses_below_each_other_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr(sys, "stderr", stream := Terminal())
+    layer = "normalize(mean=.5; std=.2)"
+    output.say(f"convtool: cannot fuse {layer}, a; leave it; or accept that: convtool fuse n.pt '{layer}' a; true")
+    assert stream.getvalue() == (
+        f"convtool: cannot fuse {layer}, a;\n  leave it;\n  or accept that:\n    convtool fuse n.pt '{layer}' a; true\n"
     )
 
 

@@ -595,7 +595,8 @@ def test_fuse_refuses_what_is_not_exact_and_says_what_to_do() -> None:
     assert message == (
         "cannot fuse stem.conv, stem.proj exactly: stem.proj pads what the layers before compute, so the first row,"
         " the last row, the first column and the last column of the output would differ; give stem.conv padding 2,3"
-        " and stem.proj none, and train on with that; or accept that: --allow-border"
+        " and stem.proj none, and train on with that; or write their matrix for one input size, which is"
+        " exact: `convtool toeplitz` with the same layers; or accept that: --allow-border"
     )
     with pytest.raises(RefusedError, match="cannot fuse layer 1, layer 2 exactly for input size 7,8: "):
         convtool.fuse(layers, input_size=(7, 8))

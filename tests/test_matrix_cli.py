@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import scipy.io
 import scipy.sparse
 import torch
 from safetensors.torch import load_file
@@ -36,6 +37,19 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     validate(document)
     assert isinstance(document, dict)
     return document
+
+
+@pytest.mark.parametrize(
+    "out", ["t.npz", "t.npz --layout dense", "t.npy", "t.mtx", "t.pt", "t.safetensors --shards 2", "t.safetensors"]
+)
+def test_what_opens_a_matrix_is_told(
+    out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_app(["toeplitz", CHAINS, *WIDEN, "-o", *out.split()]) == 0
+    read = capsys.readouterr().err.splitlines()[-1].removeprefix("to read it: ")
+    found = eval(read, {"convtool": convtool, "numpy": np, "scipy": scipy})
+    assert getattr(found, "shape", None) == (720, 480) or found["weight"].shape == (720, 480)
 
 
 # --- unfold

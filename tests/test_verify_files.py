@@ -46,6 +46,15 @@ class Net(nn.Module):
 def fused():
     return Net(True)
 
+class Asking(Net):
+    def forward(self, x):
+        assert self.fused or isinstance(self.bn0, nn.BatchNorm2d)
+        return super().forward(x)
+
+    def __init__(self, fused=False):
+        super().__init__(fused)
+        self.fused = fused
+
 class Renamed(nn.Module):
     def __init__(self):
         super().__init__()
@@ -179,6 +188,21 @@ def test_running_both_networks_covers_what_no_pair_does(
     assert (found.code, "no place for 'net.more.weight'" in found.err) == (2, True)
 
 
+def test_a_network_that_no_longer_runs_once_it_is_edited_has_code_of_its_own() -> None:
+    stated = "--set stem.stride=2 --set stem.padding=1 --eps 1e-5"
+    assert cli(f"fuse net.pt stem bn0 {stated} -o f.pt").code == 0
+    line = f"verify net.pt f.pt {MODEL.replace('Net', 'Asking')}"
+    found = cli(line)
+    assert found.code == 2
+    assert found.message.endswith("; if AFTER's network has code of its own, --model-after CODE runs that")
+    # ... which here is another form of the same class. A run of BEFORE that fails has another cause.
+    after = "--model-after code.py:Asking --model-after-args"
+    run = cli(f"""{line.replace("f.pt", "after.pt")} {after} '{{"fused": true}}' --computed-in float32""")
+    assert (run.code, "the whole model, on inputs of 3,16,18: outputs are the same" in run.out) == (0, True)
+    assert cli(f"""{line.replace("f.pt", "after.pt")} {after} '{{"fused": false}}'""").code == 2
+    assert "--model-after" not in cli(line.replace("3,16,18", "4,16,18")).message
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tensors_rounded_once_count_as_the_same(states: tuple[STATE, STATE], dtype: torch.dtype) -> None:
     name = str(dtype).removeprefix("torch.")
@@ -211,6 +235,7 @@ def test_what_is_claimed_on_the_command_line_replaces_the_record(states: tuple[S
     [
         ("--model-after code.py:fused", "--model-after: goes with --model and --model-input"),
         (f"{MODEL} --model-after code.py:fused --only --before stem --after stem", "not with --only"),
+        (f"{MODEL} --model-after-args 1", "--model-after-args: goes with --model-after"),
         ("--recipe nothing", "no recipe 'nothing'"),
         ("--rounded-to int8", "--rounded-to: expected one of"),
     ],

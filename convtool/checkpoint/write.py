@@ -38,6 +38,7 @@ class WritePlan:
         run: writes it.
         left_behind: files beside the source that a folder written of it will not have; none where a file is written.
         left_out: what the source holds besides its tensors and this will not, by name.
+        record_bytes: of the record of what was fused.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class WritePlan:
     run: Callable[[Progress], None]
     left_behind: list[str] = field(default_factory=list)
     left_out: tuple[str, ...] = ()
+    record_bytes: int = 0
 
     @property
     def main(self) -> Path:

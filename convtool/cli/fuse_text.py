@@ -12,7 +12,6 @@ from convtool.cli.document import HIDDEN, INLINE, Count, Sizes
 from convtool.cli.output import Reporter, change, table
 from convtool.core.geometry import format_sizes
 from convtool.core.tree import LayerRef, leaves, map_leaves, tree_text
-from convtool.errors import of_bound
 
 if TYPE_CHECKING:
     from convtool.fusing.adapters import Merged
@@ -212,8 +211,8 @@ def _proved(fusions: Sequence[Fusion]) -> str:
     if not proofs:
         return "not proved, as --no-verify was given"
     where = "" if all(fusion.record.exact for fusion in fusions) else ", the border apart"
-    numbers, worst = sum(proof.numbers for proof in proofs), max(proof.ratio for proof in proofs)
-    return f"proved number by number, {numbers} of them{where}: largest error {of_bound(worst)}"
+    numbers = sum(proof.numbers for proof in proofs)
+    return f"proved number by number{where}: none of {numbers} is further off than rounding can put it"
 
 
 def _exactness(fusion: Fusion) -> str:

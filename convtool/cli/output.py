@@ -28,6 +28,7 @@ NOTHING = "-"  # in a table's cell; without its column it says nothing
 KEPT = "\u00a0"  # a blank at which no line ends; what is printable has none of its own
 AT_NUMBERS = re.compile(r" (?=[\d→]|[KMGT]?i?B\b)|(?<=\d →) ")  # 'padding 1', '1.5 KiB', '8 → 4'
 COMMAND = re.compile(r"(?<=: )convtool \w+ .*")  # at the end of a message, to be pasted
+CLAUSE = re.compile(r"; (?![^()]*\))")  # not those in 'normalize(mean=.5; std=.2)'
 ALL = "a pipe gets all of them, such as | less"
 
 Advance: TypeAlias = Callable[[float], None]
@@ -201,9 +202,17 @@ def emit(text: str, end: str = "\n") -> None:
 
 
 def say(text: str) -> None:
-    """A line on stderr; where it can't be written, what is being done goes on all the same."""
+    """A line on stderr, its clauses on a terminal below each other where it is too long for one.
+
+    Where it can't be written, what is being done goes on all the same.
+    """
     try:
-        print(_fitting(text, sys.stderr), file=sys.stderr)
+        lines = [text]
+        if sys.stderr.isatty() and len(text) >= window_columns():
+            command = found.start() if (found := COMMAND.search(text)) else len(text)
+            lines = CLAUSE.sub(";\n  ", text[:command]).split("\n")
+            lines[-1] += text[command:]
+        print("\n".join(_fitting(line, sys.stderr) for line in lines), file=sys.stderr)
     except (OSError, ValueError):
         leave(sys.stderr)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
@@ -35,6 +35,7 @@ class Written:
         written: false after --dry-run.
         tensors: in the new checkpoint.
         bytes: of all its files together.
+        record_bytes: of them, what says what was fused, for `verify` and `apply`.
         left_out: what the source holds besides its tensors and the new one doesn't.
     """
 
@@ -43,6 +44,7 @@ class Written:
     written: bool
     tensors: Count
     bytes: Count
+    record_bytes: Count
     files: Files
     left_out: tuple[str, ...]
 
@@ -144,7 +146,8 @@ def plan_changed(
         pieces = ([new(*one) for one in change.edit.insert.items()] for change in changes)
         made = [with_digests(change.record, sources, some) for change, some in zip(changes, pieces, strict=True)]
         record = (record or Record(__version__)).appended(__version__, made)
-    return edit, plan_edited(opened, edit, out, record, force=force, dtype=dtype, **options)
+    plan = plan_edited(opened, edit, out, record, force=force, dtype=dtype, **options)
+    return edit, replace(plan, record_bytes=0 if record is None else len(record.dumps()))
 
 
 def write(plan: WritePlan, opened: Checkpoint, edit: Edit, reporter: Reporter, *, dry_run: bool) -> Written:
@@ -163,7 +166,7 @@ def write(plan: WritePlan, opened: Checkpoint, edit: Edit, reporter: Reporter, *
     if states and edit.remove:
         reporter.remark(f"{some_of(states)}: holds an optimizer's states of the old parameters, which stay as they are")
     tensors = len(edit.order(opened.infos))
-    return Written(opened.path, plan.path, not dry_run, tensors, plan.size, plan.files, plan.left_out)
+    return fill(Written, plan, source=opened.path, out=plan.path, written=not dry_run, tensors=tensors, bytes=plan.size)
 
 
 def changed_tensors(edit: Edit) -> ChangedTensors:
@@ -182,19 +185,24 @@ def show_tensors(tensors: ChangedTensors, reporter: Reporter) -> None:
 
 def show(one: Written, reporter: Reporter) -> None:
     """Print the last line of what a command says of a checkpoint."""
-    show_files(one.out, one.files, reporter, written=one.written, made_of=f", {one.tensors} tensors")
+    made_of, record = f", {one.tensors} tensors", one.record_bytes
+    show_files(one.out, one.files, reporter, written=one.written, made_of=made_of, record=record)
 
 
-def show_files(out: Path, files: Mapping[Path, int], reporter: Reporter, *, written: bool, made_of: str = "") -> None:
-    """Print what was written, of what and how large.
+def show_files(
+    out: Path, files: Mapping[Path, int], reporter: Reporter, *, written: bool, made_of: str = "", record: int = 0
+) -> None:
+    """Print what was written, of what and how large, and how much of that is a record of what was fused.
 
     A dry run says bytes as they would be, of each file where there are several.
     """
     size = sum(files.values())
     if written:
-        reporter.line(f"wrote {out}{made_of}, {human_bytes(size)}")
+        more = f", of which {human_bytes(record)} say what was fused" if record else ""
+        reporter.line(f"wrote {out}{made_of}, {human_bytes(size)}{more}")
         return
-    reporter.line(f"would write {out}{made_of}, {size} bytes")
+    more = f", of which {record} say what was fused" if record else ""
+    reporter.line(f"would write {out}{made_of}, {size} bytes{more}")
     if len(files) > 1:
         for path, each in files.items():
             reporter.line(f"  {path}, {each} bytes")

@@ -61,7 +61,7 @@ class Options:
     steps: int | None = option("N", "The most steps of an iteration; by default enough for most layers.")
     memory: int | None = option(
         "SIZE",
-        "What a factorisation may take, such as 4GB, however long it takes; 1.5GiB and a minute or two without.",
+        "What a factorisation may take, such as 4GB, however long it takes; 1.5GiB and a few minutes in all without.",
         parse=parse_bytes,
     )
     count: int | None = option("K", "Also print the K largest and the K smallest singular values.")
@@ -141,7 +141,7 @@ def run(options: Options, reporter: Reporter) -> Result | spectrum_table.TableRe
     """The largest and the smallest singular value of the matrix of a layer or a chain, and its condition number.
 
     A large matrix isn't built: it is taken apart where dilation, strides, groups or padding that wraps around allow it.
-    Where its product with its transpose can be factored in a minute or two (64 to 64 channels, 3x3, up to about 28x28),
+    Where its product with its transpose can be factored in a few minutes (64 to 64 channels, 3x3, up to about 28x28),
     both ends are proved. Each value is given with how far off it may be; where that is more than the tolerance, as the
     bounds that hold for certain. The largest always has one above.
     """

@@ -130,6 +130,9 @@ class Result:
     drawing: tuple[str, ...] = field(metadata=HIDDEN)
 
 
+OWN_READER = "convtool.load_matrix"  # to everybody else the other files are checkpoints
+
+
 def run(options: Options, reporter: Reporter) -> Result:
     """Write the matrix T of a layer or of a chain, so that T @ x.reshape(-1) is the output without the bias.
 
@@ -288,6 +291,10 @@ def show(result: Result, reporter: Reporter) -> None:
     show_files(result.out, result.files, reporter, written=result.written, made_of=parts)
     if result.plot is not None and not result.written:
         reporter.line(f"would draw {result.plot}")
+    if result.written:
+        reader = "numpy.load" if result.layout == "dense" else "scipy.sparse.load_npz"
+        reader = {".npz": reader, ".npy": "numpy.load", ".mtx": "scipy.io.mmread"}.get(result.out.suffix, OWN_READER)
+        reporter.remark(f'to read it: {reader}("{result.out}")')
 
 
 COMMAND = Command("CKPT LAYER [LAYER...] -o OUT", EXAMPLES, Options, run, show)

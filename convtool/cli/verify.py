@@ -15,7 +15,7 @@ from convtool.cli.output import Reporter
 from convtool.cli.verify_options import Options
 from convtool.core.names import grouped
 from convtool.core.tree import BASE
-from convtool.errors import InputError, UsageError
+from convtool.errors import InputError, RefusedError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,7 +87,8 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         options,
         equivalent=elsewhere and all(report.equivalent for _, report in results),
         statement=verdict.statement(results, options.exhaustive, bool(sizes), options.only)
-        + ("; what no pair covers, by random inputs" if differing & covered else ""),
+        + ("; what no pair covers, by random inputs" if differing & covered else "")
+        + (f"; held to what computing in {dtype_name(how['computed_in'])} allows" if options.computed_in else ""),
         computed_in=dtype_name(how["computed_in"]),
         rounded_to=None if options.rounded_to is None else dtype_name(options.rounded_to),
         assumed=assumed,
@@ -262,14 +263,20 @@ def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> WholeRe
         )
         return None
     with reporter.progress("running the model", None):
-        original = loaded(
-            load_model(model, arguments, in_memory=True), sides.before, strict=options.model_after is not None
-        )
-        if options.model_after is None:
-            fused = apply_checkpoint(deepcopy(original), sides.after)
-        else:
-            fused = loaded(load_model(options.model_after, in_memory=True), sides.after, strict=True)
-        return compare(original, sides.before, fused, sides.after, size, seed=options.seed)
+        in_code = options.model_after is not None
+        original = loaded(load_model(model, arguments, in_memory=True), sides.before, strict=in_code)
+        try:
+            if in_code:
+                built = load_model(options.model_after or "", options.model_after_args, in_memory=True)
+                fused = loaded(built, sides.after, strict=True)
+            else:
+                fused = apply_checkpoint(deepcopy(original), sides.after)
+            return compare(original, sides.before, fused, sides.after, size, seed=options.seed)
+        except (RefusedError, UsageError) as error:
+            if in_code or str(sides.before.path) in str(error):
+                raise
+            way = "if AFTER's network has code of its own, --model-after CODE runs that"
+            raise type(error)(f"{error}; {way}") from None
 
 
 def _exit_code(result: verify_text.Result | matrix_verdict.MatrixResult) -> int:

@@ -91,6 +91,7 @@ class Options:
         "The code of AFTER's network: run both on random inputs, which covers what no pair of layers does.",
         panel=INPUT,
     )
+    model_after_args: str | None = option("JSON", "Arguments of that callable, as JSON.", panel=INPUT)
     sources: Sources
     computed_in: Any = option(
         "DTYPE",
@@ -151,6 +152,8 @@ class Options:
             raise UsageError("--model-input: goes with --model")
         if self.model_after is not None and (self.model_input is None or self.only):
             raise UsageError("--model-after: goes with --model and --model-input, and not with --only")
+        if self.model_after_args is not None and self.model_after is None:
+            raise UsageError("--model-after-args: goes with --model-after")
         for_checkpoints = ("rtol", "atol", "after_layers", "others", "recipe", "rounded_to", "model_after")
         for name in for_checkpoints if with_matrix else ("rows", "columns", "no_bias"):
             if getattr(self, name) not in (None, False):

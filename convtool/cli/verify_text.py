@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from convtool.cli.document import HIDDEN, Count, Dtype, Sizes, fill
-from convtool.cli.matrix_verdict import MatrixResult, compared, in_words, show_matrix
+from convtool.cli.matrix_verdict import BOUND, MatrixResult, compared, in_words, show_matrix
 from convtool.cli.output import Reporter, table, times
 from convtool.core.geometry import format_sizes
 from convtool.core.names import some_of
@@ -168,7 +168,7 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
         if all(result.way_out):
             when, options = result.way_out
             reporter.line(f"{when}: {reporter.again(options)}")
-        _show_fusions(result.fusions, reporter, None if result.details else FEW if result.unless else MOST_ROWS)
+        _show_fusions(result, reporter, None if result.details else FEW if result.unless else MOST_ROWS)
         claims = result.claims if result.details else min(result.claims, by_field(result.claimed), key=len)
         if claims:
             reporter.line("AFTER's record says, and no tensor of BEFORE shows:")
@@ -199,10 +199,14 @@ def by_field(said: Iterable[tuple[str, str]]) -> list[str]:
     return [f"{FUSED * fused}{some_of(names)}: {', '.join(each)}" for (fused, names), each in parts.items()]
 
 
-def _show_fusions(reports: Sequence[Report], reporter: Reporter, most: int | None) -> None:
+def _show_fusions(result: Result, reporter: Reporter, most: int | None) -> None:
+    reports = result.fusions
     if reports:
-        columns = ("layers", "input", "error: numbers", "interior", "rim", "verdict")
+        columns = ("layers", "input", "numbers", "interior", "rim", "verdict")
         table(columns, list(map(_row, reports)), most=most)
+        lower = "" if result.computed_in == "float64" else f"computing in {result.computed_in} and "
+        allowed = f"{lower}rounding" if result.tolerance == BOUND else "the given tolerance"
+        reporter.line(f"percentages: the largest error, as a share of what {allowed} allows; up to 100% is equivalent")
     stored = [report.run_as_stored for report in reports if report.run_as_stored is not None]
     for dtype in dict.fromkeys(one.dtype for one in stored):
         largest = max(one.difference for one in stored if one.dtype == dtype)
@@ -260,7 +264,7 @@ def _row(report: Report) -> tuple[str, ...]:
 
 
 def _ratio(ratio: float, *, equal: bool) -> str:
-    return of_bound(ratio) if equal else f"DIFFERS: {of_bound(ratio)}"
+    return of_bound(ratio).removesuffix(" of bound") if equal else f"DIFFERS: {of_bound(ratio)}"
 
 
 def _worst_number(numbers: Region) -> str:

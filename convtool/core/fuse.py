@@ -248,6 +248,7 @@ def explain(
     if within:
         ways.append("leave this branch out (--allow-border is for the fusion's own border, not for those inside)")
     else:
+        ways.append("write their matrix for one input size, which is exact: `convtool toeplitz` with the same layers")
         ways.append(f"accept that: {ALLOW}")
     whose = "this branch's" if within else "the"
     return f"{what}: {cause}, so {verdict.describe_rim()} of {whose} output would differ; {'; or '.join(ways)}"

@@ -63,8 +63,8 @@ def spectrum(
         layers: a layer; or several, first to last, with every border as it is.
         tolerance: how far from a singular value each may be, relative to the largest.
         steps: of each iteration, at most; by default what usually does.
-        memory: bytes that a factorisation may take, however long it takes then; by default 1.5 GiB, and less than half
-            a minute or so for each.
+        memory: bytes that a factorisation may take, however long it takes then; by default 1.5 GiB, and a few minutes
+            for all of them.
         seed: of the random vector that iterations start from.
         largest: only the largest is asked for, which takes much less work for large layers; the smallest is None then.
 

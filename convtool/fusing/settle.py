@@ -13,6 +13,7 @@ from convtool.core.tree import Sum, Tree, leaves, map_leaves
 from convtool.errors import UsageError
 from convtool.fusing.dependence import BORDER, KERNEL, depends, infer_strides, probes, taps_alone
 from convtool.fusing.leaf import LoweredLayer, spatial_size
+from convtool.kinds.kind import format_value
 
 NUMBERS, MATRIX = "for the numbers", "for the matrix"
 MOST_SETTINGS = 6  # fields that are spelled out to be stated one by one
@@ -196,11 +197,12 @@ def _check(missing: Sequence[Missing], checkpoints: Mapping[str, Checkpoint], hi
         f"{what}, {', '.join(_named(name, layers, missing, checkpoints) for name, layers in fields.items())}"
         for what, fields in needed.items()
     )
-    names = ",".join(dict.fromkeys(one.field for one in missing))
+    defaults = {one.field: one.layer.computed.kind.defaults[one.field] for one in missing}
+    names, values = ",".join(defaults), ", ".join(f"{name} {format_value(value)}" for name, value in defaults.items())
     to_paste = _to_paste(missing)
     raise UsageError(
-        f"nothing states what the result depends on: {said}. --model CODE reads it off the model; --assume {names}"
-        f" accepts torch's default{'s' if ',' in names else ''}; {hint}to state"
+        f"nothing states what the result depends on: {said}; --model CODE reads it off the model; --assume {names}"
+        f" accepts torch's default{'s' if ',' in names else ''} ({values}); {hint}to state"
         f" {'them' if len(missing) > 1 else 'it'}: {to_paste}",
         to_paste,
     )

@@ -8,14 +8,14 @@ from contextlib import suppress
 from convtool.checkpoint import Checkpoint
 from convtool.core.names import some_of
 from convtool.core.tree import BASE
-from convtool.errors import InputError, UsageError
+from convtool.errors import UsageError
 from convtool.formats.dtypes import FLOATS
 from convtool.fusing.named import the_one
 from convtool.kinds.stated import FieldSources
 
 
 def check_recorded(before: Checkpoint, after: Checkpoint, sources: FieldSources, model: bool) -> None:
-    """Raise InputError, with the next command, where AFTER has no record and not the tensors that BEFORE has.
+    """Raise UsageError, with the next command, where AFTER has no record and not the tensors that BEFORE has.
 
     Args:
         sources: fields of BEFORE's layers.
@@ -26,12 +26,12 @@ def check_recorded(before: Checkpoint, after: Checkpoint, sources: FieldSources,
     what = f"{after.path}: holds no record of what was fused"
     if before.record is not None:
         swapped = shlex.join(("convtool", "verify", str(after.path), str(before.path)))
-        raise InputError(f"{what}, and {before.path} does; BEFORE comes first: {swapped}")
+        raise UsageError(f"{what}, and {before.path} does; BEFORE comes first: {swapped}")
     gone = [name for name in before.layers if name not in after.layers]
     paste = "--model-input C,H,W" if model else _by_recipe(before, sources, gone) or "--model CODE --model-input C,H,W"
     paste += in_lower_precision(after)
     lacks = f", and lacks {some_of(gone)}" if gone else ", and has other tensors than BEFORE"
-    raise InputError(f"{what}{lacks}; name the layers with --before a,b --after c, or all at once: {paste}", paste)
+    raise UsageError(f"{what}{lacks}; name the layers with --before a,b --after c, or all at once: {paste}", paste)
 
 
 def _by_recipe(before: Checkpoint, sources: FieldSources, gone: list[str]) -> str:
@@ -40,7 +40,7 @@ def _by_recipe(before: Checkpoint, sources: FieldSources, gone: list[str]) -> st
         recipe = the_one({BASE: before}, sources)[0]
         stated = sources.with_first(recipe.stated(before.layers))
         norms = [name for name in gone if "eps" in before.layers[name].kind.fields]
-        return "--recipe auto" + ("" if all("eps" in stated.fields(name) for name in norms) else " --assume eps")
+        return "--recipe auto" + ("" if all("eps" in stated.fields(name) for name in norms) else " --eps VALUE")
     return ""
 
 

@@ -159,6 +159,8 @@ def grouped_reasons(left_alone: Iterable[LeftAlone]) -> list[tuple[str, str]]:
 
 
 def shared_path(names: Sequence[str]) -> str:
-    """Return the path that all of the names begin with, its dot included."""
+    """Return the path that all of the names begin with, its dot included; '' where a bare number would be left."""
+    if any(name.rpartition(".")[2].isdigit() for name in names):
+        return ""  # '0 → 1 = 0' reads like a sum
     each = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, each))

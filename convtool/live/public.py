@@ -80,7 +80,7 @@ def _in_python(message: str, signature: inspect.Signature) -> str:
 
     if "input_size" not in signature.parameters:  # there is nowhere to give it
         message = message.partition("; give --input-size")[0]
-    return _OPTION.sub(argument, message)
+    return _OPTION.sub(argument, message.replace("convtool toeplitz", "convtool.toeplitz"))
 
 
 add = public(_add)

@@ -180,11 +180,11 @@ def _compose_weights(first: Conv, second: Conv, geometry: Geometry) -> Tensor:
     backwards = [number + 2 for number, axis in enumerate(plan) if axis.step1 < 0]
     flat = _laid_out(right.flip(backwards) if backwards else right).flatten(2)  # (pieces, middle, taps1 * columns)
     total = _zeros((pieces, rows, *k, columns), right.dtype)
+    product = _zeros((pieces, rows, flat.shape[2]), right.dtype)  # made once: new memory takes as long as an addition
     for tap, place in zip(left, itertools.product(*map(range, k2)), strict=True):
-        # Of one piece a plain product of matrices, which uses threads better than a batch of one.
-        made = (tap[0] @ flat[0])[None] if pieces == 1 else tap @ flat
+        torch.matmul(tap, flat, out=product)
         landing = (_landing(axis, size, t) for axis, size, t in zip(plan, k1, place, strict=True))
-        total[(slice(None), slice(None), *landing)] += made.reshape(pieces, rows, *k1, columns)
+        total[(slice(None), slice(None), *landing)] += product.reshape(pieces, rows, *k1, columns)
     # Group h2 of the second and h1 of the first meet in the rows of h2 and the columns of h1.
     blocks = total.reshape(g2, g1 // g, *total.shape[1:]) if pieces == max(g1, g2) else _meet(total, g1, g2)
     weight = blocks.movedim(1, -2)  # (g2, rows, *k, g1/g, columns)

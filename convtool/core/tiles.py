@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator, Sequence
-from functools import cached_property
+from collections.abc import Sequence
+from functools import cached_property, lru_cache
 from hashlib import blake2b
 from typing import Any, NamedTuple
 
@@ -28,6 +28,9 @@ TILE_ENTRIES = 1 << 13
 
 # Templates kept, of 12 bytes an entry. A tile is at an axis's start, inside or at its end: nine kinds for two axes.
 TEMPLATES = 12
+
+# Ranges of positions whose runs are kept.
+RANGES = 1 << 10
 
 
 class Tile(NamedTuple):
@@ -105,6 +108,7 @@ class ChannelRows:
         self.longest = channels * math.prod(int(axis.counts.max(initial=0)) for axis in slots) + bias_column
         self._templates: dict[tuple[object, ...], Template] = {}
         self._patterns: dict[object, int] = {}
+        self.runs = lru_cache(RANGES)(self._find_runs)  # every channel is cut at the same places
         self._ranges: dict[tuple[int, int, int], tuple[int, int]] = {}
         self._lock = threading.Lock()  # of what threads find and keep: ranges, patterns, templates
 
@@ -144,15 +148,9 @@ class ChannelRows:
         """Positions as one index per axis."""
         return np.unravel_index(position, self._row_size) if self._row_size else ()
 
-    def runs(self, start: int, stop: int) -> list[Run]:
+    def _find_runs(self, start: int, stop: int) -> list[Run]:
         """Cut positions start:stop into runs of at most `RUN_ENTRIES` entries (one tile at least)."""
-        return self._all_runs if (start, stop) == (0, self.positions) else list(self._find_runs(start, stop))
-
-    @cached_property
-    def _all_runs(self) -> list[Run]:
-        return list(self._find_runs(0, self.positions))
-
-    def _find_runs(self, start: int, stop: int) -> Iterator[Run]:
+        runs = []
         while start < stop:
             tile = last = self._tile(start)
             end, count, step = min(stop, tile.stop), 1, 0
@@ -163,8 +161,9 @@ class ChannelRows:
                 if following.pattern != tile.pattern or following.stop > stop or (count > 1 and further != step):
                     break
                 last, end, count, step = following, following.stop, count + 1, further
-            yield Run(start, end, tile, count, step, self.entries_before(end) - self.entries_before(start))
+            runs.append(Run(start, end, tile, count, step, self.entries_before(end) - self.entries_before(start)))
             start = end
+        return runs
 
     @cached_property
     def _tiling(self) -> tuple[int, int, int]:

@@ -264,7 +264,8 @@ def _row(report: Report) -> tuple[str, ...]:
 
 
 def _ratio(ratio: float, *, equal: bool) -> str:
-    return of_bound(ratio).removesuffix(" of bound") if equal else f"DIFFERS: {of_bound(ratio)}"
+    share = of_bound(ratio).removesuffix(" of bound").replace(" times the bound", "x")
+    return share if equal else f"DIFFERS: {share}"
 
 
 def _worst_number(numbers: Region) -> str:

@@ -402,7 +402,7 @@ def test_axes_that_were_turned_make_another_weight(
     model = filled(Made(4, 4, 3)).to(memory_format=memory)  # type: ignore[call-overload]
     x = torch.zeros(1, 4, 7, 8, dtype=torch.float64)
     with nowhere(model) as (mode, kept):
-        run = record(model, model, (x,), (), mode, kept).run.operations
+        run = record(model, (x,), (), mode, kept).run.operations
     assert with_own_weight(run, run[-1]).fields == ({"standardized": EPS} if told else {})
 
 

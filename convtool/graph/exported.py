@@ -1,25 +1,23 @@
 """The run of a model that an exported program describes, as the operations that a recorded run has.
 
-Values are told apart as in a recording: what is changed in place is another value from then on, for whoever reads that
-memory, under whatever name. Which values lie in one memory is known by the operations that make views.
+Values are told apart as in a recording; which of them lie in one memory is known by the operations that make views.
 """
 
 from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import replace
-from typing import Any
 
 from convtool.checkpoint import Checkpoint
 from convtool.errors import UsageError
-from convtool.formats.program import Node, Program, Value, values_in
+from convtool.formats.program import Node, Program, Value
 from convtool.graph.cut import cut
 from convtool.graph.flow import Flow
 from convtool.graph.judge import Judge
 from convtool.graph.left_over import COMPUTED
-from convtool.graph.operations import OF_SHAPE, read_flow
+from convtool.graph.operations import read_flow
 from convtool.graph.planned import Plan
-from convtool.graph.recorded_run import INPUT, UNKNOWN, Made, Operation, Run
+from convtool.graph.recorded_run import CONSTANT, Following, Run
 
 # ATen's operations whose value may lie in the memory of what they read first.
 _VIEWS = frozenset(
@@ -30,7 +28,6 @@ _VIEWS = frozenset(
     | {"lift_fresh"}
 )
 _IN_TRAINING = "was exported in training, where it takes the numbers of each batch; export the model after model.eval()"
-_CONSTANT = -1  # the number of what nothing of the run's input goes into
 
 
 def read_exported(opened: Checkpoint, program: Program) -> Flow:
@@ -76,7 +73,7 @@ def plan_exported(
     return Plan.of(judge, merges, left_alone, opened.layers.values(), stated, uncounted=uncounted)
 
 
-class _Reader:
+class _Reader(Following):
     """Reads a program's run.
 
     Args:
@@ -84,78 +81,36 @@ class _Reader:
     """
 
     def __init__(self, program: Program, layers: Container[str]) -> None:
-        self.program, self.layers = program, layers
-        self.operations: list[Operation] = []
-        self.made: dict[Value, int] = {}  # the operation that made a value
-        self.memory: dict[Value, Value] = {}  # the value whose memory another lies in
-        self.changed: dict[Value, int] = {}  # the last operation that changed a value's memory
-        self.made_of: dict[Value, tuple[str, ...]] = {}  # the model's tensors that a constant is computed of
-        self.constant: dict[Value, Made] = {}  # what made a constant
-        self.overwritten: dict[Value, int] = {}  # the last one that changed a constant's memory
+        super().__init__(Value, program.tensors, layers)
+        self.program = program
+        self.homes: dict[Value, Value] = {}  # the value whose memory another lies in
         self.runs: dict[tuple[str, str], int] = {}  # of modules, by the number of their first operation
 
     def run(self) -> Run:
         for value in self.program.inputs:
-            self.made[value] = len(self.operations)
-            self.operations.append(Operation(INPUT, shape=self.program.shapes.get(value, ())))
+            self.begin(value)
         for node in self.program.nodes:
             self._add(node)
-        outputs = frozenset(number for value in self.program.outputs if (number := self._number(value)) != _CONSTANT)
-        return Run(self.operations, outputs)
+        return Run(self.operations, frozenset(map(self.number, self.program.outputs)) - {CONSTANT})
 
     def _add(self, node: Node) -> None:
-        read = [
-            one for key, value in node.arguments.items() if key != OF_SHAPE.get(node.name) for one in values_in(value)
-        ]
-        reads = tuple(number for value in read if (number := self._number(value)) != _CONSTANT)
-        tensors = tuple(name for value in read for name in self._tensors(value))
-        number, arguments = len(self.operations), {key: _plain(value) for key, value in node.arguments.items()}
-        operands = {
-            key: (self.program.tensors[value], self.program.shapes.get(value, ()))
-            for key, value in node.arguments.items()
-            if isinstance(value, Value) and value in self.program.tensors and self._number(value) == _CONSTANT
-        }
-        computed = {
-            key: self._made_by(value)
-            for key, value in node.arguments.items()
-            if isinstance(value, Value) and key not in operands and self._number(value) == _CONSTANT
-        }
-        shape = self.program.shapes.get(node.gives[0], ()) if node.gives else ()
-        within = tuple((one.path, self.runs.setdefault((one.path, one.run), number)) for one in node.inside)
-        call = next((one for one in within if one[0] in self.layers), ("", 0))
-        self.operations.append(Operation(node.name, reads, shape, tensors, arguments, call, operands, within, computed))
+        reading = read, _ = self.read_by(node.name, node.arguments)
+        number = len(self.operations)
         kind = node.name.split(".")[1] if node.name.count(".") else node.name
         in_place = kind.endswith("_") and not kind.endswith("__")
-        for place, value in enumerate(node.gives):
-            if read and (in_place or kind in _VIEWS):
-                self.memory[value] = self._home(read[0])
-            if reads:
-                self.made[value] = number
-            elif tensors:
-                self.made_of[value], self.constant[value] = tensors, Made(number, place)
-        if in_place and read:
-            (self.changed if reads else self.overwritten)[self._home(read[0])] = number
+        if read and (in_place or kind in _VIEWS):
+            self.homes |= dict.fromkeys(node.gives, self.home(read[0]))
+        within = [(one.path, self.runs.setdefault((one.path, one.run), number)) for one in node.inside]
+        self.see(node.name, node.arguments, reading, within, node.gives, read[:1] if in_place else ())
 
-    def _home(self, value: Value) -> Value:
-        return self.memory.get(value, value)
+    def key(self, value: Value) -> Value:
+        return value
 
-    def _number(self, value: Value) -> int:
-        """Return the operation that a value comes from: the last one that changed its memory, if that is later."""
-        return max(self.made.get(value, _CONSTANT), self.changed.get(self._home(value), _CONSTANT))
+    def home(self, value: Value) -> Value:
+        return self.homes.get(value, value)
 
-    def _made_by(self, value: Value) -> Made:
-        """Return what a constant comes from, as far as it is made of the model's tensors."""
-        made = self.constant.get(value, UNKNOWN)
-        return UNKNOWN if self.overwritten.get(self._home(value), _CONSTANT) > made.number else made
+    def shape(self, value: Value) -> tuple[int, ...]:
+        return self.program.shapes.get(value, ())
 
-    def _tensors(self, value: Value) -> tuple[str, ...]:
-        """Return the name of the model's tensor that a value is, or lies in; or of those that it is computed of."""
-        name = self.program.tensors.get(self._home(value))
-        return self.made_of.get(value, ()) if name is None else (name,)
-
-
-def _plain(value: Any) -> Any:
-    """Return an argument with None in place of tensors, as recordings have it."""
-    if isinstance(value, Value):
-        return None
-    return [_plain(one) for one in value] if isinstance(value, list) else value
+    def is_whole(self, value: Value) -> bool:
+        return value in self.program.tensors

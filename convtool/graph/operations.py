@@ -26,9 +26,6 @@ VIEWS_OF_CONSTANTS = frozenset(
         *("to.dtype_layout", "to.device", "to.other", "flatten.using_ints", "contiguous.default"),
     )
 )
-# Operations that read of this argument its shape or dtype alone.
-OF_SHAPE = {f"aten.{name}.default": "other" for name in ("reshape_as", "view_as", "expand_as", "type_as")}
-OF_SHAPE["aten.to.other"] = "other"
 _OUTSIDE = -1  # whoever reads the values that leave the run
 
 

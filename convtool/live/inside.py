@@ -213,7 +213,7 @@ def _run(module: nn.Module, shape: Sequence[int]) -> Recorded | None:
     with nowhere(module) as (mode, kept):
         with mode:
             x: Tensor = torch.zeros(shape, dtype=dtype)
-        recorded = record(module, module, (x,), (), mode, kept, held=False)
+        recorded = record(module, (x,), (), mode, kept, held=False)
         return recorded if recorded.failure is None else None
 
 

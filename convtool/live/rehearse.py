@@ -64,7 +64,7 @@ class _Rehearsal:
                     applying.put(*self.fusions[number])
                 self.model.eval()
                 zeros = {name for name, module in self.model.named_modules() if isinstance(module, Zeros)}
-                after = record(self.model, self.model, self.inputs, (), mode, kept, held=False)
+                after = record(self.model, self.inputs, (), mode, kept, held=False)
                 applying.undo()
         except ConvtoolError as error:
             return str(error)

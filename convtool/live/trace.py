@@ -105,7 +105,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Traced:
     # Layers that aren't modules by themselves are found by the operations that read their tensors.
     layers = found_layers(model) | known.layers
     with nowhere(model) as (mode, kept):
-        recorded = record(model, model, inputs, known.called(), mode, kept)
+        recorded = record(model, inputs, known.called(), mode, kept)
         why = "" if recorded.failure is None else _why_it_ended(model, inputs, recorded, kept)
         flow = read_flow(recorded.run, layers, known.bound, known.foreign)
     if why and not any(True for _ in flow.calls()):

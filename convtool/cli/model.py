@@ -51,10 +51,11 @@ def runs_of_layers(
     if not model_input:
         return None
     built, agreed = _given(found)
+    from convtool.graph.judge import Judge
     from convtool.live.given import model_inputs
-    from convtool.live.plan import layer_runs
+    from convtool.live.trace import trace
 
-    runs = layer_runs(built, model_inputs(built, model_input))
+    runs = Judge(trace(built, model_inputs(built, model_input))[0], agreed.is_biased).runs()
     return {agreed.names[name]: each for name, each in runs.items() if name in agreed.names}
 
 
@@ -98,7 +99,7 @@ def _flow(
 
         built, agreed = _given(found)
         ours = {theirs: name for name, theirs in agreed.names.items()}
-        return trace(built, model_inputs(built, model_input)).flow, ours
+        return trace(built, model_inputs(built, model_input))[0], ours
     if opened.program is not None:
         from convtool.graph.exported import read_exported
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves
@@ -26,7 +27,7 @@ def cut(
     fixed_size: bool,
     cheaper: bool,
     batch_norms_only: bool = False,
-    refused: Mapping[Tree[LayerRef], str] | None = None,
+    rehearse: Callable[[Sequence[Merge]], dict[Tree[LayerRef], str]] = lambda merges: {},
 ) -> tuple[list[Merge], list[LeftAlone]]:
     """Return what to make one layer of in a run, in order; and what stays apart though nothing is in between, and why.
 
@@ -34,18 +35,18 @@ def cut(
         fixed_size: also take what is exact for inputs of the run's size only.
         cheaper: cut so that it takes the least work; otherwise into the fewest layers.
         batch_norms_only: take nothing but batch norms into the layers beside them.
-        refused: what can't be one layer, with the reason, besides what is seen to here.
+        rehearse: returns what the model can't do without, with the reason; parts of it may still be one layer.
     """
     trees, left_alone = find_stretches(judge.flow)
-    refused = dict(refused or {})
+    cutter = _Cutter(judge, fixed_size, cheaper, batch_norms_only)
     while True:
-        cutter = _Cutter(judge, fixed_size, cheaper, batch_norms_only, refused)
+        cutter.left_alone.clear()
         merges = [merge for tree in trees for merge in cutter.cut(tree)[1]]
-        wrong = _wrongly_shared(merges, judge)
+        wrong = _wrongly_shared(merges, judge) or rehearse(merges)
         if not wrong:
             shared = {name for merge in merges for name in shares(merge.tree, judge.owned)}
             return merges, [one for one in left_alone + cutter.left_alone if shared.isdisjoint(one.layers)]
-        refused |= wrong
+        cutter.refused |= wrong
 
 
 def _wrongly_shared(merges: Sequence[Merge], judge: Judge) -> dict[Tree[LayerRef], str]:
@@ -61,18 +62,14 @@ def _wrongly_shared(merges: Sequence[Merge], judge: Judge) -> dict[Tree[LayerRef
     return wrong
 
 
+@dataclass(slots=True)
 class _Cutter:
-    def __init__(
-        self,
-        judge: Judge,
-        fixed_size: bool,
-        cheaper: bool,
-        batch_norms_only: bool,
-        refused: Mapping[Tree[LayerRef], str],
-    ) -> None:
-        self.judge, self.fixed_size, self.cheaper, self.refused = judge, fixed_size, cheaper, refused
-        self.batch_norms_only = batch_norms_only
-        self.left_alone: list[LeftAlone] = []
+    judge: Judge
+    fixed_size: bool
+    cheaper: bool
+    batch_norms_only: bool
+    refused: dict[Tree[LayerRef], str] = field(default_factory=dict)
+    left_alone: list[LeftAlone] = field(default_factory=list)
 
     def cut(self, tree: Tree[LayerRef]) -> tuple[Price, list[Merge]]:
         """Return the price of the cheapest way to run a tree, and what of it is merged for that."""

@@ -86,26 +86,28 @@ def fields_inside(model: nn.Module, known: ModelLayers) -> dict[str, Fields]:
 
 
 def _told(module: nn.Module, kind: Kind) -> Fields | None:
-    if not kind.spare:
-        return _standardized(module, kind)
-    inside = look_inside(module, kind)
-    return None if inside is None or inside.before else inside.fields
+    if kind.spare:
+        inside = look_inside(module, kind)
+        return None if inside is None or inside.before else inside.fields
+    inside, besides = _standardizing(module, kind)
+    return None if inside is None or besides else inside.fields
+
+
+def _standardizing(module: nn.Module, kind: Kind) -> tuple[Inside | None, tuple[Operation, ...]]:
+    """Return what a module that standardises its weight does, and what of that is something else; None of others."""
+    inside = look_inside(module, kind) if "standardized" in kind.fields else None
+    if inside is None or "standardized" not in inside.fields:
+        return None, ()
+    return inside, inside.before + inside.after
 
 
 def check_standardizes_alone(module: nn.Module, kind: Kind) -> None:
     """Raise RefusedError unless a plain convolution can stand in the place of a module that standardises its weight."""
-    inside = look_inside(module, kind)
-    besides = () if inside is None else (*inside.before, *inside.after)
-    if inside is None or "standardized" not in inside.fields or besides:
+    inside, besides = _standardizing(module, kind)
+    if inside is None or besides:
         what = ", ".join(dict.fromkeys(one.name.split(".")[1] for one in besides))
         does = "does more than to standardize the layer's weight"
         raise RefusedError(f"{a_or_an(type(module).__name__)}, whose code {does}{f': {what}' if what else ''}")
-
-
-def _standardized(module: nn.Module, kind: Kind) -> Fields | None:
-    inside = look_inside(module, kind) if "standardized" in kind.fields else None
-    alone = inside is not None and "standardized" in inside.fields and not inside.before + inside.after
-    return inside.fields if inside is not None and alone else None
 
 
 def without_layer(module: nn.Module, kind: Kind, known: dict[tuple[type, str], tuple[str, ...]]) -> nn.Module:

@@ -18,16 +18,16 @@ from convtool.errors import UsageError
 from convtool.fusing.fusion import check_whole, plan_layer
 from convtool.fusing.lowering import lower_tree
 from convtool.graph.cut import cut
-from convtool.graph.judge import Judge, LayerRun, Merge
+from convtool.graph.judge import Judge, Merge
 from convtool.graph.planned import Plan
 from convtool.graph.stopwatch import Stopwatch
 from convtool.kinds.stated import FieldSources
 from convtool.live.apply import apply_checkpoint
 from convtool.live.layers import found_layers
 from convtool.live.recorder import Recorded
-from convtool.live.rehearse import failures
+from convtool.live.rehearse import Rehearsal
 from convtool.live.state import StateCheckpoint
-from convtool.live.trace import Inputs, example_input, trace
+from convtool.live.trace import example_input, trace
 
 
 def plan(
@@ -64,30 +64,31 @@ def plan(
     arguments = (example_input(model, input_size),) if input_size is not None else tuple(inputs or ())
     flow, recorded = trace(model, arguments)
     flow = replace(flow, apart={**flow.apart, **(barred or {})})
-    judge = Judge(flow, is_biased or StateCheckpoint.of(model).is_biased, _watch(model) if measure else None)
-    cheaper = measure or not everything
-    refused = dict[Tree[LayerRef], str]()
-    while True:  # what the model's code can't do without is cut again, as parts of it may be one layer
-        merges, left_alone = cut(
-            judge, fixed_size=fixed_size, cheaper=cheaper, batch_norms_only=batch_norms_only, refused=refused
-        )
-        wrong = _rehearsed(model, arguments, recorded, judge, merges)
-        if not wrong:
-            return Plan.of(judge, merges, left_alone, found_layers(model).values(), uncounted=_uncounted(model, judge))
-        refused |= {merges[number].tree: reason for number, reason in wrong.items()}
+    dtype = next((one.dtype for one in model.parameters() if one.is_floating_point()), torch.float32)
+    watch = Stopwatch(dtype) if measure else None
+    judge = Judge(flow, is_biased or StateCheckpoint.of(model).is_biased, watch)
+    merges, left_alone = cut(
+        judge,
+        fixed_size=fixed_size,
+        cheaper=measure or not everything,
+        batch_norms_only=batch_norms_only,
+        rehearse=lambda merges: _rehearsed(model, arguments, recorded, judge, merges),
+    )
+    return Plan.of(judge, merges, left_alone, found_layers(model).values(), uncounted=_uncounted(model, judge))
 
 
 def _rehearsed(
     model: nn.Module, inputs: Sequence[Any], recorded: Recorded, judge: Judge, merges: Sequence[Merge]
-) -> dict[int, str]:
-    """Return the merges with which the model's code doesn't do what it did, by their number, with the reason."""
+) -> dict[Tree[LayerRef], str]:
+    """Return the merges with which the model's code doesn't do what it did, with the reason."""
 
     def source(leaf: LayerRef) -> SourceLayer:
         layer = judge.layer(leaf.name)
         return SourceLayer(leaf.name, layer.kind, layer.fields if layer.tensors else {})
 
     put = [(one.name, map_leaves(source, one.tree), one.fused) for one in merges]
-    return failures(model, inputs, recorded, put)
+    wrong = Rehearsal(model, inputs, recorded, put).failing(range(len(put)))
+    return {merges[number].tree: reason for number, reason in wrong.items()}
 
 
 def _uncounted(model: nn.Module, judge: Judge) -> int:
@@ -95,23 +96,6 @@ def _uncounted(model: nn.Module, judge: Judge) -> int:
     counted = {name for _, layer in judge.flow.calls() for name in layer.tensor_names()}
     parameters = model.named_parameters()
     return sum(tensor.numel() for name, tensor in parameters if name not in counted and not is_lazy(tensor))
-
-
-def layer_runs(model: nn.Module, inputs: Inputs) -> dict[str, list[LayerRun]]:
-    """Return every run of each layer while the model runs once in eval mode, by module path; nothing is computed.
-
-    Args:
-        inputs: the arguments of the model's forward.
-
-    Raises:
-        UsageError: the model doesn't run on them.
-        RefusedError: its data flow can't be followed.
-    """
-    return Judge(trace(model, inputs).flow, lambda name: True).runs()
-
-
-def _watch(model: nn.Module) -> Stopwatch:
-    return Stopwatch(next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32))
 
 
 def fuse_model(

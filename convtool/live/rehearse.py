@@ -23,8 +23,8 @@ from convtool.live.trace import error_line, nowhere
 Fused: TypeAlias = tuple[str, Tree[SourceLayer], Conv]  # a layer's name, what it stands for, and the layer
 
 
-def failures(model: nn.Module, inputs: Sequence[Any], before: Recorded, fusions: Sequence[Fused]) -> dict[int, str]:
-    """Return the fusions with which the model's code doesn't do the same, by their number, with the reason.
+class Rehearsal:
+    """A model whose code has to do the same with fusions.
 
     It does the same where it runs every operation that it ran before, but for those of the fused layers, and gives
     outputs of the same shapes. Code that looks at what kind of module it calls may not.
@@ -32,10 +32,7 @@ def failures(model: nn.Module, inputs: Sequence[Any], before: Recorded, fusions:
     Args:
         before: the run without them.
     """
-    return _Rehearsal(model, inputs, before, fusions).failing(range(len(fusions)))
 
-
-class _Rehearsal:
     def __init__(self, model: nn.Module, inputs: Sequence[Any], before: Recorded, fusions: Sequence[Fused]) -> None:
         self.model, self.inputs, self.before, self.fusions = model, inputs, before, fusions
         self.names = {source.name for _, tree, _ in fusions for source in leaves(tree)}
@@ -44,7 +41,7 @@ class _Rehearsal:
         self.whole = {name for name in self.names if name in modules and not list(modules[name].children())}
 
     def failing(self, chosen: Sequence[int]) -> dict[int, str]:
-        """Return those of the chosen fusions that fail, by halves, as most don't."""
+        """Return those of the fusions, by number, that it doesn't do the same with, and why; by halves, as most do."""
         reason = self._wrong(chosen) if chosen else ""
         if not reason or len(chosen) == 1:
             return dict.fromkeys(chosen, reason) if reason else {}

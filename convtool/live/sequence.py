@@ -48,7 +48,7 @@ def sequence_of(model: nn.Module, input_size: Sequence[int]) -> Sequenced:
         UsageError: the model doesn't run on such an input.
         RefusedError: its data flow can't be followed.
     """
-    flow = trace(model, (example_input(model, input_size),)).flow
+    flow = trace(model, (example_input(model, input_size),))[0]
     steps = [(step, step.layer) for step in flow.steps if step.layer is not None]
     calls = (LayerCall(layer.name, step.written, flow.input_shape(step)[1:]) for step, layer in steps)
     return Sequenced(tuple(calls), _broken(flow))

@@ -13,7 +13,7 @@ import types
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,23 +38,12 @@ def example_input(model: nn.Module, input_size: Sequence[int]) -> Tensor:
     return torch.zeros(1, *input_size, dtype=numbers.dtype, device=numbers.device)
 
 
-class Nowhere(NamedTuple):
-    """Where tensors have shapes and no numbers.
-
-    Attributes:
-        mode: torch's for that.
-        kept: what the model is like, to be put back.
-    """
-
-    mode: FakeTensorMode
-    kept: Kept
-
-
 @contextlib.contextmanager
-def nowhere(model: nn.Module) -> Iterator[Nowhere]:
+def nowhere(model: nn.Module) -> Iterator[tuple[FakeTensorMode, Kept]]:
     """Let a model be run in eval mode and without gradients on shapes alone, and be afterwards what it was before.
 
-    Tensors on the meta device look to its code as if they were in memory.
+    Tensors on the meta device look to its code as if they were in memory. It gives torch's mode for tensors without
+    numbers, and what the model was like, which is put back.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with _silent(), untouched(model) as kept, torch.no_grad():
@@ -66,7 +55,7 @@ def nowhere(model: nn.Module) -> Iterator[Nowhere]:
                 for name, tensor in own.items():
                     if tensor is not None and tensor.is_meta and not isinstance(tensor, FakeTensor):
                         own[name] = memo.setdefault(id(tensor), _in_memory(mode, tensor))
-        yield Nowhere(mode, kept)
+        yield mode, kept
 
 
 def _in_memory(mode: FakeTensorMode, tensor: Tensor) -> Tensor:
@@ -87,15 +76,8 @@ def _silent() -> Iterator[None]:
         logging.disable(level)
 
 
-class Traced(NamedTuple):
-    """The data flow of a run, and what was recorded of that."""
-
-    flow: Flow
-    recorded: Recorded
-
-
-def trace(model: nn.Module, inputs: Inputs) -> Traced:
-    """Return the data flow of `model(*inputs)` in eval mode, as far as it can be followed.
+def trace(model: nn.Module, inputs: Inputs) -> tuple[Flow, Recorded]:
+    """Return the data flow of `model(*inputs)` in eval mode, as far as it can be followed, and what was recorded of it.
 
     Raises:
         RefusedError: it can't be followed at all.
@@ -116,7 +98,7 @@ def trace(model: nn.Module, inputs: Inputs) -> Traced:
         remark = f"the data flow was followed up to {why}; what lies behind is left alone"
         apart = {**_may_run_again(model, recorded, layers), **flow.apart}
         flow = replace(flow, apart=apart, remarks=(remark,))
-    return Traced(flow, recorded)
+    return flow, recorded
 
 
 def _may_run_again(model: nn.Module, recorded: Recorded, layers: Iterable[str]) -> dict[str, str]:

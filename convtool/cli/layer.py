@@ -243,14 +243,13 @@ def _of_recipe(
     name: str, fused: str, more: list[str] | None, opened: Checkpoint, sources: FieldSources
 ) -> tuple[Tree[LayerRef], FieldSources]:
     """Return the layers of one of a recipe's fusions, and what is known of them."""
-    from convtool.fusing.named import by_recipe, chosen
+    from convtool.fusing.named import by_name, chosen
 
     if more:
         raise UsageError("--recipe: LAYER is the name of one of its fusions; further layers don't go with it")
     checkpoints = {BASE: opened}
-    recipe = chosen(name, checkpoints, sources)
-    sources = sources.with_first(recipe.stated(opened.layers))
-    trees = {one.name: one.tree for one in by_recipe(recipe, checkpoints, sources.fields)}
+    fusions, sources = by_name(chosen(name, checkpoints, sources), checkpoints, sources)
+    trees = {one.name: one.tree for one in fusions}
     if fused not in trees:
         hint = did_you_mean(fused, trees, f"; it makes {', '.join(trees)}")
         raise UsageError(f"--recipe {name}: makes no layer {fused!r}{hint}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, TypeAlias
 
 from convtool.checkpoint.record import SourceLayer
@@ -92,8 +92,7 @@ def last_layer(tree: Tree[SourceLayer]) -> SourceLayer | None:
 
 def _own_line(planned: PlannedLayer) -> list[str]:
     """Return what becomes of the fused layer's own module."""
-    conv, known = planned.fusion.conv, planned.record.fields
-    missing = [name for name in needed_fields(conv, known) if name not in known] if conv.spatial_axes else []
+    conv, known, missing = planned.fusion.conv, planned.record.fields, missing_fields(planned)
     own = next((leaf for leaf in planned.layers if leaf.own and leaf.layer.name == planned.name), None)
     changes = None
     if own is not None and own.layer.kind.main:
@@ -107,18 +106,21 @@ def _own_line(planned: PlannedLayer) -> list[str]:
         return [f"{planned.name}: {', '.join(changes)}"]
     whose = [leaf.name for leaf in planned.layers if any(leaf.open.values())]
     have = f"{', '.join(whose)} {'have' if len(whose) > 1 else 'has'}"
-    return [f"{_code(planned.name)} = {module_text(conv, missing)}  # what is left out, as {have} it"]
+    written: dict[str, str] = {name: "..." for name in ("stride", "padding", "dilation", "groups") if name in missing}
+    written |= {"in_channels": "..."} if "groups" in missing else {}  # as many as its groups have together
+    return [f"{_code(planned.name)} = {module_text(conv, **written)}  # what is left out, as {have} it"]
 
 
-def needed_fields(conv: Conv, known: Fields) -> list[str]:
-    """Return the fields without which the layer's constructor can't be written."""
-    geometry = conv.geometry
-    return [
+def missing_fields(planned: PlannedLayer) -> list[str]:
+    """Return the fields without which the fused layer's constructor can't be written, and that aren't known."""
+    geometry, known = planned.fusion.conv.geometry, planned.record.fields
+    needed = [
         *("stride", "padding", "groups", "transposed"),
         *(["dilation"] if any(k > 1 for k in geometry.kernel_size) else []),
         *(["padding_mode"] if geometry.padded or "padding" not in known else []),
         *(["output_padding"] if known.get("transposed") else []),
     ]
+    return [name for name in needed if name not in known] if geometry.kernel_size else []
 
 
 def _changes(
@@ -187,16 +189,15 @@ def torch_module(conv: Conv) -> tuple[str, tuple[Any, ...], dict[str, Any]]:
     return f"Conv{'Transpose' if geometry.transposed else ''}{axes}d", (*shape, geometry.kernel_size), others
 
 
-def module_text(conv: Conv, unknown: Collection[str] = ()) -> str:
+def module_text(conv: Conv, **unknown: str) -> str:
     """Return the layer as a line of torch code: 'nn.Conv2d(3, 16, (5, 7), stride=2)'.
 
     Args:
-        unknown: fields that have three dots in place of a value.
+        unknown: what stands in place of arguments that aren't known.
     """
     name, (inputs, *shape), others = torch_module(conv)
-    given = {key: "..." if key in unknown else _argument(value) for key, value in others.items()}
-    given |= {key: "..." for key in ("stride", "padding", "dilation", "groups") if key in unknown}
-    channels = "..." if "groups" in unknown else str(inputs)  # as many as its groups have together
+    channels = unknown.pop("in_channels", str(inputs))
+    given = {key: _argument(value) for key, value in others.items()} | unknown
     arguments = [channels, *map(_argument, shape), *(f"{key}={value}" for key, value in given.items())]
     text, geometry = f"nn.{name}({', '.join(arguments)})", conv.geometry
     if all(before == after for before, after in geometry.padding):

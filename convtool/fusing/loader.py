@@ -12,7 +12,7 @@ from convtool.core.tree import has_sum, tree_text
 from convtool.errors import UsageError
 from convtool.formats.atomic import replacing
 from convtool.fusing.dependence import changed_fields
-from convtool.fusing.edits import Fate, done_by_the_model, ends_with, fates, needed_fields, torch_module
+from convtool.fusing.edits import Fate, done_by_the_model, ends_with, fates, missing_fields, module_text
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
 
@@ -228,19 +228,12 @@ def _stated(layer: LoweredLayer) -> Iterator[tuple[str, object]]:
 
 def _constructor(planned: PlannedLayer) -> str:
     """Return the fused layer as a call; what isn't known of it is taken from the live layer that has it."""
-    conv, known = planned.fusion.conv, planned.record.fields
-    name, (inputs, *shape), others = torch_module(conv)
-    if any(before != after for before, after in conv.geometry.padding):
+    if any(before != after for before, after in planned.fusion.conv.geometry.padding):
         raise UsageError(f"--loader: {planned.name} pads its sides differently, which only convtool.apply puts in")
-    missing = [field for field in needed_fields(conv, known) if field not in known] if conv.spatial_axes else []
-    given = {key: repr(value) for key, value in others.items() if key not in missing}
-    channels = repr(inputs)
-    for field in missing:
-        live = f"old[{unwrap(_live(planned, field))!r}]"
-        given |= {} if field == "transposed" else {field: f"{live}.{field}"}
-        channels = f"{live}.in_channels" if field == "groups" else channels
-    arguments = [channels, *map(repr, shape), *(f"{key}={value}" for key, value in given.items())]
-    return f"nn.{name}({', '.join(arguments)})"
+    live = {name: f"old[{unwrap(_live(planned, name))!r}]" for name in missing_fields(planned)}
+    taken = {name: f"{layer}.{name}" for name, layer in live.items() if name != "transposed"}
+    taken |= {"in_channels": f"{live['groups']}.in_channels"} if "groups" in live else {}
+    return module_text(planned.fusion.conv, **taken)
 
 
 def _live(planned: PlannedLayer, field: str) -> str:

@@ -21,17 +21,6 @@ from convtool.kinds.stated import FieldSources, Known
 from convtool.kinds.written import make_written, read_layer
 
 
-def lower_chain(
-    checkpoint: Checkpoint,
-    names: Sequence[str],
-    sources: FieldSources,
-    input_size: Sequence[int] | None = None,
-) -> list[LoweredLayer]:
-    """Lower the named layers of one checkpoint, first to last; see `lower_tree`."""
-    tree = Chain(tuple(LayerRef(name) for name in names))
-    return list(leaves(lower_tree({BASE: checkpoint}, tree, sources, input_size)))
-
-
 def lower_tree(
     checkpoints: Mapping[str, Checkpoint],
     tree: Tree[LayerRef],
@@ -83,12 +72,11 @@ class _TreeLowering:
             layer = self.layers[ref] = self._find(ref)
             names = {full_name(name, ref.source) for name in layer.tensor_names()}
             if names & used and ref.source == BASE:  # another checkpoint keeps its tensors, whatever is made of them
-                one = (
-                    f"; a tensor of it by itself is written kernel({ref.name}), or offset"
-                    if ref.name != layer.name
-                    else ""
+                alone = f"; a tensor of it by itself is written kernel({ref.name}), or offset"
+                raise UsageError(
+                    f"{layer.name} is named twice; a fusion runs through each layer once"
+                    f"{'' if ref.name == layer.name else alone}"
                 )
-                raise UsageError(f"{layer.name} is named twice; a fusion runs through each layer once{one}")
             used |= names
             if layer.kind.adapts:
                 self.layers[ref] = self._applied(ref, layer)
@@ -99,7 +87,7 @@ class _TreeLowering:
 
     def _applied(self, ref: LayerRef, layer: Layer) -> Layer:
         """Return the change of a layer as a layer like that one."""
-        fields = {name: value for name, value in self._fields(ref).items() if name in layer.kind.fields}
+        fields = {name: value for name, value in self._known(ref).fields.items() if name in layer.kind.fields}
         del self.known[ref]  # what is known of it hangs on its kind
         of = ref.like or fields.get("of")
         if not of:
@@ -155,10 +143,6 @@ class _TreeLowering:
             paste = f"--with {shlex.quote(ref.source)}=FILE"
             raise UsageError(f"{ref}: no checkpoint is called {ref.source!r}; give its file: {paste}", paste)
         return self.checkpoints[ref.source].part(ref.name)
-
-    def _fields(self, ref: LayerRef) -> Fields:
-        """Return what is known of a layer."""
-        return self._known(ref).fields
 
     def _known(self, ref: LayerRef) -> Known:
         """Return what is stated of a layer, by itself or by the one that it is like, and by whom."""
@@ -277,7 +261,7 @@ class _TreeLowering:
                 gives = self._first(self._gives(part, Channels(None)) for part in tree.parts)
             return self._first(self._takes(part, gives, guess) for part in tree.parts)
         layer = self.layers[tree]
-        fields = {**layer.kind.defaults, **self._fields(tree)} if guess else self._fields(tree)
+        fields = {**layer.kind.defaults, **self._known(tree).fields} if guess else self._known(tree).fields
         count = layer.kind.takes(layer.shapes, fields, gives.channels)
         return Channels(count, gives.origin if count == gives.channels and not layer.tensors else layer.name)
 
@@ -304,7 +288,7 @@ class _TreeLowering:
             counts = [one.channels for one in branches if one.channels is not None]
             return Channels(sum(counts) if len(counts) == len(branches) else None, "the stack")
         layer = self.layers[tree]
-        return Channels(layer.kind.gives(layer.shapes, self._fields(tree), takes.channels), layer.name)
+        return Channels(layer.kind.gives(layer.shapes, self._known(tree).fields, takes.channels), layer.name)
 
     @staticmethod
     def _first(found: Iterable[Channels]) -> Channels:

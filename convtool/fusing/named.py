@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
-from convtool.core.fields import Fields
 from convtool.core.names import unwrap
 from convtool.core.tree import BASE, Chain, LayerRef, leaves
 from convtool.errors import ConvtoolError, UsageError
@@ -18,7 +17,7 @@ from convtool.fusing.adapters import check_complete
 from convtool.fusing.fusion import check_nothing_missed
 from convtool.fusing.recipe import Known, Names, NothingFitsError, PlannedFusion, Recipe, resolve
 from convtool.fusing.shipped import find_recipe, shipped
-from convtool.kinds.stated import FieldSource, FieldSources
+from convtool.kinds.stated import FieldSources
 from convtool.kinds.written import check_closed
 
 # What a file of adapters calls the networks that it has modules for: 'lora_unet', 'lora_te1', 'unet', 'text_encoder'.
@@ -69,30 +68,20 @@ def against_order(fusion: PlannedFusion, order: Sequence[str] | None) -> list[st
     ]
 
 
-def by_recipe(
+def _resolved(
     recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
-    fields: Callable[[str], Fields],
+    fields: FieldSources,
     leave: Sequence[str] = (),
     order: Sequence[str] | None = None,
-) -> list[PlannedFusion]:
-    """Return the fusions that a recipe means for these checkpoints.
-
-    Args:
-        fields: what is stated of a layer's geometry.
-        order: the layers of the one that is changed in the model's order, where that is known.
-        leave: patterns of modules of the other checkpoints that are to be left out.
-
-    Raises:
-        UsageError: the recipe doesn't fit the layers.
-        RefusedError: it would take layers apart from tensors that say how they are meant, or a part of another
-            checkpoint without the rest of that part.
-    """
+) -> tuple[list[PlannedFusion], FieldSources]:
+    """Return the fusions that a recipe means for these checkpoints, and where fields come from then; see `by_name`."""
+    stated = fields.with_first(recipe.stated(_full_names(checkpoints)))
     layers = {source: opened.layers for source, opened in checkpoints.items()}
     if order is not None:
         layers[BASE] = {name: layers[BASE][name] for name in order}
     try:
-        planned = resolve(recipe, Known(layers, fields, ordered=order is not None))
+        planned = resolve(recipe, Known(layers, stated.fields, ordered=order is not None))
     except NothingFitsError as error:
         paths = " or ".join(str(opened.path) for opened in checkpoints.values())
         raise NothingFitsError(f"{error} of {paths}") from None
@@ -102,14 +91,17 @@ def by_recipe(
         if source != BASE:
             merged = {name for other, name in used if other == source}
             check_complete(source, opened, merged, leave, lambda name: (_COMPONENT.match(name) or [""])[0])
-    return planned
+    return planned, stated
 
 
 def without_effect(recipe: Recipe, checkpoints: Mapping[str, Checkpoint]) -> list[str]:
     """Patterns of a recipe that state geometry of no layer."""
-    layers = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
-    stated = recipe.geometry
+    layers, stated = _full_names(checkpoints), recipe.geometry
     return [text for text in stated.tables if not any(stated.matches(text, name) for name in layers)]
+
+
+def _full_names(checkpoints: Mapping[str, Checkpoint]) -> list[str]:
+    return [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
 
 
 def _layer_ref(text: str, checkpoints: Mapping[str, Checkpoint]) -> LayerRef:
@@ -142,17 +134,14 @@ class Fit:
 
 def fitting(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> list[Fit]:
     """Return the recipes that fit, but for those of which another does more without stating anything else."""
-    found: list[tuple[FieldSource, Fit]] = []
-    names = [name for opened in checkpoints.values() for name in opened.layers]
+    fits: list[Fit] = []
     for name, recipe in shipped().items():
         with suppress(ConvtoolError):
-            stated = recipe.stated(names)
-            sources = fields.with_first(stated)
-            made = by_recipe(recipe, checkpoints, sources.fields)
-            alike = [one for one in found if (one[0].tables, one[1].fusions) == (stated.tables, made)]
-            found = [one for one in found if one not in alike]
-            found.append((stated, Fit((*(other for _, one in alike for other in one.names), name), made, sources)))
-    fits = [fit for _, fit in found]
+            made, sources = _resolved(recipe, checkpoints, fields)
+            stated = sources.sources[0].tables
+            alike = [one for one in fits if (one.sources.sources[0].tables, one.fusions) == (stated, made)]
+            fits = [one for one in fits if one not in alike]
+            fits.append(Fit((*(other for one in alike for other in one.names), name), made, sources))
     more = {fit.names: [one for one in fits if _does_more(one.fusions, fit.fusions)] for fit in fits}
 
     def counts(fit: Fit) -> bool:
@@ -198,11 +187,20 @@ def by_name(
     leave: Sequence[str] = (),
     order: Sequence[str] | None = None,
 ) -> tuple[list[PlannedFusion], FieldSources]:
-    """Return the fusions that a recipe means, and where fields come from then; see `by_recipe`."""
-    names = [full_name(layer, one) for one, opened in checkpoints.items() for layer in opened.layers]
-    stated = fields.with_first(recipe.stated(names))
+    """Return the fusions that a recipe means for these checkpoints, and where fields come from then.
+
+    Args:
+        fields: what else is stated of the layers.
+        leave: patterns of modules of the other checkpoints that are to be left out.
+        order: the layers of the one that is changed in the model's order, where that is known.
+
+    Raises:
+        UsageError: the recipe doesn't fit the layers.
+        RefusedError: it would take layers apart from tensors that say how they are meant, or a part of another
+            checkpoint without the rest of that part.
+    """
     try:
-        return by_recipe(recipe, checkpoints, stated.fields, leave, order), stated
+        return _resolved(recipe, checkpoints, fields, leave, order)
     except NothingFitsError as error:
         fit = fitting(checkpoints, fields)
         raise UsageError(

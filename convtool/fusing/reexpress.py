@@ -20,12 +20,12 @@ from convtool.core.geometry import Geometry, format_sizes
 from convtool.core.recover import Residual, matrix_to_conv, patches_to_linear
 from convtool.core.rounding import dtype_name
 from convtool.core.toeplitz import ToeplitzMatrix
-from convtool.core.tree import BASE, Chain
+from convtool.core.tree import BASE, Chain, LayerRef, leaves
 from convtool.errors import RefusedError, UsageError
 from convtool.fusing.edits import module_text
 from convtool.fusing.fusion import conv_tensors
 from convtool.fusing.leaf import LoweredLayer
-from convtool.fusing.lowering import lower_chain
+from convtool.fusing.lowering import lower_tree
 from convtool.fusing.settle import settle_alone
 from convtool.kinds.kind import Layer
 from convtool.kinds.stated import FieldSources
@@ -109,8 +109,8 @@ def lower_convolution(
     layer = checkpoint.layer(name)
     if layer.axes() is None:
         raise UsageError(f"{layer.name}: is a {layer.kind.label}, not a convolution; it stays as it is")
-    lowered = lower_chain(checkpoint, [name], sources, size)
-    return settle_alone(lowered, {BASE: checkpoint}, sources.assume)[0]
+    at = {BASE: checkpoint}
+    return settle_alone(leaves(lower_tree(at, LayerRef(name), sources, size)), at, sources.assume)[0]
 
 
 def made_linear(checkpoint: Checkpoint, name: str) -> tuple[tuple[int, ...], Fields] | None:

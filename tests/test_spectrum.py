@@ -68,6 +68,12 @@ def check_claims(found: Spectrum, conv: Conv, size: Sequence[int]) -> tuple[floa
     return high, low
 
 
+def budgets(patch: pytest.MonkeyPatch, **most: int) -> None:
+    """Set how much work of each kind, and what sizes, `spectrum` allows itself; little for grids and iterations."""
+    for name, value in {"SMALLEST_SIDE": 3, "GRID_WORK": 1 << 24, "PRODUCTS": 100, **most}.items():
+        patch.setattr(module, name, value)
+
+
 @pytest.fixture
 def factor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hardly any matrix is small enough for a dense SVD."""
@@ -110,10 +116,7 @@ def test_no_value_is_outside_of_what_is_claimed(
     work: int, layer: tuple[Conv, tuple[int, ...]], steps: int | None
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "DENSE_WORK", -1)
-        patch.setattr(module, "SMALLEST_SIDE", 3)
-        patch.setattr(module, "GRID_WORK", 1 << 24)
-        patch.setattr(module, "PRODUCTS", 100)
+        budgets(patch, DENSE_WORK=-1)
         patch.setattr(gram_module, "FACTOR_WORK", work)
         found = spectrum(*layer, steps=steps)
         check_claims(found, *layer)
@@ -124,15 +127,6 @@ def test_no_value_is_outside_of_what_is_claimed(
 # --- the largest alone
 
 
-def alone(patch: pytest.MonkeyPatch, factor_work: int) -> None:
-    """Hardly any matrix is small enough for a dense SVD, where the largest is found alone."""
-    patch.setattr(module, "ALONE_WORK", -1)
-    patch.setattr(module, "SMALLEST_SIDE", 3)
-    patch.setattr(module, "GRID_WORK", 1 << 24)
-    patch.setattr(module, "PRODUCTS", 100)
-    patch.setattr(module, "ALONE_FACTOR_WORK", factor_work)
-
-
 @pytest.mark.parametrize("work", [-1, 1 << 40])
 @settings(max_examples=100)
 @given(layer=layers_with_sizes(), steps=st.sampled_from((None, 3)))
@@ -140,7 +134,7 @@ def test_the_largest_alone_is_never_outside_of_what_is_claimed(
     work: int, layer: tuple[Conv, tuple[int, ...]], steps: int | None
 ) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        alone(patch, work)
+        budgets(patch, ALONE_WORK=-1, ALONE_FACTOR_WORK=work)
         found = spectrum(*layer, steps=steps, largest=True)
         check_claims(found, *layer)
         assert found.smallest is None
@@ -154,7 +148,7 @@ def test_the_largest_alone_is_never_outside_of_what_is_claimed(
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_the_largest_alone_over_the_table(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     for work in (-1, 1 << 40):
-        alone(monkeypatch, work)
+        budgets(monkeypatch, ALONE_WORK=-1, ALONE_FACTOR_WORK=work)
         check_claims(spectrum(case.conv(), case.input_size, largest=True), case.conv(), case.input_size)
 
 
@@ -163,7 +157,7 @@ def test_the_largest_alone_of_chains(seed: int, monkeypatch: pytest.MonkeyPatch)
     chain, size = random_chain(seed)
     values = torch.linalg.svdvals(truth(Chain(tuple(chain)), size)[0])
     if len(values) > 5:
-        alone(monkeypatch, 1 << 40 if seed % 2 else -1)
+        budgets(monkeypatch, ALONE_WORK=-1, ALONE_FACTOR_WORK=1 << 40 if seed % 2 else -1)
     largest, exact = spectrum(chain, size, largest=True).largest, float(values[0])
     assert exact * (1 - 1e-13) - largest.error <= largest.value <= exact * (1 + 1e-13)
     assert largest.proved or seed % 2 == 0

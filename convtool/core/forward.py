@@ -21,7 +21,7 @@ from convtool.core.geometry import Axis
 from convtool.core.moves import NOTHING, Selection
 from convtool.core.rounding import with_room_for
 from convtool.core.taps import tap_table
-from convtool.core.unfold import gather_taps
+from convtool.core.unfold import unfold
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -64,12 +64,10 @@ def forward(conv: Conv, x: Tensor) -> Tensor:
 
 
 def _picked(conv: Selection, x: Tensor) -> Tensor:
-    axes = conv.spatial_axes
-    taps = gather_taps(x, conv.geometry).flatten(2 + axes) if axes else x[:, :, None]  # (N, C_in, *output, taps)
-    entries = taps.movedim(-1, 2).flatten(1, 2)  # (N, C_in * taps, *output)
+    entries = unfold(x, conv.geometry)  # (N, C_in * taps, prod(output))
     out = entries.index_select(1, conv.picked.clamp(min=0))
-    nothing = (conv.picked == NOTHING).reshape(-1, *(1,) * axes)
-    return torch.where(nothing, torch.zeros((), dtype=x.dtype), out) if bool(nothing.any()) else out
+    out[:, conv.picked == NOTHING] = 0
+    return out.unflatten(2, conv.output_size(x.shape[2:])) if conv.spatial_axes else out[:, :, 0]
 
 
 def _direct(conv: Conv, x: Tensor) -> Tensor:
@@ -100,15 +98,11 @@ def _transposed(conv: Conv, x: Tensor) -> Tensor:
 
 
 def _by_taps(conv: Conv, x: Tensor) -> Tensor:
-    groups, batch = conv.geometry.groups, x.shape[0]
-    output_size = conv.output_size(x.shape[2:])
-    taps = gather_taps(x, conv.geometry)  # (N, C_in, *output, *kernel)
-    per_group, positions = conv.in_channels // groups, math.prod(output_size)
-    columns = taps.reshape(batch, groups, per_group, positions, math.prod(conv.geometry.kernel_size))
-    columns = columns.movedim(2, -2).flatten(-2)  # (N, groups, prod(output), C_in/groups * taps)
+    groups = conv.geometry.groups
+    columns = unfold(x, conv.geometry).unflatten(1, (groups, -1))  # (N, groups, C_in/groups * taps, prod(output))
     weight = conv.weight.reshape(groups, conv.out_channels // groups, -1)  # (groups, C_out/groups, C_in/groups * taps)
-    out = weight @ columns.transpose(-1, -2)  # (N, groups, C_out/groups, prod(output))
-    return out.reshape(batch, conv.out_channels, *output_size)
+    out: Tensor = weight @ columns  # (N, groups, C_out/groups, prod(output))
+    return out.reshape(len(x), conv.out_channels, *conv.output_size(x.shape[2:]))
 
 
 def _pad_list(pairs: Sequence[tuple[int, int]]) -> list[int]:

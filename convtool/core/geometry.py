@@ -182,19 +182,19 @@ class Geometry:
         """The fields that differ from nn.Conv's defaults, as torch writes them; the kernel first."""
         parts = [f"kernel {format_sizes(self.kernel_size) or '1'}"]
         if any(s != 1 for s in self.stride):
-            parts.append(f"stride {_short(self.stride)}")
+            parts.append(f"stride {short_sizes(self.stride)}")
         if self.padded:
-            parts.append(f"padding {_short(format_padding(self.padding))}")
+            parts.append(f"padding {short_sizes(format_padding(self.padding))}")
             if self.padding_mode != "zeros":
                 parts.append(self.padding_mode)
         if any(d != 1 for d in self.dilation):
-            parts.append(f"dilation {_short(self.dilation)}")
+            parts.append(f"dilation {short_sizes(self.dilation)}")
         if self.groups != 1:
             parts.append(f"groups {self.groups}")
         if self.transposed:
             parts.append("transposed")
             if any(self.output_padding):
-                parts.append(f"output_padding {_short(self.output_padding)}")
+                parts.append(f"output_padding {short_sizes(self.output_padding)}")
         return ", ".join(parts)
 
 
@@ -277,5 +277,6 @@ def format_padding(pairs: Iterable[tuple[int, int]]) -> tuple[str, ...]:
     return tuple(str(before) if before == after else f"{before}:{after}" for before, after in pairs)
 
 
-def _short(values: Sequence[object]) -> str:
+def short_sizes(values: Sequence[object]) -> str:
+    """Return sizes as `format_sizes` does, one alone where all axes have the same."""
     return str(values[0]) if len(set(values)) == 1 else format_sizes(values)

@@ -14,10 +14,9 @@ from __future__ import annotations
 import itertools
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from typing import Literal, TypeAlias, get_args
 
 import numpy as np
@@ -134,7 +133,7 @@ class _TreeValues:
             max(1, BLOCK_NUMBERS // max(1, count * spread)) for count in (self.columns, self._per_group)
         )
         self._together = max(1, BLOCK_NUMBERS * max(1, self.groups) // widest(way))
-        self._blocks: OrderedDict[tuple[int, int], Tensor] = OrderedDict()
+        self._block = lru_cache(KEPT_BLOCKS)(self._make_block)
         self._here = -1, way  # the way of one group
         self._lock = threading.Lock()
 
@@ -144,21 +143,15 @@ class _TreeValues:
             group, channel = divmod(first, self._per_group)
             number, start = divmod(channel, self._step)
             stop = min(last - first + channel, self._per_group, (number + 1) * self._step)
-            parts.append(self._block(group, number)[start : stop - number * self._step])
+            with self._lock:  # the threads that fill one matrix mostly want the same block
+                parts.append(self._block(group, number)[start : stop - number * self._step])
             first += stop - channel
         return parts[1] if len(parts) == 2 else torch.cat(parts)
 
-    def _block(self, group: int, number: int) -> Tensor:
+    def _make_block(self, group: int, number: int) -> Tensor:
         """Return the numbers of one block of a group's row channels, (channels, column channels * spread)."""
-        key = group, number
-        with self._lock:  # the threads that fill one matrix mostly want the same block
-            if key not in self._blocks:
-                start, stop = number * self._step, min((number + 1) * self._step, self._per_group)
-                made = self._turned(group, start, stop) if self._transpose else self._pulled(group, start, stop)
-                self._blocks[key] = made.flatten(1)
-                while len(self._blocks) > KEPT_BLOCKS:
-                    self._blocks.popitem(last=False)
-            return self._blocks[key]
+        start, stop = number * self._step, min((number + 1) * self._step, self._per_group)
+        return (self._turned if self._transpose else self._pulled)(group, start, stop).flatten(1)
 
     def _turned(self, group: int, start: int, stop: int) -> Tensor:
         """Return (stop - start, C_out/groups, spread) the numbers of some of a group's input channels."""

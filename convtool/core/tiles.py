@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from hashlib import blake2b
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from convtool.core.taps import PADDED, AxisSlots
+from convtool.core.kernels import Kernels
+from convtool.core.taps import PADDED
 
 # Entries in a run, unless one position has more: 1 MiB of indices or of float32, which a core's own cache holds while
 # it is copied to the next place, and long enough that the overhead of a copy doesn't show.
@@ -33,12 +33,15 @@ TEMPLATES = 12
 RANGES = 1 << 10
 
 
+Look: TypeAlias = tuple[int, int, bytes]  # an axis, so many positions of it, and a digest of what they have
+
+
 class Tile(NamedTuple):
     """A range of positions of a channel, and the template that it shares with all tiles that look like it."""
 
     start: int
     stop: int
-    pattern: tuple[int, ...]
+    pattern: tuple[Look, ...]
     shift: int  # of its columns against the template's
 
 
@@ -58,7 +61,7 @@ class Run(NamedTuple):
         return self.start - self.tile.start, min(self.stop, self.tile.stop) - self.tile.start
 
     @property
-    def look(self) -> tuple[int, ...]:
+    def look(self) -> tuple[object, ...]:
         """Runs of equal look have equal values, as far as both go."""
         return (*self.tile.pattern, *self.part)
 
@@ -81,36 +84,19 @@ class ChannelRows:
     """The rows of an output channel of the first group, less their values.
 
     Args:
-        slots: those of each axis.
-        row_size: sizes of the axes of the rows' positions, of `slots`' rows.
-        column_size: sizes of the axes of the columns' positions.
-        channels: how many channels of columns a row reads.
-        periods: after how many positions each axis repeats itself, away from the borders.
+        made: what the matrix is made of.
         bias_column: whether each row ends in one more entry, whose column and value the caller fills in.
     """
 
-    def __init__(
-        self,
-        slots: Sequence[AxisSlots],
-        row_size: Sequence[int],
-        column_size: Sequence[int],
-        channels: int,
-        periods: Sequence[int],
-        *,
-        bias_column: bool,
-    ) -> None:
-        self._slots = tuple(slots)
-        self._row_size, self._column_size = tuple(row_size), tuple(column_size)
-        self._channels = channels
-        self._periods = tuple(periods)
-        self._bias_column = bias_column
-        self.positions = math.prod(self._row_size)
-        self.longest = channels * math.prod(int(axis.counts.max(initial=0)) for axis in slots) + bias_column
+    def __init__(self, made: Kernels, *, bias_column: bool) -> None:
+        self._made, self._bias_column = made, bias_column
+        self.positions = math.prod(made.row_size)
+        slots = math.prod(int(axis.counts.max(initial=0)) for axis in made.slots)
+        self.longest = made.column_channels * slots + bias_column
         self._templates: dict[tuple[object, ...], Template] = {}
-        self._patterns: dict[object, int] = {}
         self.runs = lru_cache(RANGES)(self._find_runs)  # every channel is cut at the same places
-        self._ranges: dict[tuple[int, int, int], tuple[int, int]] = {}
-        self._lock = threading.Lock()  # of what threads find and keep: ranges, patterns, templates
+        self._range = lru_cache(None)(self._find_range)
+        self._lock = threading.Lock()  # threads mostly want the same template
 
     @cached_property
     def entries(self) -> int:
@@ -125,28 +111,28 @@ class ChannelRows:
             # Those positions agree with it on some leading axes, are smaller on the next, and any on the rest.
             before, agree, inner, rest = 0, 1, self.positions, position
             below = math.prod(int(starts[-1]) for starts in self._counts_before)
-            for size, starts in zip(self._row_size, self._counts_before, strict=True):
+            for size, starts in zip(self._made.row_size, self._counts_before, strict=True):
                 inner, below = inner // size, below // max(1, int(starts[-1]))
                 index, rest = divmod(rest, inner)
                 before += agree * int(starts[index]) * below
                 agree *= int(starts[index + 1] - starts[index])
-        return self._channels * before + (position if self._bias_column else 0)
+        return self._made.column_channels * before + (position if self._bias_column else 0)
 
     @cached_property
     def _counts_before(self) -> list[npt.NDArray[np.int64]]:
         """For each axis the slots in use before each of its positions, and behind the last."""
-        return [np.concatenate([[0], np.cumsum(axis.counts)]) for axis in self._slots]
+        return [np.concatenate([[0], np.cumsum(axis.counts)]) for axis in self._made.slots]
 
     def counts(self, position: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """(positions,) number of entries in the rows of these positions."""
-        counts = np.full(len(position), self._channels, dtype=np.int64)
-        for axis, where in zip(self._slots, self._unravel(position), strict=True):
+        counts = np.full(len(position), self._made.column_channels, dtype=np.int64)
+        for axis, where in zip(self._made.slots, self._unravel(position), strict=True):
             counts *= axis.counts[where]
         return counts + 1 if self._bias_column else counts
 
     def _unravel(self, position: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
         """Positions as one index per axis."""
-        return np.unravel_index(position, self._row_size) if self._row_size else ()
+        return np.unravel_index(position, self._made.row_size) if self._made.row_size else ()
 
     def _find_runs(self, start: int, stop: int) -> list[Run]:
         """Cut positions start:stop into runs of at most `RUN_ENTRIES` entries (one tile at least)."""
@@ -172,10 +158,10 @@ class ChannelRows:
         Axes before it have one position in a tile.
         """
         longest, inner = max(1, self.longest), 1
-        for number, size in reversed(list(enumerate(self._row_size))):
+        for number, size in reversed(list(enumerate(self._made.row_size))):
             if number == 0 or inner * size * longest > RUN_ENTRIES:
                 step = max(1, TILE_ENTRIES // (inner * longest))
-                period = self._periods[number]
+                period = self._made.periods[number]
                 if period * inner * longest <= RUN_ENTRIES:
                     step = math.ceil(step / period) * period
                 return number, min(step, size), inner
@@ -184,14 +170,14 @@ class ChannelRows:
 
     def _tile(self, position: int) -> Tile:
         """Return the tile that a position is in."""
-        if not self._row_size:
+        if not self._made.row_size:
             return Tile(0, 1, (), 0)
         number, step, inner = self._tiling
-        line, rest = divmod(position, self._row_size[number] * inner)
+        line, rest = divmod(position, self._made.row_size[number] * inner)
         begin = rest // (step * inner) * step
-        end = min(begin + step, self._row_size[number])
-        pattern, shift, leading, left = [], 0, math.prod(self._row_size[:number]), line
-        for axis, size in enumerate(self._row_size):
+        end = min(begin + step, self._made.row_size[number])
+        pattern, shift, leading, left = [], 0, math.prod(self._made.row_size[:number]), line
+        for axis, size in enumerate(self._made.row_size):
             if axis < number:
                 leading //= size
                 index, left = divmod(left, leading)
@@ -200,24 +186,18 @@ class ChannelRows:
                 look, lowest = self._range(axis, begin, end) if axis == number else self._range(axis, 0, size)
             pattern.append(look)
             shift += lowest
-        offset = line * self._row_size[number]
+        offset = line * self._made.row_size[number]
         return Tile((offset + begin) * inner, (offset + end) * inner, tuple(pattern), shift)
 
-    def _range(self, number: int, start: int, stop: int) -> tuple[int, int]:
-        """Return what positions start:stop of an axis look like, as a number, and the lowest column that they have."""
-        key = number, start, stop
-        with self._lock:
-            if key not in self._ranges:
-                axis, size = self._slots[number], self._column_size[number]
-                column_step = math.prod(self._column_size[number + 1 :])
-                columns, subsets = axis.columns[start:stop], axis.subsets[start:stop]
-                live = columns != PADDED
-                lowest = int(columns[live].min(initial=size - 1))
-                look = blake2b(np.where(live, columns - lowest, PADDED).tobytes())
-                look.update(np.where(live, subsets, 0).tobytes())
-                found = self._patterns.setdefault((number, stop - start, look.digest()), len(self._patterns))
-                self._ranges[key] = found, lowest * column_step
-            return self._ranges[key]
+    def _find_range(self, number: int, start: int, stop: int) -> tuple[Look, int]:
+        """Return what positions start:stop of an axis look like, and the lowest column that they have."""
+        axis, size = self._made.slots[number], self._made.column_size[number]
+        columns, subsets = axis.columns[start:stop], axis.subsets[start:stop]
+        live = columns != PADDED
+        lowest = int(columns[live].min(initial=size - 1))
+        look = blake2b(np.where(live, columns - lowest, PADDED).tobytes())
+        look.update(np.where(live, subsets, 0).tobytes())
+        return (number, stop - start, look.digest()), lowest * math.prod(self._made.column_size[number + 1 :])
 
     def template(self, run: Run, dtype: npt.DTypeLike) -> Template:
         """Return what each tile of a run looks like, with columns of that dtype."""
@@ -232,17 +212,17 @@ class ChannelRows:
     def _make_template(self, tile: Tile, dtype: npt.DTypeLike) -> Template:
         positions = tile.stop - tile.start
         where = self._unravel(np.arange(tile.start, tile.stop))
-        axes = len(self._slots)
-        channels = self._channels
-        subsets = math.prod(len(axis.members) for axis in self._slots)
+        axes = len(self._made.slots)
+        channels = self._made.column_channels
+        subsets = math.prod(len(axis.members) for axis in self._made.slots)
         index = np.arange(channels, dtype=np.int64)
         # Index expressions over (positions, channels, slots of axis 0, slots of axis 1, ...), kept broadcastable.
-        columns = (index * math.prod(self._column_size)).reshape(1, channels, *(1,) * axes)
+        columns = (index * math.prod(self._made.column_size)).reshape(1, channels, *(1,) * axes)
         sources = (index * subsets).reshape(1, channels, *(1,) * axes)
         live = np.ones((1,) * (axes + 2), dtype=bool)
-        column_step, source_step = math.prod(self._column_size), subsets
+        column_step, source_step = math.prod(self._made.column_size), subsets
         counts = np.full(positions, channels, dtype=np.int64)
-        for number, (axis, size, row) in enumerate(zip(self._slots, self._column_size, where, strict=True)):
+        for number, (axis, size, row) in enumerate(zip(self._made.slots, self._made.column_size, where, strict=True)):
             column_step //= size
             source_step //= len(axis.members)
             shape = [positions, 1, *(1,) * axes]

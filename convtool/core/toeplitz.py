@@ -77,14 +77,7 @@ class ToeplitzMatrix(RowMatrix):
         self._period = math.prod(made.row_size)  # each channel is like the first
         self._column_step = made.column_channels * math.prod(made.column_size)  # columns of one group
         self._has_bias_column = affine and not transpose
-        self._channel = ChannelRows(
-            made.slots,
-            made.row_size,
-            made.column_size,
-            made.column_channels,
-            made.periods,
-            bias_column=self._has_bias_column,
-        )
+        self._channel = ChannelRows(made, bias_column=self._has_bias_column)
         self._longest = max(1, self._channel.longest)
         self._channel_values: tuple[tuple[int, int], Array] | None = None
         self._plain_rows, self._plain_columns = made.row_channels * self._period, self._column_step * made.groups
@@ -179,7 +172,7 @@ class ToeplitzMatrix(RowMatrix):
 
     def _fill_channels(self, runs: list[Run], values: Array, out: Array) -> None:
         """Write the values of channels' runs: each tile gathered when it first comes up, and copied from then on."""
-        made: dict[tuple[int, ...], Array] = {}  # (channels, entries) a tile of each look
+        made: dict[tuple[object, ...], Array] = {}  # (channels, entries) a tile of each look
         start = 0
         for run in runs:
             target = out[:, start : start + run.entries].reshape(len(out), run.tiles, -1)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import FLAG, INTEGER, INTEGERS, MODE, PADDING, Fields, geometry_fields
-from convtool.core.geometry import Geometry, format_padding, format_sizes, per_axis
+from convtool.core.geometry import Geometry, format_padding, per_axis, short_sizes
 from convtool.errors import InputError, UsageError
 from convtool.kinds import standardized
 from convtool.kinds.kind import Channels, Kind, Reading, Shapes, TensorInfo, Tensors
@@ -213,16 +213,12 @@ class Convolution(Kind):
         if name == "transposed":
             return "transposed" if value else "not transposed"
         sides = format_padding(value) if name == "padding" and isinstance(value, list | tuple) else value
-        return f"{name} {_short(sides) if isinstance(sides, list | tuple) else sides}"
+        return f"{name} {short_sizes(sides) if isinstance(sides, list | tuple) else sides}"
 
     def describe(self, fields: Fields, shapes: Shapes) -> str:
         stated = standardized.only(fields).items()
         made = (standardized.say(name, value) for name, value in stated if (name, value) != ("gain_scale", 1.0))
         return ", ".join([Geometry.of(shapes["weight"][2:], **standardized.without(fields)).describe(), *made])
-
-
-def _short(values: Sequence[object]) -> str:
-    return str(values[0]) if len(set(values)) == 1 else format_sizes(values)
 
 
 def _groups(shapes: Shapes, count: int) -> int:

@@ -53,6 +53,15 @@ def enough_memory(what: str) -> Iterator[None]:
         raise InputError(f"{what}: not enough memory for that") from None
 
 
+@contextlib.contextmanager
+def about(what: str) -> Iterator[None]:
+    """Say at the beginning of an error that is raised on purpose what it is about."""
+    try:
+        yield
+    except ConvtoolError as error:
+        raise type(error)(f"{what}: {error}", error.paste) from None
+
+
 def a_or_an(name: str) -> str:
     """Return a name with its article, by its first letter."""
     return f"{'an' if name[:1].lower() in 'aeio' else 'a'} {name}"

@@ -511,14 +511,14 @@ def test_an_absurd_recipe_is_refused_in_a_line(case: str, many: Known) -> None:
 def test_how_long_matching_may_take_is_counted_before_it_starts() -> None:
     """With an effort of so many steps, what would take more isn't begun: nothing here depends on a clock."""
     names = Names({".".join("a" * 200): CONV, **{f"b{i}.conv": CONV for i in range(100)}})
-    free = parse_pattern("{block}.conv", "r.toml")
+    free = parse_pattern("{block}.conv")
     assert len(names.fits(free, {}, (), Effort(1_000_000))) == 100
     for text in ("{a}.{b}.{c}.{d}.{e}.{f}.x", "{a}b{b}", "{block}.conv"):
         effort = Effort(10_000)
         with pytest.raises(UsageError, match="in too many ways"):
-            names.fits(parse_pattern(text, "r.toml"), {}, (), effort)
+            names.fits(parse_pattern(text), {}, (), effort)
     bound = Effort(20_000)
-    assert names.fits(parse_pattern("{block}.*", "r.toml"), {"block": "b7"}, (), bound) == [("b7.conv", {"*": "conv"})]
+    assert names.fits(parse_pattern("{block}.*"), {"block": "b7"}, (), bound) == [("b7.conv", {"*": "conv"})]
     assert bound.left > 14_000  # names that begin otherwise weren't looked at
 
 

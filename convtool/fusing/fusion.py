@@ -20,7 +20,7 @@ from convtool.core.fuse import Fusion, fuse_tree
 from convtool.core.names import is_written
 from convtool.core.rounding import dtype_name
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves, tree_text, walk
-from convtool.errors import RefusedError, UsageError
+from convtool.errors import RefusedError, UsageError, about
 from convtool.fusing.dependence import fused_fields
 from convtool.fusing.leaf import LoweredLayer, spatial_size
 from convtool.fusing.lowering import stored_dtype
@@ -205,10 +205,8 @@ def _check_inputs(tree: Tree[LoweredLayer], size: tuple[int, ...]) -> None:
     """Raise UsageError where a layer doesn't get inputs of the size that its own fields say."""
 
     def step(leaf: LoweredLayer, at: tuple[int, ...]) -> tuple[int, ...]:
-        try:
+        with about(leaf.name):
             leaf.layer.kind.check_input(leaf.layer.fields, at)
-        except UsageError as error:
-            raise UsageError(f"{leaf.name}: {error}") from None
         return leaf.conv.output_size(at)
 
     walk(tree, size, step, lambda _, sizes: sizes[-1])

@@ -21,7 +21,7 @@ from convtool.core.recover import Residual, matrix_to_conv, patches_to_linear
 from convtool.core.rounding import dtype_name
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.core.tree import BASE, Chain, LayerRef, leaves
-from convtool.errors import RefusedError, UsageError
+from convtool.errors import RefusedError, UsageError, about
 from convtool.fusing.edits import module_text
 from convtool.fusing.fusion import conv_tensors
 from convtool.fusing.leaf import LoweredLayer
@@ -62,10 +62,8 @@ def as_linear(lowered: LoweredLayer) -> Reexpression:
         RefusedError: it is none.
     """
     layer, conv = lowered.layer, lowered.conv
-    try:
+    with about(layer.name):
         weight = patches_to_linear(conv)
-    except RefusedError as error:
-        raise RefusedError(f"{layer.name}: {error}") from None
     kernel = conv.geometry.kernel_size
     return _linear(lowered, weight, conv.bias, (conv.in_channels, *kernel), _text("flatten", kernel))
 
@@ -161,10 +159,8 @@ def _recovered(
     layer: Layer, weight: Tensor, bias: Tensor | None, geometry: Geometry, input_size: Sequence[int]
 ) -> tuple[Conv, Residual]:
     """Return the convolution that a weight is the matrix of; see `as_conv`."""
-    try:
+    with about(layer.name):
         conv, residual = matrix_to_conv(weight, bias, geometry, list(input_size[1:]))
-    except UsageError as error:
-        raise UsageError(f"{layer.name}: {error}") from None
     most = ROUNDING_STEPS * float(torch.finfo(weight.dtype).eps)
     if residual.relative > most:
         row, column = residual.where

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 
 from convtool.core.fields import Fields
 from convtool.core.names import toml_string, unwrap
-from convtool.errors import UsageError, did_you_mean
+from convtool.errors import UsageError, about, did_you_mean
 from convtool.kinds import field_types, parse_field
 from convtool.kinds.kind import Kind, Layer, Shapes
 
@@ -242,9 +242,7 @@ def parse_tables(tables: Mapping[str, object], origin: str) -> FieldSource:
         pending[:0] = [(f"{pattern}.{key}", table[key]) for key in inner]
         if len(inner) == len(table) > 0:
             continue
-        try:
+        with about(f"{origin}: {pattern}"):
             fields = {name: parse_field(name, value) for name, value in table.items() if name not in inner}
-        except UsageError as error:
-            raise UsageError(f"{origin}: {pattern}: {error}") from None
         parsed[pattern] = {**parsed.get(pattern, {}), **fields}
     return FieldSource(origin, parsed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from convtool.core.fields import Fields
-from convtool.errors import ConvtoolError, InputError
+from convtool.errors import InputError, about
 from convtool.kinds.kind import UNKNOWN, Kind, Layer, Tensors
 
 if TYPE_CHECKING:
@@ -48,11 +48,9 @@ def to_conv(
     for name, tensor in own.items():
         if name not in kind.counters:
             _check_numbers(tensor, f"{where}.{name}")
-    try:
+    with about(where):
         Kind.check_fields(kind, fields)  # what their values have to be hangs on the tensors, and is seen by lowering
         return kind.lower(own, {**layer.fields, **fields}, axes, channels)
-    except ConvtoolError as error:
-        raise type(error)(f"{where}: {error}") from None
 
 
 def _no_kind(layer: Layer) -> str:

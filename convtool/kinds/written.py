@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import FLAG, Fields
 from convtool.core.names import CALL, unwrap
-from convtool.errors import RefusedError, UsageError, did_you_mean
+from convtool.errors import RefusedError, UsageError, about, did_you_mean
 from convtool.kinds import KINDS, kind_named, names_of
 from convtool.kinds.kind import Kind, Layer, Shape, TensorInfo
 
@@ -135,10 +135,8 @@ def _read_arguments(text: str, inside: str, kind: Kind) -> Fields:
             raise UsageError(f"{text}: {kind.name} takes {takes}, got {part!r}")
         if key in fields:
             raise UsageError(f"{text}: {key} is given twice")
-        try:
+        with about(text):
             fields[key] = kind.fields[key].read(key, value)
-        except UsageError as error:
-            raise UsageError(f"{text}: {error}") from None
     if kind.fields.keys() - kind.defaults.keys() - fields.keys():
         raise UsageError(f"{text}: {kind.name} takes {takes}, and needs the first of them")
     return fields

@@ -18,7 +18,7 @@ from convtool.core.border import Verdict
 from convtool.core.conv import Conv
 from convtool.core.names import WRAPPERS, unwrap
 from convtool.core.tree import Chain, LayerRef, Tree, has_sum, leaves, map_leaves
-from convtool.errors import InputError, RefusedError, UsageError
+from convtool.errors import InputError, RefusedError, UsageError, about
 from convtool.fusing.edits import done_by_the_model, last_layer
 from convtool.graph.flow import adds_again
 from convtool.kinds.shares import shares
@@ -172,10 +172,8 @@ class Applying:
         """Return what is to stand in a layer's place."""
         if not self.keep:
             return nn.Identity()
-        try:
+        with about(source.name):
             return without_layer(self.model.get_submodule(place), source.kind, self.rests)
-        except RefusedError as error:
-            raise RefusedError(f"{source.name}: {error}") from None
 
     def _put_fused(self, name: str, own: SourceLayer | None, first: SourceLayer, fused: Conv) -> None:
         """Put the fused layer in its place: into the module there, where that does more than torch's own would."""

@@ -15,7 +15,7 @@ from convtool.core.expression import Expression, split_input_size
 from convtool.core.geometry import LARGEST, Geometry
 from convtool.core.stored import Stored
 from convtool.core.tree import Chain, Sum, Tree, leaves
-from convtool.errors import ConvtoolError, UsageError, a_or_an
+from convtool.errors import UsageError, a_or_an, about
 from convtool.graph.planned import Plan
 from convtool.live.lowered import LayerLike, lower_modules
 
@@ -79,10 +79,8 @@ class Arguments:
             found: Any = tree
         else:
             size = self.given.get("input_size")
-            try:
+            with about(f"{self.function}: {name}"):
                 found, dtype = lower_modules(tree, size if isinstance(size, Sequence) else None)
-            except ConvtoolError as error:
-                raise type(error)(f"{self.function}: {name}: {error}") from None
             self.dtype = self.dtype or dtype
         self.tree = found if self.tree is None else self.tree
         return found

@@ -16,7 +16,7 @@ from convtool.core.conv import Conv
 from convtool.core.expression import Expression, output_size
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
-from convtool.errors import ConvtoolError, RefusedError, UsageError, a_or_an
+from convtool.errors import RefusedError, UsageError, a_or_an, about
 from convtool.fusing.lowering import lower_tree, stored_dtype
 from convtool.kinds import KINDS
 from convtool.kinds.kind import UNKNOWN
@@ -87,10 +87,8 @@ def _written_out(tree: Tree[LayerLike], input_size: Sequence[int] | None, axes: 
             return type(part)(tuple(written(one, before) for one in part.parts))
         if not isinstance(part, nn.Module) or part._forward_hooks or part._forward_pre_hooks:
             return part
-        try:
+        with about(type(part).__name__):
             layer = layer_of_module(part, partial(size_behind, before))
-        except ConvtoolError as error:
-            raise type(error)(f"{type(part).__name__}: {error}") from None
         return part if layer is None else layer.name
 
     return written(tree, ())

@@ -46,7 +46,7 @@ from typing import Any, TypeAlias
 from convtool.core.geometry import LARGEST
 from convtool.core.names import unwrap
 from convtool.core.tree import Chain, Stack, Sum, Tree, leaves
-from convtool.errors import UsageError
+from convtool.errors import UsageError, about
 from convtool.fusing.recipe.pattern import (
     VARIABLE,
     Pattern,
@@ -126,25 +126,25 @@ def _literal(text: str) -> str:
 
 def parse_recipe(document: Mapping[str, Any], origin: str) -> Recipe:
     """Return a recipe from its TOML document; UsageError where it is malformed."""
-    unknown = document.keys() - {"fuse", "geometry", "about"}
-    if unknown:
-        raise UsageError(
-            f"{origin}: unknown key {shortened(sorted(unknown)[0])!r}; expected [[fuse]] tables and [geometry]"
-        )
-    tables = document.get("fuse", [])
-    if not isinstance(tables, list) or not tables:
-        raise UsageError(f"{origin}: expected at least one [[fuse]] table")
-    geometry = document.get("geometry", {})
-    if not isinstance(geometry, dict):
-        raise UsageError(f"{origin}: geometry: expected a table")
-    rules = tuple(_parse_rule(table, f"{origin}: [[fuse]] {number}") for number, table in enumerate(tables, 1))
+    with about(origin):
+        if unknown := document.keys() - {"fuse", "geometry", "about"}:
+            raise UsageError(f"unknown key {shortened(min(unknown))!r}; expected [[fuse]] tables and [geometry]")
+        tables, geometry = document.get("fuse", []), document.get("geometry", {})
+        if not isinstance(tables, list) or not tables:
+            raise UsageError("expected at least one [[fuse]] table")
+        if not isinstance(geometry, dict):
+            raise UsageError("geometry: expected a table")
+        rules = []
+        for number, table in enumerate(tables, 1):
+            with about(f"[[fuse]] {number}"):
+                rules.append(_parse_rule(table))
     where = f"{origin}: [geometry]"
     plain = {name: table for name, table in geometry.items() if not variables_of(name)}
     varied = {name: table for name, table in geometry.items() if name not in plain}
     for name, table in varied.items():
         tried = _filled_table(table, dict.fromkeys(variables_of(name), "1"))
         parse_tables({name: tried}, where)  # so that a mistake is seen now
-    return Recipe(origin, str(document.get("about", "")), rules, parse_tables(plain, where), varied)
+    return Recipe(origin, str(document.get("about", "")), tuple(rules), parse_tables(plain, where), varied)
 
 
 def _filled_table(table: Any, binding: Mapping[str, str]) -> Any:
@@ -153,55 +153,52 @@ def _filled_table(table: Any, binding: Mapping[str, str]) -> Any:
     return {field: filled(value, binding) if isinstance(value, str) else value for field, value in table.items()}
 
 
-def _parse_rule(table: object, where: str) -> Rule:
+def _parse_rule(table: object) -> Rule:
     if not isinstance(table, dict):
-        raise UsageError(f"{where}: expected a table")
-    unknown = table.keys() - {"name", *_TREES, "scale", *_ABOUT}
-    if unknown:
+        raise UsageError("expected a table")
+    if unknown := table.keys() - {"name", *_TREES, "scale", *_ABOUT}:
         raise UsageError(
-            f"{where}: unknown key {shortened(sorted(unknown)[0])!r}; expected name, chain, sum or stack, scale,"
-            f" {', '.join(_ABOUT)}"
+            f"unknown key {shortened(min(unknown))!r}; expected name, chain, sum or stack, scale, {', '.join(_ABOUT)}"
         )
     name, flags = table.get("name"), {key: table.get(key, False) for key in _FLAGS}
     if not isinstance(name, str) or not name:
-        raise UsageError(f"{where}: expected name = the fused layer's name{_in_quotes(name)}")
-    check_text(name, f"{where}: name")
-    if "*" in name:
-        raise UsageError(f"{where}: name: {shortened(name)}: * stands for several; expected a name for one layer")
+        raise UsageError(f"expected name = the fused layer's name{_in_quotes(name)}")
+    with about("name"):
+        check_text(name)
+        if "*" in name:
+            raise UsageError(f"{shortened(name)}: * stands for several; expected a name for one layer")
     for key, value in flags.items():
         if not isinstance(value, bool):
-            raise UsageError(f"{where}: {key}: expected true or false")
-    body = {key: value for key, value in table.items() if key != "name" and key not in _ABOUT}
-    tree = _parse_part(body, where)
-    where_fits, unless_fits = (_parse_patterns(table.get(key, []), f"{where}: {key}") for key in ("where", "unless"))
-    size = _parse_input_size(table.get("input_size"), where)
+            raise UsageError(f"{key}: expected true or false")
+    tree = _parse_part({key: value for key, value in table.items() if key != "name" and key not in _ABOUT})
+    where_fits, unless_fits = (_parse_patterns(key, table.get(key, [])) for key in ("where", "unless"))
+    size = _parse_input_size(table.get("input_size"))
     rule = Rule(name, tree, where=where_fits, unless=unless_fits, input_size=size, **flags)
-    _check_variables(rule, where)
+    _check_variables(rule)
     return rule
 
 
-def _parse_input_size(value: object, where: str) -> tuple[int, ...] | None:
+def _parse_input_size(value: object) -> tuple[int, ...] | None:
     if value is None:
         return None
     sizes = value if isinstance(value, list) else []
     if not sizes or not all(type(size) is int and 1 <= size <= LARGEST for size in sizes):
-        got = shown(value)
-        raise UsageError(f"{where}: input_size: expected sizes from 1 to {LARGEST} such as [3, 32, 32], got {got}")
+        raise UsageError(f"input_size: expected sizes from 1 to {LARGEST} such as [3, 32, 32], got {shown(value)}")
     return tuple(sizes)
 
 
-def _parse_part(part: object, where: str, depth: int = 0) -> Plan:
+def _parse_part(part: object, depth: int = 0) -> Plan:
     if depth > DEEPEST:
-        raise UsageError(f"{where}: lists and tables more than {DEEPEST} deep inside of each other")
+        raise UsageError(f"lists and tables more than {DEEPEST} deep inside of each other")
     if isinstance(part, str):
-        return parse_pattern(part, where)
+        return parse_pattern(part)
     if isinstance(part, list):
         if not part:
-            raise UsageError(f"{where}: expected at least one layer in each chain")
-        return Chain(tuple(_parse_part(item, where, depth + 1) for item in part))
+            raise UsageError("expected at least one layer in each chain")
+        return Chain(tuple(_parse_part(item, depth + 1) for item in part))
     if isinstance(part, dict):
-        return _parse_like(part, where) if "layer" in part else _parse_table(part, where, depth)
-    raise UsageError(f"{where}: expected a layer, a list or a table, got {shown(part)}{_in_quotes(part)}")
+        return _parse_like(part) if "layer" in part else _parse_table(part, depth)
+    raise UsageError(f"expected a layer, a list or a table, got {shown(part)}{_in_quotes(part)}")
 
 
 def _in_quotes(value: object) -> str:
@@ -209,61 +206,59 @@ def _in_quotes(value: object) -> str:
     return f'; a name that is a number is written in quotes: "{value}"' if type(value) in (int, float) else ""
 
 
-def _parse_like(part: Mapping[str, object], where: str) -> Pattern:
+def _parse_like(part: Mapping[str, object]) -> Pattern:
     layer, like = part["layer"], part.get("like", "")
     if part.keys() - {"layer", "like"} or not isinstance(layer, str) or not isinstance(like, str):
-        raise UsageError(f"{where}: expected {{ layer = PATTERN, like = PATTERN }}, got {_keys(part)}")
-    return parse_pattern(layer, where, parse_pattern(like, where) if "like" in part else None)
+        raise UsageError(f"expected {{ layer = PATTERN, like = PATTERN }}, got {_keys(part)}")
+    return parse_pattern(layer, parse_pattern(like) if "like" in part else None)
 
 
-def _parse_table(part: Mapping[str, object], where: str, depth: int) -> Plan:
+def _parse_table(part: Mapping[str, object], depth: int) -> Plan:
     keys = [key for key in _TREES if key in part]
     if len(keys) != 1 or part.keys() - {*_TREES, "scale"}:
-        raise UsageError(f"{where}: expected a table with chain, sum or stack, and perhaps scale, got {_keys(part)}")
+        raise UsageError(f"expected a table with chain, sum or stack, and perhaps scale, got {_keys(part)}")
     items = part[keys[0]]
     if not isinstance(items, list) or not items:
-        raise UsageError(f"{where}: {keys[0]}: expected a list of layers or branches")
-    parts = tuple(_parse_part(item, where, depth + 1) for item in items)
-    tree: Plan = _TREES[keys[0]](parts)
-    if "scale" in part:
-        tree = Chain((tree, Pattern(f"scale({_factor(part['scale'], where)!r})")))
-    return tree
+        raise UsageError(f"{keys[0]}: expected a list of layers or branches")
+    tree: Plan = _TREES[keys[0]](tuple(_parse_part(item, depth + 1) for item in items))
+    return Chain((tree, Pattern(f"scale({_factor(part['scale'])!r})"))) if "scale" in part else tree
 
 
-def _factor(value: object, where: str) -> float:
+def _factor(value: object) -> float:
     """Return a finite number of float64, of which no digit is lost as of a subnormal one."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         info = sys.float_info
         if value == 0 or info.min <= abs(value) <= info.max:
             return float(value)
-    raise UsageError(f"{where}: scale: expected a finite number, got {shown(value)}")
+    raise UsageError(f"scale: expected a finite number, got {shown(value)}")
 
 
 def _keys(part: Mapping[str, object]) -> str:
     return shortened(", ".join(sorted(part)))
 
 
-def _parse_patterns(texts: object, where: str) -> tuple[Pattern, ...]:
-    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise UsageError(f"{where}: expected a list of patterns")
-    return tuple(parse_pattern(text, where) for text in texts)
+def _parse_patterns(key: str, texts: object) -> tuple[Pattern, ...]:
+    with about(key):
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            raise UsageError("expected a list of patterns")
+        return tuple(map(parse_pattern, texts))
 
 
-def _check_variables(rule: Rule, where: str) -> None:
+def _check_variables(rule: Rule) -> None:
     """Raise UsageError unless one layer binds all of a rule's variables, and the name uses no others."""
     layers = list(leaves(rule.tree))
     if len(layers) > MOST_LAYERS:
-        raise UsageError(f"{where}: {len(layers)} layers in one fusion; expected at most {MOST_LAYERS}")
+        raise UsageError(f"{len(layers)} layers in one fusion; expected at most {MOST_LAYERS}")
     named = [pattern for pattern in layers if not pattern.is_function]
     if not named:
-        raise UsageError(f"{where}: expected the name of a layer")
+        raise UsageError("expected the name of a layer")
     variables = {variable for pattern in named for variable in variables_of(pattern.text)}
     for text in texts_of(rule):
         unbound = sorted(variables_of(text) - variables)
         if unbound:
-            raise UsageError(f"{where}: {shortened(text)!r}: {{{unbound[0]}}} is bound by none of the rule's layers")
+            raise UsageError(f"{shortened(text)!r}: {{{unbound[0]}}} is bound by none of the rule's layers")
     if not any(variables_of(pattern.text) == variables for pattern in anchors_of(rule)):
-        raise UsageError(f"{where}: expected a layer that holds all of {', '.join(sorted(variables))}")
+        raise UsageError(f"expected a layer that holds all of {', '.join(sorted(variables))}")
 
 
 def texts_of(rule: Rule) -> list[str]:

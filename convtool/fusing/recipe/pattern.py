@@ -58,36 +58,34 @@ class Pattern:
         return shortened(self.written or self.text)
 
 
-def parse_pattern(text: str, where: str, like: Pattern | None = None) -> Pattern:
-    """Return a pattern from its text; UsageError, which begins with `where`, where it is malformed."""
+def parse_pattern(text: str, like: Pattern | None = None) -> Pattern:
+    """Return a pattern from its text; UsageError where it is malformed."""
     if is_written(text):
-        check_text(text, where)
+        check_text(text)
         return Pattern(text)
     match = _MARKS.fullmatch(text)
     assert match is not None
     name, marks, kind = match["text"], match["marks"], match["kind"] or ""
     source, colon, name = name.rpartition(":")
     if not name:
-        raise UsageError(f"{where}: expected the name of a layer, got {text!r}" if text else f"{where}: an empty name")
-    check_text(text, where)
+        raise UsageError(f"expected the name of a layer, got {text!r}" if text else "an empty name")
+    check_text(text)
     if kind and kind not in (one.name for one in stored_kinds()):
-        raise UsageError(
-            f"{where}: {shortened(text)}: expected a kind of {names_of(stored_kinds())}, got {shortened(kind)!r}"
-        )
+        raise UsageError(f"{shortened(text)}: expected a kind of {names_of(stored_kinds())}, got {shortened(kind)!r}")
     if len(marks) > 1:
-        raise UsageError(f"{where}: {shortened(text)}: expected one ? or ! at most")
+        raise UsageError(f"{shortened(text)}: expected one ? or ! at most")
     return Pattern(name, source if colon else BASE, kind, "?" in marks, "!" in marks, like, text)
 
 
-def check_text(text: str, where: str) -> None:
+def check_text(text: str) -> None:
     """UsageError where a name or a pattern is too long, holds what no name does, or has malformed variables."""
     if len(text) > LONGEST:
-        raise UsageError(f"{where}: {shortened(text)}: expected at most {LONGEST} characters, got {len(text)}")
+        raise UsageError(f"{shortened(text)}: expected at most {LONGEST} characters, got {len(text)}")
     if not text.isprintable():
-        raise UsageError(f"{where}: {shortened(text)!r}: expected a name without control characters")
+        raise UsageError(f"{shortened(text)!r}: expected a name without control characters")
     plain = VARIABLE.sub("", text)
     if "{" in plain or "}" in plain:
-        raise UsageError(f"{where}: {shortened(text)}: expected variables as {{block}} or {{i+1}}")
+        raise UsageError(f"{shortened(text)}: expected variables as {{block}} or {{i+1}}")
 
 
 def shortened(text: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 from convtool.core.fields import Fields
 from convtool.core.geometry import format_sizes
 from convtool.core.tree import BASE, Chain, LayerRef, Stack, Sum, Tree, leaves, map_leaves
-from convtool.errors import UsageError
+from convtool.errors import UsageError, about
 from convtool.fusing.recipe.language import Plan, Recipe, Rule, anchors_of, texts_of
 from convtool.fusing.recipe.pattern import (
     Binding,
@@ -70,31 +70,32 @@ def resolve(recipe: Recipe, known: Known) -> list[PlannedFusion]:
     """
     planned: list[PlannedFusion] = []
     names, effort = {source: Names(layers) for source, layers in known.layers.items()}, Effort()
-    for rule in recipe.rules:
-        found = list(_Resolution(rule, known, recipe.origin, names, effort).fusions())
-        if rule.rest:
-            taken = {_claim(ref) for fusion in planned for ref in leaves(fusion.tree) if not ref.written}
-            found = [one for one in found if not taken & {_claim(ref) for ref in leaves(one.tree)}]
-        if not found and not rule.optional:
-            raise NothingFitsError(f"{recipe.origin}: {_text(rule.tree)} fits no layer")
-        planned += found
-    if not planned:
-        raise NothingFitsError(f"{recipe.origin} fits no layer")
     order = {name: number for number, name in enumerate(known.layers[BASE])}
 
     def place(fusion: PlannedFusion) -> int:
         return min(order.get(ref.name, len(order)) if ref.source == BASE else len(order) for ref in leaves(fusion.tree))
 
-    planned.sort(key=place)
-    _check_claims(planned, known.layers, recipe.origin)
+    with about(recipe.origin):
+        for rule in recipe.rules:
+            found = list(_Resolution(rule, known, names, effort).fusions())
+            if rule.rest:
+                taken = {_claim(ref) for fusion in planned for ref in leaves(fusion.tree) if not ref.written}
+                found = [one for one in found if not taken & {_claim(ref) for ref in leaves(one.tree)}]
+            if not found and not rule.optional:
+                raise NothingFitsError(f"{_text(rule.tree)} fits no layer")
+            planned += found
+        planned.sort(key=place)
+        _check_claims(planned, known.layers)
+    if not planned:
+        raise NothingFitsError(f"{recipe.origin} fits no layer")
     return planned
 
 
 class _Resolution:
     """One rule held against the layers of the checkpoints."""
 
-    def __init__(self, rule: Rule, known: Known, origin: str, names: Mapping[str, Names], effort: Effort) -> None:
-        self.rule, self.known, self.origin, self.names, self.effort = rule, known, origin, names, effort
+    def __init__(self, rule: Rule, known: Known, names: Mapping[str, Names], effort: Effort) -> None:
+        self.rule, self.known, self.names, self.effort = rule, known, names, effort
         self.numbers = {variable for text in texts_of(rule) for variable in counted_in(text)}
         self.places = {name: number for number, name in enumerate(known.layers[BASE])}
 
@@ -125,7 +126,7 @@ class _Resolution:
         value = self.known.fields(layer).get(field)
         if value is None:
             raise UsageError(
-                f"{self.origin}: not stated, and needed: for {shortened(whose)}, {field} of {layer}. To state it:"
+                f"not stated, and needed: for {shortened(whose)}, {field} of {layer}. To state it:"
                 f" --set {layer}.{field}=VALUE"
             )
         return value
@@ -140,7 +141,7 @@ class _Resolution:
         for one, other in itertools.pairwise(names):
             if places[other] < places[one]:
                 raise UsageError(
-                    f"{self.origin}: {other} stands before {one} in the checkpoint or the model's code, as in"
+                    f"{other} stands before {one} in the checkpoint or the model's code, as in"
                     f" networks that normalise first; where it runs after {one}, name the two by hand"
                 )
         return tree
@@ -171,7 +172,7 @@ class _Resolution:
             return together(tuple(parts)) if parts else None
         chains = list(self._branches(plan, binding))
         if len(chains) > 1:
-            raise UsageError(f"{self.origin}: {_text(plan)}: * fits several layers, which only a sum has room for")
+            raise UsageError(f"{_text(plan)}: * fits several layers, which only a sum has room for")
         return chains[0] if chains else None
 
     def _branches(self, branch: Plan, binding: Binding) -> Iterator[Ref]:
@@ -181,7 +182,7 @@ class _Resolution:
         if starred and "*" not in binding:
             values = {found["*"] for pattern in starred for _, found in self._fits(pattern, binding)}
             if not values and not all(pattern.optional for pattern in starred):
-                raise UsageError(f"{self.origin}: {_text(branch)}{_where(binding)} fits no layer")
+                raise UsageError(f"{_text(branch)}{_where(binding)} fits no layer")
             bindings = [{**binding, "*": value} for value in sorted(values, key=_natural)]
         for bound in bindings:
             if isinstance(branch, Chain):
@@ -199,9 +200,7 @@ class _Resolution:
             return
         required = [part for part in missing if not _optional(part)]
         if required:
-            raise UsageError(
-                f"{self.origin}: {_text(chain)}{_where(binding)} is only partly there: {_text(required[0])} is not"
-            )
+            raise UsageError(f"{_text(chain)}{_where(binding)} is only partly there: {_text(required[0])} is not")
         yield Chain(tuple(made for _, made in parts if made is not None))
 
     def _part(self, part: Plan, binding: Binding) -> Ref | None:
@@ -215,7 +214,7 @@ class _Resolution:
             return ref
         there = [name for anchor in anchors_of(self.rule) for name, _ in self._fits(anchor, binding)]
         raise UsageError(
-            f"{self.origin}: {str(pattern)!r}{_where(binding)} fits no layer, though other layers of its fusion are"
+            f"{str(pattern)!r}{_where(binding)} fits no layer, though other layers of its fusion are"
             f" there ({', '.join(there[:2])}); a ! behind a pattern has it alone say where fusions are"
         )
 
@@ -224,16 +223,12 @@ class _Resolution:
             return LayerRef(self._asked(filled(pattern.text, binding)))
         names = [name for name, _ in self._fits(pattern, binding)]
         if len(names) > 1:
-            raise UsageError(
-                f"{self.origin}: {str(pattern)!r}{_where(binding)} fits several layers: {', '.join(names[:4])}"
-            )
+            raise UsageError(f"{str(pattern)!r}{_where(binding)} fits several layers: {', '.join(names[:4])}")
         if not names:
             return None
         liked = self._fits(pattern.like, binding) if pattern.like else [("", {})]
         if len(liked) != 1:
-            raise UsageError(
-                f"{self.origin}: like = {str(pattern.like)!r}{_where(binding)} fits {len(liked)} layers, expected one"
-            )
+            raise UsageError(f"like = {str(pattern.like)!r}{_where(binding)} fits {len(liked)} layers, expected one")
         return LayerRef(names[0], pattern.source, liked[0][0])
 
     def _asked(self, text: str) -> str:
@@ -243,7 +238,7 @@ class _Resolution:
             question, name = match.groups()
             layer = self.names[BASE].find(name)
             if layer is None or not (axes := self.known.layers[BASE][layer].axes()):
-                raise UsageError(f"{self.origin}: {shortened(text)}: there is no convolution {shortened(name)}")
+                raise UsageError(f"{shortened(text)}: there is no convolution {shortened(name)}")
             if question == "stride":
                 stride = self._stated("stride", layer, text)
                 return str(stride) if isinstance(stride, int) else format_sizes(stride)
@@ -257,13 +252,8 @@ class _Resolution:
         """Return layers that a pattern fits under a binding, each with the values of its variables and its *."""
         if pattern.source not in self.names:
             source = shortened(pattern.source)
-            raise UsageError(
-                f"{self.origin}: {pattern}: no checkpoint of that name; give one with --with {source}=FILE"
-            )
-        try:
-            return self.names[pattern.source].fits(pattern, binding, self.numbers, self.effort)
-        except UsageError as error:
-            raise UsageError(f"{self.origin}: {error}") from None
+            raise UsageError(f"{pattern}: no checkpoint of that name; give one with --with {source}=FILE")
+        return self.names[pattern.source].fits(pattern, binding, self.numbers, self.effort)
 
 
 def _direct_layers(plan: Plan) -> list[Pattern]:
@@ -287,7 +277,7 @@ def _claim(ref: LayerRef) -> tuple[str, str]:
     return ref.source, ref.name
 
 
-def _check_claims(planned: Sequence[PlannedFusion], layers: Layers, origin: str) -> None:
+def _check_claims(planned: Sequence[PlannedFusion], layers: Layers) -> None:
     def owned(ref: LayerRef) -> tuple[str, Kind] | None:
         own = ref.source == BASE and not ref.written
         return (ref.name, layers[BASE][ref.name].kind) if own else None
@@ -301,11 +291,11 @@ def _check_claims(planned: Sequence[PlannedFusion], layers: Layers, origin: str)
             owner = owners.setdefault((ref.source, ref.name), "")
             if owner:
                 both = f"{owner} and {fusion.name}" if owner != fusion.name else f"{fusion.name}, twice"
-                raise UsageError(f"{origin}: {ref.name} is claimed by {both}; a layer can go into one fusion only once")
+                raise UsageError(f"{ref.name} is claimed by {both}; a layer can go into one fusion only once")
             owners[ref.source, ref.name] = fusion.name
     for one, other in itertools.pairwise(sorted(fusion.name for fusion in planned)):
         if one == other:
-            raise UsageError(f"{origin}: two fusions would both be called {one}")
+            raise UsageError(f"two fusions would both be called {one}")
 
 
 def _natural(text: str) -> tuple[tuple[int, str], ...]:

@@ -60,45 +60,33 @@ _PROCESSOR = re.compile(r"(.+)\.processor\.(to_[qkv]|to_out|add_[kqv]_proj)_lora
 def adapted(
     checkpoints: Mapping[str, Checkpoint], sources: FieldSources, strengths: Sequence[str], leave: Sequence[str]
 ) -> tuple[list[PlannedFusion], FieldSources]:
-    """Return a fusion for each layer that other checkpoints change, and where fields come from then; see `_merged`.
+    """Return a fusion for each layer that a module of the other checkpoints changes; and where fields come from then.
+
+    The fusions are in the order of the checkpoint.
 
     Args:
-        strengths: what --strength says, X or NAME=X.
-    """
-    sources = sources.with_first(_configured(checkpoints))
-    _check_scaled(checkpoints, sources.fields)
-    return _merged(checkpoints, parse_strengths(strengths, checkpoints), leave), sources
-
-
-def _merged(
-    checkpoints: Mapping[str, Checkpoint], strengths: Mapping[str, float], leave: Sequence[str]
-) -> list[PlannedFusion]:
-    """Return a fusion for each layer that a module of the other checkpoints changes, in the order of the checkpoint.
-
-    Args:
-        strengths: by the checkpoints' names; 1 where there is none.
+        strengths: what --strength says, X or NAME=X; 1 where it says nothing.
         leave: patterns of modules to leave out.
 
     Raises:
         RefusedError: some modules of a network fit and others don't; or a form that isn't known, or can't be negative.
         UsageError: nothing fits, or a module fits several layers.
     """
-    base = checkpoints[BASE]
+    sources = sources.with_first(_configured(checkpoints))
+    _check_scaled(checkpoints, sources.fields)
+    base, said = checkpoints[BASE], parse_strengths(strengths, checkpoints)
     places = _places(base)
     changes: dict[str, list[Tree[LayerRef]]] = {}
     for source, opened in checkpoints.items():
         for layer, name in _fitting(source, opened, places, base, leave).items() if source != BASE else ():
-            strength = strengths.get(source, 1.0)
+            strength = said.get(source, 1.0)
             if strength < 0 and {"dora_scale", "magnitude"} & opened.layers[name].tensors.keys():
                 raise RefusedError(f"{source}:{name}: a DoRA isn't taken out again by a negative strength")
             ref = LayerRef(name, source, layer)
             scaled = Chain((ref, LayerRef(f"scale({strength!r})")))
             changes.setdefault(layer, []).append(ref if strength == 1 else scaled)
-    order = {name: number for number, name in enumerate(base.layers)}
-    return [
-        PlannedFusion(layer, Sum((LayerRef(layer), *changes[layer])))
-        for layer in sorted(changes, key=order.__getitem__)
-    ]
+    fusions = [PlannedFusion(one, Sum((LayerRef(one), *changes[one]))) for one in base.layers if one in changes]
+    return fusions, sources
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,17 +181,16 @@ class Applying:
         dtype = fused.weight.dtype if near is None else near.dtype  # the model may have been cast
         device = torch.device("cpu") if near is None else near.device
         place = self._place(name)
-        module = None if own is None or name in self.made else self.model.get_submodule(place)
-        keeps = self.keep and module is not None and own is not None and not is_plain(module, own.kind)
-        if keeps and own is not None and "standardized" in own.fields:
-            # The weight that is put in stands for what the module's code makes of its tensors.
-            check_standardizes_alone(self.model.get_submodule(place), own.kind)
-            keeps = False
-        if keeps and module is not None and own is not None:
-            self._touch(module)
-            with self.making:
-                put_numbers(module, own, fused, dtype, device)
-            return
+        if self.keep and own is not None and name not in self.made:
+            module = self.model.get_submodule(place)
+            if not is_plain(module, own.kind) and "standardized" in own.fields:
+                # The weight that is put in stands for what the module's code makes of its tensors.
+                check_standardizes_alone(module, own.kind)
+            elif not is_plain(module, own.kind):
+                self._touch(module)
+                with self.making:
+                    put_numbers(module, own, fused, dtype, device)
+                return
         with self.making, device:
             made = live_module(fused, dtype)
         self._set(place, made.train(self.model.training))

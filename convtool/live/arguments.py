@@ -19,9 +19,14 @@ from convtool.errors import UsageError, a_or_an, about
 from convtool.graph.planned import Plan
 from convtool.live.lowered import LayerLike, lower_modules
 
-Reader: TypeAlias = Callable[["Arguments", str, Any], Any]
+Reader: TypeAlias = Callable[["Arguments", Any], Any]
 
 _OF_THE_LAYERS = ("fuse", "toeplitz")  # whose result is of the layers' dtype where none is asked for
+
+
+def wrong(expected: str, value: Any) -> UsageError:
+    """Return what to raise for an argument that is something else than expected."""
+    return UsageError(f"expected {expected}, got {_said(value)}")
 
 
 class Arguments:
@@ -41,74 +46,70 @@ class Arguments:
         """Return the arguments by name as the function takes them; UsageError for one that can't be that."""
         self.given, made = given, dict[str, Any]()
         for name, value in given.items():
-            made[name] = self._read(name, str(signature.parameters[name].annotation), value)
+            with about(f"{self.function}: {name}"):
+                made[name] = self._read(str(signature.parameters[name].annotation), value)
         if self.dtype is not None and made.get("dtype") is None and self.function in _OF_THE_LAYERS:
             made["dtype"] = self.dtype
         return made
 
-    def wrong(self, name: str, expected: str, value: Any) -> UsageError:
-        """Return what to raise for an argument that is something else than expected."""
-        return UsageError(f"{self.function}: {name}: expected {expected}, got {_said(value)}")
-
-    def _read(self, name: str, annotation: str, value: Any) -> Any:
+    def _read(self, annotation: str, value: Any) -> Any:
         wanted, bar, nothing = annotation.rpartition(" | ")
         if bar and nothing == "None":
             if value is None:
                 return None
             annotation = wanted
-        return _READERS[annotation](self, name, value) if annotation in _READERS else value
+        return _READERS[annotation](self, value) if annotation in _READERS else value
 
-    def layer(self, name: str, value: Any) -> Conv:
+    def layer(self, value: Any) -> Conv:
         """Return a layer."""
-        tree = self.layers(name, value)
+        tree = self.layers(value)
         while isinstance(tree, Chain | Sum) and len(tree.parts) == 1:
             tree = tree.parts[0]
         if not isinstance(tree, Conv):
-            raise self.wrong(name, "one layer (convtool.fuse makes one of several)", value)
+            raise wrong("one layer (convtool.fuse makes one of several)", value)
         return tree
 
-    def chain(self, name: str, value: Any) -> Any:
+    def chain(self, value: Any) -> Any:
         """Return layers one after the other."""
-        tree = self.layers(name, value)
+        tree = self.layers(value)
         return list(tree.parts) if isinstance(tree, Chain) else [tree]
 
-    def layers(self, name: str, value: Any) -> Any:
+    def layers(self, value: Any) -> Any:
         """Return a layer, or chains and sums of layers."""
-        tree = self._tree(name, value)
+        tree = self._tree(value)
         if all(isinstance(leaf, Conv | Stored) for leaf in leaves(tree)):
             found: Any = tree
         else:
             size = self.given.get("input_size")
-            with about(f"{self.function}: {name}"):
-                found, dtype = lower_modules(tree, size if isinstance(size, Sequence) else None)
+            found, dtype = lower_modules(tree, size if isinstance(size, Sequence) else None)
             self.dtype = self.dtype or dtype
         self.tree = found if self.tree is None else self.tree
         return found
 
-    def _tree(self, name: str, value: Any) -> Tree[LayerLike]:
+    def _tree(self, value: Any) -> Tree[LayerLike]:
         if isinstance(value, Conv | Stored | str):
             return value
         if isinstance(value, nn.Module):
             # A plain sequence is the chain of what is in it.
             parts = list(value.children())
             plain = type(value) is nn.Sequential and not (value._forward_hooks or value._forward_pre_hooks)
-            return Chain(tuple(self._tree(name, part) for part in parts)) if plain and parts else value
+            return Chain(tuple(self._tree(part) for part in parts)) if plain and parts else value
         if isinstance(value, Chain | Sum):
-            return type(value)(tuple(self._tree(name, part) for part in value.parts))
+            return type(value)(tuple(self._tree(part) for part in value.parts))
         if isinstance(value, list | tuple) and value:
-            return Chain(tuple(self._tree(name, part) for part in value))
+            return Chain(tuple(self._tree(part) for part in value))
         hint = "; convtool.conv makes one of a weight" if isinstance(value, Tensor) or hasattr(value, "dtype") else ""
-        raise self.wrong(name, f"a layer (a Conv, an nn.Module of a known kind) or a list of them{hint}", value)
+        raise wrong(f"a layer (a Conv, an nn.Module of a known kind) or a list of them{hint}", value)
 
-    def sizes(self, name: str, value: Any) -> tuple[int, ...]:
+    def sizes(self, value: Any) -> tuple[int, ...]:
         """Return the size of an input: of its spatial axes, where layers are among the arguments."""
         one = type(value) is int
         if isinstance(value, Tensor):
-            raise self.wrong(name, "ints; a tensor goes into inputs=[...], where there is that", value)
+            raise wrong("ints; a tensor goes into inputs=[...], where there is that", value)
         if not one and not (isinstance(value, list | tuple | torch.Size) and all(type(size) is int for size in value)):
-            raise self.wrong(name, "an int, or one for each axis", value)
+            raise wrong("an int, or one for each axis", value)
         if any(not 1 <= size <= LARGEST for size in ([value] if one else value)):
-            raise self.wrong(name, f"ints from 1 to {LARGEST}", value)
+            raise wrong(f"ints from 1 to {LARGEST}", value)
         if self.tree is None:
             return (value,) if one else tuple(value)
         first = next(leaves(self.tree))
@@ -116,80 +117,80 @@ class Arguments:
             return (value,) * first.spatial_axes
         return split_input_size(value, first.in_channels, first.spatial_axes)
 
-    def tensor(self, name: str, value: Any) -> Any:
+    def tensor(self, value: Any) -> Any:
         """Return a tensor that has numbers, of whatever becomes one."""
         try:
             made = torch.as_tensor(value)
         except (TypeError, ValueError, RuntimeError):
-            raise self.wrong(name, "a tensor", value) from None
+            raise wrong("a tensor", value) from None
         if made.is_meta or made.layout != torch.strided:
-            raise self.wrong(name, "a dense tensor that holds numbers (not on the meta device)", value)
+            raise wrong("a dense tensor that holds numbers (not on the meta device)", value)
         if not (made.is_floating_point() or made.is_complex()):
-            raise self.wrong(name, f"floating-point numbers (tensor.float() makes them such), not {made.dtype}", value)
+            raise wrong(f"floating-point numbers (tensor.float() makes them such), not {made.dtype}", value)
         return made.detach()
 
-    def weight(self, name: str, value: Any) -> Any:
+    def weight(self, value: Any) -> Any:
         """Return a tensor, or the layer that a module is."""
-        return self.layer(name, value) if isinstance(value, nn.Module | Conv) else self.tensor(name, value)
+        return self.layer(value) if isinstance(value, nn.Module | Conv) else self.tensor(value)
 
-    def geometry(self, name: str, value: Any) -> Geometry:
+    def geometry(self, value: Any) -> Geometry:
         """Return a geometry, that of a layer if it is one."""
-        return value if isinstance(value, Geometry) else self.layer(name, value).geometry
+        return value if isinstance(value, Geometry) else self.layer(value).geometry
 
-    def any_dtype(self, name: str, value: Any) -> torch.dtype:
+    def any_dtype(self, value: Any) -> torch.dtype:
         """Return torch's dtype of that name."""
         found = getattr(torch, value, None) if isinstance(value, str) else value
         if not isinstance(found, torch.dtype) or not (found.is_floating_point or found.is_complex):
-            raise self.wrong(name, "a floating-point dtype, such as torch.float32", value)
+            raise wrong("a floating-point dtype, such as torch.float32", value)
         return found
 
 
 def _of(types: Any, expected: str) -> Reader:
-    def read(arguments: Arguments, name: str, value: Any) -> Any:
+    def read(arguments: Arguments, value: Any) -> Any:
         if not isinstance(value, types) or (isinstance(value, bool) and types is not bool):
-            raise arguments.wrong(name, expected, value)
+            raise wrong(expected, value)
         return value
 
     return read
 
 
-def _number(arguments: Arguments, name: str, value: Any) -> float:
+def _number(arguments: Arguments, value: Any) -> float:
     try:
-        return float(_of((int, float), "a number")(arguments, name, value))
+        return float(_of((int, float), "a number")(arguments, value))
     except OverflowError:
-        raise arguments.wrong(name, "a number that float64 holds", value) from None
+        raise wrong("a number that float64 holds", value) from None
 
 
 def _each(read: Reader) -> Reader:
-    def read_each(arguments: Arguments, name: str, value: Any) -> Any:
+    def read_each(arguments: Arguments, value: Any) -> Any:
         if not isinstance(value, list | tuple):
-            raise arguments.wrong(name, "a list", value)
-        return [read(arguments, name, part) for part in value]
+            raise wrong("a list", value)
+        return [read(arguments, part) for part in value]
 
     return read_each
 
 
-def _field(arguments: Arguments, name: str, value: Any) -> Any:
+def _field(arguments: Arguments, value: Any) -> Any:
     """Return the value of a layer's field; what its numbers may be is seen where the geometry is made."""
     parts = value if isinstance(value, list | tuple) else [value]
     parts = [number for part in parts for number in (part if isinstance(part, list | tuple) else [part])]
     if not all(isinstance(part, int | str) for part in parts):
-        raise arguments.wrong(name, "an int, or one (or a pair) for each axis", value)
+        raise wrong("an int, or one (or a pair) for each axis", value)
     return value
 
 
-def _callable(arguments: Arguments, name: str, value: Any) -> Any:
+def _callable(arguments: Arguments, value: Any) -> Any:
     if not callable(value) or isinstance(value, nn.Module):
-        raise arguments.wrong(name, "a function", value)
+        raise wrong("a function", value)
     return value
 
 
-def _device(arguments: Arguments, name: str, value: Any) -> torch.device:
+def _device(arguments: Arguments, value: Any) -> torch.device:
     try:
         device = torch.device(value)
         torch.empty(0, device=device)
     except (TypeError, ValueError, RuntimeError, AssertionError):
-        raise arguments.wrong(name, "a device of this machine, such as 'cpu'", value) from None
+        raise wrong("a device of this machine, such as 'cpu'", value) from None
     return device
 
 
@@ -221,7 +222,7 @@ _READERS: dict[str, Reader] = {
     "str": _of(str, "a text"),
     "str | Path": _of((str, Path), "a path"),
     "nn.Module": _MODULE,
-    "Sequence[Any]": _each(lambda arguments, name, value: value),
+    "Sequence[Any]": _each(lambda arguments, value: value),
     "Sequence[torch.dtype]": _each(Arguments.any_dtype),
     "Mapping[str, str]": _of(Mapping, "a mapping from names to reasons"),
     "PerAxis": _field,

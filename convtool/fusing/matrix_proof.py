@@ -168,16 +168,8 @@ def _are_counts(value: object) -> bool:
     return isinstance(value, list) and all(type(one) is int and one >= 0 for one in value)
 
 
-def _is_span(value: Any) -> bool:
-    return _are_counts(value) and len(value) == 2
-
-
 def _is_layer(value: Any) -> bool:
     return isinstance(value["layer"], str) and isinstance(value["fields"], dict)
-
-
-def _is_flag(value: object) -> bool:
-    return isinstance(value, bool)
 
 
 # What each key of a record holds, if it is there; what is no document at all raises an error instead.
@@ -187,12 +179,10 @@ _SOUND: dict[str, Callable[[Any], bool]] = {
     "chain": lambda chain: isinstance(chain, list) and all(map(_is_layer, chain)),
     "tree": lambda tree: bool(_tree(tree)),
     "input_size": _are_counts,
-    "rows": _is_span,
-    "columns": _is_span,
+    **dict.fromkeys(("rows", "columns"), lambda span: _are_counts(span) and len(span) == 2),
     "unstated": lambda names: all(isinstance(name, str) for name in names),
     "order": lambda order: order in ORDERS,
-    "transpose": _is_flag,
-    "affine": _is_flag,
+    **dict.fromkeys(("transpose", "affine"), lambda flag: isinstance(flag, bool)),
 }
 _ALWAYS_SAID = ("order", "transpose", "affine")  # where they are there at all; of the others null is as good as nothing
 

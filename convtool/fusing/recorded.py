@@ -107,16 +107,14 @@ class _History:
 
     def _check_layers(self, name: str, tree: Tree[SourceLayer]) -> None:
         """Raise InputError where the record names a layer that isn't there, or takes one for what it isn't."""
-        for source in leaves(tree):
-            base = source.origin == BASE and not source.written
-            if base and not _has_layer(self.checkpoints[BASE], source.name):
-                raise self._lacks(self.checkpoints[BASE], source.name)
         if name not in self.after.layers:
             raise self._lacks(self.after, name)
         for source in leaves(tree):
             if not source.written and source.origin not in self.checkpoints:
                 continue  # which is said where it is read
             opened = self.checkpoints[BASE if source.written else source.origin]
+            if source.origin == BASE and not source.written and not _has_layer(opened, source.name):
+                raise self._lacks(opened, source.name)
             found = (read_layer(source.name) if source.written else opened.part(source.name)).kind
             if source.kind is not found:
                 raise InputError(

@@ -65,7 +65,8 @@ def as_linear(lowered: LoweredLayer) -> Reexpression:
     with about(layer.name):
         weight = patches_to_linear(conv)
     kernel = conv.geometry.kernel_size
-    return _linear(lowered, weight, conv.bias, (conv.in_channels, *kernel), _text("flatten", kernel))
+    linear, size = Conv(weight, conv.bias, pointwise(0)), (conv.in_channels, *kernel)
+    return _made(layer, linear, Chain((lowered.source(),)), {}, size, _text("flatten", kernel))
 
 
 def as_toeplitz(lowered: LoweredLayer, size: Sequence[int]) -> Reexpression:
@@ -89,15 +90,8 @@ def as_toeplitz(lowered: LoweredLayer, size: Sequence[int]) -> Reexpression:
             f" than the memory free; `convtool toeplitz` writes it sparse and of any size"
         )
     flat = (_text("flatten", matrix.input_size), _text("unflatten", matrix.output_size))
-    return _linear(lowered, matrix.to_dense(), matrix.bias, (conv.in_channels, *matrix.input_size), *flat)
-
-
-def _linear(
-    lowered: LoweredLayer, weight: Tensor, bias: Tensor | None, sizes: tuple[int, ...], before: str, after: str = ""
-) -> Reexpression:
-    """Return a convolution as a linear layer between what gives and takes the form of its tensors."""
-    tree, conv = Chain((lowered.source(),)), Conv(weight, bias, pointwise(0))
-    return _made(lowered.layer, conv, tree, {}, sizes, before, after)
+    linear, size = Conv(matrix.to_dense(), matrix.bias, pointwise(0)), (conv.in_channels, *matrix.input_size)
+    return _made(layer, linear, Chain((lowered.source(),)), {}, size, *flat)
 
 
 def lower_convolution(
@@ -182,7 +176,7 @@ def _made(
     after: str = "",
     residual: Residual | None = None,
 ) -> Reexpression:
-    """Return a layer in its new form; see `FusionRecord`."""
+    """Return a layer in its new form, between what gives and takes the form of its tensors; see `FusionRecord`."""
     gone, name = list(layer.tensor_names()), layer.name
     record = FusionRecord(name, tree, fields, dtype_name(conv.dtype), True, input_size, (), before, after)
     return Reexpression(name, Edit.of(gone, conv_tensors(name, conv), gone[0]), record, module_text(conv), residual)

@@ -141,7 +141,11 @@ def _why_it_ended(model: nn.Module, inputs: Inputs, recorded: Recorded, kept: Ke
     if isinstance(error, (DecidedByValuesError, *_BY_VALUES)):
         return f"{inside}, which goes by the values of its input"
     if not any(tensor.is_meta or isinstance(tensor, FakeTensor) for tensor in tensors_of(model).values()):
-        _check_runs(model, inputs, kept)
+        try:
+            with Guard(kept):
+                model(*inputs)
+        except Exception as error_in_memory:
+            raise _does_not_run(inputs, error_in_memory) from None
     elif not _is_of_tracing(error):
         raise _does_not_run(inputs, error)
     return f"{inside}, which does what can't be followed on shapes alone"
@@ -158,14 +162,6 @@ def _is_of_tracing(error: BaseException | None) -> bool:
     """Return whether an error comes of there being no numbers, as far as it tells."""
     words = ("FakeTensor", "fake tensor", "tensor subclasses", "meta", "data-dependent", "data pointer")
     return isinstance(error, NotImplementedError) or any(word in str(error) for word in words)
-
-
-def _check_runs(model: nn.Module, inputs: Inputs, kept: Kept) -> None:
-    try:
-        with Guard(kept):
-            model(*inputs)
-    except Exception as error:
-        raise _does_not_run(inputs, error) from None
 
 
 def shapes_of(inputs: Inputs) -> str:

@@ -193,7 +193,11 @@ class _Resolution:
                     yield tree
 
     def _chain(self, chain: Chain[Pattern], binding: Binding) -> Iterator[Ref]:
-        parts = [(part, self._part(part, binding)) for part in chain.parts]
+        # Where a layer is missing altogether, the chain says so.
+        parts = [
+            (part, self._layer(part, binding) if isinstance(part, Pattern) else self._tree(part, binding))
+            for part in chain.parts
+        ]
         there = [made for part, made in parts if made is not None and not _is_function(part)]
         missing = [part for part, made in parts if made is None]
         if not there and missing:
@@ -202,10 +206,6 @@ class _Resolution:
         if required:
             raise UsageError(f"{_text(chain)}{_where(binding)} is only partly there: {_text(required[0])} is not")
         yield Chain(tuple(made for _, made in parts if made is not None))
-
-    def _part(self, part: Plan, binding: Binding) -> Ref | None:
-        """Return a part of a chain; where it is missing altogether the chain says so."""
-        return self._layer(part, binding) if isinstance(part, Pattern) else self._tree(part, binding)
 
     def _required(self, pattern: Pattern, binding: Binding) -> LayerRef | None:
         """Return the layer that a pattern fits; UsageError where there is none, and there has to be one."""

@@ -23,7 +23,7 @@ from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record
 from convtool.checkpoint.write import plan_edited
 from convtool.formats.atomic import Progress
-from convtool.formats.pieces import Piece
+from convtool.formats.pieces import Piece, tensor_chunks
 
 SAMPLES = Path(__file__).resolve().parent.parent / "sample_models"
 SAMPLE_NAMES = ("chains", "conv_bn", "repvgg", "separable1d")
@@ -53,6 +53,11 @@ def write_edited(
 def bytes_of(opened: Checkpoint, name: str) -> bytes:
     """A tensor's bytes as they go into another file."""
     return b"".join(bytes(chunk.data) for chunk in opened.piece(name).chunks())
+
+
+def bits_of(opened: Checkpoint, name: str) -> bytes:
+    """A tensor's bytes as they are in memory."""
+    return b"".join(map(bytes, tensor_chunks(opened.tensor(name))))
 
 
 def any_bits(seed: int, dtype: torch.dtype, *shape: int) -> Tensor:

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from checkpoints import bytes_of, same_bits, small_network, with_metadata
+from checkpoints import bits_of, bytes_of, same_bits, small_network, with_metadata
 from torch import Tensor
 
 from convtool import open_checkpoint
@@ -151,7 +151,7 @@ def verdict(path: Path, form: str) -> str:
         opened = open_checkpoint(path, "model" if nested else None)
         found = {name: opened.tensor(name) for name in opened.infos}
         for name in found:
-            assert bytes_of(opened, name) == bytes(opened.bits(name).tolist())
+            assert bytes_of(opened, name) == bits_of(opened, name)
         _ = opened.record
     except (InputError, RefusedError, UsageError) as error:
         message = str(error)
@@ -252,7 +252,7 @@ def read_all(path: Path) -> str:
     try:
         opened = open_checkpoint(path)
         for name in opened.infos:
-            assert bytes_of(opened, name) == bytes(opened.bits(name).tolist())
+            assert bytes_of(opened, name) == bits_of(opened, name)
         _ = opened.stated, opened.other_classes, opened.left_out, opened.record
         if opened.program is not None:
             read_exported(opened, opened.program)

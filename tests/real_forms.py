@@ -246,7 +246,9 @@ def compare(network: Network, form: str, path: Path) -> Row:
         f"{name} has other bits" for name in wanted.keys() & read.keys() if not same_bits(wanted[name], read[name])
     ]
     if form in ("module", "exported"):
-        row.wrong += [f"{a} and {b} aren't tied" for a, b in tied(wanted) if opened.memory(a) != opened.memory(b)]
+        row.wrong += [
+            f"{a} and {b} aren't tied" for a, b in tied(wanted) if opened.piece(a).memory != opened.piece(b).memory
+        ]
     modules = dict(network.model.named_modules(remove_duplicate=False))
     known = {name: fields for name, one in modules.items() if (fields := fields_of(one))}
     said = {name: fields for name, fields in stated.items() if name in known and fields}

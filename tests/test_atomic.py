@@ -14,7 +14,7 @@ import pytest
 
 from convtool.errors import InputError, OutputError
 from convtool.formats.atomic import check_target, replacing
-from convtool.formats.source import Source
+from convtool.formats.source import File
 
 NOBODY = 65534
 
@@ -305,7 +305,7 @@ def test_bytes_copied_within_the_kernel_are_the_same_as_those_read_and_written(
         monkeypatch.setattr(os, "sendfile", sent(7 if system.startswith("7") else None))
     told: list[int] = []
     with replacing(tmp_path / "out", force=False, progress=told.append) as file:
-        source = Source(tmp_path / "in")
+        source = File(tmp_path / "in")
         file.write(b"head")
         source.copy_to(file, 3, 1000)
         file.write(b"between")
@@ -322,7 +322,7 @@ def test_bytes_copied_within_the_kernel_are_the_same_as_those_read_and_written(
 
 def test_a_source_that_becomes_shorter_while_it_is_copied_is_said(tmp_path: Path) -> None:
     (tmp_path / "in").write_bytes(bytes(100))
-    source = Source(tmp_path / "in")
+    source = File(tmp_path / "in")
     os.truncate(tmp_path / "in", 60)
     with (
         pytest.raises(InputError, match="became shorter while it was read"),

@@ -20,7 +20,8 @@ from convtool.checkpoint.edit import Edit
 from convtool.cli.app import run_app
 from convtool.core.rounding import rounded
 from convtool.errors import RefusedError
-from convtool.formats.pieces import Chunk
+from convtool.formats.pieces import Piece
+from convtool.formats.source import Chunk
 
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 
@@ -142,10 +143,11 @@ def test_casting_in_pieces_is_casting_at_once() -> None:
     numbers = torch.randn(1000, dtype=torch.float64)
     view = memoryview(numbers.numpy().tobytes())
     chunks = [Chunk(memoryview(bytearray(view[start : start + 800]))) for start in range(0, 8000, 800)]
-    data = b"".join(chunk.data for chunk in cast_chunks("x", chunks, "float64", "bfloat16"))
+    piece = Piece("x", "float64", (1000,), 8000, lambda: iter(chunks))
+    data = b"".join(chunk.data for chunk in cast_chunks(piece, "bfloat16"))
     assert same_bits(torch.frombuffer(bytearray(data), dtype=torch.bfloat16), rounded(numbers, torch.bfloat16))
     with pytest.raises(RefusedError, match="x: float32 cannot hold its numbers: 1e"):
-        list(cast_chunks("x", [Chunk(memoryview(bytearray(np.array([1e300]).tobytes())))], "float64", "float32"))
+        list(cast_chunks(Piece.of_tensor("x", torch.tensor([1e300], dtype=torch.float64)), "float32"))
 
 
 # What is left out, refused, and said

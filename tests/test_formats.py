@@ -21,8 +21,8 @@ from convtool.errors import OutputError
 from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.dtypes import ITEMSIZE
 from convtool.formats.matrices import Contents, Found, Layout
-from convtool.formats.pieces import Chunk, Piece
-from convtool.formats.source import Source
+from convtool.formats.pieces import Piece
+from convtool.formats.source import Chunk, File, Source
 from convtool.formats.tensor_file import Place, TensorFile
 
 MAGIC = b"\x7fTOY\n"
@@ -45,21 +45,18 @@ class ToyFile(TensorFile):
             self.tensors[name] = SimpleNamespace(dtype=dtype, shape=tuple(shape), nbytes=nbytes, start=at)
             at += nbytes
 
-    def record(self) -> tuple[str, Path] | None:
-        return None if self.head["record"] is None else (self.head["record"], self.path)
+    def record(self) -> str | None:
+        record: str | None = self.head["record"]
+        return record
 
     def tensor(self, name: str) -> Tensor:
         found = self.tensors[name]
-        data = bytearray(self.data(name))
+        data = self.source.view(found.start, found.start + found.nbytes)
         return torch.frombuffer(data, dtype=getattr(torch, found.dtype)).reshape(found.shape)
-
-    def data(self, name: str) -> memoryview:
-        found = self.tensors[name]
-        return self.source.view(found.start, found.start + found.nbytes)
 
     def piece(self, name: str) -> Piece:
         found = self.tensors[name]
-        chunks = lambda: iter((Chunk(self.data(name)),))  # noqa: E731
+        chunks = lambda: map(Chunk, self.source.chunks(found.start, found.start + found.nbytes))  # noqa: E731
         return Piece(name, found.dtype, found.shape, found.nbytes, chunks, memory=name)
 
     def place(self, name: str) -> Place:
@@ -90,7 +87,7 @@ class Toy(ModuleType):
                 piece.write(file)
 
         def check(path: Path) -> None:
-            if list(ToyFile(Source(path)).tensors) != [piece.name for piece in pieces]:
+            if list(ToyFile(File(path)).tensors) != [piece.name for piece in pieces]:
                 raise OutputError("the file read back holds other tensors")
 
         return FilePlan(len(text) + sum(piece.nbytes for piece in pieces), fill, check)

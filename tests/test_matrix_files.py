@@ -33,7 +33,8 @@ from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.matrices import RECORD_NAME, Contents, Layout
-from convtool.formats.pieces import Chunk, Piece
+from convtool.formats.pieces import Piece
+from convtool.formats.source import Chunk
 from convtool.formats.stored_zip import archive_size, write_archive
 from convtool.matrix import FORMATS, MatrixPlan, plan_matrix, write_matrix
 

@@ -27,7 +27,7 @@ from convtool.formats.matrices import Layout
 from convtool.formats.several import Ranks
 from convtool.matrix import plan_matrix, write_matrix
 from convtool.matrix.read import load_matrix, open_matrix
-from convtool.matrix.shards import index_path, plan_shards, shard_rows, write_shards
+from convtool.matrix.shards import check_shards, index_path, plan_shards, shard_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
 
@@ -87,11 +87,11 @@ def test_processes_write_what_one_alone_would(layout: Layout, shards: int, ranks
         plan_shards(matrix(), folder / "m.safetensors", shards, layout=layout, record=RECORD)
         for folder in (alone, together)
     ]
-    write_shards(planned[0], force=False)
-    assert planned[0].files == {path: path.stat().st_size for path in alone.iterdir()}
+    planned[0].write(force=False)
+    assert planned[0].files() == {path: path.stat().st_size for path in alone.iterdir()}
 
     def job(rank: Together) -> None:
-        write_shards(planned[1], force=False, ranks=rank)
+        planned[1].write(force=False, ranks=rank)
 
     assert run_together(ranks, job) == [None] * ranks
     assert files(alone) == files(together)
@@ -103,7 +103,7 @@ def test_processes_write_what_one_alone_would(layout: Layout, shards: int, ranks
 @pytest.mark.parametrize("shards", [1, 4])
 def test_shards_are_the_matrix(layout: Layout, form: dict[str, bool], shards: int, tmp_path: Path) -> None:
     whole, path = matrix(**form), tmp_path / "m.safetensors"
-    write_shards(plan_shards(whole, path, shards, layout=layout, record={**RECORD, **form}), force=False)
+    plan_shards(whole, path, shards, layout=layout, record={**RECORD, **form}).write(force=False)
     opened, dense = open_matrix(index_path(path)), whole.to_dense()
     assert (opened.shape, opened.layout, opened.dtype) == (whole.shape, layout, torch.float64)
     assert opened.nnz == (whole.nnz if layout != "dense" else dense.numel())
@@ -132,7 +132,7 @@ def test_shards_are_the_matrix(layout: Layout, form: dict[str, bool], shards: in
 
 def test_a_shard_is_what_its_rows_alone_would_be(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(plan_shards(matrix(), path, 4, record=RECORD), force=False)
+    plan_shards(matrix(), path, 4, record=RECORD).write(force=False)
     for number in range(4):
         span = shard_rows(90, number, 4)
         alone = tmp_path / "rows.safetensors"
@@ -150,7 +150,7 @@ class Broken(BaseException):
 
 def test_a_rank_that_ends_midway_leaves_the_older_matrix(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(plan_shards(matrix(), path, 4), force=False)
+    plan_shards(matrix(), path, 4).write(force=False)
     before = files(tmp_path)
 
     def job(rank: Together) -> None:
@@ -158,7 +158,7 @@ def test_a_rank_that_ends_midway_leaves_the_older_matrix(tmp_path: Path) -> None
             if rank.rank == 1:
                 raise Broken
 
-        write_shards(plan_shards(matrix(), path, 4), force=True, ranks=rank, progress=progress)
+        plan_shards(matrix(), path, 4).write(force=True, ranks=rank, progress=progress)
 
     first, second = run_together(2, job)
     assert isinstance(first, OutputError)
@@ -173,7 +173,7 @@ def test_a_shard_that_is_gone_is_missed_before_an_index_names_it(tmp_path: Path)
                 path.unlink()
 
     with pytest.raises(OutputError, match=r"m-00002-of-00003\.safetensors: isn't there as it was written"):
-        write_shards(plan_shards(matrix(), tmp_path / "m.safetensors", 3), force=False, ranks=Losing())
+        plan_shards(matrix(), tmp_path / "m.safetensors", 3).write(force=False, ranks=Losing())
     assert files(tmp_path) == {}
 
 
@@ -184,18 +184,18 @@ def test_without_an_index_there_is_no_matrix(tmp_path: Path) -> None:
 
 def test_nothing_is_overwritten_without_force_and_old_shards_go_last(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(plan_shards(matrix(), path, 2), force=False)
+    plan_shards(matrix(), path, 2).write(force=False)
     before = files(tmp_path)
     for count in (2, 3):
         with pytest.raises(OutputError, match="exists already"):
-            write_shards(plan_shards(matrix(), path, count), force=False)
+            plan_shards(matrix(), path, count).write(force=False)
     assert files(tmp_path) == before
-    write_shards(plan_shards(matrix(), path, 2), force=True)
+    plan_shards(matrix(), path, 2).write(force=True)
     after = files(tmp_path)
     assert after.keys() == {index_path(path).name, "m-00001-of-00002-2.safetensors", "m-00002-of-00002-2.safetensors"}
     assert torch.equal(load_matrix(index_path(path)).to_dense(), matrix().to_dense())
     index_path(path).unlink()  # what a process that was killed leaves are files that no index names
-    write_shards(plan_shards(matrix(), path, 2), force=False)
+    plan_shards(matrix(), path, 2).write(force=False)
     assert files(tmp_path) == before | {name: data for name, data in after.items() if name != index_path(path).name}
 
 
@@ -208,8 +208,12 @@ def test_nothing_is_overwritten_without_force_and_old_shards_go_last(tmp_path: P
     ],
 )
 def test_names_and_numbers_that_do_not_do(name: str, shards: int, message: str, tmp_path: Path) -> None:
+    def plan() -> None:
+        check_shards(tmp_path / name, shards, force=False)
+        plan_shards(matrix(), tmp_path / name, shards)
+
     with pytest.raises(UsageError, match=message):
-        write_shards(plan_shards(matrix(), tmp_path / name, shards), force=False)
+        plan()
     assert files(tmp_path) == {}
 
 
@@ -237,7 +241,7 @@ def damaged_indices(index: dict[str, Any]) -> list[object]:
 
 def test_an_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
     path = tmp_path / "m.safetensors"
-    write_shards(plan_shards(matrix(), path, 2), force=False)
+    plan_shards(matrix(), path, 2).write(force=False)
     index = json.loads(index_path(path).read_bytes())
     open_matrix(index_path(path))
     for damaged in damaged_indices(index):

@@ -33,6 +33,7 @@ from convtool.checkpoint.edit import Edit
 from convtool.cli.app import run_app
 from convtool.errors import InputError, OutputError
 from convtool.formats import pieces, several, source
+from convtool.formats.account import accounting
 from convtool.formats.pieces import same_bytes, tensor_chunks
 from convtool.formats.several import alone_in
 from convtool.matrix.read import load_matrix
@@ -498,7 +499,7 @@ def test_bytes_are_read_in_pieces_and_no_more_than_there_are(tmp_path: Path, mon
     monkeypatch.setattr(source, "CHUNK", 7)
     path = tmp_path / "bytes"
     path.write_bytes(bytes(range(100)))
-    opened = source.Source(path)
+    opened = source.File(path)
     for start, stop in itertools.combinations(range(0, 30, 3), 2):
         assert b"".join(map(bytes, opened.chunks(start, stop))) == bytes(range(start, stop))
     with opened.opened() as file:
@@ -584,18 +585,19 @@ def test_memory_that_runs_out_while_options_are_read_is_named(
 def test_a_folder_of_parts_that_is_saved_again_meanwhile_is_an_error(tmp_path: Path, change: str) -> None:
     for name, data in good_files("folder").items():
         (tmp_path / name).write_bytes(data)
-    opened = open_checkpoint(tmp_path)
-    changed = tmp_path / (".metadata" if "table" in change else "__0_0.distcp")
-    if "replaced" in change:
-        shutil.copy(changed, tmp_path / "new")
-        (tmp_path / "new").replace(changed)
-    else:
-        data = changed.read_bytes()
-        with changed.open("r+b") as file:
-            time.sleep(TICK)
-            file.write(data)
-    with pytest.raises(InputError, match="changed while it was read"):
-        write_edited(opened, Edit.nothing(), tmp_path / "out.safetensors", force=False)
+    with accounting():
+        opened = open_checkpoint(tmp_path)
+        changed = tmp_path / (".metadata" if "table" in change else "__0_0.distcp")
+        if "replaced" in change:
+            shutil.copy(changed, tmp_path / "new")
+            (tmp_path / "new").replace(changed)
+        else:
+            data = changed.read_bytes()
+            with changed.open("r+b") as file:
+                time.sleep(TICK)
+                file.write(data)
+        with pytest.raises(InputError, match="changed while it was read"):
+            write_edited(opened, Edit.nothing(), tmp_path / "out.safetensors", force=False)
     assert not (tmp_path / "out.safetensors").exists()
 
 

@@ -20,7 +20,7 @@ import pytest
 import saved_nets
 import torch
 from cases import whole_numbers
-from checkpoints import described, same_bits, small_network, write_edited
+from checkpoints import bits_of, described, same_bits, small_network, write_edited
 from saved_nets import CHAINS, FORMS, NETS, Half, Mobile, Passing, Residual, Same, Tied, geometry_of, made, save_as
 from shell import cli
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from convtool import open_checkpoint
 from convtool.checkpoint.edit import Edit
 from convtool.errors import InputError, UsageError
+from convtool.formats.account import accounting
 from convtool.formats.pickle_values import PickleError
 
 
@@ -63,7 +64,7 @@ def test_names_bits_and_geometry_are_torchs(saved: Any, cls: type[nn.Module], fo
     assert form == "exported" or list(opened.infos) == list(wanted)  # which has the buffers behind the parameters
     for name, tensor in wanted.items():
         assert same_bits(opened.tensor(name), tensor), name
-        assert bytes(opened.bits(name).tolist()) == b"".join(map(bytes, opened.chunks(name)))
+        assert b"".join(map(bytes, opened.chunks(name))) == bits_of(opened, name)
     modules = {name: geometry_of(module) for name, module in made(cls).named_modules(remove_duplicate=False)}
     known = {name: fields for name, fields in modules.items() if fields is not None}
     stated = {name: fields for name, fields in opened.stated.items() if fields}
@@ -194,7 +195,7 @@ def test_a_compiled_module_is_read_as_the_module_in_it(tmp_path: Path) -> None:
 def test_tied_tensors_stay_tied(saved: Any, tmp_path: Path) -> None:
     for form in ("module", "exported", "scripted"):
         opened = open_checkpoint(saved(Tied, form))
-        assert opened.memory("first.weight") == opened.memory("second.weight")
+        assert opened.piece("first.weight").memory == opened.piece("second.weight").memory
     write_edited(open_checkpoint(saved(Tied, "module")), Edit.nothing(), tmp_path / "out.pt", force=False)
     back = torch.load(tmp_path / "out.pt", weights_only=True)
     assert back["first.weight"].data_ptr() == back["second.weight"].data_ptr()
@@ -446,12 +447,13 @@ def test_a_sharded_tensor_is_put_together(tmp_path: Path) -> None:
     whole = torch.arange(60.0).reshape(5, 4, 3)
     boxes = [((0, 0, 0), (2, 4, 3)), ((2, 0, 0), (3, 1, 3)), ((2, 1, 0), (3, 3, 3))]
     _write_folder(tmp_path, whole, boxes)
-    opened = open_checkpoint(tmp_path)
+    with accounting() as account:
+        opened = open_checkpoint(tmp_path)
     assert opened.root == ("model",)
     assert torch.equal(opened.tensor("w"), whole)
     write_edited(opened, Edit.nothing(), tmp_path / "out.safetensors", force=False, tensors_only=True)
     assert torch.equal(open_checkpoint(tmp_path / "out.safetensors").tensor("w"), whole)
-    parts = {seen.path.name for seen in opened.files[""].seen}
+    parts = {seen.path.name for seen in account.seen}
     assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp", "__2_0.distcp"}  # looked at before an output appears
     for wrong, message in (
         (boxes[:2], "don't make up a tensor"),
@@ -570,7 +572,7 @@ def test_a_tensor_of_a_program_that_no_storage_can_have_is_damage(
 
 def test_modules_that_hold_each_other_without_end_are_refused() -> None:
     from convtool.formats.pickle_values import Call, Global
-    from convtool.formats.pickled_modules import read_module
+    from convtool.formats.state_dicts import read_module
 
     one = Call(Global("a", "B"), ())
     one.state = {"_parameters": {}, "_buffers": {}, "_modules": {"x": one, "y": one}}
@@ -665,7 +667,7 @@ def test_what_pickle_itself_wrote_is_read(tmp_path: Path, protocol: int, arrays:
     opened = open_checkpoint(tmp_path / "in.pt")
     assert opened.infos.keys() == saved.keys()
     assert all(torch.equal(opened.tensor(name), tensor) for name, tensor in state.items())
-    assert arrays or opened.memory("tied") == opened.memory("a.bias")
+    assert arrays or opened.piece("tied").memory == opened.piece("a.bias").memory
     if not arrays:
         assert cli(f"convert {tmp_path / 'in.pt'} {tmp_path / 'out.pt'}").code == 0
         back = torch.load(tmp_path / "out.pt")

@@ -12,8 +12,8 @@ from convtool.errors import InputError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format, dcp
 from convtool.formats.account import version_at
 from convtool.formats.indexes import is_index, named_file, read_index
-from convtool.formats.resources import reason
-from convtool.formats.source import Source
+from convtool.formats.resources import asked
+from convtool.formats.source import File
 from convtool.formats.tensor_file import TensorFile
 from convtool.kinds.kind import Layer, TensorInfo
 
@@ -65,11 +65,9 @@ def open_checkpoint(path: str | Path, root: str | None = None) -> Checkpoint:
         UsageError: several state dicts and no `root`, or several checkpoints in a folder.
     """
     path = Path(path)
-    try:
+    with asked(path, "read", InputError):
         if path.is_dir():
             path = find_in_folder(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {reason(error)}") from None
     if not is_index(path.name):
         return Checkpoint(path, {"": _open_file(path, root)})
     if root is not None:
@@ -100,7 +98,7 @@ def _open_file(path: Path, root: str | None) -> TensorFile:
     if path.suffix in _NOT_BY_NAME:
         raise InputError(f"{path}: is {_NOT_BY_NAME[path.suffix]}")
     if path.name == dcp.METADATA:
-        return dcp.open_folder(Source(path), root)
+        return dcp.open_folder(File(path), root)
     for at, mark, what in _NOT_A_CHECKPOINT:
         if start[at : at + len(mark)].lower() == mark.lower():
             raise InputError(f"{path}: is {what}")
@@ -112,28 +110,27 @@ def _open_file(path: Path, root: str | None) -> TensorFile:
     for suffix in CHECKPOINTS:
         form = checkpoint_format(suffix)
         if form.recognises(start):
-            return form.open_file(Source(path), root)
+            return form.open_file(File(path), root)
     if _TEXT.issuperset(start[:64]):
         raise InputError(
             f"{path}: is text, not a checkpoint (it begins {start[:32].decode()!r}); was it downloaded whole?"
         )
     if path.suffix in CHECKPOINTS:
-        return checkpoint_format(path.suffix).open_file(Source(path), root)
+        return checkpoint_format(path.suffix).open_file(File(path), root)
     raise InputError(f"{path}: is neither a safetensors nor a torch file")
 
 
 def _beginning(path: Path) -> bytes:
     """Return how a file begins."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # asked first: to open a pipe would wait for its other end
-            raise InputError(f"{path}: is not a regular file")
-        with path.open("rb") as file:
-            return file.read(_LOOKED_AT)
-    except FileNotFoundError:
-        if url := _URL.match(str(path)):
-            raise InputError(f"{url[1]}://{url[2]}: is a URL; download it first") from None
-        of_hub = _HUB.fullmatch(str(path)) and path.suffix not in CHECKPOINTS and not path.parent.exists()
-        hint = f"; a model of the Hugging Face hub is downloaded first: hf download {path} --local-dir FOLDER"
-        raise InputError(f"{path}: no such file{hint if of_hub else ''}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {reason(error)}") from None
+    with asked(path, "read", InputError):
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):  # asked first: to open a pipe would wait for its other end
+                raise InputError(f"{path}: is not a regular file")
+            with path.open("rb") as file:
+                return file.read(_LOOKED_AT)
+        except FileNotFoundError:
+            if url := _URL.match(str(path)):
+                raise InputError(f"{url[1]}://{url[2]}: is a URL; download it first") from None
+            of_hub = _HUB.fullmatch(str(path)) and path.suffix not in CHECKPOINTS and not path.parent.exists()
+            hint = f"; a model of the Hugging Face hub is downloaded first: hf download {path} --local-dir FOLDER"
+            raise InputError(f"{path}: no such file{hint if of_hub else ''}") from None

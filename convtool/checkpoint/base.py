@@ -15,7 +15,6 @@ from convtool.core.names import is_written
 from convtool.errors import InputError, UsageError, did_you_mean
 from convtool.formats.indexes import RECORD_KEY
 from convtool.formats.pieces import Piece
-from convtool.formats.program import Program
 from convtool.formats.tensor_file import Place, TensorFile
 from convtool.kinds import field_types
 from convtool.kinds.found import group_layers, why_not_plain
@@ -45,6 +44,10 @@ class Checkpoint:
         others: entries that aren't tensors of plain numbers, and what they are.
         left_out: all that a file of the tensors alone would not hold, and what it is.
         replaced: what even a file of the same format would not hold: a pickled module, whose state dict is written.
+        program: the run of a model that the file describes, where it does.
+        classes: classes and functions that the files name, dotted, and that no state dict is made of; none is looked
+            up.
+        optimizers: names of entries beside the tensors that hold what optimizers keep of each parameter.
 
     Args:
         files: one, or with an index several; none where a subclass has the tensors from elsewhere.
@@ -58,10 +61,13 @@ class Checkpoint:
     ) -> None:
         self.path, self.files, self.index = path, files or {}, index
         self._homes: Mapping[str, str] = {} if index is None else index["weight_map"]
-        self._only = next(iter(self.files.values()), None) if index is None else None
-        self.root = () if self._only is None else self._only.root
-        told = ("unusable", "metadata", "others", "left_out", "replaced")
-        self.unusable, self.metadata, self.others, self.left_out, self.replaced = map(self._of_all_files, told)
+        self._only = self.files.get("")
+        self.root, self.program = (self._only.root, self._only.program) if self._only is not None else ((), None)
+        each, told = self.files.values(), ("unusable", "metadata", "others", "left_out", "replaced", "modules")
+        tables = ({key: one for file in each for key, one in getattr(file, name).items()} for name in told)
+        self.unusable, self.metadata, self.others, self.left_out, self.replaced, self._modules = tables
+        self.classes = list(dict.fromkeys(name for file in each for name in file.classes))
+        self.optimizers = [name for file in each for name in file.optimizers]
         if not self.files:
             return
         if index is not None:
@@ -98,13 +104,6 @@ class Checkpoint:
         """Return a tensor that stands in a file."""
         return self._home(name).tensor(name)
 
-    def bits(self, name: str) -> Tensor:
-        """Return the tensor's bytes, row-major, as a flat uint8 tensor; also of dtypes that torch doesn't have."""
-        import torch
-
-        data = self._home(name).data(name)
-        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
     def chunks(self, name: str) -> Iterator[memoryview]:
         """Yield the tensor's bytes, row-major, in pieces; each is valid until the next is asked for."""
         return (chunk.data for chunk in self.piece(name).chunks())
@@ -112,18 +111,14 @@ class Checkpoint:
     def piece(self, name: str) -> Piece:
         """Return the tensor as it goes into a file."""
         piece = self._home(name).piece(name)
-        return piece if self._only is not None else replace(piece, memory=(self._homes[name], piece.memory))
-
-    def memory(self, name: str) -> Hashable:
-        """Return what tensors have in common that are the same elements of the same memory (tied ones)."""
-        return self.piece(name).memory
+        return replace(piece, memory=(self._homes.get(name), piece.memory))
 
     def place(self, name: str) -> Place:
         """Return where a tensor's elements lie; in memory of its own, where nothing else is known."""
         if not self.files:
             return Place(name, 0, self.infos[name].nbytes)
         place = self._home(name).place(name)
-        return place if self._only is not None else place._replace(storage=(self._homes[name], place.storage))
+        return place._replace(storage=(self._homes.get(name), place.storage))
 
     def sharing(self, names: Container[str]) -> Iterator[tuple[str, str]]:
         """Yield pairs of tensors that share memory, tied or overlapping, of which the first is one of `names`."""
@@ -137,7 +132,7 @@ class Checkpoint:
         for places in self._by_storage():
             end, last = 0, ""
             for place, name in sorted((place, name) for place, name in places if place.start < place.stop):
-                if place.start < end and self.memory(name) != self.memory(last):
+                if place.start < end and self.piece(name).memory != self.piece(last).memory:
                     return last, name
                 end, last = max(end, place.stop), name
         return None
@@ -150,19 +145,6 @@ class Checkpoint:
             stored.setdefault(place.storage, []).append((place, name))
         return stored.values()
 
-    def _of_all_files(self, told: str) -> dict[str, str]:
-        return {name: what for file in self.files.values() for name, what in getattr(file, told).items()}
-
-    @property
-    def classes(self) -> list[str]:
-        """Classes and functions that the files name, dotted, and that no state dict is made of; none is looked up."""
-        return list(dict.fromkeys(name for file in self.files.values() for name in file.classes))
-
-    @property
-    def optimizers(self) -> list[str]:
-        """Names of entries beside the tensors that hold what optimizers keep of each parameter."""
-        return [name for file in self.files.values() for name in file.optimizers]
-
     def in_order_of_bytes(self) -> list[str]:
         """Return the tensors' names in the order of their bytes, where a new file is to keep that."""
         return list(self.infos) if self._only is None else self._only.in_order_of_bytes()
@@ -170,23 +152,14 @@ class Checkpoint:
     @cached_property
     def stated(self) -> dict[str, Fields]:
         """The fields that the file itself states of its layers, by layer, beside a record of convtool's."""
-        found: dict[str, Fields] = {}
-        for file in self.files.values():
-            found |= fields_of_modules(self.layers, file.modules)
-            if file.program is not None:
-                found |= fields_of_program(self.layers, file.program)
-        return found
-
-    @property
-    def program(self) -> Program | None:
-        """The run of a model that the file describes, where it does."""
-        return None if self._only is None else self._only.program
+        run = {} if self.program is None else fields_of_program(self.layers, self.program)
+        return fields_of_modules(self.layers, self._modules) | run
 
     @cached_property
     def other_classes(self) -> dict[str, str]:
         """The classes of its modules that aren't torch's own, by path; what those compute isn't known."""
         run = {} if self.program is None else classes_in_program(self.program)
-        return run | other_classes({path: one for file in self.files.values() for path, one in file.modules.items()})
+        return run | other_classes(self._modules)
 
     @property
     def record(self) -> Record | None:
@@ -205,20 +178,17 @@ class Checkpoint:
 
     @cached_property
     def _record(self) -> Record | UnknownRecordError | None:
-        if self.index is None:
-            text, where = self._home("").record() or (None, self.path)
-        else:
-            text, where = self.index["metadata"].get(RECORD_KEY), self.path
+        text = self._home("").record() if self.index is None else self.index["metadata"].get(RECORD_KEY)
         if not isinstance(text, str | None):
-            raise InputError(f"{where}: its convtool record is damaged (expected text)")
+            raise InputError(f"{self.path}: its convtool record is damaged (expected text)")
         try:
-            return None if text is None else loads(text, str(where))
+            return None if text is None else loads(text, str(self.path))
         except UnknownRecordError as unknown:
             return unknown
 
     def _home(self, name: str) -> TensorFile:
         """Return the file that a tensor is in."""
-        return self._only or self.files[self._homes[name]]
+        return self.files[self._homes.get(name, "")]
 
     def _check(self) -> None:
         """Check that the index and the files name the same tensors."""

@@ -6,6 +6,7 @@ torch.load passes over. It holds no time and no path, so that equal inputs give 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from convtool.core.geometry import LARGEST, Geometry
 from convtool.core.names import is_written
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, UsageError
+from convtool.formats.strict_json import parse_json
 from convtool.kinds import kind_named, parse_field
 from convtool.kinds.kind import Kind
 from convtool.kinds.shares import Share, shares, unshared
@@ -63,11 +65,6 @@ class SourceLayer:
     def owned(self) -> tuple[str, Kind] | None:
         """Return name and kind of a layer of the checkpoint that was changed; None of any other."""
         return (self.name, self.kind) if self.origin == BASE and not self.written else None
-
-    def to_json(self) -> dict[str, Any]:
-        beside = {"assumed": list(self.assumed), "like": self.like, "unplaced": self.unplaced, "origin": self.origin}
-        document = {"name": self.name, "kind": self.kind.name, "fields": self.fields}
-        return document | {key: value for key, value in beside.items() if value}
 
     def assumptions(self) -> Iterator[tuple[str, str]]:
         """Yield the layer's name and each thing that was assumed of it, in words."""
@@ -116,20 +113,6 @@ class FusionRecord:
         """Return which channels it takes of the layers that it doesn't take whole."""
         return shares(self.tree, SourceLayer.owned)
 
-    def to_json(self) -> dict[str, Any]:
-        beside = {"before": self.before, "after": self.after, "assumed": list(self.assumed)}
-        return {
-            "name": self.name,
-            "sources": _tree_to_json(self.tree),
-            "fields": self.fields,
-            "dtype": self.dtype,
-            "exact": self.exact,
-            "input_size": None if self.input_size is None else list(self.input_size),
-            "rim": [list(sides) for sides in self.rim],
-            "takes": dict(self.takes),
-            "gives": dict(self.gives),
-        } | {key: value for key, value in beside.items() if value}
-
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -173,7 +156,7 @@ class Record:
         return self.fusions[len(done) :]
 
     def dumps(self) -> str:
-        fusions = [fusion.to_json() for fusion in self.fusions]
+        fusions = [_fusion_to_json(fusion) for fusion in self.fusions]
         return json.dumps({"schema": SCHEMA, "version": self.version, "fusions": fusions}, separators=(",", ":"))
 
 
@@ -194,9 +177,21 @@ def field_source(checkpoint: Checkpoint, origin: str = BASE) -> FieldSource:
     )
 
 
+def _stated(item: SourceLayer | FusionRecord) -> dict[str, Any]:
+    """Return what isn't as it is by default."""
+    own = {one.name: (getattr(item, one.name), one.default) for one in dataclasses.fields(item)}
+    return {name: value for name, (value, default) in own.items() if value != default}
+
+
+def _fusion_to_json(fusion: FusionRecord) -> dict[str, Any]:
+    document = _stated(fusion)
+    document["sources"] = _tree_to_json(document.pop("tree"))
+    return document
+
+
 def _tree_to_json(tree: Tree[SourceLayer]) -> dict[str, Any]:
     if isinstance(tree, SourceLayer):
-        return tree.to_json()
+        return _stated(tree) | {"kind": tree.kind.name}
     return {"chain" if isinstance(tree, Chain) else "sum": [_tree_to_json(part) for part in tree.parts]}
 
 
@@ -231,8 +226,8 @@ def loads(text: str, where: str) -> Record:
         UnknownRecordError: of a schema, or with a key, that this version doesn't know.
         InputError: it isn't one.
     """
+    document = parse_json(text, where, "its convtool record")
     try:
-        document = json.loads(text, object_pairs_hook=_without_repetition)
         if document["schema"] != SCHEMA:
             raise UnknownRecordError(
                 f"holds a convtool record of schema {document['schema']!r}, this version reads {SCHEMA};"
@@ -250,9 +245,8 @@ def loads(text: str, where: str) -> Record:
 
 # The keys of the record, of a fusion in it, of a layer and of a sum or chain.
 _KEYS = {"schema", "version", "fusions"}
-_FUSION = {"name", "sources", "fields", "assumed", "dtype", "exact", "input_size", "rim", "before", "after"}
-_FUSION |= {"takes", "gives"}
-_LAYER = {"name", "kind", "fields", "origin", "assumed", "like", "unplaced"}
+_FUSION = {one.name for one in dataclasses.fields(FusionRecord)} - {"tree"} | {"sources"}
+_LAYER = {one.name for one in dataclasses.fields(SourceLayer)}
 
 
 def _only(item: dict[str, Any], known: set[str]) -> dict[str, Any]:
@@ -260,13 +254,6 @@ def _only(item: dict[str, Any], known: set[str]) -> dict[str, Any]:
     for key in item.keys() - known:
         raise UnknownRecordError(f"its convtool record has the key {key!r}, which this version doesn't know")
     return item
-
-
-def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise UsageError("it has a key twice")
-    return found
 
 
 def _digests(what: str, value: object) -> dict[str, str]:

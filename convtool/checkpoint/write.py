@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,7 @@ from convtool.checkpoint.record import Record
 from convtool.checkpoint.write_file import Options, check_flat, format_of, pieces_of, plan_file
 from convtool.errors import OutputError, RefusedError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format
-from convtool.formats.account import accounting
-from convtool.formats.atomic import FilePlan, Progress, check_space, check_target
+from convtool.formats.atomic import FilePlan, Progress, check_target
 from convtool.formats.indexes import INDEX_SUFFIX, index_text, plain_index
 from convtool.formats.pieces import Piece
 from convtool.formats.several import SeveralPlan, free_names
@@ -34,8 +34,7 @@ class WritePlan:
         path: where to.
         files: every file that will be written, and its size in bytes, exactly; first the one that is opened to read it
             (the one at `path`, or the index of the folder there).
-        source: what it is made of.
-        run: writes it.
+        run: writes it; takes a `progress`.
         left_behind: files beside the source that a folder written of it will not have; none where a file is written.
         left_out: what the source holds besides its tensors and this will not, by name.
         record_bytes: of the record of what was fused.
@@ -43,16 +42,10 @@ class WritePlan:
 
     path: Path
     files: dict[Path, int]
-    source: Checkpoint
-    run: Callable[[Progress], None]
+    run: Callable[..., None]
     left_behind: list[str] = field(default_factory=list)
     left_out: tuple[str, ...] = ()
     record_bytes: int = 0
-
-    @property
-    def main(self) -> Path:
-        """The file that is opened to read it."""
-        return next(iter(self.files))
 
     @property
     def size(self) -> int:
@@ -70,11 +63,7 @@ class WritePlan:
                 nothing is left behind.
             InputError: a tensor's bytes are damaged, or a number is too large for the new dtype.
         """
-        target = self.main.resolve() if self.main.is_symlink() else self.main
-        check_space(self.path, target.parent, self.size)
-        sources = (seen for file in self.source.files.values() for seen in file.seen)
-        with accounting(sources):  # which have to be unchanged
-            self.run(progress or (lambda count: None))
+        self.run(progress=progress)
 
 
 def check_output(path: Path, *, force: bool, source: Checkpoint | None = None, shard_size: int | None = None) -> None:
@@ -126,8 +115,7 @@ def plan_edited(
     plan = plan_file(source, edit, path, form, record, options)
     kept = source.format == form.NAME and not options.tensors_only
     left_out = source.replaced if kept else source.left_out
-    run = lambda progress: plan.write(path, force=force, progress=progress)  # noqa: E731
-    return WritePlan(path, {path: plan.size}, source, run, left_out=tuple(left_out))
+    return WritePlan(path, {path: plan.size}, partial(plan.write, path, force=force), left_out=tuple(left_out))
 
 
 def is_folder(path: Path, source: Checkpoint | None, shard_size: int | None) -> bool:
@@ -202,9 +190,9 @@ def _plan_folder(
     total = sum(shard.nbytes for shard in shards)
     text = index_text(source.index or {}, homes, total, None if record is None else record.dumps())
     plan = SeveralPlan(index, text, {name: shard.plan for name, shard in planned.items()})
-    run = lambda progress: plan.write(force=force, progress=progress)  # noqa: E731
     left_out = tuple(source.left_out if source.index is None else ())
-    return WritePlan(path, plan.files(), source, run, _left_behind(source, index.parent), left_out)
+    run, left_behind = partial(plan.write, force=force), _left_behind(source, index.parent)
+    return WritePlan(path, plan.files(), run, left_behind, left_out)
 
 
 def _kept_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -> list[_Shard]:
@@ -234,15 +222,13 @@ def _new_shards(source: Checkpoint, edit: Edit, index: Path, options: Options) -
     sizes = [0]
     home: dict[object, list[Piece]] = {}
     for piece in pieces_of(source, edit, options):
-        if piece.identity in home:
-            home[piece.identity].append(piece)
-            continue
-        if groups[-1] and sizes[-1] + piece.nbytes > largest:
-            groups.append([])
-            sizes.append(0)
-        groups[-1].append(piece)
-        sizes[-1] += piece.nbytes
-        home[piece.identity] = groups[-1]
+        if piece.identity not in home:
+            if sizes[-1] and sizes[-1] + piece.nbytes > largest:
+                groups.append([])
+                sizes.append(0)
+            sizes[-1] += piece.nbytes
+            home[piece.identity] = groups[-1]
+        home[piece.identity].append(piece)
     form = checkpoint_format(_shard_suffix(index))
     plans = [form.plan_state(pieces, source.metadata, None) for pieces in groups]
     names = [[piece.name for piece in pieces] for pieces in groups]

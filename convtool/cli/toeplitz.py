@@ -219,10 +219,10 @@ def _write_file(
     options: Options, matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, Any], reporter: Reporter
 ) -> dict[Path, int]:
     """Write the matrix as one file, unless it's a dry run, and return its path and size."""
-    from convtool.matrix import planned_size, write_matrix
+    from convtool.matrix import matrix_file, write_matrix
 
     out = options.out
-    files = {out: planned_size(matrix, plan, record)}
+    files = {out: matrix_file(matrix, plan, record).size}
     if options.writing.written:
         with reporter.progress(f"writing {out.name}", files[out]) as advance:
             write_matrix(matrix, plan, out, force=options.writing.force, record=record, progress=advance)
@@ -234,16 +234,15 @@ def _write_shards(
 ) -> dict[Path, int]:
     """Write this process's share of the parts, unless it's a dry run, and return all of them with their sizes."""
     from convtool.matrix.ranks import launched_ranks
-    from convtool.matrix.shards import plan_shards, write_shards
+    from convtool.matrix.shards import plan_shards
 
     parts = plan_shards(matrix, options.out, options.shards or 1, layout=plan.layout, record=record)
-    files = dict(parts.files)
     if options.writing.written:
         with launched_ranks() as ranks:
-            share = [plan.size for plan in parts.several.plans.values()][ranks.rank :: ranks.count]
+            share = [plan.size for plan in parts.plans.values()][ranks.rank :: ranks.count]
             with reporter.progress(f"writing {options.out.name}", sum(share)) as advance:
-                write_shards(parts, force=options.writing.force, ranks=ranks, progress=advance)
-    return files
+                parts.write(force=options.writing.force, ranks=ranks, progress=advance)
+    return parts.files()
 
 
 def _bias(options: Options, matrix: ToeplitzMatrix, plan: MatrixPlan) -> Literal["vector", "column", "missing"] | None:

@@ -72,8 +72,8 @@ def run(options: Options, reporter: Reporter) -> Result:
     positions, and U @ x.reshape(-1) is what torch.nn.functional.unfold gives.
     """
     from convtool.core.unfold import GatherMatrix
+    from convtool.formats import matrix_format
     from convtool.formats.atomic import check_target
-    from convtool.matrix import contents_size, write_contents
     from convtool.matrix.unfolding import unfolding_contents
 
     out = options.out
@@ -84,10 +84,10 @@ def run(options: Options, reporter: Reporter) -> Result:
     sized = options.wanted.input_size is not None
     gather = GatherMatrix(conv.geometry, conv.in_channels, found.spatial, values) if sized else None
     contents = unfolding_contents(conv, gather, out, values, to_json(found.of) | {"form": "unfold"})
-    size = contents_size(contents, out)
+    file = matrix_format(out.suffix).plan_matrix(contents)
     if options.writing.written:
-        with reporter.progress(f"writing {out.name}", size) as advance:
-            write_contents(contents, out, force=options.writing.force, progress=advance)
+        with reporter.progress(f"writing {out.name}", file.size) as advance:
+            file.write(out, force=options.writing.force, progress=advance)
     arrays = {array.name: tuple(array.shape) for array in contents.arrays}
     if conv.bias is not None and "bias" not in arrays:
         reporter.remark(f"{out} has no room for the bias of {found.of.layer}")
@@ -101,8 +101,8 @@ def run(options: Options, reporter: Reporter) -> Result:
         nnz=None if gather is None else gather.nnz,
         dtype=dtype_name(values),
         bias=None if conv.bias is None else "vector" if "bias" in arrays else "missing",
-        bytes=size,
-        files={out: size},
+        bytes=file.size,
+        files={out: file.size},
     )
 
 

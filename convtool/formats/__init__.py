@@ -35,11 +35,13 @@ MATRICES = {
 
 
 class CheckpointFormat(Protocol):
-    """What the module of a format of checkpoints offers."""
+    """What the module of a format of checkpoints offers.
 
-    @property
-    def NAME(self) -> str:  # noqa: N802
-        """What `inspect` calls it."""
+    Attributes:
+        NAME: what `inspect` calls it.
+    """
+
+    NAME: str
 
     def recognises(self, start: bytes, /) -> bool:
         """Tell whether a file that begins so could be one."""
@@ -55,19 +57,17 @@ class CheckpointFormat(Protocol):
 
 
 class MatrixFormat(Protocol):
-    """What the module of a format of matrices offers."""
+    """What the module of a format of matrices offers.
 
-    @property
-    def LAYOUTS(self) -> tuple[Layout, ...]:  # noqa: N802
-        """The layouts it has room for, the default one first."""
+    Attributes:
+        LAYOUTS: the layouts it has room for, the default one first.
+        STORES_BIAS: whether it has room for a bias beside the matrix.
+        COO_INDICES: the dtype that indices of a coo matrix have to have; None for the narrowest that holds them.
+    """
 
-    @property
-    def STORES_BIAS(self) -> bool:  # noqa: N802
-        """Whether it has room for a bias beside the matrix."""
-
-    @property
-    def COO_INDICES(self) -> str | None:  # noqa: N802
-        """The dtype that indices of a coo matrix have to have; None for the narrowest that holds them."""
+    LAYOUTS: tuple[Layout, ...]
+    STORES_BIAS: bool
+    COO_INDICES: str | None
 
     def refusal(self, dtype: str, layout: Layout, /) -> str | None:
         """Say why the format can't hold values of that dtype, and the way out; None where it can."""

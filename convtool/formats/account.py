@@ -43,17 +43,6 @@ class Seen(NamedTuple):
     path: Path
     version: Version
 
-    def check(self) -> None:
-        """Raise InputError where it isn't what it was.
-
-        Raises:
-            InputError: it was written to, cut short, replaced or deleted.
-        """
-        now = version_at(self.path)
-        if now != self.version:
-            how = "is gone" if not now else "is another file" if now[:2] != self.version[:2] else "was written to"
-            raise InputError(f"{self.path}: changed while it was read: it {how}; run this again once it stays as it is")
-
 
 @dataclass
 class Account:
@@ -79,11 +68,17 @@ class Account:
             self.seen[seen] = None
 
     def check_unchanged(self) -> None:
-        """Raise InputError where a file that was read isn't what it was; what this run itself has replaced may be."""
-        written = self.written()
-        for seen in self.seen:
-            if seen.path.resolve() not in written and seen.path.resolve() not in self.removed:
-                seen.check()
+        """Raise InputError where a file that was read isn't what it was, but for what this run itself has changed.
+
+        Raises:
+            InputError: it was written to, cut short, replaced or deleted.
+        """
+        ours = self.removed.union(self.written())
+        for path, version in self.seen:
+            now = version_at(path)
+            if now != version and path.resolve() not in ours:
+                how = "is gone" if not now else "is another file" if now[:2] != version[:2] else "was written to"
+                raise InputError(f"{path}: changed while it was read: it {how}; run this again once it stays as it is")
 
     def writes(self, path: Path, ours: os.stat_result) -> None:
         """Note that a file is about to get its name; InputError where one that was read isn't what it was."""
@@ -128,17 +123,11 @@ _current: ContextVar[Account | None] = ContextVar("account", default=None)
 
 
 @contextlib.contextmanager
-def accounting(seen: Iterable[Seen] = ()) -> Iterator[Account]:
-    """Keep an account of what is done in the block: the one that is kept already, or else one of its own.
-
-    Args:
-        seen: files that were read before.
-    """
-    account = _current.get() or Account()
-    account.seen.update(dict.fromkeys(seen))
-    token = _current.set(account)
+def accounting() -> Iterator[Account]:
+    """Keep an account of what is done in the block: the one that is kept already, or else one of its own."""
+    token = _current.set(account())
     try:
-        yield account
+        yield account()
     finally:
         _current.reset(token)
 

@@ -20,14 +20,15 @@ import secrets
 import shutil
 import stat
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from convtool.errors import OutputError, human_bytes
+from convtool.errors import ConvtoolError, OutputError, human_bytes
 from convtool.formats.account import account
-from convtool.formats.resources import reason
+from convtool.formats.resources import asked, reason
 
 WRITE_BACK_BYTES = 16 << 20  # written between two nudges to the disk
 TEMPORARY = ".convtool-{}.tmp"  # what an unfinished file is called; one left over (by SIGKILL) can be deleted
@@ -35,6 +36,7 @@ RANDOM_BYTES = 8  # in its name, as hexadecimal digits
 STALE = 3600  # seconds; some network file systems keep locks to one machine, but tell all when a file was written to
 
 Progress: TypeAlias = Callable[[int], None]  # is told how many bytes were written since it was told last
+Advice: TypeAlias = Callable[[int, int], str]  # what to do where so many bytes don't fit into so many free ones
 
 
 def check_target(path: Path, *, force: bool) -> Path:
@@ -43,7 +45,7 @@ def check_target(path: Path, *, force: bool) -> Path:
     Raises:
         OutputError: it exists (without `force`), isn't a regular file, or its folder isn't there.
     """
-    try:
+    with asked(path, "written", OutputError):
         if "\0" in str(path):
             raise OutputError(f"{path}: cannot be written: no file name holds a null character")
         target = path.resolve() if path.is_symlink() else path
@@ -57,29 +59,26 @@ def check_target(path: Path, *, force: bool) -> Path:
             raise OutputError(f"{path}: is not a regular file, and only a regular file can be replaced as a whole")
         if target.exists() and not force:
             raise OutputError(f"{path}: exists already; use --force to overwrite it")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise OutputError(f"{path}: cannot be written: {reason(error)}") from None
     return target
 
 
-def check_space(path: Path, folder: Path, size: int, advice: Callable[[int, int], str] = lambda size, free: "") -> None:
+def check_space(path: Path, size: int, advice: Advice | None = None) -> None:
     """Refuse to write `size` bytes for `path` where its file system hasn't as many left; one that doesn't tell passes.
 
     Args:
-        folder: where the bytes will go; where it is yet to be made, the nearest one above it counts.
-        advice: what to add to the message where `size` bytes don't fit into the `free` ones.
+        path: of the file that will have them; where its folder is yet to be made, the nearest one above it counts.
+        advice: what to add to the message.
 
     Raises:
         OutputError: it hasn't, or the folder cannot be looked at.
     """
-    try:
+    with asked(path, "written", OutputError):
+        folder = (path.resolve() if path.is_symlink() else path).parent
         there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
         usage = shutil.disk_usage(there)
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {reason(error)}") from None
     if usage.total and size > usage.free:
         needs = f"{path}: needs {human_bytes(size)}, and its file system has {human_bytes(usage.free)} free"
-        raise OutputError(needs + advice(size, usage.free))
+        raise OutputError(needs + (advice(size, usage.free) if advice else ""))
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,15 @@ class FilePlan:
     fill: Callable[[Written], None]
     check: Callable[[Path], None]
 
-    def write(self, path: Path, *, force: bool, progress: Progress | None = None) -> None:
+    def write(self, path: Path, *, force: bool, progress: Progress | None = None, advice: Advice | None = None) -> None:
         """Write it, wholly and checked, or not at all.
 
         Args:
             progress: the numbers that it is told add up to `size`.
+            advice: as of `check_space`.
 
         Raises:
-            OutputError: as of `replacing`, or what was written isn't what was to be.
+            OutputError: as of `replacing`, it doesn't fit its file system, or what was written isn't what was to be.
         """
 
         def check(at: Path) -> None:
@@ -115,7 +115,11 @@ class FilePlan:
                 self.check(at)
             except OutputError as error:
                 raise OutputError(f"{path}: {error}") from None
+            except (ConvtoolError, ValueError, zipfile.BadZipFile) as error:  # what a reader says of it
+                raise OutputError(f"{path}: the file read back is damaged ({error})") from None
 
+        check_target(path, force=force)
+        check_space(path, self.size, advice)
         with replacing(path, force=force, check=check, progress=progress, size=self.size) as file:
             self.fill(file)
 
@@ -204,19 +208,12 @@ def _remove_stale(folder: Path) -> None:
     """Remove what writes that were killed have left in a folder: nobody holds it, nor has written to it for long."""
     with contextlib.suppress(OSError):
         for path in folder.glob(TEMPORARY.format("[0-9a-f]" * 2 * RANDOM_BYTES)):  # not what others name alike
-            with contextlib.suppress(OSError):
-                _remove_if_stale(path)
-
-
-def _remove_if_stale(path: Path) -> None:
-    if not stat.S_ISREG(path.lstat().st_mode) or time.time() - path.lstat().st_mtime < STALE:
-        return
-    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
-    try:
-        if lock_file(descriptor):
-            path.unlink()
-    finally:
-        os.close(descriptor)
+            with contextlib.suppress(OSError), contextlib.ExitStack() as opened:
+                if stat.S_ISREG(path.lstat().st_mode) and time.time() - path.lstat().st_mtime >= STALE:
+                    descriptor = os.open(path, os.O_RDWR | getattr(os, "O_NOFOLLOW", 0))
+                    opened.callback(os.close, descriptor)
+                    if lock_file(descriptor):
+                        path.unlink()
 
 
 class Written(io.BufferedRandom):
@@ -246,13 +243,11 @@ class Written(io.BufferedRandom):
         Returns:
             how many bytes were written; 0 where the systems of the two files can't, or at the end of the other one.
         """
-        if not hasattr(os, "sendfile"):
-            return 0
         self.flush()
         position = self.tell()
         try:
             sent = os.sendfile(self.fileno(), descriptor, start, count)
-        except OSError:
+        except (OSError, AttributeError):  # AttributeError: a system without it
             sent = 0
         super().seek(position + sent)  # the kernel has moved on without telling
         return self._counted(sent)
@@ -276,12 +271,14 @@ class Written(io.BufferedRandom):
         self._waiting, self._started = 0, position
 
 
-def discard(path: Path) -> None:
-    """Remove a file if it is there and can be removed; a signal that comes meanwhile is heard afterwards."""
+def discard(*paths: Path) -> None:
+    """Remove files that are there and can be removed; a signal that comes meanwhile is heard afterwards."""
     try:
-        _unlink(path)
-    except BaseException:
-        _unlink(path)
+        for path in paths:
+            _unlink(path)
+    except BaseException:  # which comes once
+        for path in paths:
+            _unlink(path)
         raise
 
 

@@ -14,9 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convtool.formats.dtypes import ITEMSIZE
+from convtool.formats.dtypes import ITEMSIZE, is_size
 from convtool.formats.indexes import named_file
-from convtool.formats.part import Part
 from convtool.formats.pickle_reader import loads
 from convtool.formats.pickle_values import (
     Call,
@@ -24,12 +23,11 @@ from convtool.formats.pickle_values import (
     PickleError,
     StorageRef,
     TensorRef,
-    is_size,
     numbers_of,
     plain_tensor,
 )
-from convtool.formats.pieces import Chunk, tensor_chunks
-from convtool.formats.source import Source
+from convtool.formats.pieces import tensor_chunks
+from convtool.formats.source import Chunk, File, Held, Part, Source
 from convtool.formats.state_dicts import StateDict, find_state
 from convtool.formats.stored_tensors import StoredTensors
 from convtool.formats.torch_contents import no_storage, read_contents
@@ -65,47 +63,30 @@ class Shard:
         return StoredTensors(self.part, contents.storages, StateDict((), ref, {"": ref}))
 
 
-class Sharded:
+class Sharded(Source):
     """The bytes of a tensor, row after row, wherever its parts are."""
 
     def __init__(self, source: Source, name: str, dtype: str, shape: tuple[int, ...], shards: list[Shard]) -> None:
-        self.source, self.name = source, name
+        self.path, self.name = source.path, name
         self.dtype, self.shape, self.shards = dtype, shape, shards
-        self.nbytes = math.prod(shape) * ITEMSIZE[dtype]
+        self.size = math.prod(shape) * ITEMSIZE[dtype]
 
-    def view(self, start: int, stop: int) -> memoryview:
-        return memoryview(bytearray(self._bytes[start:stop]))
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        storage, begin = self._whole
+        storage.read_into(buffer, begin + start)
 
-    def chunks(self, start: int, stop: int) -> Iterator[memoryview]:
-        whole = self._whole
-        if whole is None:
-            yield self._bytes[start:stop]
-            return
-        ref = whole.tensors[""]
-        begin = ref.offset * ITEMSIZE[self.dtype]
-        yield from whole.storages[ref.storage.key].chunks(begin + start, begin + stop)
-
-    def checked(self, _: str) -> Iterator[Chunk]:
-        whole = self._whole
-        if whole is not None:
-            key = whole.tensors[""].storage.key
-            yield from whole.storages[key].checked(self.name)
-        else:
-            yield Chunk(self._bytes)
+    def checked(self, what: str) -> Iterator[Chunk]:
+        return self._whole[0].checked(self.name)
 
     @cached_property
-    def _whole(self) -> StoredTensors | None:
-        """The part that is all of it, row after row, where there is one."""
-        if len(self.shards) != 1:
-            return None
-        whole = self.shards[0].tensor(self.dtype)
-        return whole if whole.tensors[""].contiguous() and not whole.tensors[""].metadata else None
-
-    @cached_property
-    def _bytes(self) -> memoryview:
-        if self._whole is not None:
-            return self._whole.data("")
-        return memoryview(b"".join(map(bytes, tensor_chunks(self._put_together()))))
+    def _whole(self) -> tuple[Source, int]:
+        """What has all of it, row after row, and where in that it begins: its only part, or what is put together."""
+        if len(self.shards) == 1:
+            whole = self.shards[0].tensor(self.dtype)
+            ref = whole.tensors[""]
+            if ref.contiguous() and not ref.metadata:
+                return whole.storages[ref.storage.key], ref.offset * ITEMSIZE[self.dtype]
+        return Held(self, b"".join(tensor_chunks(self._put_together()))), 0
 
     def _put_together(self) -> Tensor:
         import torch
@@ -115,7 +96,7 @@ class Sharded:
         for shard in self.shards:
             box = tuple(slice(start, start + size) for start, size in zip(shard.offsets, shard.sizes, strict=True))
             if there[box].any():
-                raise self.source.damaged(f"two parts of {self.name} overlap")
+                raise self.damaged(f"two parts of {self.name} overlap")
             there[box] = True
             made[box] = shard.tensor(self.dtype).tensor("")
         return made
@@ -142,10 +123,7 @@ def open_folder(source: Source, root: str | None) -> StoredTensors:
         raise source.damaged(
             f"it isn't the table of contents of torch.distributed.checkpoint ({str(error)[:100]})"
         ) from None
-    file = StoredTensors(source, table.storages, find_state(source, top, root), NAME)
-    parts = (shard.part.seen for sharded in table.storages.values() for shard in sharded.shards)
-    file.seen = dict.fromkeys((source.seen, *parts))
-    return file
+    return StoredTensors(source, table.storages, find_state(source, top, root), NAME)
 
 
 class _Table:
@@ -191,7 +169,7 @@ class _Table:
         if sum(math.prod(shard.sizes) for shard in shards) != count:
             raise self.source.damaged(f"the parts of {name:.100} don't make up a tensor of shape {list(shape)}")
         self.storages[name] = Sharded(self.source, name, dtype.name, shape, shards)
-        storage = StorageRef(name, "uint8", "", "cpu", self.storages[name].nbytes)
+        storage = StorageRef(name, "uint8", "", "cpu", self.storages[name].size)
         return TensorRef.of(storage, dtype.name, shape)
 
     def _shard(self, name: str, chunk: Mapping[str, Any]) -> Shard:
@@ -210,7 +188,7 @@ class _Table:
             if where.get("transform_descriptors"):
                 raise self.source.error(f"was compressed or encrypted when it was saved; {_SAVE_AGAIN}")
             if name not in files:
-                files[name] = Source(named_file(self.source.path, name))
+                files[name] = File(named_file(self.source.path, name))
             if not (is_size(start) and is_size(length)) or start + length > files[name].size:
                 raise self.source.damaged(f"a part of {of['fqn']!s:.100} is not in {name!s:.100}")
             offsets = () if of.get("offset") is None else _numbers(of["offset"])

@@ -13,11 +13,11 @@ _DTYPES: dict[str, tuple[int, str | None, str | None, str | None, int | None]] =
     "int32": (4, "I32", "IntStorage", "<i4", 4),
     "int16": (2, "I16", "ShortStorage", "<i2", 3),
     "int8": (1, "I8", "CharStorage", "|i1", 2),
-    "uint64": (8, "U64", None, None, 35),
-    "uint32": (4, "U32", None, None, 34),
-    "uint16": (2, "U16", None, None, 28),
+    "uint64": (8, "U64", None, "<u8", 35),
+    "uint32": (4, "U32", None, "<u4", 34),
+    "uint16": (2, "U16", None, "<u2", 28),
     "uint8": (1, "U8", "ByteStorage", "|u1", 1),
-    "bool": (1, "BOOL", "BoolStorage", None, 12),
+    "bool": (1, "BOOL", "BoolStorage", "|b1", 12),
     "float8_e4m3fn": (1, "F8_E4M3", None, None, 29),
     "float8_e5m2": (1, "F8_E5M2", None, None, 30),
     "float8_e4m3fnuz": (1, "F8_E4M3FNUZ", None, None, 31),
@@ -34,6 +34,7 @@ SAFETENSORS = {code: name for name, code in SAFETENSORS_CODES.items()}
 STORAGE_CLASSES = {name: row[2] for name, row in _DTYPES.items() if row[2] is not None}
 STORAGES = {cls: name for name, cls in STORAGE_CLASSES.items()}
 NUMPY = {name: row[3] for name, row in _DTYPES.items() if row[3] is not None}
+OF_NUMPY = {code: name for name, code in NUMPY.items()}
 EXPORTED = {row[4]: name for name, row in _DTYPES.items() if row[4] is not None}
 
 FLOATS = frozenset({"float64", "float32", "float16", "bfloat16"})
@@ -42,3 +43,8 @@ MOST_AXES = 64  # of a tensor, as of an array of numpy; a hostile header could h
 # How much larger than the file a tensor of repeated elements may be, so that no small file fills the memory.
 REPEATED, ROOM = 16, 1 << 24
 LARGEST = 2**63 - 1  # what torch counts with
+
+
+def is_size(value: object) -> bool:
+    """Tell whether a value can be a number of elements, or of bytes."""
+    return type(value) is int and 0 <= value <= LARGEST

@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from convtool.errors import InputError
-from convtool.formats.dtypes import LARGEST
+from convtool.formats.dtypes import LARGEST, is_size
 from convtool.formats.matrices import RECORD_NAME
-from convtool.formats.source import Source
+from convtool.formats.resources import asked
+from convtool.formats.source import File
 from convtool.formats.strict_json import parse_json
 
 INDEX_SUFFIX = ".index.json"
@@ -137,10 +138,9 @@ def named_beside(index: Path) -> set[str]:
     """
     if not index.exists():
         return set()
-    source = Source(index)
-    data = bytes(source.view(0, min(source.size, MAX_INDEX)))
+    File(index)
     try:
-        document = parse_json(data, index, "it")
+        document = _document(index)
         names = [one["file"] for one in document["shards"]] if "shards" in document else document["weight_map"].values()
         return {name for name in names if is_plain_name(name) and "/" not in name}
     except (InputError, TypeError, KeyError, AttributeError):
@@ -173,10 +173,8 @@ def named_file(index: Path, name: str) -> Path:
     if not is_plain_name(name):
         raise InputError(f"{index}: refused: it names the file {name!r}, which is not one in its folder")
     path = folder / name
-    try:
+    with asked(path, "read", InputError):
         real, home = path.resolve(), folder.resolve()
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
     allowed = [home]
     if home.parent.name == "snapshots":
         allowed.append(home.parent.parent / "blobs")
@@ -188,13 +186,13 @@ def named_file(index: Path, name: str) -> Path:
 def _document(path: Path, missing: str = "") -> Any:
     if not os.path.lexists(path):
         raise InputError(f"{path}: no such file{missing}")
-    source = Source(path)
+    source = File(path)
     if source.size > MAX_INDEX:
         raise source.error("is larger than any index")
     return parse_json(bytes(source.view(0, source.size)), path, "it")
 
 
-def _size(number: Any) -> int:
-    if type(number) is not int or not 0 <= number <= LARGEST:
+def _size(number: int) -> int:
+    if not is_size(number):
         raise ValueError(number)
     return number

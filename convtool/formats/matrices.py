@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
 from convtool.formats.pieces import Piece
-from convtool.formats.stored_array import Array
+from convtool.formats.source import Array
 
 Layout: TypeAlias = Literal["csr", "coo", "dense"]
 

@@ -88,7 +88,8 @@ def plan_matrix(contents: Contents) -> FilePlan:
             for start in range(0, len(rows), LINES):
                 part = slice(start, start + LINES)
                 fields = [_counted(rows[part], places[0]), _counted(columns[part], places[1])]
-                text = _lines(fields + [_formatted(one, pattern, width) for one in numbers[part].T])
+                text = np.hstack(fields + [_formatted(one, pattern, width) for one in numbers[part].T])
+                text[:, -1] = ord("\n")
                 file.write(text.data.cast("B"))
                 last = text[-1].tobytes()
 
@@ -126,9 +127,9 @@ def _numbers(array: Piece) -> Iterator[npt.NDArray[Any]]:
 
 
 def _counted(indices: npt.NDArray[Any], width: int) -> Text:
-    """Return the numbers counted from 1 as digits, blanks in front: (entries, width)."""
+    """Return the numbers counted from 1 as digits, blanks in front and one behind: (entries, width + 1)."""
     rest = indices.astype(np.int64) + 1
-    text = np.full((len(rest), width), ord(" "), dtype=np.uint8)
+    text = np.full((len(rest), width + 1), ord(" "), dtype=np.uint8)
     for place in range(width - 1, -1, -1):
         rest, digit = np.divmod(rest, 10)
         text[:, place] = np.where((rest > 0) | (digit > 0), digit + ord("0"), ord(" "))
@@ -138,17 +139,13 @@ def _counted(indices: npt.NDArray[Any], width: int) -> Text:
 
 
 def _formatted(values: npt.NDArray[Any], pattern: str, width: int) -> Text:
-    """Return the values as text, blanks in front: (entries, width). A matrix has few different ones, each made once."""
+    """Return the values as text, blanks in front and one behind: (entries, width + 1).
+
+    A matrix has few different ones, each of which is made once.
+    """
     unique, where = np.unique(values.view(f"u{values.itemsize}"), return_inverse=True)
-    lines = b"".join((pattern % value).rjust(width).encode("ascii") for value in unique.view(values.dtype).tolist())
-    return np.frombuffer(lines, dtype=np.uint8).reshape(-1, width)[where]
-
-
-def _lines(fields: list[Text]) -> Text:
-    blank = np.full((len(fields[0]), 1), ord(" "), dtype=np.uint8)
-    end = np.full((len(fields[0]), 1), ord("\n"), dtype=np.uint8)
-    parts = [part for field in fields for part in (field, blank)]
-    return np.ascontiguousarray(np.hstack([*parts[:-1], end]))
+    texts = ((pattern % value).rjust(width) + " " for value in unique.view(values.dtype).tolist())
+    return np.frombuffer("".join(texts).encode("ascii"), dtype=np.uint8).reshape(-1, width + 1)[where]
 
 
 class _Head(NamedTuple):

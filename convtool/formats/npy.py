@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 import numpy as np
 
 from convtool.errors import OutputError
-from convtool.formats.atomic import FilePlan, Written
-from convtool.formats.dtypes import NUMPY
+from convtool.formats.atomic import FilePlan
+from convtool.formats.dtypes import NUMPY, OF_NUMPY
 from convtool.formats.matrices import Contents, Found, Layout
 from convtool.formats.pieces import Piece
-from convtool.formats.source import Source
-from convtool.formats.stored_array import Array, StoredArray
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from convtool.formats.source import Array, Chunk, Source, StoredArray
 
 LAYOUTS: tuple[Layout, ...] = ("dense",)
 STORES_BIAS = False
@@ -36,13 +33,16 @@ def refusal(dtype: str, layout: Layout) -> str | None:
 def plan_matrix(contents: Contents) -> FilePlan:
     """Plan a matrix file."""
     weight = contents.values
-    head = header(weight)
+    file = file_of(weight)
+    return FilePlan(file.nbytes, file.write, lambda path: _check(path, weight))
 
-    def fill(file: Written) -> None:
-        file.write(head)
-        weight.write(file)
 
-    return FilePlan(len(head) + weight.nbytes, fill, lambda path: _check(path, weight))
+def file_of(array: Piece) -> Piece:
+    """Return an array as a file of this format, which is a member of an .npz archive too."""
+    head = header(array)
+    size = len(head) + array.nbytes
+    chunks = lambda: itertools.chain((Chunk(head),), array.chunks())  # noqa: E731
+    return Piece(f"{array.name}.npy", "uint8", (size,), size, chunks)
 
 
 def header(array: Piece) -> bytes:
@@ -54,10 +54,7 @@ def header(array: Piece) -> bytes:
 
 
 def _check(path: Path, weight: Piece) -> None:
-    try:
-        back = np.load(path, mmap_mode="r", allow_pickle=False)
-    except ValueError as error:
-        raise OutputError(f"the file read back is damaged ({error})") from None
+    back = np.load(path, mmap_mode="r", allow_pickle=False)
     if back.shape != weight.shape or back.dtype.str != NUMPY[weight.dtype]:
         raise OutputError(f"the file read back holds {back.dtype} {back.shape}")
 
@@ -86,31 +83,29 @@ def array_in(
     Raises:
         ValueError: it is no such array, or of another size.
     """
+    import torch
+
     version = np.lib.format.read_magic(file)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     header, count = file.tell(), math.prod(shape)
     if dtype.hasobject or header + count * dtype.itemsize != size:
         raise ValueError(f"it doesn't hold the {count} elements that it announces, or holds Python's objects")
-    if stored and shape and not fortran and dtype.isnative and dtype.kind in "biufc":
-        return StoredArray(source, start + header, _tensor(source, np.empty(0, dtype)).dtype, shape)
+    if stored and shape and not fortran and dtype.str in OF_NUMPY:
+        return StoredArray(source, start + header, getattr(torch, OF_NUMPY[dtype.str]), shape)
     numbers = np.frombuffer(bytearray(file.read(count * dtype.itemsize)), dtype)
     return numbers.reshape(shape, order="F" if fortran else "C")
 
 
 def tensor_of(source: Source, array: np.ndarray[Any, Any] | StoredArray) -> Array:
     """Return an array's numbers as a tensor, or in the file; InputError where it holds none."""
-    if isinstance(array, StoredArray):
-        return array
-    return _tensor(source, array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))
-
-
-def _tensor(source: Source, array: np.ndarray[Any, Any]) -> Tensor:
     import torch
 
+    if isinstance(array, StoredArray):
+        return array
     if array.dtype.kind not in "biufc":
         raise source.error(f"expected numbers, got an array of {array.dtype}")
     try:
-        return torch.from_numpy(array)
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), copy=False))
     except TypeError:
         raise source.error(f"torch has no {array.dtype}; save it in another dtype") from None

@@ -7,7 +7,6 @@ JSON; scipy passes over both. Nothing is deflated: weights hardly shrink, and it
 from __future__ import annotations
 
 import io
-import itertools
 import struct
 import zipfile
 import zlib
@@ -21,21 +20,15 @@ from convtool.errors import OutputError, UsageError
 from convtool.formats import npy
 from convtool.formats.atomic import FilePlan
 from convtool.formats.matrices import ARRAYS, RECORD_NAME, Contents, Found, Layout
-from convtool.formats.pieces import Chunk, Piece
-from convtool.formats.source import Source
-from convtool.formats.stored_array import Array, StoredArray
-from convtool.formats.stored_zip import archive_size, write_archive
+from convtool.formats.pieces import Piece
+from convtool.formats.source import Array, Source, StoredArray
+from convtool.formats.stored_zip import plan_archive
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
 COO_INDICES: str | None = None
 
-# The arrays of scipy's formats that are read and never written.
-_CONVERTED = {
-    "csc": ("data", "indices", "indptr"),
-    "bsr": ("data", "indices", "indptr"),
-    "dia": ("data", "offsets"),
-}
+_CONVERTED = ("csc", "bsr", "dia")  # scipy's formats that are read and never written
 MOST_ROWS = 1 << 24  # of one of these, however small its file
 
 
@@ -58,19 +51,9 @@ def plan_matrix(contents: Contents) -> FilePlan:
         small[RECORD_NAME] = contents.record.encode("ascii")
     heads = {f"{name}.npy": _saved(value) for name, value in small.items()}
     members = [Piece.of(name, data) for name, data in heads.items()]
-    for array in contents.arrays:
-        heads[f"{array.name}.npy"] = npy.header(array)
-        members.append(_member(array, heads[f"{array.name}.npy"]))
-    return FilePlan(
-        archive_size(members), lambda file: write_archive(file, members), lambda path: _check(path, members, heads)
-    )
-
-
-def _member(array: Piece, head: bytes) -> Piece:
-    """Return an array as a member of the archive: an .npy file."""
-    chunks = lambda: itertools.chain((Chunk(head),), array.chunks())  # noqa: E731
-    size = len(head) + array.nbytes
-    return Piece(f"{array.name}.npy", "uint8", (size,), size, chunks)
+    members += map(npy.file_of, contents.arrays)
+    heads |= {f"{array.name}.npy": npy.header(array) for array in contents.arrays}
+    return plan_archive(members, lambda path: _check(path, members, heads))
 
 
 def _saved(value: Any) -> bytes:
@@ -81,17 +64,14 @@ def _saved(value: Any) -> bytes:
 
 def _check(path: Path, members: Sequence[Piece], heads: Mapping[str, bytes]) -> None:
     """Open what was written with zipfile; OutputError where it is not what was to be written."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            sizes = {info.filename: info.file_size for info in archive.infolist()}
-            if sizes != {member.name: member.nbytes for member in members}:
-                raise OutputError("the file read back holds other arrays than were written")
-            for name, head in heads.items():
-                with archive.open(name) as back:
-                    if back.read(len(head)) != head:
-                        raise OutputError(f"{name} read back differs from what was written")
-    except zipfile.BadZipFile as error:
-        raise OutputError(f"the file read back is damaged ({error})") from None
+    with zipfile.ZipFile(path) as archive:
+        sizes = {info.filename: info.file_size for info in archive.infolist()}
+        if sizes != {member.name: member.nbytes for member in members}:
+            raise OutputError("the file read back holds other arrays than were written")
+        for name, head in heads.items():
+            with archive.open(name) as back:
+                if back.read(len(head)) != head:
+                    raise OutputError(f"{name} read back differs from what was written")
 
 
 def read_matrix(source: Source) -> Found:
@@ -139,8 +119,8 @@ def _as_csr(source: Source, form: str, arrays: Mapping[str, Array]) -> dict[str,
         shape = tuple(arrays["shape"][:].tolist())
         if max(shape) > max(source.size, MOST_ROWS):  # what there is one number of for each row isn't in the file
             raise source.error(f"holds a matrix of {max(shape)} rows or columns, of which most are empty")
-        parts = tuple(arrays[name][:].numpy() for name in _CONVERTED[form])
-        found = getattr(scipy.sparse, f"{form}_array")(parts[0] if len(parts) == 1 else parts, shape=shape)
+        with source.opened() as file:
+            found = scipy.sparse.load_npz(file)
         if form != "dia":
             found.check_format(full_check=True)
         made = found.tocsr()

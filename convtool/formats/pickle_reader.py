@@ -11,23 +11,20 @@ from __future__ import annotations
 import io
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO
 
 from convtool.errors import InputError
 from convtool.formats.dtypes import ITEMSIZE, REPEATED, ROOM, STORAGES
-from convtool.formats.numpy_arrays import read_array
 from convtool.formats.pickle_values import (
     ARRAY,
+    ENCODE,
     INSIDE,
-    NEWOBJ,
-    NEWOBJ_EX,
-    OBJ,
+    ORDERED,
     PARAMETERS,
     PLAIN_CLASSES,
     QUANTIZED,
-    REDUCE,
     TENSORS,
     UNUSABLE,
     Call,
@@ -39,6 +36,7 @@ from convtool.formats.pickle_values import (
     TensorRef,
     make_tensor,
     plain_tensor,
+    read_array,
     storage_ref,
 )
 
@@ -74,8 +72,6 @@ _NAMES = {
     ),
 }
 _KNOWN = {Global(module, name) for module, names in _NAMES.items() for name in names.split()}
-_ORDERED = Global("collections", "OrderedDict")
-_ENCODE = Global("_codecs", "encode")
 MOST_IN_KEY = 1000  # values in a key, counted each time that they are met
 PAIR, PARSED = 50, 8  # bytes of an entry of a dict, about; and that could be copied while one of a pickle is read
 
@@ -193,8 +189,8 @@ class _Machine(pickle._Unpickler):
             target = target.items
         if not isinstance(target, dict) or len(items) % 2:
             raise PickleError("its pickle puts items into something that isn't a dict")
+        check_keys(items[::2])
         for key, value in zip(items[::2], items[1::2], strict=True):
-            check_key(key)
             if key in target:
                 named = f"the key {key!r:.100}" if isinstance(key, str | int) else "a key"
                 raise InputError(f"{self.where}: is damaged: a dict in its pickle has {named} twice")
@@ -209,14 +205,12 @@ class _Machine(pickle._Unpickler):
         items, target = self.pop_mark(), self.stack[-1]
         if not isinstance(target, set):
             raise PickleError("its pickle adds to something that isn't a set")
-        for item in items:
-            check_key(item)
+        check_keys(items)
         target.update(items)
 
     def frozen_set(self) -> None:
         items = self.pop_mark()
-        for item in items:
-            check_key(item)
+        check_keys(items)
         self.stack.append(frozenset(items))
 
     def find_class(self, module: str, name: str) -> Global:
@@ -231,16 +225,17 @@ class _Machine(pickle._Unpickler):
         function = self.stack.pop()
         if not isinstance(function, Global | Call) or not isinstance(arguments[0], tuple):
             raise PickleError("its pickle calls something that isn't a function")
-        self.stack.append(self.made(function, arguments[0]) if opcode == REDUCE else _new(function, opcode, arguments))
+        reduced = opcode == pickle.REDUCE
+        self.stack.append(self.made(function, arguments[0]) if reduced else _new(function, opcode, arguments))
 
     def _instantiate(self, function: Any, arguments: list[Any]) -> None:
         if not isinstance(function, Global):
             raise PickleError("its pickle makes an object of something that isn't a class")
-        self.stack.append(Call(function, tuple(arguments), OBJ))
+        self.stack.append(Call(function, tuple(arguments), pickle.OBJ))
 
     def made(self, function: Global | Call, arguments: tuple[Any, ...]) -> Any:
         """Return what a function would give: a value where that is one of a state dict's, else the call."""
-        if function == _ORDERED:
+        if function == ORDERED:
             return self.ordered(arguments)
         call = Call(function, arguments)
         if (data := _bytes_of(call)) is not None:
@@ -301,8 +296,7 @@ class _Machine(pickle._Unpickler):
         if not isinstance(pairs, list) or any(not isinstance(pair, list | tuple) or len(pair) != 2 for pair in pairs):
             raise PickleError("its pickle makes an OrderedDict of something that isn't a list of pairs")
         self.copies(PAIR * len(pairs))
-        for key, _ in pairs:
-            check_key(key)
+        check_keys(key for key, _ in pairs)
         made = OrderedItems(dict(pairs))
         if len(made) != len(pairs):
             raise InputError(f"{self.where}: is damaged: an OrderedDict in its pickle has a key twice")
@@ -322,7 +316,7 @@ class _Machine(pickle._Unpickler):
 def _bytes_of(call: Call) -> bytes | bytearray | None:
     """Return the bytes that a call makes, as the older protocols of pickle have them; None of any other call."""
     arguments, name = call.arguments, call.calls("builtins", "__builtin__")
-    if call.function == _ENCODE and len(arguments) == 2 and arguments[1] == "latin1" and isinstance(arguments[0], str):
+    if call.function == ENCODE and len(arguments) == 2 and arguments[1] == "latin1" and isinstance(arguments[0], str):
         return arguments[0].encode("latin-1")
     if name == "bytearray" and len(arguments) == 1 and isinstance(arguments[0], bytes):
         return bytearray(arguments[0])
@@ -331,21 +325,22 @@ def _bytes_of(call: Call) -> bytes | bytearray | None:
 
 def _new(function: Global | Call, opcode: bytes, arguments: tuple[Any, ...]) -> Any:
     """Return an object that its class makes by `__new__`."""
-    if function == _ORDERED and arguments == ((),):
+    if function == ORDERED and arguments == ((),):
         return OrderedItems()
-    return Call(function, arguments[0] if opcode == NEWOBJ else arguments, opcode)
+    return Call(function, arguments[0] if opcode == pickle.NEWOBJ else arguments, opcode)
 
 
-def check_key(key: Any) -> None:
+def check_keys(keys: Iterable[Any]) -> None:
     """Raise PickleError for a key of more values than anybody means; 60 tuples in tuples can be hashed 2**60 times."""
-    left, ahead = MOST_IN_KEY, [key]
-    while ahead:
-        value = ahead.pop()
-        left -= 1
-        if left < 0:
-            raise PickleError(f"its pickle has a key of more than {MOST_IN_KEY} values")
-        if isinstance(value, tuple | frozenset):
-            ahead += value if len(value) <= left else [None] * (left + 1)
+    for key in keys:
+        left, ahead = MOST_IN_KEY, [key]
+        while ahead:
+            value = ahead.pop()
+            left -= 1
+            if left < 0:
+                raise PickleError(f"its pickle has a key of more than {MOST_IN_KEY} values")
+            if isinstance(value, tuple | frozenset):
+                ahead += value if len(value) <= left else [None] * (left + 1)
 
 
 # The opcodes of the standard library's that build numbers, texts and rows, and look nothing up but by `_Machine`.
@@ -372,9 +367,9 @@ _OWN: dict[bytes, Callable[[Any], None]] = {
     pickle.DICT: _Machine.dict_of,
     pickle.ADDITEMS: _Machine.add_items,
     pickle.FROZENSET: _Machine.frozen_set,
-    pickle.REDUCE: lambda machine: machine.call(REDUCE),
-    pickle.NEWOBJ: lambda machine: machine.call(NEWOBJ),
-    pickle.NEWOBJ_EX: lambda machine: machine.call(NEWOBJ_EX, 2),
+    pickle.REDUCE: lambda machine: machine.call(pickle.REDUCE),
+    pickle.NEWOBJ: lambda machine: machine.call(pickle.NEWOBJ),
+    pickle.NEWOBJ_EX: lambda machine: machine.call(pickle.NEWOBJ_EX, 2),
     pickle.BUILD: _Machine.build,
 }
 _Machine.dispatch = {

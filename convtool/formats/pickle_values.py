@@ -6,15 +6,14 @@
 from __future__ import annotations
 
 import math
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from convtool.formats.dtypes import ITEMSIZE, LARGEST, MOST_AXES, STORAGES
+from convtool.formats.dtypes import ITEMSIZE, MOST_AXES, OF_NUMPY, STORAGE_CLASSES, STORAGES, is_size
 
 QUANTIZED = {"QInt8Storage": "int8", "QUInt8Storage": "uint8", "QInt32Storage": "int32"}  # classes, by what they hold
-REDUCE, NEWOBJ, NEWOBJ_EX, OBJ = b"R", b"\x81", b"\x92", b"o"  # the opcodes that make an object
-
 
 ARRAY = "\0array "  # how the keys of storages begin that are arrays of numpy
 INSIDE = "\0inside "  # and of those whose bytes stand in the pickle
@@ -33,6 +32,10 @@ class Global:
 
     def __str__(self) -> str:
         return f"{self.module}.{self.name}"
+
+
+ORDERED = Global("collections", "OrderedDict")
+ENCODE = Global("_codecs", "encode")  # what makes bytes of a text, in the older protocols
 
 
 class Unusable(str):
@@ -65,7 +68,7 @@ class Call:
 
     function: Any
     arguments: tuple[Any, ...]
-    opcode: bytes = REDUCE
+    opcode: bytes = pickle.REDUCE
     appended: list[Any] = field(default_factory=list)
     items: dict[Any, Any] = field(default_factory=dict)
     state: Any = None
@@ -106,6 +109,13 @@ class StorageRef:
     location: str
     count: int
     start: int = 0
+
+    @classmethod
+    def of(cls, key: str, dtype: str, nbytes: int, location: str = "cpu") -> StorageRef:
+        """Return a storage of so many bytes; one without a dtype where torch has no class for it."""
+        name = STORAGE_CLASSES.get(dtype, "")
+        stored = dtype if name else "uint8"
+        return cls(key, stored, name, location, nbytes // ITEMSIZE[stored])
 
     @property
     def typed(self) -> bool:
@@ -265,11 +275,6 @@ def describe(value: Any) -> str:
     return "None" if value is None else f"a value of type {'str' if isinstance(value, str) else type(value).__name__}"
 
 
-def is_size(value: object) -> bool:
-    """Tell whether a value can be a number of elements."""
-    return type(value) is int and 0 <= value <= LARGEST
-
-
 def make_tensor(function: str, arguments: tuple[Any, ...]) -> TensorRef:
     """Return the tensor that torch._utils' function of that name makes of these arguments."""
     storage, offset, shape, stride, *rest = arguments
@@ -309,3 +314,54 @@ def numbers_of(value: Any) -> tuple[Any, ...]:
     if len(value) > MOST_AXES:
         raise PickleError(f"its pickle holds a tensor of {len(value)} axes")
     return tuple(value)
+
+
+# Arrays of numpy
+
+_NUMBERS = {code[1:]: name for code, name in OF_NUMPY.items()}
+
+
+def read_array(call: Call, key: str) -> tuple[TensorRef, bytes] | None:
+    """Return the numbers of an array and their bytes; None of whatever isn't one of little-endian numbers.
+
+    Args:
+        key: what its storage is to be called.
+    """
+    parts = _parts(call)
+    if parts is None:
+        return None
+    data, dtype_of, shape_of, by_columns = parts
+    dtype = _dtype(dtype_of)
+    if isinstance(data, OldText):
+        data = data.encode("latin-1")
+    if dtype is None or not isinstance(data, bytes | bytearray) or not isinstance(shape_of, tuple | list | Call):
+        return None
+    shape = numbers_of(shape_of)
+    if not all(map(is_size, shape)) or math.prod(shape) * ITEMSIZE[dtype] != len(data):
+        return None
+    tensor = TensorRef.of(StorageRef.of(key, dtype, len(data)), dtype, shape)
+    if by_columns:
+        tensor.stride = tuple(math.prod(shape[:axis]) for axis in range(len(shape)))
+    return tensor, bytes(data)
+
+
+def _parts(call: Call) -> tuple[Any, Any, Any, bool] | None:
+    """Return data, dtype, shape and whether columns come first, as one of numpy's two ways to pickle has them."""
+    if call.calls("numpy.core.multiarray", "numpy._core.multiarray") == "_reconstruct":
+        cls = call.arguments[0] if call.arguments else None
+        if cls == Global("numpy", "ndarray") and isinstance(call.state, tuple) and len(call.state) == 5:
+            _, shape, dtype, by_columns, data = call.state
+            return data, dtype, shape, bool(by_columns)
+    elif call.calls("numpy.core.numeric", "numpy._core.numeric") == "_frombuffer" and len(call.arguments) == 4:
+        data, dtype, shape, order = call.arguments
+        return data, dtype, shape, order == "F"
+    return None
+
+
+def _dtype(value: Any) -> str | None:
+    """Return torch's name of a dtype of numpy; None for one that isn't plain little-endian numbers."""
+    if not (isinstance(value, Call) and value.calls("numpy") == "dtype" and value.arguments):
+        return None
+    order = value.state[1] if isinstance(value.state, tuple) and len(value.state) > 1 else "|"
+    code = value.arguments[0]
+    return _NUMBERS.get(code) if isinstance(code, str) and order in ("<", "|", "=") else None

@@ -11,10 +11,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from convtool.errors import InputError
-from convtool.formats.pickle_values import NEWOBJ_EX, OBJ, Call, Global, OldText, OrderedItems, StorageRef, TensorRef
+from convtool.formats.pickle_values import ENCODE, ORDERED, Call, Global, OldText, OrderedItems, StorageRef, TensorRef
 
-_ORDERED = Global("collections", "OrderedDict")
-_ENCODE = Global("_codecs", "encode")
 _PROTOCOL, _NEWER = 2, 4  # of a pickle, and of one that has an opcode which the first hasn't
 
 
@@ -99,17 +97,17 @@ class _Writer(pickle._Pickler):
         self.memoize(value)
 
     def ordered(self, value: OrderedItems) -> None:
-        self.made(value, _ORDERED)
+        self.made(value, ORDERED)
         self.filled(value, value.state)
 
     def call(self, value: Call) -> None:
-        if value.opcode == OBJ:
+        if value.opcode == pickle.OBJ:
             self.write(pickle.MARK)
         self.save(value.function)
-        for part in value.arguments if value.opcode in (OBJ, NEWOBJ_EX) else (value.arguments,):
+        for part in value.arguments if value.opcode in (pickle.OBJ, pickle.NEWOBJ_EX) else (value.arguments,):
             self.save(part)
-        if value.opcode == NEWOBJ_EX:
-            self.newest(NEWOBJ_EX)
+        if value.opcode == pickle.NEWOBJ_EX:
+            self.newest(pickle.NEWOBJ_EX)
         else:
             self.write(value.opcode)
         if self.known(value):
@@ -161,7 +159,7 @@ class _Writer(pickle._Pickler):
         self.unnamed(value.offset, value.shape, value.stride)
         self.save(value.requires_grad)
         if hooks is None or (isinstance(hooks, OrderedItems) and not hooks and hooks.state is None):
-            self.save(_ORDERED)
+            self.save(ORDERED)
             self.write(pickle.EMPTY_TUPLE + pickle.REDUCE)
         else:
             self.save(hooks)
@@ -176,7 +174,7 @@ class _Writer(pickle._Pickler):
 _PLAIN = (type(None), bool, int, float, str, tuple, list, dict)
 _OWN: dict[type, Any] = {
     OldText: _Writer.old_text,
-    bytes: lambda writer, value: writer.made(value, _ENCODE, value.decode("latin-1"), "latin1"),
+    bytes: lambda writer, value: writer.made(value, ENCODE, value.decode("latin-1"), "latin1"),
     bytearray: lambda writer, value: writer.made(value, Global("builtins", "bytearray"), bytes(value)),
     set: lambda writer, value: writer.made(value, Global("builtins", "set"), list(value)),
     frozenset: lambda writer, value: writer.made(value, Global("builtins", "frozenset"), list(value)),

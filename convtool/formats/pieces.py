@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
-import math
-import zlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
-from convtool.formats.source import CHUNK
+from convtool.errors import OutputError
+from convtool.formats.source import CHUNK, Chunk
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from convtool.formats.atomic import Written
-
-
-class Chunk:
-    """Bytes, and their CRC-32 for the formats that want it, computed once however often they are written."""
-
-    def __init__(self, data: bytes | memoryview) -> None:
-        self.data = memoryview(data)
-
-    @cached_property
-    def crc(self) -> int:
-        return zlib.crc32(self.data)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -93,9 +79,10 @@ class Piece:
         for chunk in self.counted():
             file.write(chunk.data)
 
-    def is_in(self, data: memoryview) -> bool:
-        """Tell whether these bytes, read back from a file, are the ones that it was to hold."""
-        return same_bytes((chunk.data for chunk in self.chunks()), [data])
+    def check(self, back: Iterable[memoryview]) -> None:
+        """Compare it with its bytes as they are read back from a file; OutputError where they differ."""
+        if not same_bytes((chunk.data for chunk in self.chunks()), back):
+            raise OutputError(f"{self.name} read back differs from what was written")
 
 
 def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
@@ -113,19 +100,14 @@ def tensor_chunks(tensor: Tensor) -> Iterator[memoryview]:
 
 
 def _blocks(tensor: Tensor) -> Iterator[Tensor]:
-    """Cut a tensor into parts that follow one another row-major, each of about `CHUNK` bytes and put in order at once.
-
-    The first axes are gone through index by index, as far as what lies behind them is still more than a chunk; of the
-    next one as many indices are taken together as make a chunk.
-    """
-    sizes = [math.prod(tensor.shape[axis + 1 :]) * tensor.itemsize for axis in range(tensor.dim())]
-    axis = next((axis for axis, size in enumerate(sizes) if size <= CHUNK), None)
-    if axis is None or not tensor.numel():
+    """Cut a tensor into parts that follow one another row-major, of about `CHUNK` bytes, put in order at once."""
+    if tensor.nbytes <= CHUNK or not tensor.dim():
         yield tensor
-        return
-    step = max(1, CHUNK // sizes[axis])
-    for place in itertools.product(*map(range, tensor.shape[:axis])):
-        yield from tensor[place].split(step)
+    elif tensor[0].nbytes <= CHUNK:
+        yield from tensor.split(CHUNK // tensor[0].nbytes)
+    else:
+        for part in tensor:
+            yield from _blocks(part)
 
 
 def same_bytes(one: Iterable[memoryview], other: Iterable[memoryview]) -> bool:

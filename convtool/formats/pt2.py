@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import UnionType
 from typing import Any
 
-from convtool.errors import InputError, UsageError
-from convtool.formats.dtypes import EXPORTED, ITEMSIZE, MOST_AXES
-from convtool.formats.pickle_values import SPARSE, StorageRef, TensorRef, Unusable, is_size
+from convtool.errors import UsageError
+from convtool.formats.dtypes import EXPORTED, ITEMSIZE, MOST_AXES, is_size
+from convtool.formats.pickle_values import SPARSE, StorageRef, TensorRef, Unusable
 from convtool.formats.program import Inside, Node, Program, Value, values_in
-from convtool.formats.source import Source
+from convtool.formats.source import Part, Source
 from convtool.formats.state_dicts import StateDict
-from convtool.formats.storages import Placed
 from convtool.formats.stored_tensors import StoredTensors, check_tensors
 from convtool.formats.strict_json import parse_json
 from convtool.formats.tensor_file import TensorFile
@@ -30,7 +29,7 @@ _SMALL = {"as_int": int, "as_float": int | float | str, "as_bool": bool, "as_str
 _MODELS, _WEIGHTS = "models/", "data/weights/"
 
 
-def recognises(members: Mapping[str, Placed]) -> bool:
+def recognises(members: Mapping[str, Part]) -> bool:
     """Tell whether an archive of these members is one."""
     return any(
         name.endswith(("/archive_format", "serialized_exported_program.json")) or name == "archive_format"
@@ -38,7 +37,7 @@ def recognises(members: Mapping[str, Placed]) -> bool:
     )
 
 
-def open_members(source: Source, members: Mapping[str, Placed], root: str | None) -> TensorFile:
+def open_members(source: Source, members: Mapping[str, Part], root: str | None) -> TensorFile:
     """Open the archive of these members.
 
     Args:
@@ -65,14 +64,13 @@ def open_members(source: Source, members: Mapping[str, Placed], root: str | None
     config = reader.document(f"{_WEIGHTS}{model}_weights_config.json")
     try:
         reader.check_version(document)
-        tensors, unusable = reader.tensors(config)
+        entries = reader.entries(config)
         program = reader.program(document)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError) as error:
         raise source.damaged(f"its JSON isn't as torch writes it ({type(error).__name__}: {error!s:.100})") from None
     storages = {name.removeprefix(_WEIGHTS): own[name] for name in own if name.startswith(_WEIGHTS)}
-    check_tensors(source, tensors.values())
+    check_tensors(source, (one for one in entries.values() if isinstance(one, TensorRef)))
     beside = {f"{_MODELS}{model}.json": "the exported program", **_others(own, model)}
-    entries: dict[str, Any] = {**tensors, **unusable}
     file = StoredTensors(source, storages, StateDict((), entries, entries, beside=beside), NAME)
     file.program = program
     return file
@@ -82,15 +80,15 @@ def _is_model(name: str) -> bool:
     return name.startswith(_MODELS) and name.endswith(".json")
 
 
-def _others(own: Mapping[str, Placed], model: str) -> dict[str, str]:
+def _others(own: Mapping[str, Part], model: str) -> dict[str, str]:
     """Return the members that aren't weights, which are left alone, and what they are."""
     ours = (f"{_MODELS}{model}.json", "archive_format", "archive_version", "byteorder", ".data/", "version")
     inside = [name for name in own if not name.startswith((_WEIGHTS, *ours))]
-    return {name: f"{own[name].nbytes} bytes, not opened" for name in inside}
+    return {name: f"{own[name].size} bytes, not opened" for name in inside}
 
 
 class _Reader:
-    def __init__(self, source: Source, members: Mapping[str, Placed]) -> None:
+    def __init__(self, source: Source, members: Mapping[str, Part]) -> None:
         self.source = source
         self.members = members
 
@@ -113,32 +111,31 @@ class _Reader:
 
     # --- tensors
 
-    def tensors(self, config: Mapping[str, Any]) -> tuple[dict[str, TensorRef], dict[str, Unusable]]:
-        """Return the tensors by name, and those that can't be computed with, with the reason."""
-        found: dict[str, TensorRef] = {}
-        unusable: dict[str, Unusable] = {}
+    def entries(self, config: Mapping[str, Any]) -> dict[str, TensorRef | Unusable]:
+        """Return the tensors by name; of those that can't be computed with, the reason."""
+        found: dict[str, TensorRef | Unusable] = {}
         for name, entry in config["config"].items():
             if entry["use_pickle"] or entry["tensor_meta"] is None:
-                unusable[name] = Unusable("is pickled in the archive, as tensor subclasses are; save the plain tensor")
+                found[name] = Unusable("is pickled in the archive, as tensor subclasses are; save the plain tensor")
             elif entry["tensor_meta"]["layout"] != STRIDED:
-                unusable[name] = Unusable(SPARSE)
+                found[name] = Unusable(SPARSE)
             else:
                 found[name] = self.tensor(name, entry["path_name"], entry["tensor_meta"])
-        return found, unusable
+        return found
 
     def tensor(self, name: str, home: str, meta: Mapping[str, Any]) -> TensorRef:
         dtype = EXPORTED.get(meta["dtype"])
         if dtype is None:
-            raise InputError(f"{self.source.path}: {name}: has a dtype that is not known ({meta['dtype']!s:.20})")
+            raise self.source.error(f"{name}: has a dtype that is not known ({meta['dtype']!s:.20})")
         shape, stride = _fixed(meta["sizes"]), _fixed(meta["strides"])
         (offset,) = _fixed([meta["storage_offset"]])
         if not all(map(is_size, (*shape, *stride, offset))) or len(shape) != len(stride) or len(shape) > MOST_AXES:
             raise self.source.damaged(f"{name:.100} has an offset, a shape or strides that make no sense")
         placed = self.members.get(f"{_WEIGHTS}{home}")
-        if placed is None or placed.nbytes % ITEMSIZE[dtype]:
+        if placed is None or placed.size % ITEMSIZE[dtype]:
             raise self.source.damaged(f"the bytes of {name:.100} aren't in it")
         # Any name may be a key here, as no tensor of a pickle is in this file.
-        storage = StorageRef(home, "uint8", "", "cpu", placed.nbytes)
+        storage = StorageRef(home, "uint8", "", "cpu", placed.size)
         return TensorRef(storage, dtype, offset, shape, stride)
 
     # --- operations

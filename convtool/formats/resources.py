@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import errno
 import re
+from collections.abc import Iterator
+from pathlib import Path
 
-from convtool.errors import human_bytes
+from convtool.errors import ConvtoolError, human_bytes
 
 try:
     import resource
@@ -48,6 +50,15 @@ def ran_out(error: BaseException, size: int | None = None) -> str | None:
 def reason(error: Exception, size: int | None = None) -> str:
     """Say why the system refused, as `ran_out` does where that tells."""
     return ran_out(error, size) or str(getattr(error, "strerror", None) or error)
+
+
+@contextlib.contextmanager
+def asked(path: Path, how: str, kind: type[ConvtoolError]) -> Iterator[None]:
+    """Ask the system for something; where it refuses, raise an error of that kind: PATH: cannot be HOW: REASON."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError) as error:  # the last two of links in a circle, and of null characters
+        raise kind(f"{path}: cannot be {how}: {reason(error)}") from None
 
 
 def _limit(name: str, form: object) -> str:

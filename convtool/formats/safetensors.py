@@ -12,29 +12,25 @@ dict. `__metadata__` has its `layout`, and its record as `convtool_matrix`.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
-import os
-import struct
 import sys
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 from convtool.errors import InputError, OutputError, RefusedError, UsageError
 from convtool.formats.atomic import FilePlan, Written
-from convtool.formats.dtypes import ITEMSIZE, LARGEST, MOST_AXES, SAFETENSORS, SAFETENSORS_CODES
+from convtool.formats.dtypes import ITEMSIZE, LARGEST, MOST_AXES, SAFETENSORS, SAFETENSORS_CODES, is_size
 from convtool.formats.matrices import ARRAYS, RECORD_NAME, Contents, Found, Layout
-from convtool.formats.pieces import Chunk, Piece
-from convtool.formats.source import Source
-from convtool.formats.stored_array import StoredArray
+from convtool.formats.pieces import Piece, tensor_chunks
+from convtool.formats.source import Chunk, Source, StoredArray
 from convtool.formats.strict_json import is_unicode, parse_json
 from convtool.formats.tensor_file import Place, TensorFile
 
 if TYPE_CHECKING:
-    from torch import Tensor, dtype
+    from torch import Tensor
 
 NAME = "safetensors"
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
@@ -90,37 +86,24 @@ class SafetensorsFile(TensorFile):
         self.metadata = {key: text for key, text in texts.items() if key not in self.aliases}
         self.tensors = spans | {name: spans[kept] for name, kept in self.aliases.items()}
 
-    def record(self) -> tuple[str, Path] | None:
-        return None if self._record is None else (self._record, self.path)
+    def record(self) -> str | None:
+        return self._record
 
     def in_order_of_bytes(self) -> list[str]:
         return sorted(self.tensors, key=lambda name: self.tensors[name][2:])
 
     def tensor(self, name: str) -> Tensor:
-        import torch
-
-        span, dtype = self.tensors[name], self._dtype(name)
-        if not span.nbytes:
-            return torch.empty(span.shape, dtype=dtype)
-        tensor: Tensor = torch.frombuffer(self.data(name), dtype=dtype).reshape(span.shape)
-        return tensor
+        return self.array(name).read()
 
     def array(self, name: str) -> StoredArray:
         """Return a tensor that is read in parts; raises what `tensor` does."""
-        span = self.tensors[name]
-        return StoredArray(self.source, span.start, self._dtype(name), span.shape)
-
-    def _dtype(self, name: str) -> dtype:
         import torch
 
         span = self.tensors[name]
-        found: dtype | None = getattr(torch, span.dtype, None)
+        found = getattr(torch, span.dtype, None)
         if span.dtype not in ITEMSIZE or found is None:
             raise InputError(f"{self.path}: {name}: dtype {span.code} is not supported")
-        return found
-
-    def data(self, name: str) -> memoryview:
-        return self.source.view(*self.tensors[name][2:])
+        return StoredArray(self.source, span.start, found, span.shape)
 
     def piece(self, name: str) -> Piece:
         span = self.tensors[name]
@@ -191,7 +174,7 @@ def _entry(pairs: dict[str, Any]) -> Span | None:
         return None
     if not (isinstance(code, str) and isinstance(shape, list) and len(shape) <= MOST_AXES):
         return None
-    if any(type(n) is not int or not 0 <= n <= LARGEST for n in (*shape, start, stop)):
+    if not all(map(is_size, (*shape, start, stop))):
         return None
     return Span(sys.intern(code), tuple(shape), start, stop)
 
@@ -320,43 +303,32 @@ def _header(spans: Mapping[str, Span], metadata: Mapping[str, str], alignment: i
     return len(text).to_bytes(8, "little") + text
 
 
-@contextlib.contextmanager
-def _named_in_unicode(path: Path) -> Iterator[str]:
-    """Give a file a name that the safetensors package takes: of a folder whose name is any bytes it takes none."""
-    if is_unicode(str(path)):
-        yield str(path)
-        return
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield f"/dev/fd/{descriptor}"
-    finally:
-        os.close(descriptor)
-
-
 def _check(path: Path, stored: Sequence[Piece], metadata: Mapping[str, str]) -> None:
     """Open what was written with the safetensors package.
 
     Raises:
         OutputError: it is not what was to be written.
     """
-    import torch
     from safetensors import SafetensorError, safe_open
 
     codes = {one.name: SAFETENSORS_CODES.get(one.dtype, one.dtype) for one in stored}
     expected = {one.name: (codes[one.name], list(_numbers(codes[one.name], one.shape))) for one in stored}
     try:
-        with _named_in_unicode(path) as name, safe_open(name, framework="pt") as opened:
+        with path.open("rb") as file, safe_open(_unicode_name(path, file), framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
             found = {name: (one.get_dtype(), one.get_shape()) for name, one in slices.items()}
             if found != expected or (opened.metadata() or {}) != metadata:
                 raise OutputError("the file read back holds other tensors than were written")
             for piece in stored:
                 if piece.verified:
-                    back = opened.get_tensor(piece.name).reshape(-1).view(torch.uint8)
-                    if not piece.is_in(back.numpy().data):
-                        raise OutputError(f"{piece.name} read back differs from what was written")
+                    piece.check(tensor_chunks(opened.get_tensor(piece.name)))
     except SafetensorError as error:
-        raise OutputError(f"the file read back is damaged ({error})") from None
+        raise ValueError(error) from None
+
+
+def _unicode_name(path: Path, file: BinaryIO) -> str:
+    """Return a name for an open file that the safetensors package takes: of a folder with any bytes it takes none."""
+    return str(path) if is_unicode(str(path)) else f"/dev/fd/{file.fileno()}"
 
 
 # Matrices
@@ -369,10 +341,11 @@ def refusal(dtype: str, layout: Layout) -> str | None:
 
 def plan_matrix(contents: Contents) -> FilePlan:
     """Plan a matrix file; its arrays stand in order of falling element size, so that each is aligned when mapped."""
+    import torch
+
     arrays = list(contents.arrays)
     if contents.layout != "dense":
-        shape = struct.pack("<2q", *contents.shape)
-        arrays.insert(0, Piece("shape", "int64", (2,), len(shape), lambda: iter((Chunk(shape),))))
+        arrays.insert(0, Piece.of_tensor("shape", torch.tensor(contents.shape)))
     arrays.sort(key=lambda array: -ITEMSIZE[array.dtype])
     metadata = {"format": "pt", "layout": contents.layout}
     record = {} if contents.record is None else {RECORD_NAME: contents.record}

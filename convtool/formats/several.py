@@ -16,9 +16,9 @@ from pathlib import Path
 
 from convtool.errors import OutputError
 from convtool.formats.account import Account, accounting
-from convtool.formats.atomic import FilePlan, Progress, check_target, discard, lock_file, replacing
+from convtool.formats.atomic import FilePlan, Progress, check_space, check_target, discard, lock_file, replacing
 from convtool.formats.indexes import INDEX_SUFFIX, named_beside
-from convtool.formats.resources import reason
+from convtool.formats.resources import asked
 
 ATTEMPTS = 100  # at a folder that others make and remove
 
@@ -80,9 +80,10 @@ class SeveralPlan:
             ranks: the processes that write them together, each every so many-th file and the first the index.
 
         Raises:
-            OutputError: as of `replacing`; another process is writing to the folder, or has done so since they were
-                planned, or one of those that write together is gone.
+            OutputError: as of `replacing`; they don't fit their file system; another process is writing to the folder,
+                or has done so since they were planned, or one of those that write together is gone.
         """
+        check_space(self.index, sum(self.files().values()))
         ranks = Ranks() if ranks is None else ranks
         with accounting() as noted, alone_in(self.index.parent) if ranks.rank == 0 else contextlib.nullcontext():
             noted.began = True
@@ -113,8 +114,7 @@ class SeveralPlan:
             elif ranks.rank == 0 or not arrived:
                 # Who has told the first that its files are there leaves them to it: the index may be there any moment.
                 others = set(paths) - set(mine) if ranks.rank == 0 else ()
-                for path in (*filter(noted.has_written, mine), *others):
-                    discard(path)
+                discard(*filter(noted.has_written, mine), *others)
             raise
         self._finish(noted, old if ranks.rank == 0 else set())
 
@@ -129,13 +129,7 @@ class SeveralPlan:
         noted.finishes(self.index.with_name(name).absolute() for name in self.plans)
         paths = [self.index.with_name(name) for name in sorted(old)]
         noted.unfinished.update(dict.fromkeys(path.absolute() for path in paths))
-        try:
-            for path in paths:
-                discard(path)
-        except BaseException:  # a signal, which comes once
-            for path in paths:
-                discard(path)
-            raise
+        discard(*paths)
 
 
 @contextlib.contextmanager
@@ -150,7 +144,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         OutputError: another process is writing to it, or it cannot be made.
     """
     made, descriptor = False, None
-    try:
+    with asked(folder, "written", OutputError):
         for attempt in itertools.count():
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
@@ -161,8 +155,6 @@ def alone_in(folder: Path) -> Iterator[None]:
             except FileNotFoundError:  # whoever had made it has removed it; or it is a link to nowhere
                 if attempt == ATTEMPTS:
                     raise
-    except OSError as error:
-        raise OutputError(f"{folder}: cannot be written: {reason(error)}") from None
     try:
         yield
     except BaseException:

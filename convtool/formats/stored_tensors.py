@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.formats.dtypes import ITEMSIZE, REPEATED, ROOM
 from convtool.formats.pickle_values import StorageRef, TensorRef, describe
-from convtool.formats.pieces import Chunk, Piece, tensor_chunks
-from convtool.formats.source import Source
+from convtool.formats.pieces import Piece, tensor_chunks
+from convtool.formats.source import Array, Chunk, Part, Source, StoredArray
 from convtool.formats.state_dicts import StateDict
-from convtool.formats.storages import Placed, Storage
-from convtool.formats.stored_array import Array, StoredArray
 from convtool.formats.tensor_file import Place, TensorFile
 
 if TYPE_CHECKING:
@@ -29,7 +27,7 @@ class StoredTensors(TensorFile):
 
     tensors: Mapping[str, TensorRef]
 
-    def __init__(self, source: Source, storages: Mapping[str, Storage], state: StateDict, form: str = "") -> None:
+    def __init__(self, source: Source, storages: Mapping[str, Source], state: StateDict, form: str = "") -> None:
         super().__init__(source)
         self.storages, self.state, self.format = storages, state, form
         self.tensors, self.unusable = state.tensors, state.unusable
@@ -52,7 +50,8 @@ class StoredTensors(TensorFile):
         dtype: torch.dtype = getattr(torch, ref.dtype)
         if not ref.count:
             return torch.empty(ref.shape, dtype=dtype)
-        flat: Tensor = torch.frombuffer(self._view(name, ref.reach), dtype=dtype)
+        place = self.place(name)
+        flat: Tensor = torch.frombuffer(self._verified(ref.storage.key).view(place.start, place.stop), dtype=dtype)
         tensor, metadata = flat.as_strided(ref.shape, ref.stride), ref.metadata or {}
         if metadata.get("conj"):
             tensor = torch.conj(tensor)
@@ -66,16 +65,9 @@ class StoredTensors(TensorFile):
         if not (ref.count and ref.contiguous()) or ref.metadata:
             return self.tensor(name)
         storage = self._verified(ref.storage.key)
-        if not isinstance(storage, Placed):
+        if not isinstance(storage, Part):
             return self.tensor(name)
-        start = storage.start + ref.offset * ITEMSIZE[ref.dtype]
-        return StoredArray(storage.source, start, getattr(torch, ref.dtype), ref.shape)
-
-    def data(self, name: str) -> memoryview:
-        ref = self.tensors[name]
-        if ref.contiguous() and not ref.metadata:
-            return self._view(name, ref.count) if ref.count else memoryview(b"")
-        return memoryview(bytearray().join(tensor_chunks(self.tensor(name))))
+        return StoredArray(storage.whole, storage.start + self.place(name).start, getattr(torch, ref.dtype), ref.shape)
 
     def piece(self, name: str) -> Piece:
         ref = self.tensors[name]
@@ -85,8 +77,8 @@ class StoredTensors(TensorFile):
         def chunks() -> Iterable[memoryview]:
             if not ref.contiguous() or ref.metadata:
                 return tensor_chunks(self.tensor(name))
-            start = ref.offset * ITEMSIZE[ref.dtype]
-            return self._verified(ref.storage.key).chunks(start, start + ref.nbytes)
+            place = self.place(name)
+            return self._verified(ref.storage.key).chunks(place.start, place.stop)
 
         made = lambda: map(Chunk, chunks() if ref.count else ())  # noqa: E731
         return Piece(name, ref.dtype, ref.shape, ref.nbytes, made, memory if ref.count else name)
@@ -105,14 +97,7 @@ class StoredTensors(TensorFile):
         """The first tensor of each storage, by the storage's key."""
         return {ref.storage.key: name for name, ref in reversed(list(self.tensors.items()))}
 
-    def _view(self, name: str, count: int) -> memoryview:
-        """Return so many numbers of a tensor's storage, from the tensor's first on."""
-        ref = self.tensors[name]
-        size = ITEMSIZE[ref.dtype]
-        start = ref.offset * size
-        return self._verified(ref.storage.key).view(start, start + count * size)
-
-    def _verified(self, key: str) -> Storage:
+    def _verified(self, key: str) -> Source:
         """Return a storage, its checksum compared at the first use."""
         storage = self.storages[key]
         if key not in self._verified_keys:
@@ -122,15 +107,15 @@ class StoredTensors(TensorFile):
         return storage
 
 
-def check_storages(source: Source, refs: Iterable[StorageRef], storages: Mapping[str, Storage]) -> None:
+def check_storages(source: Source, refs: Iterable[StorageRef], storages: Mapping[str, Source]) -> None:
     """Raise InputError where a storage, a tensor's or one by itself, is missing or of another length than declared."""
     for ref in refs:
         placed = storages.get(ref.key)
         if placed is None:
             raise source.damaged(f"the storage {ref.key!r} of a tensor is not in the file")
-        if placed.nbytes != ref.nbytes:
+        if placed.size != ref.nbytes:
             raise source.damaged(
-                f"the storage {ref.key!r} has {placed.nbytes} bytes, and is declared to have {ref.nbytes}"
+                f"the storage {ref.key!r} has {placed.size} bytes, and is declared to have {ref.nbytes}"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ class _TwiceError(Exception):
     pass
 
 
-def parse_json(data: bytes, path: Path, what: str, small: Callable[[dict[str, Any]], Any] = lambda pairs: None) -> Any:
+def parse_json(
+    data: bytes | str, path: Path | str, what: str, small: Callable[[dict[str, Any]], Any] = lambda pairs: None
+) -> Any:
     """Return the document that a file, or a part of it, holds.
 
     Args:
@@ -34,7 +37,8 @@ def parse_json(data: bytes, path: Path, what: str, small: Callable[[dict[str, An
         return small(found) or found
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=_no_constant)
+        text = data if isinstance(data, str) else data.decode()
+        return json.loads(text, object_pairs_hook=unique, parse_constant=_no_constant)
     except UnicodeDecodeError:
         raise InputError(f"{path}: is damaged: {what} is not JSON, since it is not UTF-8") from None
     except _TwiceError as error:
@@ -49,8 +53,4 @@ def _no_constant(text: str) -> None:
 
 def is_unicode(text: str) -> bool:
     """Tell whether a text can be written as UTF-8; half a surrogate pair, which JSON can name, can't."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return re.search("[\ud800-\udfff]", text) is None

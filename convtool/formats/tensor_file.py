@@ -7,7 +7,6 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from convtool.formats.account import Seen
 from convtool.formats.atomic import FilePlan
 from convtool.formats.pieces import Piece
 from convtool.formats.program import Program
@@ -57,7 +56,6 @@ class TensorFile(abc.ABC):
         replaced: what a new file of the same format can't hold either, by name, and what it is.
         optimizers: names of entries beside the tensors that hold what optimizers keep of each parameter.
         classes: classes and functions that it names, dotted, and no state dict is made of; nothing is done with them.
-        seen: the files that it is read from, as they were when they were opened.
     """
 
     format: str
@@ -76,7 +74,6 @@ class TensorFile(abc.ABC):
     def __init__(self, source: Source) -> None:
         self.source = source
         self.path: Path = source.path
-        self.seen: Iterable[Seen] = (source.seen,)
 
     @property
     def entries(self) -> Iterable[Any]:
@@ -92,11 +89,11 @@ class TensorFile(abc.ABC):
         """Return the tensors' names in the order of their bytes, where a new file is to keep that."""
         return list(self.tensors)
 
-    def record(self) -> tuple[str, Path] | None:
-        """Return convtool's record as it stands in the file or beside it, and where; None where there is none.
+    def record(self) -> str | None:
+        """Return convtool's record as it stands in the file; None where there is none.
 
         Raises:
-            InputError: there is one, of another file or unreadable.
+            InputError: there is one, and its bytes are damaged.
         """
         return None
 
@@ -107,10 +104,6 @@ class TensorFile(abc.ABC):
         Raises:
             InputError: its bytes are damaged, or of a dtype that torch doesn't have.
         """
-
-    @abc.abstractmethod
-    def data(self, name: str) -> memoryview:
-        """Return a tensor's bytes, row-major; also of dtypes that torch doesn't have."""
 
     @abc.abstractmethod
     def piece(self, name: str) -> Piece:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from convtool.formats.pickle_reader import Pickled, loads
 from convtool.formats.pickle_values import Global, PickleError, StorageRef, storage_ref
-from convtool.formats.source import Source
-from convtool.formats.storages import Held, Placed, Storage
+from convtool.formats.pieces import Piece
+from convtool.formats.source import Held, Part, Source
 from convtool.formats.stored_tensors import check_storages, check_tensors
-from convtool.formats.zip_members import SAVE_AGAIN, ZIP_MAGIC, read_members, what_else
+from convtool.formats.stored_zip import SAVE_AGAIN, ZIP_MAGIC, read_members, what_else
 
 # Members that every writer makes anew.
 _OWN_MEMBERS = {"data.pkl", "version", "byteorder", ".format_version", ".storage_alignment", ".data/serialization_id"}
@@ -30,9 +30,19 @@ class Contents:
     """
 
     value: Any
-    storages: Mapping[str, Storage]
-    extras: Mapping[str, Placed]
+    storages: Mapping[str, Source]
+    extras: Mapping[str, Part]
     foreign: tuple[Global, ...]
+
+    def text(self, name: str) -> str | None:
+        """Return a member of the archive as text; None where there is none."""
+        placed = self.extras.get(name)
+        return None if placed is None else placed.text(name).decode("utf-8", "replace")
+
+
+def text_member(name: str, text: str | None) -> list[Piece]:
+    """Return the member of an archive that holds a text, if there is one."""
+    return [] if text is None else [Piece.of(name, text.encode())]
 
 
 def read_contents(source: Source) -> Contents:
@@ -49,7 +59,7 @@ def read_contents(source: Source) -> Contents:
         raise source.error(f"is damaged, or not a torch file: {error}") from None
 
 
-def read_archive(source: Source, members: Mapping[str, Placed]) -> Contents:
+def read_archive(source: Source, members: Mapping[str, Part]) -> Contents:
     """Return the table of contents of torch's zip archive of these members."""
     roots = [name.removesuffix("data.pkl") for name in members if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(roots) != 1:
@@ -81,10 +91,10 @@ def _contents(
     source: Source,
     read: Pickled,
     refs: Iterable[StorageRef],
-    storages: Mapping[str, Placed],
-    extras: Mapping[str, Placed] | None = None,
+    storages: Mapping[str, Part],
+    extras: Mapping[str, Part] | None = None,
 ) -> Contents:
-    everywhere: dict[str, Storage] = {**storages, **{key: Held(data) for key, data in read.arrays.items()}}
+    everywhere: dict[str, Source] = {**storages, **{key: Held(source, data) for key, data in read.arrays.items()}}
     check_storages(source, refs, everywhere)
     check_tensors(source, read.tensors)
     return Contents(read.value, everywhere, extras or {}, tuple(read.foreign))
@@ -114,13 +124,13 @@ def _read_legacy(source: Source) -> Contents:
             if file.tell() != source.size:
                 raise source.error(f"is a pickle that torch.save didn't write, and more; {SAVE_AGAIN}")
             return _contents(source, first, (), {})  # such as detectron's: arrays in dicts
-        version, machine = _plain(file, where), _plain(file, where)
+        version, machine = (loads(file, where, no_storage).value for _ in range(2))
         if version != LEGACY_PROTOCOL or not isinstance(machine, dict):
             raise source.error("is of a version of torch's older format that isn't known")
         if machine.get("little_endian") is not True:
             raise source.error(f"was written on a big-endian machine; {SAVE_AGAIN} on a little-endian one")
         read = loads(file, where, persistent)
-        keys = _plain(file, where)
+        keys = loads(file, where, no_storage).value
         named = isinstance(keys, list) and all(isinstance(key, str) and key in refs for key in keys)
         if not named or len(set(keys)) != len(keys):
             raise source.damaged("its list of storages isn't that of its tensors")
@@ -129,25 +139,20 @@ def _read_legacy(source: Source) -> Contents:
     return _contents(source, read, refs.values(), storages)
 
 
-def _legacy_storages(source: Source, refs: Iterable[StorageRef], position: int) -> dict[str, Placed]:
+def _legacy_storages(source: Source, refs: Iterable[StorageRef], position: int) -> dict[str, Part]:
     """Return the places of the storages that follow the pickles, each behind the count of its elements."""
-    storages: dict[str, Placed] = {}
+    storages: dict[str, Part] = {}
     for ref in refs:
         count = source.view(position, position + 8) if position + 8 <= source.size else b""
         if int.from_bytes(count, "little") != ref.count or position + 8 + ref.nbytes > source.size:
             raise source.error(
                 f"is truncated or damaged: storage {ref.key} of {ref.nbytes} bytes is not where it should be"
             )
-        storages[ref.key] = Placed(source, position + 8, ref.nbytes)
+        storages[ref.key] = Part(source, position + 8, ref.nbytes)
         position += 8 + ref.nbytes
     if position != source.size:
         raise source.damaged(f"{source.size - position} bytes follow the last storage")
     return storages
-
-
-def _plain(file: BinaryIO, where: str) -> Any:
-    """Read a pickle without storages."""
-    return loads(file, where, no_storage).value
 
 
 def no_storage(_: Any) -> Any:

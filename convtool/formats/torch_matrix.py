@@ -10,16 +10,16 @@ import itertools
 from typing import Any
 
 from convtool.formats.atomic import FilePlan
-from convtool.formats.dtypes import STORAGE_CLASSES
+from convtool.formats.dtypes import STORAGE_CLASSES, is_size
 from convtool.formats.matrices import Contents as MatrixContents
 from convtool.formats.matrices import Found, Layout
-from convtool.formats.pickle_values import Call, Global, PickleError, TensorRef, bare, is_size, numbers_of, plain_tensor
+from convtool.formats.pickle_values import Call, Global, PickleError, TensorRef, bare, numbers_of, plain_tensor
 from convtool.formats.pieces import Piece
 from convtool.formats.source import Source
 from convtool.formats.state_dicts import StateDict
 from convtool.formats.stored_tensors import StoredTensors
-from convtool.formats.torch_contents import Contents, read_contents
-from convtool.formats.torch_zip import MATRIX_RECORD, REBUILD_SPARSE, check_written, member_text, write_value
+from convtool.formats.torch_contents import Contents, read_contents, text_member
+from convtool.formats.torch_zip import MATRIX_RECORD, REBUILD_SPARSE, check_written, plan_value
 
 LAYOUTS: tuple[Layout, ...] = ("csr", "coo", "dense")
 STORES_BIAS = True
@@ -52,9 +52,9 @@ def plan_matrix(contents: MatrixContents) -> FilePlan:
         coalesced = True  # sorted and unique by construction
         weight = _sparse("torch.sparse_coo", indices, arrays["data"], contents.shape, coalesced)
     value = {"weight": weight} | ({"bias": arrays["bias"]} if "bias" in arrays else {})
-    record = [] if contents.record is None else [Piece.of(MATRIX_RECORD, contents.record.encode("ascii"))]
+    record = text_member(MATRIX_RECORD, contents.record)
     reopen = lambda source, back: _open_matrix(source, back)[0]  # noqa: E731
-    return FilePlan(*write_value(value, record), lambda path: check_written(path, arrays, reopen))
+    return plan_value(value, lambda path: check_written(path, arrays, reopen), record)
 
 
 def _sparse(layout: str, *parts: Any) -> Call:
@@ -114,4 +114,4 @@ def read_matrix(source: Source) -> Found:
         if len(pair.shape) != 2 or len(pair) != 2:
             raise source.damaged(f"its sparse tensor has indices of shape {tuple(pair.shape)}")
         arrays["row"], arrays["col"] = pair.unbind()
-    return Found(arrays, member_text(contents, MATRIX_RECORD))
+    return Found(arrays, contents.text(MATRIX_RECORD))

@@ -14,10 +14,8 @@ from typing import Any
 
 from convtool.errors import UsageError
 from convtool.formats.pickle_values import Call, Global, PickleError
-from convtool.formats.pickled_modules import Module, plain_attributes, read_module
-from convtool.formats.source import Source
-from convtool.formats.state_dicts import StateDict
-from convtool.formats.storages import Placed
+from convtool.formats.source import Part, Source
+from convtool.formats.state_dicts import Module, StateDict, plain_attributes, read_module
 from convtool.formats.stored_tensors import StoredTensors
 from convtool.formats.tensor_file import SavedModule, TensorFile
 from convtool.formats.torch_contents import read_archive
@@ -31,12 +29,12 @@ _MANGLED = re.compile(r"\.___torch_mangle_\d+")
 _TORCH = "__torch__."
 
 
-def recognises(members: Mapping[str, Placed]) -> bool:
+def recognises(members: Mapping[str, Part]) -> bool:
     """Tell whether an archive of these members is one."""
     return any(name.rpartition("/")[2] == CONSTANTS for name in members)
 
 
-def open_members(source: Source, members: Mapping[str, Placed], root: str | None) -> TensorFile:
+def open_members(source: Source, members: Mapping[str, Part], root: str | None) -> TensorFile:
     """Open the archive of these members; `root` is '.' or nothing.
 
     Raises:
@@ -77,21 +75,20 @@ def _module(classes: Mapping[str, SavedModule], value: Any) -> Module | None:
     )
 
 
-def _classes(path: str, member: Placed) -> Iterator[tuple[str, SavedModule]]:
+def _classes(path: str, member: Part) -> Iterator[tuple[str, SavedModule]]:
     """Yield the classes of a file of code by their full names, with the names of their tensors and their constants."""
     start = f"/{path}".find("/code/")
     if start < 0 or not path.endswith(".py"):
         return
     module = path[start + len("code/") :].removesuffix(".py").replace("/", ".")
     text = member.text(path).decode("utf-8", "replace")
-    starts = [*_CLASS.finditer(text)]
-    for number, found in enumerate(starts):
-        body = text[found.end() : starts[number + 1].start() if number + 1 < len(starts) else len(text)]
-        names = {key: _literal(f"[{listed}]") or [] for key, listed in _NAMES.findall(body)}
+    _, *parts = _CLASS.split(text)
+    for cls, body in zip(parts[::2], parts[1::2], strict=True):
+        about: dict[str, Any] = {"parameters": [], "buffers": []}
+        about |= {key: _literal(f"[{listed}]") or [] for key, listed in _NAMES.findall(body)}
         finals = {name: value for name, text in _FINAL.findall(body) if (value := _literal(text)) is not None}
-        about = {"parameters": names.get("parameters", []), "buffers": names.get("buffers", [])}
-        own = {name: True for key in about for name in about[key]}
-        yield f"{module}.{found[1]}", SavedModule(found[1], {**own, **finals, **about})
+        own = {name: True for listed in about.values() for name in listed}
+        yield f"{module}.{cls}", SavedModule(cls, {**own, **finals, **about})
 
 
 def _literal(text: str) -> Any:

@@ -13,25 +13,23 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from convtool.errors import ConvtoolError, OutputError, RefusedError
+from convtool.errors import OutputError, RefusedError
 from convtool.formats import pickle_writer, pt2, torch_script
-from convtool.formats.atomic import FilePlan, Written
-from convtool.formats.dtypes import ITEMSIZE, STORAGE_CLASSES
+from convtool.formats.atomic import FilePlan
+from convtool.formats.dtypes import ITEMSIZE
 from convtool.formats.matrices import RECORD_NAME
 from convtool.formats.pickle_values import Call, Global, OrderedItems, StorageRef, TensorRef, bare, describe
 from convtool.formats.pieces import Piece
-from convtool.formats.source import Source
+from convtool.formats.source import File, Part, Source
 from convtool.formats.state_dicts import StateDict, descend, find_state
-from convtool.formats.storages import Placed
 from convtool.formats.stored_tensors import StoredTensors
-from convtool.formats.stored_zip import LONGEST_NAME, archive_size, write_archive
+from convtool.formats.stored_zip import LONGEST_NAME, ZIP_MAGIC, plan_archive, read_members
 from convtool.formats.tensor_file import TensorFile
-from convtool.formats.torch_contents import Contents, read_archive, read_contents
-from convtool.formats.zip_members import ZIP_MAGIC, read_members
+from convtool.formats.torch_contents import Contents, read_archive, read_contents, text_member
 
 NAME = "torch"
 REBUILD_SPARSE = [Global("torch._utils", name) for name in ("_rebuild_sparse_tensor", "_rebuild_sparse_csr_tensor")]
@@ -58,9 +56,8 @@ class TorchFile(StoredTensors):
         beside = contents.value.items() if self.root and isinstance(contents.value, dict) else ()
         self.optimizers = [str(name) for name, value in beside if name != self.root[0] and _is_optimizer(value)]
 
-    def record(self) -> tuple[str, Path] | None:
-        text = member_text(self.contents, RECORD)
-        return None if text is None else (text, self.path)
+    def record(self) -> str | None:
+        return self.contents.text(RECORD)
 
     def rewritten(
         self,
@@ -75,26 +72,26 @@ class TorchFile(StoredTensors):
         Raises:
             RefusedError: a tensor that is to have another dtype shares its storage with one that isn't.
         """
-        described, state = {}, type(self.state.entries)()
-        if isinstance(self.state.entries, OrderedItems):
-            state = OrderedItems(state=self.state.entries.state)
+        described, was = dict[str, Piece](), self.state.entries
+        state: dict[Any, Any] = OrderedItems(state=was.state) if isinstance(was, OrderedItems) else {}
         for name, piece in entries:
             if piece is None and name in self.tensors:
                 piece = self._cast(name, cast)
                 described[name] = piece
                 # An array's numbers stand in the pickle, in no storage that could be cast.
                 array = self.tensors[name].storage.is_array and piece.dtype != self.tensors[name].dtype
-                state[name] = piece if array else self.state.entries[name]
+                state[name] = piece if array else was[name]
             elif piece is not None:
                 state[name] = described[name] = piece
             elif not alone or str(name) in self.unusable:
-                state[name] = self.state.entries[name]
+                state[name] = was[name]
         value, root = (state, ()) if alone else (self.contents.value, self.root)
         instead = {id(self.state.value): state}  # under whatever key it stands
         others = () if alone else self.contents.extras.items()
-        extras = [*(self._extra(name, placed) for name, placed in others if name != RECORD), *_record_member(record)]
-        archive = write_value(value, extras, lambda ref: self._storage(ref, cast), instead)
-        return FilePlan(*archive, lambda path: check_written(path, described, _opener(root), record))
+        extras = [self._extra(name, placed) for name, placed in others if name != RECORD]
+        extras += text_member(RECORD, record)
+        check = lambda path: check_written(path, described, partial(_state_at, root), record)  # noqa: E731
+        return plan_value(value, check, extras, lambda ref: self._storage(ref, cast), instead)
 
     def _cast(self, name: str, cast: Callable[[Piece], Piece]) -> Piece:
         """Return a tensor that stays as it is to be stored."""
@@ -127,20 +124,16 @@ class TorchFile(StoredTensors):
         rows = replace(piece, shape=self._whole.get(key, piece.shape))
         return replace(cast(rows), shape=piece.shape) if self._dtypes.get(key) == {ref.dtype} else piece
 
-    def _extra(self, name: str, placed: Placed) -> Piece:
+    def _extra(self, name: str, placed: Part) -> Piece:
         if len(f"{FOLDER}/{name}".encode()) > LONGEST_NAME:
             raise RefusedError(f"{self.path}: the name of a member, {name[:32]!r}..., is too long to be written")
-        return Piece(name, "uint8", (placed.nbytes,), placed.nbytes, lambda: placed.checked(name))
+        return Piece(name, "uint8", (placed.size,), placed.size, lambda: placed.checked(name))
 
 
-def _opener(root: tuple[str, ...]) -> Callable[[Source, Contents], TorchFile]:
-    """Return what opens a file that was written by the keys that lead to its state dict."""
-
-    def opened(source: Source, contents: Contents) -> TorchFile:
-        entries = descend(contents.value, root)
-        return TorchFile(source, contents, StateDict(root, entries, entries))
-
-    return opened
+def _state_at(root: tuple[str, ...], source: Source, contents: Contents) -> StoredTensors:
+    """Open a file that was written by the keys that lead to its state dict."""
+    entries = descend(contents.value, root)
+    return StoredTensors(source, contents.storages, StateDict(root, entries, entries))
 
 
 def _is_optimizer(value: object) -> bool:
@@ -148,17 +141,6 @@ def _is_optimizer(value: object) -> bool:
     if isinstance(value, list):
         return any(map(_is_optimizer, value))
     return isinstance(value, dict) and {"state", "param_groups"} <= value.keys()
-
-
-class _Archive(Protocol):
-    """What the module of an archive that torch has besides offers; it is read, and not written."""
-
-    def recognises(self, members: Mapping[str, Placed], /) -> bool: ...
-
-    def open_members(self, source: Source, members: Mapping[str, Placed], root: str | None, /) -> TensorFile: ...
-
-
-_ARCHIVES: tuple[_Archive, ...] = (torch_script, pt2)
 
 
 def recognises(start: bytes) -> bool:
@@ -181,9 +163,10 @@ def open_file(source: Source, root: str | None) -> TensorFile:
         contents = read_contents(source)
     else:
         members = read_members(source)
-        for form in _ARCHIVES:
-            if form.recognises(members):
-                return form.open_members(source, members, root)
+        if torch_script.recognises(members):
+            return torch_script.open_members(source, members, root)
+        if pt2.recognises(members):
+            return pt2.open_members(source, members, root)
         contents = read_archive(source, members)
     return TorchFile(source, contents, find_state(source, contents.value, root))
 
@@ -232,20 +215,7 @@ class _Storages:
         self.members.append(replace(piece, name=f"data/{key}"))
         if like is not None:
             return replace(like, key=key, start=0)
-        cls = STORAGE_CLASSES.get(piece.dtype, "")
-        if not cls:
-            return StorageRef(key, "uint8", "", location, piece.nbytes)
-        return StorageRef(key, piece.dtype, cls, location, piece.nbytes // ITEMSIZE[piece.dtype])
-
-
-def _record_member(record: str | None) -> list[Piece]:
-    return [] if record is None else [Piece.of(RECORD, record.encode())]
-
-
-def member_text(contents: Contents, name: str) -> str | None:
-    """Return a member of the archive as text; None where there is none."""
-    placed = contents.extras.get(name)
-    return None if placed is None else placed.text(name).decode("utf-8", "replace")
+        return StorageRef.of(key, piece.dtype, piece.nbytes, location)
 
 
 def plan_state(pieces: Sequence[Piece], metadata: Mapping[str, str], record: str | None) -> FilePlan:
@@ -254,20 +224,22 @@ def plan_state(pieces: Sequence[Piece], metadata: Mapping[str, str], record: str
         if piece.dtype not in ITEMSIZE:
             raise RefusedError(f"{piece.name}: torch has no dtype {piece.dtype}; write a .safetensors file instead")
     state = {piece.name: piece for piece in pieces}
-    archive = write_value(OrderedItems(state), _record_member(record))
-    return FilePlan(*archive, lambda path: check_written(path, state, _opener(()), record))
+    check = lambda path: check_written(path, state, partial(_state_at, ()), record)  # noqa: E731
+    return plan_value(OrderedItems(state), check, text_member(RECORD, record))
 
 
-def write_value(
+def plan_value(
     value: Any,
+    check: Callable[[Path], None],
     extras: Sequence[Piece] = (),
     kept: Callable[[StorageRef], Piece] | None = None,
     instead: Mapping[int, Any] | None = None,
-) -> tuple[int, Callable[[Written], None]]:
-    """Return the size of a torch zip file of a value, and what writes it; no storage is read before it is written.
+) -> FilePlan:
+    """Plan a torch zip file of a value; no storage is read before it is written.
 
     Args:
         value: of `pickle_values`, with pieces for new tensors.
+        check: as of `FilePlan`.
         extras: further members of the archive.
         kept: see `_Storages`.
         instead: see `pickle_writer.dumps`.
@@ -283,7 +255,7 @@ def write_value(
         replace(member, name=f"{FOLDER}/{member.name}")
         for member in (*first, *storages.members, Piece.of("version", b"3\n"), *extras)
     ]
-    return archive_size(members), lambda file: write_archive(file, members)
+    return plan_archive(members, check)
 
 
 def check_written(
@@ -301,22 +273,17 @@ def check_written(
     Raises:
         OutputError: it is not what was to be written.
     """
+    source = File(path)
+    contents = read_contents(source)
+    back = reopen(source, contents)
     expected = {name: (piece.dtype, piece.shape) for name, piece in described.items()}
-    try:
-        source = Source(path)
-        contents = read_contents(source)
-        back = reopen(source, contents)
-        if {name: (ref.dtype, ref.shape) for name, ref in back.tensors.items()} != expected:
-            raise OutputError("the file read back holds other tensors than were written")
-        for piece in described.values():
-            if piece.verified and not piece.is_in(back.data(piece.name)):
-                raise OutputError(f"{piece.name} read back differs from what was written")
-        if member_text(contents, RECORD) != record:
-            raise OutputError("the record read back differs from what was written")
-    except OutputError:
-        raise
-    except ConvtoolError as error:
-        raise OutputError(f"the file read back is damaged ({error})") from None
+    if {name: (ref.dtype, ref.shape) for name, ref in back.tensors.items()} != expected:
+        raise OutputError("the file read back holds other tensors than were written")
+    for name, piece in described.items():
+        if piece.verified:
+            piece.check(chunk.data for chunk in back.piece(name).chunks())
+    if contents.text(RECORD) != record:
+        raise OutputError("the record read back differs from what was written")
 
 
 def is_matrix(source: Source) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -40,15 +40,8 @@ class StateCheckpoint(Checkpoint):
     def stored_tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 
-    def bits(self, name: str) -> Tensor:
-        return tensor_bits(self._tensors[name])
-
     def chunks(self, name: str) -> Iterator[memoryview]:
-        yield memoryview(self.bits(name).numpy().tobytes())
-
-    def memory(self, name: str) -> Hashable:
-        tensor = self._tensors[name]
-        return tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape), tensor.stride()
+        yield memoryview(tensor_bits(self._tensors[name]).numpy().tobytes())
 
     @property
     def record(self) -> Record | None:

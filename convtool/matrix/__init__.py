@@ -7,18 +7,18 @@ streams it, so that the memory it takes doesn't grow with the matrix.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
 import torch
 
+from convtool.core.rounding import dtype_name
 from convtool.core.rows import index_dtype
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import RefusedError, UsageError, human_bytes
 from convtool.formats import MATRICES, matrix_format
-from convtool.formats.atomic import FilePlan, Progress, check_space, check_target
+from convtool.formats.atomic import FilePlan, Progress
 from convtool.formats.matrices import Contents, Layout
 from convtool.matrix.contents import bias_array, matrix_arrays
 
@@ -86,15 +86,10 @@ def plan_matrix(
     start, stop = (0, matrix.shape[0]) if rows is None else rows
     if not 0 <= start < stop <= matrix.shape[0]:
         raise UsageError(f"--rows: expected A:B with 0 <= A < B <= {matrix.shape[0]}, got {start}:{stop}")
-    refusal = FORMATS[path.suffix].refusal(_name(matrix.dtype), chosen)
+    refusal = FORMATS[path.suffix].refusal(dtype_name(matrix.dtype), chosen)
     if refusal is not None:
         raise RefusedError(f"{path}: {refusal}")
     return _plan(matrix, path.suffix, chosen, rows, columns)
-
-
-def planned_size(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, object] | None = None) -> int:
-    """Return the exact size in bytes of the file that `write_matrix` would write with this record."""
-    return matrix_file(matrix, plan, record).size
 
 
 def write_matrix(
@@ -121,41 +116,7 @@ def write_matrix(
     if path.suffix != plan.format:
         raise UsageError(f"{path}: the plan is for a {plan.format} file")
     advice = lambda size, free: _advice(matrix, plan, size, free)  # noqa: E731
-    _write(matrix_file(matrix, plan, record), path, force=force, progress=progress, advice=advice)
-
-
-def contents_size(contents: Contents, path: Path) -> int:
-    """Return the exact size in bytes of the file that `write_contents` would write; makes none of its arrays."""
-    return FORMATS[path.suffix].plan_matrix(contents).size
-
-
-def write_contents(contents: Contents, path: Path, *, force: bool, progress: Progress | None = None) -> None:
-    """Write a file of the format that its suffix says: wholly and checked, or not at all.
-
-    Args:
-        progress: called with the number of bytes written since its last call.
-
-    Raises:
-        OutputError: the file exists (without `force`), wouldn't fit its file system, or could not be written.
-    """
-    _write(FORMATS[path.suffix].plan_matrix(contents), path, force=force, progress=progress)
-
-
-def _write(
-    file: FilePlan,
-    path: Path,
-    *,
-    force: bool,
-    progress: Progress | None,
-    advice: Callable[[int, int], str] = lambda size, free: "",
-) -> None:
-    target = check_target(path, force=force)
-    check_space(path, target.parent, file.size, advice)
-    file.write(path, force=force, progress=progress)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    matrix_file(matrix, plan, record).write(path, force=force, progress=progress, advice=advice)
 
 
 def _plan(
@@ -184,10 +145,10 @@ def matrix_file(matrix: ToeplitzMatrix, plan: MatrixPlan, record: dict[str, obje
     rows = (0, matrix.shape[0]) if plan.rows is None else plan.rows
     part = matrix if plan.columns is None else matrix.columns(*plan.columns, plan.rows)
     arrays = matrix_arrays(part, plan.layout, rows, plan.index_dtype or torch.int64)
-    bias = bias_array(matrix, plan.columns if matrix.transpose else plan.rows) if plan.stores_bias else None
+    if plan.stores_bias:
+        arrays = *arrays, bias_array(matrix, plan.columns if matrix.transpose else plan.rows)
     text = None if record is None else json.dumps(record, separators=(",", ":"))
-    contents = Contents(plan.layout, plan.shape, arrays if bias is None else (*arrays, bias), text)
-    return FORMATS[plan.format].plan_matrix(contents)
+    return FORMATS[plan.format].plan_matrix(Contents(plan.layout, plan.shape, arrays, text))
 
 
 def _advice(matrix: ToeplitzMatrix, plan: MatrixPlan, size: int, free: int) -> str:
@@ -196,7 +157,7 @@ def _advice(matrix: ToeplitzMatrix, plan: MatrixPlan, size: int, free: int) -> s
         _plan(matrix, suffix, layout, plan.rows, plan.columns)
         for suffix, form in FORMATS.items()
         for layout in form.LAYOUTS
-        if form.refusal(_name(matrix.dtype), layout) is None and (form.STORES_BIAS or not plan.stores_bias)
+        if form.refusal(dtype_name(matrix.dtype), layout) is None and (form.STORES_BIAS or not plan.stores_bias)
     ]
     smallest = min(others, key=lambda other: other.size)
     part = "; --rows A:B writes a part of the matrix"

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from convtool.core.flat import tensor_bits
+from convtool.core.rounding import dtype_name
 from convtool.core.rows import RowMatrix
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.formats.matrices import Layout
-from convtool.formats.pieces import Chunk, Piece
+from convtool.formats.pieces import Piece
+from convtool.formats.source import Chunk
 
 CHUNK_BYTES = 1 << 20  # of a chunk that isn't a stretch of the matrix's own
 KEPT_BYTES = 16 << 20  # of chunks kept in case they come again
@@ -42,10 +44,8 @@ def matrix_arrays(
     return indices("indptr", stop - start + 1, _row_starts), indices("indices", entries, _columns), data
 
 
-def bias_array(matrix: ToeplitzMatrix, outputs: tuple[int, int] | None) -> Piece | None:
-    """Return the bias of outputs A:B, or of all; None where there is none or the matrix has it as a column."""
-    if not matrix.has_bias or matrix.affine:
-        return None
+def bias_array(matrix: ToeplitzMatrix, outputs: tuple[int, int] | None) -> Piece:
+    """Return the bias of outputs A:B, or of all."""
     start, stop = outputs or (0, matrix.outputs)
 
     def chunks() -> Iterator[Chunk]:
@@ -56,7 +56,7 @@ def bias_array(matrix: ToeplitzMatrix, outputs: tuple[int, int] | None) -> Piece
 
 
 def _array(name: str, dtype: torch.dtype, shape: tuple[int, ...], chunks: Callable[[], Iterator[Chunk]]) -> Piece:
-    return Piece(name, str(dtype).removeprefix("torch."), shape, math.prod(shape) * dtype.itemsize, chunks)
+    return Piece(name, dtype_name(dtype), shape, math.prod(shape) * dtype.itemsize, chunks)
 
 
 def _chunk(tensor: Tensor) -> Chunk:

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from convtool.core.rounding import with_room_for
+from convtool.core.rounding import dtype_name, with_room_for
 from convtool.core.rows import BLOCK_ENTRIES, CsrBlock, check_scipy, sparse_csr
 from convtool.errors import InputError, UsageError
 from convtool.formats.matrices import ARRAYS, Layout
-from convtool.formats.stored_array import Array, mapped
+from convtool.formats.source import Array, mapped
 
 if TYPE_CHECKING:
     import scipy.sparse
@@ -120,9 +120,8 @@ class MatrixFile:
     digits: int | None = None
 
     def __repr__(self) -> str:
-        rows, columns = self.shape
-        kind = str(self.dtype).removeprefix("torch.")
-        return f"MatrixFile({str(self.path)!r}, {rows} x {columns}, {self.nnz} entries, {kind}, {self.layout})"
+        (rows, columns), dtype = self.shape, dtype_name(self.dtype)
+        return f"MatrixFile({str(self.path)!r}, {rows} x {columns}, {self.nnz} entries, {dtype}, {self.layout})"
 
     @property
     def layout(self) -> Layout:
@@ -160,7 +159,8 @@ class MatrixFile:
 
     def dense_rows(self, start: int, stop: int) -> Tensor:
         """Return rows start:stop as a dense (stop - start, columns) tensor; entries at the same place are summed."""
-        return torch.cat([part.dense_rows(a, b) for part, a, b in self._within(start, stop)])
+        found = [part.dense_rows(a, b) for part, a, b in self._within(start, stop)]
+        return found[0] if len(found) == 1 else torch.cat(found)
 
     def product(self, x: Tensor, *, absolute: bool = False) -> Tensor:
         """Return the matrix times x, (columns, n), in x's dtype and block by block; complex where either is.
@@ -177,14 +177,10 @@ class MatrixFile:
         out = torch.empty(self.shape[0], x.shape[1], dtype=x.dtype)
         for start, stop in self.blocks():
             if self.layout == "dense":
-                ((part, first, last),) = self._within(start, stop)
-                block = part.dense_rows(first, last).to(x.dtype)
-                out[start:stop] = (block.abs() if absolute else block) @ x
-                continue
-            counts, columns, values = self.rows(start, stop)
-            values = values.to(x.dtype)
-            made = CsrBlock(counts, columns, values.abs() if absolute else values)
-            out[start:stop] = made.to_torch(x.shape[0], x.dtype) @ x
+                block = self.dense_rows(start, stop).to(x.dtype)
+            else:
+                block = self.rows(start, stop).to_torch(x.shape[0], x.dtype)
+            out[start:stop] = (block.abs().to(x.dtype) if absolute else block) @ x
         return out
 
     def to_torch(self) -> Tensor:
@@ -234,7 +230,8 @@ class MatrixFile:
                 self.rows(start, stop)
             return self.layout, {name: mapped(array) for name, array in self.parts[0].arrays.items()}
         counts, columns, values = self.rows(0, self.shape[0])
-        starts = _from_counts(counts).to(columns.dtype if len(columns) < 2**31 else torch.int64)
+        starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))  # where each row begins, and where the last one ends
+        starts = starts.to(columns.dtype if len(columns) < 2**31 else torch.int64)
         return "csr", {"indptr": starts, "indices": columns.to(starts.dtype), "data": values}
 
     def _within(self, start: int, stop: int) -> Iterator[tuple[Part, int, int]]:
@@ -259,10 +256,3 @@ def _split(starts: Tensor, first: int, entries: int) -> Iterator[tuple[int, int]
         end = min(max(end, begin + 1), rows)
         yield first + begin, first + end
         begin = end
-
-
-def _from_counts(counts: Tensor) -> Tensor:
-    """Return where each row's entries begin, and where the last row's end."""
-    starts = torch.zeros(len(counts) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=starts[1:])
-    return starts

@@ -15,9 +15,8 @@ from convtool.errors import ConvtoolError, InputError, UsageError
 from convtool.formats import CHECKPOINTS, checkpoint_format
 from convtool.formats.indexes import INDEX_SUFFIX, is_matrix_index, read_matrix_index
 from convtool.formats.matrices import ARRAYS, Found
-from convtool.formats.resources import reason
-from convtool.formats.source import Source
-from convtool.formats.stored_array import Array
+from convtool.formats.resources import asked
+from convtool.formats.source import Array, File
 from convtool.matrix import FORMATS
 from convtool.matrix.file import MatrixFile, Part
 
@@ -62,7 +61,7 @@ def is_matrix_file(path: str | Path) -> bool:
             return is_matrix_index(path)
         if path.suffix not in FORMATS or path.suffix not in CHECKPOINTS:
             return path.suffix in FORMATS
-        return checkpoint_format(path.suffix).is_matrix(Source(path))
+        return checkpoint_format(path.suffix).is_matrix(File(path))
     except (ConvtoolError, ValueError):  # ValueError: a name that no file can have
         return False
 
@@ -94,12 +93,10 @@ def _is_index(path: Path) -> bool:
 def _open_file(path: Path) -> MatrixFile:
     if path.suffix not in FORMATS:
         raise UsageError(f"{path}: expected a matrix file, a name that ends in {', '.join(FORMATS)}")
-    try:
+    with asked(path, "read", InputError):
         if not path.is_file():
             raise InputError(f"{path}: {'is a folder' if path.is_dir() else 'no such file'}")
-        return _checked(path, FORMATS[path.suffix].read_matrix(Source(path)))
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {reason(error)}") from None
+    return _checked(path, FORMATS[path.suffix].read_matrix(File(path)))
 
 
 def _open_index(path: Path) -> MatrixFile:

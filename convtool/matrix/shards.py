@@ -7,17 +7,15 @@ being when all of them are there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from convtool.core.toeplitz import ToeplitzMatrix
 from convtool.errors import UsageError
-from convtool.formats.atomic import check_space, check_target
+from convtool.formats.atomic import check_target
 from convtool.formats.indexes import INDEX_SUFFIX, MatrixIndex, Shard, matrix_index_text
 from convtool.formats.matrices import Layout
-from convtool.formats.several import Ranks, SeveralPlan, free_names
-from convtool.matrix import MatrixPlan, matrix_file, plan_matrix
+from convtool.formats.several import SeveralPlan, free_names
+from convtool.matrix import matrix_file, plan_matrix
 
 SUFFIX = ".safetensors"
 MOST_SHARDS = 99999  # as many as their names have room for
@@ -47,26 +45,6 @@ def check_shards(path: Path, count: int, *, force: bool) -> None:
     check_target(index_path(path), force=force)
 
 
-@dataclass(frozen=True, slots=True)
-class ShardsPlan:
-    """What a matrix in shards will be made of.
-
-    Attributes:
-        path: OUT.safetensors, which the files are named after.
-        shards: what each holds, by its name.
-        several: the files.
-    """
-
-    path: Path
-    shards: Mapping[str, MatrixPlan]
-    several: SeveralPlan
-
-    @property
-    def files(self) -> dict[Path, int]:
-        """Size in bytes, exactly, of the index and of each shard."""
-        return self.several.files()
-
-
 def plan_shards(
     matrix: ToeplitzMatrix,
     path: Path,
@@ -74,10 +52,11 @@ def plan_shards(
     *,
     layout: Layout | None = None,
     record: dict[str, object] | None = None,
-) -> ShardsPlan:
-    """Say what writing `count` shards and their index will give; nothing is made or written.
+) -> SeveralPlan:
+    """Plan `count` shards and their index; nothing is made or written.
 
     Args:
+        path: OUT.safetensors, which the files are named after.
         record: as of `write_matrix`; each shard's has its own `rows`.
 
     Raises:
@@ -86,29 +65,15 @@ def plan_shards(
     rows, index = matrix.shape[0], index_path(path)
     if count > rows:
         raise UsageError(f"--shards: expected at most {rows}, the number of rows, got {count}")
-    names = free_names(index, SUFFIX, count)
-    spans = {name: shard_rows(rows, number, count) for number, name in enumerate(names)}
-    shards = {name: plan_matrix(matrix, path, layout=layout, rows=span) for name, span in spans.items()}
-    records = {name: None if record is None else record | {"rows": list(span)} for name, span in spans.items()}
-    plans = {name: matrix_file(matrix, plan, records[name]) for name, plan in shards.items()}
-    contents = MatrixIndex(matrix.shape, tuple(Shard(name, *span) for name, span in spans.items()), record)
+    shards = [Shard(name, *shard_rows(rows, n, count)) for n, name in enumerate(free_names(index, SUFFIX, count))]
+    plans = {
+        name: matrix_file(
+            matrix,
+            plan_matrix(matrix, path, layout=layout, rows=(start, stop)),
+            None if record is None else record | {"rows": [start, stop]},
+        )
+        for name, start, stop in shards
+    }
+    contents = MatrixIndex(matrix.shape, tuple(shards), record)
     text = matrix_index_text(contents, matrix.nnz, [plan.size for plan in plans.values()])
-    return ShardsPlan(path, shards, SeveralPlan(index, text, plans))
-
-
-def write_shards(
-    plan: ShardsPlan, *, force: bool, ranks: Ranks | None = None, progress: Callable[[int], None] | None = None
-) -> None:
-    """Write this process's shards as planned, and the index when all have written theirs.
-
-    Args:
-        progress: called with the number of bytes that this process has written since the last call.
-
-    Raises:
-        UsageError: a name or a number that doesn't do.
-        OutputError: the matrix exists (without `force`), wouldn't fit its file system, or couldn't be written, here or
-            by another process: what was there before is there still, whole.
-    """
-    check_shards(plan.path, len(plan.shards), force=force)
-    check_space(plan.path, plan.path.parent, sum(plan.files.values()))
-    plan.several.write(force=force, ranks=ranks, progress=progress)
+    return SeveralPlan(index, text, plans)

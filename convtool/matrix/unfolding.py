@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from convtool.core.conv import Conv
-from convtool.core.rounding import check_room, held
+from convtool.core.rounding import check_room, dtype_name, held
 from convtool.core.unfold import GatherMatrix, kernel_matrix
 from convtool.errors import RefusedError, UsageError
 from convtool.formats.matrices import Contents
@@ -37,7 +37,7 @@ def unfolding_contents(
         raise UsageError(f"{path}: expected a name that ends in {', '.join(allowed)}")
     if "dense" not in FORMATS[path.suffix].LAYOUTS:
         raise UsageError(f"{path}: a {path.suffix} file has no room for a dense matrix such as W")
-    refusal = FORMATS[path.suffix].refusal(str(dtype).removeprefix("torch."), "dense" if gather is None else "csr")
+    refusal = FORMATS[path.suffix].refusal(dtype_name(dtype), "dense" if gather is None else "csr")
     if refusal is not None:
         raise RefusedError(f"{path}: {refusal}")
     check_room(conv.dtype, dtype)

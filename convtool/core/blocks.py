@@ -26,68 +26,12 @@ from torch import Tensor
 
 from convtool.core.conv import Conv, swap_channels
 from convtool.core.flat import tensor_bits
-from convtool.core.geometry import Axis
-from convtool.core.meeting import Array, Meeting, meeting_of
-from convtool.core.taps import PADDED, Table, tap_table
-from convtool.errors import UsageError
+from convtool.core.meeting import Array, Line, Meeting, meeting_of
+from convtool.core.rows import check_scipy
+from convtool.core.taps import PADDED, Table
 
 SETTLED = 1 - 2.0**-22  # how near a bound on a symbol is to what was seen of it, when it is near enough
 CHUNK = 1 << 22  # numbers of the blocks that are made at a time
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Line:
-    """One axis of a matrix: `size` inputs, and which of them each tap of each output reads.
-
-    Attributes:
-        table: (outputs, taps)
-        axis: that it was made of.
-        copies: how many positions of the padded input hold the same input, at most.
-    """
-
-    size: int
-    table: Table
-    axis: Axis
-    copies: int = 1
-
-    @classmethod
-    def of(cls, axis: Axis, size: int, outputs: int) -> Line:
-        """Return a plain axis at one input size."""
-        table, copies = tap_table(axis, size, 0, outputs), 1
-        if axis.padding_mode != "zeros":
-            padded = replace(axis, kernel=1, stride=1, dilation=1)
-            copies = int(np.bincount(tap_table(padded, size)[:, 0]).max())
-        return cls(size, table, axis, copies)
-
-    @property
-    def wraps(self) -> bool:
-        """Whether each row is the one before it, moved by the stride, all around."""
-        outputs = len(self.table)
-        if self.size % outputs or (self.table == PADDED).any():
-            return False
-        moved = self.table - self.table[:1] - self.size // outputs * np.arange(outputs)[:, None]
-        return not (moved % self.size).any()
-
-    def components(self) -> Counter[Line]:
-        """Return the parts that have nothing to do with each other, equal ones once and counted; needs scipy."""
-        from scipy.sparse import coo_array
-        from scipy.sparse.csgraph import connected_components
-
-        outputs = len(self.table)
-        row, tap = np.nonzero(self.table != PADDED)
-        edges = np.ones(len(row), dtype=np.int8), (row, outputs + self.table[row, tap])
-        _, label = connected_components(coo_array(edges, shape=(outputs + self.size,) * 2), directed=False)
-        nodes = np.argsort(label, kind="stable")
-        found: dict[tuple[int, bytes], Line] = {}
-        counts: Counter[Line] = Counter()
-        place = np.zeros(self.size, dtype=np.int64)
-        for part in np.split(nodes, np.cumsum(np.bincount(label))[:-1]):
-            rows, columns = part[part < outputs], part[part >= outputs] - outputs
-            place[columns] = np.arange(len(columns))
-            table = np.where(self.table[rows] == PADDED, PADDED, place[self.table[rows]])
-            line = found.setdefault((len(columns), table.tobytes()), Line(len(columns), table, self.axis, self.copies))
-            counts[line] += 1
-        return counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,12 +271,7 @@ class Apart:
 
     def parts(self) -> Counter[tuple[Line, ...]]:
         """Return the components of `lines`, equal ones once and counted; UsageError where scipy isn't installed."""
-        try:
-            import scipy  # noqa: F401
-        except ImportError:
-            raise UsageError(
-                "singular values of a layer this large need scipy: pip install 'convtool[scipy]'"
-            ) from None
+        check_scipy("singular values of a layer this large need")
         counts: Counter[tuple[Line, ...]] = Counter()
         for parts in itertools.product(*(line.components().items() for line in self.lines)):
             counts[tuple(line for line, _ in parts)] = math.prod(count for _, count in parts)

@@ -16,6 +16,7 @@ Fields: TypeAlias = dict[str, Any]
 
 SMALLEST = 2.0**-1022  # normal number of float64
 BETWEEN_SIZES = "[,x]"  # '8,8' is '8x8'
+_FLAGS = {"true": True, "1": True, "false": False, "0": False}
 _WHOLE_NUMBER = re.compile(r"[+-]?[0-9]+")
 
 
@@ -113,36 +114,30 @@ def _side(value: object) -> int | tuple[int, int]:
     return _integer(value)
 
 
+def _such(parse: Callable[[object], Any], holds: Callable[[Any], bool]) -> Callable[[object], Any]:
+    """Return what makes a value and sees that it is such a one; ValueError else."""
+
+    def parsed(value: object) -> Any:
+        found = parse(value)
+        if not holds(found):
+            raise ValueError
+        return found
+
+    return parsed
+
+
 def _flag(value: object) -> bool:
     if isinstance(value, bool):
         return value
-    found = {"true": True, "1": True, "false": False, "0": False}.get(_text(value).lower())
-    if found is None:
+    if (text := _text(value).lower()) not in _FLAGS:
         raise ValueError
-    return found
-
-
-def _mode(value: object) -> str:
-    mode = _text(value)
-    if mode not in PADDING_MODES:
-        raise ValueError
-    return mode
+    return _FLAGS[text]
 
 
 def _eps(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError
-    eps = float(value)
-    if not 0 <= eps < float("inf"):
-        raise ValueError
-    return eps
-
-
-def _sizes(value: object) -> list[int]:
-    sizes = _several(_integer, BETWEEN_SIZES)(value)
-    if not sizes or min(sizes) < 1:
-        raise ValueError
-    return sizes
+    return float(value)
 
 
 def _text(value: object) -> str:
@@ -209,10 +204,14 @@ INTEGERS = FieldType(_per_axis(_integer), "an integer or one per axis, such as 2
 PADDING = FieldType(
     _padding, "1, one per axis (1,2), before:after (0:1,2:2), 'same', 'valid' or 'half'", list[tuple[int, int]]
 )
-MODE = FieldType(_mode, "one of " + ", ".join(PADDING_MODES), PaddingMode)
+MODE = FieldType(_such(_text, PADDING_MODES.__contains__), "one of " + ", ".join(PADDING_MODES), PaddingMode)
 FLAG = FieldType(_flag, "true or false", bool)
-POSITIVE = FieldType(_eps, "a number of at least 0, such as 1e-3", float)
-SIZES = FieldType(_sizes, "spatial sizes, such as 7,7", list[int])
+POSITIVE = FieldType(_such(_eps, lambda eps: 0 <= eps < math.inf), "a number of at least 0, such as 1e-3", float)
+SIZES = FieldType(
+    _such(_several(_integer, BETWEEN_SIZES), lambda sizes: min(sizes, default=0) >= 1),
+    "spatial sizes, such as 7,7",
+    list[int],
+)
 NUMBER = FieldType(_number, "a finite number", float)
 NUMBERS = FieldType(_several(_number), "finite numbers, such as 0.5,0.4", list[float])
 TEXT = FieldType(_text, "a name", str)

@@ -20,6 +20,7 @@ from convtool.core.conv import Conv
 from convtool.core.geometry import Axis
 from convtool.core.moves import NOTHING, Selection
 from convtool.core.rounding import with_room_for
+from convtool.core.rows import check_scipy
 from convtool.core.taps import tap_table
 from convtool.core.unfold import unfold
 from convtool.errors import UsageError
@@ -125,10 +126,9 @@ def operator(conv: Conv, input_size: Sequence[int], *, dtype: torch.dtype | None
     Raises:
         UsageError: the layer cannot run on that input size, or scipy isn't installed.
     """
-    try:
-        from scipy.sparse.linalg import LinearOperator
-    except ImportError:
-        raise UsageError("an operator needs scipy: pip install 'convtool[scipy]'") from None
+    check_scipy("an operator needs")
+    from scipy.sparse.linalg import LinearOperator
+
     exact = conv.without_bias().exact()
     layer = exact if dtype is None else exact.to(dtype)
     inputs, outputs = (conv.in_channels, *input_size), (conv.out_channels, *conv.output_size(input_size))

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from convtool.core.taps import PADDED, AxisSlots, Table
+from convtool.core.geometry import Axis
+from convtool.core.taps import PADDED, AxisSlots, Table, tap_table
 
 Array: TypeAlias = npt.NDArray[Any]
 
@@ -45,12 +47,59 @@ class Meeting:
     make: Callable[[], tuple[Array, Array, Array]]
 
 
-class _Line(Protocol):
-    @property
-    def size(self) -> int: ...
+@dataclass(frozen=True, slots=True, eq=False)
+class Line:
+    """One axis of a matrix: `size` inputs, and which of them each tap of each output reads.
+
+    Attributes:
+        table: (outputs, taps)
+        axis: that it was made of.
+        copies: how many positions of the padded input hold the same input, at most.
+    """
+
+    size: int
+    table: Table
+    axis: Axis
+    copies: int = 1
+
+    @classmethod
+    def of(cls, axis: Axis, size: int, outputs: int) -> Line:
+        """Return a plain axis at one input size."""
+        table, copies = tap_table(axis, size, 0, outputs), 1
+        if axis.padding_mode != "zeros":
+            padded = replace(axis, kernel=1, stride=1, dilation=1)
+            copies = int(np.bincount(tap_table(padded, size)[:, 0]).max())
+        return cls(size, table, axis, copies)
 
     @property
-    def table(self) -> Table: ...
+    def wraps(self) -> bool:
+        """Whether each row is the one before it, moved by the stride, all around."""
+        outputs = len(self.table)
+        if self.size % outputs or (self.table == PADDED).any():
+            return False
+        moved = self.table - self.table[:1] - self.size // outputs * np.arange(outputs)[:, None]
+        return not (moved % self.size).any()
+
+    def components(self) -> Counter[Line]:
+        """Return the parts that have nothing to do with each other, equal ones once and counted; needs scipy."""
+        from scipy.sparse import coo_array
+        from scipy.sparse.csgraph import connected_components
+
+        outputs = len(self.table)
+        row, tap = np.nonzero(self.table != PADDED)
+        edges = np.ones(len(row), dtype=np.int8), (row, outputs + self.table[row, tap])
+        _, label = connected_components(coo_array(edges, shape=(outputs + self.size,) * 2), directed=False)
+        nodes = np.argsort(label, kind="stable")
+        found: dict[tuple[int, bytes], Line] = {}
+        counts: Counter[Line] = Counter()
+        place = np.zeros(self.size, dtype=np.int64)
+        for part in np.split(nodes, np.cumsum(np.bincount(label))[:-1]):
+            rows, columns = part[part < outputs], part[part >= outputs] - outputs
+            place[columns] = np.arange(len(columns))
+            table = np.where(self.table[rows] == PADDED, PADDED, place[self.table[rows]])
+            line = found.setdefault((len(columns), table.tobytes()), Line(len(columns), table, self.axis, self.copies))
+            counts[line] += 1
+        return counts
 
 
 class _Axis(NamedTuple):
@@ -70,7 +119,7 @@ class _Axis(NamedTuple):
     reach: int
 
     @classmethod
-    def of(cls, line: _Line, flipped: bool) -> _Axis:
+    def of(cls, line: Line, flipped: bool) -> _Axis:
         """Number the positions as they are, or, where they wrap around, folded: 0, n-1, 1, n-2, ..."""
         table, count = line.table, len(line.table) if flipped else line.size
         who, how = table, np.broadcast_to(np.arange(table.shape[1]), table.shape)
@@ -108,7 +157,7 @@ class _Axis(NamedTuple):
         return out.reshape(self.positions, offsets, *products.shape[1:])
 
 
-def meeting_of(weight: Tensor, lines: Sequence[_Line], flipped: bool) -> Meeting:
+def meeting_of(weight: Tensor, lines: Sequence[Line], flipped: bool) -> Meeting:
     """Return which positions meet in a block of (C_out, C_in, *taps) numbers.
 
     Args:

@@ -84,12 +84,24 @@ def index_dtype(largest: int) -> torch.dtype:
     return torch.int32 if largest <= INT32_MAX else torch.int64
 
 
-def check_scipy(dtype: torch.dtype, advice: str) -> None:
-    """Raise UsageError where scipy isn't installed, and RefusedError where it has no sparse matrices of that dtype."""
+def has_scipy() -> bool:
+    """Return whether scipy is installed."""
     try:
-        import scipy.sparse  # noqa: F401
+        import scipy  # noqa: F401
     except ImportError:
-        raise UsageError("a scipy matrix needs scipy: pip install 'convtool[scipy]'") from None
+        return False
+    return True
+
+
+def check_scipy(what: str) -> None:
+    """Raise UsageError, which begins with what needs scipy, where that isn't installed."""
+    if not has_scipy():
+        raise UsageError(f"{what} scipy: pip install 'convtool[scipy]'")
+
+
+def check_scipy_holds(dtype: torch.dtype, advice: str) -> None:
+    """Raise UsageError where scipy isn't installed, and RefusedError where it has no sparse matrices of that dtype."""
+    check_scipy("a scipy matrix needs")
     if dtype.is_floating_point and dtype.itemsize < 4:
         raise RefusedError(f"scipy has no sparse matrices of {dtype_name(dtype)}; {advice}")
 
@@ -309,7 +321,7 @@ class RowMatrix(ABC):
             UsageError: scipy isn't installed.
             RefusedError: a dtype that scipy doesn't have.
         """
-        check_scipy(self.dtype, "pass dtype=torch.float32, or take to_sparse_csr()")
+        check_scipy_holds(self.dtype, "pass dtype=torch.float32, or take to_sparse_csr()")
         import scipy.sparse
 
         _, indices, values = self.rows(0, self.shape[0])

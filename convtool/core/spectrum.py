@@ -30,6 +30,7 @@ from convtool.core.conv import Conv
 from convtool.core.expression import Expression, depth, window
 from convtool.core.fuse import NamedConv, fuse_tree
 from convtool.core.gram import AnyBlock, Gram, Side
+from convtool.core.rows import has_scipy
 from convtool.core.singular import ROUNDING, Method, SingularValue, Spectrum
 from convtool.core.sparse_block import SparseBlock, scale_of
 from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
@@ -78,7 +79,7 @@ def spectrum(
     tree: Expression = Chain(tuple(layers)) if isinstance(layers, Sequence) else layers
     if not all(bool(layer.exact().weight.isfinite().all()) for layer in leaves(tree)):
         raise InputError("a weight holds values that are not finite; its matrix has no singular values")
-    size, ends = tuple(input_size), _Ends(tolerance, steps, memory, seed, largest and _has_scipy())
+    size, ends = tuple(input_size), _Ends(tolerance, steps, memory, seed, largest and has_scipy())
     conv, off = _one_layer(tree, size)
     shape, scale = _of_tree(ends, tree, size) if conv is None else _of_layer(ends, conv, size, off)
     high, low = ends.values(scale)
@@ -86,14 +87,6 @@ def spectrum(
         raise InputError(f"weights near {scale:.3g} have singular values beyond what float64 holds, 1.8e308")
     methods = tuple(ends.methods) or ("dense",)
     return Spectrum(shape, high, None if largest else low, methods, ends.taken, tolerance, ends.lacking)
-
-
-def _has_scipy() -> bool:
-    try:
-        import scipy  # noqa: F401
-    except ImportError:
-        return False
-    return True
 
 
 def _one_layer(tree: Expression, size: tuple[int, ...]) -> tuple[Conv | None, float]:

@@ -11,6 +11,9 @@ from torch import Tensor
 from convtool.core.conv import Conv
 from convtool.core.moves import Selection
 
+_EXPONENT = 0x7FF << 52  # the bits of a float64 that hold its exponent, and those behind them
+_BEHIND_EXPONENT = (1 << 52) - 1
+
 
 @dataclass(frozen=True, eq=False)
 class Stored:
@@ -62,15 +65,11 @@ def less_inwards(numbers: Tensor, dtype: torch.dtype) -> Tensor | None:
     """
     if numbers.is_complex() or dtype.is_complex:
         return None
-    info, word = torch.finfo(dtype), _WORDS.get(dtype)
-    if word is not None and numbers.dtype == dtype:  # of whose bits those behind the exponent are all 0
-        powers = (numbers.view(word) & _behind_exponent(info)) == 0
-        if not bool(powers.any()):
-            return None
-        size = numbers.to(torch.float64).abs()
-    else:
-        size = numbers.to(torch.float64).abs()
-        powers = torch.frexp(size).mantissa == 0.5
+    info, exact = torch.finfo(dtype), numbers.to(torch.float64)
+    powers = (exact.view(torch.int64) & _BEHIND_EXPONENT) == 0
+    if not bool(powers.any()):
+        return None
+    size = exact.abs()
     powers &= size > info.smallest_normal
     return torch.where(powers, size * (info.eps / 4), 0.0) if bool(powers.any()) else None
 
@@ -84,31 +83,10 @@ def half_ulp(numbers: Tensor, dtype: torch.dtype) -> Tensor:
         parts = torch.view_as_real(numbers.to(torch.complex128))
         real = dtype.to_real() if dtype.is_complex else dtype
         return torch.hypot(*half_ulp(parts, real).unbind(-1))
-    info, word = torch.finfo(dtype), _WORDS.get(dtype)
-    smallest = info.smallest_normal * info.eps / 2
-    if word is not None and numbers.dtype == dtype:  # the bits of the exponent alone are the power of two below
-        exponent = ((1 << info.bits - 1) - 1) & ~_behind_exponent(info)
-        powers = (numbers.view(word) & exponent).view(dtype).to(torch.float64)
-        half = powers.mul_(info.eps / 2).clamp_(min=smallest)
-    else:
-        size = numbers.to(torch.float64).abs()
-        power = torch.frexp(size).exponent - 1  # size = [1, 2) * 2**power
-        half = torch.ldexp(torch.full_like(size, info.eps / 2), power)
-        half = torch.where(size == 0, smallest, half).clamp(min=smallest)
-    return half + numbers.to(torch.float64).abs() * 2.0**-24 if info.bits < 32 else half
-
-
-_WORDS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
-
-
-def _behind_exponent(info: torch.finfo) -> int:
-    """Return the bits of a number that stand behind its exponent."""
-    return round(1 / info.eps) - 1
+    info, exact = torch.finfo(dtype), numbers.to(torch.float64)
+    powers = (exact.view(torch.int64) & _EXPONENT).view(torch.float64)  # the power of two below each
+    half = powers.mul_(info.eps / 2).clamp_(min=info.smallest_normal * info.eps / 2)
+    return half + exact.abs() * 2.0**-24 if info.bits < 32 else half
 
 
 def half_digit(values: Tensor, digits: int) -> Tensor:

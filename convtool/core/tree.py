@@ -105,15 +105,9 @@ def flat_parts(chain: Chain[Leaf]) -> Iterator[Leaf | Sum[Leaf]]:
             yield part
 
 
-def first_leaves(tree: Tree[Leaf]) -> Iterator[Leaf]:
-    """Yield the leaves that the tree's input goes into."""
-    if isinstance(tree, Sum):
-        for part in tree.parts:
-            yield from first_leaves(part)
-    elif isinstance(tree, Chain):
-        yield from first_leaves(tree.parts[0])
-    else:
-        yield tree
+def first_leaves(tree: Tree[Leaf]) -> list[Leaf]:
+    """Return the leaves that the tree's input goes into."""
+    return fold(tree, lambda leaf: [leaf], lambda parts: parts[0], lambda parts: sum(parts, list[Leaf]()))
 
 
 def walk(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from convtool.core.rounding import dtype_name, with_room_for
-from convtool.core.rows import BLOCK_ENTRIES, CsrBlock, check_scipy, sparse_csr
+from convtool.core.rows import BLOCK_ENTRIES, CsrBlock, check_scipy_holds, sparse_csr
 from convtool.errors import InputError, UsageError
 from convtool.formats.matrices import ARRAYS, Layout
 from convtool.formats.source import Array, mapped
@@ -209,7 +209,7 @@ class MatrixFile:
             RefusedError: a dtype that scipy doesn't have.
             InputError: the file is damaged.
         """
-        check_scipy(self.dtype, f"load {self.path} as torch's")
+        check_scipy_holds(self.dtype, f"load {self.path} as torch's")
         import scipy.sparse
 
         layout, tensors = self._whole()

@@ -68,12 +68,10 @@ class AxisBorder:
 class Border:
     """The comparison at one input size."""
 
-    input_size: tuple[int, ...]
-    output_size: tuple[int, ...]
     axes: tuple[AxisBorder, ...]
 
     def differs(self) -> Mask:
-        """Return the mask, of shape `output_size`, of the output positions where chain and fused layer differ."""
+        """Return the mask, of the outputs' shape, of the output positions where chain and fused layer differ."""
         return self.taps_differ() | _outer(np.logical_or, (axis.bias_lost for axis in self.axes))
 
     def taps_differ(self) -> Mask:
@@ -142,7 +140,7 @@ def decide(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int] | N
         at = border_at(chain, fused, input_size)
         bias_only = not (at.exact or at.taps_differ().any())
         rims = tuple((0, 0) for _ in at.axes) if at.exact else at.rims
-        return Verdict(at.exact, at.input_size, rims, only_bias=bias_only, inside=bool(at.differs().all()))
+        return Verdict(at.exact, tuple(input_size), rims, only_bias=bias_only, inside=bool(at.differs().all()))
     hidden = hidden_biases(chain, None)
     axes = list(zip(zip(*(conv.geometry.axes for conv in chain), strict=True), fused.axes, strict=True))
     verdicts = [_decide_axis(layers, hidden, one) for layers, one in axes]
@@ -177,9 +175,7 @@ def all_of(verdicts: Sequence[Verdict]) -> Verdict:
 
 def border_at(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int]) -> Border:
     """Compare at one input size, position by position; see `decide`."""
-    hidden, size = hidden_biases(chain, input_size), tuple(input_size)
-    for conv in chain:
-        size = conv.output_size(size)
+    hidden = hidden_biases(chain, input_size)  # which raises UsageError where the chain cannot run
     try:
         fused.output_size(input_size)
     except UsageError as error:
@@ -190,7 +186,7 @@ def border_at(chain: Sequence[Conv], fused: Geometry, input_size: Sequence[int])
             zip(*(conv.geometry.axes for conv in chain), strict=True), fused.axes, input_size, strict=True
         )
     )
-    return Border(tuple(input_size), size, axes)
+    return Border(axes)
 
 
 def _compare_axis(layers: tuple[Axis, ...], hidden: tuple[bool, ...], fused: Axis, size: int) -> AxisBorder:

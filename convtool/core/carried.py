@@ -48,22 +48,18 @@ def hidden_biases(chain: Sequence[Conv], input_size: Sequence[int] | None) -> tu
     Args:
         input_size: of the chain; None for all sizes.
     """
-    values: Tensor | None = None
-    size, hidden = input_size, []
+    values, size, hidden = torch.zeros(chain[0].in_channels, dtype=torch.float64), input_size, list[bool]()
     for conv in chain:
-        carried = values is not None and bool(values.any())
-        partial = carried and (
-            conv.geometry.transposed or (conv.geometry.padded and conv.geometry.padding_mode == "zeros")
-        )
-        if carried and values is not None:
-            behind = carry(conv.exact(), values)
-            hidden.append(partial and not _is_constant(conv.exact(), values, behind, size))
-            values = behind
+        geometry, hides = conv.geometry, False
+        if bool(values.any()):
+            before, values = values, carry(conv.exact(), values)
+            partial = geometry.transposed or (geometry.padded and geometry.padding_mode == "zeros")
+            hides = partial and not _is_constant(conv.exact(), before, values, size)
         else:
-            hidden.append(False)
+            values = values.new_zeros(conv.out_channels)
+        hidden.append(hides)
         if conv.bias is not None and not conv.has_bias_map:
-            bias = conv.bias.to(exact_dtype(conv.bias.dtype))
-            values = bias if values is None or not carried else values + bias
+            values = values + conv.bias.to(exact_dtype(conv.bias.dtype))
         size = None if size is None else conv.output_size(size)
     return tuple(hidden)
 

@@ -225,3 +225,7 @@ NUMBER_OR_TENSOR = FieldType(
     True,
 )
 NUMBERS_OR_TENSOR = FieldType(_offset, "numbers such as 0.5,0.4, or a tensor's full name", names_tensors=True)
+
+# What a convolution's fields take, and what they are in torch where they aren't said.
+GEOMETRY = {"stride": INTEGERS, "padding": PADDING, "dilation": INTEGERS, "groups": INTEGER, "padding_mode": MODE}
+GEOMETRY_DEFAULTS: Fields = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros"}

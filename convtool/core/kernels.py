@@ -29,7 +29,7 @@ from convtool.core.expression import Expression, exact_type, in_channels, out_ch
 from convtool.core.moves import NOTHING, Selection
 from convtool.core.rounding import exact_dtype
 from convtool.core.taps import MOST_ENTRIES, PADDED, AxisSlots, axis_slots, tap_table
-from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves, walk
+from convtool.core.tree import Tree, leaves, map_leaves, sole_layer, walk
 from convtool.core.ways import LayerWay, Places, Rows, pull, way_back, widest
 from convtool.errors import UsageError
 
@@ -211,10 +211,8 @@ def kernels(layers: Expression, input_size: tuple[int, ...], transpose: bool, or
         raise UsageError(f"order: expected {' or '.join(ORDERS)}, got {order!r}")
     if order == "HWC":
         return _channels_last(kernels(layers, input_size, transpose))
-    while isinstance(layers, Chain | Sum) and len(layers.parts) == 1:
-        layers = layers.parts[0]
-    if isinstance(layers, Conv):
-        return _of_layer(layers, input_size, transpose)
+    if (layer := sole_layer(layers)) is not None:
+        return _of_layer(layer, input_size, transpose)
     _check_channels(layers)
     return _of_tree(layers, input_size, transpose)
 

@@ -33,7 +33,7 @@ from convtool.core.gram import AnyBlock, Gram, Side
 from convtool.core.rows import has_scipy
 from convtool.core.singular import ROUNDING, Method, SingularValue, Spectrum
 from convtool.core.sparse_block import SparseBlock, scale_of
-from convtool.core.tree import Chain, Sum, Tree, leaves, map_leaves
+from convtool.core.tree import Chain, Tree, leaves, map_leaves, sole_layer
 from convtool.errors import InputError, RefusedError, UsageError
 
 DENSE_WORK = 1 << 36  # short * short * long of all dense SVDs together: some ten seconds
@@ -91,10 +91,8 @@ def spectrum(
 
 def _one_layer(tree: Expression, size: tuple[int, ...]) -> tuple[Conv | None, float]:
     """Return the layer that a tree is at one size, and how far off composing it may be; None where no layer is."""
-    while isinstance(tree, Chain | Sum) and len(tree.parts) == 1:
-        tree = tree.parts[0]
-    if isinstance(tree, Conv):
-        return tree, 0.0
+    if (layer := sole_layer(tree)) is not None:
+        return layer, 0.0
     unbiased: Expression = map_leaves(Conv.without_bias, tree)
     dtype = torch.complex128 if any(layer.dtype.is_complex for layer in leaves(unbiased)) else torch.float64
 

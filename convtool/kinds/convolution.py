@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from convtool.core.fields import FLAG, INTEGER, INTEGERS, MODE, PADDING, Fields, geometry_fields
+from convtool.core.fields import FLAG, GEOMETRY, GEOMETRY_DEFAULTS, INTEGERS, Fields, geometry_fields
 from convtool.core.geometry import Geometry, format_padding, per_axis, short_sizes
 from convtool.errors import InputError, UsageError
 from convtool.kinds import standardized
@@ -41,25 +41,8 @@ class Convolution(Kind):
 
     name = "conv"
     tensors = ("weight", "bias", "bias_map", "gain")
-    fields = {
-        "stride": INTEGERS,
-        "padding": PADDING,
-        "dilation": INTEGERS,
-        "groups": INTEGER,
-        "padding_mode": MODE,
-        "transposed": FLAG,
-        "output_padding": INTEGERS,
-        **standardized.FIELDS,
-    }
-    defaults = {
-        "stride": 1,
-        "padding": 0,
-        "dilation": 1,
-        "groups": 1,
-        "padding_mode": "zeros",
-        "transposed": False,
-        "output_padding": 0,
-    }
+    fields = {**GEOMETRY, "transposed": FLAG, "output_padding": INTEGERS, **standardized.FIELDS}
+    defaults = {**GEOMETRY_DEFAULTS, "transposed": False, "output_padding": 0}
     by_rule = frozenset({"padding_mode", "transposed", "output_padding"})
     channelwise = frozenset({"groups"})
     main = True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from convtool.core.fields import FLAG, INTEGER, INTEGERS, MODE, NUMBERS_OR_TENSOR, PADDING, TENSOR, Fields
+from convtool.core.fields import FLAG, GEOMETRY, GEOMETRY_DEFAULTS, NUMBERS_OR_TENSOR, TENSOR, Fields
 from convtool.core.geometry import Geometry
 from convtool.errors import UsageError
 from convtool.kinds.kind import Kind, Shapes, Tensors
@@ -19,16 +19,8 @@ class FixedKernel(Kind):
 
     name = "kernel"
     tensors = ("kernel",)
-    fields = {
-        "kernel": TENSOR,
-        "stride": INTEGERS,
-        "padding": PADDING,
-        "dilation": INTEGERS,
-        "groups": INTEGER,
-        "padding_mode": MODE,
-        "each": FLAG,
-    }
-    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": None, "padding_mode": "zeros", "each": False}
+    fields = {"kernel": TENSOR, **GEOMETRY, "each": FLAG}
+    defaults = {**GEOMETRY_DEFAULTS, "groups": None, "each": False}
     written = True
     parameter = True
     main = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from convtool.core.fields import FLAG, INTEGER, INTEGERS, PADDING, Fields
@@ -65,7 +65,7 @@ class AvgPool(Kind):
         divisor = math.prod(kernel) if given["divisor_override"] is None else given["divisor_override"]
         if not divisor:
             raise UsageError("divisor_override: expected a number other than 0")
-        return _everywhere(1.0 / divisor, channels or 0, kernel, geometry, self.name)
+        return _everywhere(1.0 / divisor, geometry, self.name)
 
 
 class Upsample(Kind):
@@ -85,7 +85,7 @@ class Upsample(Kind):
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         factors = per_axis("factor", fields["factor"], axes, least=1)
         geometry = Geometry.of(factors, stride=factors, groups=channels or 0, transposed=True)
-        return _everywhere(1.0, channels or 0, factors, geometry, self.name)
+        return _everywhere(1.0, geometry, self.name)
 
 
 class Pad(Kind):
@@ -107,19 +107,19 @@ class Pad(Kind):
         return {"padding": [[sides[at], sides[at + 1]] for at in range(len(sides) - 2, -1, -2)]} if plain else None
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
-        kernel = (1,) * axes
-        geometry = Geometry.of(kernel, padding=fields["padding"], groups=channels or 0)
-        return _everywhere(1.0, channels or 0, kernel, geometry, self.name)
+        geometry = Geometry.of((1,) * axes, padding=fields["padding"], groups=channels or 0)
+        return _everywhere(1.0, geometry, self.name)
 
 
 AVG_POOL, UPSAMPLE, PAD = AvgPool(), Upsample(), Pad()
 
 
-def _everywhere(number: float, channels: int, kernel: Sequence[int], geometry: Geometry, name: str) -> Conv:
-    """Return the depthwise layer all of whose taps are that number."""
+def _everywhere(number: float, geometry: Geometry, name: str) -> Conv:
+    """Return the depthwise layer of that geometry all of whose taps are one number."""
     import torch
 
     from convtool.core.conv import Conv
 
-    check_size(channels * math.prod(kernel), name)
-    return Conv(torch.full((channels, 1, *kernel), number, dtype=torch.float64), None, geometry)
+    shape = geometry.groups, 1, *geometry.kernel_size
+    check_size(math.prod(shape), name)
+    return Conv(torch.full(shape, number, dtype=torch.float64), None, geometry)

@@ -68,14 +68,28 @@ def against_order(fusion: PlannedFusion, order: Sequence[str] | None) -> list[st
     ]
 
 
-def _resolved(
+def by_name(
     recipe: Recipe,
     checkpoints: Mapping[str, Checkpoint],
     fields: FieldSources,
     leave: Sequence[str] = (),
     order: Sequence[str] | None = None,
+    *,
+    suggest: bool = True,
 ) -> tuple[list[PlannedFusion], FieldSources]:
-    """Return the fusions that a recipe means for these checkpoints, and where fields come from then; see `by_name`."""
+    """Return the fusions that a recipe means for these checkpoints, and where fields come from then.
+
+    Args:
+        fields: what else is stated of the layers.
+        leave: patterns of modules of the other checkpoints that are to be left out.
+        order: the layers of the one that is changed in the model's order, where that is known.
+        suggest: where the recipe fits nothing, say which of those that ship would.
+
+    Raises:
+        UsageError: the recipe doesn't fit the layers.
+        RefusedError: it would take layers apart from tensors that say how they are meant, or a part of another
+            checkpoint without the rest of that part.
+    """
     stated = fields.with_first(recipe.stated(_full_names(checkpoints)))
     layers = {source: opened.layers for source, opened in checkpoints.items()}
     if order is not None:
@@ -84,7 +98,9 @@ def _resolved(
         planned = resolve(recipe, Known(layers, stated.fields, ordered=order is not None))
     except NothingFitsError as error:
         paths = " or ".join(str(opened.path) for opened in checkpoints.values())
-        raise NothingFitsError(f"{error} of {paths}") from None
+        fit = fitting(checkpoints, fields) if suggest else []
+        others = f"; of the recipes that ship, {in_words(fit)} would fit" if fit else ""
+        raise UsageError(f"{error} of {paths}{others}") from None
     check_nothing_missed(checkpoints, [one.tree for one in planned])
     used = {(ref.source, ref.name) for one in planned for ref in leaves(one.tree) if ref.source != BASE}
     for source, opened in checkpoints.items():
@@ -137,7 +153,7 @@ def fitting(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> list
     fits: list[Fit] = []
     for name, recipe in shipped().items():
         with suppress(ConvtoolError):
-            made, sources = _resolved(recipe, checkpoints, fields)
+            made, sources = by_name(recipe, checkpoints, fields, suggest=False)
             stated = sources.sources[0].tables
             alike = [one for one in fits if (one.sources.sources[0].tables, one.fusions) == (stated, made)]
             fits = [one for one in fits if one not in alike]
@@ -178,34 +194,6 @@ def the_one(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> tupl
 def chosen(name: str, checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> Recipe:
     """Return the recipe of a name or of a file; of 'auto', the one that fits."""
     return find_recipe(name) or the_one(checkpoints, fields)[0]
-
-
-def by_name(
-    recipe: Recipe,
-    checkpoints: Mapping[str, Checkpoint],
-    fields: FieldSources,
-    leave: Sequence[str] = (),
-    order: Sequence[str] | None = None,
-) -> tuple[list[PlannedFusion], FieldSources]:
-    """Return the fusions that a recipe means for these checkpoints, and where fields come from then.
-
-    Args:
-        fields: what else is stated of the layers.
-        leave: patterns of modules of the other checkpoints that are to be left out.
-        order: the layers of the one that is changed in the model's order, where that is known.
-
-    Raises:
-        UsageError: the recipe doesn't fit the layers.
-        RefusedError: it would take layers apart from tensors that say how they are meant, or a part of another
-            checkpoint without the rest of that part.
-    """
-    try:
-        return _resolved(recipe, checkpoints, fields, leave, order)
-    except NothingFitsError as error:
-        fit = fitting(checkpoints, fields)
-        raise UsageError(
-            f"{error}; of the recipes that ship, {in_words(fit)} would fit" if fit else str(error)
-        ) from None
 
 
 def doing_more(

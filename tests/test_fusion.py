@@ -441,6 +441,25 @@ def test_a_normalisation_behind_a_layer_is_the_models_own(tmp_path: Path) -> Non
         assert [line for line in fusion["edits"] if "normalize" in line] == [expected]
 
 
+@pytest.mark.parametrize(
+    ("between", "layer", "last", "said"),
+    [
+        (
+            "avg_pool(2)",
+            nn.AvgPool2d(2),
+            nn.Conv2d(6, 3, 1),
+            ["take avg_pool(2) out of the model's code, as a does it"],
+        ),
+        ("flatten(6,9)", nn.Flatten(), nn.Linear(324, 3), []),  # of one position it changes nothing
+    ],
+)
+def test_what_the_models_code_does_between_layers_is_among_the_edits(
+    between: str, layer: nn.Module, last: nn.Module, said: list[str], tmp_path: Path
+) -> None:
+    fusion, _, _ = fused(chain(a=nn.Conv2d(4, 6, 2), p=layer, b=last), ["a", between, "b"], tmp_path)
+    assert [line for line in fusion["edits"] if "code" in line] == said
+
+
 def test_input_normalisation_before_padding_needs_a_bias_map(tmp_path: Path) -> None:
     model = filled(Normalized(padding=1))
     before, after = save(model, tmp_path / "before.pt"), tmp_path / "after.pt"

@@ -27,12 +27,16 @@ def module_edits(planned: PlannedLayer) -> list[str]:
     lines = _own_line(planned)
     if conv.has_bias_map:
         lines.append(f"y = {_code(name)}(x) + bias_map  # that of the checkpoint, in place of {name}(x)")
-    lines += _normalizations(planned)
+    first = {leaf.layer.name: leaf.layer.kind for leaf in first_leaves(planned.tree)}
+    if len(first) == 1 and "input" in {kind.code for kind in first.values()}:  # a normalisation of the whole input
+        lines.append(f"give {name} its input as it was before {''.join(first)}")
+    gone = "take {} out of the model's code, as " + f"{name} does it"
+    lines += map(gone.format, done_by_the_model(planned.record.tree))
     silent = []
     for leaf, fate in fates(planned):
         layer = leaf.layer
         if fate == "in code":
-            lines.append(f"take {layer.name} out of the model's code, as {name} does it")
+            lines.append(gone.format(layer.name))
         elif fate == "parameters":
             lines += [f"{_code(tensor)} = None" for tensor in layer.tensor_names()]
         elif fate == "deleted" and not layer.name.startswith(f"{name}."):  # those went with what they were in
@@ -52,7 +56,7 @@ def module_edits(planned: PlannedLayer) -> list[str]:
     ]
     if silent:
         lines.append(f"{', '.join(silent)}: nn.Identity(), and zeros from each branch, as convtool.apply has it")
-    return lines
+    return list(dict.fromkeys(lines))
 
 
 def fates(planned: PlannedLayer) -> Iterator[tuple[LoweredLayer, Fate]]:
@@ -145,20 +149,6 @@ def _changes(
 
 def _sizes(values: tuple[int, ...]) -> str:
     return str(values[0]) if len(set(values)) == 1 else format_sizes(values)
-
-
-def _normalizations(planned: PlannedLayer) -> list[str]:
-    """Return what becomes of normalisations: that of the input is in front of the model, others in its own code."""
-    first = list(first_leaves(planned.tree))
-    in_front = first if len({layer.layer.name for layer in first}) == 1 else []
-    lines = [
-        f"give {planned.name} its input as it was before {layer.layer.name}"
-        if any(layer is one for one in in_front)
-        else f"take {layer.layer.name} out of the model's code, as {planned.name} does it"
-        for layer in planned.layers
-        if layer.layer.kind.code == "input"
-    ]
-    return list(dict.fromkeys(lines))
 
 
 def torch_module(conv: Conv) -> tuple[str, tuple[Any, ...], dict[str, Any]]:

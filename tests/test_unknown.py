@@ -15,8 +15,8 @@ from shell import cli
 from torch import Tensor, nn
 
 import convtool
+from convtool.core.fields import field_text
 from convtool.errors import UsageError
-from convtool.kinds.stated import field_text
 
 
 @pytest.fixture(autouse=True)

@@ -204,8 +204,8 @@ class Wave:
         return torch.from_numpy(out)
 
 
-def transformed(weights: Tensor, waves: Sequence[Wave], first: int = 3) -> Iterator[Tensor]:
-    """Yield (..., C_out, C_in, *taps) of all frequencies, some at a time; the axes from `first` on are transformed."""
+def transformed(weights: Tensor, waves: Sequence[Wave]) -> Iterator[Tensor]:
+    """Yield (blocks, C_out, C_in, *taps) of all frequencies, some at a time; the first axes of taps are transformed."""
     if not waves:
         yield weights
         return
@@ -214,9 +214,9 @@ def transformed(weights: Tensor, waves: Sequence[Wave], first: int = 3) -> Itera
     for part in phases.split(max(1, CHUNK // max(1, each))):
         kind = torch.promote_types(weights.dtype, part.dtype)
         # (batch, C_out, C_in, *other taps, frequencies, stride)
-        moved = torch.tensordot(weights.movedim(first, -1).to(kind), part.to(kind), dims=([-1], [2]))
+        moved = torch.tensordot(weights.movedim(3, -1).to(kind), part.to(kind), dims=([-1], [2]))
         moved = moved.movedim(-2, 1).movedim(-1, 4).flatten(3, 4).flatten(0, 1)
-        yield from transformed(moved, waves[1:], first)
+        yield from transformed(moved, waves[1:])
 
 
 @dataclass(frozen=True, slots=True, eq=False)

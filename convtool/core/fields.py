@@ -59,6 +59,19 @@ def geometry_fields(geometry: Geometry) -> Fields:
     }
 
 
+def field_text(value: object) -> str:
+    """Return a field's value as options take it: '1e-05', '1', '0:1,2:2', 'true'."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        return f"{value:g}"
+    if not isinstance(value, list | tuple):
+        return str(value)
+    sides = [one if isinstance(one, list | tuple) else (one,) for one in value]
+    entries = [":".join(map(str, dict.fromkeys(one) if len(set(one)) == 1 else one)) for one in sides]
+    return entries[0] if len(set(entries)) == 1 else ",".join(entries)
+
+
 def parse_sizes(text: str, what: str = "input size") -> tuple[int, ...]:
     """Return '3,32,32' or '3x32x32' as (3, 32, 32); UsageError where these aren't integers from 1 to 2**31 - 1."""
     try:

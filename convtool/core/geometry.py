@@ -48,15 +48,11 @@ class Axis:
                 raise UsageError(f"an input size of {size} leaves no output: padding {padding} removes all of it")
             return out
         widest = max(self.before, self.after)
-        if self.padding_mode == "reflect" and widest >= size:
-            raise UsageError(
-                f"reflect padding of {widest} needs an input size of at least {widest + 1}, got {size}"
-                " (a border can be mirrored only once)"
-            )
-        if self.padding_mode in ("circular", "symmetric") and widest > size:
+        least = widest + (self.padding_mode == "reflect")  # which leaves out the border itself
+        if self.padding_mode in ("circular", "symmetric", "reflect") and least > size:
             done = "wrapped around" if self.padding_mode == "circular" else "mirrored"
             raise UsageError(
-                f"{self.padding_mode} padding of {widest} needs an input size of at least {widest}, got {size}"
+                f"{self.padding_mode} padding of {widest} needs an input size of at least {least}, got {size}"
                 f" (an input can be {done} only once)"
             )
         free = size + padding - self.reach - 1
@@ -182,19 +178,19 @@ class Geometry:
         """The fields that differ from nn.Conv's defaults, as torch writes them; the kernel first."""
         parts = [f"kernel {format_sizes(self.kernel_size) or '1'}"]
         if any(s != 1 for s in self.stride):
-            parts.append(f"stride {short_sizes(self.stride)}")
+            parts.append(f"stride {_short(self.stride)}")
         if self.padded:
-            parts.append(f"padding {short_sizes(format_padding(self.padding))}")
+            parts.append(f"padding {_short(format_padding(self.padding))}")
             if self.padding_mode != "zeros":
                 parts.append(self.padding_mode)
         if any(d != 1 for d in self.dilation):
-            parts.append(f"dilation {short_sizes(self.dilation)}")
+            parts.append(f"dilation {_short(self.dilation)}")
         if self.groups != 1:
             parts.append(f"groups {self.groups}")
         if self.transposed:
             parts.append("transposed")
             if any(self.output_padding):
-                parts.append(f"output_padding {short_sizes(self.output_padding)}")
+                parts.append(f"output_padding {_short(self.output_padding)}")
         return ", ".join(parts)
 
 
@@ -277,6 +273,5 @@ def format_padding(pairs: Iterable[tuple[int, int]]) -> tuple[str, ...]:
     return tuple(str(before) if before == after else f"{before}:{after}" for before, after in pairs)
 
 
-def short_sizes(values: Sequence[object]) -> str:
-    """Return sizes as `format_sizes` does, one alone where all axes have the same."""
+def _short(values: Sequence[object]) -> str:
     return str(values[0]) if len(set(values)) == 1 else format_sizes(values)

@@ -30,8 +30,6 @@ INT32_MAX = 2**31 - 1
 WORDS: dict[int, npt.DTypeLike] = {1: np.int8, 2: np.int16, 4: np.int32, 8: np.int64, 16: np.complex128}
 _TORCH_WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
-_NUMPY_INDEX: dict[torch.dtype, npt.DTypeLike] = {torch.int32: np.int32, torch.int64: np.int64}
-
 # Entries in a block of rows: 8 MiB of values at most, long enough that the per-block overhead doesn't show.
 BLOCK_ENTRIES = 1 << 20
 
@@ -165,7 +163,7 @@ class RowMatrix(ABC):
 
     @property
     def _index(self) -> npt.DTypeLike:
-        return _NUMPY_INDEX[self.index_dtype]
+        return dtype_name(self.index_dtype)
 
     def indptr(self) -> Tensor:
         """Return the (rows + 1,) starts of the rows among all entries."""

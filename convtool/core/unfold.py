@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from convtool.core.compose import in_groups
 from convtool.core.conv import Conv
 from convtool.core.geometry import Geometry
 from convtool.core.rows import Array, RowMatrix, Stretch, words
@@ -51,12 +52,7 @@ def unfold(x: Tensor, geometry: Geometry) -> Tensor:
 
 def kernel_matrix(conv: Conv) -> Tensor:
     """Return W, (C_out, C_in * prod(kernel_size)), the kernel as a matrix, block diagonal where there are groups."""
-    groups = conv.geometry.groups
-    flat = conv.weight.flatten(1)  # (C_out, C_in/groups * prod(kernel_size))
-    if groups == 1:
-        return flat
-    blocks: Tensor = torch.block_diag(*flat.chunk(groups))
-    return blocks
+    return in_groups(conv, 1).flatten(1)
 
 
 class GatherMatrix(RowMatrix):

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from convtool.core.fields import FLAG, GEOMETRY, GEOMETRY_DEFAULTS, INTEGERS, Fields, geometry_fields
-from convtool.core.geometry import Geometry, format_padding, per_axis, short_sizes
+from convtool.core.fields import FLAG, GEOMETRY, GEOMETRY_DEFAULTS, INTEGERS, Fields, field_text, geometry_fields
+from convtool.core.geometry import Geometry, per_axis
 from convtool.errors import InputError, UsageError
 from convtool.kinds import standardized
 from convtool.kinds.kind import Channels, Kind, Reading, Shapes, TensorInfo, Tensors
@@ -195,8 +195,7 @@ class Convolution(Kind):
             return standardized.say(name, value)
         if name == "transposed":
             return "transposed" if value else "not transposed"
-        sides = format_padding(value) if name == "padding" and isinstance(value, list | tuple) else value
-        return f"{name} {short_sizes(sides) if isinstance(sides, list | tuple) else sides}"
+        return f"{name} {field_text(value)}"
 
     def describe(self, fields: Fields, shapes: Shapes) -> str:
         stated = standardized.only(fields).items()

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from convtool.core.fields import Fields
+from convtool.core.fields import Fields, field_text
 from convtool.core.names import toml_string, unwrap
 from convtool.errors import UsageError, about, did_you_mean
 from convtool.kinds import field_types, parse_field
@@ -209,19 +209,6 @@ def _same(kind: Kind, shapes: Shapes, merged: Fields, name: str, one: object, ot
     except UsageError:  # what doesn't fit the layer is said where it is lowered
         return False
     return bool(first.get(name) == second.get(name))
-
-
-def field_text(value: object) -> str:
-    """Return a field's value as options take it: '1e-05', '1', '0:1,2:2', 'true'."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return f"{value:g}"
-    if not isinstance(value, list | tuple):
-        return str(value)
-    sides = [one if isinstance(one, list | tuple) else (one,) for one in value]
-    entries = [":".join(map(str, dict.fromkeys(one) if len(set(one)) == 1 else one)) for one in sides]
-    return entries[0] if len(set(entries)) == 1 else ",".join(entries)
 
 
 def parse_tables(tables: Mapping[str, object], origin: str) -> FieldSource:

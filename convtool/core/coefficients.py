@@ -26,7 +26,7 @@ from convtool.core.expression import Expression, exact_type, in_channels, out_ch
 from convtool.core.geometry import LARGEST, Geometry
 from convtool.core.rounding import rounded
 from convtool.core.stored import Stored, half_ulp, stored_within
-from convtool.core.tally import Region, Worst, hold
+from convtool.core.tally import Index, Region, Worst
 from convtool.core.taps import tap_table
 from convtool.core.tree import Sum, Tree, leaves, map_leaves, sole_layer
 from convtool.core.ways import LayerWay, Places, Rows, placed_among, pull, union, way_back, widest
@@ -136,7 +136,7 @@ class _Comparison:
     def hold(
         self,
         evaluated: Callable[[Expression], Tensor],
-        place: Callable[[tuple[int, ...]], tuple[int, ...]],
+        place: Callable[[Index], Index],
         dtype: torch.dtype | None = None,
     ) -> None:
         """Hold what is evaluated of AFTER against what is of BEFORE.
@@ -147,8 +147,7 @@ class _Comparison:
         expected, found = evaluated(self.before), evaluated(self.kept)
         lost = None if dtype is None else stored_within(expected, found, half_ulp(found, dtype), dtype)
         most = self.bound.of(evaluated, expected, found, numbers=True, lost=lost)
-        shape = tuple(expected.shape)
-        hold(self.worst, expected, found, most, lambda at: place(tuple(int(i) for i in np.unravel_index(at, shape))))
+        self.worst.hold(expected, found, most, place)
 
     def way(self, tree: Expression) -> Ways:
         """Return the way back through BEFORE, AFTER, or layers of their geometry, to what both read."""

@@ -18,7 +18,7 @@ from convtool.core.expression import in_channels, run
 from convtool.core.geometry import Geometry, format_padding, format_sizes
 from convtool.core.joint import compose_geometry
 from convtool.core.rounding import check_room, held
-from convtool.core.tree import Chain, Sum, Tree, flat_parts, leaves, map_leaves
+from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
 
 ALLOW = "--allow-border"  # ends a refusal, where that is a way out
@@ -170,11 +170,7 @@ def _named(
 
 
 def _label(tree: Tree[Named]) -> str:
-    if isinstance(tree, Sum):
-        return f"({' | '.join(_label(part) for part in tree.parts)})"
-    if isinstance(tree, Chain):
-        return " ".join(_label(part) for part in tree.parts)
-    return tree.name
+    return fold(tree, lambda leaf: leaf.name, " ".join, lambda parts: f"({' | '.join(parts)})")
 
 
 def fuse(

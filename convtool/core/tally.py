@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from convtool.core.rounding import exact_dtype
 from convtool.errors import UsageError
+
+Index: TypeAlias = tuple[int, ...]
 
 BATCH_ELEMENTS = 1 << 20  # numbers in flight, of the widest layer: 8 MiB in float64
 SCALES = (0, 3, -3, 10, -10)  # of the normals, as powers of two, so that neither bias nor weights always dominate
@@ -113,49 +115,37 @@ class Worst:
         elements, positions = now.elements + elements, now.positions + elements
         self.region = replace(now, elements=elements, positions=positions, ratio=max(now.ratio, 1.0))
 
-    def add(
-        self,
-        size: Tensor,
-        error: Tensor,
-        ratio: Tensor,
-        bound: Tensor,
-        elements: int,
-        place: Callable[[int], dict[str, Any]],
-    ) -> float:
-        """Count a batch, and return its largest ratio.
+    def hold(
+        self, expected: Tensor, found: Tensor, bound: Tensor, where: Callable[[Index], Index] = tuple, kind: str = ""
+    ) -> Tensor:
+        """Count numbers that are held against bounds, and return the ratio of error to bound of each.
 
         Args:
-            size: absolute values of what was expected.
-            error, ratio: as of `ratios`.
-            bound: of a shape that spreads over the others'.
-            elements: how many of them count.
-            place: gives the fields of a region that say where, by the place in the flattened batch.
+            where: says what stands at an index of theirs.
+            kind: of what brought them about, where that isn't the same for all.
         """
-        at, now = int(ratio.argmax()), self.region
+        error, ratio = ratios(expected, found.to(exact_dtype(found.dtype)), bound * (1 + 2.0**-50))
+        if not error.numel():
+            return ratio
+        at, size, now = int(ratio.argmax()), expected.abs(), self.region
         worst = float(ratio.reshape(-1)[at])
         self._output = max(self._output, float(torch.where(size.isfinite(), size, 0.0).max()))
         largest = max(now.largest_error, float(error.nan_to_num(nan=math.inf, posinf=math.inf).max()))
         differing = int((ratio > 1).sum()) if worst > 1 else 0
         now = replace(
             now,
-            elements=now.elements + elements,
-            positions=now.positions + elements,
+            elements=now.elements + error.numel(),
+            positions=now.positions + error.numel(),
             differing=now.differing + differing,
             largest_error=largest,
             relative_error=largest / self._output if self._output else (math.inf if largest else 0.0),
         )
         if worst > now.ratio or not self.region.elements:
             off, most = (float(part.expand_as(ratio).reshape(-1)[at]) for part in (error, bound))
-            now = replace(now, ratio=worst, error=off, bound=most, **place(at))
+            place = where(tuple(int(i) for i in np.unravel_index(at, tuple(ratio.shape))))
+            now = replace(now, ratio=worst, error=off, bound=most, where=place, kind=kind or now.kind)
         self.region = now
-        return worst
-
-
-def hold(worst: Worst, expected: Tensor, found: Tensor, bound: Tensor, where: Callable[[int], tuple[int, ...]]) -> None:
-    """Count numbers; `where` says what stands at an index of all of them, flat."""
-    if found.numel():
-        error, ratio = ratios(expected, found.to(exact_dtype(found.dtype)), bound * (1 + 2.0**-50))
-        worst.add(expected.abs(), error, ratio, bound, found.numel(), lambda at: {"where": where(at)})
+        return ratio
 
 
 class Tally:
@@ -166,25 +156,18 @@ class Tally:
     """
 
     def __init__(self, mask: Tensor) -> None:
-        self._mask, self._differs = mask, torch.zeros_like(mask)
-        self._worst = Worst()
+        self._mask, self._places, self._worst = mask, mask.nonzero(), Worst()
+        self._differs = mask.new_zeros(len(self._places))
 
     def add(self, kind: str, expected: Tensor, found: Tensor, bound: Tensor) -> None:
         """Count outputs (N, C_out, *output_size), those expected, those found, and their bound."""
-        error, ratio = ratios(expected, found, bound)
-        positions, size = int(self._mask.sum()), expected.abs()
-        if not positions or not error.numel():
+        if not len(self._places):
             return
-        if positions < self._mask.numel():
-            ratio = torch.where(self._mask, ratio, -1.0)  # below all others, so that the largest is inside
-            error, size = torch.where(self._mask, error, 0.0), torch.where(self._mask, size, 0.0)
-
-        def place(at: int) -> dict[str, Any]:
-            return {"where": tuple(int(i) for i in np.unravel_index(at, tuple(error.shape))[1:]), "kind": kind}
-
-        if self._worst.add(size, error, ratio, bound, error.shape[0] * error.shape[1] * positions, place) > 1:
-            self._differs |= (ratio > 1).flatten(0, 1).any(0)
+        each = expected, found, bound.expand_as(expected)
+        expected, found, bound = (one[..., self._mask] for one in each)  # (N, C_out, positions)
+        ratio = self._worst.hold(expected, found, bound, lambda at: (at[1], *self._places[at[2]].tolist()), kind)
+        self._differs |= (ratio > 1).flatten(0, 1).any(0)
 
     def region(self) -> Region:
         """Return what was found, counted by positions."""
-        return replace(self._worst.region, differing=int(self._differs.sum()), positions=int(self._mask.sum()))
+        return replace(self._worst.region, differing=int(self._differs.sum()), positions=len(self._places))

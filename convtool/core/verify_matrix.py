@@ -25,7 +25,7 @@ from convtool.core.moves import Selection
 from convtool.core.rounding import dtype_name, exact_dtype
 from convtool.core.rows import CsrBlock, RowMatrix
 from convtool.core.stored import half_digit, half_ulp, stored_within
-from convtool.core.tally import Region, Worst, check_trials, dense_inputs, hold
+from convtool.core.tally import Index, Region, Worst, check_trials, dense_inputs
 from convtool.core.toeplitz import ToeplitzMatrix, toeplitz
 from convtool.core.tree import map_leaves
 
@@ -273,11 +273,11 @@ def _compare_rows(
             key = places
         most = stored_within(wanted, have, most, have.dtype) + slack
 
-        def place(at: int, start: int = first, key: Tensor = key) -> tuple[int, int]:
+        def place(at: Index, start: int = first, key: Tensor = key) -> Index:
             row, column = divmod(int(key[at]), columns)
             return start + row, column
 
-        hold(worst, wanted, have, most, place)
+        worst.hold(wanted, have, most, place)
         if products is not None:
             products.add(first, found, half)
     return worst.region
@@ -361,8 +361,8 @@ class _Products:
 
         expected, most = made(self.tree, self.x), made(map_leaves(Conv.absolute, self.tree), self.x.abs())
         bound = self.lost + self.computing * most + self.running * (most + self.size) + 2.0**-1022
-        worst, each = Worst("product"), self.found.shape[1]
-        hold(worst, expected.flatten(), self.found.flatten(), bound.flatten(), lambda at: divmod(at, each)[:1])
+        worst = Worst("product")
+        worst.hold(expected, self.found, bound, lambda at: at[:1])
         return worst.region
 
 
@@ -376,5 +376,5 @@ def _compare_bias(expected: Tensor | None, found: Tensor | None, size: int, slac
     half = torch.zeros(size, dtype=torch.float64) if found is None else half_ulp(found, found.dtype)
     worst, wanted = Worst("bias"), wanted.to(exact_dtype(wanted.dtype))
     most = stored_within(wanted, have, half, have.dtype)
-    hold(worst, wanted, have, most if slack is None else most + slack, lambda at: (at,))
+    worst.hold(wanted, have, most if slack is None else most + slack)
     return worst.region

@@ -170,7 +170,8 @@ def _named(
 
 
 def _label(tree: Tree[Named]) -> str:
-    return fold(tree, lambda leaf: leaf.name, " ".join, lambda parts: f"({' | '.join(parts)})")
+    label: str = fold(tree, lambda leaf: leaf.name, " ".join, lambda parts: f"({' | '.join(parts)})")
+    return label
 
 
 def fuse(

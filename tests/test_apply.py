@@ -470,6 +470,14 @@ def test_what_the_model_does_itself_would_be_done_twice(tmp_path: Path) -> None:
     assert relative_difference(outputs(model), outputs(live)) < CLOSE
 
 
+def test_a_tensor_that_the_models_code_multiplies_by_would_be_taken_twice(tmp_path: Path) -> None:
+    model = filled(chain(a=nn.Conv2d(4, 6, 2), b=nn.BatchNorm2d(6)))
+    model.register_parameter("s", nn.Parameter(torch.rand(6, dtype=torch.float64)))
+    out = fuse(model, ["a", "scale(s)", "b"], tmp_path)
+    with pytest.raises(RefusedError, match=r"a was fused with scale\(s\), which the model's own code does"):
+        convtool.apply(copy.deepcopy(model), out)
+
+
 class Skipping(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -488,7 +496,7 @@ def test_a_value_that_the_model_adds_in_front_of_the_fused_layer_would_be_added_
     recipe.write_text(f'[[fuse]]\nname = "{name}"\nchain = [{{ sum = [["b"], ["identity()"]] }}, "c"]\n')
     before, out = save(model, tmp_path / "before.pt"), tmp_path / "after.pt"
     done("fuse", before, "--recipe", recipe, "-o", out, "--assume-defaults")
-    with pytest.raises(RefusedError, match="was fused with a value as it is, which the model's own code does"):
+    with pytest.raises(RefusedError, match="was fused with the addition of its input, which the model's own code does"):
         convtool.apply(copy.deepcopy(model), out)
 
 

@@ -460,6 +460,21 @@ def test_what_the_models_code_does_between_layers_is_among_the_edits(
     assert [line for line in fusion["edits"] if "code" in line] == said
 
 
+@pytest.mark.parametrize("name", ["b", "c"])
+def test_the_addition_of_its_input_to_a_layer_that_stays_is_among_the_edits(name: str, tmp_path: Path) -> None:
+    model, recipe = chain(b=nn.Conv2d(4, 4, 1), c=nn.Conv2d(4, 4, 1)), tmp_path / "r.toml"
+    behind = ', "c"' if name == "c" else ""
+    tree = f'[{{ sum = ["b", "identity()"] }}{behind}]'
+    recipe.write_text(f'[[fuse]]\nname = "{name}"\nchain = {tree}\n')
+    words = ["fuse", save(model, tmp_path / "net.pt"), "--recipe", recipe, "-o", tmp_path / "o.pt", "--assume-defaults"]
+    (fusion,) = done(*words)["fusions"]
+    assert f"take the addition of its input out of the model's code, as {name} does it" in fusion["edits"]
+    # By a name of its own, the model's code has to call it, in place of the sum.
+    recipe.write_text(recipe.read_text().replace(f'name = "{name}"', 'name = "f"'))
+    (fusion,) = done(*words, "--force")["fusions"]
+    assert not [line for line in fusion["edits"] if "addition" in line]
+
+
 def test_input_normalisation_before_padding_needs_a_bias_map(tmp_path: Path) -> None:
     model = filled(Normalized(padding=1))
     before, after = save(model, tmp_path / "before.pt"), tmp_path / "after.pt"

@@ -11,10 +11,11 @@ from convtool.core.conv import Conv
 from convtool.core.fields import Fields
 from convtool.core.geometry import format_sizes
 from convtool.core.names import is_written
-from convtool.core.tree import BASE, Chain, Sum, Tree, first_leaves, has_sum, leaves
+from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, first_leaves, has_sum, leaves, map_leaves
 from convtool.fusing.dependence import changed_fields
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
+from convtool.graph.flow import adds_again
 from convtool.kinds.written import read_layer, undoing
 
 # What becomes of a layer of the model.
@@ -30,13 +31,12 @@ def module_edits(planned: PlannedLayer) -> list[str]:
     first = {leaf.layer.name: leaf.layer.kind for leaf in first_leaves(planned.tree)}
     if len(first) == 1 and "input" in {kind.code for kind in first.values()}:  # a normalisation of the whole input
         lines.append(f"give {name} its input as it was before {''.join(first)}")
-    gone = "take {} out of the model's code, as " + f"{name} does it"
-    lines += map(gone.format, done_by_the_model(planned.record.tree))
+    lines += [_taken_out(one, name) for one in goes_on(planned.record.tree, name)]
     silent = []
     for leaf, fate in fates(planned):
         layer = leaf.layer
         if fate == "in code":
-            lines.append(gone.format(layer.name))
+            lines.append(_taken_out(layer.name, name))
         elif fate == "parameters":
             lines += [f"{_code(tensor)} = None" for tensor in layer.tensor_names()]
         elif fate == "deleted" and not layer.name.startswith(f"{name}."):  # those went with what they were in
@@ -57,6 +57,10 @@ def module_edits(planned: PlannedLayer) -> list[str]:
     if silent:
         lines.append(f"{', '.join(silent)}: nn.Identity(), and zeros from each branch, as convtool.apply has it")
     return list(dict.fromkeys(lines))
+
+
+def _taken_out(what: str, name: str) -> str:
+    return f"take {what} out of the model's code, as {name} does it"
 
 
 def fates(planned: PlannedLayer) -> Iterator[tuple[LoweredLayer, Fate]]:
@@ -201,6 +205,13 @@ def module_text(conv: Conv, **unknown: str) -> str:
 
 def _argument(value: object) -> str:
     return str(value[0]) if isinstance(value, tuple) and len(set(value)) == 1 else repr(value)
+
+
+def goes_on(tree: Tree[SourceLayer], name: str) -> list[str]:
+    """Return what the model's code does of a fusion, and would go on to do with the layer of that name in its place."""
+    stays = name in {source.name for source in leaves(tree) if source.owned()}
+    adds = stays and adds_again(map_leaves(lambda source: LayerRef(source.name), tree), name)
+    return [*done_by_the_model(tree), *(["the addition of its input"] if adds else [])]
 
 
 # Where a layer without tensors is in a model, and whether it stands in front of all else, such that its code does it.

@@ -12,7 +12,7 @@ from convtool.core.tree import has_sum, tree_text
 from convtool.errors import UsageError
 from convtool.formats.atomic import replacing
 from convtool.fusing.dependence import changed_fields
-from convtool.fusing.edits import Fate, done_by_the_model, ends_with, fates, missing_fields, module_text
+from convtool.fusing.edits import Fate, ends_with, fates, goes_on, missing_fields, module_text
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
 
@@ -183,7 +183,7 @@ def _check(planned: PlannedLayer) -> None:
         raise UsageError(
             f"--loader: {', '.join(own)} standardizes its weight, which only convtool.apply takes out of a model"
         )
-    if code := list(done_by_the_model(planned.record.tree)):
+    if code := goes_on(planned.record.tree, planned.name):
         raise UsageError(f"--loader: {', '.join(code)} is in the model's own code; take it out there")
 
 

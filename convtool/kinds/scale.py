@@ -66,7 +66,8 @@ class Scale(Kind):
         return {"factor": 1.0 / other if divides else float(other)} if plain else None
 
     def undone_by(self, fields: Fields) -> Fields | None:
-        return {"factor": 1.0 / fields["factor"]} if fields.get("factor") else None
+        factor = fields.get("factor")  # or a tensor's full name, which none is the inverse of
+        return {"factor": 1.0 / factor} if isinstance(factor, int | float) and factor else None
 
     def lower(self, tensors: Tensors, fields: Fields, axes: int, channels: int | None) -> Conv:
         import torch

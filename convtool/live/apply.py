@@ -17,10 +17,9 @@ from convtool.checkpoint.record import SourceLayer
 from convtool.core.border import Verdict
 from convtool.core.conv import Conv
 from convtool.core.names import WRAPPERS, unwrap
-from convtool.core.tree import Chain, LayerRef, Tree, has_sum, leaves, map_leaves
+from convtool.core.tree import Chain, Tree, has_sum, leaves
 from convtool.errors import InputError, RefusedError, UsageError, about
-from convtool.fusing.edits import done_by_the_model, last_layer
-from convtool.graph.flow import adds_again
+from convtool.fusing.edits import goes_on, last_layer
 from convtool.kinds.shares import shares
 from convtool.live.fused import fused_layers
 from convtool.live.inside import check_standardizes_alone, difference, put_numbers, without_layer
@@ -137,13 +136,10 @@ class Applying:
         for source in sources:
             self._check(source, ends=source is last_layer(tree) and (stays or not branches))
         self.gone |= shares(tree, SourceLayer.owned).keys()
-        again = next(done_by_the_model(tree), None)
-        if again is None and adds_again(map_leaves(lambda source: LayerRef(source.name), tree), name):
-            again = "a value as it is"
-        again = again if stays and self.check else None
-        if again is not None:
+        again = goes_on(tree, name) if stays and self.check else []
+        if again:
             raise RefusedError(
-                f"{name} was fused with {again}, which the model's own code does and would go on to do; take"
+                f"{name} was fused with {again[0]}, which the model's own code does and would go on to do; take"
                 " it out there, and then pass check=False"
             )
         silent: dict[str, nn.Module] = {}

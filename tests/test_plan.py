@@ -579,6 +579,62 @@ def test_what_is_changed_in_place_is_another_value() -> None:
     assert planned(net)[0] == ["bn1 → b"]
 
 
+def halves(y: Tensor) -> Tensor:
+    return y * 0.5
+
+
+def shuffles(y: Tensor) -> Tensor:
+    return torch.flatten(y.reshape(len(y), 2, 2, *y.shape[2:]).transpose(1, 2), 1, 2)
+
+
+@pytest.mark.parametrize("between", [halves, shuffles, lambda y: halves(shuffles(y)), lambda y: shuffles(halves(y))])
+@pytest.mark.parametrize("tail", [nn.Identity, lambda: nn.BatchNorm2d(4)])
+def test_what_the_code_does_before_the_layer_is_undone_before_it(
+    between: Callable[[Tensor], Tensor], tail: Callable[[], nn.Module]
+) -> None:
+    """One layer stands in the convolution's place: behind the code, where a batch norm was before it."""
+    run = lambda m, x: m.tail(m.b(between(m.bn(x))))  # noqa: E731
+    chains, _, found = planned(Net(run, bn=nn.BatchNorm2d(4), b=conv(o=4), tail=tail()))
+    assert [one.name for one in found.fusions] == ["b"]
+    assert "bn → " in chains[0]
+    behind = planned(Net(lambda m, x: m.bn(between(m.b(x))), b=conv(), bn=nn.BatchNorm2d(4)))[0]
+    assert behind[0].startswith("b → ")
+
+
+def scales_in_place(m: Any, x: Tensor) -> Tensor:
+    y = m.bn(x)
+    y.mul_(0.5)
+    return m.b(y) + x[:, :, 2:]  # type: ignore[no-any-return]
+
+
+def adds_to_what_was_read(m: Any, x: Tensor) -> Tensor:
+    y = F.relu(x)
+    z = m.bn(y)
+    y.add_(1)
+    return m.b(z) + y[:, :, 2:]  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("run", [scales_in_place, adds_to_what_was_read])
+def test_a_layer_whose_output_is_memory_of_its_own_stays_where_something_is_changed_in_place(
+    run: Callable[[Any, Tensor], Tensor],
+) -> None:
+    """Without the batch norm, what it reads is the very tensor that the convolution reads."""
+    assert planned(Net(run, bn=nn.BatchNorm2d(4), b=conv()))[0] == []
+    before = lambda m, x: m.bn(m.b(x).mul_(0.5))  # noqa: E731
+    assert planned(Net(before, b=conv(), bn=nn.BatchNorm2d(4)))[0] == ["b → scale(0.5) → bn → scale(2.0)"]
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_batch_norm_before_a_transposed_layer_stays_though_each_output_reads_one_tap(size: int) -> None:
+    """Its bias is multiplied by another tap at each output; taps that are alike would hide that."""
+    up = nn.ConvTranspose2d(4, 3, size, stride=size)
+    chains, alone, _ = planned(Net(lambda m, x: m.up(m.bn(x)), bn=nn.BatchNorm2d(4), up=up))
+    assert chains == []
+    assert "unevenly" in alone["bn up"]
+    even = Net(lambda m, x: m.b(m.wide(m.bn(x))), bn=nn.BatchNorm2d(4), wide=nn.Upsample(scale_factor=2), b=conv(k=1))
+    assert planned(even)[0] == ["bn → b"]
+
+
 def test_branches_that_are_added_in_place_become_one_layer() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         y: Tensor = m.a(x)

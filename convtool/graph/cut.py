@@ -145,17 +145,22 @@ class _Cutter:
     def _chain(self, parts: Sequence[Tree[LayerRef]]) -> Tree[LayerRef]:
         """Return parts as a chain that a layer can stand for while the model's code does what it did.
 
+        The layer stands in the place of the first convolution or linear layer: what the code does in front of that has
+        to be undone in front of the layer, and what it does behind that, behind the layer.
+
         Raises:
             RefusedError: of what is in the code between them, something can't be undone.
         """
-        added: list[Tree[LayerRef]] = []
+        added: tuple[list[Tree[LayerRef]], list[Tree[LayerRef]]] = [], []
+        behind = False
         for part in parts:
             layer = read_layer(part.name) if isinstance(part, LayerRef) and part.written else None
             if layer is not None and layer.kind.code == "model":
                 if layer.kind.undone_by(layer.fields) is None:
                     raise RefusedError(f"{layer.name} between them is in the model's own code, which goes on to do it")
-                added.insert(0, LayerRef(undoing(layer.name).name))
-        return Chain((*parts, *added))
+                added[behind].insert(0, LayerRef(undoing(layer.name).name))
+            behind = behind or any(self.judge.layer(leaf.name).kind.main for leaf in leaves(part))
+        return Chain((*added[0], *parts, *added[1]))
 
     def _merge(self, tree: Tree[LayerRef]) -> Merge:
         """Return the tree as one layer; an error says why it cannot be one."""

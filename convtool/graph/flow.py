@@ -30,6 +30,7 @@ class Step:
         moves: of an operation that factors and offsets of channels can as well follow as precede: for each axis that
             the channels may be on before it, the one that they are on behind it.
         about: what it is, for messages.
+        in_place: whether it changes a value that it reads, for whoever else has that.
     """
 
     reads: tuple[int, ...] = ()
@@ -40,6 +41,7 @@ class Step:
     stacks: int = 0
     moves: Mapping[int, int] = field(default_factory=dict)
     about: str = ""
+    in_place: bool = False
 
     @property
     def written(self) -> bool:
@@ -142,6 +144,8 @@ class _Stretch:
         channels: the axis that the channels are on.
         moved: whether there is an operation in it that factors and offsets of channels alone can pass.
         only_scales: whether all of its members are such.
+        since: the number of its first step.
+        solid: whether a convolution or linear layer is among them.
         bare: how often the value that it reads is added to its own, by the model's code.
         placed: where its channels are among those of several that stand side by side, until a layer follows these.
     """
@@ -154,6 +158,8 @@ class _Stretch:
     channels: int = 1
     moved: bool = False
     only_scales: bool = False
+    since: int = 0
+    solid: bool = False
     bare: int = 0
     placed: str = ""
 
@@ -176,7 +182,9 @@ def _sum_of(branches: Sequence[_Stretch], bare: int) -> _Stretch:
         parts += inner.parts if len(branch.parts) == 1 and isinstance(inner, Sum) else [Chain(tuple(branch.parts))]
     added = [*parts, *[BARE] * bare]
     whole: list[Tree[LayerRef]] = [Sum(tuple(added))] if len(added) > 1 else parts
-    return _Stretch(first.source, whole, first.first_axes, first.axes, channels=first.channels, bare=bare)
+    made = _Stretch(first.source, whole, first.first_axes, first.axes, channels=first.channels, bare=bare)
+    made.since, made.solid = min(one.since for one in branches), any(one.solid for one in branches)
+    return made
 
 
 def find_stretches(flow: Flow) -> tuple[list[Tree[LayerRef]], list[LeftAlone]]:
@@ -224,9 +232,10 @@ class _Finder:
         before = None if barred else self._ended_by(value)
         if before is not None and kind.neutral:  # what changes nothing isn't worth a place in the tree
             self.growing[number] = self.growing.pop(value)
-        elif before is not None and self._follows(before, step, layer):
+        elif before is not None and self._stays(before, number) and self._follows(before, step, layer):
             before.parts.append(LayerRef(layer.name))
             before.only_scales &= kind.per_channel
+            before.solid |= kind.main
             if not before.moved and not (step.written and kind.per_channel):
                 before.flat = kind.reshapes
                 before.axes = len(step.shape) - 2 if kind.reshapes else step.axes
@@ -236,7 +245,7 @@ class _Finder:
             self._note(value, layer.name)
             if not barred:
                 begun = _Stretch(value, [LayerRef(layer.name)], step.axes, step.axes, only_scales=kind.per_channel)
-                begun.channels = step.channels
+                begun.channels, begun.since, begun.solid = step.channels, number, kind.main
                 self.growing[number] = begun
 
     def stack(self, number: int, step: Step) -> None:
@@ -280,6 +289,14 @@ class _Finder:
             return fits and (layer.kind.per_channel or before.only_scales)
         anywhere = step.written and layer.kind.per_channel  # one factor for all channels, whatever axis these are on
         return (anywhere or before.axes == step.axes) and (layer.kind.channels_last or anywhere or not before.flat)
+
+    def _stays(self, before: _Stretch, number: int) -> bool:
+        """Return whether what a stretch reads is the same until a step.
+
+        One layer for it stands in the place of its first convolution or linear layer. Before that nothing is computed
+        any more, so that the value there is the one that the stretch reads, which may change in place.
+        """
+        return before.solid or not any(step.in_place for step in self.flow.steps[before.since : number + 1])
 
     def has_moved(self, step: Step) -> bool:
         """Return whether what a step reads is a stretch that only factors and offsets can go on with."""

@@ -239,12 +239,16 @@ class Judge:
         return self.leaves[key]
 
     def _stand_in(self, leaf: NamedConv) -> NamedConv:
-        """Return a layer of one channel, of ones, that is exact where this one is."""
-        one, geometry = torch.ones((), dtype=torch.float64), replace(leaf.conv.geometry, groups=1)
+        """Return a layer of one channel that is exact where this one is."""
+        layer, geometry = self.layer(leaf.name), replace(leaf.conv.geometry, groups=1)
         # A batch norm's bias is made of four tensors, and is hardly ever zero throughout.
-        biased = leaf.conv.bias is not None and (not self.layer(leaf.name).kind.main or self.is_biased(leaf.name))
-        weight = one.expand(1, 1, *geometry.kernel_size)
-        return NamedConv(leaf.name, Conv(weight, one.expand(1) if biased else None, geometry))
+        biased = leaf.conv.bias is not None and (not layer.kind.main or self.is_biased(leaf.name))
+        if layer.tensors:  # no two taps of which are alike: a transposed layer would spread a bias evenly
+            chance = torch.Generator().manual_seed(0)
+            weight = torch.rand((1, 1, *geometry.kernel_size), generator=chance, dtype=torch.float64)
+        else:
+            weight = leaf.conv.weight[:1, :1].double()
+        return NamedConv(leaf.name, Conv(weight, weight.new_ones(1) if biased else None, geometry))
 
     def _exactness(self, tree: Tree[NamedConv], size: tuple[int, ...]) -> tuple[Exact, Conv]:
         def fuse(at: tuple[int, ...] | None) -> Fusion:

@@ -54,6 +54,10 @@ def fields_of(layer: Layer, operation: Operation) -> Fields | None:
         return None
 
 
+def _in_place(operation: Operation) -> bool:
+    return operation.name.rpartition(".")[0].endswith("_")
+
+
 class _Reader:
     def __init__(
         self, run: Run, layers: Mapping[str, Layer], apart: Mapping[str, str], foreign: Mapping[str, str]
@@ -152,7 +156,8 @@ class _Reader:
         before = self.operations[reads[0]].shape if len(reads) == 1 else ()
         moves = moved_axes(operation.name, operation.arguments, before, operation.shape) if before else {}
         stacks = self._stacks(operation)
-        return Step(steps, operation.shape, adds=adds, stacks=stacks, moves=moves, about=operation.name)
+        about, in_place = operation.name, _in_place(operation)
+        return Step(steps, operation.shape, None, 0, adds, stacks, moves, about, in_place)
 
     def _as_layer(self, operation: Operation) -> Step | None:
         """Return what an operation that reads one value is by itself."""
@@ -160,7 +165,7 @@ class _Reader:
         if not operation.tensors:
             written = layer_of_operation(*about)
             step = None if written is None else self._layer_step(written, operation.reads, operation.shape)
-            return None if step is None else replace(step, moves=moved_axes(*about))
+            return None if step is None else replace(step, moves=moved_axes(*about), in_place=_in_place(operation))
         layer = self.owners.get(operation.tensors[0])
         operation, made, _ = with_own_weight(self.operations, operation)
         if layer is None or self._reads_others(layer, operation):

@@ -95,6 +95,7 @@ class ChannelRows:
         self.longest = made.column_channels * slots + bias_column
         self._templates: dict[tuple[object, ...], Template] = {}
         self.runs = lru_cache(RANGES)(self._find_runs)  # every channel is cut at the same places
+        self.entries_before = lru_cache(RANGES)(self._count_before)
         self._range = lru_cache(None)(self._find_range)
         self._lock = threading.Lock()  # threads mostly want the same template
 
@@ -103,7 +104,7 @@ class ChannelRows:
         """Entries in all rows."""
         return self.entries_before(self.positions)
 
-    def entries_before(self, position: int) -> int:
+    def _count_before(self, position: int) -> int:
         """Count the entries in the rows of all positions before this one."""
         if position == self.positions:
             before = math.prod(int(starts[-1]) for starts in self._counts_before)

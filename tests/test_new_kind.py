@@ -83,7 +83,7 @@ def test_its_fields_are_asked_for_and_it_is_fused_recorded_and_verified(before: 
     out = tmp_path / "out.safetensors"
     code, message = error("fuse", before, "0", "1", "-o", out)
     assert code == 2
-    assert message.startswith("nothing states what the result depends on: for the numbers, power of 1. ")
+    assert message.startswith("nothing states what the result depends on: for the numbers, power of 1; ")
     assert message.endswith("--set 1.power=VALUE")
     assert "1: power 1" in done("fuse", before, "0", "1", "-o", out, "--assume", "power")["fusions"][0]["assumed"]
     (fusion,) = done("fuse", before, "0", "1", "--set", "1.power=2", "-o", out, "--force")["fusions"]

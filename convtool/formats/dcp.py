@@ -160,7 +160,9 @@ class _Table:
         if not (isinstance(dtype, Global) and dtype.module == "torch" and dtype.name in ITEMSIZE):
             raise ValueError("a dtype that is not known")
         shape = _numbers(fields["size"])
-        shards = [self._shard(name, _fields(chunk, "ChunkStorageMetadata")) for chunk in fields["chunks"]]
+        boxes = [_fields(chunk, "ChunkStorageMetadata") for chunk in fields["chunks"]]
+        places = [(_numbers(box["offsets"]), _numbers(box["sizes"])) for box in boxes]
+        shards = [Shard(offsets, sizes, self.parts[name, offsets]) for offsets, sizes in places]
         for shard in shards:
             ends = (start + size for start, size in zip(shard.offsets, shard.sizes, strict=True))
             if len(shard.sizes) != len(shape) or any(end > size for end, size in zip(ends, shape, strict=True)):
@@ -171,10 +173,6 @@ class _Table:
         self.storages[name] = Sharded(self.source, name, dtype.name, shape, shards)
         storage = StorageRef(name, "uint8", "", "cpu", self.storages[name].size)
         return TensorRef.of(storage, dtype.name, shape)
-
-    def _shard(self, name: str, chunk: Mapping[str, Any]) -> Shard:
-        offsets, sizes = _numbers(chunk["offsets"]), _numbers(chunk["sizes"])
-        return Shard(offsets, sizes, self.parts[name, offsets])
 
     def _parts(self) -> dict[tuple[str, tuple[int, ...]], Part]:
         """Return where each part stands, by its tensor's name and its offsets."""

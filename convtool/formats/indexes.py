@@ -138,9 +138,10 @@ def named_beside(index: Path) -> set[str]:
     """
     if not index.exists():
         return set()
-    File(index)
+    source = File(index)
+    data = bytes(source.view(0, min(source.size, MAX_INDEX)))
     try:
-        document = _document(index)
+        document = parse_json(data, index, "it")
         names = [one["file"] for one in document["shards"]] if "shards" in document else document["weight_map"].values()
         return {name for name in names if is_plain_name(name) and "/" not in name}
     except (InputError, TypeError, KeyError, AttributeError):

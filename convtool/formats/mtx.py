@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from convtool.errors import OutputError, UsageError
+from convtool.errors import OutputError
 from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.dtypes import NUMPY
 from convtool.formats.matrices import RECORD_NAME, Contents, Found, Layout
@@ -167,10 +167,11 @@ def read_matrix(source: Source) -> Found:
     """
     import torch
 
-    try:
-        import scipy.io
-    except ImportError:
-        raise UsageError(f"{source.path}: to read .mtx takes scipy: pip install 'convtool[scipy]'") from None
+    from convtool.core.rows import check_scipy
+
+    check_scipy(f"{source.path}: to read .mtx takes")
+    import scipy.io
+
     head = _head(source)
     try:
         with source.opened() as file:  # which it reads a KiB at a time: from a buffer that isn't Python code

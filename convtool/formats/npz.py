@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from convtool.errors import OutputError, UsageError
+from convtool.errors import OutputError
 from convtool.formats import npy
 from convtool.formats.atomic import FilePlan
 from convtool.formats.matrices import ARRAYS, RECORD_NAME, Contents, Found, Layout
@@ -111,10 +111,11 @@ def _as_csr(source: Source, form: str, arrays: Mapping[str, Array]) -> dict[str,
     """Return a matrix that scipy saved in another format as csr; it has to fit memory."""
     import torch
 
-    try:
-        import scipy.sparse
-    except ImportError:
-        raise UsageError(f"{source.path}: a {form} matrix takes scipy: pip install 'convtool[scipy]'") from None
+    from convtool.core.rows import check_scipy
+
+    check_scipy(f"{source.path}: a {form} matrix takes")
+    import scipy.sparse
+
     try:
         shape = tuple(arrays["shape"][:].tolist())
         if max(shape) > max(source.size, MOST_ROWS):  # what there is one number of for each row isn't in the file

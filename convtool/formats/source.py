@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from convtool.errors import InputError, human_bytes
 from convtool.formats.account import Seen, account, version_of
-from convtool.formats.resources import asked
+from convtool.formats.resources import asked, reason
 
 if TYPE_CHECKING:
     import torch
@@ -161,8 +161,10 @@ class File(Source):
     def read_into(self, buffer: memoryview, start: int) -> None:
         done = 0
         while done < len(buffer):
-            with asked(self.path, "read", InputError):
+            try:
                 count = _read_at(self._file, buffer[done:], start + done)
+            except OSError as error:
+                raise self.error(f"cannot be read: {reason(error)}") from None
             if not count:
                 raise self.error("became shorter while it was read")
             done += count

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import json
 import sys
+import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from convtool import formats, load_matrix, matrix, open_checkpoint
 from convtool.cli.app import run_app
-from convtool.errors import OutputError
+from convtool.errors import InputError, OutputError
+from convtool.formats import pieces
 from convtool.formats.atomic import FilePlan, Written
 from convtool.formats.dtypes import ITEMSIZE
 from convtool.formats.matrices import Contents, Found, Layout
@@ -117,6 +120,32 @@ def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def run(*words: object) -> int:
     return run_app([*map(str, words), "--quiet"])
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pt"])
+def test_numbers_that_came_to_the_disk_as_others_are_found(tmp_path: Path, suffix: str) -> None:
+    turns = iter([torch.arange(6.0), torch.arange(6.0).flip(0)])  # what is written, and what was to be
+    piece = replace(
+        Piece.of_tensor("w", torch.arange(6.0)), chunks=lambda: map(Chunk, pieces.tensor_chunks(next(turns)))
+    )
+    plan = formats.checkpoint_format(suffix).plan_state([piece], {}, None)
+    with pytest.raises(OutputError, match=f"out{suffix}: w read back differs from what was written"):
+        plan.write(tmp_path / f"out{suffix}", force=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error", [ValueError, InputError, zipfile.BadZipFile])
+def test_what_a_reader_says_of_a_file_just_written_is_damage(tmp_path: Path, error: type[Exception]) -> None:
+    def fill(file: Written) -> None:
+        file.write(b"abc")
+
+    def check(path: Path) -> None:
+        raise error("half of it")
+
+    plan = FilePlan(3, fill, check)
+    with pytest.raises(OutputError, match=r"out: the file read back is damaged \(half of it\)"):
+        plan.write(tmp_path / "out", force=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_a_new_format_is_written_listed_fused_verified_and_converted(

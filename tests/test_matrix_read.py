@@ -275,7 +275,7 @@ def test_what_a_size_line_announces_is_held_against_the_file_first(
 
 def test_without_scipy_text_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(small(), tmp_path / "m.mtx")
-    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    monkeypatch.setitem(sys.modules, "scipy", None)
     with pytest.raises(UsageError, match=r"m\.mtx: to read \.mtx takes scipy: pip install 'convtool\[scipy\]'"):
         open_matrix(tmp_path / "m.mtx")
 

@@ -205,7 +205,10 @@ def _ways(
         (size of the input, places of the outputs on each axis, places read on each axis, ways by the tree's geometry)
     """
     trees = [map_leaves(lambda axes: Conv(_no_numbers(axes), None, axes), shape) for shape in shapes]
-    size, given = _far(trees) if size is None else _outputs(trees, size)
+    if size is None:
+        size, given = _far(trees)
+    else:  # an output of each class that any of the trees tells apart, on each axis
+        given = [Places.each(classes(Sum(tuple(trees)), size, axis).first) for axis in range(len(size))]
     back = [way_back(tree, size, given, range(len(size))) for tree in trees]
     read = [union(each, n) for each, n in zip(zip(*(places for _, places in back), strict=True), size, strict=True)]
     ways = {shape: placed_among(read, *found, size) for shape, found in zip(shapes, back, strict=True)}
@@ -214,11 +217,6 @@ def _ways(
 
 def _no_numbers(geometry: Geometry) -> Tensor:
     return torch.empty(geometry.groups, 1, *geometry.kernel_size, device="meta")
-
-
-def _outputs(trees: list[Expression], size: tuple[int, ...]) -> tuple[tuple[int, ...], list[Places]]:
-    """Return an output of each class that any of the trees tells apart, on each axis."""
-    return size, [Places.each(classes(Sum(tuple(trees)), size, axis).first) for axis in range(len(size))]
 
 
 def _far(trees: list[Expression]) -> tuple[tuple[int, ...], list[Places]]:

@@ -148,11 +148,14 @@ def verify(
         UsageError: `before` cannot run on that size; a tolerance or a seed that isn't one; nothing to run.
     """
     check_trials(trials, seed, exhaustive)
-    sides, how = _sides(before, after, dtype), (torch.device(device), trials, exhaustive, progress)
+    first: Expression = Chain(tuple(before)) if isinstance(before, Sequence) else before
+    given: Tree[Any] = Chain(tuple(after)) if isinstance(after, Sequence) else after
+    second = map_leaves(lambda leaf: leaf if isinstance(leaf, Stored) else stored(leaf, dtype), given)
+    sides = _Sides(first, second, map_leaves(lambda leaf: leaf.conv, second))
     report = sides.begin(input_size, seed, dtype)
-
     derived = partial(Bound, computed_in=computed_in, between=stored_between)
     bound: Bounding = derived if rtol is None and atol is None else lambda *_: Tolerance(rtol or 0.0, atol or 0.0)
+    how = torch.device(device), trials, exhaustive, progress
     return report if report.mismatch else sides.compare(report, bound, *how)
 
 
@@ -248,15 +251,6 @@ class _Sides:
             return expected, found, most.of(lambda tree: run(tree, x.abs()), expected, found)
 
         return run_both
-
-
-def _sides(
-    before: Sequence[Conv] | Expression, after: Sequence[Conv] | Expression | Tree[Stored], dtype: torch.dtype | None
-) -> _Sides:
-    first: Expression = Chain(tuple(before)) if isinstance(before, Sequence) else before
-    tree: Tree[Any] = Chain(tuple(after)) if isinstance(after, Sequence) else after
-    second = map_leaves(lambda leaf: leaf if isinstance(leaf, Stored) else stored(leaf, dtype), tree)
-    return _Sides(first, second, map_leaves(lambda leaf: leaf.conv, second))
 
 
 def _mismatch(after: Expression, channels: int, size: tuple[int, ...], shape: tuple[int, ...]) -> str:

@@ -453,7 +453,7 @@ def test_a_sharded_tensor_is_put_together(tmp_path: Path) -> None:
     assert torch.equal(opened.tensor("w"), whole)
     write_edited(opened, Edit.nothing(), tmp_path / "out.safetensors", force=False, tensors_only=True)
     assert torch.equal(open_checkpoint(tmp_path / "out.safetensors").tensor("w"), whole)
-    parts = {seen.path.name for seen in account.seen}
+    parts = {path.name for path, _ in account.seen}
     assert parts == {".metadata", "__0_0.distcp", "__1_0.distcp", "__2_0.distcp"}  # looked at before an output appears
     for wrong, message in (
         (boxes[:2], "don't make up a tensor"),

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from convtool.errors import InputError
 
@@ -37,35 +36,28 @@ def version_at(path: Path) -> Version:
         return ()
 
 
-class Seen(NamedTuple):
-    """A file as it was when it was opened to be read."""
-
-    path: Path
-    version: Version
-
-
 @dataclass
 class Account:
     """What a run has done so far.
 
     Attributes:
-        seen: files that were read.
+        seen: files that were read, as they were when they were opened.
         outputs: files that were about to get their names, and which file each is: its device and inode.
         removed: files that aren't needed any more, and went.
         unfinished: files beside the outputs that are no output yet.
         began: whether anything was to be written yet.
     """
 
-    seen: dict[Seen, None] = field(default_factory=dict)
+    seen: dict[tuple[Path, Version], None] = field(default_factory=dict)
     outputs: dict[Path, Version] = field(default_factory=dict)
     removed: set[Path] = field(default_factory=set)
     unfinished: dict[Path, None] = field(default_factory=dict)
     began: bool = False
 
-    def reads(self, seen: Seen) -> None:
+    def reads(self, path: Path, status: os.stat_result) -> None:
         """Note a file that is read, but for what this run is about to write and looks at again."""
-        if seen.path not in self.unfinished:
-            self.seen[seen] = None
+        if path.absolute() not in self.unfinished:
+            self.seen[path.absolute(), version_of(status)] = None
 
     def check_unchanged(self) -> None:
         """Raise InputError where a file that was read isn't what it was, but for what this run itself has changed.

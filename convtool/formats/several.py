@@ -116,7 +116,7 @@ class SeveralPlan:
                 others = set(paths) - set(mine) if ranks.rank == 0 else ()
                 discard(*filter(noted.has_written, mine), *others)
             raise
-        self._finish(noted, old if ranks.rank == 0 else set())
+        self._finish(noted, old)
 
     def _check_there(self) -> None:
         """See that every file is there, whichever process has written it."""

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from convtool.errors import InputError, human_bytes
-from convtool.formats.account import Seen, account, version_of
+from convtool.formats.account import account
 from convtool.formats.resources import asked, reason
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class File(Source):
             weakref.finalize(self, os.close, self._file)
             status = os.fstat(self._file)
         self.size = status.st_size
-        account().reads(Seen(path.absolute(), version_of(status)))
+        account().reads(path, status)
 
     def mapped(self, start: int, stop: int) -> memoryview:
         try:

@@ -13,7 +13,7 @@ import struct
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from convtool.formats.atomic import FilePlan
 from convtool.formats.pieces import Piece
@@ -73,7 +73,7 @@ def write_archive(file: Any, members: Sequence[Piece], *, filled: bool = True) -
     Raises:
         RuntimeError: a member's chunks don't add up to its size.
     """
-    archive = zipfile.ZipFile(cast(IO[bytes], file), "w")
+    archive = zipfile.ZipFile(file, "w")
     try:
         for member in members:
             info = _header(member, file.tell())

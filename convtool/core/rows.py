@@ -118,7 +118,7 @@ class RowMatrix(ABC):
     dtype: torch.dtype
     _longest: int = 1  # the most entries of a row
     _period: int  # rows after which the matrix repeats itself, but for shifts: shares of threads are cut there
-    _plain_rows: int  # all rows, or all but the last where that one is full: the bias under a transposed matrix
+    _last_apart: bool = False  # the last row is like none of the others: the bias under a transposed matrix
 
     def blocks(self, entries: int = BLOCK_ENTRIES) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows that cover the matrix in order, each of about `entries` entries (one row at least)."""
@@ -127,34 +127,32 @@ class RowMatrix(ABC):
         if not step:
             parts = math.ceil(self._period / max(1, entries // self._longest))
             together, step = self._period, math.ceil(self._period / parts)
-        for start in range(0, self._plain_rows, together):
-            stop = min(start + together, self._plain_rows)
+        rows = self.shape[0] - self._last_apart
+        for start in range(0, rows, together):
+            stop = min(start + together, rows)
             yield from ((first, min(first + step, stop)) for first in range(start, stop, step))
-        if self.shape[0] > self._plain_rows:
-            yield self._plain_rows, self.shape[0]
+        if self._last_apart:
+            yield rows, rows + 1
 
     @abstractmethod
-    def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]: ...
+    def _stretches(self, start: int, stop: int) -> Iterator[Stretch]:
+        """Cut rows start:stop into stretches."""
 
     @abstractmethod
-    def _plain_counts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+    def _counts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         """Return the (stop - start,) numbers of entries in each row."""
 
     @abstractmethod
-    def _plain_before(self, row: int) -> int:
+    def _before(self, row: int) -> int:
         """Return the number of entries in all rows before this one."""
 
     @abstractmethod
-    def _plain_indices(self, start: int, stop: int, out: Array) -> None:
+    def _fill_indices(self, start: int, stop: int, out: Array) -> None:
         """Write the columns of rows start:stop."""
 
     @abstractmethod
-    def _plain_values(self, start: int, stop: int, out: Array) -> None:
+    def _fill_values(self, start: int, stop: int, out: Array) -> None:
         """Write the values of rows start:stop, as words."""
-
-    def _full_row(self) -> Tensor:
-        """Return the (columns,) values of the last row, where that one is full."""
-        raise NotImplementedError
 
     @property
     def index_dtype(self) -> torch.dtype:
@@ -174,23 +172,17 @@ class RowMatrix(ABC):
     def entries(self, start: int, stop: int) -> int:
         """Return the number of entries in rows start:stop, without making them."""
         self._check_rows(start, stop)
-        (first, last), full = self._plain(start, stop)
-        return self._plain_before(last) - self._plain_before(first) + full * self.shape[1]
+        return self._before(stop) - self._before(start)
 
     def stretches(self, start: int, stop: int) -> Iterator[Stretch]:
         """Cut rows start:stop into stretches; how long they are is the matrix's own choice."""
         self._check_rows(start, stop)
-        plain, full = self._plain(start, stop)
-        yield from self._plain_stretches(*plain)
-        if full:
-            yield Stretch(self._plain_rows, stop, None, None)
+        return self._stretches(start, stop)
 
     def row_counts(self, start: int, stop: int) -> Tensor:
         """Return the (stop - start,) int64 numbers of entries in each of rows start:stop."""
         self._check_rows(start, stop)
-        plain, full = self._plain(start, stop)
-        counts = self._plain_counts(*plain)
-        return torch.from_numpy(np.append(counts, self.shape[1]) if full else counts)
+        return torch.from_numpy(self._counts(start, stop))
 
     def rows(self, start: int, stop: int) -> CsrBlock:
         """Return rows start:stop in CSR form, the columns of each row ascending and unique."""
@@ -226,23 +218,6 @@ class RowMatrix(ABC):
 
         self._in_parts(start, stop, fill, out.size // 8)  # most of the time goes into getting the memory
         return torch.from_numpy(out).view(self.dtype)
-
-    def _fill_indices(self, start: int, stop: int, out: Array) -> None:
-        plain, full = self._plain(start, stop)
-        self._plain_indices(*plain, out)
-        if full:
-            out[len(out) - self.shape[1] :] = np.arange(self.shape[1], dtype=out.dtype)
-
-    def _fill_values(self, start: int, stop: int, out: Array) -> None:
-        plain, full = self._plain(start, stop)
-        self._plain_values(*plain, out)
-        if full:
-            out[len(out) - self.shape[1] :] = words(self._full_row())
-
-    def _plain(self, start: int, stop: int) -> tuple[tuple[int, int], bool]:
-        """Return which of rows start:stop are plain ones, and whether the full row is among them."""
-        plain = min(start, self._plain_rows), min(stop, self._plain_rows)
-        return plain, start < stop and stop > self._plain_rows
 
     def _in_parts(self, start: int, stop: int, fill: Callable[[int, int, slice], None], work: int = 0) -> None:
         """Call `fill` with ranges of rows that make up start:stop, and where their entries stand; in several threads.
@@ -338,7 +313,7 @@ class ColumnsOf(RowMatrix):
     def __init__(self, matrix: RowMatrix, start: int, stop: int, rows: tuple[int, int]) -> None:
         self._matrix, self._first, self._last, self._top = matrix, start, stop, rows[0]
         self.shape, self.dtype = (matrix.shape[0], stop - start), matrix.dtype
-        self._period, self._plain_rows = 1, matrix.shape[0]
+        self._period = 1
         self._starts = np.zeros(rows[1] - rows[0] + 1, dtype=np.int64)
         for first, last, _, _ in matrix.stretches(*rows):
             row = np.repeat(np.arange(last - first), matrix.row_counts(first, last).numpy())
@@ -352,21 +327,21 @@ class ColumnsOf(RowMatrix):
         columns: Array = self._matrix.indices(start, stop).numpy()
         return columns, (columns >= self._first) & (columns < self._last)
 
-    def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]:
+    def _stretches(self, start: int, stop: int) -> Iterator[Stretch]:
         for first, last, columns, values in self._matrix.stretches(start, stop):
             yield Stretch(first, last, columns, (columns, values))
 
-    def _plain_counts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+    def _counts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
         return np.diff(self._starts[start - self._top : stop - self._top + 1])
 
-    def _plain_before(self, row: int) -> int:
+    def _before(self, row: int) -> int:
         return int(self._starts[row - self._top])
 
-    def _plain_indices(self, start: int, stop: int, out: Array) -> None:
+    def _fill_indices(self, start: int, stop: int, out: Array) -> None:
         columns, live = self._live(start, stop)
         out[:] = columns[live] - self._first
 
-    def _plain_values(self, start: int, stop: int, out: Array) -> None:
+    def _fill_values(self, start: int, stop: int, out: Array) -> None:
         out[:] = words(self._matrix.values(start, stop))[self._live(start, stop)[1]]
 
 

@@ -81,9 +81,9 @@ class ToeplitzMatrix(RowMatrix):
         self._longest = max(1, self._channel.longest)
         self._channel_values: tuple[tuple[int, int], Array] | None = None
         self._plain_rows, self._plain_columns = made.row_channels * self._period, self._column_step * made.groups
-        full = affine and transpose
-        self.nnz = made.row_channels * self._channel.entries + full * self._plain_columns
-        self.shape = self._plain_rows + full, self._plain_columns + self._has_bias_column
+        self._last_apart = affine and transpose
+        self.nnz = made.row_channels * self._channel.entries + self._last_apart * self._plain_columns
+        self.shape = self._plain_rows + self._last_apart, self._plain_columns + self._has_bias_column
 
     @property
     def has_bias(self) -> bool:
@@ -116,7 +116,7 @@ class ToeplitzMatrix(RowMatrix):
         """Return the bias of outputs start:stop, without making all of it; only of a layer that has one."""
         return self._bias_at(torch.arange(start, stop))
 
-    def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]:
+    def _stretches(self, start: int, stop: int) -> Iterator[Stretch]:
         """Cut the rows into stretches of about `RUN_ENTRIES` entries (one row at least)."""
         for (first, last, begin, end), runs in self._pieces(start, stop):
             groups = first // self._kernels.per_group, (last - 1) // self._kernels.per_group
@@ -127,18 +127,24 @@ class ToeplitzMatrix(RowMatrix):
             bias = begin if self._has_bias_column and self._varying_bias else None
             rows = first * self._period + begin, (last - 1) * self._period + end
             yield Stretch(*rows, (*place, *columns), (first, last, bias, *looks))
+        if self._reaches_bias(start, stop):
+            yield Stretch(self._plain_rows, stop, None, None)
 
-    def _plain_counts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+    def _counts(self, start: int, stop: int) -> npt.NDArray[np.int64]:
+        if self._reaches_bias(start, stop):
+            return np.append(self._counts(start, stop - 1), self._plain_columns)
         if stop - start > self._period:  # every channel is like the first
             channel = self._channel.counts(np.arange(self._period))
             return np.resize(np.roll(channel, -(start % self._period)), stop - start)
         return self._channel.counts(np.arange(start, stop, dtype=np.int64) % self._period)
 
-    def _plain_before(self, row: int) -> int:
+    def _before(self, row: int) -> int:
+        if row > self._plain_rows:
+            return self.nnz
         channel, position = divmod(row, self._period)
         return channel * self._channel.entries + self._channel.entries_before(position)
 
-    def _plain_indices(self, start: int, stop: int, out: Array) -> None:
+    def _fill_indices(self, start: int, stop: int, out: Array) -> None:
         for band, target in self._targets(start, stop, out):
             offset = np.arange(band.first, band.last) // self._kernels.per_group * self._column_step  # (channels,)
             further = (offset[1:, None] - offset[0]).astype(out.dtype)
@@ -155,8 +161,10 @@ class ToeplitzMatrix(RowMatrix):
                 done += run.entries
             if self._has_bias_column:
                 target[:, self._row_ends(band)] = self._plain_columns
+        if self._reaches_bias(start, stop):
+            out[len(out) - self._plain_columns :] = np.arange(self._plain_columns, dtype=out.dtype)
 
-    def _plain_values(self, start: int, stop: int, out: Array) -> None:
+    def _fill_values(self, start: int, stop: int, out: Array) -> None:
         for band, target in self._targets(start, stop, out):
             values, runs = self._values(band.first, band.last), self._channel.runs(band.start, band.stop)
             together = max(1, RUN_ENTRIES // max(1, target.shape[1]))  # channels
@@ -166,9 +174,8 @@ class ToeplitzMatrix(RowMatrix):
                 channel = torch.arange(band.first, band.last)[:, None] * self._period
                 bias = self._bias_at(channel + torch.arange(band.start, band.stop))
                 target[:, self._row_ends(band)] = words(bias)
-
-    def _full_row(self) -> Tensor:
-        return self._bias_rows.flatten()
+        if self._reaches_bias(start, stop):
+            out[len(out) - self._plain_columns :] = words(self._bias_rows.flatten())
 
     def _fill_channels(self, runs: list[Run], values: Array, out: Array) -> None:
         """Write the values of channels' runs: each tile gathered when it first comes up, and copied from then on."""
@@ -214,8 +221,13 @@ class ToeplitzMatrix(RowMatrix):
         width = self._bias_rows.shape[1]
         return self._bias_rows[outputs // width, outputs % width]
 
+    def _reaches_bias(self, start: int, stop: int) -> bool:
+        """Return whether the biases' own row, behind those of channels, is among rows start:stop."""
+        return start < stop and stop > self._plain_rows
+
     def _bands(self, start: int, stop: int) -> Iterator[_Band]:
-        """Cut the rows into what is left of the first channel, whole ones, and the rest."""
+        """Cut the rows of channels into what is left of the first channel, whole ones, and the rest."""
+        stop = min(stop, self._plain_rows)
         while start < stop:
             channel, position = divmod(start, self._period)
             whole = 0 if position else (stop - start) // self._period

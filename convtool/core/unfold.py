@@ -84,12 +84,11 @@ class GatherMatrix(RowMatrix):
         # What the rows of one channel read: the positions unfolded, counted from 1, as padding reads 0.
         positions = torch.arange(1, self._inputs + 1).reshape(1, 1, *self.input_size)
         self._read = unfold(positions, geometry).flatten().numpy() - 1  # PADDED where a tap reads padding
-        self._before = np.concatenate([[0], np.cumsum(self._read != PADDED)])  # ones in the rows before each
-        self._plain_rows = channels * len(self._read)
-        self.shape = self._plain_rows, channels * self._inputs
-        self.nnz = channels * int(self._before[-1])
+        self._ones_before = np.concatenate([[0], np.cumsum(self._read != PADDED)])  # ones in the rows before each
+        self.shape = channels * len(self._read), channels * self._inputs
+        self.nnz = channels * int(self._ones_before[-1])
 
-    def _plain_stretches(self, start: int, stop: int) -> Iterator[Stretch]:
+    def _stretches(self, start: int, stop: int) -> Iterator[Stretch]:
         """Cut the rows where a tap ends."""
         while start < stop:
             last = min(stop, start - start % self._period + self._period)
@@ -104,21 +103,21 @@ class GatherMatrix(RowMatrix):
             yield channel, read
             start += len(read)
 
-    def _plain_counts(self, start: int, stop: int) -> Array:
+    def _counts(self, start: int, stop: int) -> Array:
         """Return 1 for each row, or 0 where the tap reads padding."""
         parts = [(read != PADDED).astype(np.int64) for _, read in self._pieces(start, stop)]
         return np.concatenate([np.zeros(0, dtype=np.int64), *parts])
 
-    def _plain_indices(self, start: int, stop: int, out: Array) -> None:
+    def _fill_indices(self, start: int, stop: int, out: Array) -> None:
         done = 0
         for channel, read in self._pieces(start, stop):
             live = read[read != PADDED]
             out[done : done + len(live)] = live + channel * self._inputs
             done += len(live)
 
-    def _plain_values(self, start: int, stop: int, out: Array) -> None:
+    def _fill_values(self, start: int, stop: int, out: Array) -> None:
         out[:] = words(torch.ones(1, dtype=self.dtype))
 
-    def _plain_before(self, row: int) -> int:
+    def _before(self, row: int) -> int:
         channel, first = divmod(row, len(self._read))
-        return channel * int(self._before[-1]) + int(self._before[first])
+        return channel * int(self._ones_before[-1]) + int(self._ones_before[first])

@@ -998,6 +998,40 @@ class OwnEps(nn.BatchNorm2d):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, 1e-2)
 
 
+class PadsSame(nn.Conv2d):
+    """A convolution that pads as TensorFlow does, and says so where torch has numbers."""
+
+    def __init__(self, *args: Any, **fields: Any) -> None:
+        super().__init__(*args, **fields)
+        vars(self)["padding"] = "SAME"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The padded input's convolution."""
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias, groups=self.groups)
+
+
+class Told(nn.Conv2d):
+    """A convolution that can't be run by itself."""
+
+    def forward(self, x: Tensor, flag: bool = False) -> Tensor:
+        """A convolution where it is told so."""
+        assert flag
+        return F.conv2d(x, self.weight, self.bias)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_module_that_pads_in_words_keeps_its_code(groups: int) -> None:
+    net = Net(lambda m, x: m.bn(m.a(x)), a=PadsSame(4, 4, 3, groups=groups), bn=nn.BatchNorm2d(4))
+    assert planned(net)[0] == ["a → bn"]
+
+
+def test_what_apply_could_not_put_into_the_model_is_no_part_of_the_plan() -> None:
+    layers = {"a": Told(4, 4, 1), "bn1": nn.BatchNorm2d(4), "b": conv(), "bn2": nn.BatchNorm2d(4)}
+    chains, alone, _ = planned(Net(lambda m, x: m.bn2(m.b(F.relu(m.bn1(m.a(x, True))))), **layers))
+    assert chains == ["b → bn2"]
+    assert alone["a bn1"].startswith("a: the model has a Told there, whose code isn't that of nn.Conv2d alone")
+
+
 def with_buffer(name: str) -> nn.Module:
     layer = conv(k=1)
     layer.register_buffer(name, torch.ones(4))

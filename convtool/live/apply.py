@@ -132,9 +132,13 @@ class Applying:
             fused: that, its numbers not needed yet; None where only its layers are to go.
         """
         sources = [source for source in leaves(tree) if source.owned() and source.name not in self.gone]
-        stays, branches = name in {source.name for source in sources}, has_sum(tree)
+        stays = name in {source.name for source in sources}
         for source in sources:
-            self._check(source, ends=source is last_layer(tree) and (stays or not branches))
+            self._check_alone(source)
+        for source, what, way_out in self.unlike(name, tree) if self.check else ():
+            raise RefusedError(
+                f"{source.name}: {what}; the fused layer would compute something else than the model did. {way_out}"
+            )
         self.gone |= shares(tree, SourceLayer.owned).keys()
         again = goes_on(tree, name) if stays and self.check else []
         if again:
@@ -274,25 +278,26 @@ class Applying:
         names = (name for name in source.kind.tensors if name in module._parameters)
         return place, module, parameter or (next(names, "") if source.kind.parameter else "")
 
-    def _check(self, source: SourceLayer, *, ends: bool) -> None:
-        """Raise unless a source is in the model, under one name, and is what the record says.
-
-        Args:
-            ends: whether its fusion ends with it, so that what its module does behind the layer may stay.
-        """
+    def _check_alone(self, source: SourceLayer) -> None:
+        """Raise unless a source is in the model, and under one name."""
         if source.name in self.made:
             return
-        _, module, _ = self._holder(source)
-        shared = self.names.get(id(module), ())
+        shared = self.names.get(id(self._holder(source)[1]), ())
         if len(shared) > 1:
             raise RefusedError(
                 f"{' and '.join(shared)} are one module of the model; replacing it in one place would leave the other"
             )
-        what, way_out = difference(module, source, ends=ends) if self.check else ("", "")
-        if what:
-            raise RefusedError(
-                f"{source.name}: {what}; the fused layer would compute something else than the model did. {way_out}"
-            )
+
+    def unlike(self, name: str, tree: Tree[SourceLayer]) -> Iterator[tuple[SourceLayer, str, str]]:
+        """Yield the layers of a fusion that the model has otherwise; each with the difference, and the way out."""
+        sources = [source for source in leaves(tree) if source.owned() and source.name not in self.made | self.gone]
+        # What the module of the last layer does behind it may stay.
+        keeps_rest = name in {source.name for source in sources} or not has_sum(tree)
+        for source in sources:
+            module = self._holder(source)[1]
+            what, way_out = difference(module, source, ends=keeps_rest and source is last_layer(tree))
+            if what:
+                yield source, what, way_out
 
     def _near(self, source: SourceLayer) -> Tensor | None:
         """Return a tensor of the device and the dtype that a layer in place of `source` is to have."""

@@ -62,7 +62,9 @@ def look_inside(module: nn.Module, kind: Kind) -> Inside | None:
     layer = found_layers(module).get("")
     if layer is None or layer.kind is not kind:
         return None
-    channels = layer.kind.takes(layer.shapes, stated_fields(module, layer.kind) or {}, None)
+    # Where its attributes mean something else, those that tell how many channels meet hardly do.
+    told = {name: value for name in ("groups", "transposed") if isinstance(value := getattr(module, name, None), int)}
+    channels = layer.kind.takes(layer.shapes, stated_fields(module, kind) or told, None)
     axes = layer.axes()
     for rank in _RANKS if axes is None else (axes + 2,):
         shape = (1, channels or 1, *(4 * max((1, *layer.shapes.get("weight", ())[2:])),) * (rank - 2))

@@ -109,6 +109,11 @@ def computes_as(module: nn.Module, known: type[nn.Module]) -> bool:
     return same and not any(name in vars(module) for name in _METHODS)  # model.conv.forward = something
 
 
+def is_torchs(module: nn.Module) -> bool:
+    """Return whether a module is of a class of torch's own, and has no code of its own."""
+    return type(module).__module__.startswith("torch.nn.") and computes_as(module, type(module))
+
+
 def is_plain(module: nn.Module, kind: Kind) -> bool:
     """Return whether a module is a layer of a kind and nothing else, by its class or by what it computes."""
     known = known_class(module, [kind])

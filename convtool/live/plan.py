@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from convtool import __version__
 from convtool.checkpoint.edit import Edit
 from convtool.checkpoint.record import Record, SourceLayer
-from convtool.core.tree import BASE, LayerRef, Tree, map_leaves
+from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves
 from convtool.errors import UsageError
 from convtool.fusing.fusion import check_whole, plan_layer
 from convtool.fusing.lowering import lower_tree
@@ -22,8 +22,8 @@ from convtool.graph.judge import Judge, Merge
 from convtool.graph.planned import Plan
 from convtool.graph.stopwatch import Stopwatch
 from convtool.kinds.stated import FieldSources
-from convtool.live.apply import apply_checkpoint
-from convtool.live.layers import found_layers
+from convtool.live.apply import Applying, apply_checkpoint
+from convtool.live.layers import found_layers, is_torchs
 from convtool.live.recorder import Recorded
 from convtool.live.rehearse import Rehearsal
 from convtool.live.state import StateCheckpoint
@@ -87,6 +87,16 @@ def _rehearsed(
         return SourceLayer(leaf.name, layer.kind, layer.fields if layer.tensors else {})
 
     put = [(one.name, map_leaves(source, one.tree), one.fused) for one in merges]
+    # By its operations a layer is known whose module alone, which is all that apply looks at, doesn't tell.
+    applying, strange = Applying(model), {name for name, module in model.named_modules() if not is_torchs(module)}
+    unlike = {
+        one.tree: f"{layer.name}: {what}"
+        for one, (name, tree, _) in zip(merges, put, strict=True)
+        if not strange.isdisjoint(leaf.name for leaf in leaves(tree))
+        for layer, what, _ in applying.unlike(name, tree)
+    }
+    if unlike:
+        return unlike
     wrong = Rehearsal(model, inputs, recorded, put).failing(range(len(put)))
     return {merges[number].tree: reason for number, reason in wrong.items()}
 

@@ -107,12 +107,6 @@ class Conv:
             )
         return size
 
-    def bias_over(self, output_size: Sequence[int]) -> Tensor | None:
-        """Return the bias for every output, (C_out, *output_size), or None."""
-        if self.bias is None or self.has_bias_map:
-            return self.bias
-        return self.bias.reshape(-1, *(1,) * self.spatial_axes).expand(-1, *output_size)
-
     def rows(self, first: int, last: int) -> Tensor:
         """Return the weight's rows first:last, of those output channels."""
         return self.weight[first:last]

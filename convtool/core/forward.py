@@ -60,8 +60,9 @@ def forward(conv: Conv, x: Tensor) -> Tensor:
         out = x * conv.weight.reshape(-1, *(1,) * conv.spatial_axes)
     else:
         out = _transposed(conv, x) if conv.geometry.transposed else _direct(conv, x)
-    bias = conv.bias_over(output_size)
-    return out if bias is None else out + bias
+    if conv.bias is None:
+        return out
+    return out + (conv.bias if conv.has_bias_map else conv.bias.reshape(-1, *(1,) * conv.spatial_axes))
 
 
 def _picked(conv: Selection, x: Tensor) -> Tensor:

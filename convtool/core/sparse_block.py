@@ -49,11 +49,8 @@ class SparseBlock:
         self.matrix.data /= self.scale
         self.weight = torch.from_numpy(self.matrix.data)
         steps = 4 * depth(self._tree, window) + fusing_terms(self._tree)
-        self.entries_off = gamma(steps, U64) * _norm(abs(toeplitz(self._absolute, input_size).to_scipy())) / self.scale
-
-    @property
-    def _absolute(self) -> Expression:
-        return map_leaves(Conv.absolute, self._tree)
+        absolute = toeplitz(map_leaves(Conv.absolute, self._tree), input_size).to_scipy()
+        self.entries_off = gamma(steps, U64) * _norm(abs(absolute)) / self.scale
 
     def dense(self) -> Tensor:
         """Return the matrix itself."""

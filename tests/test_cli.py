@@ -645,9 +645,9 @@ def test_a_padded_3x3_after_a_padded_3x3_is_refused_and_goes_ahead_only_when_tol
     assert refused.message == (
         "cannot fuse blur, sharpen exactly: sharpen pads what the layers before compute, so the first row,"
         " the last row, the first column and the last column of the output would differ; give blur padding 2,3"
-        " and sharpen none, and train on with that; or write their matrix for one input size, which is exact: `convtool"
-        " toeplitz` with the same layers; or accept that: convtool fuse net.safetensors blur sharpen"
-        f" {PADDED} -o f.safetensors --allow-border"
+        " and sharpen none, and train on with that; or write their matrix for one input size, which is exact: convtool"
+        f" toeplitz net.safetensors blur sharpen {PADDED} --input-size SIZE -o OUT.npz; or accept that: convtool fuse"
+        f" net.safetensors blur sharpen {PADDED} -o f.safetensors --allow-border"
     )
     assert not (here / "f.safetensors").exists()
     told = cli(f"fuse net.safetensors blur sharpen {PADDED} -o f.safetensors --allow-border --json").document

@@ -257,14 +257,14 @@ def test_what_all_rows_have_in_common_is_said_once_where_that_makes_room(monkeyp
         "conv1    1 KiB  stride 1, padding 1",
         "conv2    2 KiB  stride 1, padding 2",
         "conv10  10 KiB  stride 1, padding 10",
-        "in every row: dtype float32",
+        "of all: dtype float32",
     ]
     # A line ends behind a comma where it can, and not in front of a number.
     assert shown("30", rows)[1:3] == ["conv1    1 KiB  stride 1,", "                padding 1"]
     # One that isn't shown counts too.
     other = shown("40", [*rows, ("conv11", "float16", "1 KiB", "")])
     assert other[-1].startswith("... and 1 more")
-    assert not any("in every row" in line for line in other)
+    assert not any("of all" in line for line in other)
 
 
 def test_a_table_is_paragraphs_in_a_window_too_narrow_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -391,9 +391,9 @@ def test_a_long_line_has_its_clauses_below_each_other_on_a_terminal(monkeypatch:
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setattr(sys, "stderr", stream := Terminal())
     layer = "normalize(mean=.5; std=.2)"
-    output.say(f"convtool: cannot fuse {layer}, a; leave it; or accept that: convtool fuse n.pt '{layer}' a; true")
+    output.say(f"convtool: cannot fuse {layer}, a; leave it; or accept that: convtool fuse n.pt '{layer}' a")
     assert stream.getvalue() == (
-        f"convtool: cannot fuse {layer}, a;\n  leave it;\n  or accept that:\n    convtool fuse n.pt '{layer}' a; true\n"
+        f"convtool: cannot fuse {layer}, a;\n  leave it;\n  or accept that:\n    convtool fuse n.pt '{layer}' a\n"
     )
 
 

@@ -204,6 +204,7 @@ def test_the_document_says_what_was_done(tmp_path: Path, capsys: pytest.CaptureF
         "reexpressed": [],
         "written": True,
         "bytes": (tmp_path / "out.safetensors").stat().st_size,
+        "record_bytes": 0,
         "files": {str(tmp_path / "out.safetensors"): (tmp_path / "out.safetensors").stat().st_size},
     }
 

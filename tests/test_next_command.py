@@ -47,7 +47,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def following(found: Run, **values: str) -> str:
     """The command that a run ends with or shows on a line of its own, with values for its capitals."""
-    command = re.search(r"(?<=: )convtool (.*)$", found.err + found.out, re.MULTILINE)
+    command = re.search(r".*: convtool (.*)$", found.err + found.out, re.MULTILINE)
     assert command is not None, found
     line = command[1]
     for word, value in values.items():
@@ -70,17 +70,17 @@ def test_a_file_that_torch_folded_is_verified_in_two_tries() -> None:
 def test_lower_precision_is_told_before_what_differs() -> None:
     found = cli("verify net.pt folded.pt --recipe auto --eps 1e-5")
     assert found.code == 1
-    lines = [line for line in found.out.splitlines() if not line.startswith("assumed: ")]
+    lines = [line for line in found.out.splitlines() if not line.startswith(("assumed: ", "recipe: "))]
     assert re.search("an error of up to .* is beyond what storing can do; with --computed-in float32 it", lines[0])
     assert lines[1].startswith("if AFTER was computed in float32: convtool verify net.pt folded.pt --recipe auto")
-    assert lines[-1] == "NOT equivalent, unless AFTER was computed in float32"
+    assert lines[-1] == "NOT equivalent, unless AFTER was computed in float32 (--computed-in)"
     assert cli(following(found)).code == 0
     # Where something else differs as well, lower precision doesn't make it another verdict.
     folded = torch.load("folded.pt")
     torch.save(folded | {"conv1.weight": folded["conv1.weight"] * 1.01}, "folded.pt")
     worse = cli("verify net.pt folded.pt --recipe auto --eps 1e-5").out.splitlines()
     assert worse[-1] == "NOT equivalent"
-    assert any("if AFTER was computed in float32" in line for line in worse[:3])
+    assert any("if AFTER was computed in float32" in line for line in worse[:4])
 
 
 def test_what_lower_precision_explains_is_cut_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,3 +151,17 @@ def test_a_command_to_paste_is_never_folded(monkeypatch: pytest.MonkeyPatch) -> 
     output.say(f"convtool: cannot fuse these two layers exactly; or accept that: {command}")
     assert stream.getvalue().splitlines()[-1].strip() == command
     assert max(map(len, stream.getvalue().splitlines()[:-1])) <= 30
+
+
+def test_a_refusal_of_padded_layers_has_the_command_for_their_matrix() -> None:
+    line = "fuse pair.pt a b -o out.pt --set '*.padding=1' --assume groups,dilation,stride --eps 0.5"
+    refused = cli(line)
+    assert refused.code == 4
+    matrix = re.search(r"which is exact: convtool (toeplitz .*); or accept that: ", refused.message)
+    assert matrix is not None
+    stated = "--set '*.padding=1' --eps 0.5 --assume groups,dilation,stride"
+    told = f"toeplitz pair.pt a b {stated} --input-size SIZE -o OUT.npz"
+    assert matrix[1] == told
+    assert cli(told.replace("SIZE", "7,8")).code == 0
+    sized = cli(f"{line} --input-size 3,9,9")
+    assert "--input-size 3,9,9 -o OUT.npz; or accept" in sized.message

@@ -105,7 +105,7 @@ def test_what_was_assumed_is_said_by_every_later_command() -> None:
     assert said in done("toeplitz", "one.pt", "0", "--input-size", "5,6", "-o", "v.npz", *stated.split()[:8])["assumed"]
     assert "assumed: 1: eps 1e-05" in cli("verify net.pt one.pt").out
     assert "assumed: 1: eps 1e-05" in cli(f"verify one.pt t.npz {stated.replace('--set 2.padding=0', '')}").out
-    assert "\n  1: eps 1e-05 (assumed)\n" in cli("verify net.pt one.pt").out
+    assert "\n  1: assumed eps 1e-05\n" in cli("verify net.pt one.pt").out
     assert "1: eps 1e-05" in cli("verify net.pt two.pt").out
     assert "1: eps 1e-05" in cli("inspect two.pt").out  # which was made of what was made with it
 

@@ -705,7 +705,9 @@ def test_the_verdict_prints_what_it_takes_from_the_record(net: dict[str, Tensor]
     assert "\n  second: stride 2,1, padding" in found.out
     # What somebody else states is no claim of the record's.
     stated = cli("verify net.safetensors f.safetensors --set norm.eps=1e-2 --json")
-    assert {claim.partition(":")[0] for claim in stated.document["claims"]} == {"second"}
+    assert {claim.partition(":")[0] for claim in stated.document["claims"]} == {"second", "the fused second"}
+    # What stands between the layers only a run of the network shows.
+    assert "\n  the fused second: nothing stands between the layers that follow each other in it\n" in found.out
 
 
 @pytest.mark.parametrize(
@@ -723,9 +725,10 @@ def test_what_a_record_claims_is_said_by_field_or_by_layer_whichever_is_shorter(
     assert fuse(f"net.safetensors first second {settings} -o f.safetensors").code == 0
     claims = re.compile("^  (.*)$", re.MULTILINE)
     said = claims.findall(cli("verify net.safetensors f.safetensors").out)
+    assert said.pop() == "the fused first: nothing stands between the layers that follow each other in it"
     assert [one.startswith(line) for one, line in zip(said, lines, strict=True)] == [True] * len(lines)
     detailed = claims.findall(cli("verify net.safetensors f.safetensors --details").out)
-    assert [one.partition(":")[0] for one in detailed] == ["first", "second"]
+    assert [one.partition(":")[0] for one in detailed] == ["first", "second", "the fused first"]
 
 
 def test_a_fusion_of_a_layer_with_itself_cannot_buy_a_tolerance(net: dict[str, Tensor]) -> None:

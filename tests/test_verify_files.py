@@ -194,7 +194,7 @@ def test_a_network_that_no_longer_runs_once_it_is_edited_has_code_of_its_own() -
     line = f"verify net.pt f.pt {MODEL.replace('Net', 'Asking')}"
     found = cli(line)
     assert found.code == 2
-    assert found.message.endswith("; if AFTER's network has code of its own, --model-after CODE runs that")
+    assert found.message.endswith("; AFTER's own code goes by --model-after CODE")
     # ... which here is another form of the same class. A run of BEFORE that fails has another cause.
     after = "--model-after code.py:Asking --model-after-args"
     run = cli(f"""{line.replace("f.pt", "after.pt")} {after} '{{"fused": true}}' --computed-in float32""")

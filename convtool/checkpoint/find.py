@@ -29,8 +29,9 @@ def find_layer(layers: Mapping[str, Layer], name: str, where: str) -> Layer:
         names = ", ".join(layer.name for layer in same)
         raise UsageError(f"{where}: {name!r} fits several layers ({names}); give one of these in full")
     inside = [layer for layer in layers if layer.startswith(name + ".")][:3] if name else []
-    others = f"; did you mean {' or '.join(inside)}?" if inside else "; `convtool inspect` lists the layers"
-    raise UsageError(f"{where}: no layer {name!r}{did_you_mean(name, layers, others)}")
+    others = "; layers have blanks in between" if "," in name else "; `convtool inspect` lists the layers"
+    near = f"; did you mean {' or '.join(inside)}?" if inside else did_you_mean(name, layers, others)
+    raise UsageError(f"{where}: no layer {name!r}{near}")
 
 
 def named_part(layer: Layer, name: str) -> Layer:

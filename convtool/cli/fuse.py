@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from convtool.cli.command import Command
 from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Recipes, Result, Total, Work, show
 from convtool.cli.options import CHECKING, DTYPES, INPUT, OUTPUT, Size, argument, flag, option, parse_dtype, spelled
 from convtool.cli.output import Reporter
+from convtool.core.names import some_of
 from convtool.core.tree import BASE, chains
 from convtool.errors import RefusedError, UsageError
 
@@ -97,6 +98,23 @@ class Options:
         """Whether what the --with files hold is to be merged."""
         return bool(self.others) and self.recipe is None and not self.auto and not self.layers
 
+    @property
+    def size(self) -> Size | None:
+        """The input size of the one fusion; with --auto, each has one of its own."""
+        return None if self.auto else self.input_size
+
+    @property
+    def as_matrix(self) -> str:
+        """The command that writes the matrix of the layers in place of one layer."""
+        words = ["convtool", "toeplitz", str(self.checkpoint), *(self.layers or ())]
+        for one in fields(self.sources):
+            value = getattr(self.sources, one.name)
+            name = "--set" if one.name == "settings" else spelled(one.name)
+            for given in value if isinstance(value, list) else () if value in (None, False) else (value,):
+                words += [name] if given is True else [name, str(given)]
+        size = ",".join(map(str, self.input_size or ("SIZE",)))
+        return f"{shlex.join(words)} --input-size {size} -o OUT.npz"
+
     def named(self) -> tuple[Path, Path]:
         """Return CKPT and OUT; raise UsageError where anything is missing, or where options don't go together."""
         said = bool(self.layers and len(self.layers) > 1) or self.recipe is not None or self.auto or self.adapts
@@ -157,7 +175,6 @@ def run(options: Options, reporter: Reporter) -> Result | Recipes:
 def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.write import check_output
     from convtool.fusing.adapters import merged
-    from convtool.fusing.plans import plan_all
     from convtool.fusing.shipped import find_recipe
 
     sources, overwrite = options.sources, options.writing.overwrite
@@ -166,20 +183,8 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     opened = sources.open(path, reporter)
     checkpoints = {BASE: opened, **sources.open_others(options.others, reporter)}
     check_output(out, force=overwrite, source=opened)
-    fusions, fields = _find(options, recipe, checkpoints, reporter)
-    size = None if options.auto else options.input_size  # with --auto, each fusion has one of its own
-    planned, left_alone = plan_all(
-        checkpoints,
-        fusions,
-        fields,
-        reporter.remark,
-        reporter.note,
-        input_size=size,
-        surveyed=not options.layers,
-        allow_border=options.allow_border,
-        bias_map=options.bias_map,
-        dtype=options.dtype,
-    )
+    fusions, stated = _find(options, recipe, checkpoints, reporter)
+    planned, left_alone = _planned(options, checkpoints, fusions, stated, reporter)
     edit, plan = saved.plan_changed(
         opened,
         planned,
@@ -193,9 +198,32 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     proofs = [None for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
     with loader:
         new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
-    adapters = merged(checkpoints, (one.tree for one in fusions), fields.fields)
-    made = [_fusion(layer, one, size) for layer, one in zip(planned, proofs, strict=True)]
+    adapters = merged(checkpoints, (one.tree for one in fusions), stated.fields)
+    made = [_fusion(layer, one, options.size) for layer, one in zip(planned, proofs, strict=True)]
     return Result(new, tuple(made), Total.of(made), tuple(adapters), tuple(left_alone), options.loader, options.details)
+
+
+def _planned(
+    options: Options,
+    checkpoints: Mapping[str, Checkpoint],
+    fusions: Sequence[PlannedFusion],
+    stated: FieldSources,
+    reporter: Reporter,
+) -> tuple[list[PlannedLayer], list[str]]:
+    """Return the fusions as layers, and what was left alone; a refusal names the command for the matrix in full."""
+    from convtool.core.fuse import MATRIX
+    from convtool.fusing.plans import plan_all
+
+    how = {name: getattr(options, name) for name in ("allow_border", "bias_map", "dtype")}
+    how |= {"input_size": options.size, "surveyed": not options.layers}
+    try:
+        planned, left_alone = plan_all(checkpoints, fusions, stated, reporter.remark, reporter.note, **how)
+    except RefusedError as error:
+        said = str(error).replace(MATRIX, options.as_matrix) if options.layers else str(error)
+        raise RefusedError(said, error.paste) from None
+    if joined := [one.name for one in planned if options.auto and one.joins]:
+        reporter.remark(f"{some_of(joined)}: layers that follow each other as one; --batch-norms-only keeps them apart")
+    return planned, left_alone
 
 
 def _loader(

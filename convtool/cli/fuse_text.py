@@ -137,8 +137,8 @@ def show(result: Result | Recipes, reporter: Reporter) -> None:
         for fusion in fusions:
             _show_one(fusion, reporter, dry_run=not result.checkpoint.written)
     else:
-        columns = ("layers", "become", "exact", "parameters", "multiply-adds")
-        rows = [_row(fusion, "" if len(works) == 1 else " per {}") for fusion in fusions]
+        columns = ["layers", "become", "exact", "parameters", "multiply-adds"][: 5 if works else 4]
+        rows = [_row(fusion, "" if len(works) == 1 else " per {}")[: len(columns)] for fusion in fusions]
         table(columns, rows, right=("parameters", "multiply-adds"), most=MOST_ROWS)
         reporter.line(_proved(fusions))
     if len(fusions) > 1:
@@ -179,13 +179,13 @@ def _total(result: Result, works: Collection[str]) -> str:
 
 
 def _row(fusion: Fusion, per: str) -> tuple[str, ...]:
-    from convtool.graph.planned import shared_path, tree_in_short
+    from convtool.graph.planned import less, shared_path, tree_in_short
 
     record, numbers, work = fusion.record, fusion.parameters, fusion.multiply_adds
     sources = map_leaves(lambda one: LayerRef(str(one)), record.sources)
     return (
         tree_in_short(sources),
-        record.name.removeprefix(shared_path([leaf.name for leaf in leaves(sources) if not leaf.written])),
+        less(record.name, shared_path([leaf.name for leaf in leaves(sources) if not leaf.written])),
         _exactness(fusion).removeprefix("exact "),
         change(numbers.before, numbers.after),
         "" if work is None else f"{change(work.before, work.after)}{per.format(work.per)}",

@@ -248,7 +248,7 @@ def _of_recipe(
     if more:
         raise UsageError("--recipe: LAYER is the name of one of its fusions; further layers don't go with it")
     checkpoints = {BASE: opened}
-    fusions, sources = by_name(chosen(name, checkpoints, sources), checkpoints, sources)
+    fusions, sources = by_name(chosen(name, checkpoints, sources)[0], checkpoints, sources)
     trees = {one.name: one.tree for one in fusions}
     if fused not in trees:
         hint = did_you_mean(fused, trees, f"; it makes {', '.join(trees)}")
@@ -275,4 +275,6 @@ def _defined(leaf: LoweredLayer, opened: Checkpoint, sources: FieldSources) -> f
     layer = leaf.layer
     if sources.fields(layer.name).keys() & layer.kind.settable.keys() or layer.name in field_source(opened).tables:
         return frozenset()
-    return frozenset(name for name, values in leaf.open.items() if values or name in layer.kind.channelwise)
+    several, one, *_ = (*layer.shapes.get("weight", ()), 0, 0)
+    asked = layer.kind.channelwise if one == 1 < several else ()  # as like as not it is one channel of each group
+    return frozenset(n for n, values in leaf.open.items() if n not in asked and (values or n in layer.kind.channelwise))

@@ -27,7 +27,7 @@ NARROW = 64  # columns that a bar with all that it tells takes; below, it is per
 NOTHING = "-"  # in a table's cell; without its column it says nothing
 KEPT = "\u00a0"  # a blank at which no line ends; what is printable has none of its own
 AT_NUMBERS = re.compile(r" (?=[\d→]|[KMGT]?i?B\b)|(?<=\d →) ")  # 'padding 1', '1.5 KiB', '8 → 4'
-COMMAND = re.compile(r"(?<=: )convtool \w+ .*")  # at the end of a message, to be pasted
+COMMAND = re.compile(r"(?<=: )convtool \w+ .*")  # at the end of a message or of a clause, to be pasted
 CLAUSE = re.compile(r"; (?![^()]*\))")  # not those in 'normalize(mean=.5; std=.2)'
 ALL = "a pipe gets all of them, such as | less"
 
@@ -51,11 +51,12 @@ def times(size: Sequence[int] | None) -> str:
 
 
 def change(before: float, after: float) -> str:
-    """Return a number before and after; in full where the short forms would be the same."""
+    """Return a number before and after; in full where the short forms would be the same, or nearly."""
     if before == after:
         return amount(before)
-    short = amount(before), amount(after)
-    return " → ".join(short if len({*short}) > 1 else (f"{before:.0f}", f"{after:.0f}"))
+    short, full = (amount(before), amount(after)), (f"{before:.0f}", f"{after:.0f}")
+    near = 10**5 <= before < 10**7 and 10 * abs(before - after) <= before  # three digits would hide by how much
+    return " → ".join(full if near or len({*short}) == 1 else short)
 
 
 def amount(number: float) -> str:
@@ -209,9 +210,7 @@ def say(text: str) -> None:
     try:
         lines = [text]
         if sys.stderr.isatty() and len(text) >= window_columns():
-            command = found.start() if (found := COMMAND.search(text)) else len(text)
-            lines = CLAUSE.sub(";\n  ", text[:command]).split("\n")
-            lines[-1] += text[command:]
+            lines = CLAUSE.sub(";\n  ", text).split("\n")
         print("\n".join(_fitting(line, sys.stderr) for line in lines), file=sys.stderr)
     except (OSError, ValueError):
         leave(sys.stderr)
@@ -254,7 +253,7 @@ def table(
     for line in _aligned(shown, right, window) or _paragraphs(shown):
         emit(line)
     if said := "; ".join(f"{cells[0][i]} {cells[1][i]}" for i in same if cells[1][i] != NOTHING):
-        emit(_folded(f"in every row: {said}", window_columns(), "  "))
+        emit(_folded(f"of all: {said}", window_columns(), "  "))
     if len(cells) - 1 < len(rows):
         emit(f"... and {len(rows) - len(cells) + 1} more; {ALL}")
 

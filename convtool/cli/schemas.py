@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import inspect
 import json
 import re
@@ -137,4 +138,5 @@ def _hints(made_of: type | Callable[..., Any]) -> dict[str, Any]:
 if __name__ == "__main__":
     if len(sys.argv) != 2 or sys.argv[1] not in COMMANDS:
         sys.exit(f"expected one command: {', '.join(COMMANDS)}")
-    print(json.dumps(schema(sys.argv[1]), indent=2))
+    with contextlib.suppress(BrokenPipeError):  # whoever read it had enough
+        print(json.dumps(schema(sys.argv[1]), indent=2), flush=True)

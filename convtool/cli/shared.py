@@ -127,7 +127,7 @@ class Sources:
         for text in given or ():
             name, equals, path = text.partition("=")
             if not (name and equals and path) or ":" in name or name in opened:
-                raise UsageError(f"--with: expected NAME=FILE, each name once, got {text!r}")
+                raise UsageError(f"--with: expected NAME=FILE, such as style=lora.pt, each name once, got {text!r}")
             opened[name] = open_reporting(Path(path), reporter)
         return opened
 

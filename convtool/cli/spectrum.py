@@ -159,7 +159,7 @@ def run(options: Options, reporter: Reporter) -> Result | spectrum_table.TableRe
     if spectrum_table.is_pattern(options.wanted.layer, opened.layers):
         return spectrum_table.run_table(options, options.sources, opened, reporter)
     if options.model_input is not None:
-        raise UsageError("--model-input: is for a pattern, such as '*'")
+        raise UsageError("--model-input: is for a pattern, such as '*'; of one layer, --input-size says it")
     if options.vectors is not None:
         from convtool.matrix.vectors import check_vectors
 

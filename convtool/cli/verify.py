@@ -78,7 +78,7 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
     for text in verdict.hints(results, bool(sizes), options.computed_in is not None):
         reporter.remark(text)
     whole = _whole_model(options, sides, reporter)
-    claimed = verdict.claims(results)
+    claimed = verdict.claims(results, run=whole is not None and whole.equal)
     differing = set(() if tensors is None else tensors.differing.values())
     covered = {"changed", "missing", "new"} if options.model_after is not None else set()
     elsewhere = differing <= covered and (whole is None or whole.equal)
@@ -183,7 +183,9 @@ def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Re
     checkpoints, fields = sides.checkpoints, sides.fields[0]
     adapters = (options.strength or (), options.leave or ())
     if options.recipe is not None:
-        recipe = chosen(options.recipe, checkpoints, fields)
+        recipe, which = chosen(options.recipe, checkpoints, fields)
+        if which:
+            reporter.note(f"recipe: {which}")
         fusions, fields = by_name(recipe, checkpoints, fields, adapters[1], in_order(sides.before, None))
         origin = f"--recipe {options.recipe}"
     elif sides.after.record is not None and any(adapters):
@@ -273,9 +275,11 @@ def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> WholeRe
                 fused = apply_checkpoint(deepcopy(original), sides.after)
             return compare(original, sides.before, fused, sides.after, size, seed=options.seed)
         except (RefusedError, UsageError) as error:
-            if in_code or str(sides.before.path) in str(error):
+            if str(sides.before.path) in str(error) or options.model_after_args is not None:
                 raise
-            way = "if AFTER's network has code of its own, --model-after CODE runs that"
+            way = (
+                "--model-after-args has arguments for it" if in_code else "AFTER's own code goes by --model-after CODE"
+            )
             raise type(error)(f"{error}; {way}") from None
 
 

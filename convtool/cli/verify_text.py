@@ -183,7 +183,11 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
                 f" {whole.largest_output:.3g}"
             )
     said = f", {result.statement}" if result.statement else ""
-    unless = f", unless AFTER was computed in {result.unless}" if isinstance(result, Result) and result.unless else ""
+    unless = (
+        f", unless AFTER was computed in {result.unless} (--computed-in)"
+        if isinstance(result, Result) and result.unless
+        else ""
+    )
     reporter.verdict(f"equivalent{said}" if result.equivalent else f"NOT equivalent{unless}", good=result.equivalent)
 
 
@@ -203,7 +207,7 @@ def _show_fusions(result: Result, reporter: Reporter, most: int | None) -> None:
     reports = result.fusions
     if reports:
         columns = ("layers", "input", "numbers", "interior", "rim", "verdict")
-        table(columns, list(map(_row, reports)), most=most)
+        table(columns, list(map(_row, sorted(reports, key=lambda one: one.equivalent))), most=most)
         lower = "" if result.computed_in == "float64" else f"computing in {result.computed_in} and "
         allowed = f"{lower}rounding" if result.tolerance == BOUND else "the given tolerance"
         reporter.line(f"percentages: the largest error, as a share of what {allowed} allows; up to 100% is equivalent")

@@ -22,6 +22,7 @@ from convtool.core.tree import Chain, Sum, Tree, flat_parts, fold, leaves, map_l
 from convtool.errors import ConvtoolError, InputError, RefusedError, UsageError
 
 ALLOW = "--allow-border"  # ends a refusal, where that is a way out
+MATRIX = "`convtool toeplitz` with the same layers"  # is one too; a command line can say it in full
 AT_ONCE = 1 << 16  # numbers that are rounded together: they stay in the processor's cache
 
 First = TypeVar("First")
@@ -245,7 +246,7 @@ def explain(
     if within:
         ways.append("leave this branch out (--allow-border is for the fusion's own border, not for those inside)")
     else:
-        ways.append("write their matrix for one input size, which is exact: `convtool toeplitz` with the same layers")
+        ways.append(f"write their matrix for one input size, which is exact: {MATRIX}")
         ways.append(f"accept that: {ALLOW}")
     whose = "this branch's" if within else "the"
     return f"{what}: {cause}, so {verdict.describe_rim()} of {whose} output would differ; {'; or '.join(ways)}"

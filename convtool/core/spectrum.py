@@ -69,6 +69,9 @@ def spectrum(
         seed: of the random vector that iterations start from.
         largest: only the largest is asked for, which takes much less work for large layers; the smallest is None then.
 
+    Returns:
+        Both ends: `largest.value` and `smallest.value`, each with its `error` and whether it is `proved`; `condition`.
+
     Raises:
         UsageError: the layer cannot run on that input size, or a tolerance that isn't between 0 and 1; or a
             matrix that is too large for a dense SVD, and scipy isn't installed.

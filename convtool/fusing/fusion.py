@@ -19,7 +19,7 @@ from convtool.core.expression import joined, multiply_adds, work_per_position
 from convtool.core.fuse import Fusion, fuse_tree
 from convtool.core.names import is_written
 from convtool.core.rounding import dtype_name
-from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves, tree_text, walk
+from convtool.core.tree import BASE, LayerRef, Tree, chains, leaves, map_leaves, tree_text, walk
 from convtool.errors import RefusedError, UsageError, about
 from convtool.fusing.dependence import fused_fields
 from convtool.fusing.leaf import LoweredLayer, spatial_size
@@ -59,6 +59,11 @@ class PlannedLayer:
     def layers(self) -> list[LoweredLayer]:
         """Return every layer of the tree, in order."""
         return list(leaves(self.tree))
+
+    @property
+    def joins(self) -> bool:
+        """Return whether convolutions or linear layers that follow each other are one in it."""
+        return any(sum(leaf.layer.kind.main for leaf in run) > 1 for run in chains(self.tree))
 
     @property
     def assumed(self) -> list[str]:

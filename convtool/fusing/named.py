@@ -99,7 +99,7 @@ def by_name(
     except NothingFitsError as error:
         paths = " or ".join(str(opened.path) for opened in checkpoints.values())
         fit = fitting(checkpoints, fields) if suggest else []
-        others = f"; of the recipes that ship, {in_words(fit)} would fit" if fit else ""
+        others = f"; of the recipes that ship, {in_words(fit)} would fit" if fit else _fused_already(checkpoints)
         raise UsageError(f"{error} of {paths}{others}") from None
     check_nothing_missed(checkpoints, [one.tree for one in planned])
     used = {(ref.source, ref.name) for one in planned for ref in leaves(one.tree) if ref.source != BASE}
@@ -179,7 +179,8 @@ def the_one(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> tupl
     """Return the recipe that fits, and which it is in words; UsageError, with the list, where several or none do."""
     found = fitting(checkpoints, fields)
     if not found:
-        raise UsageError("--recipe auto: none of the recipes that ship fits; `convtool fuse --list-recipes` lists them")
+        listed = _fused_already(checkpoints) or "; `convtool fuse --list-recipes` lists them"
+        raise UsageError(f"--recipe auto: none of the recipes that ship fits{listed}")
     if len(found) > 1:
         raise UsageError(
             f"--recipe auto: several recipes fit: {in_words(found)}; name the one of the library or the authors whose"
@@ -191,9 +192,15 @@ def the_one(checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> tupl
     return recipe, same if len(fit.names) > 1 else f"{fit.names[0]}, {recipe.about}"
 
 
-def chosen(name: str, checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> Recipe:
-    """Return the recipe of a name or of a file; of 'auto', the one that fits."""
-    return find_recipe(name) or the_one(checkpoints, fields)[0]
+def chosen(name: str, checkpoints: Mapping[str, Checkpoint], fields: FieldSources) -> tuple[Recipe, str]:
+    """Return the recipe of a name or of a file, and ''; of 'auto', the one that fits, and which it is in words."""
+    named = find_recipe(name)
+    return the_one(checkpoints, fields) if named is None else (named, "")
+
+
+def _fused_already(checkpoints: Mapping[str, Checkpoint]) -> str:
+    record = checkpoints[BASE].record
+    return "" if record is None else f"; {checkpoints[BASE].path} holds what convtool fused already"
 
 
 def doing_more(

@@ -23,9 +23,9 @@ from convtool.core.expression import (
     split_input_size,
 )
 from convtool.core.geometry import format_sizes
-from convtool.core.names import grouped, some_of
+from convtool.core.names import grouped, is_written, some_of
 from convtool.core.stored import Stored, stored
-from convtool.core.tree import BASE, Tree, leaves, map_leaves
+from convtool.core.tree import BASE, Tree, chains, leaves, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError, UsageError, of_bound
 from convtool.formats.dtypes import FLOATS
@@ -240,9 +240,19 @@ def _allowed(results: Results) -> str:
     return f"; allowing for roundings in between, as AFTER records: {', '.join(said)}" if said else ""
 
 
-def claims(results: Results) -> tuple[tuple[str, str], ...]:
-    """Return what AFTER's record says of BEFORE's layers that BEFORE's tensors don't, as (layer, what)."""
-    return tuple(dict.fromkeys(claim for pairing, _ in results for claim in pairing.claims))
+def claims(results: Results, run: bool) -> tuple[tuple[str, str], ...]:
+    """Return what AFTER's record says of BEFORE's layers that BEFORE's tensors don't, as (layer, what).
+
+    Args:
+        run: the whole network was run, which shows what stands between its layers.
+    """
+    found = [claim for pairing, _ in results for claim in pairing.claims]
+    for pairing in [] if run else [pairing for pairing, _ in results if pairing.path]:
+        if any(sum(not is_written(one.name) for one in chain) > 1 for chain in chains(pairing.before)):
+            found.append(
+                (f"the fused {pairing.name}", "nothing stands between the layers that follow each other in it")
+            )
+    return tuple(dict.fromkeys(found))
 
 
 def _narrowed(results: Results) -> str:

@@ -123,7 +123,8 @@ class _History:
                 )
 
     def _lacks(self, opened: Checkpoint, name: str) -> InputError:
-        return InputError(f"{opened.path}: has no layer {name!r}, which the record of {self.after.path} names")
+        made = f"; {self.after.path} was made of another file" if opened is not self.after else ""
+        return InputError(f"{opened.path}: has no layer {name!r}, which the record of {self.after.path} names{made}")
 
     def _lowered(self, tree: Tree[SourceLayer], stands: Conv) -> Tree[LoweredLayer]:
         """Return the layers of BEFORE; an error is the record's, unless what else is said of them may be the cause."""
@@ -179,9 +180,9 @@ def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[s
         for assumed in (False, True) if kind.settable else ():
             some = {name: value for name, value in claimed.items() if (name in leaf.assumed) == assumed}
             if said := kind.claim(some, leaf.layer.shapes):
-                yield leaf.name, f"{said.replace(', ', ' (assumed), ')} (assumed)" if assumed else said
+                yield leaf.name, f"assumed {said.replace(', ', ', assumed ')}" if assumed else said
         if leaf.like and leaf.fields.get("of") not in whole:
-            yield leaf.name, f"every other field as {leaf.like}"
+            yield leaf.name, f"what nobody states as of {leaf.like}"
 
 
 def _fused_claims(

@@ -134,14 +134,14 @@ def _part(tree: Tree[LayerRef]) -> str:
 def tree_in_short(*trees: Tree[AnyNamed]) -> str:
     """Return trees with what their names share said once: 'layer1.0: conv1 → bn1 = conv1'."""
     shared = shared_path([leaf.name for tree in trees for leaf in leaves(tree) if not is_written(leaf.name)])
-    text = " = ".join(tree_text(tree, lambda leaf: leaf.name.removeprefix(shared)) for tree in trees)
+    text = " = ".join(tree_text(tree, lambda leaf: less(leaf.name, shared)) for tree in trees)
     return f"{shared.removesuffix('.')}: {text}" if shared else text
 
 
 def names_in_short(names: Sequence[str]) -> str:
     """Return names with what they share said once: 'layer1.0: conv1, bn1'."""
     shared = shared_path(names)
-    text = ", ".join(name.removeprefix(shared) for name in names)
+    text = ", ".join(less(name, shared) for name in names)
     return f"{shared.removesuffix('.')}: {text}" if shared else text
 
 
@@ -159,8 +159,12 @@ def grouped_reasons(left_alone: Iterable[LeftAlone]) -> list[tuple[str, str]]:
 
 
 def shared_path(names: Sequence[str]) -> str:
-    """Return the path that all of the names begin with, its dot included; '' where a bare number would be left."""
-    if any(name.rpartition(".")[2].isdigit() for name in names):
-        return ""  # '0 → 1 = 0' reads like a sum
+    """Return the path that all of the names begin with, its dot included."""
     each = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return "".join(f"{parts[0]}." for parts in takewhile(lambda parts: len(set(parts)) == 1, each))
+
+
+def less(name: str, shared: str) -> str:
+    """Return a name without what is shared: 'conv1', or '[0]' of a number, as '0 → 1 = 0' would read like a sum."""
+    rest = name.removeprefix(shared)
+    return f"[{rest}]" if shared and rest.isdigit() else rest

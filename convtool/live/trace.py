@@ -171,7 +171,7 @@ def shapes_of(inputs: Inputs) -> str:
 
 def _does_not_run(inputs: Inputs, error: BaseException | None) -> UsageError:
     return UsageError(
-        f"the model doesn't run on an input of shape {shapes_of(inputs)} (the batch first, then the input size):"
+        f"the model doesn't run on an input of shape {shapes_of(inputs)} (the batch, then the size, channels first):"
         f" {error_line(error)}"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
@@ -468,6 +469,14 @@ def test_what_the_model_does_itself_would_be_done_twice(tmp_path: Path) -> None:
     live.p = nn.Identity()
     convtool.apply(live, out, check=False)
     assert relative_difference(outputs(model), outputs(live)) < CLOSE
+
+
+@pytest.mark.parametrize("between", [["scale(0.5)"], ["avg_pool(2)", "avg_pool(2)"]])
+def test_what_the_models_code_does_is_named_as_it_was_written(between: list[str], tmp_path: Path) -> None:
+    model = filled(chain(a=nn.Conv2d(4, 6, 2), b=nn.BatchNorm2d(6)))
+    out = fuse(model, ["a", *between, "b"], tmp_path)
+    with pytest.raises(RefusedError, match=rf"^a was fused with {re.escape(between[0])}, which the model's own code"):
+        convtool.apply(copy.deepcopy(model), out)
 
 
 def test_a_tensor_that_the_models_code_multiplies_by_would_be_taken_twice(tmp_path: Path) -> None:

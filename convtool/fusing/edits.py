@@ -231,15 +231,16 @@ def done_by_the_model(tree: Tree[SourceLayer], in_front: bool | None = None) -> 
     ours = any(source.origin == BASE and not source.written for source in sources)
     if in_front is None:
         in_front = len({source.name for source in first_ones}) == 1
-    done: list[str] = []
+    done: list[tuple[str, str]] = []  # with the layer that undoes each; '' where none does
     for number, part in enumerate(() if isinstance(tree, SourceLayer) else tree.parts):
         first = in_front and (number == 0 or not isinstance(tree, Chain))
         if not isinstance(part, SourceLayer):
             yield from done_by_the_model(part, first)
         elif isinstance(tree, Chain) and ours and part.written and (part.kind.code, first) in _CODE:
             # What is undone further on in the chain was fused such that the model's code may go on to do it.
-            undone = bool(done) and done[-1] == part.name
-            done[-1:] = [] if undone else [*done[-1:], part.name]
-            if not undone and part.kind.undone_by(read_layer(part.name).fields) is not None:
-                done[-1] = undoing(part.name).name
-    yield from done
+            if done and done[-1][1] == part.name:
+                done.pop()
+            else:
+                undone = part.kind.undone_by(read_layer(part.name).fields) is not None
+                done.append((part.name, undoing(part.name).name if undone else ""))
+    yield from (name for name, _ in done)

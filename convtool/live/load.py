@@ -62,8 +62,9 @@ def _named(spec: str) -> Iterator[Any]:
         try:
             made: Any = reduce(getattr, attribute.split("."), module)
         except AttributeError:
-            own = [name for name, made in vars(module).items() if callable(made) and not name.startswith("_")]
-            near = did_you_mean(attribute, own, f"; it has {', '.join(own[:8]) or 'nothing to call'}")
+            known = {name: made for name, made in vars(module).items() if callable(made) and not name.startswith("_")}
+            own = [name for name, made in known.items() if getattr(made, "__module__", "") == module.__name__]
+            near = did_you_mean(attribute, known, f"; it has {', '.join(own[:8]) or 'none of its own'}")
             lacks = f"has no {attribute!r}" if attribute else f"expected {where}:NAME, NAME being what builds the model"
             raise UsageError(f"--model: {where}: {lacks}{near}") from None
         yield made

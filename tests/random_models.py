@@ -64,7 +64,8 @@ class Model(nn.Module):
             if text.startswith("!"):  # changes a value in place, which is looked at when the whole is run
                 self.lines.append(text[1:])
                 return
-            with torch.no_grad():
+            with torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of padding that torch pads once more
                 made = eval(text, {"torch": torch, "F": F, "self": self, **self.values})
             if not 0 < made.numel() < MOST_NUMBERS or made.dim() != self.axes + 2:
                 raise ValueError(text)

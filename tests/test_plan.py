@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_models
 import torch
 import torch.nn.functional as F
 from layers import kind
@@ -1304,3 +1305,8 @@ def test_a_model_on_the_meta_device_has_the_same_plan() -> None:
     again = convtool.plan(model, found.size)
     assert again.recipe() == found.plan.recipe()
     assert again.total == found.plan.total
+
+
+def test_models_made_at_random_compute_the_same_once_they_are_fused() -> None:
+    found = {seed: what for seed in range(80) if (what := random_models.wrong(seed))}
+    assert found == {}

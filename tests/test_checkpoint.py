@@ -60,7 +60,7 @@ def test_layers_are_known_by_their_tensors_names_and_shapes(tmp_path: Path, suff
     assert opened.layer("head.weight").name == "head"
     with pytest.raises(UsageError, match=r"no layer 'stem\.frst'; did you mean stem\.first"):
         opened.layer("stem.frst")
-    with pytest.raises(UsageError, match=r"no layer 'stem'; did you mean stem\.first or stem\.second or stem\.bn"):
+    with pytest.raises(UsageError, match=r"no layer 'stem'; did you mean (stem\.\w+( or )?){3}\?"):
         opened.layer("stem")
 
 

@@ -165,3 +165,12 @@ def test_a_refusal_of_padded_layers_has_the_command_for_their_matrix() -> None:
     assert cli(told.replace("SIZE", "7,8")).code == 0
     sized = cli(f"{line} --input-size 3,9,9")
     assert "--input-size 3,9,9 -o OUT.npz; or accept" in sized.message
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_file_whose_tensors_were_rounded_is_verified_in_two_tries(dtype: str) -> None:
+    assert cli(f"convert net.pt half.pt --dtype {dtype}").code == 0
+    first = cli("verify net.pt half.pt")
+    assert (first.code, first.out.startswith("if AFTER's tensors were rounded once: ")) == (1, True)
+    assert cli(following(first)).code == 0
+    assert "rounded once:" not in cli("verify half.pt net.pt --rounded-to float32").out

@@ -112,10 +112,12 @@ def _way_out(
     differing: set[str],
 ) -> tuple[str, str]:
     """Return when more options would make the verdict another one, and those options; ('', '') where none would."""
-    from convtool.fusing.unrecorded import in_lower_precision
+    from convtool.fusing.unrecorded import in_lower_precision, new_floats
 
     if explained.dtype:
         return f"if AFTER was computed in {explained.dtype}", f"--computed-in {explained.dtype}"
+    if differing and options.rounded_to is None and len(new := new_floats(sides.before, sides.after)) == 1:
+        return "if AFTER's tensors were rounded once", f"--rounded-to {new.pop()}"
     if sides.after.record is not None or options.recipe or options.model_input or options.before_layers:
         return "", ""
     lower = "" if options.computed_in else in_lower_precision(sides.after)

@@ -48,3 +48,9 @@ def in_lower_precision(after: Checkpoint) -> str:
     """Return the option for the precision in which other programs compute what AFTER stores; '' for float64."""
     stored = {info.dtype for info in after.infos.values()} & FLOATS
     return " --computed-in float32" if stored and "float64" not in stored else ""
+
+
+def new_floats(before: Checkpoint, after: Checkpoint) -> set[str]:
+    """Return the floating-point dtypes that AFTER has and BEFORE doesn't."""
+    first, second = ({info.dtype for info in opened.infos.values()} for opened in (before, after))
+    return (second - first) & FLOATS

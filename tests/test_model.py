@@ -224,7 +224,7 @@ def test_a_file_that_another_program_folded_is_of_the_network_and_one_line_says_
     }
     torch.save(folded | {f"{2 * n}.bias": torch.ones(n + 3) for n in range(3)}, tmp_path / "net.pt")
     found = agree(model, open_checkpoint(tmp_path / "net.pt"))
-    found.check(model, "net.py:Net")
+    found.check("net.py:Net")
     assert found.differences == ("only in the model: 1, 3, 5", "a bias only in the checkpoint: 0, 2, 4")
     assert {why for name, why in found.unlike.items() if name in {"0", "2", "4"}} == {FOLDED}
 
@@ -509,9 +509,9 @@ def test_a_model_of_another_network_is_refused_and_one_with_another_head_is_not(
     checkpoint = open_checkpoint(save(network(3, 4, 5), tmp_path / "net.pt"))
     for other in (network(12, 4, 5), network(3, 6, 5)):
         with pytest.raises(UsageError, match=r"net.py:Net is of another network than .*net.pt: of its \d+ layers \d+"):
-            agree(other, checkpoint).check(other, "net.py:Net")
+            agree(other, checkpoint).check("net.py:Net")
     for like in (network(3, 4, 7), network(3, 4, 5), network(2, 4, 5)):
-        agree(like, checkpoint).check(like, "net.py:Net")
+        agree(like, checkpoint).check("net.py:Net")
 
 
 TWO = """

@@ -22,17 +22,9 @@ from convtool.formats.resources import ran_out
 PROGRAM = "convtool"
 COMPLETE = "_CONVTOOL_COMPLETE"  # set by the shell when it asks for completions
 
-COMMANDS = {  # in the order of --help; each is the COMMAND of its module
-    "inspect": "convtool.cli.inspect",
-    "toeplitz": "convtool.cli.toeplitz",
-    "unfold": "convtool.cli.unfold",
-    "spectrum": "convtool.cli.spectrum",
-    "plan": "convtool.cli.plan",
-    "fuse": "convtool.cli.fuse",
-    "verify": "convtool.cli.verify",
-    "convert": "convtool.cli.convert",
-    "manual": "convtool.cli.manual",
-}
+# In the order of --help; each is the COMMAND of the module of its name.
+NAMES = ("inspect", "toeplitz", "unfold", "spectrum", "plan", "fuse", "verify", "convert", "manual")
+COMMANDS = {name: f"convtool.cli.{name}" for name in NAMES}
 
 
 def find_command(name: str) -> Command[Any, Any]:

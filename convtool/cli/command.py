@@ -16,7 +16,7 @@ from typer.core import TyperCommand, TyperGroup
 from convtool.cli import exit_codes
 from convtool.cli.complete import one_of
 from convtool.cli.document import whole_document
-from convtool.cli.help import argument_rows, option_rows, option_sections, page, summary
+from convtool.cli.help import option_sections, page, rows, summary
 from convtool.cli.options import OUTPUT, TYPER, Size, flag, option, spelled
 from convtool.cli.output import Colour, Reporter, print_document
 from convtool.cli.run import run, stdout_kept
@@ -64,8 +64,7 @@ class Command(Generic[Options, Result]):
         if reporter.as_json:
             print_document(whole_document(reporter.command, result, code))
         elif not reporter.silent:
-            for text in reporter.notes:
-                reporter.line(text)
+            reporter.lines(reporter.notes)
             self.show(result, reporter)
         return code
 
@@ -196,7 +195,7 @@ class Subcommand(TyperCommand):
                 ctx.fail(f"expected {_form(param)} first: there is no file {path}, and {file} is one")
 
     def get_help(self, ctx: typer.Context) -> str:  # type: ignore[override]
-        sections = [("Arguments", argument_rows(self.params)), *option_sections(self.get_params(ctx))]
+        sections = [("Arguments", rows(self.params, "argument")), *option_sections(self.get_params(ctx))]
         return page(self, ctx, sections)
 
 
@@ -217,10 +216,9 @@ class Group(TyperGroup):
 
     def get_help(self, ctx: typer.Context) -> str:  # type: ignore[override]
         commands = [(name, summary(command.help)) for name, command in self.commands.items()]
-        commands.append(
-            ("help", "Show this page, or that of a COMMAND, as --help does.")
-        )  # `convtool.cli.app` reads it
-        options, codes = option_rows(self.get_params(ctx)), list(exit_codes.MEANINGS.items())
+        # `convtool.cli.app` reads it.
+        commands.append(("help", "Show this page, or that of a COMMAND, as --help does."))
+        options, codes = rows(self.get_params(ctx), "option"), list(exit_codes.MEANINGS.items())
         sections = [("Commands", commands), ("Options", options), ("Exit codes", codes)]
         return page(self, ctx, sections)
 

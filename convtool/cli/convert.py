@@ -174,8 +174,7 @@ def _reexpressions(options: Options, opened: Checkpoint, reporter: Reporter) -> 
     changes = []
     for name, size in [*((name, None) for name in options.as_linear or ()), *(options.as_toeplitz or ())]:
         lowered = lower_convolution(opened, name, sources, size)
-        for text in said_of([lowered]):
-            reporter.note(text)
+        reporter.note(*said_of([lowered]))
         changes.append(as_linear(lowered) if size is None else as_toeplitz(lowered, size))
     changes += [_as_conv(opened, text, sources, reporter) for text in options.as_conv or ()]
     for number, change in enumerate(changes):

@@ -267,11 +267,10 @@ def _find(
     fields = sources.fields(found, names)
     if options.adapts:
         return adapted(checkpoints, fields, options.strength or (), options.leave or ())
-    order = in_order(opened, None if found is None else list(found[1].names.values()))
+    order = in_order(opened, None if found is None else list(found.names.values()))
     if options.recipe is None:
         fusions = [named_chain(options.layers or (), options.name or "", checkpoints)]
-        for text in against_order(fusions[0], order):
-            reporter.remark(text)
+        reporter.remark(*against_order(fusions[0], order))
     else:
         fusions, fields = _by_recipe(options, recipe, checkpoints, fields, order, reporter)
     own = [[ref for ref in chain if ref.source == BASE] for one in fusions for chain in chains(one.tree)]
@@ -297,8 +296,8 @@ def _by_recipe(
         recipe, which = the_one(checkpoints, fields)
         reporter.note(f"recipe: {which}")
     own = is_file(str(options.recipe))
-    for pattern in without_effect(recipe, checkpoints) if own else ():  # those that ship are for many networks
-        reporter.remark(f"{recipe.origin}: geometry: {pattern!r} fits no layer")
+    idle = without_effect(recipe, checkpoints) if own else ()  # those that ship are for many networks
+    reporter.remark(*(f"{recipe.origin}: geometry: {pattern!r} fits no layer" for pattern in idle))
     fusions, stated = by_name(recipe, checkpoints, fields, options.leave or (), order)
     if more := [] if own or auto else doing_more(fusions, checkpoints, fields):
         reporter.note(f"left alone: what another recipe makes fewer layers of: {in_words(more)}")

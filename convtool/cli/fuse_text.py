@@ -195,9 +195,7 @@ def _row(fusion: Fusion, per: str) -> tuple[str, ...]:
 def _show_one(fusion: Fusion, reporter: Reporter, *, dry_run: bool) -> None:
     record, numbers, work = fusion.record, fusion.parameters, fusion.multiply_adds
     reporter.line(f"{tree_text(record.sources)} becomes {record.name}")
-    for line in (*fusion.edits, _exactness(fusion)):
-        reporter.line(f"  {line}")
-    reporter.line(f"  {_proved([fusion])}")
+    reporter.lines([f"  {line}" for line in (*fusion.edits, _exactness(fusion), _proved([fusion]))])
     per = "" if work is None or work.per == "input" else f" per {work.per}"
     cost = "" if work is None else f" {change(work.before, work.after)} multiply-adds{per},"
     reporter.line(f"  {numbers.before} → {numbers.after} parameters,{cost} {record.dtype}")

@@ -73,22 +73,12 @@ def _folded(line: str, width: int, first: str, then: str, end: str = "") -> str:
     return f"{end}\n".join(lines)
 
 
-def argument_rows(params: Iterable[Any]) -> Rows:
-    """The arguments among a command's parameters as ('CKPT', what it is)."""
-    return [
-        (param.metavar or param.name.upper(), param.help or "")
-        for param in params
-        if param.param_type_name == "argument" and not param.hidden
-    ]
-
-
-def option_rows(params: Iterable[Any]) -> Rows:
-    """The options among a command's parameters as ('-o, --out OUT', what it does)."""
-    return [
-        (_option_term(param), _option_text(param))
-        for param in params
-        if param.param_type_name == "option" and not param.hidden
-    ]
+def rows(params: Iterable[Any], kind: str) -> Rows:
+    """The arguments among a command's parameters as ('CKPT', what it is), its options as ('-o, --out OUT', ...)."""
+    shown = [param for param in params if param.param_type_name == kind and not param.hidden]
+    if kind == "argument":
+        return [(param.metavar or param.name.upper(), param.help or "") for param in shown]
+    return [(_option_term(param), _option_text(param)) for param in shown]
 
 
 def option_sections(params: Iterable[Any]) -> list[tuple[str, Rows]]:
@@ -97,7 +87,7 @@ def option_sections(params: Iterable[Any]) -> list[tuple[str, Rows]]:
     for param in params:
         panel = getattr(param, "rich_help_panel", None) or (OUTPUT if param.name == "help" else "Options")
         sections.setdefault(panel, []).append(param)
-    return [(panel, option_rows(sections[panel])) for panel in sorted(sections, key=OUTPUT.__eq__)]
+    return [(panel, rows(sections[panel], "option")) for panel in sorted(sections, key=OUTPUT.__eq__)]
 
 
 def _option_term(param: Any) -> str:

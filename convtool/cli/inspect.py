@@ -239,8 +239,8 @@ def _show_layers(result: Result, reporter: Reporter) -> None:
         rows.append((*_head(layer, bias), layer.dtype, human_bytes(layer.bytes)))
     _show_table(("layer", "kind", "weight", "dtype", "size"), rows, result.layers, reporter)
     said = (text.partition(": ") for layer in result.layers for text in layer.rests_on)
-    for text in grouped((name, what) for name, _, what in said):
-        reporter.line(f"assumed when the fused layers were made: {text}")
+    assumed = grouped((name, what) for name, _, what in said)
+    reporter.lines([f"assumed when the fused layers were made: {text}" for text in assumed])
     listed = {layer.name for layer in result.layers}
     for fusion in result.record.fusions if result.record else ():
         if fusion.name in listed:

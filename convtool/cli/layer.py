@@ -185,8 +185,7 @@ def find_layers(
     found = lower_tree({BASE: opened}, refs, sources, size)
     defined = _defined(next(leaves(found)), opened, given.fields(model, opened.layers)) if single else frozenset()
     lowered = settle_alone(leaves(found), {BASE: opened}, sources.assume | defined, weight_only=size is None)
-    for text in said_of(lowered) if not defined else ():
-        reporter.note(text)
+    reporter.note(*(() if defined else said_of(lowered)))
     each = iter(lowered)
     return _at_size(wanted.checkpoint, map_leaves(lambda _: next(each), found), size, bool(defined))
 

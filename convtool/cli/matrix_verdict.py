@@ -103,8 +103,7 @@ def verify_matrices(options: Any, how: dict[str, Any], names: Sequence[str] | No
             compared = compare_with_layer(found, opened, names, sizes, fields, **part, **how)
             if not compared.report.equivalent and found.bias is None and compared.report.bias.differing:
                 reporter.remark(f"{after} holds no bias; --no-bias compares the matrix alone")
-    for text in compared.assumed:
-        reporter.note(f"assumed: {text}")
+    reporter.note(*(f"assumed: {text}" for text in compared.assumed))
     made = Matrix.made_of(compared)
     return fill(MatrixResult, options, compared.report, compared, statement=EVERY_ENTRY, matrix=made)
 

@@ -10,8 +10,6 @@ from convtool.errors import RefusedError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from torch import nn
-
     from convtool.checkpoint import Checkpoint
     from convtool.cli.output import Reporter
     from convtool.fusing.recipe import PlannedFusion
@@ -21,10 +19,8 @@ if TYPE_CHECKING:
     from convtool.live.agreement import Agreement
 
 
-def read_model(
-    spec: str, arguments: str | None, checkpoint: Checkpoint, reporter: Reporter
-) -> tuple[nn.Module, Agreement]:
-    """Return the model of --model and what it says of a checkpoint's layers; what disagrees is remarked.
+def read_model(spec: str, arguments: str | None, checkpoint: Checkpoint, reporter: Reporter) -> Agreement:
+    """Return what the model of --model says of a checkpoint's layers; what disagrees is remarked.
 
     Raises:
         UsageError: the model cannot be built, or has no layer in common with the checkpoint.
@@ -32,16 +28,14 @@ def read_model(
     from convtool.live.agreement import agree
     from convtool.live.load import load_model
 
-    built = load_model(spec, arguments)
-    found = agree(built, checkpoint, f"--model {spec}")
-    found.check(built, spec)
-    for line in found.differences:
-        reporter.remark(f"model and checkpoint compared: {line}")
-    return built, found
+    found = agree(load_model(spec, arguments), checkpoint, f"--model {spec}")
+    found.check(spec)
+    reporter.remark(*(f"model and checkpoint compared: {line}" for line in found.differences))
+    return found
 
 
 def runs_of_layers(
-    found: tuple[nn.Module, Agreement] | None, model_input: Sequence[str] | None
+    found: Agreement | None, model_input: Sequence[str] | None
 ) -> Mapping[str, Sequence[LayerRun]] | None:
     """Return what each layer reads and gives while the model runs once, by the checkpoint's names; None without input.
 
@@ -50,25 +44,27 @@ def runs_of_layers(
     """
     if not model_input:
         return None
-    built, agreed = _given(found)
+    flow, agreed = _run_of(found, model_input)
     from convtool.graph.judge import Judge
-    from convtool.live.given import model_inputs
-    from convtool.live.trace import trace
 
-    runs = Judge(trace(built, model_inputs(built, model_input))[0], agreed.is_biased).runs()
+    runs = Judge(flow, agreed.is_biased).runs()
     return {agreed.names[name]: each for name, each in runs.items() if name in agreed.names}
 
 
-def _given(found: tuple[nn.Module, Agreement] | None) -> tuple[nn.Module, Agreement]:
+def _run_of(found: Agreement | None, model_input: Sequence[str]) -> tuple[Flow, Agreement]:
+    """Return a run of the model on an input, and what the model says; raise UsageError without a model."""
     if found is None:
         raise UsageError("--model-input: goes with --model")
-    return found
+    from convtool.live.given import model_inputs
+    from convtool.live.trace import trace
+
+    return trace(found.model, model_inputs(found.model, model_input))[0], found
 
 
 def check_chains(
     chains: Iterable[Sequence[str]],
     opened: Checkpoint,
-    found: tuple[nn.Module, Agreement] | None,
+    found: Agreement | None,
     model_input: Sequence[str] | None,
 ) -> None:
     """Raise RefusedError where a run has something between layers that a chain names one after the other.
@@ -90,16 +86,12 @@ def check_chains(
 
 
 def _flow(
-    opened: Checkpoint, found: tuple[nn.Module, Agreement] | None, model_input: Sequence[str] | None
+    opened: Checkpoint, found: Agreement | None, model_input: Sequence[str] | None
 ) -> tuple[Flow | None, Mapping[str, str]]:
     """Return what is known of the network's run, and its names by those of the checkpoint."""
     if model_input:
-        from convtool.live.given import model_inputs
-        from convtool.live.trace import trace
-
-        built, agreed = _given(found)
-        ours = {theirs: name for name, theirs in agreed.names.items()}
-        return trace(built, model_inputs(built, model_input))[0], ours
+        flow, agreed = _run_of(found, model_input)
+        return flow, {theirs: name for name, theirs in agreed.names.items()}
     if opened.program is not None:
         from convtool.graph.exported import read_exported
 
@@ -129,8 +121,8 @@ def plan_for(
         return _plan_of_file(checkpoint, how)
     if not how.model_input:
         raise UsageError("expected --model-input, the size of the model's input, such as 3,224,224")
-    read = None if checkpoint is None else read_model(spec, arguments, checkpoint, reporter)
-    model, found = (load_model(spec, arguments), None) if read is None else read
+    found = None if checkpoint is None else read_model(spec, arguments, checkpoint, reporter)
+    model = load_model(spec, arguments) if found is None else found.model
     with reporter.progress("following the model", None):
         made = plan(
             model,
@@ -142,8 +134,7 @@ def plan_for(
             barred=None if found is None else found.unlike,
             is_biased=None if found is None else found.is_biased,
         )
-    for line in made.remarks:
-        reporter.remark(f"note: {line}")
+    reporter.remark(*(f"note: {line}" for line in made.remarks))
     return made if found is None else made.renamed(found.names, unfused=found.was_fused)
 
 

@@ -93,14 +93,14 @@ class Reporter:
         """Say nothing but errors from now on: another process of the same launch speaks for all."""
         self.silent, self.quiet, self.as_json = True, True, False
 
-    def remark(self, text: str) -> None:
-        """A line for people, on stderr."""
-        if not (self.quiet or self.as_json):
+    def remark(self, *texts: str) -> None:
+        """Lines for people, on stderr."""
+        for text in () if self.quiet or self.as_json else texts:
             say(printable(text))
 
-    def note(self, text: str) -> None:
+    def note(self, *texts: str) -> None:
         """Keep what a result rests on or leaves undone: it is printed with the result, also where remarks aren't."""
-        self.notes.append(text)
+        self.notes.extend(texts)
 
     def again(self, options: str) -> str:
         """Return the whole command line with more options."""

@@ -182,8 +182,7 @@ def show(result: Result, reporter: Reporter) -> None:
     if result.fusions:
         rows = [_row(fusion)[: len(columns)] for fusion in result.fusions]
         table(columns, rows, right=("parameters", "multiply-adds", "ms"))
-    for names, reason in grouped_reasons(result.left_alone):
-        reporter.line(f"left alone: {names}: {reason}")
+    reporter.lines([f"left alone: {names}: {reason}" for names, reason in grouped_reasons(result.left_alone)])
     count = len(result.fusions)
     parameters, work = _costs(result.total)
     others = result.total.uncounted

@@ -21,8 +21,7 @@ def run(reporter: Reporter, body: Callable[[], int | None]) -> int:
     with accounting() as account:
 
         def fail(kind: str, message: str) -> int:
-            for text in reporter.notes:  # what was assumed may be why
-                reporter.remark(text)
+            reporter.remark(*reporter.notes)  # what was assumed may be why
             said = f"{message}; {account.outcome()}" if account.began else message
             return print_error(reporter.command, kind, said, as_json=reporter.as_json)
 

@@ -177,10 +177,8 @@ def changed_tensors(edit: Edit) -> ChangedTensors:
 
 def show_tensors(tensors: ChangedTensors, reporter: Reporter) -> None:
     """Print what a dry run says beyond a run: the tensors that go and come, by name."""
-    for name in tensors.removed:
-        reporter.line(f"  - {name}")
-    for name, shape in tensors.written.items():
-        reporter.line(f"  + {name} {times(shape)}")
+    reporter.lines([f"  - {name}" for name in tensors.removed])
+    reporter.lines([f"  + {name} {times(shape)}" for name, shape in tensors.written.items()])
 
 
 def show(one: Written, reporter: Reporter) -> None:
@@ -204,5 +202,4 @@ def show_files(
     more = f", of which {record} say what was fused" if record else ""
     reporter.line(f"would write {out}{made_of}, {size} bytes{more}")
     if len(files) > 1:
-        for path, each in files.items():
-            reporter.line(f"  {path}, {each} bytes")
+        reporter.lines([f"  {path}, {each} bytes" for path, each in files.items()])

@@ -17,8 +17,6 @@ from convtool.kinds import field_types, parse_field
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from torch import nn
-
     from convtool.checkpoint import Checkpoint
     from convtool.kinds.stated import FieldSources
     from convtool.live.agreement import Agreement
@@ -131,8 +129,8 @@ class Sources:
             opened[name] = open_reporting(Path(path), reporter)
         return opened
 
-    def read_model(self, checkpoint: Checkpoint, reporter: Reporter) -> tuple[nn.Module, Agreement] | None:
-        """Return the model and what it says of a checkpoint's layers; None without --model."""
+    def read_model(self, checkpoint: Checkpoint, reporter: Reporter) -> Agreement | None:
+        """Return what the model says of a checkpoint's layers; None without --model."""
         from convtool.cli.model import read_model
 
         if self.model is not None:
@@ -142,10 +140,7 @@ class Sources:
         return None
 
     def fields(
-        self,
-        model: tuple[nn.Module, Agreement] | None,
-        layers: Iterable[str] | None,
-        own: Mapping[str, Any] | None = None,
+        self, model: Agreement | None, layers: Iterable[str] | None, own: Mapping[str, Any] | None = None
     ) -> FieldSources:
         """Return the places where fields come from, later ones winning: the model, the file, --set, a layer's options.
 
@@ -160,7 +155,7 @@ class Sources:
         from convtool.formats.toml import read_toml
         from convtool.kinds.stated import FieldSource, FieldSources, parse_settings, parse_tables
 
-        found = [] if model is None else [model[1].geometry]
+        found = [] if model is None else [model.geometry]
         if self.geometry is not None:
             found.append(replace(parse_tables(read_toml(self.geometry), str(self.geometry)), overrules=True))
         found.append(parse_settings(self.settings or ()))

@@ -203,8 +203,7 @@ def show(result: Result | spectrum_table.TableResult, reporter: Reporter) -> Non
     after = f", {result.steps} steps" if result.steps else ""
     named, sizes = chain_name(result.of, result.chain), chain_sizes(result.of, result.chain)
     reporter.line(f"{named}: {sizes}, matrix {rows} x {columns}")
-    for line in chain_fields(result.of, result.chain):
-        reporter.line(f"  {line}")
+    reporter.lines([f"  {line}" for line in chain_fields(result.of, result.chain)])
     reporter.line(f"  largest singular value   {spectrum_table.value_text(result.largest, 1)}")
     reporter.line(f"  smallest singular value  {spectrum_table.value_text(result.smallest, -1)}")
     if result.smallest is not None:

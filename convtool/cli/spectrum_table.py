@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from convtool.cli import shared
 from convtool.cli.document import Count, LayerKind, Sizes
-from convtool.cli.output import Reporter, table
+from convtool.cli.output import Reporter, table, times
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from convtool.core.singular import SingularValue
     from convtool.fusing.leaf import LoweredLayer
     from convtool.kinds.stated import FieldSources
+    from convtool.live.agreement import Agreement
     from convtool.live.sequence import Sequenced
 
 BETWEEN = "nothing in between that may make differences larger"
@@ -96,23 +97,21 @@ def run_table(options: Any, sources: shared.Sources, opened: Checkpoint, reporte
             kind = opened.layers[name].kind.name
             rows.append(Row(name, kind, runs, inputs, ends.shape, ends.largest, ends.smallest))
             advance(1)
-    for text in said_of(layers):
-        reporter.note(text)
+    reporter.note(*said_of(layers))
     product, why = _product(rows, network, set(names))
     kept = tuple(dict.fromkeys(f"{name}: {what}" for leaf in layers for name, what in leaf.assumptions()))
     return TableResult(wanted.checkpoint, tuple(rows), product, why or None, options.tolerance, kept)
 
 
-def _sequence(found: tuple[Any, Any], input_size: Sequence[int] | None) -> Sequenced:
+def _sequence(found: Agreement, input_size: Sequence[int] | None) -> Sequenced:
     """Return how the model runs its layers, by the checkpoint's names."""
     from convtool.live.sequence import Sequenced, sequence_of
 
     if input_size is None:
         raise UsageError("--model: of a network, --model-input says the size of its input, such as 3,224,224")
-    built, agreed = found
-    made = sequence_of(built, input_size)
-    strange = [call.name for call in made.calls if not call.written and call.name not in agreed.names]
-    known = tuple(call._replace(name=agreed.names.get(call.name, call.name)) for call in made.calls)
+    made = sequence_of(found.model, input_size)
+    strange = [call.name for call in made.calls if not call.written and call.name not in found.names]
+    known = tuple(call._replace(name=found.names.get(call.name, call.name)) for call in made.calls)
     return Sequenced(known, made.broken or (f"{strange[0]} isn't in the checkpoint" if strange else ""))
 
 
@@ -183,22 +182,16 @@ def _product(rows: Sequence[Row], network: Sequenced | None, names: set[str]) ->
 def show_table(result: TableResult, reporter: Reporter) -> None:
     """Print a row for each layer, and the product of the largest, or why there is none."""
     columns = ("layer", "input", "matrix", "runs", "largest", "smallest")
-    cells = [
-        (
-            row.layer,
-            "x".join(map(str, row.input_size)),
-            "x".join(map(str, row.shape)),
-            str(row.runs),
-            value_text(row.largest, 1),
-            value_text(row.smallest, -1),
-        )
-        for row in result.rows
-    ]
-    table(columns, cells, right=("runs",))
+    table(columns, list(map(_cells, result.rows)), right=("runs",))
     if result.product is not None:
         reporter.line(f"product of the largest: at most {result.product * (1 + 5e-6):.6g}, which bounds the network")
     else:
         reporter.line(f"no product of the largest: {result.no_product}")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    ends = value_text(row.largest, 1), value_text(row.smallest, -1)
+    return row.layer, times(row.input_size), times(row.shape), str(row.runs), *ends
 
 
 def value_text(value: SingularValue | None, side: int) -> str:

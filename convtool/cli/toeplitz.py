@@ -280,12 +280,10 @@ def show(result: Result, reporter: Reporter) -> None:
     rows, columns = result.shape
     of, chain, tree, dtype = result.record.of, result.record.chain, result.record.tree, result.record.dtype
     reporter.line(f"{chain_name(of, chain, tree)}: {chain_sizes(of, chain, tree)}")
-    for line in chain_fields(of, chain):
-        reporter.line(f"  {line}")
+    reporter.lines([f"  {line}" for line in chain_fields(of, chain)])
     density = result.nnz / max(1, rows * columns)
     reporter.line(f"  {rows} x {columns}, {result.nnz} entries ({density:.3%}), {dtype}, {result.layout}")
-    for line in result.drawing:
-        reporter.line(line.rstrip())
+    reporter.lines([line.rstrip() for line in result.drawing])
     parts = "" if result.shards is None else f" and {result.shards} shards"
     show_files(result.out, result.files, reporter, written=result.written, made_of=parts)
     if result.plot is not None and not result.written:

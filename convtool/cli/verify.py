@@ -69,14 +69,12 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
     pairings = _pairings(options, sides, reporter)
     tensors = None if options.only else _compare_tensors(options, sides, pairings, reporter)
     assumed = verdict.assumed(pairings)
-    for text in assumed:
-        reporter.note(f"assumed: {text}")
+    reporter.note(*(f"assumed: {text}" for text in assumed))
     how |= {name: getattr(options, name) for name in ("exhaustive", "rtol", "atol", "device")}
     results, explained = _run(pairings, sides, sizes, how, options, reporter)
     if not results and not sides.before.infos:
         raise UsageError("there is nothing to compare: no fusion and no tensor")
-    for text in verdict.hints(results, bool(sizes), options.computed_in is not None):
-        reporter.remark(text)
+    reporter.remark(*verdict.hints(results, bool(sizes), options.computed_in is not None))
     whole = _whole_model(options, sides, reporter)
     claimed = verdict.claims(results, run=whole is not None and whole.equal)
     differing = set(() if tensors is None else tensors.differing.values())

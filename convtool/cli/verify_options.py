@@ -26,8 +26,6 @@ from convtool.errors import UsageError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from torch import nn
-
     from convtool.kinds.stated import FieldSources
     from convtool.live.agreement import Agreement
 
@@ -46,9 +44,7 @@ class Sources(shared.Sources):
         panel=STATED,
     )
 
-    def of_both(
-        self, model: tuple[nn.Module, Agreement] | None, layers: Iterable[str] | None
-    ) -> tuple[FieldSources, FieldSources]:
+    def of_both(self, model: Agreement | None, layers: Iterable[str] | None) -> tuple[FieldSources, FieldSources]:
         """Return fields for BEFORE and for AFTER; a --set with before: or after: in front goes to one of them only."""
         both = self.settings or []
         first = [text.removeprefix("before:") for text in both if not text.startswith("after:")]

@@ -25,13 +25,15 @@ class Agreement:
     """What a model says of a checkpoint's layers.
 
     Attributes:
-        checkpoint: that one.
+        model: that one.
+        checkpoint: the other side.
         geometry: the fields of every layer that both have and agree on, by the checkpoint's names.
         names: the checkpoint's name of each layer of the model that both have.
         unlike: layers of the model that the checkpoint lacks or has otherwise, with the reason.
         differences: names and shapes that disagree, and layers whose code tells nothing, a line each.
     """
 
+    model: nn.Module
     checkpoint: Checkpoint
     geometry: FieldSource
     names: Mapping[str, str]
@@ -47,10 +49,10 @@ class Agreement:
         """Return whether layers of the model aren't in the checkpoint, or have a bias there, as they were fused."""
         return any(why in (FUSED, FOLDED) for why in self.unlike.values())
 
-    def check(self, model: nn.Module, spec: str) -> None:
+    def check(self, spec: str) -> None:
         """Raise UsageError where the model, called `spec`, is of another network than the checkpoint."""
         if not self.names:
-            ours = ", ".join(name for name, _ in list(model.named_parameters())[:2])
+            ours = ", ".join(name for name, _ in list(self.model.named_parameters())[:2])
             theirs = ", ".join(list(self.checkpoint.infos)[:2])
             raise UsageError(
                 f"--model: {spec} and {self.checkpoint.path} have no layer in common: the model has"
@@ -106,7 +108,8 @@ def agree(model: nn.Module, checkpoint: Checkpoint, origin: str = "--model") -> 
             if known.layers[name].fields and name not in inside
         ),
     ]
-    return Agreement(checkpoint, FieldSource(origin, tables, exact_names=True), names, unlike, tuple(differences))
+    geometry = FieldSource(origin, tables, exact_names=True)
+    return Agreement(model, checkpoint, geometry, names, unlike, tuple(differences))
 
 
 def _names(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:

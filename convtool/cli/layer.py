@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from convtool.cli import complete, shared
-from convtool.cli.document import LayerFields, LayerKind, Sizes
+from convtool.cli.document import HIDDEN, INLINE, LayerFields, LayerKind, Sizes
 from convtool.cli.options import Size, argument, flag, option, spelled
 from convtool.cli.output import Reporter, times
 from convtool.core.geometry import PADDING_MODES
@@ -108,14 +108,47 @@ class OfLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class OfLayers:
+    """A layer, or several in chains and sums, as documents and the records of files hold them.
+
+    Attributes:
+        first: the layer; of several, the first one.
+        chain: the layers of a chain or a tree, first to last; empty for one layer.
+        tree: their names, where they aren't a plain chain.
+    """
+
+    first: OfLayer = field(metadata=INLINE)
+    chain: tuple[OfLayer, ...]
+    tree: Tree[str] | None = field(metadata=HIDDEN)
+
+    @property
+    def name(self) -> str:
+        """'conv1 → bn1' for a chain, '(conv1 → bn1) + conv2' for a tree, a layer's name for one."""
+        if self.tree is not None:
+            return tree_text(self.tree)
+        return " → ".join(one.layer for one in self.chain) or self.first.layer
+
+    @property
+    def sizes_text(self) -> str:
+        """'3x32x32 → 16x30x30 → 16x15x15', of a chain the size behind each layer; of a tree the last one."""
+        if self.tree is not None:
+            return f"{times(self.first.input_size)} → {times(self.chain[-1].output_size)}"
+        return " → ".join([self.first.sizes_text, *(times(one.output_size) for one in self.chain[1:])])
+
+    @property
+    def fields_lines(self) -> list[str]:
+        """A line for each layer that has fields, with all that is known of them."""
+        each = self.chain or (self.first,)
+        return [f"  {f'{one.layer}: ' if self.chain else ''}{one.fields_text}" for one in each if one.fields]
+
+
+@dataclass(frozen=True, slots=True)
 class LayersAtSize:
     """A layer, or several in chains and sums, lowered, and the size of the first one's input.
 
     Attributes:
         source: the checkpoint.
-        of: the first layer.
-        chain: all layers, first to last; none where there is one.
-        tree: the layers' names, where they aren't a plain chain.
+        of: what they are.
         layers: the layers.
         dtype: that they are stored in.
         spatial: spatial sizes of the input; () where none were given and none are needed.
@@ -123,30 +156,11 @@ class LayersAtSize:
     """
 
     source: Path
-    of: OfLayer
-    chain: tuple[OfLayer, ...]
-    tree: Tree[str] | None
+    of: OfLayers
     layers: Expression
     dtype: torch.dtype
     spatial: tuple[int, ...]
     assumed: tuple[str, ...]
-
-
-def chain_name(of: OfLayer, chain: tuple[OfLayer, ...], tree: Tree[str] | None = None) -> str:
-    """Return 'conv1 → bn1' for a chain, '(conv1 → bn1) + conv2' for a tree, a layer's name for one."""
-    return tree_text(tree) if tree is not None else " → ".join(one.layer for one in chain) or of.layer
-
-
-def chain_sizes(of: OfLayer, chain: tuple[OfLayer, ...], tree: Tree[str] | None = None) -> str:
-    """Return '3x32x32 → 16x30x30 → 16x15x15', of a chain the size behind each layer; of a tree the last one."""
-    behind = chain[1:] if tree is None else chain[-1:]
-    first = of.sizes_text if tree is None else times(of.input_size)
-    return " → ".join([first, *(times(one.output_size) for one in behind)])
-
-
-def chain_fields(of: OfLayer, chain: tuple[OfLayer, ...]) -> list[str]:
-    """Return a line for each layer that has fields, with all that is known of them."""
-    return [f"{f'{one.layer}: ' if chain else ''}{one.fields_text}" for one in chain or (of,) if one.fields]
 
 
 def find_layers(
@@ -226,11 +240,10 @@ def _at_size(source: Path, tree: Tree[LoweredLayer], size: Size | None, defined:
         return None if at is None else leaf.conv.output_size(at)
 
     walk(tree, spatial, step, lambda _, sizes: sizes[0])
+    chain = tuple(found) if isinstance(tree, Chain | Sum) else ()
     return LayersAtSize(
         source,
-        found[0],
-        tuple(found) if isinstance(tree, Chain | Sum) else (),
-        map_leaves(lambda leaf: leaf.name, tree) if has_sum(tree) else None,
+        OfLayers(found[0], chain, map_leaves(lambda leaf: leaf.name, tree) if has_sum(tree) else None),
         map_leaves(lambda leaf: leaf.conv, joined(tree)),
         stored_dtype(lowered),
         spatial or (),

@@ -10,16 +10,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import shared, spectrum_table
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Sizes, fill
-from convtool.cli.layer import (
-    LayerOptions,
-    LayersAtSize,
-    OfLayer,
-    chain_fields,
-    chain_name,
-    chain_sizes,
-    find_layers,
-    more_layers,
-)
+from convtool.cli.layer import LayerOptions, LayersAtSize, OfLayers, find_layers, more_layers
 from convtool.cli.options import Size, flag, option, parse_bytes
 from convtool.cli.output import Reporter
 from convtool.errors import UsageError
@@ -106,8 +97,6 @@ class Result:
     """Both ends of a spectrum.
 
     Attributes:
-        of: the layer; of a chain, the first one.
-        chain: the layers of a chain, first to last; empty for one layer.
         smallest: null with --largest.
         condition: largest / smallest; null where one of them isn't known to the tolerance.
         condition_error: how far off the condition number may be; null where that is.
@@ -120,8 +109,7 @@ class Result:
     """
 
     source: Path
-    of: OfLayer = field(metadata=INLINE)
-    chain: tuple[OfLayer, ...]
+    of: OfLayers = field(metadata=INLINE)
     shape: Sizes
     largest: SingularValue
     smallest: SingularValue | None
@@ -201,9 +189,8 @@ def show(result: Result | spectrum_table.TableResult, reporter: Reporter) -> Non
     rows, columns = result.shape
     how = ", ".join(METHODS[method] for method in result.methods)
     after = f", {result.steps} steps" if result.steps else ""
-    named, sizes = chain_name(result.of, result.chain), chain_sizes(result.of, result.chain)
-    reporter.line(f"{named}: {sizes}, matrix {rows} x {columns}")
-    reporter.lines([f"  {line}" for line in chain_fields(result.of, result.chain)])
+    reporter.line(f"{result.of.name}: {result.of.sizes_text}, matrix {rows} x {columns}")
+    reporter.lines(result.of.fields_lines)
     reporter.line(f"  largest singular value   {spectrum_table.value_text(result.largest, 1)}")
     reporter.line(f"  smallest singular value  {spectrum_table.value_text(result.smallest, -1)}")
     if result.smallest is not None:

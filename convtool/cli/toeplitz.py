@@ -11,16 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from convtool.cli import complete, shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, fill, to_json
-from convtool.cli.layer import (
-    LayerOptions,
-    LayersAtSize,
-    OfLayer,
-    chain_fields,
-    chain_name,
-    chain_sizes,
-    find_layers,
-    more_layers,
-)
+from convtool.cli.layer import LayerOptions, LayersAtSize, OfLayers, find_layers, more_layers
 from convtool.cli.options import dtype_name, flag, option, parse_rows
 from convtool.cli.output import Reporter
 from convtool.cli.saved import Files, show_files
@@ -83,15 +74,12 @@ class Record:
     """What the file notes of its matrix.
 
     Attributes:
-        of: the layer; of a chain, the first one.
-        chain: the layers of a chain or a tree, first to last; empty for one layer.
         tree: their names, where they aren't a plain chain.
         order: how inputs and outputs are flattened.
         rows, columns: from, and to but not with.
     """
 
-    of: OfLayer = field(metadata=INLINE)
-    chain: tuple[OfLayer, ...]
+    of: OfLayers = field(metadata=INLINE)
     tree: Tree[str] | None
     transpose: bool
     affine: bool
@@ -150,7 +138,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     found = find_layers(options.wanted, options.more, options.sources, reporter, options.recipe)
     matrix = _matrix(options, found)
     plan = plan_matrix(matrix, options.out, layout=options.layout, rows=options.rows, columns=options.columns)
-    record = fill(Record, plan, found, options, dtype=dtype_name(matrix.dtype))
+    record = fill(Record, plan, found, options, tree=found.of.tree, dtype=dtype_name(matrix.dtype))
     write = _write_file if options.shards is None else _write_shards
     with _plotted(options, found, matrix, plan):
         files = write(options, matrix, plan, to_json(record), reporter)
@@ -201,8 +189,8 @@ def _plotted(
     from convtool.core.tree import leaves
     from convtool.matrix.plot import Part, plotted
 
-    name = chain_name(found.of, found.chain, found.tree)
-    title = name if found.chain else f"{name}, {next(leaves(found.layers)).geometry.describe()}"
+    name = found.of.name
+    title = name if found.of.chain else f"{name}, {next(leaves(found.layers)).geometry.describe()}"
     how: dict[str, Any] = {"force": options.writing.force, "by_channel": options.order == "CHW"}
     part = Part.of(matrix, plan.rows, plan.columns)
     return plotted(matrix, options.plot, title=title.removeprefix(", "), part=part, **how)
@@ -259,8 +247,8 @@ def _remark(options: Options, found: LayersAtSize, plan: MatrixPlan, bias: str |
     import torch
 
     if bias == "missing":
-        out, name = options.out, chain_name(found.of, found.chain, found.tree)
-        reporter.remark(f"{out} has no room for the bias of {name}; --affine makes it part of the matrix")
+        lost = f"the bias of {found.of.name}"
+        reporter.remark(f"{options.out} has no room for {lost}; --affine makes it part of the matrix")
     if plan.index_dtype == torch.int64 and plan.layout == "csr":
         reporter.remark(
             "indices are int64, since int32 ends at 2147483647; scipy keeps them, and its direct solvers"
@@ -278,9 +266,9 @@ def _drawing(matrix: ToeplitzMatrix, plan: MatrixPlan) -> tuple[str, ...]:
 def show(result: Result, reporter: Reporter) -> None:
     """Print the layer, its matrix, and what was written."""
     rows, columns = result.shape
-    of, chain, tree, dtype = result.record.of, result.record.chain, result.record.tree, result.record.dtype
-    reporter.line(f"{chain_name(of, chain, tree)}: {chain_sizes(of, chain, tree)}")
-    reporter.lines([f"  {line}" for line in chain_fields(of, chain)])
+    of, dtype = result.record.of, result.record.dtype
+    reporter.line(f"{of.name}: {of.sizes_text}")
+    reporter.lines(of.fields_lines)
     density = result.nnz / max(1, rows * columns)
     reporter.line(f"  {rows} x {columns}, {result.nnz} entries ({density:.3%}), {dtype}, {result.layout}")
     reporter.lines([line.rstrip() for line in result.drawing])

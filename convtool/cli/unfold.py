@@ -83,19 +83,20 @@ def run(options: Options, reporter: Reporter) -> Result:
     conv, values = next(leaves(found.layers)), options.dtype or found.dtype
     sized = options.wanted.input_size is not None
     gather = GatherMatrix(conv.geometry, conv.in_channels, found.spatial, values) if sized else None
-    contents = unfolding_contents(conv, gather, out, values, to_json(found.of) | {"form": "unfold"})
+    contents = unfolding_contents(conv, gather, out, values, to_json(found.of.first) | {"form": "unfold"})
     file = matrix_format(out.suffix).plan_matrix(contents)
     if options.writing.written:
         with reporter.progress(f"writing {out.name}", file.size) as advance:
             file.write(out, force=options.writing.force, progress=advance)
     arrays = {array.name: tuple(array.shape) for array in contents.arrays}
     if conv.bias is not None and "bias" not in arrays:
-        reporter.remark(f"{out} has no room for the bias of {found.of.layer}")
+        reporter.remark(f"{out} has no room for the bias of {found.of.first.layer}")
     return fill(
         Result,
         found,
         options,
         options.writing,
+        of=found.of.first,
         weight=arrays["weight"],
         gather=None if gather is None else gather.shape,
         nnz=None if gather is None else gather.nnz,

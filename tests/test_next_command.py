@@ -174,3 +174,15 @@ def test_a_file_whose_tensors_were_rounded_is_verified_in_two_tries(dtype: str) 
     assert (first.code, first.out.startswith("if AFTER's tensors were rounded once: ")) == (1, True)
     assert cli(following(first)).code == 0
     assert "rounded once:" not in cli("verify half.pt net.pt --rounded-to float32").out
+
+
+def test_a_chain_that_skips_layers_of_the_file_is_remarked() -> None:
+    found = cli("fuse net.pt conv1 bn2 --eps 1e-5 --set bn2.eps=1 -o skips.pt")
+    assert found.code == 2  # of other channels
+    state = torch.load("net.pt")
+    order = {name: state[name] for name in state if "1" in name} | {"again.weight": torch.ones(6, 6, 1, 1)}
+    torch.save(order | {name.replace("bn1", "bn3"): state[name].clone() for name in state if "bn1" in name}, "three.pt")
+    assert "between" not in cli("fuse three.pt conv1 bn1 --eps 1e-5 -o near.pt").err
+    skipping = cli("fuse three.pt conv1 bn3 --eps 1e-5 -o far.pt")
+    assert skipping.code == 0
+    assert "between conv1 and bn3 bn1, again come in the file or the model's code" in skipping.err

@@ -10,7 +10,7 @@ from itertools import pairwise
 
 from convtool.checkpoint import Checkpoint
 from convtool.checkpoint.record import full_name
-from convtool.core.names import unwrap
+from convtool.core.names import some_of, unwrap
 from convtool.core.tree import BASE, Chain, LayerRef, leaves
 from convtool.errors import ConvtoolError, UsageError
 from convtool.fusing.adapters import check_complete
@@ -57,15 +57,18 @@ def in_order(checkpoint: Checkpoint, model: Sequence[str] | None) -> list[str] |
 
 
 def against_order(fusion: PlannedFusion, order: Sequence[str] | None) -> list[str]:
-    """Return, in words, where a chain runs against the order of the layers, if that is known."""
+    """Return, in words, where a chain runs against the order of the layers, or skips some, if that is known."""
     places = {name: number for number, name in enumerate(order or ())}
     own = [ref.name for ref in leaves(fusion.tree) if ref.source == BASE and ref.name in places]
-    return [
-        f"{second} comes before {first} in the file or the model's code, and so perhaps in its run: a chain is named"
-        " first to last"
-        for first, second in pairwise(own)
-        if places[second] < places[first]
-    ]
+    where, said = "in the file or the model's code, and so perhaps in its run", []
+    for first, second in pairwise(own):
+        if places[second] < places[first]:
+            said.append(f"{second} comes before {first} {where}: a chain is named first to last")
+        elif skipped := [name for name in (order or ())[places[first] + 1 : places[second]] if name not in own]:
+            said.append(
+                f"between {first} and {second} {some_of(skipped)} come {where}: the fused layer leaves that out"
+            )
+    return said
 
 
 def by_name(

@@ -65,9 +65,8 @@ def against_order(fusion: PlannedFusion, order: Sequence[str] | None) -> list[st
         if places[second] < places[first]:
             said.append(f"{second} comes before {first} {where}: a chain is named first to last")
         elif skipped := [name for name in (order or ())[places[first] + 1 : places[second]] if name not in own]:
-            said.append(
-                f"between {first} and {second} {some_of(skipped)} come {where}: the fused layer leaves that out"
-            )
+            between = f"{some_of(skipped)} come between {first} and {second}"
+            said.append(f"{between} {where}: the fused layer leaves them out")
     return said
 
 

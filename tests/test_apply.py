@@ -458,6 +458,9 @@ def test_a_layer_whose_border_differs_says_so(tmp_path: Path) -> None:
     model = filled(chain(a=nn.BatchNorm2d(4), b=nn.Conv2d(4, 3, 3, padding=(0, 1)), c=nn.ReLU()))
     with pytest.warns(UserWarning, match="^a differs from the layers that it was fused from in the first column and"):
         convtool.apply(copy.deepcopy(model), fuse(model, ["a", "b", "--allow-border"], tmp_path))
+    patches = filled(chain(a=nn.Conv2d(4, 3, 2, stride=2, bias=False), b=nn.Conv2d(3, 4, 2, padding=1)))
+    with pytest.warns(UserWarning, match="^a stands for the layers that it was fused from at input size 2,2 only"):
+        convtool.apply(copy.deepcopy(patches), fuse(patches, ["a", "b", "--input-size", "2,2"], tmp_path))
 
 
 def test_what_the_model_does_itself_would_be_done_twice(tmp_path: Path) -> None:

@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from convtool.core.border import Verdict
 from convtool.core.fields import Fields, geometry_fields
-from convtool.core.geometry import LARGEST, Geometry
+from convtool.core.geometry import LARGEST, Geometry, format_sizes
 from convtool.core.names import is_written
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves, map_leaves
 from convtool.errors import ConvtoolError, InputError, UsageError
@@ -108,6 +109,16 @@ class FusionRecord:
     def sources(self) -> tuple[SourceLayer, ...]:
         """Return every layer of the tree, in order."""
         return tuple(leaves(self.tree))
+
+    @property
+    def limit(self) -> str:
+        """Where it isn't its sources, in words; '' where it is at every size that it takes, which may be one."""
+        if not self.exact:
+            rim = Verdict(self.exact, self.input_size, self.rim).describe_rim()
+            return f"differs from the layers that it was fused from in {rim} of its output (--allow-border)"
+        if self.input_size is None or self.before or f"{self.name}.bias_map" in self.gives:
+            return ""
+        return f"stands for the layers that it was fused from at input size {format_sizes(self.input_size)} only"
 
     def shares(self) -> dict[str, Share]:
         """Return which channels it takes of the layers that it doesn't take whole."""

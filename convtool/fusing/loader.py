@@ -125,7 +125,9 @@ def loader_text(planned: Sequence[PlannedLayer], names: Iterable[str], path: str
         _check(one)
         goes = [(leaf, fate) for leaf, fate in fates(one) if leaf.name not in gone]
         layers += _layers(one, [leaf for leaf, _ in goes])
-        edits += [_plain(f"# {tree_text(one.tree, lambda leaf: leaf.name)} becomes {one.name}"), *_edits(one, goes)]
+        edits.append(_plain(f"# {tree_text(one.tree, lambda leaf: leaf.name)} becomes {one.name}"))
+        edits += [f"# which {one.record.limit}"] if one.record.limit else []
+        edits += _edits(one, goes)
         gone.update(one.record.shares())
     return MODULE.substitute(
         name=_plain(path),

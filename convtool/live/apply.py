@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from convtool.checkpoint import Checkpoint, open_checkpoint
 from convtool.checkpoint.record import SourceLayer
-from convtool.core.border import Verdict
 from convtool.core.conv import Conv
 from convtool.core.names import WRAPPERS, unwrap
 from convtool.core.tree import Chain, Tree, has_sum, leaves
@@ -50,7 +49,7 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
             the fused layer's form.
 
     Warns:
-        UserWarning: a layer was fused although its border differs, where the record says so.
+        UserWarning: a layer was fused although its border differs, or for one input size, as the record says.
 
     >>> import tempfile, convtool
     >>> from convtool.cli.app import run_app
@@ -74,10 +73,8 @@ def apply(model: nn.Module, path: str | Path, *, check: bool = True, root: str |
     checkpoint = open_checkpoint(path, root)
     apply_checkpoint(model, checkpoint, check=check)
     for fusion in checkpoint.record.fusions if checkpoint.record is not None else ():
-        if not fusion.exact:
-            rim = Verdict(fusion.exact, fusion.input_size, fusion.rim).describe_rim()
-            said = f"{fusion.name} differs from the layers that it was fused from in {rim} of its output"
-            warnings.warn(f"{said}, as the record of {path} states (--allow-border)", stacklevel=3)
+        if fusion.limit:
+            warnings.warn(f"{fusion.name} {fusion.limit}, as the record of {path} states", stacklevel=3)
     return model
 
 

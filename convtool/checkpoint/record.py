@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from convtool.core.border import Verdict
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.geometry import LARGEST, Geometry, format_sizes
 from convtool.core.names import is_written
@@ -114,6 +113,8 @@ class FusionRecord:
     def limit(self) -> str:
         """Where it isn't its sources, in words; '' where it is at every size that it takes, which may be one."""
         if not self.exact:
+            from convtool.core.border import Verdict
+
             rim = Verdict(self.exact, self.input_size, self.rim).describe_rim()
             return f"differs from the layers that it was fused from in {rim} of its output (--allow-border)"
         if self.input_size is None or self.before or f"{self.name}.bias_map" in self.gives:

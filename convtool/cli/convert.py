@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from convtool.cli import complete, saved, shared
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Dtype, LayerFields, Sizes, fill
-from convtool.cli.options import Size, argument, dtype_name, option, parse_bytes, parse_float
+from convtool.cli.options import Size, argument, option, parse_bytes, parse_float
 from convtool.cli.output import Reporter
 from convtool.core.fields import parse_sizes
 from convtool.errors import UsageError
@@ -54,7 +54,7 @@ class Options:
         "The new checkpoint: a file, whose suffix chooses the format; or a folder or index for several files.",
         required=True,
     )
-    dtype: Any = option(
+    dtype: str | None = option(
         "DTYPE",
         "Of every floating-point tensor of 16 bits or more: float64, float32, float16 (fp16) or bfloat16 (bf16).",
         parse=parse_float,
@@ -129,10 +129,8 @@ def run(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.write import check_output, is_folder
     from convtool.formats.dtypes import FLOATS as CASTABLE
 
-    out, size, sources = options.out, options.shard_size, options.sources
-    dtype = None if options.dtype is None else dtype_name(options.dtype)
-    overwrite = options.writing.overwrite
-    opened = sources.open(options.checkpoint, reporter)
+    out, size, dtype, overwrite = options.out, options.shard_size, options.dtype, options.writing.overwrite
+    opened = options.sources.open(options.checkpoint, reporter)
     check_output(out, force=overwrite, source=opened, shard_size=size)
     to_folder = is_folder(out, opened, size)
     if size is not None and not to_folder:
@@ -144,7 +142,7 @@ def run(options: Options, reporter: Reporter) -> Result:
         out,
         force=overwrite,
         dtype=dtype,
-        state_only=sources.root is not None,
+        state_only=options.sources.root is not None,
         tensors_only=options.tensors_only,
         shard_size=size,
     )

@@ -145,8 +145,7 @@ class Options:
             raise UsageError(f"--auto: fuses what is exact in the --model; {said} doesn't go with it")
         if self.recipe is not None and (self.layers or self.name):
             raise UsageError("--recipe names the layers; LAYERs and --name don't go with it")
-        planning = ("fixed_size", "measure", "everything", "batch_norms_only")
-        if extra := [name for name in planning if getattr(self, name) and not self.auto]:
+        if extra := [name for name in shared.PLANNING if getattr(self, name) and not self.auto]:
             raise UsageError(f"{spelled(extra[0])}: goes with --auto")
         if self.strength and not self.adapts:
             raise UsageError("--strength: goes with adapters given as --with NAME=FILE; a recipe says scale = NUMBER")
@@ -258,7 +257,8 @@ def _find(
     opened, sources = checkpoints[BASE], options.sources
     names = [full_name(layer, one) for one, each in checkpoints.items() for layer in each.layers]
     if options.auto:
-        plan = plan_for(opened, sources.model, sources.model_args, options, reporter)
+        wanted = {name: getattr(options, name) for name in shared.PLANNING}
+        plan = plan_for(opened, sources, options.model_input, reporter, **wanted)
         if not plan.fusions:
             why = "".join(f"; left alone: {names}: {reason}" for names, reason in grouped_reasons(plan.left_alone))
             raise RefusedError(f"--auto: found nothing to fuse{why}")

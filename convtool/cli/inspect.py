@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from convtool.cli import complete, shared
 from convtool.cli.command import Command
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from convtool.checkpoint import Checkpoint
     from convtool.graph.judge import LayerRun
-    from convtool.kinds.kind import Layer as FoundLayer
     from convtool.kinds.scaling import Scaling
     from convtool.kinds.stated import Known
 
@@ -143,14 +142,11 @@ def run(options: Options, reporter: Reporter) -> Result:
             raise UsageError(f"{path}: no layer matches {pattern!r}; without a pattern all are listed")
     names = [name for name in opened.layers if not patterns or any(name in some for some in fitting.values())]
     known = {name: fields.known(name, opened.layers[name]) for name in names}
-    geometry = {name: _geometry(opened.layers[name], one.fields) for name, one in known.items()}
     runs = runs_of_layers(found, options.model_input)
-    layers = [
-        _layer(opened, name, geometry[name], known[name], options.tensors, None if runs is None else runs.get(name, ()))
-        for name in names
-    ]
+    ran = {name: None if runs is None else runs.get(name, ()) for name in names}
+    layers = [_layer(opened, name, known[name], options.tensors, ran[name]) for name in names]
     if options.write_geometry is not None:
-        _write_geometry(options.write_geometry, geometry, options.force)
+        _write_geometry(options.write_geometry, layers, options.force)
     return Result(
         path,
         opened.format,
@@ -164,27 +160,27 @@ def run(options: Options, reporter: Reporter) -> Result:
     )
 
 
-def _write_geometry(path: Path, geometry: dict[str, dict[str, Any] | None], force: bool) -> None:
+def _write_geometry(path: Path, layers: Sequence[Layer], force: bool) -> None:
     from convtool.formats.atomic import replacing
     from convtool.kinds.stated import geometry_toml
 
-    known = {name: fields for name, fields in geometry.items() if fields}
+    known = {layer.name: layer.geometry for layer in layers if layer.geometry}
     if not known:
         raise UsageError("--write-geometry: nothing is known of any layer's geometry; --model reads it off the model")
     with replacing(path, force=force) as file:
         file.write(geometry_toml(known).encode())
 
 
-def _layer(
-    opened: Checkpoint,
-    name: str,
-    geometry: dict[str, Any] | None,
-    known: Known,
-    tensors: bool,
-    runs: Sequence[LayerRun] | None,
-) -> Layer:
+def _layer(opened: Checkpoint, name: str, known: Known, tensors: bool, runs: Sequence[LayerRun] | None) -> Layer:
     layer, record = opened.layers[name], opened.record
+    # None where nothing is known, since defaults would be a guess.
+    geometry = layer.kind.written_out(known.fields, layer.shapes) if known.fields and layer.kind.settable else None
     weight = layer.tensors.get("weight") or max(layer.tensors.values(), key=lambda info: info.count)
+    scaled = None
+    if layer.kind.adapts:
+        from convtool.fusing.adapters import scaling
+
+        scaled = scaling(opened, name, known.fields)
     return Layer(
         layer.name,
         layer.kind.name,
@@ -199,19 +195,8 @@ def _layer(
         tuple(f"{one}: {what}" for one, what in (record.rests_on().get(name, ()) if record else ())),
         tuple(Tensor(info.name, info.dtype, info.shape, info.nbytes) for info in layer.stored()) if tensors else None,
         runs,
-        _scaling(opened, name, known) if layer.kind.adapts else None,
+        scaled,
     )
-
-
-def _scaling(opened: Checkpoint, name: str, known: Known) -> Scaling | None:
-    from convtool.fusing.adapters import scaling
-
-    return scaling(opened, name, known.fields)
-
-
-def _geometry(layer: FoundLayer, fields: dict[str, Any]) -> dict[str, Any] | None:
-    """Return what is known of the layer's geometry; None where nothing is, since defaults would be a guess."""
-    return layer.kind.written_out(fields, layer.shapes) if fields and layer.kind.settable else None
 
 
 def show(result: Result, reporter: Reporter) -> None:

@@ -101,13 +101,13 @@ def _flow(
 
 
 def plan_for(
-    checkpoint: Checkpoint | None, spec: str | None, arguments: str | None, how: Any, reporter: Reporter
+    checkpoint: Checkpoint | None, given: Any, model_input: Sequence[str] | None, reporter: Reporter, **wanted: bool
 ) -> Plan:
     """Return the fusions of a model, by the names of the checkpoint and for what it holds, where there is one.
 
     Args:
-        spec: the model's code; None where the checkpoint says what its data flow is.
-        how: options, with a model_input, fixed_size, everything, batch_norms_only and measure.
+        given: options, with a model and its model_args; no model where the checkpoint says what its data flow is.
+        wanted: some of fixed_size, everything, batch_norms_only and measure.
 
     Raises:
         UsageError: no input, a model that cannot be built or doesn't run on it, or of another checkpoint.
@@ -117,22 +117,21 @@ def plan_for(
     from convtool.live.load import load_model
     from convtool.live.plan import plan
 
+    spec, arguments = given.model, given.model_args
     if spec is None:
-        return _plan_of_file(checkpoint, how)
-    if not how.model_input:
+        return _plan_of_file(checkpoint, model_input, **wanted)
+    if not model_input:
         raise UsageError("expected --model-input, the size of the model's input, such as 3,224,224")
     found = None if checkpoint is None else read_model(spec, arguments, checkpoint, reporter)
     model = load_model(spec, arguments) if found is None else found.model
     with reporter.progress("following the model", None):
         made = plan(
             model,
-            inputs=model_inputs(model, how.model_input),
-            fixed_size=how.fixed_size,
-            everything=how.everything,
-            measure=how.measure,
-            batch_norms_only=how.batch_norms_only,
+            None,
+            inputs=model_inputs(model, model_input),
             barred=None if found is None else found.unlike,
             is_biased=None if found is None else found.is_biased,
+            **wanted,
         )
     reporter.remark(*(f"note: {line}" for line in made.remarks))
     return made if found is None else made.renamed(found.names, unfused=found.was_fused)
@@ -145,7 +144,9 @@ def planned_fusions(plan: Plan) -> list[PlannedFusion]:
     return [PlannedFusion(one.name, one.tree, one.only_size) for one in plan.fusions]
 
 
-def _plan_of_file(checkpoint: Checkpoint | None, how: Any) -> Plan:
+def _plan_of_file(
+    checkpoint: Checkpoint | None, model_input: Sequence[str] | None, measure: bool = False, **wanted: bool
+) -> Plan:
     """Return the fusions of a network whose checkpoint describes it."""
     from convtool.graph.exported import plan_exported
 
@@ -153,7 +154,6 @@ def _plan_of_file(checkpoint: Checkpoint | None, how: Any) -> Plan:
         raise UsageError(
             "expected --model, the code that builds the model: pkg.mod:callable or file.py:callable; or a .pt2 file"
         )
-    if checkpoint.program is not None and (how.measure or how.model_input):
-        raise UsageError(f"{'--measure' if how.measure else '--model-input'}: goes with --model")
-    wanted = {name: getattr(how, name) for name in ("fixed_size", "everything", "batch_norms_only")}
+    if checkpoint.program is not None and (measure or model_input):
+        raise UsageError(f"{'--measure' if measure else '--model-input'}: goes with --model")
     return plan_exported(checkpoint, **wanted)

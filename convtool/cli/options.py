@@ -80,28 +80,23 @@ def _declared(info: Any) -> Any:
     return field(default=MISSING if info.default is ... else info.default, metadata={TYPER: info})
 
 
-def parse_dtype(name: str, option: str, known: Sequence[str] = DTYPES) -> torch.dtype:
-    """Return an option's value as torch's dtype; raise UsageError for one that isn't known.
+def parse_float(name: str, option: str, known: Sequence[str] = FLOATS) -> str:
+    """Return an option's value as the name of a real floating-point dtype; raise UsageError for one that isn't known.
 
     Short names do as well: fp16, half, bf16, ...
     """
     name = SHORT_DTYPES.get(name.removeprefix("torch."), name.removeprefix("torch."))
     if name not in known:
         raise UsageError(f"{option}: expected one of {', '.join(known)}, got {name!r}")
+    return name
+
+
+def parse_dtype(name: str, option: str) -> torch.dtype:
+    """Return an option's value as torch's dtype, as `parse_float`, and complex ones as well."""
     import torch
 
-    dtype: torch.dtype = getattr(torch, name)
+    dtype: torch.dtype = getattr(torch, parse_float(name, option, DTYPES))
     return dtype
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return 'float32' for torch.float32."""
-    return str(dtype).removeprefix("torch.")
-
-
-def parse_float(name: str, option: str) -> torch.dtype:
-    """Return an option's value as one of torch's real floating-point dtypes."""
-    return parse_dtype(name, option, FLOATS)
 
 
 def parse_device(name: str, option: str) -> torch.device:

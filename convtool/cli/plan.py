@@ -151,7 +151,8 @@ def run(options: Options, reporter: Reporter) -> Result:
     if out is not None and not piped:
         check_target(out, force=options.writing.overwrite)
     opened = None if options.checkpoint is None else shared.open_reporting(options.checkpoint, reporter, options.root)
-    found = plan_for(opened, options.model, options.model_args, options, reporter)
+    wanted = {name: getattr(options, name) for name in shared.PLANNING}
+    found = plan_for(opened, options, options.model_input, reporter, **wanted)
     recipe = found.recipe().encode() if out is not None and found.fusions else None
     written = out is not None and recipe is not None and not piped and not options.writing.dry_run
     if out is not None and recipe is not None and written:

@@ -12,7 +12,7 @@ from convtool.cli import complete, shared
 from convtool.cli.command import Command
 from convtool.cli.document import HIDDEN, INLINE, Count, Dtype, Sizes, fill, to_json
 from convtool.cli.layer import LayerOptions, LayersAtSize, OfLayers, find_layers, more_layers
-from convtool.cli.options import dtype_name, flag, option, parse_rows
+from convtool.cli.options import flag, option, parse_rows
 from convtool.cli.output import Reporter
 from convtool.cli.saved import Files, show_files
 from convtool.core.tree import Tree
@@ -128,6 +128,8 @@ def run(options: Options, reporter: Reporter) -> Result:
     nn.Linear.weight. The bias is stored beside it as its own vector, except in .npy, which has no room for one. The
     matrix of a chain is exact at the borders, and the biases become one vector.
     """
+    from convtool.core.rounding import dtype_name
+    from convtool.core.toeplitz import toeplitz
     from convtool.matrix import plan_matrix
     from convtool.matrix.ranks import speaks
     from convtool.matrix.shards import index_path
@@ -136,7 +138,8 @@ def run(options: Options, reporter: Reporter) -> Result:
         reporter.silence()
     _check_outputs(options)
     found = find_layers(options.wanted, options.more, options.sources, reporter, options.recipe)
-    matrix = _matrix(options, found)
+    form = {name: getattr(options, name) for name in ("transpose", "affine", "order")}
+    matrix = toeplitz(found.layers, found.spatial, dtype=options.dtype or found.dtype, **form)
     plan = plan_matrix(matrix, options.out, layout=options.layout, rows=options.rows, columns=options.columns)
     record = fill(Record, plan, found, options, tree=found.of.tree, dtype=dtype_name(matrix.dtype))
     write = _write_file if options.shards is None else _write_shards
@@ -194,13 +197,6 @@ def _plotted(
     how: dict[str, Any] = {"force": options.writing.force, "by_channel": options.order == "CHW"}
     part = Part.of(matrix, plan.rows, plan.columns)
     return plotted(matrix, options.plot, title=title.removeprefix(", "), part=part, **how)
-
-
-def _matrix(options: Options, found: LayersAtSize) -> ToeplitzMatrix:
-    from convtool.core.toeplitz import toeplitz
-
-    form = {name: getattr(options, name) for name in ("transpose", "affine", "order")}
-    return toeplitz(found.layers, found.spatial, dtype=options.dtype or found.dtype, **form)
 
 
 def _write_file(

@@ -10,7 +10,6 @@ from convtool.cli import shared
 from convtool.cli.command import Command
 from convtool.cli.document import INLINE, Count, Dtype, Sizes, fill, to_json
 from convtool.cli.layer import LayerOptions, OfLayer, find_layers
-from convtool.cli.options import dtype_name
 from convtool.cli.output import Reporter
 from convtool.cli.saved import Files, show_files
 from convtool.core.tree import leaves
@@ -71,6 +70,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     (input channel, tap, output position): the layer's matrix is T = kron(W, I) @ U, I the identity over the output
     positions, and U @ x.reshape(-1) is what torch.nn.functional.unfold gives.
     """
+    from convtool.core.rounding import dtype_name
     from convtool.core.unfold import GatherMatrix
     from convtool.formats import matrix_format
     from convtool.formats.atomic import check_target

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from convtool.cli import exit_codes, matrix_verdict, verify_text
 from convtool.cli.command import Command
 from convtool.cli.document import fill
-from convtool.cli.options import dtype_name
 from convtool.cli.output import Reporter
 from convtool.cli.verify_options import Options
 from convtool.core.names import grouped
@@ -21,9 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from convtool.checkpoint import Checkpoint
-    from convtool.core.verify import EquivalenceReport
     from convtool.fusing.compare import Pairing
-    from convtool.fusing.proof import Explained
+    from convtool.fusing.proof import Explained, Results
     from convtool.kinds.stated import FieldSources
     from convtool.live.whole import WholeReport
 
@@ -54,7 +51,7 @@ def run(options: Options, reporter: Reporter) -> verify_text.Result | matrix_ver
     with_matrix = is_matrix_file(options.after) or is_matrix_file(options.before)
     options.check(with_matrix)
     how = {name: getattr(options, name) for name in ("trials", "seed")}
-    how["computed_in"] = options.computed_in or torch.float64
+    how["computed_in"] = getattr(torch, options.computed_in or "float64")
     if not with_matrix:
         return _verify_checkpoints(options, how, reporter)
     named = next(map(split_names, options.before_layers or ()), None)
@@ -65,17 +62,17 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
     """Return the verdict on two checkpoints."""
     from convtool.fusing import proof as verdict
 
-    sides, sizes = _open(options, reporter), options.input_size or []
-    pairings = _pairings(options, sides, reporter)
-    tensors = None if options.only else _compare_tensors(options, sides, pairings, reporter)
+    sides, sized = _open(options, reporter), bool(options.input_size)
+    pairings = _pairings(sides)
+    tensors = None if options.only else _compare_tensors(sides, pairings)
     assumed = verdict.assumed(pairings)
     reporter.note(*(f"assumed: {text}" for text in assumed))
     how |= {name: getattr(options, name) for name in ("exhaustive", "rtol", "atol", "device")}
-    results, explained = _run(pairings, sides, sizes, how, options, reporter)
+    results, explained = _run(sides, pairings, how)
     if not results and not sides.before.infos:
         raise UsageError("there is nothing to compare: no fusion and no tensor")
-    reporter.remark(*verdict.hints(results, bool(sizes), options.computed_in is not None))
-    whole = _whole_model(options, sides, reporter)
+    reporter.remark(*verdict.hints(results, sized, options.computed_in is not None))
+    whole = _whole_model(sides)
     claimed = verdict.claims(results, run=whole is not None and whole.equal)
     differing = set(() if tensors is None else tensors.differing.values())
     covered = {"changed", "missing", "new"} if options.model_after is not None else set()
@@ -84,34 +81,28 @@ def _verify_checkpoints(options: Options, how: dict[str, Any], reporter: Reporte
         verify_text.Result,
         options,
         equivalent=elsewhere and all(report.equivalent for _, report in results),
-        statement=verdict.statement(results, options.exhaustive, bool(sizes), options.only)
+        statement=verdict.statement(results, options.exhaustive, sized, options.only)
         + ("; what no pair covers, by random inputs" if differing & covered else "")
-        + (f"; held to what computing in {dtype_name(how['computed_in'])} allows" if options.computed_in else ""),
-        computed_in=dtype_name(how["computed_in"]),
-        rounded_to=None if options.rounded_to is None else dtype_name(options.rounded_to),
+        + (f"; held to what computing in {options.computed_in} allows" if options.computed_in else ""),
+        computed_in=options.computed_in or "float64",
         assumed=assumed,
         claims=tuple(grouped(claimed)),
         claimed=claimed,
         explained=explained.said,
         unless=explained.dtype if elsewhere and explained.all else "",
-        way_out=_way_out(options, sides, results, explained, differing),
-        input_sizes="given" if sizes else "chosen",
+        way_out=_way_out(sides, results, explained, differing),
+        input_sizes="given" if sized else "chosen",
         fusions=tuple(verify_text.Report.of(*result) for result in results),
         other_tensors=tensors,
         whole_model=whole,
     )
 
 
-def _way_out(
-    options: Options,
-    sides: _Sides,
-    results: list[tuple[Pairing, EquivalenceReport]],
-    explained: Explained,
-    differing: set[str],
-) -> tuple[str, str]:
+def _way_out(sides: _Sides, results: Results, explained: Explained, differing: set[str]) -> tuple[str, str]:
     """Return when more options would make the verdict another one, and those options; ('', '') where none would."""
     from convtool.fusing.unrecorded import in_lower_precision, new_floats
 
+    options = sides.options
     if explained.dtype:
         return f"if AFTER was computed in {explained.dtype}", f"--computed-in {explained.dtype}"
     if differing and options.rounded_to is None and len(new := new_floats(sides.before, sides.after)) == 1:
@@ -128,8 +119,14 @@ def _way_out(
 
 @dataclass(frozen=True, slots=True)
 class _Sides:
-    """Both checkpoints, and those that other layers of BEFORE's fusions came from; and the fields of their layers."""
+    """Both checkpoints, and those that other layers of BEFORE's fusions came from; and the fields of their layers.
 
+    Attributes:
+        options, reporter: of the run that compares them.
+    """
+
+    options: Options
+    reporter: Reporter
     before: Checkpoint
     after: Checkpoint
     others: Mapping[str, Checkpoint]
@@ -149,10 +146,11 @@ def _open(options: Options, reporter: Reporter) -> _Sides:
             raise InputError(opened.unknown_record)
     others = sources.open_others(options.others, reporter)
     known = [name for opened in (before, after, *others.values()) for name in opened.layers]
-    return _Sides(before, after, others, sources.of_both(sources.read_model(before, reporter), known))
+    fields = sources.of_both(sources.read_model(before, reporter), known)
+    return _Sides(options, reporter, before, after, others, fields)
 
 
-def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairing]:
+def _pairings(sides: _Sides) -> list[Pairing]:
     """Return the chains of --before and --after, the fusions of --recipe, and those of other layers that AFTER records.
 
     Without a record, they are those of the model.
@@ -161,26 +159,27 @@ def _pairings(options: Options, sides: _Sides, reporter: Reporter) -> list[Pairi
     from convtool.fusing.recorded import recorded_pairings
     from convtool.fusing.unrecorded import check_recorded
 
+    options = sides.options
     chains = zip(options.before_layers or (), options.after_layers or (), strict=True)
     named = [named_pairing(sides.before, sides.after, split_names(a), split_names(b), sides.fields) for a, b in chains]
-    named += _claimed(options, sides, named, reporter)
+    named += _claimed(sides, named)
     if options.only or (sides.after.record is None and (named or options.recipe or options.model_input)):
         return named
     check_recorded(sides.before, sides.after, sides.fields[0], options.sources.model is not None)
     recorded = recorded_pairings(sides.before, sides.after, sides.fields[0], sides.others, named)
     if not (named or recorded):
-        reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
+        sides.reporter.remark("AFTER records no fusion that BEFORE lacks; only their tensors were compared")
     return named + recorded
 
 
-def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Reporter) -> list[Pairing]:
+def _claimed(sides: _Sides, named: list[Pairing]) -> list[Pairing]:
     """Return what --recipe says that another program fused; without a record, what the model or adapters say."""
     from convtool.cli.model import plan_for, planned_fusions
     from convtool.fusing.adapters import adapted
     from convtool.fusing.named import by_name, chosen, in_order
     from convtool.fusing.recorded import claimed_pairings, not_named
 
-    checkpoints, fields = sides.checkpoints, sides.fields[0]
+    options, reporter, checkpoints, fields = sides.options, sides.reporter, sides.checkpoints, sides.fields[0]
     adapters = (options.strength or (), options.leave or ())
     if options.recipe is not None:
         recipe, which = chosen(options.recipe, checkpoints, fields)
@@ -191,9 +190,7 @@ def _claimed(options: Options, sides: _Sides, named: list[Pairing], reporter: Re
     elif sides.after.record is not None and any(adapters):
         raise UsageError("--strength and --leave: AFTER records what was merged, and how much; leave them out")
     elif options.model_input is not None and sides.after.record is None:
-        unwanted = dict.fromkeys(("fixed_size", "batch_norms_only", "measure"), False)
-        how = SimpleNamespace(model_input=options.model_input, everything=True, **unwanted)
-        plan = plan_for(sides.before, options.sources.model, options.sources.model_args, how, reporter)
+        plan = plan_for(sides.before, options.sources, options.model_input, reporter, everything=True)
         fields, origin = fields.with_first(plan.geometry), f"--model {options.sources.model}"
         fusions = planned_fusions(plan)
     elif sides.others and sides.after.record is None and not named:
@@ -217,45 +214,38 @@ def split_names(text: str) -> list[str]:
     return [name.strip() for name in names]
 
 
-def _compare_tensors(
-    options: Options, sides: _Sides, pairings: list[Pairing], reporter: Reporter
-) -> verify_text.OtherTensors:
+def _compare_tensors(sides: _Sides, pairings: list[Pairing]) -> verify_text.OtherTensors:
     """Return what became of every tensor that went into no fusion."""
     from convtool.fusing.compare import differing_tensors, unfitting, untouched
 
     kept = untouched(sides.before, pairings)
-    with reporter.progress("comparing tensors", sum(info.nbytes for info in kept)) as advance:
-        rounded_to = "" if options.rounded_to is None else dtype_name(options.rounded_to)
+    rounded_to = sides.options.rounded_to or ""
+    with sides.reporter.progress("comparing tensors", sum(info.nbytes for info in kept)) as advance:
         differing = differing_tensors(sides.before, sides.after, pairings, advance, rounded_to)
     differing = unfitting(pairings, sides.checkpoints, sides.after, rounded_to) | differing
-    return verify_text.OtherTensors(len(kept), differing, options.model_after is not None)
+    return verify_text.OtherTensors(len(kept), differing, sides.options.model_after is not None)
 
 
-def _run(
-    pairings: list[Pairing],
-    sides: _Sides,
-    sizes: list[tuple[int, ...]],
-    how: dict[str, Any],
-    options: Options,
-    reporter: Reporter,
-) -> tuple[list[tuple[Pairing, EquivalenceReport]], Explained]:
+def _run(sides: _Sides, pairings: list[Pairing], how: dict[str, Any]) -> tuple[Results, Explained]:
     """Run every pairing at every input size; return what lower precision would explain of what differs as well."""
     from convtool.fusing.proof import Explained, explanations, trials
 
+    options, sizes = sides.options, sides.options.input_size or []
     runs = [trial for pairing in pairings for trial in trials(pairing, sides.checkpoints, sides.after, sizes)]
-    with reporter.progress("verifying", len(runs), "share") as advance:
+    with sides.reporter.progress("verifying", len(runs), "share") as advance:
         reports = [trial.run(progress=advance, **how) for trial in runs]
     given = {options.rtol, options.atol, options.computed_in} != {None}
     results = [(trial.pairing, report) for trial, report in zip(runs, reports, strict=True)]
     return results, Explained() if given else explanations(zip(runs, reports, strict=True), how)
 
 
-def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> WholeReport | None:
+def _whole_model(sides: _Sides) -> WholeReport | None:
     """Return how both networks' outputs compare; None where nobody asked for it, or nothing says what AFTER's is."""
     from convtool.live.apply import apply_checkpoint
     from convtool.live.load import load_model
     from convtool.live.whole import compare, loaded
 
+    options, reporter = sides.options, sides.reporter
     model, arguments, size = options.sources.model, options.sources.model_args, options.model_input
     if model is None or size is None:
         return None
@@ -283,8 +273,7 @@ def _whole_model(options: Options, sides: _Sides, reporter: Reporter) -> WholeRe
             raise type(error)(f"{error}; {way}") from None
 
 
-def _exit_code(result: verify_text.Result | matrix_verdict.MatrixResult) -> int:
-    return exit_codes.OK if result.equivalent else exit_codes.NOT_EQUIVALENT
-
-
-COMMAND = Command("BEFORE AFTER", EXAMPLES, Options, run, verify_text.show, _exit_code)
+COMMAND = Command(
+    *("BEFORE AFTER", EXAMPLES, Options, run, verify_text.show),
+    exit_code=lambda result: exit_codes.OK if result.equivalent else exit_codes.NOT_EQUIVALENT,
+)

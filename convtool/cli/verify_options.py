@@ -89,13 +89,13 @@ class Options:
     )
     model_after_args: str | None = option("JSON", "Arguments of that callable, as JSON.", panel=INPUT)
     sources: Sources
-    computed_in: Any = option(
+    computed_in: str | None = option(
         "DTYPE",
         "Precision in which another program fused AFTER; float64 by default, as convtool does.",
         parse=parse_float,
         panel=CHECKING,
     )
-    rounded_to: Any = option(
+    rounded_to: str | None = option(
         "DTYPE",
         "Tensors of AFTER may also be BEFORE's, rounded once to that dtype.",
         parse=parse_float,

@@ -12,6 +12,7 @@ from convtool.cli.document import INLINE, Dtype, LayerFields, Sizes, fill
 from convtool.cli.options import Size, argument, option, parse_bytes, parse_float
 from convtool.cli.output import Reporter
 from convtool.core.fields import parse_sizes
+from convtool.core.geometry import format_sizes
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -212,10 +213,9 @@ def show(result: Result, reporter: Reporter) -> None:
     """Print each layer in its new form, what was rounded, and what was written."""
     for change in result.reexpressed:
         reporter.line(f"{change.name} = {change.module}")
-        at = ",".join(map(str, change.input_size))
         residual = change.residual
         near = "" if residual is None else f"; residual {residual.largest:.3g}, {residual.relative:.3g} relative"
-        reporter.line(f"  the same on inputs of {at}{near}")
+        reporter.line(f"  the same on inputs of {format_sizes(change.input_size)}{near}")
         if not result.checkpoint.written:
             saved.show_tensors(change.tensors, reporter)
         if residual is not None and residual.unmet:

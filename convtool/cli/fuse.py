@@ -14,6 +14,7 @@ from convtool.cli.command import Command
 from convtool.cli.fuse_text import Change, Fusion, KnownRecipe, Recipes, Result, Total, Work, show
 from convtool.cli.options import CHECKING, DTYPES, INPUT, OUTPUT, Size, argument, flag, option, parse_dtype, spelled
 from convtool.cli.output import Reporter
+from convtool.core.geometry import format_sizes
 from convtool.core.names import some_of
 from convtool.core.tree import BASE, chains
 from convtool.errors import RefusedError, UsageError
@@ -112,7 +113,7 @@ class Options:
             name = "--set" if one.name == "settings" else spelled(one.name)
             for given in value if isinstance(value, list) else () if value in (None, False) else (value,):
                 words += [name] if given is True else [name, str(given)]
-        size = ",".join(map(str, self.input_size or ("SIZE",)))
+        size = format_sizes(self.input_size or ("SIZE",))
         return f"{shlex.join(words)} --input-size {size} -o OUT.npz"
 
     def named(self) -> tuple[Path, Path]:
@@ -174,6 +175,7 @@ def run(options: Options, reporter: Reporter) -> Result | Recipes:
 def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.write import check_output
     from convtool.fusing.adapters import merged
+    from convtool.fusing.proof import check_planned
     from convtool.fusing.shipped import find_recipe
 
     sources, overwrite = options.sources, options.writing.overwrite
@@ -194,7 +196,8 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
         tensors_only=options.tensors_only,
     )
     loader = _loader(options, planned, [name for name, _ in edit.order(opened.infos)], opened.root)
-    proofs = [None for _ in planned] if options.no_verify else _verified(planned, checkpoints, reporter)
+    with reporter.progress("verifying", len(planned), "share") as advance:  # before a file takes its name
+        proofs = [None if options.no_verify else check_planned(layer, checkpoints, advance) for layer in planned]
     with loader:
         new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     adapters = merged(checkpoints, (one.tree for one in fusions), stated.fields)
@@ -306,16 +309,6 @@ def _by_recipe(
             f"--input-size: is the size of one input, and the recipe makes {len(fusions)} fusions; leave it out"
         )
     return fusions, stated
-
-
-def _verified(
-    planned: Sequence[PlannedLayer], checkpoints: Mapping[str, Checkpoint], reporter: Reporter
-) -> Sequence[Proof | None]:
-    """Hold each fusion against the layers that it stands for, before a file takes its name."""
-    from convtool.fusing.proof import check_planned
-
-    with reporter.progress("verifying", len(planned), "share") as advance:
-        return [check_planned(layer, checkpoints, advance) for layer in planned]
 
 
 def _fusion(layer: PlannedLayer, found: Proof | None, size: tuple[int, ...] | None) -> Fusion:

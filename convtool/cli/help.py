@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from convtool.cli.options import OUTPUT
-from convtool.cli.output import bold, stdout_styled, window_columns
+from convtool.cli.output import bold, window_columns
 
 WIDEST = 100  # longer lines are hard to read
 WIDEST_TERM = 24  # that an explanation stands beside, and not under;
@@ -37,18 +37,18 @@ def page(command: Any, ctx: Any, sections: Iterable[tuple[str, Rows]]) -> str:
         command, ctx: as typer has them.
         sections: titles with their terms and explanations.
     """
-    formatter, width, styled = ctx.make_formatter(), min(window_columns(), WIDEST) - 1, stdout_styled()
+    formatter, width = ctx.make_formatter(), min(window_columns(), WIDEST) - 1
     formatter.width = width
     usage = _folded(f"{ctx.command_path} {command.options_metavar}", width, " " * 7, " " * 9)
-    formatter.write(f"{bold('Usage:', styled)}{usage[6:]}\n\n")
+    formatter.write(f"{bold('Usage:')}{usage[6:]}\n\n")
     formatter.write_text(inspect.cleandoc(command.help))
     for title, rows in sections:
         if rows:
             under = width < NARROW and max(len(term) for term, _ in rows) > SHORT
-            with formatter.section(bold(title, styled)):
+            with formatter.section(bold(title)):
                 whole = [(term, text.replace("-", HYPHEN)) for term, text in rows]
                 formatter.write_dl(whole, 2 if under else WIDEST_TERM)
-    with formatter.section(bold("Examples", styled)):
+    with formatter.section(bold("Examples")):
         formatter.write("\n".join(_example(line, width) for line in command.epilog.strip().splitlines() if line))
     return str(formatter.getvalue()).replace(HYPHEN, "-").rstrip("\n")
 

@@ -184,16 +184,18 @@ def find_layers(
     from convtool.fusing.settle import settle_alone
 
     single, size = not more and recipe is None, wanted.input_size
-    for name in wanted.fields if not single else ():
+    for name in () if single else wanted.fields:
         raise UsageError(
             f"{spelled(name)}: is for one layer; of one of several, --set {wanted.layer}.{name}=... says it"
         )
     opened = given.open(wanted.checkpoint, reporter)
-    refs, own = _named(wanted, more, opened) if recipe is None else (LayerRef(wanted.layer), {})
-    if size is None:
-        _check_sizeless(wanted.layer, opened if single else None, reporter.command, needs_size)
+    layer = opened.layer(wanted.layer) if single else None
+    if size is None and (layer is None or (needs_size and not layer.kind.channels_last)):
+        said = f"{reporter.command} needs --input-size, the size of {wanted.layer}'s input"
+        raise UsageError(f"{said}, such as {'3,32,32' if layer is None else '32,32'}")
+    refs: Tree[LayerRef] = Chain(tuple(map(LayerRef, (wanted.layer, *more)))) if more else LayerRef(wanted.layer)
     model = given.read_model(opened, reporter)
-    sources = given.fields(model, opened.layers, own)
+    sources = given.fields(model, opened.layers, {layer.name: wanted.fields} if layer and wanted.fields else {})
     if recipe is not None:
         refs, sources = _of_recipe(recipe, wanted.layer, more, opened, sources)
     found = lower_tree({BASE: opened}, refs, sources, size)
@@ -202,23 +204,6 @@ def find_layers(
     reporter.note(*(() if defined else said_of(lowered)))
     each = iter(lowered)
     return _at_size(wanted.checkpoint, map_leaves(lambda _: next(each), found), size, bool(defined))
-
-
-def _check_sizeless(name: str, opened: Checkpoint | None, command: str, needs_size: bool) -> None:
-    """Raise UsageError where an input size is missing; `opened` has the layer, where it is a single one."""
-    if opened is None or (needs_size and not opened.layer(name).kind.channels_last):
-        example = "3,32,32" if opened is None else "32,32"
-        raise UsageError(f"{command} needs --input-size, the size of {name}'s input, such as {example}")
-
-
-def _named(
-    wanted: LayerOptions, more: list[str] | None, opened: Checkpoint
-) -> tuple[Tree[LayerRef], dict[str, dict[str, Any]]]:
-    """Return the layer or the chain that is named, and what options such as --stride say of a single one."""
-    if more:
-        return Chain(tuple(map(LayerRef, (wanted.layer, *more)))), {}
-    name = opened.layer(wanted.layer).name
-    return LayerRef(wanted.layer), {name: wanted.fields} if wanted.fields else {}
 
 
 def _at_size(source: Path, tree: Tree[LoweredLayer], size: Size | None, defined: bool) -> LayersAtSize:

@@ -24,14 +24,10 @@ Size: TypeAlias = tuple[int, ...]  # is parsed as such
 FLOATS = ("float64", "float32", "float16", "bfloat16")
 DTYPES = (*FLOATS, "complex64", "complex128")
 SHORT_DTYPES = {
-    short: name
-    for name, shorts in {
-        "float64": ("fp64", "f64", "double"),
-        "float32": ("fp32", "f32", "float"),
-        "float16": ("fp16", "f16", "half"),
-        "bfloat16": ("bf16",),
-    }.items()
-    for short in shorts
+    **dict.fromkeys(("fp64", "f64", "double"), "float64"),
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    "bf16": "bfloat16",
 }
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

@@ -123,7 +123,8 @@ class Reporter:
     def verdict(self, text: str, *, good: bool) -> None:
         """A line of the result on which the exit code rests: in green or red where colours are wanted."""
         line = _fitting(printable(text), sys.stdout)
-        emit(f"\x1b[{32 if good else 31}m{line}\x1b[0m" if stdout_coloured(self.colour) else line)
+        coloured = self.colour == "always" or (self.colour != "never" and stdout_styled())
+        emit(f"\x1b[{32 if good else 31}m{line}\x1b[0m" if coloured else line)
 
     @contextlib.contextmanager
     def progress(self, what: str, total: float | None, unit: Unit = "bytes") -> Iterator[Advance]:
@@ -289,14 +290,14 @@ def _aligned(cells: Sequence[Sequence[str]], right: Sequence[str], window: int |
             before = " " * len(before)
     if len(lines) > len(cells) and len(lines) > len(_paragraphs(cells)) + 1:
         return None
-    return [bold(lines[0], stdout_styled()), *lines[1:]]
+    return [bold(lines[0]), *lines[1:]]
 
 
 def _paragraphs(cells: Sequence[Sequence[str]]) -> list[str]:
     """Return a table's rows, each of which is its first cell and, below, what each of the others is and says."""
     lines, width = [], window_columns() - 1
     for name, *others in cells[1:]:
-        lines += [bold(line, stdout_styled()) for line in _folded(name, window_columns(), "  ").splitlines()]
+        lines += [bold(line) for line in _folded(name, window_columns(), "  ").splitlines()]
         each = [
             f"{column} {cell}" for column, cell in zip(cells[0][1:], others, strict=True) if cell not in ("", NOTHING)
         ]
@@ -362,11 +363,6 @@ def stdout_styled() -> bool:
     return sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
-def stdout_coloured(wanted: Colour | None) -> bool:
-    """Whether a verdict has a colour."""
-    return wanted == "always" or (wanted != "never" and stdout_styled())
-
-
-def bold(text: str, styled: bool) -> str:
-    """The text in bold type where `styled`."""
-    return f"\x1b[1m{text}\x1b[0m" if styled else text
+def bold(text: str) -> str:
+    """The text, in bold type where stdout takes it."""
+    return f"\x1b[1m{text}\x1b[0m" if stdout_styled() else text

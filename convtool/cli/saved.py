@@ -195,11 +195,8 @@ def show_files(
     A dry run says bytes as they would be, of each file where there are several.
     """
     size = sum(files.values())
-    if written:
-        more = f", of which {human_bytes(record)} say what was fused" if record else ""
-        reporter.line(f"wrote {out}{made_of}, {human_bytes(size)}{more}")
-        return
-    more = f", of which {record} say what was fused" if record else ""
-    reporter.line(f"would write {out}{made_of}, {size} bytes{more}")
-    if len(files) > 1:
+    whole, part = (human_bytes(size), human_bytes(record)) if written else (f"{size} bytes", f"{record}")
+    more = f", of which {part} say what was fused" if record else ""
+    reporter.line(f"{'wrote' if written else 'would write'} {out}{made_of}, {whole}{more}")
+    if len(files) > 1 and not written:
         reporter.lines([f"  {path}, {each} bytes" for path, each in files.items()])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -127,10 +128,7 @@ def _at_sizes(
         return {(name, tuple(size)): 1 for name in names}
     if size is not None:
         raise UsageError("--input-size: with --model, --model-input says the size of the network's input")
-    counts: dict[tuple[str, tuple[int, ...]], int] = {}
-    for call in network.calls:
-        if call.name in names and not call.written:
-            counts[call.name, call.input_size] = counts.get((call.name, call.input_size), 0) + 1
+    counts = Counter((one.name, one.input_size) for one in network.calls if one.name in names and not one.written)
     if not counts:
         raise UsageError("--model: the network runs none of these layers")
     return counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from convtool.live.agreement import Agreement
 
 MATRIX = "A matrix file"  # a section of the help
+_input, _checking, _matrix = (partial(option, panel=panel) for panel in (INPUT, CHECKING, MATRIX))
 SPELLED = {"after_layers": "--after", "others": "--with"}  # options that aren't called as their field is
 
 
@@ -59,21 +61,19 @@ class Options:
 
     before: Path = argument("BEFORE", "The original checkpoint, or a matrix file.", required=True)
     after: Path = argument("AFTER", "The fused checkpoint, or a matrix file.", required=True)
-    before_layers: list[str] | None = option(
+    before_layers: list[str] | None = _input(
         "A,B",
         "A chain in BEFORE, in place of what AFTER records; or the matrix's layer. Repeatable, with --after.",
         "--before",
         completion=complete.chain_of("before"),
-        panel=INPUT,
     )
-    after_layers: list[str] | None = option(
-        "C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after"), panel=INPUT
+    after_layers: list[str] | None = _input(
+        "C", "The chain in AFTER that stands for it.", "--after", completion=complete.chain_of("after")
     )
-    recipe: str | None = option(
+    recipe: str | None = _input(
         "NAME|FILE|auto",
         "A recipe that says what another program fused, in place of AFTER's record; auto takes the one that fits.",
         completion=complete.recipes,
-        panel=INPUT,
     )
     others: list[str] | None = shared.others(panel=INPUT)
     strength: list[str] | None = shared.strength(panel=INPUT)
@@ -82,49 +82,34 @@ class Options:
         "Compare only the chains of --before and --after, or of --recipe, and no other tensor.", panel=INPUT
     )
     model_input: list[str] | None = shared.model_input(panel=INPUT)
-    model_after: str | None = option(
-        "CODE",
-        "The code of AFTER's network: run both on random inputs, which covers what no pair of layers does.",
-        panel=INPUT,
+    model_after: str | None = _input(
+        "CODE", "The code of AFTER's network: run both on random inputs, which covers what no pair of layers does."
     )
-    model_after_args: str | None = option("JSON", "Arguments of that callable, as JSON.", panel=INPUT)
+    model_after_args: str | None = _input("JSON", "Arguments of that callable, as JSON.")
     sources: Sources
-    computed_in: str | None = option(
+    computed_in: str | None = _checking(
         "DTYPE",
         "Precision in which another program fused AFTER; float64 by default, as convtool does.",
         parse=parse_float,
-        panel=CHECKING,
     )
-    rounded_to: str | None = option(
-        "DTYPE",
-        "Tensors of AFTER may also be BEFORE's, rounded once to that dtype.",
-        parse=parse_float,
-        panel=CHECKING,
+    rounded_to: str | None = _checking(
+        "DTYPE", "Tensors of AFTER may also be BEFORE's, rounded once to that dtype.", parse=parse_float
     )
-    input_size: list[Size] | None = option(
-        "[C,]H,W",
-        "Size of the input to the first layer; repeatable. By default sizes that show border and interior.",
-        panel=CHECKING,
+    input_size: list[Size] | None = _checking(
+        "[C,]H,W", "Size of the input to the first layer; repeatable. By default sizes that show border and interior."
     )
-    trials: int = option("TRIALS", "Random inputs for each chain and size.", default=8, panel=CHECKING)
-    seed: int = option("SEED", "Seed of the random inputs.", default=0, panel=CHECKING)
+    trials: int = _checking("TRIALS", "Random inputs for each chain and size.", default=8)
+    seed: int = _checking("SEED", "Seed of the random inputs.", default=0)
     exhaustive: bool = flag("Run every basis vector through torch as well.", panel=CHECKING)
-    rtol: float | None = option("RTOL", "A relative tolerance instead of the derived bound.", panel=CHECKING)
-    atol: float | None = option("ATOL", "An absolute tolerance instead of the derived bound.", panel=CHECKING)
-    device: Any = option(
-        "DEVICE",
-        "Where to run it, such as cuda; the verdict is the same.",
-        parse=parse_device,
-        default="cpu",
-        panel=CHECKING,
+    rtol: float | None = _checking("RTOL", "A relative tolerance instead of the derived bound.")
+    atol: float | None = _checking("ATOL", "An absolute tolerance instead of the derived bound.")
+    device: Any = _checking(
+        "DEVICE", "Where to run it, such as cuda; the verdict is the same.", parse=parse_device, default="cpu"
     )
-    rows: tuple[int, int] | None = option(
-        "A:B",
-        "Which rows of the layer's matrix AFTER holds, where it doesn't say so itself.",
-        parse=parse_rows,
-        panel=MATRIX,
+    rows: tuple[int, int] | None = _matrix(
+        "A:B", "Which rows of the layer's matrix AFTER holds, where it doesn't say so itself.", parse=parse_rows
     )
-    columns: tuple[int, int] | None = option("A:B", "Which columns of it, likewise.", parse=parse_rows, panel=MATRIX)
+    columns: tuple[int, int] | None = _matrix("A:B", "Which columns of it, likewise.", parse=parse_rows)
     no_bias: bool = flag("Compare the matrix alone, of a layer whose bias was not saved with it.", panel=MATRIX)
     details: bool = flag("Print all that AFTER records layer by layer, and every row and difference.", panel=OUTPUT)
 

@@ -183,11 +183,8 @@ def show(result: Result | MatrixResult, reporter: Reporter) -> None:
                 f" {whole.largest_output:.3g}"
             )
     said = f", {result.statement}" if result.statement else ""
-    unless = (
-        f", unless AFTER was computed in {result.unless} (--computed-in)"
-        if isinstance(result, Result) and result.unless
-        else ""
-    )
+    lower = result.unless if isinstance(result, Result) else ""
+    unless = f", unless AFTER was computed in {lower} (--computed-in)" if lower else ""
     reporter.verdict(f"equivalent{said}" if result.equivalent else f"NOT equivalent{unless}", good=result.equivalent)
 
 

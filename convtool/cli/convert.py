@@ -130,23 +130,14 @@ def run(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.write import check_output, is_folder
     from convtool.formats.dtypes import FLOATS as CASTABLE
 
-    out, size, dtype, overwrite = options.out, options.shard_size, options.dtype, options.writing.overwrite
+    out, size, dtype = options.out, options.shard_size, options.dtype
     opened = options.sources.open(options.checkpoint, reporter)
-    check_output(out, force=overwrite, source=opened, shard_size=size)
+    check_output(out, force=options.writing.overwrite, source=opened, shard_size=size)
     to_folder = is_folder(out, opened, size)
     if size is not None and not to_folder:
         raise UsageError(f"--shard-size: {out} is one file; name a folder, or an index, for several")
     changes = _reexpressions(options, opened, reporter)
-    edit, plan = saved.plan_changed(
-        opened,
-        changes,
-        out,
-        force=overwrite,
-        dtype=dtype,
-        state_only=options.sources.root is not None,
-        tensors_only=options.tensors_only,
-        shard_size=size,
-    )
+    edit, plan = saved.plan_changed(opened, changes, options, dtype=dtype, shard_size=size)
     new = saved.write(plan, opened, edit, reporter, dry_run=options.writing.dry_run)
     if options.writing.dry_run and dtype is not None:
         reporter.remark(f"not looked at: whether every number has its place in {dtype}; that is found when writing")

@@ -178,23 +178,14 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.fusing.proof import check_planned
     from convtool.fusing.shipped import find_recipe
 
-    sources, overwrite = options.sources, options.writing.overwrite
     path, out = options.named()
     recipe = find_recipe(options.recipe or "auto")  # so that a misspelt one is said before a file is read
-    opened = sources.open(path, reporter)
-    checkpoints = {BASE: opened, **sources.open_others(options.others, reporter)}
-    check_output(out, force=overwrite, source=opened)
+    opened = options.sources.open(path, reporter)
+    checkpoints = {BASE: opened, **options.sources.open_others(options.others, reporter)}
+    check_output(out, force=options.writing.overwrite, source=opened)
     fusions, stated = _find(options, recipe, checkpoints, reporter)
     planned, left_alone = _planned(options, checkpoints, fusions, stated, reporter)
-    edit, plan = saved.plan_changed(
-        opened,
-        planned,
-        out,
-        force=overwrite,
-        others=checkpoints,
-        state_only=sources.root is not None,
-        tensors_only=options.tensors_only,
-    )
+    edit, plan = saved.plan_changed(opened, planned, options, others=checkpoints)
     loader = _loader(options, planned, [name for name, _ in edit.order(opened.infos)], opened.root)
     with reporter.progress("verifying", len(planned), "share") as advance:  # before a file takes its name
         proofs = [None if options.no_verify else check_planned(layer, checkpoints, advance) for layer in planned]

@@ -118,18 +118,17 @@ class Recorded:
 def plan_changed(
     opened: Checkpoint,
     changes: Sequence[PlannedLayer | Reexpression],
-    out: Path,
-    *,
-    force: bool,
+    wanted: Any,
     others: Mapping[str, Checkpoint] | None = None,
     dtype: str | None = None,
-    **options: Any,
+    shard_size: int | None = None,
 ) -> tuple[Edit, WritePlan]:
     """Return what changes of a checkpoint come to together, and what writing it with them and their record will give.
 
     Args:
+        wanted: a command's options, with an out, writing, sources and tensors_only.
         others: checkpoints that layers came from besides, by name.
-        force, dtype, options: as of `plan_edited`.
+        dtype, shard_size: as of `plan_edited`.
     """
     from convtool import __version__
     from convtool.checkpoint.digests import with_digests
@@ -146,7 +145,9 @@ def plan_changed(
         pieces = ([new(*one) for one in change.edit.insert.items()] for change in changes)
         made = [with_digests(change.record, sources, some) for change, some in zip(changes, pieces, strict=True)]
         record = (record or Record(__version__)).appended(__version__, made)
-    plan = plan_edited(opened, edit, out, record, force=force, dtype=dtype, **options)
+    how: dict[str, Any] = {"force": wanted.writing.overwrite, "tensors_only": wanted.tensors_only}
+    how |= {"state_only": wanted.sources.root is not None, "dtype": dtype, "shard_size": shard_size}
+    plan = plan_edited(opened, edit, wanted.out, record, **how)
     return edit, replace(plan, record_bytes=0 if record is None else len(record.dumps()))
 
 

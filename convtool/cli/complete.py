@@ -5,16 +5,14 @@ Nothing here may fail or print: a line that is still being typed is no error.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
+from convtool.errors import ConvtoolError
 from convtool.kinds import field_types
-
-if TYPE_CHECKING:
-    from convtool.checkpoint import Checkpoint
 
 Completion = Callable[[typer.Context, list[str], str], list[str]]
 SHELL = frozenset(" '\"\\$`;&|<>()*?![]{}~#^")  # characters that mean something in bash, zsh or fish
@@ -71,16 +69,10 @@ def _beginning(incomplete: str, names: Iterable[str]) -> list[str]:
 
 
 def _layers(ctx: typer.Context, which: Iterable[str]) -> list[str]:
-    given = next((path for name in which if (path := ctx.params.get(name))), None)
-    opened = None if given is None else _opened(Path(given), ctx.params.get("root"))
-    return [name for name in opened.layers if name] if opened is not None else []
-
-
-def _opened(path: Path, root: str | None) -> Checkpoint | None:
     from convtool.checkpoint import open_checkpoint
-    from convtool.errors import ConvtoolError
 
-    try:
-        return open_checkpoint(path, root)
-    except (ConvtoolError, OSError):
-        return None
+    given = next((path for name in which if (path := ctx.params.get(name))), None)
+    with contextlib.suppress(ConvtoolError, OSError):
+        opened = None if given is None else open_checkpoint(Path(given), ctx.params.get("root"))
+        return [name for name in opened.layers if name] if opened is not None else []
+    return []

@@ -118,23 +118,22 @@ class Options:
 
     def named(self) -> tuple[Path, Path]:
         """Return CKPT and OUT; raise UsageError where anything is missing, or where options don't go together."""
+        path, out = self.checkpoint, self.out
         said = bool(self.layers and len(self.layers) > 1) or self.recipe is not None or self.auto or self.adapts
         expected = {
-            "CKPT, the checkpoint to fuse layers of": self.checkpoint is not None,
+            "CKPT, the checkpoint to fuse layers of": path is not None,
             "two layers or more, first to last, a --recipe, --auto with --model, or adapters --with NAME=FILE": said,
-            "-o OUT, the new checkpoint": self.out is not None,
+            "-o OUT, the new checkpoint": out is not None,
         }
         if not said and self.layers and Path(self.layers[0]).is_file():
             (file,) = self.layers
-            words = (self.checkpoint, "--with", f"{Path(file).name.partition('.')[0]}={file}", "-o", self.out or "OUT")
+            words = (path, "--with", f"{Path(file).name.partition('.')[0]}={file}", "-o", out or "OUT")
             whole = shlex.join(map(str, ("convtool", "fuse", *words)))
             raise UsageError(f"{file}: expected layers, not a file; adapters have a name: {whole}")
-        if missing := [what for what, there in expected.items() if not there]:
-            raise UsageError(f"expected {'; and '.join(missing)}")
+        if not said or path is None or out is None:
+            raise UsageError(f"expected {'; and '.join(what for what, there in expected.items() if not there)}")
         self._check()
-        assert self.checkpoint is not None
-        assert self.out is not None
-        return self.checkpoint, self.out
+        return path, out
 
     def _check(self) -> None:
         """Raise UsageError where the options don't go together."""

@@ -134,8 +134,7 @@ def run(options: Options, reporter: Reporter) -> Result:
     opened = sources.open(path, reporter)
     record = opened.record
     found = sources.read_model(opened, reporter)
-    fields = sources.fields(found, opened.layers)
-    fields = fields.with_first(field_source(opened))
+    fields = sources.fields(found, opened.layers).with_first(field_source(opened))
     fitting = {one: {name for name in opened.layers if name == one or fnmatchcase(name, one)} for one in patterns or ()}
     for pattern, some in fitting.items():
         if not some:

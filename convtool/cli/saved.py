@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 from convtool.cli.document import OPTIONAL, Count, Dtype, LayerFields, LayerKind, Sizes, fill
 from convtool.cli.output import Reporter, times
 from convtool.core.names import some_of
-from convtool.core.tree import Tree, map_leaves
+from convtool.core.tree import BASE, Tree, map_leaves
 from convtool.errors import human_bytes
 
 if TYPE_CHECKING:
@@ -136,7 +136,6 @@ def plan_changed(
     from convtool.checkpoint.record import Record
     from convtool.checkpoint.write import plan_edited
     from convtool.checkpoint.write_file import Options
-    from convtool.core.tree import BASE
 
     edit, record = Edit.together([change.edit for change in changes]), opened.record
     if changes:
@@ -185,19 +184,21 @@ def show_tensors(tensors: ChangedTensors, reporter: Reporter) -> None:
 def show(one: Written, reporter: Reporter) -> None:
     """Print the last line of what a command says of a checkpoint."""
     made_of, record = f", {one.tensors} tensors", one.record_bytes
-    show_files(one.out, one.files, reporter, written=one.written, made_of=made_of, record=record)
+    show_files(one, reporter, made_of, record)
 
 
-def show_files(
-    out: Path, files: Mapping[Path, int], reporter: Reporter, *, written: bool, made_of: str = "", record: int = 0
-) -> None:
+def show_files(one: Any, reporter: Reporter, made_of: str = "", record: int = 0) -> None:
     """Print what was written, of what and how large, and how much of that is a record of what was fused.
 
     A dry run says bytes as they would be, of each file where there are several.
+
+    Args:
+        one: a result, with the files, out and whether it is written.
+        record: its bytes.
     """
-    size = sum(files.values())
+    written, size = one.written, sum(one.files.values())
     whole, part = (human_bytes(size), human_bytes(record)) if written else (f"{size} bytes", f"{record}")
     more = f", of which {part} say what was fused" if record else ""
-    reporter.line(f"{'wrote' if written else 'would write'} {out}{made_of}, {whole}{more}")
-    if len(files) > 1 and not written:
-        reporter.lines([f"  {path}, {each} bytes" for path, each in files.items()])
+    reporter.line(f"{'wrote' if written else 'would write'} {one.out}{made_of}, {whole}{more}")
+    if len(one.files) > 1 and not written:
+        reporter.lines([f"  {path}, {each} bytes" for path, each in one.files.items()])

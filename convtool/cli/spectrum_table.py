@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from convtool.cli import shared
 from convtool.cli.document import Count, LayerKind, Sizes
 from convtool.cli.output import Reporter, table, times
+from convtool.core.tree import BASE, LayerRef, leaves
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -73,7 +74,6 @@ def is_pattern(name: str, layers: Mapping[str, Any]) -> bool:
 def run_table(options: Any, sources: shared.Sources, opened: Checkpoint, reporter: Reporter) -> TableResult:
     """Find both ends of each layer that the pattern fits, and with --model of how the network runs them."""
     from convtool.core.spectrum import spectrum
-    from convtool.core.tree import BASE
     from convtool.fusing.leaf import said_of
     from convtool.fusing.settle import settle_alone
 
@@ -142,7 +142,6 @@ def _lowered(
     Args:
         channels: whether the size has them in front, where the layer doesn't tell its axes.
     """
-    from convtool.core.tree import BASE, LayerRef, leaves
     from convtool.fusing.lowering import lower_tree
 
     layer = opened.layers[name]

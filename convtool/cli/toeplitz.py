@@ -15,7 +15,7 @@ from convtool.cli.layer import LayerOptions, LayersAtSize, OfLayers, find_layers
 from convtool.cli.options import flag, option, parse_rows
 from convtool.cli.output import Reporter
 from convtool.cli.saved import Files, show_files
-from convtool.core.tree import Tree
+from convtool.core.tree import Tree, leaves
 from convtool.errors import UsageError
 
 if TYPE_CHECKING:
@@ -189,7 +189,6 @@ def _plotted(
 
     if options.plot is None or not (options.writing.written and speaks()):
         return nullcontext()
-    from convtool.core.tree import leaves
     from convtool.matrix.plot import Part, plotted
 
     name = found.of.name
@@ -269,7 +268,7 @@ def show(result: Result, reporter: Reporter) -> None:
     reporter.line(f"  {rows} x {columns}, {result.nnz} entries ({density:.3%}), {dtype}, {result.layout}")
     reporter.lines([line.rstrip() for line in result.drawing])
     parts = "" if result.shards is None else f" and {result.shards} shards"
-    show_files(result.out, result.files, reporter, written=result.written, made_of=parts)
+    show_files(result, reporter, parts)
     if result.plot is not None and not result.written:
         reporter.line(f"would draw {result.plot}")
     if result.written:

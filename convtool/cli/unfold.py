@@ -116,7 +116,7 @@ def show(result: Result, reporter: Reporter) -> None:
     if result.gather is not None:
         rows, columns = result.gather
         reporter.line(f"  {result.of.sizes_text}: U {rows} x {columns}, {result.nnz} ones")
-    show_files(result.out, result.files, reporter, written=result.written)
+    show_files(result, reporter)
 
 
 COMMAND = Command("CKPT LAYER -o OUT", EXAMPLES, Options, run, show)

@@ -158,6 +158,17 @@ def scaled(m: Model, v: str) -> str:
     return m.chance.choice(forms).format(v, name)
 
 
+def branches(m: Model, v: str) -> str:
+    """Convolutions side by side of one value, with a batch norm or a factor behind some, added up."""
+    r, channels, texts = m.chance, m.values[v].shape[1], []
+    for size in r.sample([1, 3, 3], r.choice([2, 3])):
+        text = f"{m.hold(m.kind('Conv')(channels, 3, size, padding=size // 2, bias=r.random() < 0.5))}({v})"
+        text = f"{m.hold(m.kind('BatchNorm')(3))}({text})" if r.random() < 0.5 else text
+        texts.append(f"{text} * {r.choice([2, 0.1])}" if r.random() < 0.3 else text)
+    texts += [v] if channels == 3 and r.random() < 0.5 else []
+    return " + ".join(texts)
+
+
 def again(m: Model, v: str) -> str:
     """A module that runs a second time."""
     if not m._modules:
@@ -191,7 +202,7 @@ def linear(m: Model, v: str) -> str:
 STATEMENTS: list[Callable[[Model, str], str]] = [
     *([convolution] * 7),
     *([norm] * 6),
-    *([added, scaled, in_place, channels_moved, anything] * 2),
+    *([added, scaled, in_place, channels_moved, anything, branches] * 2),
     *(transposed, again, linear),
 ]
 

@@ -28,9 +28,10 @@ from convtool.checkpoint import open_checkpoint
 from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import UsageError
 from convtool.fusing.recipe import Known, parse_recipe, resolve
+from convtool.graph.again import taken_off
 from convtool.graph.cut import Price, partition
 from convtool.graph.exported import plan_exported
-from convtool.graph.flow import Flow, Step, find_stretches, taken_off
+from convtool.graph.flow import Flow, Step, find_stretches
 from convtool.graph.judge import Exact
 from convtool.graph.left_over import ALONE, NEVER
 from convtool.graph.operations import read_flow
@@ -600,6 +601,20 @@ def test_what_the_code_does_before_the_layer_is_undone_before_it(
     assert "bn → " in chains[0]
     behind = planned(Net(lambda m, x: m.bn(between(m.b(x))), b=conv(), bn=nn.BatchNorm2d(4)))[0]
     assert behind[0].startswith("b → ")
+
+
+@pytest.mark.parametrize(
+    ("run", "chains"),
+    [
+        (lambda m, x: m.a(x) * 0.5 + m.b(x), []),
+        (lambda m, x: m.bn(m.a(x)) * 3 + m.b(x), ["a → bn"]),
+        (lambda m, x: m.bn(m.a(x) * 3 + m.b(x) * 3), []),
+        (lambda m, x: m.bn((m.a(x) + m.b(x)) * 49), ["(a + b) → scale(49.0) → bn → scale(0.02040816326530612)"]),
+        (lambda m, x: m.a(x) + m.b(m.bn(x) * 49), ["scale(0.02040816326530612) → bn → scale(49.0) → b"]),
+    ],
+)
+def test_what_the_code_does_in_a_branch_keeps_it_apart(run: Callable[[Any, Tensor], Tensor], chains: list[str]) -> None:
+    assert planned(Net(run, a=conv(), b=conv(), bn=nn.BatchNorm2d(4)))[0] == chains
 
 
 def scales_in_place(m: Any, x: Tensor) -> Tensor:

@@ -11,12 +11,11 @@ from convtool.core.conv import Conv
 from convtool.core.fields import Fields
 from convtool.core.geometry import format_sizes
 from convtool.core.names import is_written
-from convtool.core.tree import BASE, Chain, LayerRef, Sum, Tree, first_leaves, has_sum, leaves, map_leaves
+from convtool.core.tree import Chain, LayerRef, Sum, Tree, first_leaves, has_sum, leaves, map_leaves
 from convtool.fusing.dependence import changed_fields
 from convtool.fusing.fusion import PlannedLayer
 from convtool.fusing.leaf import LoweredLayer
-from convtool.graph.flow import adds_again
-from convtool.kinds.written import read_layer, undoing
+from convtool.graph.again import adds_again, done_by_the_model
 
 # What becomes of a layer of the model.
 Fate: TypeAlias = Literal["stays", "in code", "parameters", "deleted", "silent", "identity"]
@@ -210,37 +209,6 @@ def _argument(value: object) -> str:
 def goes_on(tree: Tree[SourceLayer], name: str) -> list[str]:
     """Return what the model's code does of a fusion, and would go on to do with the layer of that name in its place."""
     stays = name in {source.name for source in leaves(tree) if source.owned()}
-    adds = stays and adds_again(map_leaves(lambda source: LayerRef(source.name), tree), name)
-    return [*done_by_the_model(tree), *(["the addition of its input"] if adds else [])]
-
-
-# Where a layer without tensors is in a model, and whether it stands in front of all else, such that its code does it.
-_CODE = {("model", False), ("model", True), ("input", False)}
-
-
-def done_by_the_model(tree: Tree[SourceLayer], in_front: bool | None = None) -> Iterator[str]:
-    """Yield the layers without tensors that the model's forward does itself, in chains with layers of the model.
-
-    An identity is none, and a normalisation of the whole input stands in front of the model.
-
-    Args:
-        in_front: whether the tree's first layers are those that the whole input goes into.
-    """
-    sources: list[SourceLayer] = list(leaves(tree))
-    first_ones: list[SourceLayer] = list(first_leaves(tree))
-    ours = any(source.origin == BASE and not source.written for source in sources)
-    if in_front is None:
-        in_front = len({source.name for source in first_ones}) == 1
-    done: list[tuple[str, str]] = []  # with the layer that undoes each; '' where none does
-    for number, part in enumerate(() if isinstance(tree, SourceLayer) else tree.parts):
-        first = in_front and (number == 0 or not isinstance(tree, Chain))
-        if not isinstance(part, SourceLayer):
-            yield from done_by_the_model(part, first)
-        elif isinstance(tree, Chain) and ours and part.written and (part.kind.code, first) in _CODE:
-            # What is undone further on in the chain was fused such that the model's code may go on to do it.
-            if done and done[-1][1] == part.name:
-                done.pop()
-            else:
-                undone = part.kind.undone_by(read_layer(part.name).fields) is not None
-                done.append((part.name, undoing(part.name).name if undone else ""))
-    yield from (name for name, _ in done)
+    named = map_leaves(lambda source: LayerRef(source.name, source.origin), tree)
+    adds = stays and adds_again(named, name)
+    return [*done_by_the_model(named), *(["the addition of its input"] if adds else [])]

@@ -10,7 +10,8 @@ from typing import TypeAlias
 
 from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves
 from convtool.errors import ConvtoolError, RefusedError
-from convtool.graph.flow import LeftAlone, adds_again, find_stretches, taken_off, takes_off
+from convtool.graph.again import adds_again, done_by_the_model, taken_off, takes_off
+from convtool.graph.flow import LeftAlone, find_stretches
 from convtool.graph.judge import Exact, Judge, Merge
 from convtool.kinds.shares import shares, unshared
 from convtool.kinds.written import read_layer, undoing
@@ -171,6 +172,8 @@ class _Cutter:
             raise RefusedError(self.refused[tree])
         if self.batch_norms_only and not _takes_batch_norms(self.judge, tree):
             raise RefusedError("only batch norms are to be fused (--batch-norms-only)")
+        for again in done_by_the_model(tree):
+            raise RefusedError(f"{again} in it is done by the model's own code, which goes on to do it")
         merge = self.judge.merge(tree)
         if merge.exact is Exact.THIS_SIZE and not self.fixed_size:
             raise RefusedError("it would be exact for this input size only (--fixed-size takes it)")

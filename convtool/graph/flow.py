@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves, sole_layer
+from convtool.core.tree import Chain, LayerRef, Sum, Tree, leaves
+from convtool.graph.again import BARE, taken_off
 from convtool.kinds.kind import Layer
 
 
@@ -96,40 +97,6 @@ class LeftAlone:
     def of(cls, tree: Tree[LayerRef], reason: str) -> LeftAlone:
         """Return it of the layers of a tree."""
         return cls(tuple(leaf.name for leaf in leaves(tree) if not leaf.written), reason)
-
-
-BARE = LayerRef("identity()")  # a branch that is nothing but what the sum reads
-
-
-def taken_off(tree: Tree[LayerRef], count: int) -> Sum[LayerRef]:
-    """Return a tree less what it reads, so many times: the model's code goes on to add that to what takes its place."""
-    return Sum((tree, Chain((BARE, LayerRef(f"scale({-count}.0)")))))
-
-
-def takes_off(tree: Tree[LayerRef]) -> int:
-    """Return how often `taken_off` took off what a tree reads; 0 where it didn't."""
-    added = tree.parts[0] if isinstance(tree, Sum) else None
-    inner = added.parts[0] if isinstance(added, Chain) else None
-    count = inner.parts.count(BARE) if isinstance(inner, Sum) else 0
-    return count if count and added is not None and tree == taken_off(added, count) else 0
-
-
-def adds_again(tree: Tree[LayerRef], name: str) -> bool:
-    """Tell whether the model's code would add what a sum reads once more, to what takes the place of one of its layers.
-
-    Not so where that is taken off, and the layer stands in the sum.
-    """
-    if isinstance(tree, Sum) and takes_off(tree):
-        chain = tree.parts[0]
-        return not isinstance(chain, Chain) or name not in {leaf.name for leaf in leaves(chain.parts[0])}
-    return _has_bare(tree)
-
-
-def _has_bare(tree: Tree[LayerRef]) -> bool:
-    if not isinstance(tree, Chain | Sum):
-        return False
-    bare = isinstance(tree, Sum) and any(sole_layer(part) == BARE for part in tree.parts)
-    return bare or any(map(_has_bare, tree.parts))
 
 
 @dataclass(slots=True)

@@ -79,8 +79,8 @@ class Command(Generic[Options, Result]):
 
         def function(**given: Any) -> int:
             speech = _gathered(_Speech, given)
-            how = {"as_json": speech.as_json, "quiet": speech.quiet, "colour": speech.color}
-            reporter = Reporter(name, typed=given[CONTEXT].meta[TYPED], **how)
+            typed = given[CONTEXT].meta[TYPED]
+            reporter = Reporter(name, speech.as_json, speech.quiet, speech.color, typed=typed)
             return run(reporter, lambda: self(_gathered(self.options, given), reporter))
 
         function.declared = dict([*_declared(self.options), *_declared(_Speech)])  # type: ignore[attr-defined]

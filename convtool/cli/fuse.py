@@ -171,6 +171,16 @@ def run(options: Options, reporter: Reporter) -> Result | Recipes:
     return Recipes(tuple(KnownRecipe(name, recipe.about) for name, recipe in shipped().items()))
 
 
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a run of the command begins with: its options, their recipe, and the checkpoints, opened, by name."""
+
+    options: Options
+    recipe: Recipe | None
+    checkpoints: Mapping[str, Checkpoint]
+    reporter: Reporter
+
+
 def _fuse(options: Options, reporter: Reporter) -> Result:
     from convtool.checkpoint.write import check_output
     from convtool.fusing.adapters import merged
@@ -182,10 +192,11 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     opened = options.sources.open(path, reporter)
     checkpoints = {BASE: opened, **options.sources.open_others(options.others, reporter)}
     check_output(out, force=options.writing.overwrite, source=opened)
-    fusions, stated = _find(options, recipe, checkpoints, reporter)
-    planned, left_alone = _planned(options, checkpoints, fusions, stated, reporter)
+    this = _Run(options, recipe, checkpoints, reporter)
+    fusions, stated = _find(this)
+    planned, left_alone = _planned(this, fusions, stated)
     edit, plan = saved.plan_changed(opened, planned, options, others=checkpoints)
-    loader = _loader(options, planned, [name for name, _ in edit.order(opened.infos)], opened.root)
+    loader = _loader(this, planned, [name for name, _ in edit.order(opened.infos)])
     with reporter.progress("verifying", len(planned), "share") as advance:  # before a file takes its name
         proofs = [None if options.no_verify else check_planned(layer, checkpoints, advance) for layer in planned]
     with loader:
@@ -195,21 +206,16 @@ def _fuse(options: Options, reporter: Reporter) -> Result:
     return Result(new, tuple(made), Total.of(made), tuple(adapters), tuple(left_alone), options.loader, options.details)
 
 
-def _planned(
-    options: Options,
-    checkpoints: Mapping[str, Checkpoint],
-    fusions: Sequence[PlannedFusion],
-    stated: FieldSources,
-    reporter: Reporter,
-) -> tuple[list[PlannedLayer], list[str]]:
+def _planned(this: _Run, fusions: list[PlannedFusion], stated: FieldSources) -> tuple[list[PlannedLayer], list[str]]:
     """Return the fusions as layers, and what was left alone; a refusal names the command for the matrix in full."""
     from convtool.core.fuse import MATRIX
     from convtool.fusing.plans import plan_all
 
+    options, reporter = this.options, this.reporter
     how = {name: getattr(options, name) for name in ("allow_border", "bias_map", "dtype")}
     how |= {"input_size": options.size, "surveyed": not options.layers}
     try:
-        planned, left_alone = plan_all(checkpoints, fusions, stated, reporter.remark, reporter.note, **how)
+        planned, left_alone = plan_all(this.checkpoints, fusions, stated, reporter.remark, reporter.note, **how)
     except RefusedError as error:
         said = str(error).replace(MATRIX, options.as_matrix) if options.layers else str(error)
         raise RefusedError(said, error.paste) from None
@@ -218,28 +224,26 @@ def _planned(
     return planned, left_alone
 
 
-def _loader(
-    options: Options, planned: Sequence[PlannedLayer], names: Sequence[str], root: Sequence[str]
-) -> AbstractContextManager[object]:
+def _loader(this: _Run, planned: Sequence[PlannedLayer], names: Sequence[str]) -> AbstractContextManager[object]:
     """Return the block in which the checkpoint is to be written, so that its loader gets its name with it."""
     from os.path import relpath
 
     from convtool.formats.atomic import check_target
     from convtool.fusing.loader import beside, loader_text
 
+    options = this.options
     if options.loader is None:
         return nullcontext()
     if options.loader.suffix != ".py" or options.out is None or not options.out.suffix or options.out.suffix == ".json":
         raise UsageError("--loader: expected a name that ends in .py, and OUT to be one file")
     check_target(options.loader, force=options.writing.overwrite)
-    state = () if options.sources.root is not None else root  # what is written then is the state dict alone
+    # With --root, what is written is the state dict alone.
+    state = () if options.sources.root is not None else this.checkpoints[BASE].root
     text = loader_text(planned, names, relpath(options.out, options.loader.parent), state)
     return nullcontext() if options.writing.dry_run else beside(options.loader, text, force=options.writing.force)
 
 
-def _find(
-    options: Options, recipe: Recipe | None, checkpoints: Mapping[str, Checkpoint], reporter: Reporter
-) -> tuple[list[PlannedFusion], FieldSources]:
+def _find(this: _Run) -> tuple[list[PlannedFusion], FieldSources]:
     """Return the fusions that are wanted, by name, and where what is known of their layers comes from."""
     from convtool.checkpoint.record import full_name
     from convtool.cli.model import check_chains, plan_for, planned_fusions
@@ -247,6 +251,7 @@ def _find(
     from convtool.fusing.named import against_order, in_order, named_chain
     from convtool.graph.planned import grouped_reasons
 
+    options, checkpoints, reporter = this.options, this.checkpoints, this.reporter
     opened, sources = checkpoints[BASE], options.sources
     names = [full_name(layer, one) for one, each in checkpoints.items() for layer in each.layers]
     if options.auto:
@@ -265,7 +270,7 @@ def _find(
         fusions = [named_chain(options.layers or (), options.name or "", checkpoints)]
         reporter.remark(*against_order(fusions[0], order))
     else:
-        fusions, fields = _by_recipe(options, recipe, checkpoints, fields, order, reporter)
+        fusions, fields = _by_recipe(this, fields, order)
     own = [[ref for ref in chain if ref.source == BASE] for one in fusions for chain in chains(one.tree)]
     written = [[ref.name if ref.written else opened.part(ref.name).name for ref in refs] for refs in own]
     check_chains(written, opened, found, options.model_input)
@@ -273,18 +278,13 @@ def _find(
 
 
 def _by_recipe(
-    options: Options,
-    recipe: Recipe | None,
-    checkpoints: Mapping[str, Checkpoint],
-    fields: FieldSources,
-    order: Sequence[str] | None,
-    reporter: Reporter,
+    this: _Run, fields: FieldSources, order: Sequence[str] | None
 ) -> tuple[list[PlannedFusion], FieldSources]:
     """Return the fusions of a recipe; of the one that ships and fits, where none is given."""
     from convtool.fusing.named import by_name, doing_more, in_words, the_one, without_effect
     from convtool.fusing.shipped import is_file
 
-    auto = recipe is None
+    options, recipe, checkpoints, reporter = this.options, this.recipe, this.checkpoints, this.reporter
     if recipe is None:
         recipe, which = the_one(checkpoints, fields)
         reporter.note(f"recipe: {which}")
@@ -292,7 +292,7 @@ def _by_recipe(
     idle = without_effect(recipe, checkpoints) if own else ()  # those that ship are for many networks
     reporter.remark(*(f"{recipe.origin}: geometry: {pattern!r} fits no layer" for pattern in idle))
     fusions, stated = by_name(recipe, checkpoints, fields, options.leave or (), order)
-    if more := [] if own or auto else doing_more(fusions, checkpoints, fields):
+    if more := [] if own or this.recipe is None else doing_more(fusions, checkpoints, fields):
         reporter.note(f"left alone: what another recipe makes fewer layers of: {in_words(more)}")
     if options.input_size is not None and len(fusions) > 1:
         raise UsageError(

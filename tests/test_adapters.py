@@ -355,3 +355,31 @@ def test_what_another_program_merged_is_verified_by_the_adapters_and_their_stren
     merge(base, adapters)
     code, message = error("verify", base, base.with_name("out.pt"), *words[3:5], "--strength", 2)
     assert (code, "AFTER records what was merged" in message) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("names", "modules"),
+    [
+        (["fc", "prior.fc"], {"prior.fc": "prior.fc"}),
+        (["unet.fc", "text_encoder_3.fc"], {"text_encoder_3.fc": "text_encoder_3.fc"}),
+        (["head.fc", "text_model.head.fc"], {"text_model.head.fc": "text_model.head.fc", "head.fc": "head.fc"}),
+        (["fc", "te.fc"], {"te.fc": "lycoris_te_fc"}),
+        (["text_model.a.q", "vision_model.a.q"], {name: name for name in ("text_model.a.q", "vision_model.a.q")}),
+    ],
+)
+def test_a_layer_of_just_that_name_is_the_one(names: list[str], modules: dict[str, str], tmp_path: Path) -> None:
+    weights = {f"{name}.weight": torch.zeros(4, 4) for name in names}
+    save_file(weights, tmp_path / "base.safetensors")
+    factors = {"A": torch.ones(1, 4), "B": torch.ones(4, 1)}
+    adapter = {f"{name}.lora_{key}.weight": one for name in modules.values() for key, one in factors.items()}
+    save_file({name: one.clone() for name, one in adapter.items()}, tmp_path / "adapter.safetensors")
+    done(
+        "fuse",
+        tmp_path / "base.safetensors",
+        "--with",
+        f"a={tmp_path / 'adapter.safetensors'}",
+        "-o",
+        tmp_path / "o.pt",
+    )
+    found = load(tmp_path / "o.pt")
+    assert {name for name in names if found[f"{name}.weight"].any()} == set(modules)

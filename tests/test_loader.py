@@ -75,6 +75,17 @@ class Listed(nn.Module):
         return y
 
 
+class Scale(nn.Module):
+    """A layer scale in a module of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
 def strided() -> nn.Module:
     return sequence(
         conv1=nn.Conv2d(4, 6, 3, 2, (1, 2), 2, groups=2, bias=False, padding_mode="circular"), bn1=BN(6), relu=nn.ReLU()
@@ -98,6 +109,7 @@ MODELS: dict[str, tuple[Any, list[str]]] = {
         ["a", "m", "b", "n", *STATED, "--set", "a.stride=1", "--set", "b.stride=1"],
     ),
     "a list of branches": (lambda: sequence(block=Listed()), ["--recipe", "repghost-timm", "--assume-defaults"]),
+    "a scale": (lambda: sequence(fc=nn.Linear(8, 8), ls=Scale()), ["fc", "ls", "--assume-defaults"]),
     "branches": (lambda: sequence(block=Branches()), ["--recipe", "repvgg"]),
     "wrapped": (lambda: sequence(module=strided()), ["conv1", "bn1", "--eps", "1e-5"]),
 }

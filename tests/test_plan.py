@@ -617,6 +617,88 @@ def test_what_the_code_does_in_a_branch_keeps_it_apart(run: Callable[[Any, Tenso
     assert planned(Net(run, a=conv(), b=conv(), bn=nn.BatchNorm2d(4)))[0] == chains
 
 
+SEVERAL: list[Callable[[Tensor], Any]] = [
+    lambda x: torch.cat([x, x.tanh()]).chunk(2),
+    lambda x: torch.cat([x, x.tanh()]).split(len(x)),
+    lambda x: torch.stack([x, x.tanh()]).unbind(0),
+    lambda x: x.chunk(2, 2),
+    lambda x: torch.var_mean(x, 3, keepdim=True),
+]
+
+
+@pytest.mark.parametrize("make", SEVERAL)
+def test_the_values_of_one_operation_are_several(make: Callable[[Tensor], Any]) -> None:
+    layers: dict[str, nn.Module] = {"a": conv(k=1), "b": conv(k=1), "bn": nn.BatchNorm2d(4)}
+
+    def added(m: Any, x: Tensor) -> Tensor:
+        one, two = make(x)
+        return m.a(one) + m.b(two)  # type: ignore[no-any-return]
+
+    def skipped(m: Any, x: Tensor) -> Tensor:
+        one, two = make(x)
+        return m.bn(m.a(one) + two)  # type: ignore[no-any-return]
+
+    for run in (added, skipped):
+        assert planned(Net(run, **layers), (4, 8, 6))[0] == []
+
+
+class Training(nn.BatchNorm2d):
+    """A batch norm that can't be put into eval mode."""
+
+    def train(self, mode: bool = True) -> Training:
+        return super().train(True)
+
+
+def with_another_eps(m: Any, x: Tensor) -> Tensor:
+    m.bn.eps = 0.5
+    y = m.bn(m.a(x))
+    m.bn.eps = 1e-5
+    return y  # type: ignore[no-any-return]
+
+
+def test_a_batch_norm_is_what_it_is_while_it_runs() -> None:
+    chains, alone, _ = planned(Net(with_another_eps, a=conv(), bn=nn.BatchNorm2d(4)))
+    assert chains == []
+    assert any("another eps" in reason for reason in alone.values())
+    net = filled(Net(lambda m, x: m.bn(m.a(x)), a=conv(), bn=Training(4)))
+    found = convtool.plan(net, (4, 9, 7))
+    assert not found.fusions
+    assert any("training mode" in one.reason for one in found.left_alone)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda m, x: m.b(m.a(x)) / m.a.out_channels**0.5,
+        lambda m, x: m.bn(m.b(m.a(x))) * sum(isinstance(one, nn.BatchNorm2d) for one in m.modules()),
+        lambda m, x: m.bn(m.b(m.a(x))) * sum(one.numel() for one in m.parameters()),
+        lambda m, x: m.bn(m.b(m.a(x))) + getattr(m.bn, "eps", 0),
+    ],
+)
+def test_a_forward_that_computes_with_what_its_modules_are_keeps_them(run: Callable[[Any, Tensor], Tensor]) -> None:
+    net = Net(run, a=conv(4, 7, k=1), b=conv(7, 4, k=1), bn=nn.BatchNorm2d(4))
+    planned(net)
+    planned(net, everything=True)
+
+
+class Grows(nn.Module):
+    """A branch whose code adds to what its layer gives, in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = conv(k=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's value, and x."""
+        y: Tensor = self.inner(x)
+        y += x
+        return y
+
+
+def test_code_may_add_in_place_to_what_an_emptied_branch_gives() -> None:
+    assert planned(Net(lambda m, x: m.a(x) + m.b(x), a=conv(k=1), b=Grows()))[0] == ["a + b.inner"]
+
+
 def scales_in_place(m: Any, x: Tensor) -> Tensor:
     y = m.bn(x)
     y.mul_(0.5)

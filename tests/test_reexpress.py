@@ -12,6 +12,7 @@ from cases import CASES, IDS, Case, make_conv, make_inputs, real_numbers, whole_
 from hypothesis import given, settings
 from safetensors.torch import load_file, save_file
 from schemas import validate
+from shell import cli
 from strategies import layers_with_sizes
 from torch import nn
 
@@ -409,3 +410,15 @@ def test_a_matrix_of_which_only_one_side_is_fused_is_verified_in_the_form_that_i
     assert run_app(["fuse", str(there), "conv", "scale(2)", "-o", str(flat)]) == 0
     assert run_app(["verify", str(checkpoint), str(flat)]) == 3
     assert "its record can't say how 'conv', which takes flat numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_a_matrix_that_is_none_of_a_convolution_is_refused_in_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    matrix = toeplitz(Conv(torch.tensor([[[0.375, -0.5]]]), None, Geometry.of((2,), transposed=True)), (6,))
+    weight = torch.from_numpy(matrix.to_scipy().toarray()).to(dtype)
+    for off, code in ((0.0, 0), (0.5, 4)):
+        changed = weight.clone()
+        changed[0, 0] += off
+        torch.save({"L.weight": changed}, tmp_path / "fc.pt")
+        line = f"convert {tmp_path}/fc.pt {tmp_path}/c.pt --force --as-conv L=1,6/2 --set L.transposed=true"
+        assert cli(line).code == code

@@ -46,6 +46,11 @@ class Net(nn.Module):
 def fused():
     return Net(True)
 
+def normed():
+    net = Net()
+    net.head = nn.utils.weight_norm(net.head)  # of which torch makes no copy
+    return net
+
 class Asking(Net):
     def forward(self, x):
         assert self.fused or isinstance(self.bn0, nn.BatchNorm2d)
@@ -201,6 +206,16 @@ def test_a_network_that_no_longer_runs_once_it_is_edited_has_code_of_its_own() -
     assert (run.code, "the whole model, on inputs of 3,16,18: outputs are the same" in run.out) == (0, True)
     assert cli(f"""{line.replace("f.pt", "after.pt")} {after} '{{"fused": false}}'""").code == 2
     assert "--model-after" not in cli(line.replace("3,16,18", "4,16,18")).message
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_network_that_cannot_be_copied_is_built_twice(tmp_path: Path) -> None:
+    space: dict[str, Any] = {}
+    exec(CODE, space)
+    torch.save(space["normed"]().state_dict(), "old.pt")
+    line = "--model code.py:normed --model-input 3,16,18"
+    assert cli(f"fuse old.pt --auto {line} -o f.pt").code == 0
+    assert cli(f"verify old.pt f.pt {line}").code == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

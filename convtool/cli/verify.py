@@ -262,7 +262,9 @@ def _whole_model(sides: _Sides) -> WholeReport | None:
                 built = load_model(options.model_after or "", options.model_after_args, in_memory=True)
                 fused = loaded(built, sides.after, strict=True)
             else:
-                fused = apply_checkpoint(deepcopy(original), sides.after)
+                # Built a second time, as not every model can be copied; but for one that was made already.
+                again = loaded(load_model(model, arguments, in_memory=True), sides.before)
+                fused = apply_checkpoint(deepcopy(original) if again is original else again, sides.after)
             return compare(original, sides.before, fused, sides.after, size, seed=options.seed)
         except (RefusedError, UsageError) as error:
             if str(sides.before.path) in str(error) or options.model_after_args is not None:

@@ -27,6 +27,7 @@ from convtool.kinds.stated import FieldSource, FieldSources
 CONFIG = "adapter_config.json"  # where PEFT keeps alpha and rank
 _PEFT = "base_model.model."
 # What an adapter's file calls the network that a module is of, in front of the module's own name.
+_TRAINER = re.compile(r"^(lora_|lycoris_|base_model\.model\.)")  # what trainers put in front of a layer's whole name
 _COMPONENT = re.compile(
     r"(lora_(?:unet|te[0-9]?|transformer|prior_unet|prior_te|prior)_|lycoris_(?:unet_|te[0-9]?_|transformer_)?|"
     r"base_model\.model\.|(?:unet|transformer|text_encoder(?:_[0-9])?|text_model|diffusion_model|prior)\."
@@ -155,10 +156,15 @@ def _fitting(
 ) -> dict[str, str]:
     """Return the module that changes each layer, of one adapter's file."""
     found: dict[str, str] = {}
+    whole: dict[str, list[str]] = {}  # the base's layers by their names in full, _ for dots
+    for one in base.layers:
+        whole.setdefault(unwrap(one).removesuffix(".base_layer").replace(".", "_"), []).append(one)
     for name, layer in opened.layers.items():
         if not layer.kind.adapts or _left_out(name, leave):
             continue
-        fitting = [one for one in places.get(_split(name)[1], ()) if _may_change(layer, base.layers[one])]
+        # A layer of just that name is the one, whatever else a part of the name may be of.
+        named = whole.get(_TRAINER.sub("", name).replace(".", "_")) or places.get(_split(name)[1], [])
+        fitting = [one for one in named if _may_change(layer, base.layers[one])]
         if len(fitting) > 1:
             raise UsageError(f"{source}:{name} could change {' or '.join(fitting)}; --root opens one of the networks")
         for target in fitting:

@@ -212,7 +212,8 @@ def _edits(planned: PlannedLayer, goes: Sequence[tuple[LoweredLayer, Fate]]) -> 
         elif fate == "deleted":
             yield f"delete(model, {name!r})"
         else:
-            yield f"put(model, {name!r}, {f'rest(old[{name!r}])' if ends_with(planned, leaf) else 'nn.Identity()'})"
+            kept = ends_with(planned, leaf) and not leaf.layer.kind.parameter  # of which there is no layer to look at
+            yield f"put(model, {name!r}, {f'rest(old[{name!r}])' if kept else 'nn.Identity()'})"
 
 
 def _stated(layer: LoweredLayer) -> Iterator[tuple[str, object]]:

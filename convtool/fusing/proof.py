@@ -25,7 +25,7 @@ from convtool.core.expression import (
 from convtool.core.geometry import format_sizes
 from convtool.core.names import grouped, is_written, some_of
 from convtool.core.stored import Stored, stored
-from convtool.core.tree import BASE, Tree, chains, leaves, map_leaves
+from convtool.core.tree import BASE, Tree, chains, has_sum, leaves, map_leaves
 from convtool.core.verify import EquivalenceReport, verify
 from convtool.errors import InputError, UsageError, of_bound
 from convtool.formats.dtypes import FLOATS
@@ -248,10 +248,12 @@ def claims(results: Results, run: bool) -> tuple[tuple[str, str], ...]:
     """
     found = [claim for pairing, _ in results for claim in pairing.claims]
     for pairing in [] if run else [pairing for pairing, _ in results if pairing.path]:
+        said, layers = [], list(leaves(pairing.before))
         if any(sum(not is_written(one.name) for one in chain) > 1 for chain in chains(pairing.before)):
-            found.append(
-                (f"the fused {pairing.name}", "nothing stands between the layers that follow each other in it")
-            )
+            said.append("nothing stands between the layers that follow each other in it")
+        if has_sum(pairing.before) and not any(one.layer.kind.adapts for one in layers):
+            said.append("its branches read one value")
+        found += [(f"the fused {pairing.name}", what) for what in said]
     return tuple(dict.fromkeys(found))
 
 

@@ -182,7 +182,7 @@ def _claims(tree: Tree[LoweredLayer], sources: FieldSources) -> Iterator[tuple[s
             if said := kind.claim(some, leaf.layer.shapes):
                 yield leaf.name, f"assumed {said.replace(', ', ', assumed ')}" if assumed else said
         if leaf.like and leaf.fields.get("of") not in whole:
-            yield leaf.name, f"what nobody states as of {leaf.like}"
+            yield leaf.name, f"all that nobody states is as {leaf.like} has it"
 
 
 def _fused_claims(

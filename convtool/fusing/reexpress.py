@@ -32,8 +32,8 @@ from convtool.kinds.stated import FieldSources
 from convtool.kinds.written import read_layer
 
 # Of the weight's own rounding steps, relative to its largest entry: a matrix whose taps padding summed up gives its
-# kernel back by a small linear system, not to the last bit.
-ROUNDING_STEPS = 64
+# kernel back by a small linear system, not to the last bit. So many steps of 16 bits would pass for any matrix.
+ROUNDING_STEPS, OF_16_BITS = 64, 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -155,7 +155,8 @@ def _recovered(
     """Return the convolution that a weight is the matrix of; see `as_conv`."""
     with about(layer.name):
         conv, residual = matrix_to_conv(weight, bias, geometry, list(input_size[1:]))
-    most = ROUNDING_STEPS * float(torch.finfo(weight.dtype).eps)
+    steps = OF_16_BITS if weight.dtype.itemsize == 2 else ROUNDING_STEPS
+    most = steps * float(torch.finfo(weight.dtype).eps)
     if residual.relative > most:
         row, column = residual.where
         raise RefusedError(

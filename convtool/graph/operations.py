@@ -58,6 +58,12 @@ def _in_place(operation: Operation) -> bool:
     return operation.name.rpartition(".")[0].endswith("_")
 
 
+def _is_another(layer: Layer, operation: Operation) -> bool:
+    """Return whether a module is another layer while it runs than it is before and after that."""
+    training, eps = (operation.arguments.get(name) for name in ("training", "eps"))
+    return bool(training) or (eps is not None and eps != layer.fields.get("eps", eps))
+
+
 class _Reader:
     def __init__(
         self, run: Run, layers: Mapping[str, Layer], apart: Mapping[str, str], foreign: Mapping[str, str]
@@ -112,6 +118,11 @@ class _Reader:
         read = self._read_by(inside)
         # Of tied tensors only one name is known here; such a layer is left alone anyway.
         plain = layer.name in self.apart or all(own.issuperset(self.operations[number].tensors) for number in inside)
+        if any(_is_another(layer, self.operations[number]) for number in inside):
+            self.apart.setdefault(
+                layer.name, "it runs in training mode, or with another eps than it has before the run"
+            )
+            return False
         return len(read) == 1 and given <= {inside[-1]} and plain and self._axes(layer, read[0]) is not None
 
     def _axes(self, layer: Layer, value: int) -> int | None:

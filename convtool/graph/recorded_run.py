@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from torch.utils import _pytree as pytree
@@ -17,6 +17,7 @@ class Made(NamedTuple):
     place: int = 0
 
 
+PART = "part"  # the operation that every value but the first comes from, of one that gives several
 INPUT = "input"  # the operation that what a run is given comes from
 CONSTANT = -1  # the number of what nothing of the run's input goes into
 UNKNOWN = Made(CONSTANT)  # what made a constant, where nobody knows it
@@ -168,8 +169,11 @@ class Following(ABC):
         )
         self.operations.append(operation)
         for place, value in enumerate(made):
+            if reads and place:  # another value than the first, though one operation gives both
+                none: dict[str, Any] = {"tensors": (), "arguments": {}, "operands": {}, "computed": {}}
+                self.operations.append(replace(operation, name=PART, reads=(number,), shape=self.shape(value), **none))
             if reads:
-                self.made[self.key(value)] = self.last[self.home(value)] = number
+                self.made[self.key(value)] = self.last[self.home(value)] = len(self.operations) - 1
             elif tensors:
                 self.constant[self.key(value)] = Made(number, place)
         for value in writes:

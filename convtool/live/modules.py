@@ -96,12 +96,12 @@ class Zeros(nn.Module):
         self.geometry = None if fused is None else fused.geometry
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return zeros (N, C_out, *output_size) that take no memory; or zeros of x's shape."""
+        """Return zeros (N, C_out, *output_size), or of x's shape; with memory, for code that adds to them."""
         if self.geometry is None or self.channels is None:
-            return x.new_zeros(()).expand(x.shape)
+            return torch.zeros_like(x)
         if not self.geometry.kernel_size:
-            return x.new_zeros(()).expand(*x.shape[:-1], self.channels)
-        return x.new_zeros(()).expand(len(x), self.channels, *self.geometry.output_size(x.shape[2:]))
+            return x.new_zeros(*x.shape[:-1], self.channels)
+        return x.new_zeros(len(x), self.channels, *self.geometry.output_size(x.shape[2:]))
 
 
 HOOKS = (PadInput, CropOutput, AddBiasMap)  # all that live modules do besides torch's own

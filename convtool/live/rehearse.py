@@ -76,7 +76,7 @@ class Rehearsal:
         """Return the operations of a run that aren't those of the layers, or of what gives zeros in their place."""
         silent = self.whole.union(zeros)
         return [
-            one.name
+            f"{one.name} {one.arguments}"
             for one in recorded.run.operations
             if one.name != INPUT
             and silent.isdisjoint(name for name, _ in one.within)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 import re
 from collections import OrderedDict
@@ -12,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 from live import CLOSE, done, filled, geometry_of, inputs, load, relative_difference, run, save, settings
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.nn.utils.parametrize import register_parametrization
@@ -595,3 +598,17 @@ def test_a_live_module_computes_what_the_layer_does(fields: dict[str, Any]) -> N
 def test_layers_that_torch_has_no_module_for() -> None:
     with pytest.raises(RefusedError, match="cannot make a live module of a layer of 4 spatial axes"):
         live_module(Conv(inputs(2, 2, 1, 1, 1, 1), None, Geometry.of((1, 1, 1, 1))), torch.float32)
+
+
+def test_a_record_whose_fusions_have_each_others_names_is_damaged(tmp_path: Path) -> None:
+    model = filled(chain(a=nn.Conv2d(4, 6, 1), b=nn.BatchNorm2d(6), c=nn.Conv2d(6, 5, 1), d=nn.BatchNorm2d(5)))
+    out = fuse(model, ["a", "b"], tmp_path)
+    with safe_open(out, "pt") as opened:
+        record = json.loads(opened.metadata()["convtool"])
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    (one,) = record["fusions"]
+    chained = {"chain": [{**one["sources"]["chain"][0], "name": "a"}, {**one["sources"]["chain"][1], "name": "d"}]}
+    record["fusions"].append({**one, "name": "c", "sources": chained})
+    save_file(tensors, out, {"convtool": json.dumps(record)})
+    with pytest.raises(InputError, match="record is damaged"):
+        convtool.apply(copy.deepcopy(model), out)

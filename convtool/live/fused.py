@@ -11,7 +11,7 @@ from convtool.core.conv import Conv
 from convtool.core.expression import fused_geometry
 from convtool.core.fields import Fields, geometry_fields
 from convtool.core.tree import BASE, LayerRef, Tree, leaves, map_leaves
-from convtool.errors import ConvtoolError
+from convtool.errors import ConvtoolError, InputError
 from convtool.fusing.lowering import lower_tree
 from convtool.kinds.stated import FieldSource, FieldSources
 from convtool.live.inside import fields_inside
@@ -27,6 +27,7 @@ def fused_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Conv]:
 
     Raises:
         UsageError: a field that neither the record nor the model tells.
+        InputError: the record contradicts itself.
     """
     record = checkpoint.record
     assert record is not None
@@ -35,7 +36,10 @@ def fused_layers(model: nn.Module, checkpoint: Checkpoint) -> dict[str, Conv]:
     for name in dict.fromkeys(fusion.name for fusion in record.fusions):
         if f"{name}.weight" in checkpoint.infos:
             layer = checkpoint.layer(name)
-            known = record.fields()[name]
+            known = record.fields().get(name)
+            if known is None:
+                damage = f"it says that {name} went into another layer, and it is there"
+                raise InputError(f"{checkpoint.path}: its convtool record is damaged: {damage}")
             lacking = layer.kind.defaults.keys() - known.keys() if layer.axes() else set()
             of_model = _geometry(model, trees[name]) if lacking and name in trees else {}
             made[name] = checkpoint.conv(name, **{field: of_model[field] for field in lacking if field in of_model})

@@ -163,7 +163,7 @@ def test_an_operation_between_layers_is_a_layer_once_a_kind_says_that_it_is_one(
         assert convtool.plan(Negating(torch.abs), (3, 6, 7)).fusions == ()
         for everything in (False, True):
             (alone,) = convtool.plan(Negating(torch.neg), (3, 6, 7), everything=everything).left_alone
-            assert alone.reason == "negative() between them is in the model's own code, which goes on to do it"
+            assert alone.reason == "negative() in it is done by the model's own code, which goes on to do it"
         net, out = filled(Negating(torch.neg)), tmp_path / "out.safetensors"
         stated = ("--assume-defaults",)
         done("fuse", save(net, tmp_path / "net.safetensors"), "a", "negative()", "b", *stated, "-o", out)

@@ -97,3 +97,41 @@ def test_what_the_code_prints_goes_to_stderr(command: str, tmp_path: Path, termi
     assert code == 0, err
     assert json.loads(out)["ok"]
     assert "printed by the model" in err
+
+
+MODEL = """
+import torch
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+        HOLD
+
+    def forward(self, x):
+        return super().forward(x) + self.held
+
+one = Net()
+"""
+HOLDS = {
+    "numbers of no state dict": "self.register_buffer('held', torch.rand(4, 1, 1), persistent=False)",
+    "a tensor that it computed": "self.held = self[0].bias[:, None, None] * 0",
+}
+
+
+@pytest.mark.parametrize("holds", HOLDS)
+def test_both_networks_of_a_verification_are_like_each_other_but_for_the_fusions(
+    holds: str, tmp_path: Path, terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    name = f"net_that_holds_{'_'.join(holds.split())}"
+    (tmp_path / f"{name}.py").write_text(MODEL.replace("HOLD", HOLDS[holds]))
+    torch.save(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).state_dict(), tmp_path / "net.pt")
+    fusing = ("fuse", "net.pt", "0", "1", "--assume-defaults", "-o", "out.pt")
+    assert terminal(*fusing)[0] == 0
+    verifying = ("verify", "net.pt", "out.pt", "--assume-defaults", "--model-input", "3,8,8", "--model")
+    copied = "computed" not in holds
+    assert terminal(*verifying, f"{name}.py:Net")[0] == 0
+    code, _, said = terminal(*verifying, f"{name}:one")
+    assert code == (0 if copied else 2)
+    assert copied or f"--model: {name}:one is one model that can't be copied" in said

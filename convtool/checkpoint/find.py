@@ -29,7 +29,7 @@ def find_layer(layers: Mapping[str, Layer], name: str, where: str) -> Layer:
         names = ", ".join(layer.name for layer in same)
         raise UsageError(f"{where}: {name!r} fits several layers ({names}); give one of these in full")
     inside = [layer for layer in layers if layer.startswith(name + ".")][:3] if name else []
-    others = "; layers have blanks in between" if "," in name else "; `convtool inspect` lists the layers"
+    others = "; layers are separated by blanks" if "," in name else "; `convtool inspect` lists the layers"
     near = f"; did you mean {' or '.join(inside)}?" if inside else did_you_mean(name, layers, others)
     raise UsageError(f"{where}: no layer {name!r}{near}")
 

@@ -106,7 +106,7 @@ class Options:
 
     @property
     def as_matrix(self) -> str:
-        """The command that writes the matrix of the layers in place of one layer."""
+        """The command that writes the matrix of the layers in place of one layer, of which all are in CKPT."""
         words = ["convtool", "toeplitz", str(self.checkpoint), *(self.layers or ())]
         for one in fields(self.sources):
             value = getattr(self.sources, one.name)
@@ -217,10 +217,12 @@ def _planned(this: _Run, fusions: list[PlannedFusion], stated: FieldSources) -> 
     try:
         planned, left_alone = plan_all(this.checkpoints, fusions, stated, reporter.remark, reporter.note, **how)
     except RefusedError as error:
-        said = str(error).replace(MATRIX, options.as_matrix) if options.layers else str(error)
+        said = str(error).replace(MATRIX, options.as_matrix) if options.layers and not options.others else str(error)
         raise RefusedError(said, error.paste) from None
     if joined := [one.name for one in planned if options.auto and one.joins]:
-        reporter.remark(f"{some_of(joined)}: layers that follow each other as one; --batch-norms-only keeps them apart")
+        reporter.remark(
+            f"convolutions that follow each other became one: {some_of(joined)}; --batch-norms-only keeps them apart"
+        )
     return planned, left_alone
 
 

@@ -272,6 +272,6 @@ def _defined(leaf: LoweredLayer, opened: Checkpoint, sources: FieldSources) -> f
     layer = leaf.layer
     if sources.fields(layer.name).keys() & layer.kind.settable.keys() or layer.name in field_source(opened).tables:
         return frozenset()
-    several, one, *_ = (*layer.shapes.get("weight", ()), 0, 0)
-    asked = layer.kind.channelwise if one == 1 < several else ()  # as like as not it is one channel of each group
+    out_channels, of_a_group, *_ = (*layer.shapes.get("weight", ()), 0, 0)
+    asked = layer.kind.channelwise if of_a_group == 1 < out_channels else ()  # as like as not it is depthwise
     return frozenset(n for n, values in leaf.open.items() if n not in asked and (values or n in layer.kind.channelwise))

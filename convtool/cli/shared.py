@@ -56,7 +56,7 @@ batch_norms_only = partial(
     flag, "Fuse batch norms only. Convolutions that follow each other stay apart, such as those of different blocks."
 )
 measure = partial(flag, "Choose by the measured time of the layers on this machine.")
-PLANNING = ("fixed_size", "measure", "everything", "batch_norms_only")  # of these, what `plan_for` is told
+PLANNING = ("fixed_size", "measure", "everything", "batch_norms_only")  # the options that `plan_for` takes
 strength = partial(
     option,
     "X|NAME=X",

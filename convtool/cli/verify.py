@@ -18,6 +18,8 @@ from convtool.errors import InputError, RefusedError, UsageError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch import nn
+
     from convtool.checkpoint import Checkpoint
     from convtool.fusing.compare import Pairing
     from convtool.fusing.proof import Explained, Results
@@ -239,6 +241,24 @@ def _run(sides: _Sides, pairings: list[Pairing], how: dict[str, Any]) -> tuple[R
     return results, Explained() if given else explanations(zip(runs, reports, strict=True), how)
 
 
+def _second(original: nn.Module, sides: _Sides) -> nn.Module:
+    """Return another model like BEFORE's: a copy, or where it can't be copied, one that is built by the same code."""
+    from convtool.live.load import load_model
+    from convtool.live.whole import loaded
+
+    sources = sides.options.sources
+    try:
+        return deepcopy(original)
+    except Exception as error:  # such as of a model that keeps a tensor which it computed, or a lock
+        again = loaded(load_model(sources.model or "", sources.model_args, in_memory=True), sides.before)
+        if again is original:
+            raise UsageError(
+                f"--model: {sources.model} is one model that can't be copied ({error!s:.100}), and two are compared; "
+                "name a function that builds it"
+            ) from None
+        return again
+
+
 def _whole_model(sides: _Sides) -> WholeReport | None:
     """Return how both networks' outputs compare; None where nobody asked for it, or nothing says what AFTER's is."""
     from convtool.live.apply import apply_checkpoint
@@ -262,9 +282,7 @@ def _whole_model(sides: _Sides) -> WholeReport | None:
                 built = load_model(options.model_after or "", options.model_after_args, in_memory=True)
                 fused = loaded(built, sides.after, strict=True)
             else:
-                # Built a second time, as not every model can be copied; but for one that was made already.
-                again = loaded(load_model(model, arguments, in_memory=True), sides.before)
-                fused = apply_checkpoint(deepcopy(original) if again is original else again, sides.after)
+                fused = apply_checkpoint(_second(original, sides), sides.after)
             return compare(original, sides.before, fused, sides.after, size, seed=options.seed)
         except (RefusedError, UsageError) as error:
             if str(sides.before.path) in str(error) or options.model_after_args is not None:

@@ -26,8 +26,8 @@ from convtool.kinds.stated import FieldSource, FieldSources
 
 CONFIG = "adapter_config.json"  # where PEFT keeps alpha and rank
 _PEFT = "base_model.model."
-# What an adapter's file calls the network that a module is of, in front of the module's own name.
 _TRAINER = re.compile(r"^(lora_|lycoris_|base_model\.model\.)")  # what trainers put in front of a layer's whole name
+# What an adapter's file calls the network that a module is of, in front of the module's own name.
 _COMPONENT = re.compile(
     r"(lora_(?:unet|te[0-9]?|transformer|prior_unet|prior_te|prior)_|lycoris_(?:unet_|te[0-9]?_|transformer_)?|"
     r"base_model\.model\.|(?:unet|transformer|text_encoder(?:_[0-9])?|text_model|diffusion_model|prior)\."
@@ -46,6 +46,7 @@ _INSIDE = {
     "emb_layers_1": "time_emb_proj",
     "skip_connection": "conv_shortcut",
 }
+_SAMPLERS = {"op": "down_blocks_{}_downsamplers_0_conv", "conv": "up_blocks_{}_upsamplers_0_conv"}
 _AROUND = {
     "input_blocks_0_0": "conv_in",
     "time_embed_0": "time_embedding_linear_1",
@@ -236,10 +237,8 @@ def _in_one_spelling(name: str) -> str:
     if middle:
         return f"mid_block_{'attentions_0' if middle == '1' else f'resnets_{int(middle) // 2}'}_{inside}"
     level, place = divmod(int(number) - (side == "input"), 3)
-    if rest == "op":
-        return f"down_blocks_{level}_downsamplers_0_conv"
-    if rest == "conv":
-        return f"up_blocks_{level}_upsamplers_0_conv"
+    if rest in _SAMPLERS:
+        return _SAMPLERS[rest].format(level)
     part = f"{'attentions' if inner == '1' else 'resnets'}_{place}"
     return f"{'down' if side == 'input' else 'up'}_blocks_{level}_{part}_{inside}"
 

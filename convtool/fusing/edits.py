@@ -18,7 +18,7 @@ from convtool.fusing.leaf import LoweredLayer
 from convtool.graph.again import adds_again, done_by_the_model
 
 # What becomes of a layer of the model.
-Fate: TypeAlias = Literal["stays", "in code", "parameters", "deleted", "silent", "identity"]
+Fate: TypeAlias = Literal["stays", "in code", "parameters", "deleted", "silent", "nn.Identity"]
 
 
 def module_edits(planned: PlannedLayer) -> list[str]:
@@ -42,7 +42,7 @@ def module_edits(planned: PlannedLayer) -> list[str]:
             lines.append(f"del {_code(layer.name)}")
         elif fate == "silent":
             silent.append(layer.name)
-        elif fate == "identity":
+        elif fate == "nn.Identity":
             # Tensors don't tell whether the module does more: timm's BatchNormAct2d has an activation inside.
             inside = "but for an activation inside of it, which stays"
             if not ends_with(planned, leaf):
@@ -67,7 +67,7 @@ def fates(planned: PlannedLayer) -> Iterator[tuple[LoweredLayer, Fate]]:
     own = [leaf for leaf in planned.layers if leaf.own]
     stays = any(leaf.layer.name == planned.name for leaf in own)  # then the model goes on to call all of the branches
     # What is deleted can't be called any more: by a name of its own, the model's forward has to call the fused layer.
-    other: Fate = "deleted" if not stays else "silent" if has_sum(planned.tree) else "identity"
+    other: Fate = "deleted" if not stays else "silent" if has_sum(planned.tree) else "nn.Identity"
     for leaf in own:
         layer = leaf.layer
         if is_written(layer.name):

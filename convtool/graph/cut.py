@@ -147,19 +147,16 @@ class _Cutter:
         """Return parts as a chain that a layer can stand for while the model's code does what it did.
 
         The layer stands in the place of the first convolution or linear layer: what the code does in front of that has
-        to be undone in front of the layer, and what it does behind that, behind the layer.
-
-        Raises:
-            RefusedError: of what is in the code between them, something can't be undone.
+        to be undone in front of the layer, and what it does behind that, behind the layer. What can't be undone is left
+        as it is, and `_merge` refuses it.
         """
         added: tuple[list[Tree[LayerRef]], list[Tree[LayerRef]]] = [], []
         behind = False
         for part in parts:
             layer = read_layer(part.name) if isinstance(part, LayerRef) and part.written else None
             if layer is not None and layer.kind.code == "model":
-                if layer.kind.undone_by(layer.fields) is None:
-                    raise RefusedError(f"{layer.name} between them is in the model's own code, which goes on to do it")
-                added[behind].insert(0, LayerRef(undoing(layer.name).name))
+                undone = layer.kind.undone_by(layer.fields) is not None
+                added[behind][:0] = [LayerRef(undoing(layer.name).name)] if undone else []
             behind = behind or any(self.judge.layer(leaf.name).kind.main for leaf in leaves(part))
         return Chain((*added[0], *parts, *added[1]))
 
@@ -172,7 +169,7 @@ class _Cutter:
             raise RefusedError(self.refused[tree])
         if self.batch_norms_only and not _takes_batch_norms(self.judge, tree):
             raise RefusedError("only batch norms are to be fused (--batch-norms-only)")
-        for again in done_by_the_model(tree):
+        if again := next(done_by_the_model(tree), ""):
             raise RefusedError(f"{again} in it is done by the model's own code, which goes on to do it")
         merge = self.judge.merge(tree)
         if merge.exact is Exact.THIS_SIZE and not self.fixed_size:

@@ -168,19 +168,24 @@ class Following(ABC):
             {key: self._made_by(value) for key, value in constants.items() if key not in whole},
         )
         self.operations.append(operation)
-        for place, value in enumerate(made):
-            if reads and place:  # another value than the first, though one operation gives both
-                none: dict[str, Any] = {"tensors": (), "arguments": {}, "operands": {}, "computed": {}}
-                self.operations.append(replace(operation, name=PART, reads=(number,), shape=self.shape(value), **none))
-            if reads:
-                self.made[self.key(value)] = self.last[self.home(value)] = len(self.operations) - 1
-            elif tensors:
-                self.constant[self.key(value)] = Made(number, place)
+        self._note(operation, number, made)
         for value in writes:
             self.overwritten[self.home(value)] = number
             if reads:  # whoever reads that memory from now on, by whatever name, reads the new value
                 self.changed[self.home(value)] = number
         return operation
+
+    def _note(self, operation: Operation, number: int, made: Sequence[Any]) -> None:
+        """Note where an operation's values come from: each but the first from a part of it, an operation too."""
+        none: dict[str, Any] = {"tensors": (), "arguments": {}, "operands": {}, "computed": {}}
+        for place, value in enumerate(made):
+            if operation.reads and place:
+                part = replace(operation, name=PART, reads=(number,), shape=self.shape(value), **none)
+                self.operations.append(part)
+            if operation.reads:
+                self.made[self.key(value)] = self.last[self.home(value)] = len(self.operations) - 1
+            elif operation.tensors:
+                self.constant[self.key(value)] = Made(number, place)
 
     def number(self, value: Any) -> int:
         """Return the operation that a value comes from: the last one that changed its memory, if that is later."""

@@ -26,8 +26,8 @@ Fused: TypeAlias = tuple[str, Tree[SourceLayer], Conv]  # a layer's name, what i
 class Rehearsal:
     """A model whose code has to do the same with fusions.
 
-    It does the same where it runs every operation that it ran before, but for those of the fused layers, and gives
-    outputs of the same shapes. Code that looks at what kind of module it calls may not.
+    It does the same where it runs the operations that it ran before with the same arguments, but for those of the fused
+    layers, and gives outputs of the same shapes. Code that looks at what kind of module it calls may not.
 
     Args:
         before: the run without them.

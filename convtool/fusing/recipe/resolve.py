@@ -243,7 +243,7 @@ class _Resolution:
                 stride = self._stated("stride", layer, text)
                 return str(stride) if isinstance(stride, int) else format_sizes(stride)
             kernel = self.known.layers[BASE][layer].shapes["weight"][-axes:]
-            return format_sizes(kernel if question == "kernel" else (k // 2 for k in kernel))
+            return format_sizes((k // 2 for k in kernel) if question == "half" else kernel)
 
         name, opened, inside = text.partition("(")
         return f"{name}{opened}{_ASKED.sub(answer, inside)}"
